@@ -1,0 +1,892 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   gptoss:
+#     module: rope
+# ---
+
+# %% [markdown]
+# # From RoPE to YaRN
+
+# %% [markdown]
+# ## Question
+#
+# How can a model whose positions were laid out for 4,096 tokens
+# (`initial_context_length`) read 131,072 of them, 32 times as many, when
+# the only thing that changes is a list of 32 numbers and one factor?
+# And what does it cost to get nine of those numbers slightly wrong? One
+# of them is then off by 76 %, the model still writes fluent text, and
+# four well-known inference engines shipped it.
+
+# %% tags=["hide-input"]
+import math
+
+import matplotlib.pyplot as plt
+import torch
+
+plt.style.use("_static/book.mplstyle")
+torch.manual_seed(0)
+C, THETA, TRAINED, FACTOR = 64, 150_000.0, 4096, 32.0
+POSITIONS = 131_072
+
+# %% [markdown]
+# ## Picture
+#
+# Rotary position embedding (RoPE, {cite}`rope2021`) groups the $C = 64$
+# channels of a query or key into 32 pairs and turns pair $i$ by an angle
+# that grows with the token's position. Every pair is the hand of a clock
+# with its own speed. The figure draws how many tokens each hand takes for
+# one turn.
+#
+# What to see: hands 0 to 8 went round at least 32 times within the
+# 4,096 tokens and keep their speed. Hands 18 to 31 never completed one
+# turn; YaRN {cite}`yarn2023` slows them by the whole factor 32. Between
+# lies a ramp.
+
+# %% tags=["hide-input"]
+pair = torch.arange(C // 2, dtype=torch.float64)
+speed = THETA ** (-2 * pair / C)  # radians a token
+turns = TRAINED * speed / (2 * math.pi)
+keep_d = 1 - ((pair - 8.0928) / (17.3980 - 8.0928)).clamp(0, 1)
+slowed = speed * (keep_d + (1 - keep_d) / FACTOR)
+
+fig, ax = plt.subplots(figsize=(7, 3.4))
+ax.axvspan(-0.5, 8.09, color="#0072B2", alpha=0.07, lw=0)
+ax.axvspan(8.09, 17.4, color="#E69F00", alpha=0.12, lw=0)
+ax.axvspan(17.4, 31.5, color="#009E73", alpha=0.09, lw=0)
+ax.semilogy(pair, 2 * math.pi / speed, "o-", ms=3, label="RoPE")
+ax.semilogy(pair, 2 * math.pi / slowed, "s-", ms=3, label="YaRN")
+ax.axhline(TRAINED, color="k", lw=1, ls="--")
+ax.axhline(POSITIONS, color="k", lw=1, ls=":")
+ax.text(-0.2, TRAINED * 1.3, "4,096", va="bottom")
+ax.text(-0.2, POSITIONS * 1.3, "131,072", va="bottom")
+for x, name in ((3.8, "kept"), (12.7, "blended"), (24.4, "slowed by 32")):
+    ax.text(x, 2, name, ha="center")
+ax.set(
+    xlabel="pair i",
+    ylabel="tokens for one turn",
+    xlim=(-0.5, 31.5),
+    ylim=(1, 1e8),
+    title="One clock hand a pair",
+)
+ax.legend(loc="lower right", bbox_to_anchor=(1, 0.13))
+plt.show()
+
+# %% [markdown]
+# ## The naive version
+#
+# RoPE alone, simply run further. A score between a query and a key that
+# lie $d$ tokens apart is a sum of cosines and sines of $d\theta_i$, with
+# weights that the model learns. We let least squares play the model:
+# find weights for which the score is $e^{-d/512}$, a gentle preference
+# for near tokens, using distances below 4,096 only.
+
+# %%
+def waves(distance, speed):
+    """cos and sin of every pair at every distance: (distances, C)"""
+    angle = distance[:, None] * speed
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)
+
+
+near = torch.arange(TRAINED, dtype=torch.float64)
+far = torch.arange(POSITIONS, dtype=torch.float64)
+wanted = (-near / 512).exp()
+A = waves(near, speed)
+ridge = 1e-10 * TRAINED * torch.eye(C, dtype=torch.float64)
+weights = torch.linalg.solve(A.T @ A + ridge, A.T @ wanted)
+print("largest weight below 4:", weights.abs().max().item() < 4)
+miss = (A @ weights - wanted).abs().max().item()
+print("largest miss where trained:", f"{miss:.0e}")
+naive = waves(far, speed) @ weights
+print("largest score beyond:", f"{naive[TRAINED:].abs().max().item():.1f}")
+
+# %% [markdown]
+# Fitted to better than a thousandth, and out of range the score of a
+# distant token, which should be 0, reaches 8.5 times the score that a
+# token gives itself. Nothing is wrong with the fit: a hand that covered a
+# fraction of a turn was only ever asked about that fraction, and the
+# weights that are right there say nothing about the rest of the dial.
+#
+# The obvious repair is **position interpolation**: divide every position
+# by 32, so that no hand passes an angle it has not seen. It does cure the
+# blow-up. It also makes neighbours alike. For a query equal to the key,
+# the score over the distance is the plain mean of $\cos d\theta_i$;
+# watch what the first step does to it.
+
+# %%
+def self_score(distance, speed):
+    return torch.cos(distance[:, None] * speed).mean(-1)
+
+
+interpolated = waves(far, speed / FACTOR) @ weights
+print("interpolated, beyond:", f"{interpolated.abs().max().item():.1f}")
+one = torch.tensor([1.0], dtype=torch.float64)
+for name, s in (("RoPE", speed), ("interpolated", speed / FACTOR)):
+    print(f"{name:13}1 - score at distance 1:",
+          f"{1 - self_score(one, s).item():.1e}")
+
+# %% [markdown]
+# A thousand times smaller: the contrast goes with the square of the speed,
+# and $32^2 = 1024$. The word before and the word before that become
+# almost the same place. Bfloat16 has steps of $4\cdot10^{-3}$ just below 1:
+# what interpolation leaves of the difference drowns in the rounding of
+# the numbers that carry it.
+#
+# What to see: on the left plain RoPE leaves the range it was fitted in
+# and swings; both repairs stay calm, YaRN almost. On the right
+# interpolation flattens the near field; YaRN keeps it.
+
+# %% tags=["hide-input"]
+fig, (left, right) = plt.subplots(1, 2, figsize=(7, 3), width_ratios=(3, 2))
+some = torch.logspace(0, math.log10(POSITIONS - 1), 1500).long().double()
+names = ("RoPE", "interpolated", "YaRN")
+for name, s in zip(names, (speed, speed / FACTOR, slowed), strict=True):
+    left.semilogx(some, waves(some, s) @ weights, label=name, lw=1)
+    right.plot(near[:33], self_score(near[:33], s), label=name)
+left.axvline(TRAINED, color="k", lw=1, ls="--")
+left.text(TRAINED * 0.9, -7, "fitted up to here", ha="right")
+left.set(xlabel="distance (tokens)", ylabel="score",
+         title="A score fitted below 4,096")
+right.set(xlabel="distance (tokens)", ylabel="score of equals",
+          title="The near field")
+left.legend(loc="upper left")
+plt.show()
+
+# %% [markdown]
+# ## Derivation
+#
+# **A turn for a position.** Write pair $i$ of a query as the complex
+# number $q_i = x_i + \mathrm{i}\,x_{i+C/2}$ and turn it by its position
+# $m$:
+#
+# $$
+# q_i \;\to\; q_i\,e^{\mathrm{i} m\theta_i}, \qquad
+# \theta_i = \vartheta^{-2i/C}, \quad i = 0 \dots C/2 - 1
+# $$ (rope-turn)
+#
+# with base $\vartheta = 150000$ (`rope_theta`). The score is a real part,
+#
+# $$
+# \sum_i \mathrm{Re}\!\left[q_i e^{\mathrm{i} m\theta_i}
+#   \,\overline{k_i e^{\mathrm{i} n\theta_i}}\right]
+# = \sum_i \mathrm{Re}\!\left[q_i \overline{k_i}\,
+#   e^{\mathrm{i}(m-n)\theta_i}\right],
+# $$ (rope-relative)
+#
+# so it depends on the positions $m$ and $n$ through their difference
+# alone, though each side is turned without knowledge of the other. That
+# is why keys can be stored turned.
+#
+# **Who extrapolates and who does not.** In $N = 4096$ tokens pair $i$
+# makes
+#
+# $$
+# r_i = \frac{N\theta_i}{2\pi}
+# $$ (rope-rounds)
+#
+# turns. A hand with many turns has shown every angle in training, and
+# distance 100,000 shows it nothing new; slowing it only costs
+# resolution. A hand with $r_i < 1$ has not been all the way round: its
+# angle beyond $N$ is new, and it must be slowed until 131,072 tokens fit
+# on the arc that it knows. That is interpolation by the factor
+# $s = 32$, for this pair only. "NTK by parts", the part of YaRN that
+# makes the list of numbers, does that:
+#
+# $$
+# \theta'_i = \gamma_i\,\theta_i + (1-\gamma_i)\,\frac{\theta_i}{s},
+# \qquad
+# \gamma_i = 1 - \mathrm{clamp}\!\left(
+#   \frac{i - \mathrm{low}}{\mathrm{high} - \mathrm{low}},\,0,\,1\right)
+# $$ (rope-blend)
+#
+# The ends of the ramp are the (fractional) pairs that make exactly
+# $\beta_{fast} = 32$ and $\beta_{slow} = 1$ turns. Put
+# $\theta_i = \vartheta^{-2i/C}$ into {eq}`rope-rounds`, set
+# $r_i = \beta$ and solve for $i$:
+#
+# $$
+# i(\beta) = \frac{C\,\ln\!\big(N/(2\pi\beta)\big)}{2\ln\vartheta},
+# \qquad \mathrm{low} = i(32) = 8.09\dots,\quad
+# \mathrm{high} = i(1) = 17.40\dots
+# $$ (rope-range)
+#
+# YaRN's published code rounds low down and high up, and most models that
+# use YaRN expect that. gpt-oss was trained without the rounding:
+# `truncate: false`.
+#
+# One thing the paper and its code do differently: in the paper's text
+# $\gamma$ is linear in the number of turns $r_i$, in every
+# implementation (the authors', OpenAI's, HF's) it is linear in the index
+# $i$, that is in $\log r_i$. The model was trained with the latter;
+# exercise 3 measures the difference.
+#
+# **Concentration.** Over 32 times as many keys a softmax spreads thinner.
+# YaRN divides the scores by a temperature $t$ with
+#
+# $$
+# \sqrt{1/t} = 0.1\,\ln s + 1 = 1.3465735902799727 .
+# $$ (rope-concentration)
+#
+# Multiplying cos *and* sin by this number scales every query and every
+# key, so a **score gets its square**, 1.8133. The softmax scale is in
+# effect $0.2267$, not $0.125$. The sink logits of the next chapter are
+# not scaled. The factor does not depend on the length of the prompt: it
+# is there at position 0, and in sliding layers too.
+
+# %% [markdown]
+# ## Code
+#
+# ### Which pairs are stretched
+#
+# Equation {eq}`rope-range`, in 64-bit floats, in the order of operations
+# that `transformers` uses.
+
+# %% tags=["export"]
+import math
+
+import torch
+from torch import Tensor
+
+from gptoss.config import GptOssConfig
+
+
+def correction_range(
+    head_dim: int,
+    theta: float,
+    original: int = 4096,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+    truncate: bool = False,
+) -> tuple[float, float]:
+    """Pair indices (low, high) between which YaRN blends.
+
+    Pairs up to low turn more than beta_fast times in `original` tokens and
+    keep their speed; pairs from high on turn less than beta_slow times and
+    are slowed by the full factor. gpt-oss rounds neither end; truncate=True
+    rounds low down and high up, as other YaRN models do.
+    """
+
+    def pair_that_turns(times: float) -> float:
+        log_angle = math.log(original / (times * 2 * math.pi))
+        return (head_dim * log_angle) / (2 * math.log(theta))
+
+    low, high = pair_that_turns(beta_fast), pair_that_turns(beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    return max(low, 0), min(high, head_dim - 1)
+
+
+# %%
+low, high = correction_range(C, THETA)
+assert (low, high) == (8.092779115512402, 17.39802450158856)
+print(f"kept: 0..{math.floor(low)}")
+print(f"blended: {math.ceil(low)}..{math.floor(high)}")
+print(f"slowed by {FACTOR:.0f}: {math.ceil(high)}..{C // 2 - 1}")
+print("rounded as elsewhere:", correction_range(C, THETA, truncate=True))
+
+# %% [markdown]
+# The ends really are 32 turns and 1 turn of {eq}`rope-rounds`:
+
+# %%
+for end in (low, high):
+    print(f"{TRAINED * THETA ** (-2 * end / C) / (2 * math.pi):.6g}")
+
+# %% [markdown]
+# ### One angular speed a pair
+#
+# Equation {eq}`rope-blend`. The result is fp32 and every operation rounds,
+# so the order matters for the last bit; why the last bit matters is shown
+# below.
+
+# %% tags=["export"]
+def inverse_frequencies(
+    head_dim: int,
+    theta: float,
+    factor: float = 1.0,
+    original: int = 4096,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+    truncate: bool = False,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Angular speed of each pair, (C/2,) fp32, in radians a token.
+
+    factor 1 is plain RoPE; above 1 it is YaRN's blend. The order of the
+    operations is that of transformers' modeling_rope_utils, so that the
+    result is equal to it bit for bit. ValueError: odd head_dim, factor < 1.
+    """
+    if head_dim % 2 or head_dim < 2:
+        raise ValueError(f"head_dim: expected even, found {head_dim}")
+    if not factor >= 1.0:
+        raise ValueError(f"rope factor: expected >= 1, found {factor}")
+    even = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
+    wave = theta ** (even / head_dim)  # tokens a radian
+    if factor == 1.0:
+        return 1.0 / wave
+    slow, fast = 1.0 / (factor * wave), 1.0 / wave
+    low, high = correction_range(
+        head_dim, theta, original, beta_fast, beta_slow, truncate
+    )
+    keep = 1 - _ramp(low, high, head_dim // 2).to(wave.device)
+    return slow * (1 - keep) + fast * keep
+
+
+def _ramp(low: float, high: float, pairs: int) -> Tensor:
+    """0 up to pair `low`, 1 from pair `high`, straight between. (pairs,)"""
+    if low == high:
+        high += 0.001  # a step; the value is transformers' own
+    line = (torch.arange(pairs, dtype=torch.float32) - low) / (high - low)
+    return line.clamp(0, 1)
+
+
+# %%
+plain = inverse_frequencies(C, THETA)
+yarn = inverse_frequencies(C, THETA, FACTOR)
+print(" pair   turns in 4,096   slowed by")
+for i in (0, 8, 9, 13, 17, 18, 31):
+    print(f"{i:5}{turns[i].item():17.3g}{(plain[i] / yarn[i]).item():12.3g}")
+
+# %% [markdown]
+# ### The concentration
+#
+# Equation {eq}`rope-concentration`, and the one place where a
+# configuration is read.
+
+# %% tags=["export"]
+def concentration(factor: float) -> float:
+    """Factor on both cos and sin; scores get its square. 1.0 if factor <= 1.
+
+    The YaRN paper's sqrt(1/t): the temperature t divides every score.
+    """
+    return 1.0 if factor <= 1 else 0.1 * math.log(factor) + 1.0
+
+
+def rope_parameters(
+    config: GptOssConfig, device: torch.device | str | None = None
+) -> tuple[Tensor, float]:
+    """(inv_freq (C/2,) fp32, concentration) of a configuration."""
+    if config.rope_type == "default":
+        return inverse_frequencies(
+            config.head_dim, config.rope_theta, device=device
+        ), 1.0
+    inv_freq = inverse_frequencies(
+        config.head_dim,
+        config.rope_theta,
+        factor=config.rope_factor,
+        original=config.initial_context_length,
+        beta_fast=config.rope_beta_fast,
+        beta_slow=config.rope_beta_slow,
+        truncate=config.rope_truncate,
+        device=device,
+    )
+    return inv_freq, concentration(config.rope_factor)
+
+
+# %%
+assert concentration(FACTOR) == 1.3465735902799727
+print(f"on cos and sin {concentration(FACTOR):.4g}")
+print(f"on a score     {concentration(FACTOR) ** 2:.4g}")
+inv_freq, conc = rope_parameters(GptOssConfig.gpt_oss_20b())
+print("the 20b:", torch.equal(inv_freq, yarn), conc == concentration(FACTOR))
+
+# %% [markdown]
+# ### Tables of cos and sin
+#
+# Computed from the positions of this forward pass, once for all layers:
+# no table of 131,072 rows is kept. Positions are integers up to $2^{17}$,
+# exact in fp32 (up to $2^{24}$). The order is fp32 angle, cos, times
+# concentration, and one rounding to the model's type at the end.
+
+# %% tags=["export"]
+def rope_tables(
+    positions: Tensor,
+    inv_freq: Tensor,
+    concentration: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (..., T, C/2) in dtype, of integer positions.
+
+    positions (..., T), inv_freq (C/2,) in radians a token.
+    Angles, cos and sin are computed in inv_freq's type (fp32; float64 if a
+    test asks for it), times the concentration, and only then cast. Padding
+    (position -1) gets some finite row that no mask lets through.
+    TypeError: inv_freq narrower than fp32, which would move distant tokens.
+    """
+    if inv_freq.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"inv_freq: expected float32 or float64, found {inv_freq.dtype}"
+        )
+    angle = positions[..., None].to(inv_freq.dtype) * inv_freq
+    cos, sin = angle.cos() * concentration, angle.sin() * concentration
+    return cos.to(dtype), sin.to(dtype)
+
+
+# %%
+cos, sin = rope_tables(torch.tensor([[0, 1, 131_071]]), inv_freq, conc)
+print(tuple(cos.shape), cos.dtype)
+print("position 0 only scales:", bool((cos[0, 0] == torch.tensor(conc)).all()))
+try:
+    rope_tables(torch.tensor([0]), inv_freq.bfloat16())
+except TypeError as error:
+    print(error)
+
+# %% [markdown]
+# The refusal is there because `model.to(torch.bfloat16)` casts buffers as
+# well as weights. What a bf16 list of speeds does to the last position:
+
+# %%
+last = POSITIONS - 1
+wrong = last * inv_freq.bfloat16().double() - last * inv_freq.double()
+print(f"largest angle error: {wrong.abs().max().item():.0f} rad")
+
+# %% [markdown]
+# Thirty-two turns: noise. Angles in half precision are an old mistake:
+# [gpt-neox#1003](https://github.com/EleutherAI/gpt-neox/issues/1003),
+# [transformers#29285](https://github.com/huggingface/transformers/pull/29285).
+# Rounding cos and sin afterwards, as `dtype=torch.bfloat16` does here, is
+# another matter: an error of at most $2^{-8}$ at any position.
+#
+# ### Turning queries and keys
+#
+# Equation {eq}`rope-turn` with real numbers. gpt-oss pairs channel $i$
+# with channel $i + C/2$.
+
+# %% tags=["export"]
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x (B, T, H, C) by tables (B, T, C/2); same shape and dtype.
+
+    Half-split: channel i is paired with channel i + C/2, not with i + 1.
+    """
+    cos = cos.to(x.dtype).unsqueeze(-2)  # one angle for all heads
+    sin = sin.to(x.dtype).unsqueeze(-2)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat(
+        (first * cos - second * sin, second * cos + first * sin), dim=-1
+    )
+
+
+# %%
+x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)
+quarter = torch.tensor([[[math.pi / 2, 0.0]]])
+turned = apply_rope(x, quarter.cos(), quarter.sin())
+print([round(v, 3) for v in turned.flatten().tolist()])
+
+# %% [markdown]
+# A quarter turn of pair 0, channels 0 and 2: $(1, 3) \to (-3, 1)$. Pair 1,
+# channels 1 and 3, stays.
+#
+# ## It holds
+#
+# **Relative, and only relative.** Queries and keys moved together by any
+# shift keep their scores (random shapes, float64 angles):
+
+# %%
+def scores(q, k, q_pos, k_pos, inv_freq, dtype=torch.float64):
+    q = apply_rope(q, *rope_tables(q_pos[None], inv_freq, 1.0, dtype))
+    k = apply_rope(k, *rope_tables(k_pos[None], inv_freq, 1.0, dtype))
+    return torch.einsum("bthc,bshc->bhts", q, k)
+
+
+worst = 0.0
+for trial in range(50):
+    size, heads = 2 * (trial % 8 + 1), trial % 3 + 1
+    f = inverse_frequencies(size, THETA, FACTOR).double()
+    q = torch.randn(1, 5, heads, size, dtype=torch.float64)
+    k = torch.randn(1, 7, heads, size, dtype=torch.float64)
+    q_pos, k_pos = torch.randint(0, 1000, (5,)), torch.randint(0, 1000, (7,))
+    shift = torch.randint(0, 130_000, ())
+    moved = scores(q, k, q_pos + shift, k_pos + shift, f)
+    worst = max(worst, (moved - scores(q, k, q_pos, k_pos, f)).abs().max())
+assert worst < 1e-9
+print("moving both changes nothing:", (worst < 1e-9).item())
+
+# %% [markdown]
+# **A rotation and a factor.** Lengths are multiplied by the concentration
+# and by nothing else; two turns in a row are one turn by the sum.
+
+# %%
+x = torch.randn(1, 6, 2, C, dtype=torch.float64)
+f = inv_freq.double()
+a, b = torch.randint(0, 60_000, (2, 1, 6))
+at_a, at_b, at_sum = (
+    rope_tables(p, f, 1.0, torch.float64) for p in (a, b, a + b)
+)
+twice = apply_rope(apply_rope(x, *at_a), *at_b)
+torch.testing.assert_close(twice, apply_rope(x, *at_sum))
+long = apply_rope(x, *rope_tables(a, f, conc, torch.float64))
+torch.testing.assert_close(long.norm(dim=-1), conc * x.norm(dim=-1))
+print("rotation times concentration")
+
+# %% [markdown]
+# **How good is fp32 at the far end?** Two roundings touch an angle. The
+# speed $\theta'_i$ is rounded to 24 bits, and so is the product with the
+# position, which at $2^{16}$ radians means steps of $2^{-7} = 0.0078$:
+# at most 0.0039 off. Compare with float64 at position 131,071:
+
+# %%
+e = torch.arange(0, C, 2, dtype=torch.float64)
+gamma = 1 - ((e / 2 - low) / (high - low)).clamp(0, 1)
+exact = THETA ** (-e / C) * (gamma + (1 - gamma) / FACTOR)
+
+rounded_product = (torch.tensor(float(last)) * inv_freq).double()
+errors = {
+    "from rounding the product": rounded_product - last * inv_freq.double(),
+    "from rounding the speeds": last * (inv_freq.double() - exact),
+    "together": rounded_product - last * exact,
+}
+for name, error in errors.items():
+    print(f"{name:26}{error.abs().max().item():.1e} rad")
+assert errors["from rounding the product"].abs().max() <= 2**-8
+
+# %% [markdown]
+# So 0.0025 radians in the worst pair: a seventh of a degree, a thousand
+# times less than `truncate` below. But note what the second line means.
+# "More exact" speeds in float64 would *not* be the model: the released
+# code computes the list in fp32, and the weights were always used with
+# those 32 fp32 numbers. They are part of the model's definition, and a
+# re-implementation should equal them bit for bit. The first line is
+# shared too by everybody who multiplies in fp32.
+#
+# **One at a time.** The row of a decoding step is the row of the long
+# table, bit for bit, so a cache cannot drift:
+
+# %%
+table = rope_tables(torch.arange(POSITIONS), inv_freq, conc)
+for p in range(0, POSITIONS, 4099):
+    one_row = rope_tables(torch.tensor([p]), inv_freq, conc)
+    assert torch.equal(one_row[0][0], table[0][p])
+    assert torch.equal(one_row[1][0], table[1][p])
+print("decode = prefill")
+
+# %% [markdown]
+# ## Against the others
+#
+# **Hugging Face.** All 131,072 positions, every pair, bit for bit, from
+# the released configuration:
+
+# %%
+from transformers import GptOssConfig as HFConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
+
+hf = HFConfig(
+    rope_parameters={
+        "rope_type": "yarn",
+        "rope_theta": THETA,
+        "factor": FACTOR,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": TRAINED,
+    }
+)
+hf_inv_freq, hf_conc = ROPE_INIT_FUNCTIONS["yarn"](hf)
+assert torch.equal(hf_inv_freq, inv_freq) and hf_conc == conc
+
+rotary, equal = GptOssRotaryEmbedding(hf), 0
+for start in range(0, POSITIONS, 8192):
+    p = torch.arange(start, start + 8192)[None]
+    theirs, ours = rotary(torch.zeros(1), p), rope_tables(p, inv_freq, conc)
+    for t, o in zip(theirs, ours, strict=True):
+        equal += (t == o).sum().item()
+assert equal == 2 * POSITIONS * C // 2
+print(f"{equal:,} of {2 * POSITIONS * C // 2:,} entries equal")
+
+# %% [markdown]
+# **OpenAI.** `gpt_oss/torch/model.py` orders the range differently
+# ($\frac C2 \cdot \ln(\cdot) / \ln\vartheta$) and forms the angles as an
+# outer product. In its order of operations:
+
+# %%
+def openai_tables(positions):
+    wave = THETA ** (torch.arange(0, C, 2, dtype=torch.float32) / C)
+    ends = [
+        C / 2 * math.log(TRAINED / (beta * 2 * math.pi)) / math.log(THETA)
+        for beta in (32.0, 1.0)
+    ]
+    ramp = (torch.arange(C / 2) - ends[0]) / (ends[1] - ends[0])
+    mask = 1 - ramp.clamp(0, 1)
+    speeds = 1.0 / (FACTOR * wave) * (1 - mask) + 1.0 / wave * mask
+    angle = torch.outer(positions.float(), speeds)
+    factor = 0.1 * math.log(FACTOR) + 1.0
+    return angle.cos() * factor, angle.sin() * factor
+
+
+theirs = openai_tables(torch.arange(POSITIONS))
+both = list(zip(theirs, table, strict=True))
+print("largest difference:", max((t - o).abs().max().item() for t, o in both))
+assert all(torch.equal(t, o) for t, o in both)
+
+# %% [markdown]
+# None: the other order falls on the same fp32 numbers here.
+#
+# **`truncate: true`.** ggml (hence llama.cpp) and mlx-lm 0.32 round the
+# range to 8 and 18. So did vLLM
+# ([#27722](https://github.com/vllm-project/vllm/issues/27722), found
+# through log-probabilities that did not match in reinforcement learning;
+# fixed in [#28244](https://github.com/vllm-project/vllm/pull/28244)) and
+# SGLang ([#14270](https://github.com/sgl-project/sglang/pull/14270)).
+# Nine speeds change:
+
+# %%
+rounded = inverse_frequencies(C, THETA, FACTOR, truncate=True)
+change = rounded.double() / inv_freq.double() - 1
+moved = change.abs().gt(1e-6).nonzero().flatten().tolist()
+assert moved == list(range(9, 18))
+print("pairs that change:", moved)
+print("per cent:", [f"{100 * change[i].item():+.1f}" for i in moved])
+phase = TRAINED * (rounded.double() - inv_freq.double())
+worst_pair = phase.abs().argmax().item()
+print(f"at distance 4,096: {phase.abs().max().item():.2f} rad",
+      f"in pair {worst_pair};",
+      f"at 127: {127 / TRAINED * phase.abs().max().item():.3f} rad")
+
+# %% [markdown]
+# Why nobody notices: by {eq}`rope-relative` only distances count. Within
+# the 128 tokens of a sliding layer the error stays below 0.03 rad; it is
+# the full layers, looking back thousands of tokens, that turn to the
+# wrong places. Short tests pass.
+#
+# What to see: left, the error of speed is largest in pair 17; in the
+# middle, the angle error is largest in pair 12, which turns faster. Right
+# is what a head feels: the score of equals, with rounding minus without,
+# quiet up to a hundred tokens and up to 0.3 beyond the 4,096 (dashed).
+
+# %% tags=["hide-input"]
+fig, (one, two, three) = plt.subplots(1, 3, figsize=(7, 2.7))
+shown = torch.arange(7, 20)
+one.bar(shown, 100 * change[shown])
+one.set(xlabel="pair", ylabel="change of speed (%)", title="Speed")
+two.bar(shown, phase[shown], color="#E69F00")
+two.set(xlabel="pair", ylabel="angle error (rad)", title="At distance 4,096")
+error = self_score(some, rounded.double())
+error -= self_score(some, inv_freq.double())
+three.semilogx(some, error, lw=0.7, color="#009E73")
+three.axvline(TRAINED, color="k", lw=1, ls="--")
+three.set(xlabel="distance (tokens)", ylabel="score error",
+          title="Score of equals")
+plt.show()
+
+# %% [markdown]
+# **Interleaved.** The paper, GPT-J and Meta's Llama release pair channel
+# $2i$ with $2i + 1$. That is the same operation in another order of
+# channels, so a permutation of the rows of the query and key projections
+# converts one to the other, and scores never tell. Applying the wrong one
+# without permuting is a silent error, again.
+
+# %%
+def apply_interleaved(x, cos, sin):
+    a, b = x[..., 0::2], x[..., 1::2]
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+
+
+to_interleaved = torch.arange(C).view(2, C // 2).T.flatten()
+q, k = torch.randn(2, 1, 9, 4, C).unbind()
+t = rope_tables(torch.arange(100, 109)[None], inv_freq, conc)
+for x in (q, k):
+    half = apply_rope(x, *t)[..., to_interleaved]
+    assert torch.equal(half, apply_interleaved(x[..., to_interleaved], *t))
+mixed = (apply_interleaved(q, *t) * apply_interleaved(k, *t)).sum(-1)
+right = (apply_rope(q, *t) * apply_rope(k, *t)).sum(-1)
+print("same position, either pairing:", torch.allclose(mixed, right))
+shifted = (apply_interleaved(q, *t)[:, 1:] * apply_interleaved(k, *t)[:, :-1])
+right = (apply_rope(q, *t)[:, 1:] * apply_rope(k, *t)[:, :-1]).sum(-1)
+print("one apart, wrong pairing:", torch.allclose(shifted.sum(-1), right))
+
+# %% [markdown]
+# ## In the 20b and the 120b
+#
+# Both use the same list. All layers use it, the sliding ones included,
+# though no distance there exceeds 127.
+
+# %%
+parameters = [
+    rope_parameters(config)
+    for config in (GptOssConfig.gpt_oss_20b(), GptOssConfig.gpt_oss_120b())
+]
+assert torch.equal(parameters[0][0], parameters[1][0])
+assert parameters[0][1] == parameters[1][1]
+in_all = POSITIONS * inv_freq.double() / (2 * math.pi)
+print("pairs with a full turn in 4,096:", (turns >= 1).sum().item())
+print("pairs with a full turn in 131,072:", (in_all >= 1).sum().item())
+print("pairs with a full turn in 128:",
+      (128 * inv_freq.double() >= 2 * math.pi).sum().item())
+reach = (in_all[18:] - turns[18:]).abs() / turns[18:]
+assert reach.max() < 1e-6
+print("slowed pairs end where they ended before:", (reach < 1e-6).all().item())
+
+# %% [markdown]
+# ## Cost
+#
+# A pair costs 4 multiplications and 2 additions, so a token pays, in each
+# layer, with $H$ query and $G$ key heads,
+#
+# $$
+# 3\,C\,(H + G) \quad\text{FLOPs},
+# $$ (rope-cost)
+#
+# and once for all layers $C/2$ angles, $C$ cosines and sines and $C$
+# multiplications by the concentration. We count what torch really runs:
+
+# %%
+from collections import Counter
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class CountElements(TorchDispatchMode):
+    """Output elements of every element-wise operation, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("mul", "add", "sub", "cos", "sin"):
+            self.count[name] += out.numel()
+        return out
+
+
+H, G, D, T = 64, 8, 2880, 10
+q, k = torch.randn(1, T, H, C), torch.randn(1, T, G, C)
+with CountElements() as building:
+    t = rope_tables(torch.arange(T)[None], inv_freq, conc)
+with CountElements() as turning:
+    apply_rope(q, *t), apply_rope(k, *t)
+assert turning.count.total() == T * 3 * C * (H + G)
+assert building.count == {
+    "mul": T * (C // 2 + C), "cos": T * C // 2, "sin": T * C // 2
+}
+projections = 2 * D * (H + 2 * G) * C
+print(f"a token and layer: {3 * C * (H + G):,} FLOPs,",
+      f"{300 * C * (H + G) / projections:.2f} % of its projections")
+print(f"tables of one token: {2 * C // 2 * 4} bytes in fp32;",
+      f"of all positions: {POSITIONS * C * 4 / 1e6:.1f} MB, not kept")
+
+# %% [markdown]
+# ## Takeaways
+#
+# - YaRN changes a list of 32 speeds by how often each hand turned in 4,096
+#   tokens: many turns, keep; less than one, slow by 32; a ramp between.
+# - The ramp's ends are 8.09 and 17.40, **not** rounded; the concentration
+#   1.3466 multiplies cos and sin, so scores grow by 1.8133.
+# - The fp32 list is part of the model. Angles in fp32 are good to 0.0025
+#   rad at the last position; the same in bf16 is noise.
+
+# %% [markdown]
+# ## Exercises
+#
+# ### Exercise 1
+#
+# Which pair's turn comes closest to the window of 128 tokens, and which
+# pair did plain RoPE leave furthest from a full turn in 4,096?
+
+# %% tags=["hide-cell"]
+tokens_a_turn = 2 * math.pi / inv_freq.double()
+nearest = (tokens_a_turn - 128).abs().argmin().item()
+print("nearest to 128:", nearest, f"({tokens_a_turn[nearest].item():.3g})")
+print(f"pair 31 covered {360 * turns[31].item():.2g} degrees of the dial")
+assert nearest == 8
+
+# %% [markdown]
+# ### Exercise 2
+#
+# A model trained on 4,096 tokens should read 8,192 (factor 2). Which pairs
+# change, and by what does a score grow?
+
+# %% tags=["hide-cell"]
+twice_as_far = inverse_frequencies(C, THETA, 2.0)
+differs = (twice_as_far / plain - 1).abs().gt(1e-6).nonzero().flatten()
+print(f"pairs {differs.min().item()}..{differs.max().item()} change,",
+      f"scores grow by {concentration(2.0) ** 2:.3f}")
+assert differs.tolist() == list(range(9, 32))  # the range is the same
+
+# %% [markdown]
+# ### Exercise 3
+#
+# Use the paper's ramp, linear in the number of turns:
+# $\gamma_i = \mathrm{clamp}\big((r_i - 1)/(32 - 1), 0, 1\big)$. Which pair
+# is then furthest from the model, in per cent?
+
+# %% tags=["hide-cell"]
+paper_gamma = ((turns - 1) / (32 - 1)).clamp(0, 1)
+paper = speed * (paper_gamma + (1 - paper_gamma) / FACTOR)
+off = (paper / inv_freq.double() - 1).abs()
+print(f"pair {off.argmax().item()}: {100 * off.max().item():.0f} % too slow")
+assert off[:9].max() < 1e-6 and off[18:].max() < 1e-6
+assert (paper[9:18] < inv_freq[9:18]).all()
+
+# %% [markdown]
+# ### Exercise 4
+#
+# Given a query projection `W` with rows for half-split heads, write the
+# rows that an engine with interleaved pairs needs, for all heads. Show
+# that converting only the queries changes the scores.
+
+# %% tags=["hide-cell"]
+def to_interleaved_rows(W, head_dim):
+    """(heads * C, D) -> the same rows in interleaved order"""
+    order = torch.arange(head_dim).view(2, -1).T.flatten()
+    return W.view(-1, head_dim, W.shape[-1])[:, order].reshape(W.shape)
+
+
+x, heads = torch.randn(1, 9, 24), 2
+Wq, Wk = torch.randn(2, heads * C, 24).div(24).unbind()
+t = rope_tables(torch.arange(9)[None], inv_freq, conc)
+
+
+def project(W, rotate):
+    return rotate((x @ W.T).view(1, 9, heads, C), *t)
+
+
+def all_scores(q, k):
+    return torch.einsum("bthc,bshc->bhts", q, k)
+
+
+reference = all_scores(project(Wq, apply_rope), project(Wk, apply_rope))
+Iq, Ik = to_interleaved_rows(Wq, C), to_interleaved_rows(Wk, C)
+both = all_scores(
+    project(Iq, apply_interleaved), project(Ik, apply_interleaved)
+)
+torch.testing.assert_close(both, reference, rtol=1e-4, atol=1e-4)
+only_q = all_scores(
+    project(Iq, apply_interleaved), project(Wk, apply_interleaved)
+)
+print("both: equal; queries only:", torch.allclose(only_q, reference, 1e-4))
+
+# %% [markdown]
+# ### Exercise 5
+#
+# Up to which position could this code go before fp32 positions collide,
+# and how coarse is the angle of pair 0 just below it?
+
+# %% tags=["hide-cell"]
+end = 2**24
+p = torch.tensor([end - 1, end, end + 1])
+print("distinct:", p.to(torch.float32).unique().numel(), "of 3")
+step = torch.finfo(torch.float32).eps * (end / 2)
+print(f"step of the angle just below: {step:.0f} rad")
+assert rope_tables(p, inv_freq)[0].unique(dim=0).shape[0] == 2
+
+# %% [markdown]
+# ## Sources
+#
+# - RoPE: {cite}`rope2021`; YaRN, NTK by parts and the temperature:
+#   {cite}`yarn2023`; the model: {cite}`gptoss2025`.
+# - openai/gpt-oss, `gpt_oss/torch/model.py`: `RotaryEmbedding`,
+#   `_apply_rotary_emb`.
+# - huggingface/transformers 5.23, `modeling_rope_utils.py`:
+#   `_compute_yarn_parameters`; `models/gpt_oss/modeling_gpt_oss.py`:
+#   `GptOssRotaryEmbedding`, `_apply_rotary_emb`.
+# - pytorch/torchtitan, `models/common/rope.py`: YaRN as one pure function.

@@ -1,0 +1,165 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   gptoss:
+#     module: sinks
+# ---
+
+# %% [markdown]
+# # Sinks: attention that may decline
+
+# %% [markdown]
+# ## Code
+#
+# ### The concat form, as written
+
+# %% tags=["export"]
+import torch
+from torch import Tensor
+
+
+def _column(sinks: Tensor, like: Tensor) -> Tensor:
+    """Sinks (H,) -> (H, 1) in like.dtype, never below its lowest number.
+
+    A sink of -inf (no sink) would leave a row without visible keys with no
+    finite logit, 0 / 0. The lowest finite number weighs exp(-3e38) = 0
+    beside any visible key and takes everything when there is none.
+    """
+    lowest = torch.finfo(like.dtype).min
+    return sinks.to(like.dtype).clamp_min(lowest).unsqueeze(-1)
+
+
+def softmax_with_sink(scores: Tensor, sinks: Tensor) -> Tensor:
+    """Softmax over S keys and one sink: (…, H, T, S), (H,) -> (…, H, T, S).
+
+    The sink's share is dropped, so a row sums to less than one. Masked
+    scores are -inf; a row of nothing but -inf gives 0. Any float dtype.
+    Source: openai/gpt-oss gpt_oss/torch/model.py, sdpa.
+    """
+    column = _column(sinks, scores).unsqueeze(-1)
+    column = column.expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, column], -1).softmax(-1)[..., :-1]
+
+
+# %% [markdown]
+# ### Scores and mixing with grouped heads
+
+# %% tags=["export"]
+def _scores(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Scaled scores (B, H, T, S), fp32 or wider, -inf where mask is false.
+
+    The H / G query heads that share a key head are stacked along T: the
+    keys are never repeated.
+    """
+    B, T, H, C = q.shape
+    S, G = k.shape[1:3]
+    if H % G:
+        raise ValueError(f"heads: expected H a multiple of G, found {H}, {G}")
+    if mask.shape[1:] != (T, S) or mask.dtype != torch.bool:
+        raise ValueError(f"mask: expected bool ({B} or 1, {T}, {S}), found "
+                         f"{mask.dtype} {tuple(mask.shape)}")
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q = (q.to(wide) * scale).view(B, T, G, H // G, C)
+    q = q.permute(0, 2, 3, 1, 4).reshape(B, G, H // G * T, C)
+    scores = (q @ k.to(wide).permute(0, 2, 3, 1)).view(B, H, T, S)
+    return scores.masked_fill_(~mask.unsqueeze(1), -torch.inf)
+
+
+def _mix(probs: Tensor, v: Tensor) -> Tensor:
+    """Weighted sums of values: (B, H, T, S), (B, S, G, C) -> (B, T, H, C)."""
+    B, H, T, S = probs.shape
+    G, C = v.shape[2:]
+    grouped = probs.reshape(B, G, H // G * T, S)
+    out = grouped @ v.to(probs.dtype).transpose(1, 2)
+    return out.view(B, H, T, C).transpose(1, 2)
+
+
+# %% [markdown]
+# ### Form 1: concat
+
+# %% tags=["export"]
+def attention_concat(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
+                     mask: Tensor, scale: float) -> Tensor:
+    """Attention with sinks, concat form: -> (B, T, H, C) in q.dtype.
+
+    q (B, T, H, C); k, v (B, S, G, C), query head h uses key head
+    h // (H // G); sinks (H,); mask bool (B or 1, T, S), true = visible.
+    Computed in fp32 (float64 for float64) from q to the one rounding at the
+    end. A row with no visible key gives 0. Memory O(B H T S).
+    ValueError: H not a multiple of G, a mask of another shape or dtype.
+    """
+    probs = softmax_with_sink(_scores(q, k, mask, scale), sinks)
+    return _mix(probs, v).to(q.dtype)
+
+
+# %% [markdown]
+# ### Form 2: rescale
+
+# %% tags=["export"]
+def sink_share(lse: Tensor, sinks: Tensor) -> Tensor:
+    """What the sink takes of each row: (…, H, T), (H,) -> (…, H, T), 0..1.
+
+    lse is the log-sum-exp of the row's scores, -inf for an empty row.
+    """
+    return torch.sigmoid(_column(sinks, lse) - lse)
+
+
+def rescale(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Add sinks to the result of any attention that returns its lse.
+
+    out (B, T, H, C) of attention without sinks, 0 in empty rows; lse
+    (B, H, T), natural logarithm, of its scaled scores. Returns out's shape
+    and dtype.
+    """
+    kept = torch.sigmoid(lse - _column(sinks, lse)).transpose(1, 2)
+    return (out * kept.unsqueeze(-1)).to(out.dtype)
+
+
+def attention_rescale(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
+                      mask: Tensor, scale: float) -> Tensor:
+    """`attention_concat` as plain attention and then `rescale`."""
+    scores = _scores(q, k, mask, scale)
+    lse = scores.logsumexp(-1)
+    # finite even for an empty row: exp(-inf - lowest) = 0, not NaN
+    floor = lse.clamp_min(torch.finfo(lse.dtype).min)
+    out = _mix((scores - floor.unsqueeze(-1)).exp(), v)
+    return rescale(out, lse, sinks).to(q.dtype)
+
+
+# %% [markdown]
+# ### Form 3: online
+
+# %% tags=["export"]
+def attention_online(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
+                     mask: Tensor, scale: float, chunk: int = 64) -> Tensor:
+    """`attention_concat` with `chunk` keys at a time: O(B H T chunk) memory.
+
+    The running maximum and sum of a row start as if the sink had been its
+    first key, with a value of zero.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk: expected at least 1, found {chunk}")
+    B, T, H, C = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out = torch.zeros(B, T, H, C, dtype=wide, device=q.device)
+    top = _column(sinks, out).expand(B, H, T)
+    total = torch.ones_like(top)
+    for s in range(0, k.shape[1], chunk):
+        keys = slice(s, s + chunk)
+        scores = _scores(q, k[:, keys], mask[..., keys], scale)
+        higher = torch.maximum(top, scores.amax(-1))
+        shrink = (top - higher).exp()
+        weights = (scores - higher.unsqueeze(-1)).exp()
+        total = total * shrink + weights.sum(-1)
+        out = out * shrink.transpose(1, 2).unsqueeze(-1) + _mix(
+            weights, v[:, keys])
+        top = higher
+    return (out / total.transpose(1, 2).unsqueeze(-1)).to(q.dtype)

@@ -1,0 +1,640 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   gptoss:
+#     module: masks
+# ---
+
+# %% [markdown]
+# # The sliding mask
+
+# %% [markdown]
+# ## Question
+#
+# Every second layer of gpt-oss looks back at 128 tokens and no further,
+# in a model that reads 131,072. At that length a sliding layer computes
+# 512 times fewer scores than a full one. How can half the layers be so
+# short-sighted, and is it 127, 128 or 129 tokens? Released software has
+# got that number wrong in two places: in the mask itself and in the
+# option that sets it.
+
+# %% tags=["hide-input"]
+import matplotlib.pyplot as plt
+import torch
+
+plt.style.use("_static/book.mplstyle")
+torch.manual_seed(0)
+
+# %% [markdown]
+# ## Picture
+#
+# A mask says, for each query (row), which keys (columns) it may see.
+# What to see: the full layer's triangle grows with the text; the sliding
+# layer's band keeps its width, here 6 including the diagonal. Right, what
+# the last query's output rests on after one to four sliding layers: the
+# band moves the horizon back by 5 per layer, because the key it sees
+# furthest back has itself looked back.
+
+# %% tags=["hide-input"]
+n, w = 24, 6
+q, k = torch.arange(n)[:, None], torch.arange(n)[None]
+causal = k <= q
+band = causal & (k > q - w)
+depth = torch.zeros(5, n)
+reached = torch.zeros(n, dtype=torch.bool)
+reached[-1] = True
+depth[0] = reached
+for layer in range(1, 5):
+    reached = band[reached].any(0)
+    depth[layer] = reached
+fig, axes = plt.subplots(1, 3, figsize=(7, 2.8))
+for ax, mask, title in zip(
+    axes[:2], (causal, band), ("Full layer", "Sliding, window 6"), strict=True
+):
+    ax.imshow(mask, cmap="Blues", vmin=0, vmax=1.4)
+    ax.set(xlabel="key position", ylabel="query position", title=title)
+axes[2].imshow(depth, cmap="Blues", vmin=0, vmax=1.4, aspect="auto")
+axes[2].set(xlabel="position reached", ylabel="sliding layers passed",
+            title="The last query's horizon")
+for ax in axes:
+    ax.grid(False)
+plt.show()
+
+# %% [markdown]
+# ## The naive version
+#
+# "A window of 128" reads like "not more than 128 back":
+
+# %%
+def naive(length, window):
+    q, k = torch.arange(length)[:, None], torch.arange(length)[None]
+    return (k <= q) & (k >= q - window)
+
+
+print("keys seen by a late query:", naive(300, 128)[-1].sum().item())
+
+# %% [markdown]
+# 129: the query's own key and 128 before it. gpt-oss counts the query
+# itself, so this is one too many. Texts of up to 128 tokens come out the
+# same, so short tests pass, and one key more among 129 moves a longer
+# text's logits just a little.
+#
+# It fails in a second way. It numbers columns, and in a batch of unequal
+# prompts a column is not a position:
+
+# %%
+batch = torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]]).bool()
+rows = naive(6, 3).expand(2, 6, 6)
+print("keys seen by the last query:", rows[:, -1].sum(-1).tolist())
+print("of those, padding:", (rows[:, -1] & ~batch).sum(-1).tolist())
+
+# %% [markdown]
+# The first prompt's last token attends to a padding slot, and with a
+# cache, whose slots need not even be in order, the columns mean nothing.
+#
+# ## Derivation
+#
+# Let everything be said in **positions**. A query at position $q$ sees
+# the keys
+#
+# $$
+# \mathcal V(q) = \{\,k : 0 \le k \le q,\; k > q - W\,\},
+# \qquad |\mathcal V(q)| = \min(q + 1,\, W).
+# $$ (masks-visible)
+#
+# The three conditions read: it exists, it is not in the future, it is
+# among the last $W$. A full layer drops the last condition. Count the
+# integers from $q-W+1$ to $q$: there are $W$, the query's own included.
+#
+# **Padding.** Give padding, and an empty slot of a cache, the position
+# $-1$. As a key it fails $0 \le k$. As a query it needs $0 \le k \le -1$
+# and sees nothing. So {eq}`masks-visible` handles both with no further
+# case, and nothing depends on the order of the columns.
+#
+# **The same window in other words.** FlashAttention and its relatives
+# take inclusive bounds `(left, right)` around the query:
+#
+# | convention | gpt-oss | keys seen |
+# |---|---|---|
+# | `k > q - W` | $W = 128$ | 128 |
+# | `k >= q - W` | would need $W = 127$ | 128 |
+# | `window_size=(left, 0)`, inclusive | $(127, 0)$ | 128 |
+#
+# **How far it sees.** Let the output of layer $\ell$ at position $t$ rest
+# on the $R_\ell$ positions $t - R_\ell + 1 \dots t$, and $R = 1$ for the
+# embedding. A sliding layer combines outputs at $t - W + 1 \dots t$, and
+# the oldest of these rests on $W - 1$ positions more than the newest:
+#
+# $$
+# R_\ell = R_{\ell-1} + (W - 1)
+# \quad\Rightarrow\quad
+# R = 1 + L_{sliding}\,(W - 1) .
+# $$ (masks-reach)
+#
+# One full layer makes it everything. In gpt-oss that is layer 1, the
+# second; from there on, the sliding layers need not carry news from afar,
+# they only work on the neighbourhood. {eq}`masks-reach` still matters: a
+# cache that has lost what its sliding layers held can be refilled by
+# feeding the last $L_{sliding}(W-1)$ tokens again (chapter 9).
+#
+# ## Code
+#
+# ### Who sees whom
+#
+# Equation {eq}`masks-visible`, once, for every use in the book.
+
+# %% tags=["export"]
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def visible(q_pos: Tensor, k_pos: Tensor, window: int | None) -> Tensor:
+    """Which keys each query may see: (B, T), (B, S) int -> (B, T, S) bool.
+
+    A key is seen when it is not in the future and, with a window, among the
+    last `window` positions, the query's own included. Position -1 marks
+    padding or an empty cache slot: it sees nothing and nothing sees it.
+    ValueError: window < 1.
+    """
+    if window is not None and window < 1:
+        raise ValueError(f"window: expected None or >= 1, found {window}")
+    q, k = q_pos[..., :, None], k_pos[..., None, :]
+    seen = (k <= q) & (k >= 0)  # so q >= 0 too
+    return seen if window is None else seen & (k > q - window)
+
+
+# %%
+order = torch.arange(300)[None]
+seen = visible(order, order, 128)[0].sum(-1)
+print("keys seen by queries 0, 126, 127, 128, 299:",
+      [seen[i].item() for i in (0, 126, 127, 128, 299)])
+ring = torch.tensor([[8, 9, -1, 6, 7]])  # slots of a cache, one empty
+print(visible(torch.tensor([[9, -1]]), ring, 3).int().tolist())
+
+# %% [markdown]
+# The ring of five slots holds positions 6 to 9 in no particular order; the
+# query at 9 finds 7, 8 and 9, and the padding query finds nothing.
+#
+# ### A mask one can read
+#
+# Tests that compare a mask with a drawing are hard to get wrong.
+
+# %% tags=["export"]
+def picture(mask: Tensor) -> str:
+    """A (T, S) bool mask as text: a row a query, # seen, . not seen."""
+    if mask.ndim != 2:
+        raise ValueError(
+            f"picture: expected a (T, S) mask, found {tuple(mask.shape)}"
+        )
+    return "\n".join(
+        "".join("#" if seen else "." for seen in row) for row in mask.tolist()
+    )
+
+
+# %%
+eight = torch.arange(8)[None]
+drawn = [picture(visible(eight, eight, w)[0]) for w in (3, 4, 5)]
+print("window 3   window 4   window 5")
+for lines in zip(*(d.splitlines() for d in drawn), strict=True):
+    print("   ".join(lines))
+assert drawn[1].splitlines()[-1] == "....####"
+
+# %% [markdown]
+# These are the small twins of 127, 128 and 129: in the last row three,
+# four and five marks, the last of them on the diagonal. The real ones are
+# too wide for the page; their last rows at query 299, run by run:
+
+# %%
+def runs(line):
+    out = []
+    for mark in line:
+        if out and out[-1][0] == mark:
+            out[-1][1] += 1
+        else:
+            out.append([mark, 1])
+    return " ".join(f"{mark}x{count}" for mark, count in out)
+
+
+for w in (127, 128, 129):
+    last = picture(visible(order, order, w)[0]).splitlines()[-1]
+    print(w, "|", runs(last))
+
+# %% [markdown]
+# ### Positions from an attention mask
+#
+# Users pad left, right, or in the middle (two pieces of a conversation,
+# each padded). Tokens are numbered as if the padding were not there.
+
+# %% tags=["export"]
+def positions_from_mask(
+    attention_mask: Tensor, start: Tensor | None = None
+) -> Tensor:
+    """(B, T) mask, true = a token -> (B, T) int64 positions, -1 = padding.
+
+    Tokens are numbered without gaps from start (B,) (default 0), wherever
+    the padding stands: left, right or in the middle.
+    """
+    mask = attention_mask.to(torch.bool)
+    numbers = mask.cumsum(-1) - 1
+    if start is not None:
+        numbers = numbers + start.to(numbers).unsqueeze(-1)
+    return numbers.masked_fill(~mask, -1)
+
+
+# %%
+masks = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 1, 1]])
+for name, row in zip(
+    ("left", "right", "middle"), positions_from_mask(masks), strict=True
+):
+    print(f"{name:8}", row.tolist())
+follow = positions_from_mask(torch.ones(3, 2), start=torch.tensor([3, 3, 3]))
+print("two more tokens:", follow[0].tolist())
+middle = positions_from_mask(masks)[2:]
+print(picture(visible(middle, middle, 2)[0]))
+
+# %% [markdown]
+# In the middle-padded row the token after the gap still sees the one
+# before it: their positions are 0 and 1.
+#
+# ### How far a layer sees
+#
+# Equation {eq}`masks-reach`, layer by layer.
+
+# %% tags=["export"]
+class Reach(NamedTuple):
+    """Positions, the query's own included, that a layer's output rests on."""
+
+    sliding: int  # by way of the sliding layers alone
+    total: int | None  # by way of all layers; None: everything before
+
+
+def receptive_field(
+    layer_types: Sequence[str], window: int
+) -> list[Reach]:
+    """One Reach for the output of each layer, from the first to the last."""
+    reaches, sliding, total = [], 1, 1
+    for kind in layer_types:
+        if kind == "sliding_attention":
+            sliding += window - 1
+            total = None if total is None else total + window - 1
+        elif kind == "full_attention":
+            total = None
+        else:
+            raise ValueError(
+                "layer type: expected sliding_attention or full_attention,"
+                f" found {kind}"
+            )
+        reaches.append(Reach(sliding, total))
+    return reaches
+
+
+# %%
+for reach in receptive_field(["sliding_attention", "full_attention"] * 2, 128):
+    print(reach)
+
+# %% [markdown]
+# ## It holds
+#
+# **Exactly min(q + 1, W) keys**, the query's own among them, all windows
+# up to 130 and all queries up to 299; and one more or one less window
+# changes exactly one key of each query that is old enough.
+
+# %%
+q = torch.arange(300)
+for w in range(1, 131):
+    mask = visible(order, order, w)[0]
+    assert torch.equal(mask.sum(-1), (q + 1).clamp(max=w))
+    assert mask.diagonal().all() and not mask.triu(1).any()
+    wider = visible(order, order, w + 1)[0]
+    assert torch.equal((wider & ~mask).sum(-1), (q >= w).long())
+print("130 windows x 300 queries")
+
+# %% [markdown]
+# **Padding never happened.** Take a text, scatter padding anywhere, drop
+# the padding's rows and columns from the mask: what is left is the mask of
+# the text alone.
+
+# %%
+for _ in range(200):
+    length = int(torch.randint(1, 40, ()))
+    keep = torch.rand(1, length) < 0.6
+    p = positions_from_mask(keep)
+    w = int(torch.randint(1, 12, ()))
+    mask = visible(p, p, w)[0]
+    text = torch.arange(int(keep.sum()))[None]
+    inner = mask[keep[0]][:, keep[0]]
+    assert torch.equal(inner, visible(text, text, w)[0])
+    assert mask.sum() == inner.sum()  # and nothing else is seen
+print("200 paddings, nothing leaks")
+
+# %% [markdown]
+# **The horizon.** Walk the masks themselves: mark the last position, and
+# go back through the layers, each time marking all that a marked query
+# sees. The number of marks is {eq}`masks-reach`.
+
+# %%
+def marks(kinds, window, length):
+    position = torch.arange(length)[None]
+    reached = torch.zeros(length, dtype=torch.bool)
+    reached[-1] = True
+    for kind in reversed(kinds):
+        w = window if kind == "sliding_attention" else None
+        reached = visible(position, position, w)[0][reached].any(0)
+    return reached.sum().item()
+
+
+for window in (1, 2, 7, 16):
+    for n in range(1, 9):
+        kinds = ["sliding_attention"] * n
+        got = receptive_field(kinds, window)[-1]
+        assert marks(kinds, window, 200) == got.sliding == got.total
+kinds = ["sliding_attention", "full_attention"] * 2
+assert receptive_field(kinds, 7)[-1].total is None
+print("four layers, one of them full:", marks(kinds, 7, 200), "of 200")
+
+# %% [markdown]
+# ## Against the others
+#
+# **Hugging Face** builds its mask from `sliding_window_overlay` and the
+# causal rule, by column. The finished mask, with and without padding, on
+# the rows of real tokens (it adds 0 where a key is seen):
+
+# %%
+from transformers import GptOssConfig as HFConfig
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
+
+
+def hf_masks(attention_mask, window):
+    config = HFConfig(sliding_window=window, attn_implementation="eager")
+    kwargs = {
+        "config": config,
+        "inputs_embeds": torch.zeros(*attention_mask.shape, 1),
+        "attention_mask": attention_mask,
+        "past_key_values": None,
+    }
+    sliding = create_sliding_window_causal_mask(**kwargs)
+    full = create_causal_mask(**kwargs)
+    return sliding[:, 0] == 0, full[:, 0] == 0
+
+
+def compare(keep, window):
+    """Entries that differ, sliding and full, on rows of real tokens."""
+    p = positions_from_mask(keep)
+    ours = visible(p, p, window), visible(p, p, None)
+    return [
+        (o != h)[keep].sum().item()
+        for o, h in zip(ours, hf_masks(keep, window), strict=True)
+    ]
+
+
+ones = torch.ones(2, 300, dtype=torch.bool)
+left, right, gap = ones.clone(), ones.clone(), ones.clone()
+left[0, :60] = False
+right[0, -60:] = False
+gap[0, 100:160] = False
+for w in (127, 128, 129):
+    assert compare(ones, w) == compare(left, w) == compare(right, w) == [0, 0]
+print("no, left, right padding: equal at 127, 128, 129")
+print("padding in the middle, entries that differ:", compare(gap, 128))
+
+# %% [markdown]
+# The last line is a difference of meaning. HF measures the window in
+# columns, so 60 columns of padding in the middle use up 60 of the 128
+# keys. Here padding counts for nothing, and the row equals the unpadded
+# text.
+#
+# **OpenAI** adds two matrices of $-\infty$ in `sdpa`, one above the
+# diagonal and one from the $W$-th diagonal below it down; a window of 0
+# means none. Written out:
+
+# %%
+def openai_mask(length, window):
+    blocked = torch.full((length, length), -torch.inf)
+    mask = blocked.triu(1)
+    if window > 0:
+        mask = mask + blocked.tril(-window)
+    return mask == 0
+
+
+for w in (1, 2, 127, 128, 129, 299, 300):
+    assert torch.equal(openai_mask(300, w), visible(order, order, w)[0])
+assert torch.equal(openai_mask(300, 0), visible(order, order, None)[0])
+print("equal for 7 windows and none")
+
+# %% [markdown]
+# **Known bugs.** All one key too many:
+#
+# - [mlx-lm#390](https://github.com/ml-explore/mlx-lm/pull/390): the mask
+#   was `k >= q - W`, the naive version above; fixed in August 2025 after
+#   a reading of OpenAI's code.
+# - [Megatron-LM#2771](https://github.com/NVIDIA/Megatron-LM/pull/2771):
+#   the mask was right, the scripts passed `--window-size 128,0`, which
+#   with inclusive bounds is 129 keys; now `127,0`.
+#   [Megatron-Bridge#2656](https://github.com/NVIDIA-NeMo/Megatron-Bridge/pull/2656)
+#   fixed the same for four model families, and
+#   [transformers#39408](https://github.com/huggingface/transformers/issues/39408)
+#   reported it for FlashAttention.
+#
+# One function in positions, and the pictures, are this book's guard.
+
+# %%
+def inclusive(length, left):
+    q, k = torch.arange(length)[:, None], torch.arange(length)[None]
+    return (k >= q - left) & (k <= q)
+
+
+ours = visible(order, order, 128)[0]
+for name, other in (
+    ("k >= q - 128", naive(300, 128)),
+    ("--window-size 128,0", inclusive(300, 128)),
+    ("--window-size 127,0", inclusive(300, 127)),
+):
+    print(f"{name:20} wrong keys: {(other != ours).sum().item()}")
+
+# %% [markdown]
+# 172 wrong keys: one for each of the queries 128 to 299, and none before.
+#
+# ## In the 20b and the 120b
+
+# %%
+from gptoss.config import GptOssConfig
+
+models = {
+    "20b": GptOssConfig.gpt_oss_20b(),
+    "120b": GptOssConfig.gpt_oss_120b(),
+}
+for name, config in models.items():
+    reach = receptive_field(config.layer_types, config.sliding_window)
+    count = config.layer_types.count("sliding_attention")
+    print(f"{name}: {count} sliding layers reach {reach[-1].sliding:,}",
+          "tokens; all layers everything, from layer",
+          next(i for i, r in enumerate(reach) if r.total is None))
+    assert reach[-1].sliding == 1 + count * 127
+
+# %% [markdown]
+# What to see: the sliding layers of the 20b alone would reach 1,525
+# tokens back, a stair of 127 a layer; the first full layer lifts the
+# horizon to the whole context.
+
+# %% tags=["hide-input"]
+config = models["20b"]
+reach = receptive_field(config.layer_types, config.sliding_window)
+everything = config.max_position_embeddings
+fig, ax = plt.subplots(figsize=(7, 2.8))
+layers = range(len(reach))
+ax.step(layers, [r.sliding for r in reach], where="mid",
+        label="sliding layers alone")
+ax.step(layers, [r.total or everything for r in reach], where="mid",
+        ls="--", label="all layers")
+ax.set_yscale("log")
+ax.set(xlabel="layer", ylabel="positions reached", ylim=(80, 4e5),
+       title="What the output of each layer can rest on (20b)")
+ax.legend(loc="center right", bbox_to_anchor=(1, 0.68))
+plt.show()
+
+# %% [markdown]
+# ## Cost
+#
+# Scores are computed for the pairs that are seen. Sum {eq}`masks-visible`
+# over $T \ge W$ queries: a full layer has one pair for each query and
+# each key up to it, a sliding layer loses the corner before the band is
+# full:
+#
+# $$
+# P_{full} = \frac{T(T+1)}{2}, \qquad
+# P_{sliding} = T\,W - \frac{W(W-1)}{2} .
+# $$ (masks-pairs)
+#
+# A pair costs $4CH$ FLOPs: $2C$ for the score and $2C$ for the sum of
+# values, in each of $H$ heads. Counted, not believed:
+
+# %%
+def pairs(tokens, window=None):
+    w = min(window or tokens, tokens)
+    return tokens * w - w * (w - 1) // 2
+
+
+for length in (1, 5, 127, 128, 129, 300):
+    p = torch.arange(length)[None]
+    assert visible(p, p, None).sum() == pairs(length)
+    assert pairs(length) == length * (length + 1) // 2
+    for w in (1, 2, 127, 128, 129):
+        assert visible(p, p, w).sum() == pairs(length, w)
+print("   tokens            full       sliding   ratio")
+for length in (128, 4096, 131_072):
+    full, sliding = pairs(length), pairs(length, 128)
+    print(f"{length:9,}{full:16,}{sliding:14,}{full / sliding:8.1f}")
+
+# %% [markdown]
+# And 12 of the 24 layers have the small number, which halves the cost of
+# attention at long context, nothing more: the full layers still pay
+# $T^2/2$. The cache gains as much: a ring of 128 instead of $T$ tokens.
+#
+# A mask is not free either. As a (T, S) tensor of bools it takes one byte
+# for each pair, seen or not: chapter 10 builds it for a tile of queries at
+# a time.
+
+# %%
+T = 131_072
+print(f"the whole mask at {T:,} tokens: {T * T / 1e9:.1f} GB")
+print(f"a tile of 64 queries: {64 * T / 1e6:.1f} MB")
+mask = visible(torch.arange(64)[None], torch.arange(1000)[None], 128)
+assert mask.element_size() * mask.numel() == 64 * 1000
+
+# %% [markdown]
+# ## Takeaways
+#
+# - A window of 128 is 128 keys with the query's own: `k > q - 128`, or
+#   `(127, 0)` in inclusive bounds. The error is one key from position 128
+#   on, so test with more than 128 tokens.
+# - Compare positions, not columns, and let padding be position $-1$: left,
+#   right and middle padding and a ring cache need no case of their own.
+# - Sliding layers alone reach $1 + L_{sliding}(W-1)$ positions; one full
+#   layer reaches all.
+
+# %% [markdown]
+# ## Exercises
+#
+# ### Exercise 1
+#
+# What does `visible` return for a window of 1, and for a window longer
+# than the text?
+
+# %% tags=["hide-cell"]
+assert torch.equal(visible(eight, eight, 1)[0], torch.eye(8).bool())
+assert torch.equal(visible(eight, eight, 99), visible(eight, eight, None))
+print("window 1: itself only; a long window: full attention")
+
+# %% [markdown]
+# ### Exercise 2
+#
+# How many of the scores that a (T, S) rectangle would compute are thrown
+# away by the mask, in per cent, for 4,096 tokens, full and sliding?
+
+# %% tags=["hide-cell"]
+for name, w in (("full", None), ("sliding", 128)):
+    print(f"{name:8}{100 * (1 - pairs(4096, w) / 4096**2):.1f} %")
+
+# %% [markdown]
+# ### Exercise 3
+#
+# At how many tokens does attention in the 20b (pairs over all layers) cost
+# half of what it would with full layers only, to within one per cent?
+
+# %% tags=["hide-cell"]
+def share(tokens):
+    both = pairs(tokens, 128) + pairs(tokens)
+    return both / (2 * pairs(tokens))
+
+
+length = next(n for n in range(1, 131_072) if share(n) < 0.505)
+print(f"from {length:,} tokens on")
+assert share(length - 1) >= 0.505 > share(131_072) > 0.5
+
+# %% [markdown]
+# ### Exercise 4
+#
+# A chunk of 5 tokens at positions 200 to 204 arrives while a ring holds
+# the last 128 positions, 72 to 199. Which ring slots does no query of the
+# chunk see, and what would go wrong if the ring were overwritten by the
+# chunk *before* attending?
+
+# %% tags=["hide-cell"]
+chunk = torch.arange(200, 205)[None]
+held = torch.arange(72, 200)[None]
+unseen = ~visible(chunk, held, 128)[0].any(0)
+print("unseen positions:", held[0][unseen].tolist())
+overwritten = held[held > 76][None]  # the ring after five writes, less them
+lost = visible(chunk, held, 128).sum(-1)
+lost -= visible(chunk, overwritten, 128).sum(-1)
+print("keys lost by each query:", lost[0].tolist())
+assert unseen.sum() == 1
+
+# %% [markdown]
+# Position 72 alone is out of everybody's sight. Written first, the chunk
+# would push out 72 to 76, of which the first query still needs four.
+#
+# ## Sources
+#
+# - Sliding windows and their horizon: {cite}`longformer2020`; alternating
+#   local and global layers: {cite}`sparse2019`; the model:
+#   {cite}`gptoss2025`.
+# - openai/gpt-oss, `gpt_oss/torch/model.py`: `sdpa`.
+# - huggingface/transformers 5.23, `masking_utils.py`:
+#   `sliding_window_overlay`, `create_sliding_window_causal_mask`.
+# - google-deepmind/gemma, `gm/nn/_modules_test.py`: masks asserted as
+#   pictures.

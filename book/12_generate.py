@@ -1,0 +1,443 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   gptoss:
+#     module: generate
+# ---
+
+# %% [markdown]
+# # Choosing the next token
+
+# %% [markdown]
+# ## Code
+#
+# ### The sampler
+
+# %% tags=["export"]
+import codecs
+import json
+import math
+import operator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gptoss.cache import Cache
+from gptoss.config import GptOssConfig
+from gptoss.harmony import Tokenizer
+from gptoss.model import GptOss
+
+
+class GenerateError(ValueError):
+    """An option, a prompt or logits that generation cannot use."""
+
+
+def _refuse(option: str, expected: str, found: object) -> None:
+    raise GenerateError(f"{option}: expected {expected}, found {found!r}")
+
+
+def _is_number(value: object, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+# %% tags=["export"]
+@dataclass(frozen=True)
+class Sampler:
+    """Draws the next token: temperature, then top-k, then top-p.
+
+    ``temperature`` 0 is greedy; ``top_k`` keeps exactly that many tokens
+    (0: all; of equal logits the lower id wins); ``top_p`` the smallest set
+    of likeliest tokens whose probability reaches it (1: all).
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        number = (int, float)
+        if not (_is_number(self.temperature, number)
+                and math.isfinite(self.temperature)
+                and self.temperature >= 0):
+            _refuse("temperature", "a finite number >= 0", self.temperature)
+        if not (_is_number(self.top_k, int) and self.top_k >= 0):
+            _refuse("top_k", "an integer >= 0", self.top_k)
+        if not (_is_number(self.top_p, number) and 0 < self.top_p <= 1):
+            _refuse("top_p", "a number > 0 and <= 1", self.top_p)
+
+    def __call__(self, logits: Tensor,
+                 generator: torch.Generator | None = None) -> Tensor:
+        """Next tokens (B,) int64 from ``logits`` (B, V).
+
+        Takes one uniform number a row from ``generator`` (a CPU one,
+        whatever the device) unless greedy, so that a seed gives the same
+        text on every device that gives the same logits.
+        """
+        _check_finite(logits)
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        probs, ids = self.ranked(logits)
+        return draw(probs, ids, generator)
+
+    def ranked(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The distribution drawn from: probabilities (B, N) in float64 and
+        their ids (B, N), likeliest first (ids None: N = V, in order of id).
+        Dropped tokens are absent or have probability 0."""
+        return ranked(logits, self.temperature, self.top_k, self.top_p)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """The same distribution, (B, V) float64 in order of id."""
+        probs, ids = self.ranked(logits)
+        if ids is None:
+            return probs
+        full = torch.zeros_like(logits, dtype=probs.dtype)
+        return full.scatter_(-1, ids, probs)
+
+# %% [markdown]
+# ### Temperature, top-k, top-p
+
+# %% tags=["export"]
+def best(logits: Tensor, k: int) -> Tensor:
+    """Ids (B, k) of the k largest of (B, V), largest first; of equals the
+    lower id. A full sort gives the same, ten times slower for V = 201088.
+    """
+    if k < logits.shape[-1]:
+        edge = logits.topk(k).values[..., -1:]  # torch.topk breaks ties at
+        above, at = logits > edge, logits == edge  # will: only its k-th
+        room = k - above.sum(-1, keepdim=True)     # value is of use
+        kept = above | (at & (at.cumsum(-1) <= room))
+        ids = kept.nonzero()[:, 1].view(-1, k)  # ascending in each row
+    else:
+        ids = torch.arange(k, device=logits.device).expand_as(logits)
+    order = logits.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+    return ids.gather(-1, order.indices)
+
+
+# %% tags=["export"]
+NUCLEUS = 1024  # top-p looks at so many tokens before it sorts all of them
+
+
+def ranked(logits: Tensor, temperature: float, top_k: int,
+           top_p: float) -> tuple[Tensor, Tensor | None]:
+    """See `Sampler.ranked`; here ``temperature`` > 0."""
+    V = logits.shape[-1]
+    scores = logits.double()
+    # the maximum first: then a tiny temperature gives -inf, never inf - inf
+    scores = (scores - scores.amax(-1, keepdim=True)) / temperature
+    if top_k and top_k < V:
+        ids = best(logits, top_k)
+        probs = scores.gather(-1, ids).softmax(-1)
+    elif top_p < 1:
+        probs = scores.softmax(-1)
+        ids = best(logits, min(NUCLEUS, V))
+        if bool((probs.gather(-1, ids).cumsum(-1)[..., -1] < top_p).any()):
+            ids = best(logits, V)
+        probs = probs.gather(-1, ids)
+    else:
+        return scores.softmax(-1), None
+    return (nucleus(probs, top_p) if top_p < 1 else probs), ids
+
+
+def nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """``probs`` (B, N), largest first, cut to the fewest that reach top_p."""
+    mass = probs.cumsum(-1)
+    probs = probs.clone()  # a token goes if those before it suffice
+    probs[..., 1:].masked_fill_(mass[..., :-1] >= top_p, 0.0)
+    return probs / probs.sum(-1, keepdim=True)
+
+
+# %% tags=["export"]
+def draw(probs: Tensor, ids: Tensor | None = None,
+         generator: torch.Generator | None = None) -> Tensor:
+    """One token a row (B,) from ``probs`` (B, N), by inverting the CDF.
+
+    ``ids`` (B, N) names the columns (None: the column is the id). A token
+    of probability 0 is never drawn.
+    """
+    # 1 - u lies in (0, 1]: the first column whose running sum reaches it has
+    # a probability above 0
+    uniform = 1.0 - torch.rand((probs.shape[0], 1), dtype=torch.float64,
+                               generator=generator)
+    running = probs.cumsum(-1)
+    target = uniform.to(probs.device) * running[..., -1:]
+    column = torch.searchsorted(running, target)
+    if ids is not None:
+        column = ids.gather(-1, column)
+    return column[..., 0]
+
+
+def _check_finite(logits: Tensor) -> None:
+    """Raises unless each row (B, V) has a finite maximum: NaN anywhere,
+    +inf, or nothing but -inf would otherwise give a token all the same."""
+    peak = logits.amax(-1)
+    if not bool(torch.isfinite(peak).all()):
+        raise GenerateError(
+            f"logits: expected finite numbers, found {peak.tolist()} as the "
+            f"largest of a row; the model runs in {logits.dtype}"
+            + (" (float16 ends at 65504: use bfloat16 or float32)"
+               if logits.dtype == torch.float16 else ""))
+
+# %% [markdown]
+# ### When to stop
+
+# %% tags=["export"]
+def stop_ids(source: str | Path | GptOssConfig) -> tuple[int, ...]:
+    """The ids that end a text, from ``source``.
+
+    A folder: `eos_token_id` (a number or a list) of its
+    generation_config.json, else of its config.json. A config: its own.
+    """
+    if isinstance(source, GptOssConfig):
+        return (source.eos_token_id,)
+    file = Path(source) / "generation_config.json"
+    if not file.is_file():
+        return stop_ids(GptOssConfig.from_pretrained(source))
+    try:
+        found = json.loads(file.read_bytes())["eos_token_id"]
+        ids = found if isinstance(found, list) else [found]
+        return tuple(dict.fromkeys(operator.index(n) for n in ids))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise GenerateError(f"{file}: expected eos_token_id, a number or a "
+                            f"list of numbers, found {error!r}") from error
+
+# %% [markdown]
+# ### One text
+
+# %% tags=["export"]
+def _check_run(config: GptOssConfig, prompt: Sequence[int], held: int,
+               max_new_tokens: int, prefill_chunk: int, limit: int) -> None:
+    """Raises GenerateError, naming the option, before any work is done."""
+    for name, value in (("max_new_tokens", max_new_tokens),
+                        ("prefill_chunk", prefill_chunk)):
+        if not (_is_number(value, int) and value > 0):
+            _refuse(name, "an integer >= 1", value)
+    if len(prompt) == 0:
+        _refuse("prompt", "at least one token", list(prompt))
+    for at, token in enumerate(prompt):
+        if not 0 <= token < config.vocab_size:
+            _refuse(f"prompt, token {at}",
+                    f"an id from 0 to {config.vocab_size - 1}", token)
+    if held + len(prompt) > limit:
+        before = f" after the {held} in the cache" if held else ""
+        what = ("max_position_embeddings"
+                if limit == config.max_position_embeddings
+                else "the cache's max_tokens")
+        raise GenerateError(
+            f"prompt: expected at most {limit - held} tokens{before} "
+            f"({what} is {limit}), found {len(prompt)}")
+
+
+def _limit(config: GptOssConfig, cache: Cache | None) -> int:
+    """How many positions there are: the model's, or the cache's if fewer."""
+    most = None if cache is None else cache.max_tokens
+    return most or config.max_position_embeddings
+
+
+def _generators(seed: int | None, rows: int) -> list[torch.Generator]:
+    """A generator for each row; row 0 of a seed is the seed itself."""
+    if seed is None:
+        seed = torch.randint(2 ** 48, ()).item()
+    if not (_is_number(seed, int) and 0 <= seed < 2 ** 63):
+        _refuse("seed", "an integer from 0 to 2**63 - 1", seed)
+    return [torch.Generator().manual_seed(seed + row) for row in range(rows)]
+
+
+# %% tags=["export"]
+def generate(model: GptOss, prompt: Sequence[int], *,
+             max_new_tokens: int = 256, sampler: Sampler | None = None,
+             stop: Iterable[int] = (), seed: int | None = None,
+             cache: Cache | None = None,
+             prefill_chunk: int = 512) -> Iterator[int]:
+    """Yields the token ids that follow ``prompt``, a list of ids.
+
+    Ends after ``max_new_tokens``, after a token in ``stop`` (which is
+    yielded, last), or when the positions are used up. ``cache``: a cache of
+    batch 1 whose tokens precede the prompt; afterwards it holds all but the
+    last token yielded, so the next prompt begins with that one. Raises
+    GenerateError at the call, not at the first token.
+    """
+    prompt = [operator.index(token) for token in prompt]
+    if cache is not None and cache.batch_size != 1:
+        _refuse("cache", "a batch of 1", cache.batch_size)
+    held = 0 if cache is None else cache.length
+    limit = _limit(model.config, cache)
+    _check_run(model.config, prompt, held, max_new_tokens, prefill_chunk,
+               limit)
+    cache = model.new_cache() if cache is None else cache
+    # the last token needs no position of its own: nothing is fed after it
+    count = min(max_new_tokens, limit - held - len(prompt) + 1)
+    return _generate(model, prompt, count, sampler or Sampler(),
+                     frozenset(stop), _generators(seed, 1)[0], cache,
+                     prefill_chunk)
+
+
+# %% tags=["export"]
+def _generate(model: GptOss, prompt: list[int], count: int,
+              sampler: Sampler, stop: frozenset[int],
+              generator: torch.Generator, cache: Cache,
+              chunk: int) -> Iterator[int]:
+    feed = torch.tensor([prompt], device=model.device)
+    for produced in range(1, count + 1):
+        with torch.inference_mode():
+            for part in feed.split(chunk, dim=1):
+                logits = model(part, cache=cache, logits_to_keep=1)
+            chosen = sampler(logits[:, -1], generator)
+        token = chosen.item()
+        yield token
+        if token in stop or produced == count:
+            return
+        feed = chosen[:, None]
+
+# %% [markdown]
+# ### Many texts at once
+
+# %% tags=["export"]
+def generate_batch(model: GptOss, prompts: Sequence[Sequence[int]], *,
+                   max_new_tokens: int = 256,
+                   sampler: Sampler | None = None,
+                   stop: Iterable[int] = (), seed: int | None = None,
+                   prefill_chunk: int = 512) -> list[list[int]]:
+    """The continuations of ``prompts`` (lists of ids of any lengths).
+
+    Row r is what `generate` gives for prompt r and the seed ``seed`` + r,
+    up to the rounding of larger matrix products.
+    """
+    sampler, stop = sampler or Sampler(), frozenset(stop)
+    rows = [[operator.index(token) for token in row] for row in prompts]
+    limit = _limit(model.config, None)
+    for number, row in enumerate(rows):
+        try:
+            _check_run(model.config, row, 0, max_new_tokens, prefill_chunk,
+                       limit)
+        except GenerateError as error:
+            raise GenerateError(f"row {number}: {error}") from None
+    if not rows:
+        return []
+    generators = _generators(seed, len(rows))
+    room = [min(max_new_tokens, limit - len(row) + 1) for row in rows]
+    cache = model.new_cache(batch_size=len(rows))
+    out: list[list[int]] = [[] for _ in rows]
+    tokens, mask = _pad_left(rows, model.device)
+    while True:
+        logits = _feed(model, tokens, mask, cache, prefill_chunk)
+        chosen = torch.cat([sampler(row[None], generator) for row, generator
+                            in zip(logits, generators, strict=True)])
+        alive = mask[:, -1].tolist()
+        for r, token in enumerate(chosen.tolist()):
+            if alive[r]:
+                out[r].append(token)
+                alive[r] = token not in stop and len(out[r]) < room[r]
+        if not any(alive):
+            return out
+        # a finished row goes on as padding: it never enters the cache
+        mask = torch.tensor(alive, device=tokens.device)[:, None]
+        tokens = torch.where(mask, chosen[:, None], 0)
+
+
+# %% tags=["export"]
+def _pad_left(rows: list[list[int]],
+              device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens (B, T) and mask (B, T): all rows end in the last column."""
+    longest = max(map(len, rows))
+    tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
+    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for r, row in enumerate(rows):
+        tokens[r, longest - len(row):] = torch.tensor(row)
+        mask[r, longest - len(row):] = True
+    return tokens.to(device), mask.to(device)
+
+
+@torch.inference_mode()
+def _feed(model: GptOss, tokens: Tensor, mask: Tensor, cache: Cache,
+          chunk: int) -> Tensor:
+    """Logits (B, V) after the last column of ``tokens`` (B, T)."""
+    for part, real in zip(tokens.split(chunk, dim=1),
+                          mask.split(chunk, dim=1), strict=True):
+        logits = model(part, cache=cache, attention_mask=real,
+                       logits_to_keep=1)
+    return logits[:, -1]
+
+# %% [markdown]
+# ### Text as it comes
+
+# %% tags=["export"]
+class TextStream:
+    """Turns tokens into text one at a time, never half a character.
+
+    `feed` returns the characters that token completes (perhaps none), and
+    holds back the bytes of one that is not whole; `flush` returns what is
+    left. All pieces together are ``tokenizer.decode(ids, skip_special)``.
+    """
+
+    def __init__(self, tokenizer: Tokenizer,
+                 skip_special: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, token: int) -> str:
+        data = self._tokenizer.token_bytes(token)
+        if not self._tokenizer.is_special(token):
+            return self._decoder.decode(data)
+        # no character goes across a control token: end what was begun
+        return self.flush() + ("" if self._skip else data.decode())
+
+    def flush(self) -> str:
+        text = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return text
+
+# %% [markdown]
+# ### A whole completion
+
+# %% tags=["export"]
+@dataclass
+class Completion:
+    """What `complete` returns. ``tokens`` includes the stop token, ``text``
+    does not; ``seconds`` is wall time from the first token fed."""
+
+    prompt_tokens: list[int]
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str = "length"  # "stop" or "length"
+    seconds: float = 0.0
+
+
+def complete(model: GptOss, tokenizer: Tokenizer, prompt: str | list[int], *,
+             stop: Iterable[int] = (),
+             on_text: Callable[[str], object] | None = None,
+             **options) -> Completion:
+    """Runs `generate` (its ``options``) on a text or on token ids.
+
+    ``on_text`` is called with each piece of text as it comes.
+    """
+    stop = frozenset(stop)
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    done, pieces = Completion(list(ids)), []
+    stream, began = TextStream(tokenizer), time.perf_counter()
+    for token in generate(model, ids, stop=stop, **options):
+        done.tokens.append(token)
+        if token in stop:
+            done.finish_reason = "stop"
+            break
+        pieces.append(stream.feed(token))
+        if on_text and pieces[-1]:
+            on_text(pieces[-1])
+    pieces.append(stream.flush())
+    if on_text and pieces[-1]:
+        on_text(pieces[-1])
+    done.text = "".join(pieces)
+    done.seconds = time.perf_counter() - began
+    return done

@@ -1,0 +1,29 @@
+"""Generated from book/B_cli.py; edit that, not this."""
+
+# ---- The package's front door
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gptoss.config import GptOssConfig as GptOssConfig
+    from gptoss.model import GptOss as GptOss
+
+__version__ = "0.1.0"
+_HOME = {"GptOss": "model", "GptOssConfig": "config"}
+_MODULES = ("config", "mxfp4", "checkpoint", "rope", "sinks", "masks",
+            "routing", "experts", "cache", "model", "harmony", "generate",
+            "train", "tangle")
+
+
+def __getattr__(name: str) -> object:
+    """`gptoss.GptOss`, `gptoss.mxfp4` ...: loaded when first asked for."""
+    if name in _HOME:
+        return getattr(import_module(f"gptoss.{_HOME[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"gptoss.{name}")
+    raise AttributeError(f"module 'gptoss' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME, *_MODULES])

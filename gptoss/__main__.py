@@ -1,0 +1,239 @@
+"""Generated from book/B_cli.py; edit that, not this."""
+
+# ---- One line for every mistake
+
+import argparse
+import json
+import os
+import sys
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NoReturn
+
+POCKET = Path(__file__).parent / "pocket" if "__file__" in globals() else None
+BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+
+
+class UsageError(ValueError):
+    """What the command line itself says cannot be done."""
+
+
+def visible(text: str, keep: str = "\n\t") -> str:
+    """``text`` with control characters made visible, so that a terminal
+    obeys none of them: ESC becomes U+241B and so on; C1 and the ones that
+    turn the writing direction become U+FFFD. Those in ``keep`` stay."""
+    def show(char: str) -> str:
+        code = ord(char)
+        if char in keep or not (unicodedata.category(char) == "Cc"
+                                or char in BIDI):
+            return char
+        if code < 32:
+            return chr(0x2400 + code)
+        return "\u2421" if code == 127 else "\ufffd"
+    return "".join(map(show, text))
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with one line on stderr and exit 2 for a mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+MISTAKES = {"gptoss.config": "ConfigError", "gptoss.mxfp4": "MXFP4Error",
+            "gptoss.checkpoint": "CheckpointError",
+            "gptoss.cache": "CacheError", "gptoss.model": "ModelError",
+            "gptoss.harmony": "HarmonyError",
+            "gptoss.generate": "GenerateError",
+            "torch": "OutOfMemoryError"}
+
+
+def is_mistake(error: BaseException) -> bool:
+    """Whether ``error`` is told in one line. Others are bugs: a traceback.
+
+    A module that was never imported has raised nothing, so none is imported
+    here: a wrong option answers at once.
+    """
+    classes = [getattr(sys.modules[module], name)
+               for module, name in MISTAKES.items() if module in sys.modules]
+    return isinstance(error, (UsageError, OSError, MemoryError, *classes))
+
+# ---- What the options mean
+
+def _dtype(name: str):
+    import torch
+
+    return getattr(torch, name)
+
+
+def _device(name: str):
+    """The torch device ``name``, after a byte was put on it."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("holds no numbers")
+        torch.empty(1, dtype=torch.uint8, device=device)
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = (str(error).splitlines() or ["not available"])[0]
+        raise UsageError(f"--device {name}: {why}") from error
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    if args.prompt is None:
+        if args.model != str(POCKET):
+            raise UsageError("--prompt: needed with --model")
+        return FIRST_WORDS
+    if args.prompt != "-":
+        return args.prompt
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--prompt -: stdin is not UTF-8 ({error.reason} "
+                         f"at byte {error.start})") from error
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has held so far, in bytes."""
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+# ---- generate
+
+def _writer(stream) -> Callable[[str], None]:
+    """Writes text at once; to a terminal without its control characters."""
+    terminal = stream.isatty()
+
+    def write(text: str) -> None:
+        stream.write(visible(text) if terminal else text)
+        stream.flush()
+    return write
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    """Writes the continuation of a prompt to stdout as it comes."""
+    from gptoss.checkpoint import resolve
+    from gptoss.generate import Sampler, complete, stop_ids
+    from gptoss.harmony import Tokenizer
+    from gptoss.model import GptOss
+
+    sampler = Sampler(args.temperature, args.top_k, args.top_p)
+    prompt, device = _prompt(args), _device(args.device)
+    folder = resolve(args.model)
+    tokenizer, stop = Tokenizer.from_pretrained(folder), stop_ids(folder)
+    model = GptOss.from_pretrained(folder, dtype=_dtype(args.dtype),
+                                   device=device)
+    write = _writer(sys.stdout)
+    if not args.json and sys.stdout.isatty():
+        write(prompt)  # a reader wants the whole; a program has its prompt
+    done = complete(model, tokenizer, prompt, sampler=sampler, stop=stop,
+                    seed=args.seed, max_new_tokens=args.max_new_tokens,
+                    on_text=None if args.json else write)
+    if args.json:
+        print(json.dumps(asdict(done) | {"peak_rss_bytes": peak_rss_bytes()}))
+        return
+    write("\n")
+    if sys.stderr.isatty():
+        print(f"[{len(done.tokens)} tokens, {done.seconds:.1f} s, "
+              f"{done.finish_reason}]", file=sys.stderr)
+
+# ---- inspect and convert
+
+def run_inspect(args: argparse.Namespace) -> None:
+    """Prints what a checkpoint holds, without reading its weights."""
+    from gptoss.checkpoint import describe, resolve
+
+    report = describe(resolve(args.path))
+    if args.json:
+        print(json.dumps(report))
+        return
+    print(report)
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    """Rewrites a checkpoint in another layout."""
+    from gptoss.checkpoint import convert, resolve
+
+    manifest = convert(resolve(args.source), Path(args.target), args.layout)
+    print(f"{len(manifest)} tensors written to {visible(args.target, '')}")
+
+# ---- The table of commands
+
+FIRST_WORDS = "One day"
+_MODEL = {"--model": dict(default=str(POCKET), metavar="PATH_OR_ID",
+                          help="folder or hub id (default: the one shipped)")}
+_JSON = {"--json": dict(action="store_true", help="one JSON object")}
+COMMANDS = {
+    "generate": (run_generate, _MODEL | {
+        "--prompt": dict(help="text to go on from; - reads stdin"),
+        "--max-new-tokens": dict(type=int, default=256, metavar="N"),
+        "--temperature": dict(type=float, default=1.0, metavar="X",
+                              help="0 is greedy (default: 1)"),
+        "--top-p": dict(type=float, default=1.0, metavar="X"),
+        "--top-k": dict(type=int, default=0, metavar="N"),
+        "--seed": dict(type=int, metavar="N"),
+        "--dtype": dict(default="bfloat16", choices=(
+            "bfloat16", "float16", "float32"), help="default: bfloat16"),
+        "--device": dict(default="cpu", help="cpu (default), cuda, ..."),
+    } | _JSON),
+    "inspect": (run_inspect, {
+        "path": dict(metavar="PATH_OR_ID")} | _JSON),
+    "convert": (run_convert, {
+        "source": dict(metavar="SOURCE"), "target": dict(metavar="TARGET"),
+        "--layout": dict(required=True, choices=("hf", "original", "bf16")),
+    }),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser for ``COMMANDS``."""
+    import gptoss
+
+    parser = Parser(prog="gptoss", description="gpt-oss, from the book.")
+    parser.add_argument("--version", action="version",
+                        version=gptoss.__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, (run, options) in COMMANDS.items():
+        command = commands.add_parser(name, help=run.__doc__,
+                                      description=run.__doc__)
+        for option, how in options.items():
+            command.add_argument(option, **how)
+        command.set_defaults(run=run)
+    return parser
+
+# ---- From arguments to an exit code
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code: 0, 2 for a mistake in the
+    arguments or files (one line on stderr), 130 for Ctrl-C, 141 if nobody
+    reads stdout any more."""
+    try:
+        args = build_parser().parse_args(argv)
+        args.run(args)
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # else the interpreter would flush stdout once more and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    except Exception as error:
+        if not is_mistake(error):
+            raise
+        line = visible(" ".join(str(error).split()), keep="")
+        print(f"gptoss: error: {line or type(error).__name__}",
+              file=sys.stderr)
+        return 2
+
+
+# `python -m gptoss` runs this file as the package's main module; a notebook,
+# whose __name__ is "__main__" too, has no package
+if __name__ == "__main__" and globals().get("__package__") == "gptoss":
+    sys.exit(main())

@@ -1,0 +1,312 @@
+"""Generated from book/09_cache.py; edit that, not this."""
+
+# ---- What a row holds
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from gptoss.config import GptOssConfig
+
+
+class CacheError(RuntimeError):
+    """The cache cannot hold, or was not given, what a forward needs."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The state of B rows, the same for every layer; int64 tensors."""
+
+    lengths: Tensor  # (B,) tokens taken in; the next has this position
+    held: Tensor  # (B,) positions on the tapes; above lengths in a replay
+    start: Tensor  # (B,) where the last replay began, 0 without one
+    ring: Tensor  # (B, W + slack) position in each ring slot, -1 = empty
+
+    @classmethod
+    def empty(cls, batch: int, size: int, device=None) -> "Rows":
+        zeros = torch.zeros(batch, dtype=torch.int64, device=device)
+        ring = torch.full((batch, size), -1, device=device)
+        return cls(zeros, zeros, zeros, ring)
+
+# ---- Refusing before writing
+
+def check_positions(rows: Rows, positions: Tensor, max_tokens: int,
+                    option: str) -> None:
+    """Raise CacheError unless positions (B, T) continue the rows.
+
+    option names the limit max_tokens in the message.
+    """
+    batch = rows.lengths.shape[0]
+    if (positions.ndim != 2 or positions.shape[0] != batch
+            or positions.dtype != torch.int64):
+        raise CacheError(f"positions: expected ({batch}, T) int64, found "
+                         f"{tuple(positions.shape)} {positions.dtype}")
+    real = positions >= 0
+    expected = rows.lengths[:, None] + real.cumsum(1) - 1
+    wrong = (positions != expected.where(real, -1)).any(1)
+    if wrong.any():
+        b = int(wrong.nonzero()[0])
+        raise CacheError(f"positions: expected row {b} to continue at "
+                         f"{int(rows.lengths[b])} (-1 for padding), found "
+                         f"{positions[b].tolist()[:8]}")
+    needed = int((rows.lengths + real.sum(1)).max())
+    if needed > max_tokens:
+        raise CacheError(f"cache too small: {option} is {max_tokens}, this "
+                         f"forward needs {needed} tokens")
+
+# ---- One plan for all layers
+
+@dataclass
+class Plan:
+    """Where one chunk goes; computed once and used by every layer."""
+
+    positions: Tensor  # (B, T) of the chunk, -1 = padding
+    rows: Rows  # the state afterwards
+    before: Tensor | None  # (B, size) ring positions, None = read in place
+    ring: tuple[Tensor, Tensor, Tensor]  # row, column, slot to write
+    tape: tuple[Tensor, Tensor, Tensor]  # row, column, slot to write
+    tape_positions: Tensor  # (B, S) position in each tape slot, or -1
+    done: set[int] = field(default_factory=set)  # layers already written
+
+
+def _targets(keep: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """keep, slots (B, T) -> row, column and slot of what is kept."""
+    row, column = keep.nonzero(as_tuple=True)
+    return row, column, slots[row, column]
+
+def plan_chunk(rows: Rows, positions: Tensor, slack: int) -> Plan:
+    """Plan for positions (B, T) that `check_positions` has passed.
+
+    A ring keeps the last of each row; a tape, what it does not hold yet.
+    """
+    size = rows.ring.shape[1]
+    real = positions >= 0
+    lengths = rows.lengths + real.sum(1)
+    held = torch.maximum(lengths, rows.held)
+    kept = real & (positions >= (lengths - size)[:, None])
+    ring = _targets(kept, positions % size)
+    after = rows.ring.clone()
+    after[ring[0], ring[2]] = positions[ring[0], ring[1]]
+    slots = torch.arange(max(1, int(held.max())), device=held.device)
+    return Plan(
+        positions, Rows(lengths, held, rows.start, after),
+        None if positions.shape[1] <= slack + 1 else rows.ring, ring,
+        _targets(real & (positions >= rows.held[:, None]), positions),
+        slots.where(slots < held[:, None], -1))
+
+# ---- The ring
+
+class Ring:
+    """Keys and values of one sliding layer: position p in slot p % size."""
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype, device):
+        self.k, self.v = _zeros(shape, dtype, device)  # (B, size, G, C)
+
+    def update(self, k: Tensor, v: Tensor, plan: Plan
+               ) -> tuple[Tensor, Tensor, Tensor]:
+        """Write the chunk; return what its queries may look at.
+
+        A long chunk looks at a copy, old ring + whole chunk, made before
+        the ring forgets; a short one at the ring itself, after writing.
+        """
+        seen, positions = (self.k, self.v), plan.rows.ring
+        if plan.before is not None:
+            seen = (torch.cat([self.k, k], 1), torch.cat([self.v, v], 1))
+            positions = torch.cat([plan.before, plan.positions], 1)
+        row, column, slot = plan.ring
+        self.k[row, slot] = k[row, column]
+        self.v[row, slot] = v[row, column]
+        return *seen, positions
+
+
+@torch.inference_mode(False)
+def _zeros(shape, dtype, device) -> tuple[Tensor, Tensor]:
+    """Two ordinary tensors, also when asked for under inference_mode."""
+    return (torch.zeros(shape, dtype=dtype, device=device),
+            torch.zeros(shape, dtype=dtype, device=device))
+
+# ---- The tape
+
+class Tape:
+    """Keys and values of one full layer: position p in slot p."""
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype, device):
+        self.k, self.v = _zeros(shape, dtype, device)  # (B, capacity, G, C)
+
+    def reserve(self, tokens: int, limit: int) -> None:
+        """Have at least `tokens` slots: double, but not beyond limit."""
+        k, v = self.k, self.v
+        capacity = k.shape[1]
+        if tokens > capacity:
+            capacity = max(tokens, min(2 * capacity, limit))
+            shape = (k.shape[0], capacity, *k.shape[2:])
+            new_k, new_v = _zeros(shape, k.dtype, k.device)
+            new_k[:, :k.shape[1]], new_v[:, :k.shape[1]] = k, v
+            self.k, self.v = new_k, new_v
+
+    def update(self, k: Tensor, v: Tensor, plan: Plan
+               ) -> tuple[Tensor, Tensor, Tensor]:
+        """Write the chunk; return views of all that is held."""
+        row, column, slot = plan.tape
+        self.k[row, slot] = k[row, column]
+        self.v[row, slot] = v[row, column]
+        used = plan.tape_positions.shape[1]
+        return self.k[:, :used], self.v[:, :used], plan.tape_positions
+
+# ---- Going back
+
+def roll_back(rows: Rows, length: int, window: int, replay: int
+              ) -> tuple[Rows, Tensor]:
+    """Forget positions >= length; also (B,) bool: rows that must replay.
+
+    replay = sliding layers * (window - 1). A row goes on where it stands if
+    its ring reaches back far enough and if what lies in it is right, which
+    it is `replay` positions after a replay began; otherwise it replays.
+    """
+    held = rows.held.clamp(max=length)
+    here = torch.minimum(rows.lengths, held)
+    oldest = rows.ring.where(rows.ring >= 0, torch.iinfo(torch.int64).max)
+    reached = oldest.amin(1) <= torch.maximum(rows.start, here - window + 1)
+    right = (rows.start == 0) | (rows.start + replay <= held)
+    again = ~((reached | (here == rows.start)) & right)
+    lengths = here.where(~again, (held - replay).clamp(min=0))
+    keep = (rows.ring < lengths[:, None]) & ~again[:, None]
+    return Rows(lengths, held, rows.start.where(~again, lengths),
+                rows.ring.where(keep, -1)), again
+
+# ---- All layers
+
+class _Layers:
+    """The memory of a cache: a ring or a tape for each layer."""
+
+    def __init__(self, config: GptOssConfig, batch_size: int = 1,
+                 max_tokens: int | None = None,
+                 dtype: torch.dtype = torch.bfloat16, device=None,
+                 slack: int = 0) -> None:
+        longest = config.max_position_embeddings
+        if max_tokens is not None and not 1 <= max_tokens <= longest:
+            raise CacheError(f"max_tokens: expected 1 to {longest} (max_"
+                             f"position_embeddings), found {max_tokens}")
+        if batch_size < 1 or slack < 0:
+            raise CacheError("expected batch_size >= 1 and slack >= 0, found "
+                             f"{batch_size} and {slack}")
+        self.batch_size, self.max_tokens = batch_size, max_tokens
+        self.window, self.slack = config.sliding_window, slack
+        sizes = {"sliding_attention": (Ring, self.window + slack),
+                 "full_attention": (Tape, max_tokens or min(256, longest))}
+        self.layers: list[Ring | Tape] = [
+            make((batch_size, size, config.num_key_value_heads,
+                  config.head_dim), dtype, device)
+            for make, size in map(sizes.get, config.layer_types)]
+        self._limit = ((longest, "max_position_embeddings")
+                       if max_tokens is None else (max_tokens, "max_tokens"))
+        rings = sum(isinstance(layer, Ring) for layer in self.layers)
+        self._replay = rings * (self.window - 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values, slots not yet used included."""
+        return sum(x.k.nbytes + x.v.nbytes for x in self.layers)
+
+class Cache(_Layers):
+    """Keys and values of all layers, for a batch of unequal rows.
+
+    Cache(config, batch_size=1, max_tokens=None, dtype=bfloat16, device=None,
+    slack=0): max_tokens preallocates the tapes and is a limit; without it
+    they grow by doubling. slack: ring slots beyond the window; slack + 1
+    tokens can be taken back without replay. A forward calls `check`, then
+    `update` once a layer, then `advance`, with the same positions. Keys and
+    values are detached. Misuse raises CacheError.
+    """
+
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything; keep the memory."""
+        self._plan: Plan | None = None  # of a forward under way
+        self._rows = Rows.empty(self.batch_size, self.window + self.slack,
+                                self.layers[0].k.device)
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) int64: tokens taken in by each row, its next position."""
+        return self._rows.lengths
+
+    @property
+    def length(self) -> int:
+        """Tokens taken in by the longest row."""
+        return int(self.lengths.max())
+
+    def check(self, positions: Tensor) -> None:
+        """Raise CacheError if a forward of positions (B, T) cannot run."""
+        if self._plan is not None:
+            raise CacheError("the forward before this one did not reach "
+                             "advance(): call rollback() or reset()")
+        check_positions(self._rows, positions, *self._limit)
+
+    def _planned(self, layer: int, positions: Tensor) -> Plan:
+        """The plan of this forward, made when its first layer asks."""
+        plan = self._plan
+        if plan is None or not (plan.positions is positions
+                                or torch.equal(plan.positions, positions)):
+            self.check(positions)
+            plan = plan_chunk(self._rows, positions, self.slack)
+            for tape in self.layers:
+                if isinstance(tape, Tape):
+                    tape.reserve(plan.tape_positions.shape[1],
+                                 self._limit[0])
+            self._plan = plan
+        if layer in plan.done:
+            raise CacheError(f"layer {layer}: updated twice in one forward; "
+                             "after a forward that failed call rollback()")
+        return plan
+
+    @torch.no_grad()
+    def update(self, layer: int, k: Tensor, v: Tensor, positions: Tensor
+               ) -> tuple[Tensor, Tensor, Tensor]:
+        """Take in k, v (B, T, G, C) of one layer; return what it may see.
+
+        positions (B, T) int64, -1 = padding, which is never stored. Returns
+        k (B, S, G, C), v and their positions (B, S), -1 = empty slot.
+        """
+        store = self.layers[layer]
+        shape = (*positions.shape, *store.k.shape[2:])
+        if (k.shape, v.shape, k.dtype) != (shape, shape, store.k.dtype):
+            raise CacheError(f"layer {layer}: expected k and v {shape} "
+                             f"{store.k.dtype}, found {tuple(k.shape)}, "
+                             f"{tuple(v.shape)} {k.dtype}")
+        plan = self._planned(layer, positions)
+        plan.done.add(layer)
+        return store.update(k, v, plan)
+
+    def advance(self, positions: Tensor) -> None:
+        """End a forward: from now on its tokens belong to the rows."""
+        plan = self._plan
+        if plan is None or len(plan.done) < len(self.layers):
+            raise CacheError(f"advance: expected {len(self.layers)} layers "
+                             "updated, found "
+                             f"{len(plan.done) if plan else 0}")
+        self._rows, self._plan = plan.rows, None
+
+    def rollback(self, length: int) -> int:
+        """Forget every position >= length; return where to feed again.
+
+        That is length if the rings reach back far enough, else
+        r = max(0, length - sliding layers * (window - 1)): feed tokens
+        r … length - 1 once more, ignore their logits, and go on; the
+        result is exact. Rows shorter than length stay as they are. With
+        several rows, row b is fed from lengths[b] on.
+        """
+        if length < 0:
+            raise CacheError(f"rollback: expected >= 0, found {length}")
+        rows = self._rows
+        if self._plan is not None and self._plan.done:  # half written rings
+            rows = replace(rows, ring=torch.full_like(rows.ring, -1))
+        self._rows, again = roll_back(rows, length, self.window,
+                                      self._replay)
+        self._plan = None
+        lengths = self.lengths[again] if again.any() else self.lengths
+        return int(lengths.min() if again.any() else lengths.max())

@@ -1,0 +1,335 @@
+"""Generated from book/10_model.py; edit that, not this."""
+
+# ---- RMSNorm
+
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gptoss.cache import Cache
+from gptoss.checkpoint import Checkpoint, CheckpointError, resolve
+from gptoss.config import GptOssConfig
+from gptoss.experts import Experts
+from gptoss.masks import positions_from_mask, visible
+from gptoss.mxfp4 import SCALE_NAN, decode
+from gptoss.rope import apply_rope, rope_parameters, rope_tables
+from gptoss.routing import Router
+from gptoss.sinks import attention_concat
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    """x / rms(x) * weight over the last dimension: (…, D) -> (…, D).
+
+    Computed in fp32 (float64 for float64) and rounded ONCE, at the end, to
+    x.dtype: the weight is multiplied before the rounding. The order is that
+    of transformers' GptOssRMSNorm.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (weight.to(wide.dtype) * wide).to(x.dtype)
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with its weight (D,), at first all ones."""
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype,
+                 device=None) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(
+            torch.ones(size, dtype=dtype, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+# ---- Attention as an operator
+
+SCORES_AT_ONCE = 2 ** 23  # entries of (B, H, T, S) that exist at a time
+
+
+def attention_in_tiles(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
+                       q_pos: Tensor, k_pos: Tensor, window: int,
+                       scale: float) -> Tensor:
+    """`attention_concat` over the visible keys, some queries at a time.
+
+    q (B, T, H, C); k, v (B, S, G, C); sinks (H,); q_pos (B, T) and
+    k_pos (B, S) int64, -1 for padding; window 0 means none. Returns
+    (B, T, H, C). A query's row of scores depends on no other query, so the
+    tiles change the memory, not the result.
+    """
+    B, T, H, _ = q.shape
+    rows = max(1, SCORES_AT_ONCE // max(1, B * H * k.shape[1]))
+    tiles = [
+        attention_concat(
+            q[:, t:t + rows], k, v, sinks,
+            visible(q_pos[:, t:t + rows], k_pos, window or None), scale)
+        for t in range(0, T, rows)]
+    return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=1)
+
+def _define_attention() -> None:
+    """Declare gptoss::sink_attention once, whoever asks first."""
+    if hasattr(torch.ops.gptoss, "sink_attention"):
+        return
+    torch.library.define(
+        "gptoss::sink_attention",
+        "(Tensor q, Tensor k, Tensor v, Tensor sinks, Tensor q_pos,"
+        " Tensor k_pos, int window, float scale) -> Tensor")
+    torch.library.impl("gptoss::sink_attention", "CompositeImplicitAutograd",
+                       attention_in_tiles)
+
+
+_define_attention()
+
+# ---- The attention layer
+
+class Attention(nn.Module):
+    """Grouped-query attention with RoPE, sinks and, perhaps, a window."""
+
+    def __init__(self, config: GptOssConfig, layer: int,
+                 dtype: torch.dtype, device=None) -> None:
+        super().__init__()
+        D, C = config.hidden_size, config.head_dim
+        H, G = config.num_attention_heads, config.num_key_value_heads
+        self.layer, self.head_dim = layer, C
+        sliding = config.layer_types[layer] == "sliding_attention"
+        self.window = config.sliding_window if sliding else 0
+        like = {"dtype": dtype, "device": device}
+        self.q_proj = nn.Linear(D, H * C, **like)
+        self.k_proj = nn.Linear(D, G * C, **like)
+        self.v_proj = nn.Linear(D, G * C, **like)
+        self.o_proj = nn.Linear(H * C, D, **like)
+        self.sinks = nn.Parameter(torch.zeros(H, **like))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor,
+                positions: Tensor, cache: Cache | None = None) -> Tensor:
+        """x (B, T, D), tables (B, T, C/2), positions (B, T) -> (B, T, D)."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = apply_rope(self.q_proj(x).view(heads), cos, sin)
+        k = apply_rope(self.k_proj(x).view(heads), cos, sin)
+        v, k_pos = self.v_proj(x).view(heads), positions
+        if cache is not None:
+            k, v, k_pos = cache.update(self.layer, k, v, positions)
+        out = torch.ops.gptoss.sink_attention(
+            q, k, v, self.sinks, positions, k_pos, self.window,
+            self.head_dim ** -0.5)
+        return self.o_proj(out.flatten(2))
+
+# ---- The block
+
+class MLP(nn.Module):
+    """The router and the experts it chooses from."""
+
+    def __init__(self, config: GptOssConfig, dtype: torch.dtype,
+                 device=None, packed: bool = True) -> None:
+        super().__init__()
+        self.router = Router(config, dtype=dtype, device=device)
+        self.experts = Experts(config, packed, dtype, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D), each token on its own."""
+        tokens = x.flatten(0, 1)
+        weights, ids = self.router(tokens)
+        return self.experts(tokens, ids, weights).view_as(x)
+
+
+class Block(nn.Module):
+    """One layer: attention and experts, each added to the stream."""
+
+    def __init__(self, config: GptOssConfig, layer: int, dtype: torch.dtype,
+                 device=None, packed: bool = True) -> None:
+        super().__init__()
+        D, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(D, eps, dtype, device)
+        self.self_attn = Attention(config, layer, dtype, device)
+        self.post_attention_layernorm = RMSNorm(D, eps, dtype, device)
+        self.mlp = MLP(config, dtype, device, packed)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor,
+                positions: Tensor, cache: Cache | None = None) -> Tensor:
+        """x (B, T, D) -> (B, T, D); the rest as in `Attention.forward`."""
+        h = x + self.self_attn(self.input_layernorm(x), cos, sin, positions,
+                               cache)
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+# ---- The stack
+
+@lru_cache(maxsize=64)
+def _frequencies(config: GptOssConfig, device: torch.device,
+                 dtype: torch.dtype) -> tuple[Tensor, float]:
+    """`rope_parameters` for activations of dtype: fp32, or float64."""
+    with torch.inference_mode(False):  # it outlives the caller's mode
+        inv_freq, concentration = rope_parameters(config, "cpu")
+        wide = torch.promote_types(dtype, torch.float32)
+        return inv_freq.to(device, wide), concentration
+
+
+class Stack(nn.Module):
+    """Embedding, L blocks, norm and head: arithmetic, and no checks."""
+
+    def __init__(self, config: GptOssConfig, dtype: torch.dtype,
+                 device=None, packed: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        D, V = config.hidden_size, config.vocab_size
+        like = {"dtype": dtype, "device": device}
+        self.embed_tokens = nn.Embedding(V, D, **like)
+        self.layers = nn.ModuleList(
+            Block(config, n, dtype, device, packed)
+            for n in range(config.num_hidden_layers))
+        self.norm = RMSNorm(D, config.rms_norm_eps, dtype, device)
+        self.lm_head = nn.Linear(D, V, bias=False, **like)
+
+    def run(self, tokens: Tensor, positions: Tensor,
+            cache: Cache | None = None, logits_to_keep: int = 0) -> Tensor:
+        """tokens, positions (B, T), -1 = padding -> logits (B, T, V)."""
+        x = self.embed_tokens(tokens)
+        cos, sin = rope_tables(
+            positions, *_frequencies(self.config, x.device, x.dtype),
+            x.dtype)
+        for layer in self.layers:
+            x = layer(x, cos, sin, positions, cache)
+        return self.lm_head(self.norm(x[:, -logits_to_keep:]))
+
+def initialise(model: nn.Module) -> None:
+    """Linear and embedding weights normal(0, 0.02), biases 0, in place."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+# ---- Checks and positions
+
+class ModelError(ValueError):
+    """Tokens or a mask that the model cannot take."""
+
+
+def check_tokens(tokens: Tensor, attention_mask: Tensor | None,
+                 config: GptOssConfig) -> None:
+    """Raise ModelError unless tokens (B, T) and the mask can be run."""
+    shape, most = tuple(tokens.shape), config.max_position_embeddings
+    if tokens.ndim != 2 or tokens.is_floating_point():
+        raise ModelError("tokens: expected integers of shape (B, T), found "
+                         f"{tokens.dtype} of shape {shape}")
+    if tokens.numel() == 0:
+        raise ModelError("tokens: expected at least one, found an empty "
+                         f"prompt of shape {shape}")
+    if attention_mask is not None and attention_mask.shape != tokens.shape:
+        raise ModelError(f"attention_mask: expected shape {shape} as tokens "
+                         f"has, found {tuple(attention_mask.shape)}")
+    if tokens.shape[1] > most:
+        raise ModelError(f"tokens: expected at most {most} "
+                         f"(max_position_embeddings), found {shape[1]}")
+    for token in torch.stack(tokens.aminmax()).tolist():
+        if not 0 <= token < config.vocab_size:
+            raise ModelError(f"token id: expected 0 to "
+                             f"{config.vocab_size - 1}, found {token}")
+
+def token_positions(tokens: Tensor, attention_mask: Tensor | None = None,
+                    cache: Cache | None = None) -> Tensor:
+    """Positions (B, T) int64 of tokens after those in the cache."""
+    start = None if cache is None else cache.lengths.to(tokens.device)
+    if attention_mask is not None:
+        return positions_from_mask(attention_mask, start)
+    steps = torch.arange(tokens.shape[1], device=tokens.device)
+    if start is None:
+        return steps.expand(tokens.shape)
+    return start[:, None] + steps
+
+# ---- The front door
+
+class GptOss(Stack):
+    """gpt-oss: token ids in, logits out.
+
+    With packed=True the experts hold MXFP4 (zeros until loaded); with
+    packed=False they are dense and, like the rest, drawn at random with
+    biases and sinks 0 and norms 1: ready to train.
+    """
+
+    def __init__(self, config: GptOssConfig,
+                 dtype: torch.dtype = torch.bfloat16, device=None,
+                 packed: bool = True) -> None:
+        super().__init__(config, dtype, device, packed)
+        initialise(self)
+
+    def forward(self, tokens: Tensor, cache: Cache | None = None,
+                attention_mask: Tensor | None = None,
+                logits_to_keep: int = 0) -> Tensor:
+        """tokens (B, T) int64 -> logits (B, T, V) in the model's dtype.
+
+        cache: the tokens continue what it holds, and enter it.
+        attention_mask (B, T): false = padding, anywhere; its logits mean
+        nothing. logits_to_keep: only the last so many columns (0: all).
+        ModelError: ids out of range, no tokens, wrong rank, too many.
+        CacheError: no room; the cache is then unchanged.
+        """
+        check_tokens(tokens, attention_mask, self.config)
+        positions = token_positions(tokens, attention_mask, cache)
+        if cache is None:
+            return self.run(tokens, positions, None, logits_to_keep)
+        cache.check(positions)
+        logits = self.run(tokens, positions, cache, logits_to_keep)
+        cache.advance(positions)
+        return logits
+
+    def new_cache(self, batch_size: int = 1, max_tokens: int | None = None,
+                  slack: int = 0) -> Cache:
+        """A `Cache` of this model's configuration, dtype and device."""
+        weight = self.embed_tokens.weight
+        return Cache(self.config, batch_size, max_tokens, slack=slack,
+                     dtype=weight.dtype, device=weight.device)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path,
+                        dtype: torch.dtype = torch.bfloat16, device="cpu",
+                        packed: bool = True, revision: str | None = None
+                        ) -> "GptOss":
+        """The model in a folder or a hub repository, in any layout.
+
+        dtype: of everything but packed experts. packed: keep MXFP4 experts
+        packed (a bf16 checkpoint has none and loads dense); False decodes
+        them to dtype. Parameters are frozen; call requires_grad_() to train.
+        Tensors on the CPU whose dtype agrees stay memory-mapped. Raises
+        CheckpointError or ConfigError naming the file and the tensor.
+        """
+        with Checkpoint.open(resolve(path, revision)) as checkpoint:
+            packed = packed and checkpoint.layout != "bf16"
+            model = cls(checkpoint.config, dtype, "meta", packed)
+            model.requires_grad_(False)
+            tensors = dict(load_tensors(checkpoint, dtype, device, packed))
+        model.load_state_dict(tensors, assign=True)
+        return model.eval()
+
+# ---- Loading
+
+def load_tensors(checkpoint: Checkpoint, dtype: torch.dtype, device,
+                 packed: bool) -> Iterator[tuple[str, Tensor]]:
+    """The checkpoint's tensors under this model's names, one at a time.
+
+    Where dtype and device agree with the file, a tensor is a view of the
+    mapped file and costs no memory; otherwise one at a time is converted.
+    """
+    for name in checkpoint.names():
+        target, tensor = name.removeprefix("model."), checkpoint.read(name)
+        if name.endswith("_scales"):
+            check_scales(name, tensor)
+            if not packed:
+                continue
+        elif name.endswith("_blocks") and not packed:
+            target = target.removesuffix("_blocks")
+            scales = checkpoint.read(name.removesuffix("blocks") + "scales")
+            tensor = decode(tensor.to(device), scales.to(device), dtype)
+        elif target.endswith(("gate_up_proj", "down_proj")):
+            tensor = tensor.transpose(1, 2)  # HF: (E, in, out)
+        wanted = tensor.dtype if tensor.dtype == torch.uint8 else dtype
+        yield target, tensor.to(device, wanted)
+
+
+def check_scales(name: str, scales: Tensor) -> None:
+    """Raise CheckpointError if a scale byte is 255, which means NaN."""
+    bad = int((scales == SCALE_NAN).sum())
+    if bad:
+        raise CheckpointError(f"{name}: expected scale bytes 0 to 254, found "
+                              f"{bad} of {SCALE_NAN} (NaN)")
