@@ -444,10 +444,11 @@ print("equal for 7 windows and none")
 # - [Megatron-LM#2771](https://github.com/NVIDIA/Megatron-LM/pull/2771):
 #   the mask was right, the scripts passed `--window-size 128,0`, which
 #   with inclusive bounds is 129 keys; now `127,0`.
-#   [Megatron-Bridge#2656](https://github.com/NVIDIA-NeMo/Megatron-Bridge/pull/2656)
-#   fixed the same for four model families, and
-#   [transformers#39408](https://github.com/huggingface/transformers/issues/39408)
-#   reported it for FlashAttention.
+#   [Megatron-Bridge#2656][mb] fixed the same for four model families, and
+#   [transformers#39408][tf] reported it for FlashAttention.
+#
+# [mb]: https://github.com/NVIDIA-NeMo/Megatron-Bridge/pull/2656
+# [tf]: https://github.com/huggingface/transformers/issues/39408
 #
 # One function in positions, and the pictures, are this book's guard.
 

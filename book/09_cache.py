@@ -15,11 +15,230 @@
 
 # %% [markdown]
 # # The cache
+#
+# ## Question
+#
+# *What must be kept of the tokens already read, and what does it take to
+# forget some of them again?*
+#
+# A token leaves 2048 bytes in each layer: 8 key heads and 8 value heads of
+# 64 bf16 numbers. Kept in all 24 layers of the 20b, a conversation of
+# 131,072 tokens takes 6.44 GB. Half of that is never looked at again: the 12
+# sliding layers need 3.1 MB together. But what they let go is gone. Take back
+# 200 tokens of a chat and the sliding layers no longer know what stood before
+# them; recomputing the whole conversation would mend it, and so do its last
+# 1524 tokens, exactly.
+
+# %% tags=["hide-input"]
+import matplotlib.pyplot as plt
+import torch
+
+from gptoss.config import GptOssConfig
+from gptoss.masks import picture, positions_from_mask, visible
+from gptoss.sinks import attention_concat
+
+plt.style.use("_static/book.mplstyle")
+torch.manual_seed(0)
+
+small, large = GptOssConfig.gpt_oss_20b(), GptOssConfig.gpt_oss_120b()
+sliding = small.layer_types.count("sliding_attention")
+token = 2 * small.num_key_value_heads * small.head_dim * 2  # k and v, bf16
+print(f"{token} bytes a token and layer")
+print(f"one tape a layer: {small.num_hidden_layers * token * 131_072:,}")
+print(f"sliding layers need: {sliding * token * small.sliding_window:,}")
+print(f"replay: {sliding * (small.sliding_window - 1)} tokens")
+
+# %% [markdown]
+# ## Picture
+#
+# A *ring* of R slots puts position p into slot p mod R; a *tape* puts it into
+# slot p and is replaced by one of twice the size when it is full. Read a
+# column as the memory after that many tokens; the colour says which position
+# a slot holds. In the ring the colours climb in a sawtooth, each slot being
+# overwritten after R tokens; on the tape a slot keeps its colour for ever,
+# and the white area under the line is memory reserved but not yet used.
+
+# %% tags=["hide-input"]
+R, steps = 8, 40
+time = torch.arange(1, steps + 1)[None, :]
+slot = torch.arange(R)[:, None]
+ring = time - 1 - (time - 1 - slot) % R  # the latest p < time with p % R = s
+ring = ring.float().masked_fill(ring < 0, float("nan"))
+slot = torch.arange(64)[:, None]
+tape = slot.expand(64, steps).float().masked_fill(slot >= time, float("nan"))
+figure, (left, right) = plt.subplots(
+    1, 2, figsize=(7, 2.9), gridspec_kw={"width_ratios": [1, 1.15]})
+for axes, held, title in ((left, ring, f"Ring, R = {R}"),
+                          (right, tape, "Tape, doubling from 4")):
+    drawn = axes.imshow(held, origin="lower", aspect="auto", vmin=0,
+                        vmax=steps, extent=(0.5, steps + 0.5, -0.5,
+                                            len(held) - 0.5))
+    axes.set(xlabel="tokens taken in", ylabel="slot", title=title)
+    axes.grid(False)
+capacity = 4 * 2 ** ((time[0] / 4).log2().ceil().clamp(min=0))
+right.step(time[0], capacity - 0.5, where="mid", color="#D55E00",
+           label="capacity")
+right.legend(loc="upper left")
+figure.colorbar(drawn, ax=right, label="position held")
+plt.show()
+
+# %% [markdown]
+# ## The naive version
+#
+# Write the chunk into the ring, then attend to the ring. For one token at a
+# time that is right. For a prompt longer than the window it is wrong twice
+# over: the early queries' keys are gone, and if the mask is the usual
+# triangle, cut to R columns, what stands in their slots comes from the
+# future. litgpt did exactly this until it refused such prompts (litgpt#2182).
+# Ten tokens, window 4:
+
+# %%
+W, T, H, G, C = 4, 10, 2, 1, 8
+q = torch.randn(1, T, H, C)
+k, v = torch.randn(2, 1, T, G, C).unbind()
+sinks, where = torch.zeros(H), torch.arange(T)[None]
+ring_k, ring_v = torch.zeros(2, 1, W, G, C).unbind()
+ring_at = torch.zeros(1, W, dtype=torch.int64)
+for p in range(T):
+    ring_k[:, p % W], ring_v[:, p % W] = k[:, p], v[:, p]
+    ring_at[:, p % W] = p
+
+truth = visible(where, where, W)
+right = attention_concat(q, k, v, sinks, truth, C ** -0.5)
+triangle = torch.ones(T, T).tril().bool()[None, :, :W]
+wrong = attention_concat(q, ring_k, ring_v, sinks, triangle, C ** -0.5)
+print("query 2 should see", where[0, truth[0, 2]].tolist(), "and sees",
+      ring_at[0, triangle[0, 2]].tolist())
+honest = attention_concat(q, ring_k, ring_v, sinks,
+                          visible(where, ring_at, W), C ** -0.5)
+for name, out in (("triangle", wrong), ("by position", honest)):
+    bad = (out - right).abs().amax((0, 2, 3)) > 1e-5
+    print(f"mask {name:12} wrong at queries {bad.nonzero()[:, 0].tolist()}")
+
+# %% [markdown]
+# A mask made of true positions stops the look into the future and nothing
+# else: queries 0 to 8 still miss keys. Below, what each query may see of the
+# ten keys, and what it finds of them in the ring.
+
+# %%
+found = visible(where, ring_at, W)
+for full, part in zip(picture(truth[0]).split(), picture(found[0]).split(),
+                      strict=True):
+    print(full, " ", part)
+
+# %% [markdown]
+# ## Derivation
+#
+# ### Bytes
+#
+# With $n$ sliding and $m$ full layers, window W, $b$ bytes a number and $t$
+# tokens,
+#
+# $$ \text{bytes} = 2\,G\,C\,b\,\bigl(n\,(W + s) + m\,t\bigr)
+#    \quad\text{a row of the batch} $$ (eq-cache-bytes)
+#
+# where $s \ge 0$ is the *slack*, slots of the ring beyond the window. What
+# they buy comes out below. Only the second term grows.
+#
+# ### Reading before or after writing
+#
+# A ring of $R = W + s$ slots has position p in slot $p \bmod R$. Let a chunk
+# hold positions $p, …, p + T - 1$. Writing it overwrites positions up to
+# $p + T - 1 - R$. The first query still needs $p - W + 1$. So the ring may be
+# written first and then read, in place, exactly if
+# $p + T - 1 - R < p - W + 1$, that is
+#
+# $$ T \le s + 1 . $$ (eq-cache-inplace)
+#
+# One token always fits. A longer chunk must look at a copy: the old ring,
+# then the whole chunk, with a mask made of positions; only then is the ring
+# overwritten by the chunk's last R tokens.
+#
+# ### Taking back
+#
+# After $t$ tokens the ring holds $t - R, …, t - 1$. Go back to $\ell < t$
+# tokens: the next query is at $\ell$ and needs $\ell - W + 1, …, \ell - 1$
+# from the ring (it brings its own key). So they are all there if
+# $t - W - s \le \ell - W + 1$:
+#
+# $$ t - \ell \le s + 1 . $$ (eq-cache-slack)
+#
+# The same number twice: a ring with slack s can verify $s + 1$ speculated
+# tokens in place and take all of them back.
+#
+# ### Taking back more: replay
+#
+# Beyond the slack the rings are useless; the tapes are not, since a full
+# layer's keys of positions below $\ell$ are still there and still right.
+# Clear the rings and feed positions $r, …, \ell - 1$ again. From where on is
+# what the layers compute right?
+#
+# Number the sliding layers $j = 0, …, n-1$ from below and let layer j's
+# input be right from position $c_j$ on. Its keys, too, are then right from
+# $c_j$ on. Its output at p mixes values of $p - W + 1, …, p$ and is right
+# from $c_j + W - 1$ on. A full layer adds no error: its query at p is right
+# whenever its input is, and the keys it looks at are those on the tape.
+# Embeddings know nothing of the past, so $c_0 = r$ and
+#
+# $$ c_{j+1} = c_j + (W - 1) \quad\Rightarrow\quad
+#    c_j = r + j\,(W - 1) . $$ (eq-cache-front)
+#
+# A replayed token must therefore **not** be written to a tape that already
+# holds its position: for $p < c_j$ the new key is wrong and the old one
+# right. The next query, at $\ell$, needs all rings right from
+# $\ell - W + 1$ on. The last one, $j = n - 1$, is the hardest:
+# $r + (n-1)(W-1) \le \ell - W + 1$, or
+#
+# $$ r = \max\bigl(0,\; \ell - n\,(W - 1)\bigr) . $$ (eq-cache-replay)
+#
+# If the maximum is 0 nothing is missing anyway. From $\ell$ on outputs are
+# exact; those of the replayed tokens, $\ell - 1$ included, are not: to draw
+# the token at $\ell$ anew, roll back to $\ell - 1$ and feed that token. The
+# price does not depend on the length of the conversation. In the picture (n
+# = 3, W = 4, $\ell$ = 20, so r = 11) the wrong keys form a staircase from
+# below that ends just where the framed keys, those the next query needs,
+# begin.
+
+# %% tags=["hide-input"]
+W, n, length = 4, 3, 20
+start = length - n * (W - 1)
+names = [f"{kind} {j}" for j in range(n) for kind in ("sliding", "full")]
+styles = {"on the tape, kept": ("s", "#0072B2"),
+          "replayed, wrong": ("x", "#D55E00"),
+          "replayed, right": ("s", "#009E73")}
+points = {name: [] for name in styles}
+for row, name in enumerate(names):
+    for p in range(6, length):
+        if name.startswith("full"):
+            points["on the tape, kept"].append((p, row))
+        elif p >= start:
+            ok = p >= start + (row // 2) * (W - 1)
+            points[f"replayed, {'right' if ok else 'wrong'}"].append((p, row))
+figure, axes = plt.subplots(figsize=(7, 2.6))
+for name, (marker, colour) in styles.items():
+    axes.scatter(*zip(*points[name], strict=True), marker=marker, s=60,
+                 c=colour, label=name)
+for row in range(0, 2 * n, 2):
+    axes.add_patch(plt.Rectangle((length - W + 0.5, row - 0.4), W - 1, 0.8,
+                                 fill=False, ec="black", lw=1.5))
+axes.axvline(length - 0.5, color="black", ls="--", lw=1)
+axes.set(xlabel="position", yticks=range(2 * n), yticklabels=names,
+         xticks=range(6, length + 1, 2), ylim=(-0.6, 2 * n - 0.4),
+         xlim=(5.4, 20.4), title="Stored keys after the replay")
+axes.grid(False)
+axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+plt.show()
 
 # %% [markdown]
 # ## Code
 #
 # ### What a row holds
+#
+# A batch has rows of unequal length, and padding never enters the cache.
+# Every row counts its own positions. All rings hold the same positions, and
+# so do all tapes: four small tensors describe the whole cache. They are
+# never changed, only replaced, so that a failed forward leaves them as they
+# were.
 
 # %% tags=["export"]
 from dataclasses import dataclass, field, replace
@@ -49,9 +268,16 @@ class Rows:
         ring = torch.full((batch, size), -1, device=device)
         return cls(zeros, zeros, zeros, ring)
 
+# %%
+rows = Rows.empty(batch=2, size=4)
+print(rows.lengths.tolist(), rows.ring.tolist())
 
 # %% [markdown]
 # ### Refusing before writing
+#
+# Positions come from `positions_from_mask` of chapter 6. A row that does not
+# continue where the cache stands would be a silent error, and a cache that
+# is too small a late one: both are found before the first layer writes.
 
 # %% tags=["export"]
 def check_positions(rows: Rows, positions: Tensor, max_tokens: int,
@@ -78,9 +304,22 @@ def check_positions(rows: Rows, positions: Tensor, max_tokens: int,
         raise CacheError(f"cache too small: {option} is {max_tokens}, this "
                          f"forward needs {needed} tokens")
 
+# %%
+mask = torch.tensor([[False, True, True, True], [True, True, True, True]])
+chunk = positions_from_mask(mask, rows.lengths)
+check_positions(rows, chunk, max_tokens=4, option="max_tokens")
+for case, limit in ((chunk + 1, 9), (chunk, 3)):
+    try:
+        check_positions(rows, case, limit, option="max_tokens")
+    except CacheError as error:
+        print(error)
 
 # %% [markdown]
 # ### One plan for all layers
+#
+# Which column of the chunk goes into which slot is the same for all rings
+# and the same for all tapes. So it is computed once, with one look at the
+# device, and every layer only copies.
 
 # %% tags=["export"]
 @dataclass
@@ -100,7 +339,6 @@ def _targets(keep: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """keep, slots (B, T) -> row, column and slot of what is kept."""
     row, column = keep.nonzero(as_tuple=True)
     return row, column, slots[row, column]
-
 
 # %% tags=["export"]
 def plan_chunk(rows: Rows, positions: Tensor, slack: int) -> Plan:
@@ -123,6 +361,20 @@ def plan_chunk(rows: Rows, positions: Tensor, slack: int) -> Plan:
         _targets(real & (positions >= rows.held[:, None]), positions),
         slots.where(slots < held[:, None], -1))
 
+# %% [markdown]
+# Two rows of 3 and 4 tokens, then 3 more for the second: the first row, all
+# padding, keeps its ring; the second overwrites three of its slots. `before`
+# says that a chunk of three has to look at the old ring.
+
+# %%
+plan = plan_chunk(rows, chunk, slack=0)
+rows = plan.rows
+print("rings:", rows.ring.tolist(), "lengths:", rows.lengths.tolist())
+mask = torch.tensor([[False] * 3, [True] * 3])
+plan = plan_chunk(rows, positions_from_mask(mask, rows.lengths), slack=0)
+print("rings:", plan.rows.ring.tolist())
+print("look at a copy:", plan.before is not None)
+print("tapes:", plan.tape_positions.tolist())
 
 # %% [markdown]
 # ### The ring
@@ -157,6 +409,12 @@ def _zeros(shape, dtype, device) -> tuple[Tensor, Tensor]:
     return (torch.zeros(shape, dtype=dtype, device=device),
             torch.zeros(shape, dtype=dtype, device=device))
 
+# %%
+ring = Ring((2, 4, 1, 1), torch.float32, None)
+values = 10 * plan.positions[..., None, None].float()
+seen, _, positions = ring.update(values, values, plan)
+print("looks at positions", positions[1].tolist())
+print("ring afterwards   ", ring.k[1].flatten().tolist())
 
 # %% [markdown]
 # ### The tape
@@ -188,9 +446,22 @@ class Tape:
         used = plan.tape_positions.shape[1]
         return self.k[:, :used], self.v[:, :used], plan.tape_positions
 
+# %%
+tape = Tape((2, 4, 1, 1), torch.float32, None)
+tape.reserve(7, limit=100)
+seen, _, positions = tape.update(values, values, plan)
+print("slots:", tape.k.shape[1], " returned:", seen.shape[1], " a view:",
+      seen.data_ptr() == tape.k.data_ptr())
 
 # %% [markdown]
 # ### Going back
+#
+# {eq}`eq-cache-slack` and {eq}`eq-cache-replay` for a batch. `held` stays
+# above `lengths` while a replay is under way; that is how `plan_chunk` knows
+# what not to write to a tape. Two conditions must hold for a row to go on
+# without a replay: its ring reaches back far enough, and what lies in it is
+# right. The second can fail when one replay is cut short by the next
+# rollback.
 
 # %% tags=["export"]
 def roll_back(rows: Rows, length: int, window: int, replay: int
@@ -212,13 +483,23 @@ def roll_back(rows: Rows, length: int, window: int, replay: int
     return Rows(lengths, held, rows.start.where(~again, lengths),
                 rows.ring.where(keep, -1)), again
 
+# %%
+full = Rows(*torch.tensor([[20], [20], [0]]),
+            ring=torch.tensor([[20 - 4 + i for i in range(4)]]))
+for length in (19, 18):  # window 4, two sliding layers, no slack
+    after, again = roll_back(full, length, window=4, replay=2 * 3)
+    print(f"to {length}: replay {again.item()}, feed from "
+          f"{after.lengths.item()}, tapes hold {after.held.item()}")
 
 # %% [markdown]
-# ### All layers
+# ### The memory of all layers
+#
+# Three steps make the class: what it holds, how it takes tokens in, how it
+# gives them up again.
 
 # %% tags=["export"]
-class _Layers:
-    """The memory of a cache: a ring or a tape for each layer."""
+class _Storage:
+    """A ring or a tape for every layer, and the state of the rows."""
 
     def __init__(self, config: GptOssConfig, batch_size: int = 1,
                  max_tokens: int | None = None,
@@ -243,27 +524,6 @@ class _Layers:
                        if max_tokens is None else (max_tokens, "max_tokens"))
         rings = sum(isinstance(layer, Ring) for layer in self.layers)
         self._replay = rings * (self.window - 1)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all keys and values, slots not yet used included."""
-        return sum(x.k.nbytes + x.v.nbytes for x in self.layers)
-
-
-# %% tags=["export"]
-class Cache(_Layers):
-    """Keys and values of all layers, for a batch of unequal rows.
-
-    Cache(config, batch_size=1, max_tokens=None, dtype=bfloat16, device=None,
-    slack=0): max_tokens preallocates the tapes and is a limit; without it
-    they grow by doubling. slack: ring slots beyond the window; slack + 1
-    tokens can be taken back without replay. A forward calls `check`, then
-    `update` once a layer, then `advance`, with the same positions. Keys and
-    values are detached. Misuse raises CacheError.
-    """
-
-    def __init__(self, *args, **options) -> None:
-        super().__init__(*args, **options)
         self.reset()
 
     def reset(self) -> None:
@@ -282,6 +542,32 @@ class Cache(_Layers):
         """Tokens taken in by the longest row."""
         return int(self.lengths.max())
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values, slots not yet used included."""
+        return sum(x.k.nbytes + x.v.nbytes for x in self.layers)
+
+# %%
+tiny = GptOssConfig(
+    num_hidden_layers=4, num_local_experts=2, num_experts_per_tok=1,
+    vocab_size=64, hidden_size=16, intermediate_size=32, head_dim=8,
+    num_attention_heads=4, num_key_value_heads=2, sliding_window=8)
+storage = _Storage(tiny, batch_size=3, max_tokens=100, slack=2)
+print([f"{type(x).__name__} {x.k.shape[1]}" for x in storage.layers])
+assert storage.nbytes == 3 * 2 * 2 * 8 * 2 * (2 * (8 + 2) + 2 * 100)
+
+# %% [markdown]
+# ### Taking tokens in
+#
+# A forward calls `check`, then `update` once a layer, then `advance`. The
+# rows change in `advance` only. A forward that dies half-way (memory, an
+# interrupt) leaves some rings overwritten; the plan that is still open gives
+# it away, and `rollback` knows that these rings cannot be trusted.
+
+# %% tags=["export"]
+class _Intake(_Storage):
+    """check, update once a layer, advance: with the same positions."""
+
     def check(self, positions: Tensor) -> None:
         """Raise CacheError if a forward of positions (B, T) cannot run."""
         if self._plan is not None:
@@ -289,11 +575,16 @@ class Cache(_Layers):
                              "advance(): call rollback() or reset()")
         check_positions(self._rows, positions, *self._limit)
 
+    def _same(self, positions: Tensor) -> bool:
+        """Are these the positions of the forward under way?"""
+        plan = self._plan
+        return plan is not None and (plan.positions is positions or
+                                     torch.equal(plan.positions, positions))
+
     def _planned(self, layer: int, positions: Tensor) -> Plan:
         """The plan of this forward, made when its first layer asks."""
         plan = self._plan
-        if plan is None or not (plan.positions is positions
-                                or torch.equal(plan.positions, positions)):
+        if not self._same(positions):
             self.check(positions)
             plan = plan_chunk(self._rows, positions, self.slack)
             for tape in self.layers:
@@ -326,12 +617,40 @@ class Cache(_Layers):
 
     def advance(self, positions: Tensor) -> None:
         """End a forward: from now on its tokens belong to the rows."""
-        plan = self._plan
-        if plan is None or len(plan.done) < len(self.layers):
+        done = self._plan.done if self._same(positions) else ()
+        if len(done) < len(self.layers):
             raise CacheError(f"advance: expected {len(self.layers)} layers "
-                             "updated, found "
-                             f"{len(plan.done) if plan else 0}")
-        self._rows, self._plan = plan.rows, None
+                             f"updated at these positions, found {len(done)}")
+        self._rows, self._plan = self._plan.rows, None
+
+# %%
+cache = _Intake(tiny, batch_size=1, max_tokens=10)
+k, v = torch.randn(2, 1, 9, 2, 8, dtype=torch.bfloat16).unbind()
+for positions in (torch.arange(9)[None], torch.tensor([[9]])):
+    T = positions.shape[1]
+    cache.check(positions)
+    shapes = [cache.update(i, k[:, :T], v[:, :T], positions)[0].shape[1]
+              for i in range(4)]
+    cache.advance(positions)
+    print(f"{T} tokens: the layers look at {shapes} keys")
+try:
+    cache.check(torch.tensor([[10]]))
+except CacheError as error:
+    print(error)
+
+# %% [markdown]
+# ### Giving tokens up
+
+# %% tags=["export"]
+class Cache(_Intake):
+    """Keys and values of all layers, for a batch of unequal rows.
+
+    Cache(config, batch_size=1, max_tokens=None, dtype=bfloat16, device=None,
+    slack=0): max_tokens preallocates the tapes and is a limit; without it
+    they grow by doubling. slack: ring slots beyond the window; slack + 1
+    tokens can be taken back without replay. Keys and values are detached.
+    Misuse raises CacheError.
+    """
 
     def rollback(self, length: int) -> int:
         """Forget every position >= length; return where to feed again.
@@ -350,5 +669,342 @@ class Cache(_Layers):
         self._rows, again = roll_back(rows, length, self.window,
                                       self._replay)
         self._plan = None
-        lengths = self.lengths[again] if again.any() else self.lengths
-        return int(lengths.min() if again.any() else lengths.max())
+        if again.any():
+            return int(self.lengths[again].min())
+        return self.length
+
+# %%
+cache = Cache(tiny, batch_size=1, max_tokens=40, slack=2)
+k, v = torch.randn(2, 1, 40, 2, 8, dtype=torch.bfloat16).unbind()
+
+
+def feed(cache, first, last):
+    positions = torch.arange(first, last)[None]
+    for i in range(4):
+        cache.update(i, k[:, first:last], v[:, first:last], positions)
+    cache.advance(positions)
+
+
+feed(cache, 0, 40)
+print("back to 37, feed from", cache.rollback(37))
+print("back to 30, feed from", cache.rollback(30), "= 30 - 2 * 7")
+
+# %% [markdown]
+# ## It holds
+#
+# A stack of attention layers with sinks and nothing else, alternating like
+# gpt-oss, in float64, with random weights. Without a cache it is the truth;
+# with one it must say the same, however the tokens are cut up.
+
+# %%
+class Stack:
+    """Embedding, place and attention layers: tokens (B, T) -> (B, T, D)."""
+
+    def __init__(self, config):
+        g = torch.Generator().manual_seed(0)
+
+        def draw(*shape):
+            return torch.randn(*shape, generator=g, dtype=torch.float64)
+        D, H, G, C = 16, 4, 2, 8
+        self.config, self.heads = config, (H, G, G)
+        self.embed, self.place = draw(64, D), draw(1024, D)
+        self.layers = [(draw(D, (H + 2 * G) * C) / 2, draw(H * C, D) / 4,
+                        draw(H)) for _ in config.layer_types]
+
+    def new_cache(self, batch=1, **options):
+        return Cache(self.config, batch, dtype=torch.float64, **options)
+
+    def __call__(self, tokens, cache=None, mask=None):
+        mask = torch.ones_like(tokens) > 0 if mask is None else mask
+        positions = positions_from_mask(mask, cache and cache.lengths)
+        x = self.embed[tokens] + self.place[positions]
+        for i, (into, out, sinks) in enumerate(self.layers):
+            normed = 4 * x / x.norm(dim=-1, keepdim=True)
+            qkv = (normed @ into).unflatten(-1, (sum(self.heads), 8))
+            q, k, v = qkv.split(self.heads, dim=2)
+            where = positions
+            if cache is not None:
+                k, v, where = cache.update(i, k, v, positions)
+            slides = self.config.layer_types[i] == "sliding_attention"
+            seen = visible(positions, where,
+                           self.config.sliding_window if slides else None)
+            x = x + attention_concat(q, k, v, sinks, seen,
+                                     8 ** -0.5).flatten(2) @ out
+        if cache is not None:
+            cache.advance(positions)
+        return x
+
+
+net = Stack(tiny)  # four layers, window 8
+tokens = torch.randint(64, (1, 80))
+whole = net(tokens)
+
+
+def same(a, b):
+    return bool((a - b).abs().max() < 1e-10)
+
+# %% [markdown]
+# Every split into a prefill and a decode of one token at a time, 81 splits of
+# 80 tokens (the tests do 300 tokens and windows of 16 and 128), and chunks of
+# 1 to 34 tokens with three slacks.
+
+# %%
+for split in range(81):
+    cache = net.new_cache()
+    parts = [net(tokens[:, :split], cache)] if split else []
+    for i in range(split, min(split + 12, 80)):
+        parts.append(net(tokens[:, i:i + 1], cache))
+    assert same(torch.cat(parts, 1), whole[:, :split + 12])
+for slack in (0, 3, 20):
+    for size in (1, 2, 3, 5, 8, 13, 21, 34):
+        cache = net.new_cache(slack=slack)
+        parts = [net(part, cache) for part in tokens.split(size, 1)]
+        assert same(torch.cat(parts, 1), whole)
+print("81 splits and 24 chunkings agree")
+
+# %% [markdown]
+# Three rows in one batch, each with another share of padding at random
+# places, answer as if each were alone.
+
+# %%
+batch = torch.randint(64, (3, 80))
+rows_fed, cache = [[], [], []], net.new_cache(3)
+outputs = [[], [], []]
+for width in (1, 17, 30, 1, 1, 9, 2):
+    mask = torch.rand(3, width) < torch.tensor([[0.3], [0.7], [1.0]])
+    chunk = torch.randint(64, (3, width))
+    out = net(chunk, cache, mask)
+    for b in range(3):
+        rows_fed[b] += chunk[b, mask[b]].tolist()
+        outputs[b].append(out[b, mask[b]])
+for fed, parts in zip(rows_fed, outputs, strict=True):
+    assert same(torch.cat(parts), net(torch.tensor([fed]))[0])
+print("lengths", cache.lengths.tolist(), "agree")
+
+# %% [markdown]
+# Rollback with replay, to every length, with other tokens afterwards: equal
+# to a fresh cache. And {eq}`eq-cache-replay` is tight: a replay that starts
+# one token later is wrong.
+
+# %%
+n, W = 2, 8
+other = torch.randint(64, (1, 10))
+late = 0.0
+for length in range(1, 79):
+    expected = net(torch.cat([tokens[:, :length], other], 1))[:, length:]
+    for delay in (0, 1) if length % 10 == 0 else (0,):
+        cache = net.new_cache()
+        net(tokens, cache)
+        start = cache.rollback(length)
+        assert start == max(0, length - n * (W - 1))
+        if delay and start:
+            state = cache._rows
+            cache._rows = replace(state, lengths=state.lengths + 1)
+        if cache.length < length:
+            net(tokens[:, cache.length:length], cache)
+        got = net(other, cache)
+        if delay:
+            late = max(late, float((got - expected).abs().max()))
+        else:
+            assert same(got, expected)
+print("78 replays exact; one token late is wrong:", late > 1e-3)
+
+# %% [markdown]
+# ## Against the others
+#
+# Hugging Face's `DynamicCache` keeps W - 1 positions of a sliding layer and
+# always concatenates. Feed both the same chunks: whatever a query may see
+# must be the same keys in the same order.
+
+# %%
+from transformers import DynamicCache
+from transformers import GptOssConfig as HFConfig
+
+hf = DynamicCache(config=HFConfig(
+    num_hidden_layers=4, sliding_window=8, num_key_value_heads=2,
+    head_dim=8, layer_types=list(tiny.layer_types)))
+ours, first = Cache(tiny, dtype=torch.float32), 0
+for T in (5, 1, 1, 20, 1, 9):
+    positions = torch.arange(first, first + T)[None]
+    k = torch.randn(1, T, 2, 8)
+    for i, kind in enumerate(tiny.layer_types):
+        a, _, at = ours.update(i, k, k, positions)
+        b, _ = hf.update(k.transpose(1, 2), k.transpose(1, 2), i)
+        b = b.transpose(1, 2)  # (B, G, S, C) to (B, S, G, C)
+        b_at = torch.arange(first + T - b.shape[1], first + T)[None]
+        window = 8 if kind == "sliding_attention" else None
+        for t in range(T):
+            p = positions[:, t:t + 1]
+            mine = a[0][visible(p, at, window)[0, 0]]
+            at_mine = at[0][visible(p, at, window)[0, 0]]
+            theirs = b[0][visible(p, b_at, window)[0, 0]]
+            assert torch.equal(mine[at_mine.argsort()], theirs)
+    ours.advance(positions)
+    first += T
+print(f"{first} tokens, 4 layers: the same keys")
+
+# %% [markdown]
+# Going back is where they part. transformers can take back what a forward
+# brought if recording was switched on before that forward (added in
+# transformers#47447, mended in #48280), and cannot take back more.
+
+# %%
+try:
+    hf.crop(-20)
+except RuntimeError as error:
+    print("transformers:", str(error).split(", ")[1])
+print("ours: feed again from", ours.rollback(first - 20))
+
+# %% [markdown]
+# OpenAI's torch code has no cache. Known elsewhere: a prefill longer than the
+# ring that sees the future (litgpt#2182); chunks longer than the ring can
+# serve, whose first queries lose the keys before the chunk
+# (executorch#20346, where the rule is {eq}`eq-cache-inplace` with s = W).
+#
+# ## In the 20b and the 120b
+#
+# On the meta device a cache has its shapes and therefore its bytes without
+# taking any. At 131,072 tokens the sliding layers hold a thousandth of it.
+
+# %%
+for name, config in (("20b", small), ("120b", large)):
+    layers = config.num_hidden_layers
+    for tokens_held in (1024, 8192, 131_072):
+        cache = Cache(config, max_tokens=tokens_held, device="meta")
+        plain = layers * token * tokens_held
+        assert cache.nbytes == token * layers // 2 * (128 + tokens_held)
+        print(f"{name:>4} {tokens_held:8,} tokens {cache.nbytes:14,} bytes, "
+              f"{100 * cache.nbytes / plain:.1f} % of one tape a layer")
+    print(f"{name:>4} replay: {cache._replay} tokens")
+
+# %% [markdown]
+# ## Cost
+#
+# One token of decoding at length t multiplies its query with every slot
+# returned and mixes as many values: $4HC$ FLOPs a slot and layer, and it
+# reads the bytes of {eq}`eq-cache-bytes`. H/G = 8 query heads share a slot's
+# $4C$ bytes of bf16, so that attention does $4HC / 4GC = 8$ FLOPs a byte,
+# few enough to wait for memory.
+
+# %%
+from torch.utils.flop_counter import FlopCounterMode
+
+cache = net.new_cache(max_tokens=80)
+net(tokens[:, :79], cache)
+H, G, C = 4, 2, 8
+k = torch.zeros(1, 1, G, C, dtype=torch.float64)
+q, sinks = torch.zeros(1, 1, H, C, dtype=torch.float64), torch.zeros(H)
+flops = read = 0
+for i in range(4):
+    with FlopCounterMode(display=False) as counter:
+        keys, vals, at = cache.update(i, k, k, torch.tensor([[79]]))
+        seen = visible(torch.tensor([[79]]), at, 8 if i % 2 == 0 else None)
+        attention_concat(q, keys, vals, sinks, seen, C ** -0.5)
+    flops += counter.get_total_flops()
+    read += keys.nbytes + vals.nbytes
+assert flops == 4 * H * C * 2 * (8 + 80)
+assert read == cache.nbytes
+print(f"{flops:,} FLOPs, {read:,} bytes")
+
+# %% [markdown]
+# A replay costs $n(W-1)$ tokens once, 1524 for the 20b, whatever the length
+# of the chat; without it, taking back the last answer of a conversation of
+# 100,000 tokens costs 100,000.
+#
+# ## Takeaways
+#
+# - Sliding layers need a ring of W slots, full layers a tape; together half
+#   the bytes of one tape a layer, at 131,072 tokens 3.2 GB for the 20b.
+# - A chunk of at most s + 1 tokens may be written before it is read; a longer
+#   one looks at the old ring and at itself. Masks are made of positions.
+# - s + 1 tokens can be taken back for nothing, any number for a replay of
+#   n (W - 1) tokens, which must not touch what the tapes hold.
+#
+# ## Exercises
+#
+# **Exercise 1.** How many conversations of 8192 tokens fit beside the packed
+# 120b (65.2 GB) in 80 GB? How many with one tape a layer?
+
+# %% tags=["hide-cell"]
+room = 80e9 - 65.25e9
+ring_and_tape = Cache(large, max_tokens=8192, device="meta").nbytes
+assert int(room // ring_and_tape) == 48
+assert int(room // (36 * token * 8192)) == 24
+
+# %% [markdown]
+# **Exercise 2.** Hugging Face's sliding layers hold W - 1 positions, ours W.
+# Who is right?
+
+# %% tags=["hide-cell"]
+# Both. The query brings its own key. Who reads old keys and new chunk
+# together needs W - 1 old ones; who writes first and reads in place needs a
+# slot for the new one as well. A ring of W - 1, read in place, is off by one:
+positions = torch.arange(20)[None]
+ring_of_7 = torch.arange(13, 20)[None]  # what 7 slots hold after token 19
+assert int(visible(positions[:, -1:], ring_of_7, 8).sum()) == 7  # not 8
+
+# %% [markdown]
+# **Exercise 3.** A small model proposes 5 tokens, the large one verifies them
+# in one forward, together with the token before them. What slack lets it run
+# in place and take back any number of the 5? Show both.
+
+# %% tags=["hide-cell"]
+for slack in (4, 5):
+    cache = net.new_cache(slack=slack)
+    net(tokens[:, :60], cache)
+    memory = cache.layers[0].k.data_ptr()
+    k = torch.zeros(1, 6, 2, 8, dtype=torch.float64)
+    seen, _, _ = cache.update(0, k, k, torch.arange(60, 66)[None])
+    print(f"slack {slack}: in place {seen.data_ptr() == memory}")
+for back in range(6):
+    cache = net.new_cache(slack=5)
+    net(tokens[:, :60], cache)
+    net(tokens[:, 60:66], cache)
+    assert cache.rollback(66 - back) == 66 - back  # no replay
+
+# %% [markdown]
+# **Exercise 4.** Let the replay overwrite the tapes (set `held` to where the
+# replay starts). Is the next output still right?
+
+# %% tags=["hide-cell"]
+errors = []
+for overwrite in (False, True):
+    cache = net.new_cache()
+    net(tokens, cache)
+    start = cache.rollback(60)
+    if overwrite:
+        cache._rows = replace(cache._rows, held=cache._rows.lengths)
+    net(tokens[:, start:60], cache)
+    got = net(tokens[:, 60:], cache)
+    errors.append(float((got - whole[:, 60:]).abs().max()))
+assert errors[0] < 1e-10 and errors[1] > 1e-3
+# the full layers' queries are right again, and look at wrong keys
+
+# %% [markdown]
+# **Exercise 5.** Two answers to one prompt: fork a cache after the prompt and
+# continue both copies. Then say what it costs in the 20b after 8192 tokens,
+# and which part of it could be shared.
+
+# %% tags=["hide-cell"]
+from copy import deepcopy
+
+cache = net.new_cache()
+net(tokens[:, :50], cache)
+fork = deepcopy(cache)
+a, b = net(tokens[:, 50:60], cache), net(other, fork)
+assert same(a, whole[:, 50:60])
+assert same(b, net(torch.cat([tokens[:, :50], other], 1))[:, 50:])
+cost = Cache(small, max_tokens=8192, device="meta").nbytes
+assert cost == 12 * 2048 * (8192 + 128)  # 204 MB
+# of the tapes all 8192 tokens could be shared, being read only from then on;
+# the rings (3.1 MB) are overwritten and could not
+
+# %% [markdown]
+# ## Sources
+#
+# - {cite}`longformer2020` and {cite}`sparse2019` for windows in alternating
+#   layers, {cite}`gqa2023` for G < H, {cite}`gptoss2025` for the model.
+# - huggingface/transformers, `cache_utils.py`: `DynamicSlidingWindowLayer`
+#   (W - 1 positions, `crop`), transformers#47447, #48280.
+# - mistralai/mistral-inference, `cache.py`: a rotating buffer per layer.
+# - Lightning-AI/litgpt#2182 and #2215, pytorch/executorch#20346.

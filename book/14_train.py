@@ -301,7 +301,7 @@ BEATS = (
 
 # %%
 ways = 1
-for name, lines in BEATS:
+for _, lines in BEATS:
     ways *= len(lines)
 print(f"{len(BEATS)} beats, {ways:.2g} plots, before any word is drawn")
 

@@ -17,9 +17,135 @@
 # # The command line
 
 # %% [markdown]
+# ## Question
+#
+# What does a program owe to somebody who mistypes a path? The Python
+# interface of chapter 10 answers with a traceback, of which one line in ten
+# is of use. And what does it owe to a terminal? Four characters, `ESC [ 2 J`,
+# clear the screen, and a model is free to write them.
+#
+# Two files come out of this appendix: `gptoss/__init__.py`, the names that
+# `import gptoss` offers, and `gptoss/__main__.py`, the commands.
+
+# %% [markdown]
+# ## Picture
+
+# %% tags=["hide-input"]
+import ast
+from importlib.resources import files
+
+import matplotlib.pyplot as plt
+
+plt.style.use("_static/book.mplstyle")
+PACKAGE = files("gptoss")
+ORDER = ["config", "mxfp4", "checkpoint", "rope", "sinks", "masks",
+         "routing", "experts", "cache", "model", "harmony", "generate"]
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Modules of this package that ``tree`` imports from."""
+    return {node.module.removeprefix("gptoss.") for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom)
+            and (node.module or "").startswith("gptoss.")}
+
+
+def closure(names: set[str]) -> set[str]:
+    """``names`` and all that they import, directly or not."""
+    for name in list(names):
+        tree = ast.parse((PACKAGE / f"{name}.py").read_text("utf-8"))
+        names = names | closure(imported(tree))
+    return names
+
+
+program = ast.parse((PACKAGE / "__main__.py").read_text("utf-8"))
+needs = {"--help": set()} | {
+    node.name.removeprefix("run_"): closure(imported(node))
+    for node in program.body if isinstance(node, ast.FunctionDef)
+    and node.name.startswith("run_")}
+fig, ax = plt.subplots(figsize=(7, 1.9))
+for y, (command, used) in enumerate(needs.items()):
+    for x, name in enumerate(ORDER):
+        ax.plot(x, y, "o", color="C0" if name in used else "0.85")
+ax.set_xticks(range(len(ORDER)), ORDER, rotation=40, ha="right")
+ax.set_yticks(range(len(needs)), needs)
+ax.invert_yaxis()
+ax.set_ylim(len(needs) - 0.5, -0.5)
+ax.grid(visible=False)
+plt.show()
+
+# %% [markdown]
+# Which chapters' modules a command loads (blue), from the import statements
+# themselves. `--help` and a mistyped option load none, so they answer in
+# the time Python takes to start; only `generate` needs the model.
+
+# %% [markdown]
+# ## The naive version
+#
+# Call the library, let Python report what goes wrong.
+
+# %%
+import contextlib
+import io
+import tempfile
+import traceback
+
+from gptoss.model import GptOss
+
+try:
+    GptOss.from_pretrained("no/such folder")
+except Exception:
+    report = traceback.format_exc().splitlines()
+print("lines besides the useful one:", len(report) - 1 > 4)
+print(report[-1].partition(": ")[2])
+story = "Once \x1b[2Jupon a time"
+print("ESC reaches the terminal:", "\x1b" in story)
+
+# %% [markdown]
+# The reader of a traceback has to know that the last line is the message.
+# And `print(story)` on a terminal would clear the screen: `\x1b[2J` is an
+# instruction to it. Worse ones exist, which retitle windows, forge links or
+# write to the clipboard, and a model can be led to emit them by any text
+# that it is given to read.
+
+# %% [markdown]
+# ## Derivation
+#
+# **Exit codes.** A shell needs three things kept apart: it worked, what you
+# asked for is wrong, a signal ended it. Signals are reported as 128 plus
+# their number, so
+#
+# $$ \text{code} = \begin{cases} 0 & \text{done} \\
+#    2 & \text{wrong argument or file: one line on stderr} \\
+#    128 + 2 = 130 & \text{Ctrl-C (SIGINT)} \\
+#    128 + 13 = 141 & \text{nobody reads stdout (SIGPIPE)}
+#    \end{cases} $$ (cli-codes)
+#
+# An exception that no module of this package declares as its own is a bug.
+# It keeps its traceback and gives 1: hiding it would only make it harder to
+# report.
+#
+# **Harmless text.** A terminal obeys characters of Unicode category Cc:
+# 32 below the space, DEL, and 32 more from U+0080 on. Nine others, U+202A to
+# U+202E and U+2066 to U+2069, turn the writing direction and can make a
+# line read as something else. Mapping each to a visible one-character
+# picture, newline and tab excepted,
+#
+# $$ v(c) = \begin{cases}
+#    \text{U+2400} + c & c < 32 \\ \text{U+2421} & c = 127 \\
+#    \text{U+FFFD} & \text{C1, direction} \\ c & \text{else} \end{cases}
+#    $$ (cli-visible)
+#
+# acts on characters one at a time. So it can be applied to a stream in any
+# cuts, which removing whole escape sequences cannot.
+
+# %% [markdown]
 # ## Code
 #
 # ### The package's front door
+#
+# `import gptoss` loads nothing: a name is looked up in its module when it is
+# first used (`__getattr__` of a module). With this the command line can
+# answer `--help` without loading torch.
 
 # %% tags=["export:__init__"]
 from importlib import import_module
@@ -48,8 +174,12 @@ def __getattr__(name: str) -> object:
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOME, *_MODULES])
 
+
+# %%
+print(__getattr__("GptOssConfig").__name__, _HOME)
+
 # %% [markdown]
-# ### One line for every mistake
+# ### Text that a terminal cannot obey
 
 # %% tags=["export:__main__"]
 import argparse
@@ -57,7 +187,7 @@ import json
 import os
 import sys
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
@@ -85,6 +215,13 @@ def visible(text: str, keep: str = "\n\t") -> str:
     return "".join(map(show, text))
 
 
+# %%
+print(visible(story), visible("bell \x07, tab \t, delete \x7f, \x9b2J"))
+
+# %% [markdown]
+# ### One line for every mistake
+
+# %% tags=["export:__main__"]
 class Parser(argparse.ArgumentParser):
     """argparse, with one line on stderr and exit 2 for a mistake."""
 
@@ -92,6 +229,13 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
+# %%
+try:
+    Parser(prog="gptoss").parse_args(["--loud"])
+except UsageError as error:
+    print(error)
+
+# %% tags=["export:__main__"]
 MISTAKES = {"gptoss.config": "ConfigError", "gptoss.mxfp4": "MXFP4Error",
             "gptoss.checkpoint": "CheckpointError",
             "gptoss.cache": "CacheError", "gptoss.model": "ModelError",
@@ -106,9 +250,15 @@ def is_mistake(error: BaseException) -> bool:
     A module that was never imported has raised nothing, so none is imported
     here: a wrong option answers at once.
     """
-    classes = [getattr(sys.modules[module], name)
+    classes = [getattr(sys.modules[module], name, UsageError)
                for module, name in MISTAKES.items() if module in sys.modules]
     return isinstance(error, (UsageError, OSError, MemoryError, *classes))
+
+
+# %%
+from gptoss.config import ConfigError
+
+print(is_mistake(ConfigError("rope_type")), is_mistake(KeyError("a bug")))
 
 # %% [markdown]
 # ### What the options mean
@@ -156,6 +306,15 @@ def peak_rss_bytes() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
+
+# %%
+for device in ("toaster", "meta"):
+    try:
+        _device(device)
+    except UsageError as error:
+        print(str(error)[:60])
+print(_dtype("bfloat16"), _device("cpu"), peak_rss_bytes() > 2 ** 20)
+
 # %% [markdown]
 # ### generate
 
@@ -197,8 +356,58 @@ def run_generate(args: argparse.Namespace) -> None:
         print(f"[{len(done.tokens)} tokens, {done.seconds:.1f} s, "
               f"{done.finish_reason}]", file=sys.stderr)
 
+
+# %%
+class Terminal(list):
+    """Stands for a stream that is a terminal."""
+
+    write, flush = list.append, lambda self: None
+    isatty = lambda self: True  # noqa: E731
+
+
+screen = Terminal()
+_writer(screen)(story)
+print(screen)
+
 # %% [markdown]
-# ### inspect and convert
+# ### inspect
+
+# %% tags=["export:__main__"]
+SIZES = {"bytes": "bytes in the file",
+         "parameters_total": "parameters",
+         "parameters_active": "parameters a token uses",
+         "bytes_read_per_token": "weight bytes read for a token",
+         "cache_bytes_per_token": "cache bytes a token adds",
+         "cache_bytes_full": "cache bytes at full length"}
+UNITS = ((1e9, "billion"), (1e6, "million"), (1e3, "thousand"))
+
+
+def with_unit(number: int) -> str:
+    """13761264768 -> '13,761,264,768  (13.8 billion)'."""
+    for size, name in UNITS:
+        if number >= size:
+            return f"{number:,}  ({number / size:.3g} {name})"
+    return f"{number:,}"
+
+
+def summary(report: dict) -> Iterator[tuple[str, str]]:
+    """The rows that `inspect` prints of what `describe` returns."""
+    yield "folder", report["path"]
+    files = report["files"]
+    yield "layout", (f"{report['layout']}, {report['tensors']} tensors in "
+                     f"{len(files)} file{'s' * (len(files) != 1)}")
+    for key, label in SIZES.items():
+        yield label, with_unit(report[key])
+    for part, number in report["parameters"].items():
+        share = number / report["parameters_total"]
+        yield f"  {part}", f"{number:,}  ({share:.1%} of parameters)"
+    for key, value in report["config"].items():
+        if key == "layer_types":
+            value = ", ".join(f"{value.count(kind)} {kind}"
+                              for kind in sorted(set(value)))
+        if not isinstance(value, dict | list):
+            yield f"config.{key}", str(value)
+
 
 # %% tags=["export:__main__"]
 def run_inspect(args: argparse.Namespace) -> None:
@@ -209,21 +418,71 @@ def run_inspect(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(report))
         return
-    print(report)
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_header=False, box=None)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, value in summary(report):  # Text: nothing in it is markup
+        table.add_row(Text(visible(label, "")), Text(visible(value, "")))
+    Console(file=sys.stdout).print(table)
 
 
+# %%
+from gptoss.checkpoint import random_tensors, write_checkpoint
+from gptoss.config import GptOssConfig, bytes_read_per_token
+
+config = GptOssConfig(
+    num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2,
+    vocab_size=256, hidden_size=64, intermediate_size=64, head_dim=16,
+    num_attention_heads=4, num_key_value_heads=2, sliding_window=16,
+    eos_token_id=1, pad_token_id=0)
+with tempfile.TemporaryDirectory() as folder:
+    write_checkpoint(Path(folder, "tiny"), config,
+                     random_tensors(config).items())
+    with contextlib.chdir(folder):
+        run_inspect(argparse.Namespace(path="tiny", json=False))
+
+# %% [markdown]
+# ### convert
+
+# %% tags=["export:__main__"]
 def run_convert(args: argparse.Namespace) -> None:
-    """Rewrites a checkpoint in another layout."""
-    from gptoss.checkpoint import convert, resolve
+    """Rewrites a checkpoint in another layout, with a hash per tensor."""
+    from rich.console import Console
+    from rich.progress import Progress
 
-    manifest = convert(resolve(args.source), Path(args.target), args.layout)
+    from gptoss.checkpoint import Checkpoint, convert, resolve
+
+    source = resolve(args.source)
+    with Checkpoint.open(source) as checkpoint:
+        count = len(checkpoint.names())
+    screen = Console(stderr=True)
+    with Progress(console=screen, disable=not screen.is_terminal,
+                  transient=True) as bar:
+        task = bar.add_task("converting", total=count)
+        manifest = convert(source, Path(args.target), args.layout,
+                           progress=lambda name: bar.advance(task))
     print(f"{len(manifest)} tensors written to {visible(args.target, '')}")
+
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    write_checkpoint(Path(folder, "tiny"), config,
+                     random_tensors(config).items())
+    with contextlib.chdir(folder):
+        for there in ("original", "bf16"):
+            run_convert(argparse.Namespace(
+                source="tiny", target=there, layout=there))
+        print(sorted(path.name for path in Path("original").iterdir()))
 
 # %% [markdown]
 # ### The table of commands
 
 # %% tags=["export:__main__"]
-FIRST_WORDS = "One day"
+FIRST_WORDS = "Once upon a time"
 _MODEL = {"--model": dict(default=str(POCKET), metavar="PATH_OR_ID",
                           help="folder or hub id (default: the one shipped)")}
 _JSON = {"--json": dict(action="store_true", help="one JSON object")}
@@ -265,6 +524,10 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
     return parser
 
+
+# %%
+print(build_parser().parse_args(["generate", "--top-k", "5"]).top_k)
+
 # %% [markdown]
 # ### From arguments to an exit code
 
@@ -273,6 +536,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, 2 for a mistake in the
     arguments or files (one line on stderr), 130 for Ctrl-C, 141 if nobody
     reads stdout any more."""
+    if hasattr(sys.stdout, "reconfigure"):  # not every terminal is UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args = build_parser().parse_args(argv)
         args.run(args)
@@ -282,7 +547,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         # else the interpreter would flush stdout once more and complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
         if not is_mistake(error):
@@ -297,3 +562,209 @@ def main(argv: Sequence[str] | None = None) -> int:
 # whose __name__ is "__main__" too, has no package
 if __name__ == "__main__" and globals().get("__package__") == "gptoss":
     sys.exit(main())
+
+
+# %%
+def run(*argv: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of one command, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(argv)
+    return code, out.getvalue(), err.getvalue()
+
+
+POCKET = str(files("gptoss") / "pocket")
+code, out, err = run("generate", "--model", POCKET, "--dtype", "float32",
+                     "--prompt", "Once upon a time", "--temperature", "0",
+                     "--max-new-tokens", "24", "--json")
+done = json.loads(out)
+print(code, sorted(done))
+print(done["text"])
+
+# %% [markdown]
+# ## It holds
+#
+# **No character that a terminal obeys comes through**, over all of Unicode,
+# and nothing else is touched.
+
+# %%
+changed = [char for char in map(chr, range(0x110000))
+           if visible(char) != char]
+assert len(changed) == 32 + 1 + 32 + len(BIDI) - len("\n\t")
+assert all(visible(visible(char)) == visible(char) for char in changed)
+assert not any(unicodedata.category(visible(char)) == "Cc"
+               for char in map(chr, range(0x110000)) if char not in "\n\t")
+print(len(changed), "characters are shown by a picture of themselves")
+
+# %% [markdown]
+# **Every mistake is one line and a 2**: whatever is wrong, with its name in
+# the line, nothing on stdout. (`tests/test_bad_input.py` breaks a checkpoint
+# in more than thirty ways.)
+
+# %%
+for argv in (["sing"], ["inspect"], ["inspect", "no/such"],
+             ["generate", "--temperature", "cold"],
+             ["generate", "--temperature", "-1"],
+             ["generate", "--top-p", "0"], ["generate", "--prompt", ""],
+             ["generate", "--seed", "-1"],
+             ["generate", "--device", "toaster"],
+             ["generate", "--prompt", "again " * 5000],
+             ["convert", POCKET, POCKET, "--layout", "original"]):
+    if argv[0] == "generate":
+        argv[1:1] = ["--model", POCKET, "--prompt", "Once"]
+    code, out, err = run(*argv)
+    assert (code, out, err.count("\n")) == (2, "", 1), (argv, err)
+    assert err.startswith("gptoss: error: ")
+print(run("generate", "--model", POCKET, "--prompt", "a", "--top-p", "0")[2])
+
+# %% [markdown]
+# **A bug is not hidden.**
+
+# %%
+def buggy(args: argparse.Namespace) -> None:
+    raise ZeroDivisionError("a bug")
+
+
+kept = COMMANDS["inspect"]
+COMMANDS["inspect"] = (buggy, kept[1])
+try:
+    run("inspect", "anything")
+except ZeroDivisionError:
+    print("the traceback of a bug reaches the reader")
+COMMANDS["inspect"] = kept
+
+# %% [markdown]
+# ## Against the others
+#
+# argparse alone answers a mistake with the usage and then the message:
+
+# %%
+plain = argparse.ArgumentParser(prog="plain")
+plain.add_argument("--model")
+heard = io.StringIO()
+with contextlib.redirect_stderr(heard):
+    try:
+        plain.parse_args(["--loud"])
+    except SystemExit as error:
+        print(error.code, "after", heard.getvalue().count("\n"), "lines")
+
+# %% [markdown]
+# OpenAI's `gpt_oss/generate.py`, a demonstration by its own words, prints
+# one line a token, each decoded alone (so characters of several tokens are
+# lost), and stops at `<|endoftext|>` only. Names in a file can carry escape
+# sequences too: llama.cpp#28969 has them act through the program that
+# lists a model's tensors. Here file names, tensor names and model text all
+# pass {eq}`cli-visible` on the way to a terminal.
+
+# %% [markdown]
+# ## In the 20b and the 120b
+#
+# The same commands; only `--model` differs. A folder is read where it lies,
+# anything else of the form `owner/name` is a repository on the hub and is
+# fetched once.
+#
+# ```console
+# $ python -m gptoss inspect openai/gpt-oss-20b
+# $ python -m gptoss generate --model openai/gpt-oss-20b \
+#       --prompt "The capital of France is" --max-new-tokens 32
+# $ python -m gptoss convert openai/gpt-oss-20b there --layout original
+# ```
+
+# %%
+for name, real in (("20b", GptOssConfig.gpt_oss_20b()),
+                   ("120b", GptOssConfig.gpt_oss_120b())):
+    print(name, "reads", with_unit(bytes_read_per_token(real)),
+          "bytes of weights for a token")
+
+# %% [markdown]
+# ## Cost
+#
+# The price of a command is what it imports. `--help` and a mistyped option
+# import nothing of the package beyond its two files:
+
+# %%
+import subprocess
+
+script = ("import sys; from gptoss.__main__ import main; "
+          "code = main(['generate', '--loud']); "
+          "print(code, [m for m in ('torch', 'tokenizers', 'transformers') "
+          "if m in sys.modules])")
+print(subprocess.run([sys.executable, "-c", script], capture_output=True,
+                     text=True).stdout)
+
+# %% [markdown]
+# Making text visible costs one look at each character, $O(n)$, and no state:
+# it can be done to each piece of a stream as it comes.
+
+# %%
+pieces = ["a\x1b", "[2", "Jb"]
+assert "".join(map(visible, pieces)) == visible("".join(pieces))
+
+# %% [markdown]
+# ## Takeaways
+#
+# - A mistake of the user is one line that names the culprit, and exit 2. A
+#   mistake of the program is a traceback.
+# - What a model or a file says reaches a terminal only as visible text.
+# - Commands are rows of a table; each imports what it needs when it runs.
+
+# %% [markdown]
+# ## Exercises
+#
+# **Exercise 1.** Add a command `count` that prints how many tokens a text
+# has, as a row of the table.
+
+# %% tags=["hide-cell"]
+def run_count(args: argparse.Namespace) -> None:
+    """Prints the number of tokens of a text."""
+    from gptoss.harmony import Tokenizer
+
+    print(len(Tokenizer.from_pretrained(args.model).encode(args.text)))
+
+
+COMMANDS["count"] = (run_count, _MODEL | {"text": {}})
+code, out, err = run("count", "--model", POCKET, "Once upon a time")
+print(code, out)
+assert code == 0 and int(out) > 0
+assert run("count", "--model", "no/such", "a")[0] == 2  # errors come along
+
+# %% [markdown]
+# **Exercise 2.** Why does `visible` also act on U+202E? Show a file name
+# that reads as a text file and is not one.
+
+# %% tags=["hide-cell"]
+name = "report\u202etxt.exe"
+print(visible(name))
+# a terminal that obeys U+202E shows the rest from right to left:
+assert name.replace("\u202etxt.exe", "exe.txt") == "reportexe.txt"
+
+# %% [markdown]
+# **Exercise 3.** A program that ignores SIGPIPE sees an error when it
+# writes; one that does not is killed. What does `main` return when the
+# reader has gone, and why must it point stdout at the null device before
+# that?
+
+# %% tags=["hide-cell"]
+script = ("import sys; from gptoss import __main__ as program\n"
+          "def endless(args):\n    while True: print('text')\n"
+          "program.COMMANDS['inspect'] = (endless, {})\n"
+          "sys.exit(program.main(['inspect']))")
+process = subprocess.Popen([sys.executable, "-c", script],
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+process.stdout.readline()
+process.stdout.close()
+complaint = process.stderr.read()
+process.stderr.close()
+print(process.wait(), complaint)
+# Python flushes stdout once more when it exits; with the pipe still behind
+# it that fails again and prints "Exception ignored ... BrokenPipeError"
+assert process.returncode == 141 and complaint == b""
+
+# %% [markdown]
+# ## Sources
+#
+# - Python, `argparse` (`ArgumentParser.error`) and `sys` on SIGPIPE
+#   ("Note on SIGPIPE" of the `signal` module); PEP 562 for `__getattr__` of
+#   a module.
+# - OpenAI, `gpt_oss/generate.py` in openai/gpt-oss.
+# - Escape sequences in files and model output: llama.cpp#28969, CWE-150.

@@ -1,9 +1,12 @@
-"""Generated from book/B_cli.py; edit that, not this."""
+"""The command line
 
-# ---- The package's front door
+Generated from book/B_cli.py; edit the chapter, not this file.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+# --- The package's front door ------------------------------------------------
 
 if TYPE_CHECKING:
     from gptoss.config import GptOssConfig as GptOssConfig
@@ -27,3 +30,9 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOME, *_MODULES])
+
+
+__all__ = [
+    "TYPE_CHECKING",
+    "import_module",
+]

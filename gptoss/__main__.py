@@ -1,16 +1,19 @@
-"""Generated from book/B_cli.py; edit that, not this."""
+"""The command line
 
-# ---- One line for every mistake
+Generated from book/B_cli.py; edit the chapter, not this file.
+"""
 
 import argparse
 import json
 import os
 import sys
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
+
+# --- Text that a terminal cannot obey ----------------------------------------
 
 POCKET = Path(__file__).parent / "pocket" if "__file__" in globals() else None
 BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
@@ -35,6 +38,8 @@ def visible(text: str, keep: str = "\n\t") -> str:
     return "".join(map(show, text))
 
 
+# --- One line for every mistake ----------------------------------------------
+
 class Parser(argparse.ArgumentParser):
     """argparse, with one line on stderr and exit 2 for a mistake."""
 
@@ -56,11 +61,12 @@ def is_mistake(error: BaseException) -> bool:
     A module that was never imported has raised nothing, so none is imported
     here: a wrong option answers at once.
     """
-    classes = [getattr(sys.modules[module], name)
+    classes = [getattr(sys.modules[module], name, UsageError)
                for module, name in MISTAKES.items() if module in sys.modules]
     return isinstance(error, (UsageError, OSError, MemoryError, *classes))
 
-# ---- What the options mean
+
+# --- What the options mean ---------------------------------------------------
 
 def _dtype(name: str):
     import torch
@@ -104,7 +110,8 @@ def peak_rss_bytes() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
-# ---- generate
+
+# --- generate ----------------------------------------------------------------
 
 def _writer(stream) -> Callable[[str], None]:
     """Writes text at once; to a terminal without its control characters."""
@@ -143,7 +150,44 @@ def run_generate(args: argparse.Namespace) -> None:
         print(f"[{len(done.tokens)} tokens, {done.seconds:.1f} s, "
               f"{done.finish_reason}]", file=sys.stderr)
 
-# ---- inspect and convert
+
+# --- inspect -----------------------------------------------------------------
+
+SIZES = {"bytes": "bytes in the file",
+         "parameters_total": "parameters",
+         "parameters_active": "parameters a token uses",
+         "bytes_read_per_token": "weight bytes read for a token",
+         "cache_bytes_per_token": "cache bytes a token adds",
+         "cache_bytes_full": "cache bytes at full length"}
+UNITS = ((1e9, "billion"), (1e6, "million"), (1e3, "thousand"))
+
+
+def with_unit(number: int) -> str:
+    """13761264768 -> '13,761,264,768  (13.8 billion)'."""
+    for size, name in UNITS:
+        if number >= size:
+            return f"{number:,}  ({number / size:.3g} {name})"
+    return f"{number:,}"
+
+
+def summary(report: dict) -> Iterator[tuple[str, str]]:
+    """The rows that `inspect` prints of what `describe` returns."""
+    yield "folder", report["path"]
+    files = report["files"]
+    yield "layout", (f"{report['layout']}, {report['tensors']} tensors in "
+                     f"{len(files)} file{'s' * (len(files) != 1)}")
+    for key, label in SIZES.items():
+        yield label, with_unit(report[key])
+    for part, number in report["parameters"].items():
+        share = number / report["parameters_total"]
+        yield f"  {part}", f"{number:,}  ({share:.1%} of parameters)"
+    for key, value in report["config"].items():
+        if key == "layer_types":
+            value = ", ".join(f"{value.count(kind)} {kind}"
+                              for kind in sorted(set(value)))
+        if not isinstance(value, dict | list):
+            yield f"config.{key}", str(value)
+
 
 def run_inspect(args: argparse.Namespace) -> None:
     """Prints what a checkpoint holds, without reading its weights."""
@@ -153,19 +197,42 @@ def run_inspect(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(report))
         return
-    print(report)
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
+    table = Table(show_header=False, box=None)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, value in summary(report):  # Text: nothing in it is markup
+        table.add_row(Text(visible(label, "")), Text(visible(value, "")))
+    Console(file=sys.stdout).print(table)
+
+
+# --- convert -----------------------------------------------------------------
 
 def run_convert(args: argparse.Namespace) -> None:
-    """Rewrites a checkpoint in another layout."""
-    from gptoss.checkpoint import convert, resolve
+    """Rewrites a checkpoint in another layout, with a hash per tensor."""
+    from rich.console import Console
+    from rich.progress import Progress
 
-    manifest = convert(resolve(args.source), Path(args.target), args.layout)
+    from gptoss.checkpoint import Checkpoint, convert, resolve
+
+    source = resolve(args.source)
+    with Checkpoint.open(source) as checkpoint:
+        count = len(checkpoint.names())
+    screen = Console(stderr=True)
+    with Progress(console=screen, disable=not screen.is_terminal,
+                  transient=True) as bar:
+        task = bar.add_task("converting", total=count)
+        manifest = convert(source, Path(args.target), args.layout,
+                           progress=lambda name: bar.advance(task))
     print(f"{len(manifest)} tensors written to {visible(args.target, '')}")
 
-# ---- The table of commands
 
-FIRST_WORDS = "One day"
+# --- The table of commands ---------------------------------------------------
+
+FIRST_WORDS = "Once upon a time"
 _MODEL = {"--model": dict(default=str(POCKET), metavar="PATH_OR_ID",
                           help="folder or hub id (default: the one shipped)")}
 _JSON = {"--json": dict(action="store_true", help="one JSON object")}
@@ -207,12 +274,15 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
     return parser
 
-# ---- From arguments to an exit code
+
+# --- From arguments to an exit code ------------------------------------------
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, 2 for a mistake in the
     arguments or files (one line on stderr), 130 for Ctrl-C, 141 if nobody
     reads stdout any more."""
+    if hasattr(sys.stdout, "reconfigure"):  # not every terminal is UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args = build_parser().parse_args(argv)
         args.run(args)
@@ -222,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         # else the interpreter would flush stdout once more and complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
         if not is_mistake(error):

@@ -1,6 +1,7 @@
-"""Generated from book/09_cache.py; edit that, not this."""
+"""The cache
 
-# ---- What a row holds
+Generated from book/09_cache.py; edit the chapter, not this file.
+"""
 
 from dataclasses import dataclass, field, replace
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from gptoss.config import GptOssConfig
 
+# --- What a row holds --------------------------------------------------------
 
 class CacheError(RuntimeError):
     """The cache cannot hold, or was not given, what a forward needs."""
@@ -29,7 +31,8 @@ class Rows:
         ring = torch.full((batch, size), -1, device=device)
         return cls(zeros, zeros, zeros, ring)
 
-# ---- Refusing before writing
+
+# --- Refusing before writing -------------------------------------------------
 
 def check_positions(rows: Rows, positions: Tensor, max_tokens: int,
                     option: str) -> None:
@@ -55,7 +58,8 @@ def check_positions(rows: Rows, positions: Tensor, max_tokens: int,
         raise CacheError(f"cache too small: {option} is {max_tokens}, this "
                          f"forward needs {needed} tokens")
 
-# ---- One plan for all layers
+
+# --- One plan for all layers -------------------------------------------------
 
 @dataclass
 class Plan:
@@ -74,6 +78,7 @@ def _targets(keep: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """keep, slots (B, T) -> row, column and slot of what is kept."""
     row, column = keep.nonzero(as_tuple=True)
     return row, column, slots[row, column]
+
 
 def plan_chunk(rows: Rows, positions: Tensor, slack: int) -> Plan:
     """Plan for positions (B, T) that `check_positions` has passed.
@@ -95,7 +100,8 @@ def plan_chunk(rows: Rows, positions: Tensor, slack: int) -> Plan:
         _targets(real & (positions >= rows.held[:, None]), positions),
         slots.where(slots < held[:, None], -1))
 
-# ---- The ring
+
+# --- The ring ----------------------------------------------------------------
 
 class Ring:
     """Keys and values of one sliding layer: position p in slot p % size."""
@@ -126,7 +132,8 @@ def _zeros(shape, dtype, device) -> tuple[Tensor, Tensor]:
     return (torch.zeros(shape, dtype=dtype, device=device),
             torch.zeros(shape, dtype=dtype, device=device))
 
-# ---- The tape
+
+# --- The tape ----------------------------------------------------------------
 
 class Tape:
     """Keys and values of one full layer: position p in slot p."""
@@ -154,7 +161,8 @@ class Tape:
         used = plan.tape_positions.shape[1]
         return self.k[:, :used], self.v[:, :used], plan.tape_positions
 
-# ---- Going back
+
+# --- Going back --------------------------------------------------------------
 
 def roll_back(rows: Rows, length: int, window: int, replay: int
               ) -> tuple[Rows, Tensor]:
@@ -175,10 +183,11 @@ def roll_back(rows: Rows, length: int, window: int, replay: int
     return Rows(lengths, held, rows.start.where(~again, lengths),
                 rows.ring.where(keep, -1)), again
 
-# ---- All layers
 
-class _Layers:
-    """The memory of a cache: a ring or a tape for each layer."""
+# --- The memory of all layers ------------------------------------------------
+
+class _Storage:
+    """A ring or a tape for every layer, and the state of the rows."""
 
     def __init__(self, config: GptOssConfig, batch_size: int = 1,
                  max_tokens: int | None = None,
@@ -203,25 +212,6 @@ class _Layers:
                        if max_tokens is None else (max_tokens, "max_tokens"))
         rings = sum(isinstance(layer, Ring) for layer in self.layers)
         self._replay = rings * (self.window - 1)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all keys and values, slots not yet used included."""
-        return sum(x.k.nbytes + x.v.nbytes for x in self.layers)
-
-class Cache(_Layers):
-    """Keys and values of all layers, for a batch of unequal rows.
-
-    Cache(config, batch_size=1, max_tokens=None, dtype=bfloat16, device=None,
-    slack=0): max_tokens preallocates the tapes and is a limit; without it
-    they grow by doubling. slack: ring slots beyond the window; slack + 1
-    tokens can be taken back without replay. A forward calls `check`, then
-    `update` once a layer, then `advance`, with the same positions. Keys and
-    values are detached. Misuse raises CacheError.
-    """
-
-    def __init__(self, *args, **options) -> None:
-        super().__init__(*args, **options)
         self.reset()
 
     def reset(self) -> None:
@@ -240,6 +230,17 @@ class Cache(_Layers):
         """Tokens taken in by the longest row."""
         return int(self.lengths.max())
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values, slots not yet used included."""
+        return sum(x.k.nbytes + x.v.nbytes for x in self.layers)
+
+
+# --- Taking tokens in --------------------------------------------------------
+
+class _Intake(_Storage):
+    """check, update once a layer, advance: with the same positions."""
+
     def check(self, positions: Tensor) -> None:
         """Raise CacheError if a forward of positions (B, T) cannot run."""
         if self._plan is not None:
@@ -247,11 +248,16 @@ class Cache(_Layers):
                              "advance(): call rollback() or reset()")
         check_positions(self._rows, positions, *self._limit)
 
+    def _same(self, positions: Tensor) -> bool:
+        """Are these the positions of the forward under way?"""
+        plan = self._plan
+        return plan is not None and (plan.positions is positions or
+                                     torch.equal(plan.positions, positions))
+
     def _planned(self, layer: int, positions: Tensor) -> Plan:
         """The plan of this forward, made when its first layer asks."""
         plan = self._plan
-        if plan is None or not (plan.positions is positions
-                                or torch.equal(plan.positions, positions)):
+        if not self._same(positions):
             self.check(positions)
             plan = plan_chunk(self._rows, positions, self.slack)
             for tape in self.layers:
@@ -284,12 +290,24 @@ class Cache(_Layers):
 
     def advance(self, positions: Tensor) -> None:
         """End a forward: from now on its tokens belong to the rows."""
-        plan = self._plan
-        if plan is None or len(plan.done) < len(self.layers):
+        done = self._plan.done if self._same(positions) else ()
+        if len(done) < len(self.layers):
             raise CacheError(f"advance: expected {len(self.layers)} layers "
-                             "updated, found "
-                             f"{len(plan.done) if plan else 0}")
-        self._rows, self._plan = plan.rows, None
+                             f"updated at these positions, found {len(done)}")
+        self._rows, self._plan = self._plan.rows, None
+
+
+# --- Giving tokens up --------------------------------------------------------
+
+class Cache(_Intake):
+    """Keys and values of all layers, for a batch of unequal rows.
+
+    Cache(config, batch_size=1, max_tokens=None, dtype=bfloat16, device=None,
+    slack=0): max_tokens preallocates the tapes and is a limit; without it
+    they grow by doubling. slack: ring slots beyond the window; slack + 1
+    tokens can be taken back without replay. Keys and values are detached.
+    Misuse raises CacheError.
+    """
 
     def rollback(self, length: int) -> int:
         """Forget every position >= length; return where to feed again.
@@ -308,5 +326,19 @@ class Cache(_Layers):
         self._rows, again = roll_back(rows, length, self.window,
                                       self._replay)
         self._plan = None
-        lengths = self.lengths[again] if again.any() else self.lengths
-        return int(lengths.min() if again.any() else lengths.max())
+        if again.any():
+            return int(self.lengths[again].min())
+        return self.length
+
+
+__all__ = [
+    "Cache",
+    "CacheError",
+    "Plan",
+    "Ring",
+    "Rows",
+    "Tape",
+    "check_positions",
+    "plan_chunk",
+    "roll_back",
+]

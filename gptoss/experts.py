@@ -1,6 +1,7 @@
-"""Generated from book/08_experts.py; edit that, not this."""
+"""Experts
 
-# ---- The clamped SwiGLU
+Generated from book/08_experts.py; edit the chapter, not this file.
+"""
 
 from collections.abc import Callable
 
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from gptoss.config import GptOssConfig
 from gptoss.mxfp4 import BLOCK, PackedMXFP4, decode, define_operator
+
+# --- The clamped SwiGLU ------------------------------------------------------
 
 ALPHA = 1.702  # makes z * sigmoid(ALPHA * z) close to GELU; not in config
 
@@ -26,7 +29,8 @@ def clamped_swiglu(gate_up: Tensor, limit: float = 7.0) -> Tensor:
     up = up.clamp(-limit, limit)
     return (up + 1) * (gate * torch.sigmoid(gate * ALPHA))
 
-# ---- One expert
+
+# --- One expert --------------------------------------------------------------
 
 def one_expert(x: Tensor, gate_up_FD: Tensor, gate_up_bias: Tensor,
                down_DF: Tensor, down_bias: Tensor, limit: float = 7.0
@@ -44,7 +48,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     """What the K results are summed in: fp32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 
-# ---- The loop
+
+# --- The loop ----------------------------------------------------------------
 
 def experts_loop(x: Tensor, ids: Tensor, weights: Tensor,
                  gate_up_EFD: Tensor, gate_up_bias: Tensor,
@@ -64,7 +69,8 @@ def experts_loop(x: Tensor, ids: Tensor, weights: Tensor,
             y[n] += out.to(y.dtype) * weights[n, k].to(y.dtype)
     return y.to(x.dtype)
 
-# ---- The gather
+
+# --- The gather --------------------------------------------------------------
 
 def experts_gather(x: Tensor, ids: Tensor, weights: Tensor,
                    gate_up_EFD: Tensor, gate_up_bias: Tensor,
@@ -80,7 +86,8 @@ def experts_gather(x: Tensor, ids: Tensor, weights: Tensor,
     out = (out + down_bias[ids]).to(_wide(x.dtype))
     return (out * weights.to(out.dtype)[..., None]).sum(1).to(x.dtype)
 
-# ---- Sorting the tokens by expert
+
+# --- Sorting the tokens by expert --------------------------------------------
 
 def by_expert(x: Tensor, ids: Tensor, weights: Tensor, experts: int,
               apply: Callable[[int, Tensor], Tensor]) -> Tensor:
@@ -101,6 +108,7 @@ def by_expert(x: Tensor, ids: Tensor, weights: Tensor, experts: int,
             y.index_add_(0, which, out)
     return y.to(x.dtype)
 
+
 def experts_grouped(x: Tensor, ids: Tensor, weights: Tensor,
                     gate_up_EFD: Tensor, gate_up_bias: Tensor,
                     down_EDF: Tensor, down_bias: Tensor, limit: float = 7.0
@@ -114,7 +122,8 @@ def experts_grouped(x: Tensor, ids: Tensor, weights: Tensor,
     return by_expert(x, ids, weights, len(parts),
                      lambda e, rows: one_expert(rows, *parts[e], limit))
 
-# ---- Packed experts
+
+# --- Packed experts ----------------------------------------------------------
 
 def packed_by_decoding(x: Tensor, ids: Tensor, weights: Tensor,
                        gate_up_blocks: Tensor, gate_up_scales: Tensor,
@@ -136,7 +145,8 @@ _PACKED = ("(Tensor x, Tensor ids, Tensor weights, Tensor gate_up_blocks,"
 define_operator(f"gptoss::packed_experts{_PACKED} -> Tensor",
                 packed_by_decoding, lambda x, *_: torch.empty_like(x))
 
-# ---- Its gradient
+
+# --- Its gradient ------------------------------------------------------------
 
 def swiglu_backward(gate_up: Tensor, grad: Tensor, limit: float) -> Tensor:
     """Gradient of `clamped_swiglu` at gate_up (…, 2F) for grad (…, F)."""
@@ -147,6 +157,7 @@ def swiglu_backward(gate_up: Tensor, grad: Tensor, limit: float) -> Tensor:
     d_gate = grad * (u + 1) * slope * (gate <= limit)
     d_up = grad * z * s * (up.abs() <= limit)
     return torch.stack([d_gate, d_up], dim=-1).flatten(-2)
+
 
 def packed_backward(grad: Tensor, x: Tensor, ids: Tensor, weights: Tensor,
                     gate_up_blocks: Tensor, gate_up_scales: Tensor,
@@ -173,6 +184,7 @@ def packed_backward(grad: Tensor, x: Tensor, ids: Tensor, weights: Tensor,
     return (d_x.to(x.dtype), d_weights.to(weights.dtype),
             d_up.to(gate_up_bias.dtype), d_down.to(down_bias.dtype))
 
+
 define_operator(
     f"gptoss::packed_experts_backward(Tensor grad, {_PACKED[1:]}"
     " -> (Tensor, Tensor, Tensor, Tensor)", packed_backward,
@@ -195,6 +207,7 @@ def _backward(ctx, grad):
 torch.library.register_autograd("gptoss::packed_experts", _backward,
                                 setup_context=_setup)
 
+
 def packed_experts(x: Tensor, ids: Tensor, weights: Tensor,
                    gate_up: PackedMXFP4, gate_up_bias: Tensor,
                    down: PackedMXFP4, down_bias: Tensor, limit: float = 7.0
@@ -209,7 +222,8 @@ def packed_experts(x: Tensor, ids: Tensor, weights: Tensor,
         x, ids, weights, gate_up.blocks, gate_up.scales, gate_up_bias,
         down.blocks, down.scales, down_bias, limit)
 
-# ---- The module
+
+# --- The module --------------------------------------------------------------
 
 class Experts(nn.Module):
     """The E experts of one layer, packed (MXFP4) or dense (dtype)."""
@@ -253,3 +267,19 @@ class Experts(nn.Module):
         return run(x, ids, weights, self._weight("gate_up_proj"),
                    self.gate_up_proj_bias, self._weight("down_proj"),
                    self.down_proj_bias, self.limit)
+
+
+__all__ = [
+    "ALPHA",
+    "Experts",
+    "by_expert",
+    "clamped_swiglu",
+    "experts_gather",
+    "experts_grouped",
+    "experts_loop",
+    "one_expert",
+    "packed_backward",
+    "packed_by_decoding",
+    "packed_experts",
+    "swiglu_backward",
+]

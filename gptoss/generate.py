@@ -1,6 +1,7 @@
-"""Generated from book/12_generate.py; edit that, not this."""
+"""Choosing the next token
 
-# ---- The sampler
+Generated from book/12_generate.py; edit the chapter, not this file.
+"""
 
 import codecs
 import json
@@ -19,6 +20,7 @@ from gptoss.config import GptOssConfig
 from gptoss.harmony import Tokenizer
 from gptoss.model import GptOss
 
+# --- Refusing by name --------------------------------------------------------
 
 class GenerateError(ValueError):
     """An option, a prompt or logits that generation cannot use."""
@@ -30,6 +32,99 @@ def _refuse(option: str, expected: str, found: object) -> None:
 
 def _is_number(value: object, kind: type | tuple[type, ...]) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
+
+
+# --- The k best --------------------------------------------------------------
+
+def best(logits: Tensor, k: int) -> Tensor:
+    """Ids (B, k) of the k largest of (B, V), largest first; of equals the
+    lower id. A full sort gives the same, ten times slower for V = 201088.
+    """
+    if k < logits.shape[-1]:
+        edge = logits.topk(k).values[..., -1:]  # torch.topk breaks ties at
+        above, at = logits > edge, logits == edge  # will: only its k-th
+        room = k - above.sum(-1, keepdim=True)     # value is of use
+        kept = above | (at & (at.cumsum(-1) <= room))
+        ids = kept.nonzero()[:, 1].view(-1, k)  # ascending in each row
+    else:
+        ids = torch.arange(k, device=logits.device).expand_as(logits)
+    order = logits.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+    return ids.gather(-1, order.indices)
+
+
+# --- Temperature, top-k, top-p -----------------------------------------------
+
+def nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """``probs`` (B, N), largest first, cut to the fewest that reach top_p."""
+    mass = probs.cumsum(-1)
+    probs = probs.clone()  # a token goes if those before it suffice
+    probs[..., 1:].masked_fill_(mass[..., :-1] >= top_p, 0.0)
+    return probs / probs.sum(-1, keepdim=True)
+
+
+NUCLEUS = 1024  # top-p looks at so many tokens before it sorts all of them
+
+
+def ranked(logits: Tensor, temperature: float, top_k: int,
+           top_p: float) -> tuple[Tensor, Tensor | None]:
+    """What `Sampler` draws from: probabilities (B, N) in float64 and their
+    ids (B, N), likeliest first; ids None: N = V, in order of id.
+
+    ``temperature`` > 0. What top-k drops is absent, what top-p drops has
+    probability 0.
+    """
+    V = logits.shape[-1]
+    scores = logits.double()
+    # the maximum first: then a tiny temperature gives -inf, never inf - inf
+    scores = (scores - scores.amax(-1, keepdim=True)) / temperature
+    if top_k and top_k < V:
+        ids = best(logits, top_k)
+        probs = scores.gather(-1, ids).softmax(-1)
+    elif top_p < 1:
+        probs = scores.softmax(-1)
+        ids = best(logits, min(NUCLEUS, V))
+        if bool((probs.gather(-1, ids).cumsum(-1)[..., -1] < top_p).any()):
+            ids = best(logits, V)
+        probs = probs.gather(-1, ids)
+    else:
+        return scores.softmax(-1), None
+    return (nucleus(probs, top_p) if top_p < 1 else probs), ids
+
+
+# --- Drawing with one uniform number -----------------------------------------
+
+def draw(probs: Tensor, ids: Tensor | None = None,
+         generator: torch.Generator | None = None) -> Tensor:
+    """One token a row (B,) from ``probs`` (B, N), by inverting the CDF.
+
+    ``ids`` (B, N) names the columns (None: the column is the id). A token
+    of probability 0 is never drawn.
+    """
+    # 1 - u lies in (0, 1]: the first column whose running sum reaches it has
+    # a probability above 0
+    uniform = 1.0 - torch.rand((probs.shape[0], 1), dtype=torch.float64,
+                               generator=generator)
+    running = probs.cumsum(-1)
+    target = uniform.to(probs.device) * running[..., -1:]
+    column = torch.searchsorted(running, target)
+    if ids is not None:
+        column = ids.gather(-1, column)
+    return column[..., 0]
+
+
+# --- The sampler -------------------------------------------------------------
+
+def _check_finite(logits: Tensor) -> None:
+    """Raises unless each row (B, V) has a finite maximum: NaN anywhere,
+    +inf, or nothing but -inf would otherwise give a token all the same."""
+    peak = logits.amax(-1)
+    if not bool(torch.isfinite(peak).all()):
+        raise GenerateError(
+            f"logits: expected finite numbers, found {peak.tolist()} as the "
+            f"largest of a row; the model runs in {logits.dtype}"
+            + (" (float16 ends at 65504: use bfloat16 or float32)"
+               if logits.dtype == torch.float16 else ""))
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -66,102 +161,22 @@ class Sampler:
         _check_finite(logits)
         if self.temperature == 0:
             return logits.argmax(-1)
-        probs, ids = self.ranked(logits)
-        return draw(probs, ids, generator)
-
-    def ranked(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The distribution drawn from: probabilities (B, N) in float64 and
-        their ids (B, N), likeliest first (ids None: N = V, in order of id).
-        Dropped tokens are absent or have probability 0."""
-        return ranked(logits, self.temperature, self.top_k, self.top_p)
+        return draw(*ranked(logits, self.temperature, self.top_k,
+                            self.top_p), generator)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """The same distribution, (B, V) float64 in order of id."""
-        probs, ids = self.ranked(logits)
+        """What is drawn from: (B, V) float64, in order of id."""
+        if self.temperature == 0:
+            return torch.nn.functional.one_hot(
+                logits.argmax(-1), logits.shape[-1]).double()
+        probs, ids = ranked(logits, self.temperature, self.top_k, self.top_p)
         if ids is None:
             return probs
         full = torch.zeros_like(logits, dtype=probs.dtype)
         return full.scatter_(-1, ids, probs)
 
-# ---- Temperature, top-k, top-p
 
-def best(logits: Tensor, k: int) -> Tensor:
-    """Ids (B, k) of the k largest of (B, V), largest first; of equals the
-    lower id. A full sort gives the same, ten times slower for V = 201088.
-    """
-    if k < logits.shape[-1]:
-        edge = logits.topk(k).values[..., -1:]  # torch.topk breaks ties at
-        above, at = logits > edge, logits == edge  # will: only its k-th
-        room = k - above.sum(-1, keepdim=True)     # value is of use
-        kept = above | (at & (at.cumsum(-1) <= room))
-        ids = kept.nonzero()[:, 1].view(-1, k)  # ascending in each row
-    else:
-        ids = torch.arange(k, device=logits.device).expand_as(logits)
-    order = logits.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
-    return ids.gather(-1, order.indices)
-
-NUCLEUS = 1024  # top-p looks at so many tokens before it sorts all of them
-
-
-def ranked(logits: Tensor, temperature: float, top_k: int,
-           top_p: float) -> tuple[Tensor, Tensor | None]:
-    """See `Sampler.ranked`; here ``temperature`` > 0."""
-    V = logits.shape[-1]
-    scores = logits.double()
-    # the maximum first: then a tiny temperature gives -inf, never inf - inf
-    scores = (scores - scores.amax(-1, keepdim=True)) / temperature
-    if top_k and top_k < V:
-        ids = best(logits, top_k)
-        probs = scores.gather(-1, ids).softmax(-1)
-    elif top_p < 1:
-        probs = scores.softmax(-1)
-        ids = best(logits, min(NUCLEUS, V))
-        if bool((probs.gather(-1, ids).cumsum(-1)[..., -1] < top_p).any()):
-            ids = best(logits, V)
-        probs = probs.gather(-1, ids)
-    else:
-        return scores.softmax(-1), None
-    return (nucleus(probs, top_p) if top_p < 1 else probs), ids
-
-
-def nucleus(probs: Tensor, top_p: float) -> Tensor:
-    """``probs`` (B, N), largest first, cut to the fewest that reach top_p."""
-    mass = probs.cumsum(-1)
-    probs = probs.clone()  # a token goes if those before it suffice
-    probs[..., 1:].masked_fill_(mass[..., :-1] >= top_p, 0.0)
-    return probs / probs.sum(-1, keepdim=True)
-
-def draw(probs: Tensor, ids: Tensor | None = None,
-         generator: torch.Generator | None = None) -> Tensor:
-    """One token a row (B,) from ``probs`` (B, N), by inverting the CDF.
-
-    ``ids`` (B, N) names the columns (None: the column is the id). A token
-    of probability 0 is never drawn.
-    """
-    # 1 - u lies in (0, 1]: the first column whose running sum reaches it has
-    # a probability above 0
-    uniform = 1.0 - torch.rand((probs.shape[0], 1), dtype=torch.float64,
-                               generator=generator)
-    running = probs.cumsum(-1)
-    target = uniform.to(probs.device) * running[..., -1:]
-    column = torch.searchsorted(running, target)
-    if ids is not None:
-        column = ids.gather(-1, column)
-    return column[..., 0]
-
-
-def _check_finite(logits: Tensor) -> None:
-    """Raises unless each row (B, V) has a finite maximum: NaN anywhere,
-    +inf, or nothing but -inf would otherwise give a token all the same."""
-    peak = logits.amax(-1)
-    if not bool(torch.isfinite(peak).all()):
-        raise GenerateError(
-            f"logits: expected finite numbers, found {peak.tolist()} as the "
-            f"largest of a row; the model runs in {logits.dtype}"
-            + (" (float16 ends at 65504: use bfloat16 or float32)"
-               if logits.dtype == torch.float16 else ""))
-
-# ---- When to stop
+# --- When to stop ------------------------------------------------------------
 
 def stop_ids(source: str | Path | GptOssConfig) -> tuple[int, ...]:
     """The ids that end a text, from ``source``.
@@ -182,7 +197,8 @@ def stop_ids(source: str | Path | GptOssConfig) -> tuple[int, ...]:
         raise GenerateError(f"{file}: expected eos_token_id, a number or a "
                             f"list of numbers, found {error!r}") from error
 
-# ---- One text
+
+# --- What is checked before any work -----------------------------------------
 
 def _check_run(config: GptOssConfig, prompt: Sequence[int], held: int,
                max_new_tokens: int, prefill_chunk: int, limit: int) -> None:
@@ -207,6 +223,8 @@ def _check_run(config: GptOssConfig, prompt: Sequence[int], held: int,
             f"({what} is {limit}), found {len(prompt)}")
 
 
+# --- One text ----------------------------------------------------------------
+
 def _limit(config: GptOssConfig, cache: Cache | None) -> int:
     """How many positions there are: the model's, or the cache's if fewer."""
     most = None if cache is None else cache.max_tokens
@@ -220,6 +238,24 @@ def _generators(seed: int | None, rows: int) -> list[torch.Generator]:
     if not (_is_number(seed, int) and 0 <= seed < 2 ** 63):
         _refuse("seed", "an integer from 0 to 2**63 - 1", seed)
     return [torch.Generator().manual_seed(seed + row) for row in range(rows)]
+
+
+def _generate(model: GptOss, prompt: list[int], count: int,
+              sampler: Sampler, stop: frozenset[int],
+              generator: torch.Generator, cache: Cache,
+              chunk: int) -> Iterator[int]:
+    feed = torch.tensor([prompt], device=model.embed_tokens.weight.device)
+    for produced in range(1, count + 1):
+        with torch.inference_mode():
+            for part in feed.split(chunk, dim=1):
+                logits = model(part, cache=cache, logits_to_keep=1)
+            chosen = sampler(logits[:, -1], generator)
+        token = chosen.item()
+        yield token
+        if token in stop or produced == count:
+            return
+        feed = chosen[:, None]
+
 
 def generate(model: GptOss, prompt: Sequence[int], *,
              max_new_tokens: int = 256, sampler: Sampler | None = None,
@@ -248,23 +284,31 @@ def generate(model: GptOss, prompt: Sequence[int], *,
                      frozenset(stop), _generators(seed, 1)[0], cache,
                      prefill_chunk)
 
-def _generate(model: GptOss, prompt: list[int], count: int,
-              sampler: Sampler, stop: frozenset[int],
-              generator: torch.Generator, cache: Cache,
-              chunk: int) -> Iterator[int]:
-    feed = torch.tensor([prompt], device=model.device)
-    for produced in range(1, count + 1):
-        with torch.inference_mode():
-            for part in feed.split(chunk, dim=1):
-                logits = model(part, cache=cache, logits_to_keep=1)
-            chosen = sampler(logits[:, -1], generator)
-        token = chosen.item()
-        yield token
-        if token in stop or produced == count:
-            return
-        feed = chosen[:, None]
 
-# ---- Many texts at once
+# --- Many texts at once ------------------------------------------------------
+
+def _pad_left(rows: list[list[int]],
+              device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens (B, T) and mask (B, T): all rows end in the last column."""
+    longest = max(map(len, rows))
+    tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
+    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for r, row in enumerate(rows):
+        tokens[r, longest - len(row):] = torch.tensor(row)
+        mask[r, longest - len(row):] = True
+    return tokens.to(device), mask.to(device)
+
+
+@torch.inference_mode()
+def _feed(model: GptOss, tokens: Tensor, mask: Tensor, cache: Cache,
+          chunk: int) -> Tensor:
+    """Logits (B, V) after the last column of ``tokens`` (B, T)."""
+    for part, real in zip(tokens.split(chunk, dim=1),
+                          mask.split(chunk, dim=1), strict=True):
+        logits = model(part, cache=cache, attention_mask=real,
+                       logits_to_keep=1)
+    return logits[:, -1]
+
 
 def generate_batch(model: GptOss, prompts: Sequence[Sequence[int]], *,
                    max_new_tokens: int = 256,
@@ -291,7 +335,7 @@ def generate_batch(model: GptOss, prompts: Sequence[Sequence[int]], *,
     room = [min(max_new_tokens, limit - len(row) + 1) for row in rows]
     cache = model.new_cache(batch_size=len(rows))
     out: list[list[int]] = [[] for _ in rows]
-    tokens, mask = _pad_left(rows, model.device)
+    tokens, mask = _pad_left(rows, model.embed_tokens.weight.device)
     while True:
         logits = _feed(model, tokens, mask, cache, prefill_chunk)
         chosen = torch.cat([sampler(row[None], generator) for row, generator
@@ -307,29 +351,8 @@ def generate_batch(model: GptOss, prompts: Sequence[Sequence[int]], *,
         mask = torch.tensor(alive, device=tokens.device)[:, None]
         tokens = torch.where(mask, chosen[:, None], 0)
 
-def _pad_left(rows: list[list[int]],
-              device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tokens (B, T) and mask (B, T): all rows end in the last column."""
-    longest = max(map(len, rows))
-    tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
-    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
-    for r, row in enumerate(rows):
-        tokens[r, longest - len(row):] = torch.tensor(row)
-        mask[r, longest - len(row):] = True
-    return tokens.to(device), mask.to(device)
 
-
-@torch.inference_mode()
-def _feed(model: GptOss, tokens: Tensor, mask: Tensor, cache: Cache,
-          chunk: int) -> Tensor:
-    """Logits (B, V) after the last column of ``tokens`` (B, T)."""
-    for part, real in zip(tokens.split(chunk, dim=1),
-                          mask.split(chunk, dim=1), strict=True):
-        logits = model(part, cache=cache, attention_mask=real,
-                       logits_to_keep=1)
-    return logits[:, -1]
-
-# ---- Text as it comes
+# --- Text as it comes --------------------------------------------------------
 
 class TextStream:
     """Turns tokens into text one at a time, never half a character.
@@ -357,7 +380,8 @@ class TextStream:
         self._decoder.reset()
         return text
 
-# ---- A whole completion
+
+# --- A whole completion ------------------------------------------------------
 
 @dataclass
 class Completion:
@@ -397,3 +421,20 @@ def complete(model: GptOss, tokenizer: Tokenizer, prompt: str | list[int], *,
     done.text = "".join(pieces)
     done.seconds = time.perf_counter() - began
     return done
+
+
+__all__ = [
+    "Completion",
+    "GenerateError",
+    "NUCLEUS",
+    "Sampler",
+    "TextStream",
+    "best",
+    "complete",
+    "draw",
+    "generate",
+    "generate_batch",
+    "nucleus",
+    "ranked",
+    "stop_ids",
+]

@@ -1,6 +1,7 @@
-"""Generated from book/11_harmony.py; edit that, not this."""
+"""Tokens and harmony
 
-# ---- Bytes in disguise
+Generated from book/11_harmony.py; edit the chapter, not this file.
+"""
 
 import json
 import operator
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from gptoss.config import GptOssConfig
 
+# --- Bytes in disguise -------------------------------------------------------
 
 class HarmonyError(ValueError):
     """A tokenizer, a text or a token that cannot be right."""
@@ -31,7 +33,8 @@ def byte_alphabet() -> tuple[str, ...]:
 ALPHABET = byte_alphabet()
 BYTE = {letter: byte for byte, letter in enumerate(ALPHABET)}
 
-# ---- Merging by rank
+
+# --- Merging by rank ---------------------------------------------------------
 
 def merge_by_rank(piece: bytes, ranks: Mapping[bytes, int]) -> list[int]:
     """Byte-pair encoding of one piece of text, the slow obvious way.
@@ -54,7 +57,8 @@ def merge_by_rank(piece: bytes, ranks: Mapping[bytes, int]) -> list[int]:
         _, at = min(known)
         parts[at:at + 2] = [joined[at]]
 
-# ---- The merges, recovered from the ranks
+
+# --- The merges, recovered from the ranks ------------------------------------
 
 def merges_from_ranks(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
     """Every split of every token into two tokens, in order of precedence.
@@ -70,7 +74,8 @@ def merges_from_ranks(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
                 found.append((rank, ranks[left], ranks[right], left, right))
     return [(left, right) for *_, left, right in sorted(found)]
 
-# ---- The names of the control tokens
+
+# --- The names of the control tokens -----------------------------------------
 
 RANKS = 199_998  # o200k: ids below are text, from here on control tokens
 NAMED = {199_998: "startoftext", 199_999: "endoftext", 200_002: "return",
@@ -83,7 +88,8 @@ def control_name(token: int) -> str:
     """The spelling of control token ``token`` in o200k_harmony."""
     return f"<|{NAMED.get(token, f'reserved_{token}')}|>"
 
-# ---- Cutting text into pieces
+
+# --- Cutting text into pieces ------------------------------------------------
 
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -95,7 +101,8 @@ PATTERN = "|".join((
     r" ?[^\s\p{L}\p{N}]+[\r\n/]*",                # punctuation
     r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"))         # line ends, spaces
 
-# ---- Writing tokenizer.json
+
+# --- Writing tokenizer.json --------------------------------------------------
 
 def tokenizer_json(ranks: Mapping[bytes, int],
                    control: Mapping[int, str] | None = None,
@@ -106,8 +113,8 @@ def tokenizer_json(ranks: Mapping[bytes, int],
     no text encodes to, whose ids follow the ranks (default: the 21 of the
     released file, which with o200k_base gives that file to the byte).
     """
-    from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models,
-                            pre_tokenizers, processors)
+    from tokenizers import AddedToken, Regex, Tokenizer
+    from tokenizers import decoders, models, pre_tokenizers, processors
 
     if control is None:
         control = {n: control_name(n) for n in range(RANKS, RANKS + 21)}
@@ -134,7 +141,8 @@ def tokenizer_json(ranks: Mapping[bytes, int],
         for name in control.values()])
     return built.to_str(pretty=True)
 
-# ---- The tokenizer
+
+# --- The encoder knows no control token --------------------------------------
 
 def _split_control(text: str, source: str) -> tuple[str, dict[str, int]]:
     """tokenizer.json without its control tokens, and those as a table."""
@@ -157,6 +165,9 @@ def _split_control(text: str, source: str) -> tuple[str, dict[str, int]]:
     data |= {"added_tokens": [], "truncation": None, "padding": None,
              "post_processor": None}
     return json.dumps(data, ensure_ascii=False), special
+
+
+# --- The tokenizer -----------------------------------------------------------
 
 class Tokenizer:
     """Text to token ids and back; control tokens only by id.
@@ -246,3 +257,19 @@ class Tokenizer:
             self.decode_bytes(run).decode("utf-8", errors="replace")
             for control, run in groupby(ids, self.is_special)
             if not (control and skip_special))
+
+
+__all__ = [
+    "ALPHABET",
+    "BYTE",
+    "HarmonyError",
+    "NAMED",
+    "PATTERN",
+    "RANKS",
+    "Tokenizer",
+    "byte_alphabet",
+    "control_name",
+    "merge_by_rank",
+    "merges_from_ranks",
+    "tokenizer_json",
+]

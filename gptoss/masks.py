@@ -1,6 +1,7 @@
-"""Generated from book/06_masks.py; edit that, not this."""
+"""The sliding mask
 
-# ---- Who sees whom
+Generated from book/06_masks.py; edit the chapter, not this file.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# --- Who sees whom -----------------------------------------------------------
 
 def visible(q_pos: Tensor, k_pos: Tensor, window: int | None) -> Tensor:
     """Which keys each query may see: (B, T), (B, S) int -> (B, T, S) bool.
@@ -23,7 +25,8 @@ def visible(q_pos: Tensor, k_pos: Tensor, window: int | None) -> Tensor:
     seen = (k <= q) & (k >= 0)  # so q >= 0 too
     return seen if window is None else seen & (k > q - window)
 
-# ---- A mask one can read
+
+# --- A mask one can read -----------------------------------------------------
 
 def picture(mask: Tensor) -> str:
     """A (T, S) bool mask as text: a row a query, # seen, . not seen."""
@@ -35,7 +38,8 @@ def picture(mask: Tensor) -> str:
         "".join("#" if seen else "." for seen in row) for row in mask.tolist()
     )
 
-# ---- Positions from an attention mask
+
+# --- Positions from an attention mask ----------------------------------------
 
 def positions_from_mask(
     attention_mask: Tensor, start: Tensor | None = None
@@ -51,7 +55,8 @@ def positions_from_mask(
         numbers = numbers + start.to(numbers).unsqueeze(-1)
     return numbers.masked_fill(~mask, -1)
 
-# ---- How far a layer sees
+
+# --- How far a layer sees ----------------------------------------------------
 
 class Reach(NamedTuple):
     """Positions, the query's own included, that a layer's output rests on."""
@@ -78,3 +83,12 @@ def receptive_field(
             )
         reaches.append(Reach(sliding, total))
     return reaches
+
+
+__all__ = [
+    "Reach",
+    "picture",
+    "positions_from_mask",
+    "receptive_field",
+    "visible",
+]

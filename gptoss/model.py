@@ -1,6 +1,7 @@
-"""Generated from book/10_model.py; edit that, not this."""
+"""Twenty-four times the same block
 
-# ---- RMSNorm
+Generated from book/10_model.py; edit the chapter, not this file.
+"""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -19,6 +20,7 @@ from gptoss.rope import apply_rope, rope_parameters, rope_tables
 from gptoss.routing import Router
 from gptoss.sinks import attention_concat
 
+# --- RMSNorm -----------------------------------------------------------------
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     """x / rms(x) * weight over the last dimension: (…, D) -> (…, D).
@@ -30,6 +32,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return (weight.to(wide.dtype) * wide).to(x.dtype)
+
 
 class RMSNorm(nn.Module):
     """`rms_norm` with its weight (D,), at first all ones."""
@@ -44,7 +47,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
-# ---- Attention as an operator
+
+# --- Attention as an operator ------------------------------------------------
 
 SCORES_AT_ONCE = 2 ** 23  # entries of (B, H, T, S) that exist at a time
 
@@ -68,6 +72,7 @@ def attention_in_tiles(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
         for t in range(0, T, rows)]
     return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=1)
 
+
 def _define_attention() -> None:
     """Declare gptoss::sink_attention once, whoever asks first."""
     if hasattr(torch.ops.gptoss, "sink_attention"):
@@ -82,7 +87,8 @@ def _define_attention() -> None:
 
 _define_attention()
 
-# ---- The attention layer
+
+# --- The attention layer -----------------------------------------------------
 
 class Attention(nn.Module):
     """Grouped-query attention with RoPE, sinks and, perhaps, a window."""
@@ -116,7 +122,8 @@ class Attention(nn.Module):
             self.head_dim ** -0.5)
         return self.o_proj(out.flatten(2))
 
-# ---- The block
+
+# --- The block ---------------------------------------------------------------
 
 class MLP(nn.Module):
     """The router and the experts it chooses from."""
@@ -153,7 +160,8 @@ class Block(nn.Module):
                                cache)
         return h + self.mlp(self.post_attention_layernorm(h))
 
-# ---- The stack
+
+# --- The stack ---------------------------------------------------------------
 
 @lru_cache(maxsize=64)
 def _frequencies(config: GptOssConfig, device: torch.device,
@@ -192,6 +200,7 @@ class Stack(nn.Module):
             x = layer(x, cos, sin, positions, cache)
         return self.lm_head(self.norm(x[:, -logits_to_keep:]))
 
+
 def initialise(model: nn.Module) -> None:
     """Linear and embedding weights normal(0, 0.02), biases 0, in place."""
     for module in model.modules():
@@ -200,7 +209,8 @@ def initialise(model: nn.Module) -> None:
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-# ---- Checks and positions
+
+# --- Checks and positions ----------------------------------------------------
 
 class ModelError(ValueError):
     """Tokens or a mask that the model cannot take."""
@@ -210,8 +220,8 @@ def check_tokens(tokens: Tensor, attention_mask: Tensor | None,
                  config: GptOssConfig) -> None:
     """Raise ModelError unless tokens (B, T) and the mask can be run."""
     shape, most = tuple(tokens.shape), config.max_position_embeddings
-    if tokens.ndim != 2 or tokens.is_floating_point():
-        raise ModelError("tokens: expected integers of shape (B, T), found "
+    if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
+        raise ModelError("tokens: expected int64 of shape (B, T), found "
                          f"{tokens.dtype} of shape {shape}")
     if tokens.numel() == 0:
         raise ModelError("tokens: expected at least one, found an empty "
@@ -227,6 +237,7 @@ def check_tokens(tokens: Tensor, attention_mask: Tensor | None,
             raise ModelError(f"token id: expected 0 to "
                              f"{config.vocab_size - 1}, found {token}")
 
+
 def token_positions(tokens: Tensor, attention_mask: Tensor | None = None,
                     cache: Cache | None = None) -> Tensor:
     """Positions (B, T) int64 of tokens after those in the cache."""
@@ -238,7 +249,8 @@ def token_positions(tokens: Tensor, attention_mask: Tensor | None = None,
         return steps.expand(tokens.shape)
     return start[:, None] + steps
 
-# ---- The front door
+
+# --- The front door ----------------------------------------------------------
 
 class GptOss(Stack):
     """gpt-oss: token ids in, logits out.
@@ -302,7 +314,8 @@ class GptOss(Stack):
         model.load_state_dict(tensors, assign=True)
         return model.eval()
 
-# ---- Loading
+
+# --- Loading -----------------------------------------------------------------
 
 def load_tensors(checkpoint: Checkpoint, dtype: torch.dtype, device,
                  packed: bool) -> Iterator[tuple[str, Tensor]]:
@@ -329,7 +342,26 @@ def load_tensors(checkpoint: Checkpoint, dtype: torch.dtype, device,
 
 def check_scales(name: str, scales: Tensor) -> None:
     """Raise CheckpointError if a scale byte is 255, which means NaN."""
-    bad = int((scales == SCALE_NAN).sum())
-    if bad:
+    if scales.max() == SCALE_NAN:
+        bad = int((scales == SCALE_NAN).sum())
         raise CheckpointError(f"{name}: expected scale bytes 0 to 254, found "
                               f"{bad} of {SCALE_NAN} (NaN)")
+
+
+__all__ = [
+    "Attention",
+    "Block",
+    "GptOss",
+    "MLP",
+    "ModelError",
+    "RMSNorm",
+    "SCORES_AT_ONCE",
+    "Stack",
+    "attention_in_tiles",
+    "check_scales",
+    "check_tokens",
+    "initialise",
+    "load_tensors",
+    "rms_norm",
+    "token_positions",
+]

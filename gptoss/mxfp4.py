@@ -1,11 +1,14 @@
-"""Generated from book/02_mxfp4.py; edit that, not this."""
+"""Four bits a weight
 
-# ---- Names and errors
+Generated from book/02_mxfp4.py; edit the chapter, not this file.
+"""
 
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+
+# --- Names and errors --------------------------------------------------------
 
 BLOCK = 32  # values that share one scale
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0,
@@ -24,6 +27,7 @@ _FORMATS = {
 
 class MXFP4Error(ValueError):
     """Blocks, scales or values that are not MXFP4 or cannot become it."""
+
 
 def _check(blocks: torch.Tensor, scales: torch.Tensor) -> None:
     """Raise MXFP4Error unless blocks (…, N, 16) fit scales (…, N)."""
@@ -44,7 +48,8 @@ def _check_dtype(dtype: torch.dtype) -> None:
         names = ", ".join(str(known) for known in _FORMATS)
         raise MXFP4Error(f"dtype: expected one of {names}, found {dtype}")
 
-# ---- The obvious decoder
+
+# --- The obvious decoder -----------------------------------------------------
 
 def decode_reference(blocks: torch.Tensor, scales: torch.Tensor,
                      dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -61,7 +66,8 @@ def decode_reference(blocks: torch.Tensor, scales: torch.Tensor,
     values = torch.stack([low, high], dim=-1).flatten(-2)  # low nibble first
     return (values * power[scales.long()][..., None]).flatten(-2).to(dtype)
 
-# ---- One rounding, by integers
+
+# --- One rounding, by integers -----------------------------------------------
 
 def _round_bits(m: int, e: int, exponent: int, fraction: int) -> int:
     """Bit pattern of m * 2**e (m >= 0) rounded once to nearest, ties to even.
@@ -82,7 +88,8 @@ def _round_bits(m: int, e: int, exponent: int, fraction: int) -> int:
     infinity = (2 ** exponent - 1) << fraction
     return min(count + ((unit - lowest) << fraction), infinity)
 
-# ---- A table of pairs
+
+# --- A table of pairs --------------------------------------------------------
 
 @lru_cache(maxsize=32)
 def _pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -102,7 +109,8 @@ def _pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     table = torch.stack([codes[:, byte & 15], codes[:, byte >> 4]], dim=-1)
     return table.view(pair).flatten().to(device)
 
-# ---- An operator that may get faster later
+
+# --- An operator that may get faster later -----------------------------------
 
 def define_operator(schema: str, implementation, fake, backward=None,
                     setup_context=None) -> None:
@@ -125,7 +133,8 @@ def define_operator(schema: str, implementation, fake, backward=None,
         torch.library.register_autograd(name, backward,
                                         setup_context=setup_context)
 
-# ---- The decoder
+
+# --- The decoder -------------------------------------------------------------
 
 def decode_by_table(blocks: torch.Tensor, scales: torch.Tensor,
                     dtype: torch.dtype) -> torch.Tensor:
@@ -156,6 +165,7 @@ define_operator(
     "gptoss::mxfp4_decode(Tensor blocks, Tensor scales, ScalarType dtype)"
     " -> Tensor", decode_by_table, _decode_fake)
 
+
 def decode(blocks: torch.Tensor, scales: torch.Tensor,
            dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """MXFP4 -> floats: the exact value, rounded once to dtype.
@@ -171,7 +181,8 @@ def decode(blocks: torch.Tensor, scales: torch.Tensor,
     _check_dtype(dtype)
     return torch.ops.gptoss.mxfp4_decode(blocks, scales, dtype)
 
-# ---- Rounding to the grid
+
+# --- Rounding to the grid ----------------------------------------------------
 
 def _round_to_grid(magnitude: torch.Tensor) -> torch.Tensor:
     """Codes 0..7 (uint8) of the nearest FP4 value, ties to the even code.
@@ -187,7 +198,8 @@ def _round_to_grid(magnitude: torch.Tensor) -> torch.Tensor:
         codes += magnitude >= middle if odd else magnitude > middle
     return codes
 
-# ---- Choosing the scale
+
+# --- Choosing the scale ------------------------------------------------------
 
 def _choose_scales(largest: torch.Tensor) -> torch.Tensor:
     """OCP rule: floor(log2(largest)) - 2, as a byte; a zero block gets 0.
@@ -199,7 +211,8 @@ def _choose_scales(largest: torch.Tensor) -> torch.Tensor:
     scales = (exponent - 1 - 2 + SCALE_BIAS).clamp(0, SCALE_NAN - 1)
     return torch.where(largest > 0, scales, 0).to(torch.uint8)
 
-# ---- The encoder
+
+# --- The encoder -------------------------------------------------------------
 
 def encode(values: torch.Tensor, scales: torch.Tensor | None = None
            ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -228,6 +241,7 @@ def encode(values: torch.Tensor, scales: torch.Tensor | None = None
         target[part] = _encode_rows(rows[part].double(), flat[part])
     return blocks, scales
 
+
 def _encode_rows(rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """rows (M, 32) float64, scales (M,) uint8 -> blocks (M, 16) uint8."""
     inverse = torch.tensor([2.0 ** (SCALE_BIAS - s)
@@ -236,6 +250,7 @@ def _encode_rows(rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     codes = _round_to_grid(rows.abs() * inverse[:, None])
     codes |= torch.signbit(rows).to(torch.uint8) << 3
     return codes[:, 0::2] | codes[:, 1::2] << 4
+
 
 def _check_values(values, scales) -> torch.Size:
     """Shape of the scales of values, or MXFP4Error."""
@@ -260,7 +275,8 @@ def _refuse(name: str, tensor: torch.Tensor, bad: torch.Tensor) -> None:
                          f"{tensor[first].item()}: MXFP4 encodes finite "
                          f"numbers only ({int(bad.sum())} such entries)")
 
-# ---- An audit of a file
+
+# --- An audit of a file ------------------------------------------------------
 
 @dataclass(frozen=True)
 class Audit:
@@ -293,7 +309,8 @@ def audit(blocks: torch.Tensor, scales: torch.Tensor) -> Audit:
     return Audit(scales.numel(), int(canonical.sum()), int(zero.sum()),
                  int(nan.sum()))
 
-# ---- A tensor that stays packed
+
+# --- A tensor that stays packed ----------------------------------------------
 
 class PackedMXFP4:
     """blocks and scales of one weight, held as the file holds them.
@@ -343,7 +360,8 @@ class PackedMXFP4:
     def to(self, device) -> "PackedMXFP4":
         return PackedMXFP4(self.blocks.to(device), self.scales.to(device))
 
-# ---- A linear layer with a packed weight
+
+# --- A linear layer with a packed weight -------------------------------------
 
 def linear_by_decoding(x: torch.Tensor, blocks: torch.Tensor,
                        scales: torch.Tensor, bias: torch.Tensor | None
@@ -358,6 +376,7 @@ def linear_by_decoding(x: torch.Tensor, blocks: torch.Tensor,
 
 def _linear_fake(x, blocks, scales, bias):
     return x.new_empty((*x.shape[:-1], blocks.shape[0]))
+
 
 def _linear_setup(ctx, inputs, output) -> None:
     _, blocks, scales, bias = inputs
@@ -377,6 +396,7 @@ define_operator(
     "gptoss::mxfp4_linear(Tensor x, Tensor blocks, Tensor scales,"
     " Tensor? bias) -> Tensor", linear_by_decoding, _linear_fake,
     _linear_backward, _linear_setup)
+
 
 def mxfp4_linear(x: torch.Tensor, blocks: torch.Tensor,
                  scales: torch.Tensor, bias: torch.Tensor | None = None
@@ -398,3 +418,22 @@ def mxfp4_linear(x: torch.Tensor, blocks: torch.Tensor,
         raise MXFP4Error(f"bias: expected {tuple(blocks.shape[:1])}, found "
                          f"{tuple(bias.shape)}")
     return torch.ops.gptoss.mxfp4_linear(x, blocks, scales, bias)
+
+
+__all__ = [
+    "Audit",
+    "BLOCK",
+    "FP4_VALUES",
+    "MXFP4Error",
+    "PackedMXFP4",
+    "SCALE_BIAS",
+    "SCALE_NAN",
+    "audit",
+    "decode",
+    "decode_by_table",
+    "decode_reference",
+    "define_operator",
+    "encode",
+    "linear_by_decoding",
+    "mxfp4_linear",
+]

@@ -1,6 +1,7 @@
-"""Generated from book/04_rope.py; edit that, not this."""
+"""From RoPE to YaRN
 
-# ---- Which pairs are stretched
+Generated from book/04_rope.py; edit the chapter, not this file.
+"""
 
 import math
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from gptoss.config import GptOssConfig
 
+# --- Which pairs are stretched -----------------------------------------------
 
 def correction_range(
     head_dim: int,
@@ -35,7 +37,16 @@ def correction_range(
         low, high = math.floor(low), math.ceil(high)
     return max(low, 0), min(high, head_dim - 1)
 
-# ---- One angular speed a pair
+
+# --- One angular speed a pair ------------------------------------------------
+
+def _ramp(low: float, high: float, pairs: int) -> Tensor:
+    """0 up to pair `low`, 1 from pair `high`, straight between. (pairs,)"""
+    if low == high:
+        high += 0.001  # a step; the value is transformers' own
+    pair = torch.arange(pairs, dtype=torch.float32, device="cpu")
+    return ((pair - low) / (high - low)).clamp(0, 1)
+
 
 def inverse_frequencies(
     head_dim: int,
@@ -51,32 +62,27 @@ def inverse_frequencies(
 
     factor 1 is plain RoPE; above 1 it is YaRN's blend. The order of the
     operations is that of transformers' modeling_rope_utils, so that the
-    result is equal to it bit for bit. ValueError: odd head_dim, factor < 1.
+    result is equal to it bit for bit; computed on the CPU, then moved, as
+    the last bit of a power differs between devices.
+    ValueError: odd head_dim, factor < 1.
     """
     if head_dim % 2 or head_dim < 2:
         raise ValueError(f"head_dim: expected even, found {head_dim}")
     if not factor >= 1.0:
         raise ValueError(f"rope factor: expected >= 1, found {factor}")
-    even = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
+    even = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu")
     wave = theta ** (even / head_dim)  # tokens a radian
     if factor == 1.0:
-        return 1.0 / wave
+        return (1.0 / wave).to(device)
     slow, fast = 1.0 / (factor * wave), 1.0 / wave
     low, high = correction_range(
         head_dim, theta, original, beta_fast, beta_slow, truncate
     )
-    keep = 1 - _ramp(low, high, head_dim // 2).to(wave.device)
-    return slow * (1 - keep) + fast * keep
+    keep = 1 - _ramp(low, high, head_dim // 2)
+    return (slow * (1 - keep) + fast * keep).to(device)
 
 
-def _ramp(low: float, high: float, pairs: int) -> Tensor:
-    """0 up to pair `low`, 1 from pair `high`, straight between. (pairs,)"""
-    if low == high:
-        high += 0.001  # a step; the value is transformers' own
-    line = (torch.arange(pairs, dtype=torch.float32) - low) / (high - low)
-    return line.clamp(0, 1)
-
-# ---- The concentration
+# --- The concentration -------------------------------------------------------
 
 def concentration(factor: float) -> float:
     """Factor on both cos and sin; scores get its square. 1.0 if factor <= 1.
@@ -106,7 +112,8 @@ def rope_parameters(
     )
     return inv_freq, concentration(config.rope_factor)
 
-# ---- Tables of cos and sin
+
+# --- Tables of cos and sin ---------------------------------------------------
 
 def rope_tables(
     positions: Tensor,
@@ -130,7 +137,8 @@ def rope_tables(
     cos, sin = angle.cos() * concentration, angle.sin() * concentration
     return cos.to(dtype), sin.to(dtype)
 
-# ---- Turning queries and keys
+
+# --- Turning queries and keys ------------------------------------------------
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x (B, T, H, C) by tables (B, T, C/2); same shape and dtype.
@@ -143,3 +151,13 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat(
         (first * cos - second * sin, second * cos + first * sin), dim=-1
     )
+
+
+__all__ = [
+    "apply_rope",
+    "concentration",
+    "correction_range",
+    "inverse_frequencies",
+    "rope_parameters",
+    "rope_tables",
+]

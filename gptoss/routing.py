@@ -1,6 +1,7 @@
-"""Generated from book/07_routing.py; edit that, not this."""
+"""Routing
 
-# ---- Choose, then weigh
+Generated from book/07_routing.py; edit the chapter, not this file.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from gptoss.config import GptOssConfig
 
+# --- Choose, then weigh ------------------------------------------------------
 
 def top_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of (N, E), largest first: (N, k) logits, (N, k) int64.
@@ -19,7 +21,8 @@ def top_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         raise ValueError(f"num_experts_per_tok: expected 1 to "
                          f"{logits.shape[-1]}, found {k}")
     ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
-    return ordered[..., :k], ids[..., :k]
+    # contiguous: a slice would keep all E columns in memory
+    return ordered[..., :k].contiguous(), ids[..., :k].contiguous()
 
 
 def route(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -31,7 +34,8 @@ def route(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     chosen, ids = top_logits(logits, k)
     return chosen.softmax(-1), ids
 
-# ---- The other order
+
+# --- The other order ---------------------------------------------------------
 
 def softmax_then_topk(logits: Tensor, k: int, renormalise: bool = True
                       ) -> tuple[Tensor, Tensor]:
@@ -45,7 +49,8 @@ def softmax_then_topk(logits: Tensor, k: int, renormalise: bool = True
         probs = probs / probs.sum(-1, keepdim=True)
     return probs, ids
 
-# ---- The router
+
+# --- The router --------------------------------------------------------------
 
 class Router(nn.Linear):
     """A linear layer with bias from D to E logits, and `route`."""
@@ -60,7 +65,8 @@ class Router(nn.Linear):
         """x (N, D) -> weights (N, K) in x.dtype, ids (N, K) int64."""
         return route(F.linear(x, self.weight, self.bias), self.k)
 
-# ---- Load
+
+# --- Load --------------------------------------------------------------------
 
 def expert_load(ids: Tensor, experts: int) -> Tensor:
     """How many tokens chose each expert: ids (N, K) -> counts (E,) int64."""
@@ -74,3 +80,13 @@ def expected_hits(experts: int, k: int, tokens: int) -> float:
     independent: E (1 - (1 - k/E)^N).
     """
     return experts * (1 - (1 - k / experts) ** tokens)
+
+
+__all__ = [
+    "Router",
+    "expected_hits",
+    "expert_load",
+    "route",
+    "softmax_then_topk",
+    "top_logits",
+]

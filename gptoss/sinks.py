@@ -1,10 +1,12 @@
-"""Generated from book/05_sinks.py; edit that, not this."""
+"""Sinks: attention that may decline
 
-# ---- The concat form, as written
+Generated from book/05_sinks.py; edit the chapter, not this file.
+"""
 
 import torch
 from torch import Tensor
 
+# --- The concat form, as written ---------------------------------------------
 
 def _column(sinks: Tensor, like: Tensor) -> Tensor:
     """Sinks (H,) -> (H, 1) in like.dtype, never below its lowest number.
@@ -28,7 +30,8 @@ def softmax_with_sink(scores: Tensor, sinks: Tensor) -> Tensor:
     column = column.expand(*scores.shape[:-1], 1)
     return torch.cat([scores, column], -1).softmax(-1)[..., :-1]
 
-# ---- Scores and mixing with grouped heads
+
+# --- Scores and mixing with grouped heads ------------------------------------
 
 def _scores(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Scaled scores (B, H, T, S), fp32 or wider, -inf where mask is false.
@@ -58,7 +61,8 @@ def _mix(probs: Tensor, v: Tensor) -> Tensor:
     out = grouped @ v.to(probs.dtype).transpose(1, 2)
     return out.view(B, H, T, C).transpose(1, 2)
 
-# ---- Form 1: concat
+
+# --- Form 1: concat ----------------------------------------------------------
 
 def attention_concat(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
                      mask: Tensor, scale: float) -> Tensor:
@@ -73,7 +77,8 @@ def attention_concat(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
     probs = softmax_with_sink(_scores(q, k, mask, scale), sinks)
     return _mix(probs, v).to(q.dtype)
 
-# ---- Form 2: rescale
+
+# --- Form 2: rescale ---------------------------------------------------------
 
 def sink_share(lse: Tensor, sinks: Tensor) -> Tensor:
     """What the sink takes of each row: (…, H, T), (H,) -> (…, H, T), 0..1.
@@ -104,14 +109,15 @@ def attention_rescale(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
     out = _mix((scores - floor.unsqueeze(-1)).exp(), v)
     return rescale(out, lse, sinks).to(q.dtype)
 
-# ---- Form 3: online
+
+# --- Form 3: online ----------------------------------------------------------
 
 def attention_online(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
                      mask: Tensor, scale: float, chunk: int = 64) -> Tensor:
     """`attention_concat` with `chunk` keys at a time: O(B H T chunk) memory.
 
     The running maximum and sum of a row start as if the sink had been its
-    first key, with a value of zero.
+    first key, with a value of zero. ValueError: chunk < 1.
     """
     if chunk < 1:
         raise ValueError(f"chunk: expected at least 1, found {chunk}")
@@ -127,7 +133,65 @@ def attention_online(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
         shrink = (top - higher).exp()
         weights = (scores - higher.unsqueeze(-1)).exp()
         total = total * shrink + weights.sum(-1)
-        out = out * shrink.transpose(1, 2).unsqueeze(-1) + _mix(
-            weights, v[:, keys])
+        out = out * shrink.transpose(1, 2).unsqueeze(-1)
+        out = out + _mix(weights, v[:, keys])
         top = higher
     return (out / total.transpose(1, 2).unsqueeze(-1)).to(q.dtype)
+
+
+# --- A kernel that knows nothing of sinks ------------------------------------
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = (
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
+
+
+class _FlashWithSinks(torch.autograd.Function):
+    """Torch's CPU kernel, rescaled; heads before tokens, as it wants them."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, sinks, bias, scale):
+        out, lse = _flash(q, k, v, 0.0, False, attn_mask=bias, scale=scale)
+        out = rescale(out.transpose(1, 2), lse, sinks).transpose(1, 2)
+        ctx.save_for_backward(q, k, v, sinks, bias, out, lse)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, sinks, bias, out, lse = ctx.saved_tensors
+        column = _column(sinks, lse)
+        dq, dk, dv = _flash_backward(
+            grad, q, k, v, out, torch.logaddexp(lse, column), 0.0, False,
+            attn_mask=bias, scale=ctx.scale)
+        said = (grad.to(lse.dtype) * out).sum(-1)
+        ds = -(sink_share(lse, sinks) * said).sum((0, 2))
+        return dq, dk, dv, ds.to(sinks.dtype), None, None
+
+
+def attention_flash(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
+                    mask: Tensor, scale: float) -> Tensor:
+    """`attention_concat` by torch's CPU kernel and `rescale`; it trains.
+
+    Memory O(B T S) for the mask, none for scores. In bf16 the kernel rounds
+    its weights and its output before the rescaling: less exact than the
+    other forms. ValueError: tensors that are not on a CPU.
+    """
+    if q.device.type != "cpu":
+        raise ValueError(f"attention_flash: expected cpu, found {q.device}")
+    bias = torch.zeros(mask.shape, dtype=q.dtype)
+    bias = bias.masked_fill_(~mask, -torch.inf).unsqueeze(1)
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    out = _FlashWithSinks.apply(*heads_first, sinks, bias, scale)
+    return out.transpose(1, 2)
+
+
+__all__ = [
+    "attention_concat",
+    "attention_flash",
+    "attention_online",
+    "attention_rescale",
+    "rescale",
+    "sink_share",
+    "softmax_with_sink",
+]

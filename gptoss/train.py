@@ -1,6 +1,38 @@
-"""Generated from book/14_train.py; edit that, not this."""
+"""A gpt-oss you can train over lunch
 
-# ---- The words of a small world
+Generated from book/14_train.py; edit the chapter, not this file.
+"""
+
+import json
+import math
+import random
+import re
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from gptoss import mxfp4
+from gptoss.checkpoint import write_checkpoint
+from gptoss.config import GptOssConfig
+from gptoss.generate import Sampler, generate_batch
+from gptoss.harmony import (
+    ALPHABET,
+    NAMED,
+    PATTERN,
+    RANKS,
+    Tokenizer,
+    tokenizer_json,
+)
+from gptoss.model import GptOss
+
+# --- The words of a small world ----------------------------------------------
 
 GIRLS = ("Mira", "Lily", "Nora", "Anna", "Ruby", "Zoe", "Ella", "Maya",
          "Tess", "Wren")
@@ -34,7 +66,8 @@ WORDS = {
 PRONOUNS = {name: ("she", "her") for name in GIRLS}
 PRONOUNS |= {name: ("he", "his") for name in BOYS}
 
-# ---- A plot is a list of beats
+
+# --- A plot is a list of beats -----------------------------------------------
 
 BEATS = (
     ("opening", (
@@ -138,13 +171,8 @@ BEATS = (
         "That night {hero} dreamed of {friend} and the {colour} {thing}.")),
 )
 
-# ---- Telling
 
-import math
-import random
-import re
-import zlib
-
+# --- Telling -----------------------------------------------------------------
 
 def draw_cast(rng: random.Random) -> dict[str, str]:
     """Draw who and what a story is about: one word for each fixed slot.
@@ -174,6 +202,7 @@ def held_out(cast: dict[str, str]) -> bool:
     key = f"{cast['hero']} {cast['colour']} {cast['thing']}"
     return zlib.crc32(key.encode()) % 10 == 0
 
+
 SLOT = re.compile(r"\{(\w+)\}")
 
 
@@ -188,6 +217,7 @@ def tell(rng: random.Random, cast: dict[str, str] | None = None,
 
     told = (SLOT.sub(fill, rng.choice(lines)) for _, lines in BEATS[:beats])
     return " ".join(line for line in told if line)
+
 
 def story_entropy() -> float:
     """Nats of choice in one story of `tell`: the floor of any loss.
@@ -206,7 +236,8 @@ def story_entropy() -> float:
         nats += sum(math.log(size[slot]) for slot in free) / len(lines)
     return nats
 
-# ---- Reading: the checker is the generator run backwards
+
+# --- Reading: the checker is the generator run backwards ---------------------
 
 def line_pattern(line: str, cast: dict[str, str]) -> re.Pattern:
     """The regular expression of a template under what is known so far.
@@ -230,8 +261,6 @@ def line_pattern(line: str, cast: dict[str, str]) -> re.Pattern:
         else:
             parts.append(f"(?:{'|'.join(WORDS[slot])})")
     return re.compile("".join(parts) + re.escape(line[end:]))
-
-from dataclasses import dataclass, field
 
 
 @dataclass
@@ -282,16 +311,8 @@ def read_story(text: str) -> Reading:
 
     return follow(0, 0, {}) or furthest[1]
 
-# ---- A tokenizer of a thousand tokens
 
-from gptoss.harmony import (
-    ALPHABET,
-    NAMED,
-    PATTERN,
-    RANKS,
-    Tokenizer,
-    tokenizer_json,
-)
+# --- A tokenizer of a thousand tokens ----------------------------------------
 
 CONTROL = 21  # control tokens, in the order of o200k_harmony
 
@@ -337,12 +358,8 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> str:
                for token in range(len(ranks), vocab_size)}
     return tokenizer_json(ranks, control)
 
-# ---- Rows of stories
 
-from collections.abc import Iterator
-
-import torch
-
+# --- Rows of stories ---------------------------------------------------------
 
 def stories(seed: int, hold_out: bool = False) -> Iterator[str]:
     """Endless stories; of held-out casts only, or of all the others."""
@@ -370,13 +387,8 @@ def story_rows(tokenizer: Tokenizer, seed: int, batch: int,
             rows.append(row[:length + 1])
         yield torch.tensor(rows)
 
-# ---- The loss: the next token, and a fair share for every expert
 
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from gptoss.model import GptOss
-
+# --- The loss: the next token, and a fair share for every expert -------------
 
 def load_balance(logits: Tensor, k: int) -> Tensor:
     """The auxiliary loss of Switch Transformers, for K experts a token.
@@ -414,12 +426,8 @@ class RouterTap:
         taken, self.logits = self.logits, []
         return taken
 
-# ---- Weights that live on the grid
 
-from torch.nn.utils import parametrize
-
-from gptoss import mxfp4
-
+# --- Weights that live on the grid -------------------------------------------
 
 class OnGrid(nn.Module):
     """Replace a weight by its MXFP4 rounding; gradients pass unchanged."""
@@ -437,13 +445,8 @@ def put_on_grid(model: GptOss) -> None:
             parametrize.register_parametrization(
                 layer.mlp.experts, name, OnGrid())
 
-# ---- The training loop
 
-import time
-from collections.abc import Callable
-
-from gptoss.config import GptOssConfig
-
+# --- The training loop -------------------------------------------------------
 
 def pocket_config(vocab_size: int = 1024) -> GptOssConfig:
     """The shipped model: every feature of the 20b, a ten-thousandth of it."""
@@ -481,6 +484,7 @@ class Recipe:
         floor = 0.01
         cosine = (1 + math.cos(math.pi * done)) / 2
         return self.learning_rate * (floor + (1 - floor) * cosine)
+
 
 def optimizer_for(model: GptOss, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW; biases, sinks and norms are not decayed towards zero."""
@@ -527,7 +531,8 @@ def train(model: GptOss, rows: Iterator[Tensor], recipe: Recipe,
                 "seconds": time.perf_counter() - begin} | extra)
     tap.close()
 
-# ---- From parameters to a file
+
+# --- From parameters to a file -----------------------------------------------
 
 def released_tensors(model: GptOss) -> Iterator[tuple[str, Tensor]]:
     """The model's tensors as the released layout stores them: experts in
@@ -550,10 +555,8 @@ def plain_state(model: GptOss) -> dict[str, Tensor]:
     return {name.replace("parametrizations.", "").replace(".original", ""):
             value for name, value in state.items()}
 
-# ---- Examination by a program
 
-from gptoss.generate import Sampler, generate_batch
-
+# --- Examination by a program ------------------------------------------------
 
 @dataclass
 class Exam:
@@ -588,13 +591,8 @@ def examine(model: GptOss, tokenizer: Tokenizer, count: int, seed: int = 1,
         exam.failures += [] if reading.coherent else [reading]
     return exam
 
-# ---- One command
 
-import json
-from pathlib import Path
-
-from gptoss.checkpoint import write_checkpoint
-
+# --- One command -------------------------------------------------------------
 
 def make_pocket(out: Path, recipe: Recipe,
                 report: Callable[[dict], None] = lambda entry: None) -> None:
@@ -632,3 +630,43 @@ def generation_config(config: GptOssConfig) -> dict:
 
 def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+__all__ = [
+    "BEATS",
+    "BOYS",
+    "CONTROL",
+    "Exam",
+    "GIRLS",
+    "OnGrid",
+    "PRONOUNS",
+    "Reading",
+    "Recipe",
+    "RouterTap",
+    "SLOT",
+    "WORDS",
+    "control_ids",
+    "draw_cast",
+    "examine",
+    "generation_config",
+    "held_out",
+    "line_pattern",
+    "load_balance",
+    "make_pocket",
+    "next_token_loss",
+    "optimizer_for",
+    "plain_state",
+    "pocket_config",
+    "put_on_grid",
+    "read_story",
+    "released_tensors",
+    "stories",
+    "story_entropy",
+    "story_rows",
+    "tell",
+    "train",
+    "train_ranks",
+    "train_tokenizer",
+    "with_pronouns",
+    "write_json",
+]

@@ -404,8 +404,14 @@ def test_wrong_positions_and_shapes():
         cache.update(0, k.float(), k.float(), good)
     with pytest.raises(CacheError, match="layer 0: expected k and v"):
         cache.update(0, k[:, :, :1], k, good)
-    with pytest.raises(CacheError, match="expected 4 layers updated, found"):
-        cache.advance(good)
+    for i in range(4):
+        with pytest.raises(CacheError, match=f"4 layers .* found {i}"):
+            cache.advance(good)
+        cache.update(i, k, k, good)
+    with pytest.raises(CacheError, match="4 layers .* found 0"):
+        cache.advance(good + 1)
+    cache.advance(good.clone())
+    assert cache.lengths.tolist() == [1, 1]
 
 
 def test_a_forward_that_fails():

@@ -294,7 +294,7 @@ def test_first_token_comes_before_the_second_is_computed(model):
     calls = []
 
     class Counting:
-        config, device = model.config, model.device
+        config, embed_tokens = model.config, model.embed_tokens
         new_cache = model.new_cache
 
         def __call__(self, *args, **options):
@@ -360,7 +360,7 @@ def test_a_cache_of_several_rows_is_refused(model):
 
 def test_nan_in_the_model_names_the_dtype(model):
     class Broken:
-        config, device = model.config, model.device
+        config, embed_tokens = model.config, model.embed_tokens
         new_cache = model.new_cache
 
         def __call__(self, tokens, **options):
@@ -528,7 +528,8 @@ def test_complete_flushes_half_a_character(tokenizer):
     lead = "é".encode()[0]
 
     class Always:
-        config, device = CONFIG, torch.device("cpu")
+        config = CONFIG
+        embed_tokens = SimpleNamespace(weight=torch.zeros(1))
 
         def new_cache(self):
             return SimpleNamespace(length=0, batch_size=1, max_tokens=None)

@@ -27,6 +27,7 @@ from gptoss.model import (
     attention_in_tiles,
     rms_norm,
 )
+from gptoss.rope import rope_parameters
 
 TINY = GptOssConfig(
     num_hidden_layers=3, num_local_experts=4, num_experts_per_tok=2,
@@ -131,7 +132,6 @@ def test_against_loops_in_numpy(seed, tmp_path):
     path = case.write(tmp_path)
     tokens = case.prompt()
     # the inverse frequencies are fp32 by definition; all else is float64
-    from gptoss.rope import rope_parameters
     inv_freq = rope_parameters(case.config)[0].double().numpy()
     exact = torch.from_numpy(float64.forward(
         case.config, tensors, tokens[0].tolist(), inv_freq))
@@ -213,8 +213,10 @@ def test_gradients_are_right():
     model = make(config).requires_grad_(True)
     tokens = torch.randint(0, 64, (1, 7))
     model(tokens).square().mean().backward()
-    for name in ("layers.0.self_attn.sinks", "layers.1.self_attn.k_proj.bias",
-                 "layers.0.mlp.router.weight", "layers.1.mlp.experts.down_proj",
+    for name in ("layers.0.self_attn.sinks",
+                 "layers.1.self_attn.k_proj.bias",
+                 "layers.0.mlp.router.weight",
+                 "layers.1.mlp.experts.down_proj",
                  "layers.0.input_layernorm.weight", "embed_tokens.weight"):
         p = model.get_parameter(name)
         at = tuple((p.grad.abs() == p.grad.abs().max()).nonzero()[0].tolist())
@@ -423,19 +425,18 @@ def test_loading_takes_the_bytes_of_the_file(folder, tmp_path):
         "intermediate_size": 512, "vocab_size": 8192})
     path = Case(1, config, 1, 1.0).write(tmp_path)
     size = sum(f.stat().st_size for f in path.glob("*.safetensors"))
-    assert size > 50e6
+    assert size > 40e6
     for dtype, packed in (("bfloat16", True), ("bfloat16", False),
                           ("float32", True)):
         out = subprocess.run(
             [sys.executable, "-c", MEASURE, path, dtype, str(packed), folder],
             capture_output=True, text=True, check=True).stdout
         grown, held = map(int, out.split())
-        # mapped pages count once they are touched, so held is the most that
-        # may be resident; packed bfloat16 is the file itself
-        assert grown <= 1.1 * held, (dtype, packed)
-        if (dtype, packed) == ("bfloat16", True):
-            assert grown <= 1.1 * size
-            assert held <= size
+        # pages of the mapped file count once they are read; beside them
+        # there may be what was converted, and never two copies of it
+        converted = 0 if (dtype, packed) == ("bfloat16", True) else held
+        assert grown <= 1.1 * size + converted, (dtype, packed)
+        assert converted or held <= size
 
 
 def rewrite(folder, target, change) -> None:
@@ -483,6 +484,7 @@ def test_another_model_is_refused(folder, tmp_path):
     (torch.empty(0, 3, dtype=torch.int64), "empty prompt"),
     (torch.tensor([1, 2]), r"\(B, T\)"),
     (torch.tensor([[1.0]]), "float32"),
+    (torch.tensor([[True]]), "bool"),
     (torch.zeros(1, 513, dtype=torch.int64), "512.*513"),
 ])
 def test_tokens_that_cannot_be(model, tokens, text):

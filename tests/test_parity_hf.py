@@ -4,11 +4,9 @@ import statistics
 
 import pytest
 import torch
-from oracles import Case, distance, long_case, random_case
+from oracles import Case, distance, hf, long_case, random_case, usual_error
 
 from gptoss.model import GptOss
-
-hf = pytest.importorskip("oracles.hf")
 
 CASES = [random_case(seed) for seed in range(32)]
 LONG = [long_case(100), long_case(101)]
@@ -66,7 +64,6 @@ def test_bf16_is_no_further_from_float64(tmp_path):
         theirs = hf.logits(hf.load(path, torch.bfloat16), tokens)
         assert ours.dtype == theirs.dtype == torch.bfloat16
         for name, found in (("ours", ours), ("theirs", theirs)):
-            error = (found.double() - exact).square().mean().sqrt()
-            errors[name].append((error / exact.std()).item())
+            errors[name].append(usual_error(found, exact))
     assert 0 < statistics.median(errors["ours"]) <= statistics.median(
         errors["theirs"])

@@ -9,18 +9,18 @@ import statistics
 
 import pytest
 import torch
-from oracles import Case, distance, long_case, random_case
+from oracles import Case, distance, long_case, random_case, usual_error
 from test_parity_hf import greedy
 
 from gptoss.model import GptOss
+from gptoss.rope import correction_range
 
-openai = pytest.importorskip("oracles.openai")
+openai = pytest.importorskip("oracles.openai", reason="no gpt-oss 0.0.9")
 
 
 def usable(case: Case) -> bool:
     """What OpenAI's code asserts of YaRN's range: it ends before the last
     pair. (Head size 8 with theta 10000 does not.)"""
-    from gptoss.rope import correction_range
     c = case.config
     low, high = correction_range(c.head_dim, c.rope_theta)
     return c.rope_factor == 1 or 0 < low < high < c.head_dim / 2 - 1
@@ -61,7 +61,6 @@ def test_bf16_is_no_further_from_float64(tmp_path):
         theirs = openai.logits(openai.load(path, torch.bfloat16), tokens)
         assert ours.dtype == theirs.dtype == torch.bfloat16
         for name, found in (("ours", ours), ("theirs", theirs)):
-            error = (found.double() - exact).square().mean().sqrt()
-            errors[name].append((error / exact.std()).item())
+            errors[name].append(usual_error(found, exact))
     assert 0 < statistics.median(errors["ours"]) <= statistics.median(
         errors["theirs"])

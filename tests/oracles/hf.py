@@ -35,8 +35,18 @@ def logits(model: torch.nn.Module, tokens: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def greedy(model: torch.nn.Module, tokens: Tensor, count: int) -> list[int]:
-    """The `count` likeliest tokens after tokens (1, T), with its cache."""
+    """The `count` likeliest tokens after tokens (1, T), with its cache.
+
+    Except for a window of 1, where transformers 5.23 keeps every key
+    (cache_utils.py, DynamicSlidingWindowLayer.update: the slice
+    [-sliding_window + 1:] is [0:]): there, whole forwards.
+    """
     past, out, feed = None, [], tokens
+    if model.config.sliding_window == 1:
+        for _ in range(count):
+            best = logits(model, tokens)[:, -1:].argmax(-1)
+            tokens = torch.cat([tokens, best], 1)
+        return tokens[0, -count:].tolist()
     while True:
         step = model(feed, past_key_values=past, use_cache=True,
                      logits_to_keep=1)

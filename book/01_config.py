@@ -1,0 +1,429 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   gptoss:
+#     module: config
+# ---
+
+# %% [markdown]
+# # Where do 21 billion parameters live?
+#
+# ## Code
+#
+# ### One dataclass for both models
+
+# %% tags=["export"]
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class ConfigError(ValueError):
+    """A configuration that is not one of a gpt-oss model."""
+
+
+KINDS = ("sliding_attention", "full_attention")
+ROPE_TYPES = ("yarn", "default")
+
+
+@dataclass(frozen=True)
+class GptOssConfig:
+    """Sizes and constants of a gpt-oss model; the defaults are the 120b's.
+
+    Names are those of Hugging Face's config.json. layer_types None means
+    alternating, a sliding layer first. ConfigError names a wrong key.
+    """
+
+    num_hidden_layers: int = 36
+    num_local_experts: int = 128
+    num_experts_per_tok: int = 4
+    vocab_size: int = 201088
+    hidden_size: int = 2880
+    intermediate_size: int = 2880
+    head_dim: int = 64
+    num_attention_heads: int = 64
+    num_key_value_heads: int = 8
+    sliding_window: int = 128
+    layer_types: tuple[str, ...] | None = None
+    max_position_embeddings: int = 131072
+    initial_context_length: int = 4096
+    rope_theta: float = 150000.0
+    rope_type: str = "yarn"
+    rope_factor: float = 32.0
+    rope_beta_fast: float = 32.0
+    rope_beta_slow: float = 1.0
+    rope_truncate: bool = False
+    rms_norm_eps: float = 1e-5
+    swiglu_limit: float = 7.0
+    eos_token_id: int = 200002
+    pad_token_id: int = 199999
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        if self.layer_types is None:
+            kinds = tuple(KINDS[n % 2] for n in range(self.num_hidden_layers))
+            object.__setattr__(self, "layer_types", kinds)
+        object.__setattr__(self, "layer_types", tuple(self.layer_types))
+        check_config(self)
+
+    @classmethod
+    def gpt_oss_20b(cls) -> "GptOssConfig":
+        """gpt-oss-20b: 24 layers of 32 experts."""
+        return cls(num_hidden_layers=24, num_local_experts=32)
+
+    @classmethod
+    def gpt_oss_120b(cls) -> "GptOssConfig":
+        """gpt-oss-120b: 36 layers of 128 experts."""
+        return cls(num_hidden_layers=36, num_local_experts=128)
+
+    @classmethod
+    def from_dict(cls, values: dict, source: str = "config.json"
+                  ) -> "GptOssConfig":
+        """From the keys of either spelling; `source` names the file."""
+        return config_from_dict(values, source)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> "GptOssConfig":
+        """From a folder with a config.json, or from such a file."""
+        return read_config(Path(path))
+
+    def to_hf_dict(self) -> dict:
+        """What Hugging Face's config.json holds."""
+        return hf_dict(self)
+
+    def to_original_dict(self) -> dict:
+        """What OpenAI's original/config.json holds."""
+        return original_dict(self)
+
+
+# %% [markdown]
+# ### What is refused
+
+# %% tags=["export"]
+COUNTS = ("num_hidden_layers", "num_local_experts", "num_experts_per_tok",
+          "vocab_size", "hidden_size", "intermediate_size", "head_dim",
+          "num_attention_heads", "num_key_value_heads", "sliding_window",
+          "max_position_embeddings", "initial_context_length")
+POSITIVE = ("rope_theta", "rope_factor", "rope_beta_fast", "rope_beta_slow",
+            "rms_norm_eps", "swiglu_limit")
+
+
+def _expect(good: bool, key: str, expected: str, found: object) -> None:
+    if not good:
+        raise ConfigError(f"{key}: expected {expected}, found {found!r}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_config(config: GptOssConfig) -> None:
+    """Raise ConfigError naming the first key that makes no model."""
+    for key in COUNTS:
+        value = getattr(config, key)
+        _expect(_is_count(value) and value > 0, key, "a whole number above "
+                "0", value)
+    for key in POSITIVE:
+        value = getattr(config, key)
+        good = isinstance(value, int | float) and 0 < value < float("inf")
+        _expect(good and value is not True, key, "a number above 0", value)
+    E, G = config.num_local_experts, config.num_key_value_heads
+    _expect(config.num_experts_per_tok <= E, "num_experts_per_tok",
+            f"at most num_local_experts = {E}", config.num_experts_per_tok)
+    _expect(config.num_attention_heads % G == 0, "num_attention_heads",
+            f"a multiple of num_key_value_heads = {G}",
+            config.num_attention_heads)
+    _expect(config.head_dim % 2 == 0, "head_dim", "an even number",
+            config.head_dim)
+    check_kinds(config)
+
+
+def check_kinds(config: GptOssConfig) -> None:
+    """The keys that choose between kinds, and the token ids."""
+    kinds, L = config.layer_types, config.num_hidden_layers
+    _expect(len(kinds) == L, "layer_types", f"{L} entries", len(kinds))
+    for n, kind in enumerate(kinds):
+        _expect(kind in KINDS, f"layer_types[{n}]", " or ".join(KINDS), kind)
+    _expect(config.rope_type in ROPE_TYPES, "rope_type",
+            " or ".join(ROPE_TYPES), config.rope_type)
+    _expect(config.rope_factor >= 1, "rope_factor", "at least 1",
+            config.rope_factor)
+    _expect(config.tie_word_embeddings is False, "tie_word_embeddings",
+            "false (gpt-oss has its own lm_head)", config.tie_word_embeddings)
+    for key in ("eos_token_id", "pad_token_id"):
+        value = getattr(config, key)
+        _expect(_is_count(value) and value >= 0, key, "a token id", value)
+
+
+# %% [markdown]
+# ### Three spellings of the same numbers
+
+# %% tags=["export"]
+SAME = (*COUNTS, "layer_types", "rms_norm_eps", "swiglu_limit",
+        "eos_token_id", "pad_token_id", "tie_word_embeddings")
+# our field -> key in rope_scaling / rope_parameters of Hugging Face
+ROPE_KEYS = {"rope_type": "rope_type", "rope_factor": "factor",
+             "rope_beta_fast": "beta_fast", "rope_beta_slow": "beta_slow",
+             "rope_truncate": "truncate", "rope_theta": "rope_theta",
+             "initial_context_length": "original_max_position_embeddings"}
+# our field -> key of OpenAI's original/config.json
+ORIGINAL_KEYS = {
+    "num_hidden_layers": "num_hidden_layers",
+    "num_local_experts": "num_experts",
+    "num_experts_per_tok": "experts_per_token",
+    "vocab_size": "vocab_size", "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "swiglu_limit": "swiglu_limit", "head_dim": "head_dim",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_key_value_heads",
+    "sliding_window": "sliding_window",
+    "initial_context_length": "initial_context_length",
+    "rope_theta": "rope_theta", "rope_factor": "rope_scaling_factor",
+    "rope_beta_slow": "rope_ntk_alpha", "rope_beta_fast": "rope_ntk_beta"}
+
+
+# %% tags=["export"]
+def config_from_dict(values: dict, source: str) -> GptOssConfig:
+    """From HF keys (either rope spelling) or those of original/config.json.
+
+    Keys that decide nothing here are ignored; a missing one, one of another
+    model, or a value that makes no model is a ConfigError naming both the
+    source and the key.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source}: expected a JSON object, found "
+                          f"{type(values).__name__}")
+    original = "num_experts" in values and "model_type" not in values
+    try:
+        fields = _from_original(values) if original else _from_hf(values)
+        return GptOssConfig(**fields)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def _from_original(values: dict) -> dict:
+    fields = {}
+    for field, key in ORIGINAL_KEYS.items():
+        _expect(key in values, key, "a value", "nothing")
+        fields[field] = values[key]
+    context = fields["initial_context_length"] * fields["rope_factor"]
+    fields["max_position_embeddings"] = int(context)
+    factor_one = fields["rope_factor"] == 1
+    return fields | {"rope_type": "default" if factor_one else "yarn"}
+
+
+def _from_hf(values: dict) -> dict:
+    kind = values.get("model_type")
+    _expect(kind == "gpt_oss", "model_type", "'gpt_oss'", kind)
+    optional = ("layer_types", "initial_context_length", "rms_norm_eps",
+                "swiglu_limit", "eos_token_id", "pad_token_id",
+                "tie_word_embeddings")
+    for key in set(SAME) - set(optional):
+        if key == "num_experts_per_tok" and "experts_per_token" in values:
+            values = {key: values["experts_per_token"]} | values
+        _expect(key in values, key, "a value", "nothing")
+    fields = {key: values[key] for key in SAME
+              if values.get(key) is not None}
+    if isinstance(fields.get("eos_token_id"), list):
+        fields["eos_token_id"] = fields["eos_token_id"][0]
+    return fields | _rope_fields(values)
+
+
+def _rope_fields(values: dict) -> dict:
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    _expect(isinstance(rope, dict), "rope_scaling", "an object", rope)
+    rope = {"rope_type": rope.get("type", "default"),
+            "rope_theta": values.get("rope_theta")} | rope
+    _expect(rope["rope_theta"] is not None, "rope_theta", "a value",
+            "nothing")
+    _expect(rope["rope_type"] in ROPE_TYPES, "rope_type",
+            " or ".join(ROPE_TYPES), rope["rope_type"])
+    fields = {field: rope[key] for field, key in ROPE_KEYS.items()
+              if rope.get(key) is not None}
+    if fields["rope_type"] == "yarn":
+        _expect("rope_factor" in fields, "factor (of yarn)", "a value",
+                "nothing")
+        # transformers rounds the range unless told otherwise (chapter 4)
+        fields.setdefault("rope_truncate", True)
+    return fields
+
+
+# %% tags=["export"]
+def read_config(path: Path) -> GptOssConfig:
+    """GptOssConfig of a folder with config.json, or of such a file."""
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        values = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: not readable as JSON ({error})") from None
+    return config_from_dict(values, str(file))
+
+
+# %% tags=["export"]
+NOT_CONVERTED = ("model.layers.*.self_attn", "model.layers.*.mlp.router",
+                 "model.embed_tokens", "lm_head")
+
+
+def hf_dict(config: GptOssConfig) -> dict:
+    """What the config.json of a released model holds, key by key."""
+    values = {key: getattr(config, key) for key in SAME}
+    values["layer_types"] = list(config.layer_types)
+    rope = {key: getattr(config, field) for field, key in ROPE_KEYS.items()}
+    if config.rope_type == "default":
+        rope = {key: rope[key] for key in ("rope_type", "rope_theta")}
+    theta = rope.pop("rope_theta")
+    return dict(sorted((values | {
+        "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss",
+        "attention_bias": True, "attention_dropout": 0.0,
+        "experts_per_token": config.num_experts_per_tok,
+        "hidden_act": "silu", "initializer_range": 0.02,
+        "output_router_logits": False, "router_aux_loss_coef": 0.9,
+        "use_cache": True, "rope_theta": theta, "rope_scaling": rope,
+        "quantization_config": {
+            "modules_to_not_convert": list(NOT_CONVERTED),
+            "quant_method": "mxfp4"},
+    }).items()))
+
+
+def original_dict(config: GptOssConfig) -> dict:
+    """What original/config.json of a released model holds.
+
+    That file has no key for max_position_embeddings, layer_types, rope_type
+    or truncate: a model that differs there is a ConfigError, not a loss.
+    """
+    values = {key: getattr(config, field)
+              for field, key in ORIGINAL_KEYS.items()}
+    again = config_from_dict(values, "original/config.json")
+    for field in ("layer_types", "max_position_embeddings", "rope_type",
+                  "rope_truncate", "rms_norm_eps"):
+        ours, theirs = getattr(config, field), getattr(again, field)
+        _expect(ours == theirs, field, f"{theirs!r}, which is all that "
+                "original/config.json can say", ours)
+    return values
+
+
+# %% [markdown]
+# ### Counting
+
+# %% tags=["export"]
+def parameter_counts(config: GptOssConfig) -> dict[str, int]:
+    """Parameters by component; the values sum to `total_parameters`."""
+    D, V, C = config.hidden_size, config.vocab_size, config.head_dim
+    E, L = config.num_local_experts, config.num_hidden_layers
+    H, G = config.num_attention_heads, config.num_key_value_heads
+    attention = D * (H + 2 * G) * C + (H + 2 * G) * C   # q, k, v
+    attention += H * C * D + D + H                      # o and the sinks
+    return {"embedding": V * D, "attention": L * attention,
+            "router": L * (D + 1) * E, "experts": L * E * expert_size(config),
+            "norms": (2 * L + 1) * D, "lm_head": V * D}
+
+
+def expert_size(config: GptOssConfig) -> int:
+    """Parameters of one expert: gate and up, down, and their biases."""
+    D, F = config.hidden_size, config.intermediate_size
+    return 2 * F * D + 2 * F + D * F + D
+
+
+def total_parameters(config: GptOssConfig) -> int:
+    return sum(parameter_counts(config).values())
+
+
+def active_parameters(config: GptOssConfig) -> int:
+    """Parameters that one token multiplies with: K experts of E, and
+    without the embedding, which is looked up."""
+    counts = parameter_counts(config)
+    chosen = (config.num_hidden_layers * config.num_experts_per_tok
+              * expert_size(config))
+    rest = sum(counts[part] for part in ("attention", "router", "norms",
+                                         "lm_head"))
+    return rest + chosen
+
+
+# %% [markdown]
+# ### Bytes
+
+# %% tags=["export"]
+def expert_bytes(config: GptOssConfig) -> int:
+    """One expert in the file: 17 bytes per 32 weights, bf16 biases."""
+    D, F = config.hidden_size, config.intermediate_size
+    blocks = 2 * F * -(-D // 32) + D * -(-F // 32)
+    return 17 * blocks + 2 * (2 * F + D)
+
+
+def checkpoint_bytes(config: GptOssConfig) -> int:
+    """Bytes of all tensors in the released layout: experts in MXFP4."""
+    experts = config.num_hidden_layers * config.num_local_experts
+    counts = parameter_counts(config)
+    dense = total_parameters(config) - counts["experts"]
+    return experts * expert_bytes(config) + 2 * dense
+
+
+def bf16_bytes(config: GptOssConfig) -> int:
+    """Bytes of all tensors if every parameter took two."""
+    return 2 * total_parameters(config)
+
+
+def bytes_read_per_token(config: GptOssConfig) -> int:
+    """Bytes of weights that decoding one token reads, K experts a layer.
+
+    One row of the embedding counts; the cache does not (`cache_bytes`).
+    """
+    counts = parameter_counts(config)
+    dense = sum(counts[part] for part in ("attention", "router", "norms",
+                                          "lm_head"))
+    experts = config.num_hidden_layers * config.num_experts_per_tok
+    return (2 * (dense + config.hidden_size)
+            + experts * expert_bytes(config))
+
+
+# %% [markdown]
+# ### The cache, and arithmetic
+
+# %% tags=["export"]
+def cache_bytes_per_token(config: GptOssConfig, dtype_bytes: int = 2) -> int:
+    """Bytes that a token adds to each layer's keys and values, times the
+    full layers only: a sliding layer's ring does not grow."""
+    full = config.layer_types.count("full_attention")
+    return full * layer_cache_bytes(config, dtype_bytes)
+
+
+def layer_cache_bytes(config: GptOssConfig, dtype_bytes: int = 2) -> int:
+    """Bytes of one token's key and value in one layer: 2 G C numbers."""
+    return 2 * config.num_key_value_heads * config.head_dim * dtype_bytes
+
+
+def cache_bytes(config: GptOssConfig, tokens: int, batch_size: int = 1,
+                dtype_bytes: int = 2) -> int:
+    """Bytes of a cache with room for `tokens`: tapes and full rings."""
+    sliding = config.layer_types.count("sliding_attention")
+    rings = sliding * config.sliding_window * layer_cache_bytes(
+        config, dtype_bytes)
+    return batch_size * (rings + tokens * cache_bytes_per_token(
+        config, dtype_bytes))
+
+
+def flops_per_token(config: GptOssConfig, context: int) -> int:
+    """Multiplications and additions of one token that sees `context` keys.
+
+    Two for each active weight of a matrix (biases, norms and sinks left
+    out) and 4 H C for each visible key of each layer.
+    """
+    D, F, C = config.hidden_size, config.intermediate_size, config.head_dim
+    H, G = config.num_attention_heads, config.num_key_value_heads
+    layer = D * C * (2 * H + 2 * G) + D * config.num_local_experts
+    layer += config.num_experts_per_tok * 3 * D * F
+    seen = sum(min(context, config.sliding_window)
+               if kind == "sliding_attention" else context
+               for kind in config.layer_types)
+    return (2 * (config.num_hidden_layers * layer + D * config.vocab_size)
+            + 4 * H * C * seen)

@@ -1,0 +1,352 @@
+"""python -m gptoss: what it prints, where, and how it ends."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import random_tensors
+
+import gptoss
+from gptoss.__main__ import UsageError, build_parser, main, visible
+from gptoss.checkpoint import write_checkpoint
+from gptoss.config import GptOssConfig
+from gptoss.generate import Sampler, complete
+from gptoss.harmony import Tokenizer, tokenizer_json
+from gptoss.model import GptOss
+
+ROOT = Path(gptoss.__file__).parents[1]
+CONFIG = GptOssConfig(
+    num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2,
+    vocab_size=288, hidden_size=32, intermediate_size=32, head_dim=8,
+    num_attention_heads=4, num_key_value_heads=2, sliding_window=8,
+    max_position_embeddings=4096, initial_context_length=128,
+    eos_token_id=287, pad_token_id=286)
+
+
+def write_model(path: Path, **generation) -> Path:
+    """A random model of 288 tokens that writes any bytes at all."""
+    write_checkpoint(path, CONFIG, random_tensors(CONFIG, 1).items())
+    ranks = {bytes([b]): b for b in range(256)}
+    ranks |= {f"{n:02d}".encode(): 256 + n for n in range(30)}
+    (path / "tokenizer.json").write_text(tokenizer_json(
+        ranks, {286: "<|endoftext|>", 287: "<|return|>"}), "utf-8")
+    (path / "generation_config.json").write_text(json.dumps(
+        {"eos_token_id": [287, 286]} | generation))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("cli") / "model")
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory) -> Path:
+    """The same, but nothing stops it."""
+    return write_model(tmp_path_factory.mktemp("cli") / "endless",
+                       eos_token_id=[])
+
+
+class Screen(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def wanted(folder: Path, prompt: str, **options):
+    return complete(
+        GptOss.from_pretrained(folder, dtype=torch.float32),
+        Tokenizer.from_pretrained(folder), prompt, stop=(287, 286),
+        **options)
+
+
+# -- generate ---------------------------------------------------------------
+
+def test_generate_writes_the_continuation(folder, capsys):
+    assert main(["generate", "--model", str(folder), "--prompt", "Once",
+                 "--max-new-tokens", "20", "--temperature", "0",
+                 "--dtype", "float32"]) == 0
+    out, err = capsys.readouterr()
+    done = wanted(folder, "Once", max_new_tokens=20, sampler=Sampler(0))
+    assert out == done.text + "\n" and len(done.text) > 5
+    assert err == ""
+
+
+def test_generate_json_is_one_object_with_all_fields(folder, capsys):
+    args = ["generate", "--model", str(folder), "--prompt", "Once",
+            "--max-new-tokens", "20", "--temperature", "0.8", "--top-k",
+            "50", "--top-p", "0.9", "--seed", "5", "--dtype", "float32",
+            "--json"]
+    assert main(args) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert out.count("\n") == 1 and err == ""
+    done = wanted(folder, "Once", max_new_tokens=20, seed=5,
+                  sampler=Sampler(0.8, 50, 0.9))
+    assert found.pop("seconds") > 0
+    # torch alone is larger than 50 MiB
+    assert found.pop("peak_rss_bytes") > 50 * 2 ** 20
+    assert found == {"prompt_tokens": done.prompt_tokens,
+                     "tokens": done.tokens, "text": done.text,
+                     "finish_reason": done.finish_reason}
+    assert done.prompt_tokens == list(b"Once")
+    assert main(args) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == done.tokens
+    assert main([*args, "--seed", "6"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] != done.tokens
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_generate_in_every_dtype(folder, capsys, dtype):
+    assert main(["generate", "--model", str(folder), "--prompt", "a",
+                 "--max-new-tokens", "3", "--dtype", dtype, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"]
+
+
+def test_prompt_from_stdin(folder, capsys, monkeypatch):
+    def run(data: bytes):
+        stdin = io.TextIOWrapper(io.BytesIO(data))
+        monkeypatch.setattr(sys, "stdin", stdin)
+        code = main(["generate", "--model", str(folder), "--prompt", "-",
+                     "--max-new-tokens", "1", "--json"])
+        return code, capsys.readouterr()
+
+    code, (out, _) = run("né\n".encode())
+    assert code == 0
+    assert json.loads(out)["prompt_tokens"] == list("né".encode())
+    code, (out, err) = run(b"ok \xff")
+    assert code == 2 and out == ""
+    assert err == ("gptoss: error: --prompt -: stdin is not UTF-8 (invalid "
+                   "start byte at byte 3)\n")
+
+
+def test_a_typed_control_token_stays_text(folder, capsys):
+    assert main(["generate", "--model", str(folder), "--prompt",
+                 "<|return|>", "--max-new-tokens", "1", "--json"]) == 0
+    ids = json.loads(capsys.readouterr().out)["prompt_tokens"]
+    assert ids == list(b"<|return|>")
+
+
+def test_terminal_sees_prompt_and_no_control_characters(
+        endless, monkeypatch, capsys):
+    screen = Screen()
+    monkeypatch.setattr(sys, "stdout", screen)
+    # every byte is a token: among 400 some are control characters
+    assert main(["generate", "--model", str(endless), "--prompt",
+                 "a\x1b[2J", "--max-new-tokens", "400", "--seed", "0"]) == 0
+    shown = screen.getvalue()
+    assert shown.startswith("a\u241b[2J")
+    assert not [c for c in shown if unicodedata.category(c) == "Cc"
+                and c not in "\n\t"]
+    assert any("\u2400" <= c <= "\u2421" for c in shown[5:])
+
+
+def test_pipe_gets_the_bytes_as_they_are(endless, capsys):
+    args = ["generate", "--model", str(endless), "--prompt", "a",
+            "--max-new-tokens", "400", "--seed", "0"]
+    assert main(args) == 0
+    text = capsys.readouterr().out
+    assert main([*args, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["text"] + "\n" == text
+    assert any(unicodedata.category(c) == "Cc" and c not in "\n\t"
+               for c in text)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.text(), st.text())
+def test_visible_is_harmless_and_works_piece_by_piece(one, two):
+    shown = visible(one + two)
+    assert shown == visible(one) + visible(two)
+    assert len(shown) == len(one + two)
+    assert not set(shown) & {chr(c) for c in (*range(9), *range(11, 32),
+                                              *range(127, 160), 0x202E)}
+    assert visible(shown) == shown
+
+
+def test_visible_leaves_ordinary_text_alone():
+    text = "né 中文 🙂 a\tb\nc \u200d \u00ad"
+    assert visible(text) == text
+
+
+# -- inspect and convert ----------------------------------------------------
+
+def test_inspect_reads_no_weights(folder, capsys, monkeypatch):
+    from gptoss import checkpoint
+
+    def never(*args, **options):
+        raise AssertionError("a tensor was read")
+
+    monkeypatch.setattr(checkpoint.Checkpoint, "read", never)
+    assert main(["inspect", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)
+    assert main(["inspect", str(folder)]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_convert_there_and_back(folder, tmp_path, capsys):
+    there, back = tmp_path / "original", tmp_path / "hf"
+    assert main(["convert", str(folder), str(there),
+                 "--layout", "original"]) == 0
+    assert main(["convert", str(there), str(back), "--layout", "hf"]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 2
+    for name, tensor in GptOss.from_pretrained(folder).state_dict().items():
+        other = GptOss.from_pretrained(back).state_dict()[name]
+        assert torch.equal(tensor, other), name
+
+
+# -- options ----------------------------------------------------------------
+
+@pytest.mark.parametrize("argv, why", [
+    ([], "arguments are required: COMMAND"),
+    (["sing"], "invalid choice: 'sing'"),
+    (["generate", "--loud"], "unrecognized arguments: --loud"),
+    (["generate", "--top-k", "x"], "--top-k: invalid int value: 'x'"),
+    (["generate", "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
+    (["generate", "--temperature", "-1"], "temperature: expected"),
+    (["generate", "--temperature", "nan"], "temperature: expected"),
+    (["generate", "--top-p", "0"], "top_p: expected"),
+    (["generate", "--top-p", "1.5"], "top_p: expected"),
+    (["generate", "--top-k", "-3"], "top_k: expected"),
+    (["generate", "--device", "toaster"], "--device toaster: "),
+    (["generate", "--device", "cuda:99"], "--device cuda:99: "),
+    (["generate", "--device", "meta"], "--device meta: "),
+    (["convert", "a"], "arguments are required: TARGET, --layout"),
+    (["convert", "a", "b", "--layout", "gguf"], "invalid choice: 'gguf'"),
+])
+def test_bad_options_give_one_line_and_2(argv, why, capsys):
+    if argv[:1] == ["generate"]:
+        argv = [*argv, "--prompt", "a"]
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert err.startswith("gptoss: error: ") and why in err
+
+
+@pytest.mark.parametrize("option, value, why", [
+    ("--max-new-tokens", "0", "max_new_tokens: expected"),
+    ("--seed", "-1", "seed: expected"),
+    ("--prompt", "", "prompt: expected at least one token"),
+    ("--prompt", "x" * 4097, "max_position_embeddings is 4096"),
+    ("--prompt", "a\udcff", "U+DCFF at index 1"),
+])
+def test_bad_values_are_named(folder, capsys, option, value, why):
+    assert main(["generate", "--model", str(folder), "--prompt", "a",
+                 option, value]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and why in err
+
+
+def test_an_error_is_one_line_without_control_characters(capsys):
+    assert main(["inspect", "no\nsuch\x1b[2J"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("gptoss: error: ")
+    assert "\x1b" not in err
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def broken(path):
+        raise KeyError("a bug")
+
+    from gptoss import checkpoint
+    monkeypatch.setattr(checkpoint, "describe", broken)
+    monkeypatch.setattr(checkpoint, "resolve", lambda path: path)
+    with pytest.raises(KeyError, match="a bug"):
+        main(["inspect", "anything"])
+
+
+def test_ctrl_c_is_130_and_quiet(monkeypatch, capsys):
+    from gptoss import checkpoint
+
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "resolve", interrupted)
+    assert main(["inspect", "anything"]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_parser_itself_raises_usage_errors():
+    with pytest.raises(UsageError):
+        build_parser().parse_args(["--nonsense"])
+
+
+# -- the real process -------------------------------------------------------
+
+def start(*args: str, **options) -> subprocess.Popen:
+    """`python -m gptoss` as a user starts it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "gptoss", *args], cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # a shell may have started the tests with Ctrl-C ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **options)
+
+
+def test_version_help_and_mistake_need_no_torch():
+    code = ("import sys; from gptoss.__main__ import main\n"
+            "try: main(['--help'])\nexcept SystemExit as e: print(e.code)\n"
+            "print(main(['generate', '--no']), main(['inspect']))\n"
+            "print([m for m in ('torch', 'transformers', 'rich')"
+            " if m in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT,
+                          capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-3:] == ["0", "2 2", "[]"]
+    assert done.stderr.count("\n") == 2
+    process = start("--version")
+    assert process.communicate(timeout=60)[0].decode().strip() \
+        == gptoss.__version__
+
+
+def test_package_offers_its_names():
+    code = ("import gptoss, sys; assert 'torch' not in sys.modules\n"
+            "from gptoss import GptOss, GptOssConfig, mxfp4\n"
+            "gptoss.cache.Cache; gptoss.generate.Sampler\n"
+            "assert 'transformers' not in sys.modules\n"
+            "assert {'GptOss', 'mxfp4'} <= set(dir(gptoss))\n"
+            "try: gptoss.nothing\nexcept AttributeError as e: print(e)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT,
+                          capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+    assert done.stdout.strip() == "module 'gptoss' has no attribute 'nothing'"
+
+
+def test_a_terminal_that_is_not_utf8(endless):
+    process = subprocess.run(
+        [sys.executable, "-m", "gptoss", "generate", "--model", str(endless),
+         "--prompt", "a", "--max-new-tokens", "60"], cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True,
+        timeout=60)
+    assert process.returncode == 0 and process.stderr == b""
+    assert process.stdout.isascii() and b"\\ufffd" in process.stdout
+
+
+def test_interrupted_process_ends_130_without_a_word(endless):
+    process = start("generate", "--model", str(endless), "--prompt", "a",
+                    "--max-new-tokens", "4000")
+    assert process.stdout.read(1)  # the first text is out
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == b""
+
+
+def test_closed_pipe_ends_141_without_a_word(endless):
+    process = start("generate", "--model", str(endless), "--prompt", "a",
+                    "--max-new-tokens", "4000")
+    assert process.stdout.read(1)
+    process.stdout.close()
+    err = process.stderr.read()
+    process.wait(timeout=60)
+    process.stderr.close()
+    assert process.returncode == 141 and err == b""
