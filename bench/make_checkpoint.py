@@ -38,8 +38,8 @@ def counted(tensors, total, start):
         if done - told >= 10 ** 9 or done == total:
             told = done
             seconds = time.perf_counter() - start
-            print(f"{done / 1e9:6.2f} of {total / 1e9:.2f} GB, "
-                  f"{seconds:.0f} s", file=sys.stderr)
+            print(f"{done:,} of {total:,} bytes, {seconds:.0f} s",
+                  file=sys.stderr)
 
 
 def main(argv=None):

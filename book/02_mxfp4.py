@@ -646,7 +646,7 @@ class Audit:
                 f"({share:.1f} %), {self.zero:,} all zero, "
                 f"{self.nan:,} NaN")
 
-
+# %% tags=["export"]
 def audit(blocks: torch.Tensor, scales: torch.Tensor) -> Audit:
     """Count blocks (…, N, 16) with scales (…, N) by how they re-encode.
 

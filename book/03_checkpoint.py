@@ -18,77 +18,86 @@
 #
 # ## Code
 #
-# ### One table of names
+# ### Names, shapes and dtypes as one table
 
 # %% tags=["export"]
+import ctypes
+import hashlib
+import itertools
 import json
 import math
 import os
+import re
+import secrets
+import shutil
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from gptoss.config import GptOssConfig
+from gptoss.config import (
+    GptOssConfig,
+    active_parameters,
+    cache_bytes,
+    cache_bytes_per_token,
+    parameter_counts,
+    total_parameters,
+)
+from gptoss.mxfp4 import BLOCK, SCALE_NAN, MXFP4Error, decode, encode
 
 
 class CheckpointError(Exception):
-    """A checkpoint that is missing, damaged, or not of this model."""
+    """A checkpoint that is not what it should be; names file and tensor."""
 
-
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32,
-          "F64": torch.float64, "U8": torch.uint8}
-
-# Hugging Face's name | OpenAI's name | shape | dtype. {n} is the layer; a
-# part after ":" says that OpenAI keeps several in one tensor, in this order.
-_HF, _OAI = "model.layers.{n}.", "block.{n}."
-NAME_MAP = (
-    ("model.embed_tokens.weight", "embedding.weight", "V D", "BF16"),
-    (_HF + "input_layernorm.weight", _OAI + "attn.norm.scale", "D", "BF16"),
-    (_HF + "self_attn.q_proj.weight", _OAI + "attn.qkv.weight", "HC D",
-     "BF16"),
-    (_HF + "self_attn.k_proj.weight", _OAI + "attn.qkv.weight", "GC D",
-     "BF16"),
-    (_HF + "self_attn.v_proj.weight", _OAI + "attn.qkv.weight", "GC D",
-     "BF16"),
-    (_HF + "self_attn.q_proj.bias", _OAI + "attn.qkv.bias", "HC", "BF16"),
-    (_HF + "self_attn.k_proj.bias", _OAI + "attn.qkv.bias", "GC", "BF16"),
-    (_HF + "self_attn.v_proj.bias", _OAI + "attn.qkv.bias", "GC", "BF16"),
-    (_HF + "self_attn.o_proj.weight", _OAI + "attn.out.weight", "D HC",
-     "BF16"),
-    (_HF + "self_attn.o_proj.bias", _OAI + "attn.out.bias", "D", "BF16"),
-    (_HF + "self_attn.sinks", _OAI + "attn.sinks", "H", "BF16"),
-    (_HF + "post_attention_layernorm.weight", _OAI + "mlp.norm.scale", "D",
-     "BF16"),
-    (_HF + "mlp.router.weight", _OAI + "mlp.gate.weight", "E D", "BF16"),
-    (_HF + "mlp.router.bias", _OAI + "mlp.gate.bias", "E", "BF16"),
-    (_HF + "mlp.experts.gate_up_proj_blocks",
-     _OAI + "mlp.mlp1_weight.blocks", "E 2F D/32 16", "U8"),
-    (_HF + "mlp.experts.gate_up_proj_scales",
-     _OAI + "mlp.mlp1_weight.scales", "E 2F D/32", "U8"),
-    (_HF + "mlp.experts.gate_up_proj_bias", _OAI + "mlp.mlp1_bias", "E 2F",
-     "BF16"),
-    (_HF + "mlp.experts.down_proj_blocks", _OAI + "mlp.mlp2_weight.blocks",
-     "E D F/32 16", "U8"),
-    (_HF + "mlp.experts.down_proj_scales", _OAI + "mlp.mlp2_weight.scales",
-     "E D F/32", "U8"),
-    (_HF + "mlp.experts.down_proj_bias", _OAI + "mlp.mlp2_bias", "E D",
-     "BF16"),
-    ("model.norm.weight", "norm.scale", "D", "BF16"),
-    ("lm_head.weight", "unembedding.weight", "V D", "BF16"),
-)
-# what stands in place of blocks and scales in a dequantised checkpoint
-DENSE = {"gate_up_proj": "E D 2F", "down_proj": "E F D"}
-LAYOUTS = ("hf", "original", "bf16")
-
-# %% [markdown]
-# ### What a configuration promises
 
 # %% tags=["export"]
+# Hugging Face name, original name, shape. `L.` is "model.layers.N." in the
+# one, "block.N." in the other. Q = H C, KV = G C. The three rows of the
+# original qkv stand one under the other. blocks and scales are U8.
+NAME_MAP = (
+    ("model.embed_tokens.weight", "embedding.weight", "V D"),
+    ("L.input_layernorm.weight", "L.attn.norm.scale", "D"),
+    ("L.self_attn.q_proj.weight", "L.attn.qkv.weight", "Q D"),
+    ("L.self_attn.k_proj.weight", "L.attn.qkv.weight", "KV D"),
+    ("L.self_attn.v_proj.weight", "L.attn.qkv.weight", "KV D"),
+    ("L.self_attn.q_proj.bias", "L.attn.qkv.bias", "Q"),
+    ("L.self_attn.k_proj.bias", "L.attn.qkv.bias", "KV"),
+    ("L.self_attn.v_proj.bias", "L.attn.qkv.bias", "KV"),
+    ("L.self_attn.o_proj.weight", "L.attn.out.weight", "D Q"),
+    ("L.self_attn.o_proj.bias", "L.attn.out.bias", "D"),
+    ("L.self_attn.sinks", "L.attn.sinks", "H"),
+    ("L.post_attention_layernorm.weight", "L.mlp.norm.scale", "D"),
+    ("L.mlp.router.weight", "L.mlp.gate.weight", "E D"),
+    ("L.mlp.router.bias", "L.mlp.gate.bias", "E"),
+    ("L.mlp.experts.gate_up_proj_blocks", "L.mlp.mlp1_weight.blocks",
+     "E 2F D/32 16"),
+    ("L.mlp.experts.gate_up_proj_scales", "L.mlp.mlp1_weight.scales",
+     "E 2F D/32"),
+    ("L.mlp.experts.gate_up_proj_bias", "L.mlp.mlp1_bias", "E 2F"),
+    ("L.mlp.experts.down_proj_blocks", "L.mlp.mlp2_weight.blocks",
+     "E D F/32 16"),
+    ("L.mlp.experts.down_proj_scales", "L.mlp.mlp2_weight.scales",
+     "E D F/32"),
+    ("L.mlp.experts.down_proj_bias", "L.mlp.mlp2_bias", "E D"),
+    ("model.norm.weight", "norm.scale", "D"),
+    ("lm_head.weight", "unembedding.weight", "V D"),
+)
+LAYOUTS = ("hf", "original", "bf16")
+PACKED = ("_blocks", "_scales")
+DTYPES = {"BF16": torch.bfloat16, "U8": torch.uint8,
+          "F32": torch.float32, "F16": torch.float16}
+FLOATS = ("BF16", "F32", "F16")
+
+
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, shape and dtype ("BF16", "U8", …) of one stored tensor."""
+    """What a header says of one tensor; dtype as safetensors spells it."""
 
     name: str
     shape: tuple[int, ...]
@@ -96,748 +105,858 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the numbers."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
 
-def dimensions(config: GptOssConfig) -> dict[str, int]:
-    """The letters of `NAME_MAP` as numbers. CheckpointError: a size that
-    MXFP4 cannot cut into blocks of 32."""
-    D, F = config.hidden_size, config.intermediate_size
-    for key, size in (("hidden_size", D), ("intermediate_size", F)):
-        if size % 32:
-            raise CheckpointError(f"{key}: MXFP4 needs a multiple of 32, "
-                                  f"found {size}")
-    H, G = config.num_attention_heads, config.num_key_value_heads
-    return {"V": config.vocab_size, "D": D, "H": H, "F": F, "2F": 2 * F,
-            "HC": H * config.head_dim, "GC": G * config.head_dim,
-            "E": config.num_local_experts, "D/32": D // 32, "F/32": F // 32,
-            "16": 16}
+
+# %% [markdown]
+# ### The table for one configuration
+
+# %% tags=["export"]
+def _rows(c: GptOssConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """NAME_MAP with layer numbers and sizes filled in."""
+    D, F, H = c.hidden_size, c.intermediate_size, c.num_attention_heads
+    for key, width in (("hidden_size", D), ("intermediate_size", F)):
+        if width % BLOCK:
+            raise CheckpointError(f"{key}: expected a multiple of {BLOCK} "
+                                  f"(MXFP4 blocks), found {width}")
+    sizes = {"V": c.vocab_size, "D": D, "2F": 2 * F, "D/32": D // 32,
+             "F/32": F // 32, "16": 16, "H": H, "E": c.num_local_experts,
+             "Q": H * c.head_dim, "KV": c.num_key_value_heads * c.head_dim}
+
+    def in_layer(row: tuple[str, str, str]) -> bool:
+        return row[0].startswith("L.")
+
+    for layered, group in itertools.groupby(NAME_MAP, in_layer):
+        rows = list(group)
+        for n in range(c.num_hidden_layers if layered else 1):
+            for hf, original, shape in rows:
+                if layered:
+                    hf = f"model.layers.{n}.{hf[2:]}"
+                    original = f"block.{n}.{original[2:]}"
+                yield hf, original, tuple(sizes[s] for s in shape.split())
 
 
 # %% tags=["export"]
-def canonical_rows(config: GptOssConfig, dense: bool = False
-                   ) -> Iterator[tuple[TensorSpec, str]]:
-    """Each tensor under its Hugging Face name, and OpenAI's name for it."""
-    size = dimensions(config)
-
-    def spec(name: str, shape: str, dtype: str) -> TensorSpec:
-        return TensorSpec(name, tuple(size[s] for s in shape.split()), dtype)
-
-    layers = [row for row in NAME_MAP if "{n}" in row[0]]
-    before, after = NAME_MAP[:1], NAME_MAP[-2:]
-    for n in (None, *range(config.num_hidden_layers), "end"):
-        rows = {None: before, "end": after}.get(n, layers)
-        for hf, original, shape, dtype in rows:
-            stem = hf.removesuffix("_blocks")
-            if dense and stem != hf:
-                key = stem.rpartition(".")[2]
-                yield spec(stem.format(n=n), DENSE[key], "BF16"), ""
-            elif not (dense and hf.endswith("_scales")):
-                yield (spec(hf.format(n=n), shape, dtype),
-                       original.format(n=n))
-
-
 def tensor_table(config: GptOssConfig, layout: str = "hf"
                  ) -> dict[str, TensorSpec]:
-    """Every tensor that a checkpoint of `config` holds, name -> spec.
+    """Every tensor of a checkpoint: name there -> TensorSpec, in order.
 
-    The names are those of the layout; "original" joins q, k and v.
+    "hf" and "original" are the released layouts; "bf16" is Hugging Face's
+    with decoded experts, (E, in, out). Other layouts: CheckpointError.
     """
     if layout not in LAYOUTS:
-        raise CheckpointError(f"layout: expected {' or '.join(LAYOUTS)}, "
-                              f"found {layout!r}")
+        raise CheckpointError(f"layout: expected one of {LAYOUTS}, found "
+                              f"{layout!r}")
     table: dict[str, TensorSpec] = {}
-    for spec, original in canonical_rows(config, layout == "bf16"):
-        name = original if layout == "original" else spec.name
-        if name in table:
-            first = table[name].shape
-            shape = (first[0] + spec.shape[0], *first[1:])
-        else:
-            shape = spec.shape
-        table[name] = TensorSpec(name, shape, spec.dtype)
+    for hf, original, shape in _rows(config):
+        name = original if layout == "original" else hf
+        dtype = "U8" if hf.endswith(PACKED) else "BF16"
+        if layout == "bf16" and dtype == "U8":
+            if hf.endswith("_scales"):
+                continue
+            name, dtype = hf.removesuffix("_blocks"), "BF16"
+            experts, out, blocks, _ = shape
+            shape = (experts, 32 * blocks, out)
+        if name in table:  # k below q, v below k
+            above = table[name].shape
+            shape = (above[0] + shape[0], *above[1:])
+        table[name] = TensorSpec(name, shape, dtype)
     return table
 
 
 # %% [markdown]
-# ### Where each tensor lies
+# ### Where a canonical tensor lies
 
 # %% tags=["export"]
 @dataclass(frozen=True)
 class Place:
-    """A canonical tensor inside a stored one: rows from `first` on."""
+    """A tensor under its canonical name, and where its rows are stored."""
 
-    spec: TensorSpec
-    stored: str
-    first: int = 0
+    spec: TensorSpec  # canonical: Hugging Face's name, unfused
+    stored: str  # name in the file
+    first: int  # its first row there
 
 
 def places(config: GptOssConfig, layout: str) -> dict[str, Place]:
-    """Canonical (Hugging Face) name -> where a layout stores it."""
-    rows_so_far: dict[str, int] = {}
+    """Canonical name -> Place. Only q, k, v of "original" share one."""
+    table = tensor_table(config, "bf16" if layout == "bf16" else "hf")
+    if layout != "original":
+        return {name: Place(spec, name, 0) for name, spec in table.items()}
+    filled: Counter[str] = Counter()
     found = {}
-    for spec, original in canonical_rows(config, layout == "bf16"):
-        stored = original if layout == "original" else spec.name
-        first = rows_so_far.get(stored, 0)
-        rows_so_far[stored] = first + spec.shape[0]
-        found[spec.name] = Place(spec, stored, first)
+    for hf, original, shape in _rows(config):
+        found[hf] = Place(table[hf], original, filled[original])
+        filled[original] += shape[0]
     return found
 
 
 # %% [markdown]
-# ### A header by hand
+# ### The header of one file
 
 # %% tags=["export"]
-LARGEST_HEADER = 100 * 2**20  # the limit that the safetensors library sets
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor in one file: bytes `begin` to `end` of the file."""
+    """One tensor in a file."""
 
     spec: TensorSpec
     file: Path
-    begin: int
-    end: int
+    offset: int  # of its first byte in the file
+    nbytes: int
 
 
 def read_header(file: Path) -> dict[str, Stored]:
-    """The header of a safetensors file, checked against the file's size.
+    """What a safetensors file holds, from its header alone.
 
-    CheckpointError: not such a file, cut short, offsets that overlap, leave
-    a gap, or don't fit shape and dtype.
+    CheckpointError if the header is none, if tensors overlap or leave a
+    gap, or if the file is shorter or longer than the header says.
     """
+    size = file.stat().st_size
+    with open(file, "rb") as f:
+        first = f.read(8)
+        length = int.from_bytes(first, "little")
+        if first == b"version ":
+            raise CheckpointError(f"{file}: expected safetensors, found a "
+                                  "git-lfs pointer (git lfs pull fetches "
+                                  "the file)")
+        if len(first) < 8 or length > min(size - 8, MAX_HEADER):
+            raise CheckpointError(
+                f"{file}: expected safetensors with a header of {length} "
+                f"bytes, found {size} bytes (cut off, or another format)")
+        raw = f.read(length)
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(size - 8, LARGEST_HEADER):
-                raise CheckpointError(
-                    f"{file}: truncated, or not a safetensors file: a header"
-                    f" of {length} bytes in a file of {size}")
-            entries = json.loads(stream.read(length))
-        entries.pop("__metadata__", None)
-        return _checked(file, entries, 8 + length, size)
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: no such file") from None
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file}: unreadable header ({error})"
-                              ) from None
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        stored = [_stored(file, name, entry, 8 + length)
+                  for name, entry in header.items()]
+    except (ValueError, RecursionError, AttributeError, TypeError,
+            KeyError) as error:
+        raise CheckpointError(f"{file}: expected a safetensors header, "
+                              f"found {raw[:40]!r}...") from error
+    _check_cover(file, stored, 8 + length, size)
+    return {s.spec.name: s for s in stored}
 
 
 # %% tags=["export"]
-def _checked(file: Path, entries: dict, start: int, size: int
-             ) -> dict[str, Stored]:
-    found, at = {}, 0
-    try:
-        order = sorted(entries.items(), key=lambda e: e[1]["data_offsets"])
-        for name, entry in order:
-            begin, end = entry["data_offsets"]
-            spec = TensorSpec(name, tuple(entry["shape"]), entry["dtype"])
-            if spec.dtype not in DTYPES:
-                raise CheckpointError(f"{file}: {name}: dtype {spec.dtype} "
-                                      f"is none of {', '.join(DTYPES)}")
-            if begin != at or end - begin != spec.nbytes:
-                raise CheckpointError(
-                    f"{file}: {name}: expected bytes {at} to "
-                    f"{at + spec.nbytes}, found {begin} to {end}")
-            found[name] = Stored(spec, file, start + begin, start + end)
-            at = end
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: unreadable header ({error!r})"
-                              ) from None
-    if start + at != size:
-        kind = "truncated" if start + at > size else "too long"
-        raise CheckpointError(f"{file}: {kind}: expected {start + at} bytes, "
-                              f"found {size}")
-    return found
+def _stored(file: Path, name: str, entry: dict, base: int) -> Stored:
+    """One entry of a header; any malformed one raises some ValueError."""
+    shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+        raise ValueError(name)
+    spec = TensorSpec(name, shape, str(entry["dtype"]))
+    if spec.dtype in DTYPES and spec.nbytes != end - begin:
+        raise CheckpointError(f"{file}: {name}: expected {spec.nbytes} bytes "
+                              f"for {spec}, found {end - begin}")
+    return Stored(spec, file, base + begin, end - begin)
+
+
+def _check_cover(file: Path, stored: list[Stored], end: int,
+                 size: int) -> None:
+    """Tensors must follow one another from the header to the file's end."""
+    for s in sorted(stored, key=lambda s: (s.offset, s.nbytes)):
+        if s.offset != end:
+            raise CheckpointError(f"{file}: {s.spec.name}: expected at byte "
+                                  f"{end}, found at {s.offset}")
+        end += s.nbytes
+        if end > size:
+            raise CheckpointError(
+                f"{file}: {s.spec.name}: expected to end at byte {end}, "
+                f"found a file of {size} bytes (cut off?)")
+    if end != size:
+        raise CheckpointError(f"{file}: expected {end} bytes, found {size}")
 
 
 # %% [markdown]
-# ### From a folder to its files
+# ### Which files
 
 # %% tags=["export"]
-INDEX = "model.safetensors.index.json"
-
-
-def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The safetensors files of a folder, and the index's weight_map."""
-    if (folder / INDEX).exists():
-        mapping = read_index(folder / INDEX)
-        names = sorted(set(mapping.values()))
-        for other in sorted(folder.glob("model-*.safetensors")):
-            if other.name not in names:
-                raise CheckpointError(f"{other}: looks like a shard, but "
-                                      f"{INDEX} does not name it")
-        return [folder / name for name in names], mapping
-    single = folder / "model.safetensors"
-    files = [single] if single.exists() else sorted(
-        folder.glob("*.safetensors"))
-    if not files:
-        pickles = [f.name for pattern in ("*.bin", "*.pt", "*.pth")
-                   for f in sorted(folder.glob(pattern))]
-        more = (f" (only {pickles[0]}, a pickle, which is never read)"
-                if pickles else "")
-        raise CheckpointError(f"{folder}: no .safetensors file{more}")
-    return files, None
-
-
-def read_index(file: Path) -> dict[str, str]:
-    """The weight_map of an index: tensor -> plain file name beside it."""
+def _read_index(index: Path) -> dict[str, str]:
+    """The weight_map of an index; file names that leave the folder, or that
+    are not there, are a CheckpointError."""
     try:
-        mapping = json.loads(file.read_text("utf-8"))["weight_map"]
-        items = list(mapping.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise CheckpointError(f"{file}: unreadable index ({e!r})") from None
-    for tensor, name in items:
-        plain = (isinstance(name, str) and name.endswith(".safetensors")
-                 and name == os.path.basename(name) and "\\" not in name)
-        if not plain:
-            raise CheckpointError(f"{file}: {tensor}: expected the name of a "
-                                  f".safetensors file beside the index, "
-                                  f"found {name!r}")
-    return mapping
+        named = json.loads(index.read_bytes())["weight_map"]
+        pairs = list(named.items())
+    except (ValueError, RecursionError, KeyError, TypeError,
+            AttributeError) as error:
+        raise CheckpointError(f"{index}: expected JSON with a weight_map, "
+                              "found none") from error
+    for name, file in pairs:
+        if (not isinstance(file, str) or not file.endswith(".safetensors")
+                or re.search(r"[/\\:\0]", file)):
+            raise CheckpointError(f"{index}: {name}: expected the name of a "
+                                  ".safetensors file in this folder, found "
+                                  f"{file!r}")
+        if not (index.parent / file).is_file():
+            raise CheckpointError(f"{index}: {name}: expected in {file}, "
+                                  "found no such file")
+    return named
 
 
 # %% tags=["export"]
-def read_headers(folder: Path) -> dict[str, Stored]:
-    """All tensors of a folder; index and files must tell the same."""
-    files, mapping = weight_files(folder)
+def find_tensors(folder: Path) -> dict[str, Stored]:
+    """All tensors of a folder's *.safetensors, by name; reads headers only.
+
+    With an index, files and index must name exactly the same tensors.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    if len(indexes) > 1:
+        raise CheckpointError(f"{folder}: expected one index, found "
+                              f"{indexes[0].name} and {indexes[1].name}")
+    named = _read_index(indexes[0]) if indexes else None
     found: dict[str, Stored] = {}
     for file in files:
-        if not file.exists():
-            raise CheckpointError(f"{file}: no such file, but {INDEX} names "
-                                  "it")
+        if named is not None and file.name not in named.values():
+            raise CheckpointError(f"{file}: expected only files that "
+                                  f"{indexes[0].name} names, found this one")
         for name, stored in read_header(file).items():
             if name in found:
-                raise CheckpointError(f"{name}: in {found[name].file.name} "
-                                      f"and again in {file}")
-            if mapping is not None and mapping.get(name) != file.name:
-                raise CheckpointError(
-                    f"{file}: holds {name}, but {INDEX} puts it in "
-                    f"{mapping.get(name, 'no file')}")
+                raise CheckpointError(f"{file}: {name}: expected once, found "
+                                      f"in {found[name].file.name} as well")
             found[name] = stored
-    for name in mapping or ():
-        if name not in found:
-            raise CheckpointError(f"{folder / mapping[name]}: {name} is not "
-                                  f"in it, but {INDEX} says so")
+    if named is not None:
+        _check_index(indexes[0], named, found)
     return found
 
 
-# %% [markdown]
-# ### Opening
+def _check_index(index: Path, named: dict[str, str],
+                 found: dict[str, Stored]) -> None:
+    for name, file in named.items():
+        if name not in found or found[name].file.name != file:
+            where = found[name].file.name if name in found else "no file"
+            raise CheckpointError(f"{index}: {name}: expected in {file}, "
+                                  f"found in {where}")
+    for name, stored in found.items():
+        if name not in named:
+            raise CheckpointError(f"{stored.file}: {name}: expected in "
+                                  f"{index.name}, found only in the file")
+
 
 # %% tags=["export"]
-FLOATS = ("BF16", "F16", "F32", "F64")
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
-def layout_of(names: Iterable[str]) -> str:
-    """Which of the three layouts a set of tensor names belongs to."""
+def weights_folder(path: Path) -> Path:
+    """`path`, or its original/ if only that holds safetensors."""
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such directory")
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: expected a directory, found a file")
+    for folder in (path, path / "original"):
+        if any(folder.glob("*.safetensors*")):
+            return folder
+    pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES)
+    if pickles:
+        raise CheckpointError(
+            f"{path}: expected *.safetensors, found {pickles[0]}: a pickle "
+            "can run any code, so none is opened")
+    there = "only config.json" if (path / "config.json").exists() else "none"
+    raise CheckpointError(f"{path}: expected config.json and *.safetensors, "
+                          f"found {there}")
+
+
+# %% [markdown]
+# ### Files against the table
+
+# %% tags=["export"]
+def find_layout(names: Iterable[str]) -> str:
+    """"hf", "original" or "bf16", from the names in the files."""
     names = set(names)
     if "embedding.weight" in names or any(
             name.startswith("block.") for name in names):
         return "original"
-    packed = any(name.endswith(("_blocks", "_scales")) for name in names)
-    return "hf" if packed else "bf16"
+    dense = ("experts.gate_up_proj", "experts.down_proj")
+    return "bf16" if any(name.endswith(dense) for name in names) else "hf"
 
 
-def check_tensors(found: dict[str, Stored], config: GptOssConfig,
-                  layout: str, folder: Path) -> None:
-    """Raise CheckpointError for the first tensor that is missing, too many,
-    or of another shape or dtype than `config` promises."""
-    table = tensor_table(config, layout)
+def check_tensors(folder: Path, found: dict[str, Stored],
+                  table: dict[str, TensorSpec], layout: str) -> None:
+    """CheckpointError at the first tensor that is missing, superfluous, or
+    of another shape or dtype. The bf16 layout may hold any float."""
     for name, spec in table.items():
         if name not in found:
-            raise CheckpointError(f"{folder}: tensor {name} is missing "
-                                  f"({layout} layout)")
+            raise CheckpointError(f"{folder}: {name}: expected {spec}, found "
+                                  "no such tensor")
         stored = found[name]
-        where = f"{stored.file}: {name}"
-        if stored.spec.shape != spec.shape:
-            raise CheckpointError(f"{where}: expected shape {spec.shape}, "
-                                  f"found {stored.spec.shape}")
-        allowed = FLOATS if layout == "bf16" else (spec.dtype,)
-        if stored.spec.dtype not in allowed:
-            raise CheckpointError(f"{where}: expected dtype "
-                                  f"{' or '.join(allowed)}, found "
-                                  f"{stored.spec.dtype}")
+        dtypes = FLOATS if layout == "bf16" else (spec.dtype,)
+        if (stored.spec.shape != spec.shape
+                or stored.spec.dtype not in dtypes):
+            raise CheckpointError(f"{stored.file}: {name}: expected {spec}, "
+                                  f"found {stored.spec}")
     for name, stored in found.items():
         if name not in table:
-            raise CheckpointError(f"{stored.file}: {name}: no such tensor in "
-                                  f"this model ({layout} layout)")
-
-
-# %% tags=["export"]
-def find_folder(path: str | Path) -> Path:
-    """The folder that holds config.json and weights: `path`, or its
-    `original/` when only that has them."""
-    folder = Path(path)
-    if not folder.exists():
-        raise CheckpointError(f"{folder}: no such directory")
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: expected a folder with config.json,"
-                              " found a file")
-    inner = folder / "original"
-    weights = any(folder.glob("*.safetensors")) or (folder / INDEX).exists()
-    if not weights and (inner / "config.json").exists():
-        return inner
-    if not (folder / "config.json").exists():
-        raise CheckpointError(f"{folder}: no config.json in this folder")
-    return folder
+            raise CheckpointError(f"{stored.file}: {name}: expected no such "
+                                  f"tensor, found {stored.spec}")
 
 
 # %% [markdown]
-# ### Reading without copying
+# ### Reading
 
 # %% tags=["export"]
 class Checkpoint:
-    """An open checkpoint in any layout; a context manager.
+    """An open checkpoint in any of the three layouts; see `open`.
 
-    Opening reads headers only and checks them against the configuration.
-    Names are Hugging Face's, whatever the layout. Files are mapped when a
-    tensor of theirs is first read; a tensor is a view of the mapping, and a
-    page that nobody touches never leaves the disk.
+    Every name is canonical: Hugging Face's, q, k and v apart. Attributes:
+    path (as given), folder (of the weights), config, layout.
     """
 
-    def __init__(self, folder: Path, config: GptOssConfig, layout: str,
-                 stored: dict[str, Stored]) -> None:
-        self.path, self.config, self.layout = folder, config, layout
-        self._stored, self._places = stored, places(config, layout)
-        self._maps: dict[Path, torch.Tensor] = {}
+    def __init__(self, path: Path, folder: Path, config: GptOssConfig,
+                 layout: str, found: dict[str, Stored]) -> None:
+        self.path, self.folder, self.config = path, folder, config
+        self.layout, self._found = layout, found
+        self._places = places(config, layout)
+        self._maps: dict[Path, Tensor] = {}
 
     @classmethod
     def open(cls, path: str | Path, config: GptOssConfig | None = None
              ) -> "Checkpoint":
-        """Check the checkpoint in folder `path` and open it.
+        """Open a folder; reads config.json, the index and the headers.
 
-        Raises CheckpointError naming the file and the tensor, or
-        ConfigError naming the key.
+        Raises CheckpointError or ConfigError, naming the file and the
+        tensor, unless every tensor is there once, whole, and of the shape
+        and dtype that config (by default the folder's) asks for.
         """
-        folder = find_folder(path)
-        config = config or GptOssConfig.from_pretrained(folder)
-        stored = read_headers(folder)
-        layout = layout_of(stored)
-        check_tensors(stored, config, layout, folder)
-        return cls(folder, config, layout, stored)
+        path = Path(path)
+        try:
+            folder = weights_folder(path)
+            home = path if (path / "config.json").exists() else folder
+            config = config or GptOssConfig.from_pretrained(home)
+            found = find_tensors(folder)
+        except OSError as error:
+            raise CheckpointError(f"{error.filename or path}: "
+                                  f"{error.strerror}") from error
+        layout = find_layout(found)
+        check_tensors(folder, found, tensor_table(config, layout), layout)
+        return cls(path, folder, config, layout, found)
+
+    def names(self) -> list[str]:
+        """Canonical names, in the order of the table."""
+        return list(self._places)
+
+    def spec(self, name: str) -> TensorSpec:
+        """Canonical name, shape, and the dtype found in the file."""
+        place = self._place(name)
+        return replace(place.spec,
+                       dtype=self._found[place.stored].spec.dtype)
+
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._found[self._place(name).stored].file
+
+    @property
+    def files(self) -> list[Path]:
+        """All files with weights."""
+        return sorted({stored.file for stored in self._found.values()})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, without headers."""
+        return sum(stored.nbytes for stored in self._found.values())
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor, or some of its rows (its first dimension).
+
+        A view of the mapped file: no byte is read before it is used, none
+        outside `rows` ever, and writing to it does not reach the file. It
+        outlives `close`. Unknown name, or a step: CheckpointError.
+        """
+        return _view(self, self._place(name), rows or slice(None))
+
+    def check_scales(self, name: str | None = None) -> None:
+        """CheckpointError if a scale is 255 (NaN), in one tensor or in all.
+
+        Reads the scales, 1/17 of the experts' bytes: 0.7 GB for the 20b.
+        """
+        for each in [name] if name else self.names():
+            if each.endswith("_scales"):
+                check_scales(f"{self.file(each)}: {each}", self.read(each))
+
+    def close(self) -> None:
+        """Forget the mappings; tensors read so far stay good."""
+        self._maps.clear()
 
     def __enter__(self) -> "Checkpoint":
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
-
-    def close(self) -> None:
-        """Let go of the mappings; tensors already read stay valid."""
-        self._maps.clear()
-
-    def names(self) -> list[str]:
-        """Canonical names, in the order of the model."""
-        return list(self._places)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors, headers not included."""
-        return sum(s.end - s.begin for s in self._stored.values())
-
-    def spec(self, name: str) -> TensorSpec:
-        """Shape and dtype of a canonical tensor, as stored."""
-        place = self._place(name)
-        dtype = self._stored[place.stored].spec.dtype
-        return TensorSpec(name, place.spec.shape, dtype)
 
     def _place(self, name: str) -> Place:
         if name not in self._places:
-            raise CheckpointError(f"{self.path}: no tensor {name} "
-                                  f"({self.layout} layout)")
+            raise CheckpointError(f"{self.folder}: {name}: expected a "
+                                  f"tensor's name in layout {self.layout}, "
+                                  "found no such tensor")
         return self._places[name]
 
-    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """A tensor, or some rows of it, as a view of the mapped file.
-
-        rows slices the first dimension with step 1; no other byte is
-        touched. In the bf16 layout experts come as stored: (E, in, out).
-        """
-        place = self._place(name)
-        stored, shape = self._stored[place.stored], place.spec.shape
-        first, last, step = (rows or slice(None)).indices(shape[0])
-        if step != 1:
-            raise CheckpointError(f"{name}: expected rows with step 1, "
-                                  f"found {step}")
-        shape = (max(0, last - first), *shape[1:])
-        dtype = DTYPES[stored.spec.dtype]
-        row = math.prod(shape[1:]) * dtype.itemsize
-        begin = stored.begin + (place.first + first) * row
-        return view_bytes(self._map(stored.file), begin, shape, dtype)
-
-    def _map(self, file: Path) -> torch.Tensor:
+    def _map(self, file: Path) -> Tensor:
+        """The whole file as bytes, mapped privately."""
         if file not in self._maps:
-            self._maps[file] = map_file(file)
+            self._maps[file] = torch.from_file(
+                str(file), shared=False, size=file.stat().st_size,
+                dtype=torch.uint8)
         return self._maps[file]
 
 
 # %% tags=["export"]
-def map_file(file: Path) -> torch.Tensor:
-    """A file's bytes as a uint8 tensor, mapped privately: writing to the
-    tensor never writes to the file."""
-    size = file.stat().st_size
-    storage = torch.UntypedStorage.from_file(str(file), False, size)
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,))
-
-
-def view_bytes(data: torch.Tensor, begin: int, shape: tuple[int, ...],
-               dtype: torch.dtype) -> torch.Tensor:
-    """Bytes from `begin` on as a tensor; a copy only if the file is not
-    aligned to the dtype's size."""
-    raw = data[begin:begin + math.prod(shape) * dtype.itemsize]
+def _view(checkpoint: Checkpoint, place: Place, rows: slice) -> Tensor:
+    """Rows of a stored tensor as a view of its mapped file."""
+    start, stop, step = rows.indices(place.spec.shape[0])
+    if step != 1:
+        raise CheckpointError(f"{place.spec.name}: expected rows with step "
+                              f"1, found {rows}")
+    stored = checkpoint._found[place.stored]
+    width = stored.nbytes // stored.spec.shape[0]  # bytes in a row
+    count = max(0, stop - start)
+    begin = stored.offset + (place.first + start) * width
+    raw = checkpoint._map(stored.file)[begin:begin + count * width]
+    dtype = DTYPES[stored.spec.dtype]
     if begin % dtype.itemsize:
-        raw = raw.clone()
-    return raw.view(dtype).view(shape)
+        raw = raw.clone()  # a file whose tensors are not aligned
+    return raw.view(dtype).view(count, *place.spec.shape[1:])
+
+
+def check_scales(name: str, scales: Tensor) -> None:
+    """CheckpointError naming `name` if a scale byte is 255, which is NaN."""
+    if scales.numel() and scales.max() == SCALE_NAN:
+        bad = int((scales == SCALE_NAN).sum())
+        raise CheckpointError(f"{name}: expected scales 0 to 254, found "
+                              f"{bad} of {SCALE_NAN} (NaN)")
 
 
 # %% [markdown]
-# ### From the hub
+# ### Laying out files before writing them
 
 # %% tags=["export"]
-WANTED = ["*.json", "*.safetensors"]
-UNWANTED = ["original/*", "metal/*"]
+MAX_SHARD_BYTES = 5 * 10 ** 9
 
 
-def looks_local(text: str) -> bool:
-    """Whether a name can only be meant as a path, not as `owner/name`."""
-    return (Path(text).expanduser().exists() or text.startswith((".", "/",
-            "~")) or text.count("/") != 1 or "\\" in text
-            or text.endswith("/"))
-
-
-def resolve(path_or_repo_id: str | Path, revision: str | None = None) -> Path:
-    """A local folder as it is; a hub repository fetched into its cache.
-
-    huggingface_hub does the fetching: it shows progress, resumes, and obeys
-    HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE. CheckpointError in one line:
-    no such folder or repository, no network, not in the cache.
-    """
-    text = str(path_or_repo_id)
-    if isinstance(path_or_repo_id, Path) or looks_local(text):
-        folder = Path(text).expanduser()
-        if not folder.exists():
-            raise CheckpointError(f"{text}: no such directory")
-        return folder
-    from huggingface_hub import errors, snapshot_download
-
-    try:
-        return Path(snapshot_download(
-            text, revision=revision, allow_patterns=WANTED,
-            ignore_patterns=UNWANTED))
-    except (errors.HfHubHTTPError, errors.HFValidationError,
-            errors.LocalEntryNotFoundError, OSError, ValueError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{text}: not in this folder, and the hub "
-                              f"gave: {why}") from error
-
-
-# %% [markdown]
-# ### Writing
-
-# %% tags=["export"]
-import hashlib
-import shutil
-import tempfile
-
-ALIGN = 8
-SHARD_BYTES = 5 * 10**9
-
-
-def plan_shards(table: dict[str, TensorSpec], largest: int
-                ) -> list[list[TensorSpec]]:
-    """Cut the tensors, in order, into files of at most `largest` bytes (a
-    tensor larger than that has a file of its own)."""
-    shards: list[list[TensorSpec]] = []
-    room = -1
+def plan_shards(table: dict[str, TensorSpec], max_shard_bytes: int
+                ) -> dict[str, list[TensorSpec]]:
+    """File name -> its tensors, in order; a shard is closed before it would
+    pass max_shard_bytes (one tensor may be longer alone)."""
+    shards: list[list[TensorSpec]] = [[]]
+    size = 0
     for spec in table.values():
-        if room < spec.nbytes or not shards:
+        if shards[-1] and size + spec.nbytes > max_shard_bytes:
             shards.append([])
-            room = largest
+            size = 0
         shards[-1].append(spec)
-        room -= spec.nbytes
-    return shards
+        size += spec.nbytes
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": specs
+            for i, specs in enumerate(shards, 1)}
 
 
-def header_bytes(specs: list[TensorSpec]) -> bytes:
-    """The first bytes of a safetensors file: length, JSON, padding."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    at = 0
+def make_header(specs: Iterable[TensorSpec]) -> bytes:
+    """The safetensors header of tensors stored one after the other."""
+    header: dict = {"__metadata__": {"format": "pt"}}
+    end = 0
     for spec in specs:
-        entries[spec.name] = {"dtype": spec.dtype, "shape": spec.shape,
-                              "data_offsets": [at, at + spec.nbytes]}
-        at += spec.nbytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % ALIGN)
+        header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape),
+                             "data_offsets": [end, end + spec.nbytes]}
+        end += spec.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the numbers start aligned
     return len(text).to_bytes(8, "little") + text
 
 
+# %% [markdown]
+# ### Writing tensors in any order
+
 # %% tags=["export"]
-def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """A tensor's bytes in row-major order, on the CPU."""
-    flat = tensor.detach().cpu().contiguous().view(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
-
-
-class Writer:
-    """Writes canonical tensors into the files of a layout, in any order.
-
-    All headers are known beforehand, so each tensor has its offset before
-    it arrives, and only one needs to be in memory.
-    """
+class _Writer:
+    """Files of full length with headers; rows are put where they belong."""
 
     def __init__(self, folder: Path, config: GptOssConfig, layout: str,
-                 largest: int) -> None:
-        shards = plan_shards(tensor_table(config, layout), largest)
-        self.folder, self.places = folder, places(config, layout)
-        self.files: dict[str, tuple[str, int]] = {}
-        self.written: dict[str, int] = {}
-        self.hashes: dict[str, object] = {}
-        for n, specs in enumerate(shards, start=1):
-            name = ("model.safetensors" if len(shards) == 1 else
-                    f"model-{n:05}-of-{len(shards):05}.safetensors")
-            header = header_bytes(specs)
-            (folder / name).write_bytes(header)
-            at = len(header)
-            for spec in specs:
-                self.files[spec.name] = name, at
-                at += spec.nbytes
-            os.truncate(folder / name, at)
-        if len(shards) > 1:
-            self._write_index()
-
-    def _write_index(self) -> None:
-        total = sum(place.spec.nbytes for place in self.places.values())
-        index = {"metadata": {"total_size": total},
-                 "weight_map": {k: v[0] for k, v in self.files.items()}}
-        text = json.dumps(index, indent=2) + "\n"
-        (self.folder / INDEX).write_text(text)
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write a canonical tensor, or its next rows."""
-        if name not in self.places:
-            raise CheckpointError(f"{name}: no such tensor in this model")
-        place, first = self.places[name], self.written.get(name, 0)
-        spec, rows = place.spec, tensor.shape[0] if tensor.ndim else 0
-        fits = (tensor.shape[1:] == spec.shape[1:] and tensor.ndim
-                and first + rows <= spec.shape[0])
-        if not fits or tensor.dtype != DTYPES[spec.dtype]:
-            raise CheckpointError(
-                f"{name}: expected {spec.dtype} of shape {spec.shape}, of "
-                f"which {first} rows are written; found {tensor.dtype} of "
-                f"shape {tuple(tensor.shape)}")
-        file, at = self.files[place.stored]
-        row = spec.nbytes // spec.shape[0]
-        data = raw_bytes(tensor)
-        with (self.folder / file).open("r+b") as stream:
-            stream.seek(at + (place.first + first) * row)
-            stream.write(data)
-        self.hashes.setdefault(name, hashlib.sha256()).update(data)
-        self.written[name] = first + rows
-
-    def finish(self) -> dict[str, str]:
-        """The manifest, name -> sha256 of its bytes; CheckpointError if a
-        tensor is missing or not whole."""
-        for name, place in self.places.items():
-            done = self.written.get(name, 0)
-            if done != place.spec.shape[0]:
-                raise CheckpointError(f"{name}: {done} of "
-                                      f"{place.spec.shape[0]} rows given")
-        return {name: self.hashes[name].hexdigest() for name in self.places}
+                 max_shard_bytes: int) -> None:
+        self.folder, self.layout = folder, layout
+        table = tensor_table(config, layout)
+        self.places = places(config, layout)
+        self.hashes = {name: hashlib.sha256() for name in self.places}
+        self.rows = dict.fromkeys(self.places, 0)  # written so far
+        self.config = (config.to_original_dict() if layout == "original"
+                       else config.to_hf_dict())
+        if layout == "bf16":
+            del self.config["quantization_config"]
+        self.shards = plan_shards(table, max_shard_bytes)
+        need = sum(spec.nbytes for spec in table.values())
+        free = shutil.disk_usage(folder).free
+        if need > free:
+            raise CheckpointError(f"{folder.parent}: expected {need:,} bytes "
+                                  f"free, found {free:,}")
+        self.stored: dict[str, Stored] = {}
+        for name, specs in self.shards.items():
+            header = make_header(specs)
+            file = folder / name
+            with open(file, "wb") as f:
+                f.write(header)
+                f.truncate(len(header) + sum(s.nbytes for s in specs))
+            self.stored |= read_header(file)
 
 
 # %% tags=["export"]
-MANIFEST = "manifest.json"
+def _put(writer: _Writer, name: str, tensor: Tensor,
+         start: int | None = None) -> None:
+    """Write rows from `start` on; None: the whole tensor at once."""
+    if name not in writer.places:
+        raise CheckpointError(f"{name}: expected a canonical name of layout "
+                              f"{writer.layout}, found this")
+    place, shape = writer.places[name], tuple(tensor.shape)
+    spec = place.spec
+    good = (shape == spec.shape if start is None
+            else shape[1:] == spec.shape[1:])
+    if not good or tensor.dtype != DTYPES[spec.dtype]:
+        raise CheckpointError(f"{name}: expected {spec}, found "
+                              f"{tensor.dtype} {list(shape)}")
+    if writer.rows[name] != (start or 0):
+        raise CheckpointError(f"{name}: expected once, found again")
+    stored = writer.stored[place.stored]
+    width = stored.nbytes // stored.spec.shape[0]
+    data = tensor.detach().cpu().contiguous()
+    # numpy is no dependency of ours: the bytes straight from memory
+    raw = memoryview((ctypes.c_ubyte * data.nbytes).from_address(
+        data.data_ptr()))
+    with open(stored.file, "r+b") as f:
+        f.seek(stored.offset + (place.first + (start or 0)) * width)
+        f.write(raw)
+    writer.hashes[name].update(raw)
+    writer.rows[name] += shape[0]
+
+
+# %% tags=["export"]
+def _finish(writer: _Writer, extra_files: Iterable[Path]) -> dict[str, str]:
+    """Check that nothing is missing, write the JSON; returns the hashes."""
+    for name, place in writer.places.items():
+        if writer.rows[name] != place.spec.shape[0]:
+            raise CheckpointError(f"{name}: expected {place.spec}, found "
+                                  "nothing" if not writer.rows[name] else
+                                  f"{name}: expected {place.spec}, found "
+                                  f"{writer.rows[name]} rows")
+    for file in map(Path, extra_files):
+        if (writer.folder / file.name).exists() or file.name in OUR_FILES:
+            raise CheckpointError(f"{file}: expected another name")
+        shutil.copyfile(file, writer.folder / file.name)
+    _write_json(writer.folder / "config.json", writer.config)
+    if len(writer.shards) > 1:
+        total = sum(stored.nbytes for stored in writer.stored.values())
+        _write_json(writer.folder / "model.safetensors.index.json", {
+            "metadata": {"total_size": total},
+            "weight_map": {name: stored.file.name for name, stored
+                           in sorted(writer.stored.items())}})
+    return {name: each.hexdigest() for name, each in writer.hashes.items()}
+
+
+OUR_FILES = ("config.json", "manifest.json", "model.safetensors.index.json")
+
+
+def _write_json(file: Path, value: object) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+
+
+# %% [markdown]
+# ### All or nothing
+
+# %% tags=["export"]
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A hidden folder beside `target` that becomes it at the end.
+
+    Whatever fails before leaves neither behind. CheckpointError if `target`
+    is there already, unless it is an empty folder.
+    """
+    target = Path(os.path.abspath(target))
+    if target.is_symlink() or target.exists() and not (
+            target.is_dir() and not any(target.iterdir())):
+        raise CheckpointError(f"{target}: expected a new or empty folder, "
+                              "found something there")
+    draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        for file in draft.iterdir():
+            with open(file, "rb+") as f:
+                os.fsync(f.fileno())  # whole on disk before it has its name
+        os.replace(draft, target)
+    except OSError as error:
+        raise CheckpointError(f"{target}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def write_checkpoint(path: str | Path, config: GptOssConfig,
-                     tensors: Iterable[tuple[str, torch.Tensor]],
-                     layout: str = "hf", max_shard_bytes: int = SHARD_BYTES,
-                     extra_files: Iterable[Path] = ()) -> dict[str, str]:
-    """Write a checkpoint into the new folder `path`; return its manifest.
+                     tensors: Iterable[tuple[str, Tensor]],
+                     layout: str = "hf",
+                     max_shard_bytes: int = MAX_SHARD_BYTES,
+                     extra_files: Iterable[str | Path] = ()
+                     ) -> dict[str, str]:
+    """Write a checkpoint; returns canonical name -> sha256 of its bytes.
 
-    tensors: (canonical name, tensor) in any order; the same name again
-    carries its next rows. Everything happens in a temporary folder beside
-    `path`, which takes its name at the end: whatever fails, nothing that
-    looks whole is left. Also written: config.json in the layout's
-    spelling, manifest.json (a sha256 per tensor), copies of extra_files.
+    tensors: (canonical name, tensor) in any order, one held at a time; with
+    layout "original" q, k and v still come apart. Shapes and dtypes must be
+    those of `tensor_table`. extra_files are copied along. The folder appears
+    whole or not at all. CheckpointError names the tensor or the file.
     """
-    target = Path(path)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"{target}: exists already and is not an empty"
-                              " folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    spelled = (config.to_original_dict() if layout == "original"
-               else config.to_hf_dict())
-    if layout == "bf16":
-        del spelled["quantization_config"]
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-",
-                                    dir=target.parent))
-    try:
-        writer = Writer(partial, config, layout, max_shard_bytes)
+    with _new_folder(Path(path)) as draft:
+        writer = _Writer(draft, config, layout, max_shard_bytes)
         for name, tensor in tensors:
-            writer.write(name, tensor)
-        manifest = writer.finish()
-        for file in extra_files:
-            shutil.copyfile(file, partial / Path(file).name)
-        for name, value in (("config.json", spelled),
-                            (MANIFEST, manifest)):
-            text = json.dumps(value, indent=2) + "\n"
-            (partial / name).write_text(text)
-        partial.chmod(0o755)
-        os.replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return manifest
+            _put(writer, name, tensor)
+        return _finish(writer, map(Path, extra_files))
 
 
 # %% [markdown]
 # ### Converting
 
 # %% tags=["export"]
-from gptoss import mxfp4
-
-COMPANIONS = ("generation_config.json", "tokenizer.json",
-              "tokenizer_config.json", "special_tokens_map.json",
-              "chat_template.jinja")
+CHUNK = 2 ** 26  # bytes copied at a time
+Piece = tuple[str, int, Tensor]  # canonical name, first row, rows
 
 
-def convert(source: str | Path, target: str | Path, layout: str,
-            max_shard_bytes: int = SHARD_BYTES,
-            progress: Callable[[str], None] | None = None) -> dict[str, str]:
-    """Rewrite a checkpoint in another layout, one tensor at a time.
-
-    hf and original hold the same bytes; to "bf16" decodes, from "bf16"
-    encodes (chapter 2: values on the grid survive). Returns the manifest.
-    `progress` is called with the name of each tensor.
-    """
-    tensor_table(GptOssConfig(), layout)  # refuse a wrong layout first
-    with Checkpoint.open(source) as checkpoint:
-        folders = (checkpoint.path, checkpoint.path.parent)
-        extra = {name: folder / name for folder in reversed(folders)
-                 for name in COMPANIONS if (folder / name).is_file()}
-        return write_checkpoint(
-            target, checkpoint.config,
-            translated(checkpoint, layout, progress or (lambda name: None)),
-            layout, max_shard_bytes, extra.values())
+def _pieces(old: Checkpoint, name: str, layout: str) -> Iterator[Piece]:
+    """What `layout` makes of one tensor of `old`, a few rows at a time."""
+    dense = name.endswith(("gate_up_proj", "down_proj"))
+    if name.endswith("_scales"):
+        old.check_scales(name)
+    if layout == "bf16" and name.endswith(PACKED):
+        if name.endswith("_blocks"):
+            yield from _unpacked(old, name.removesuffix("_blocks"))
+    elif layout != "bf16" and dense:
+        yield from _packed(old, name)
+    else:
+        yield from _copied(old, name)
 
 
-def translated(checkpoint: Checkpoint, layout: str,
-               progress: Callable[[str], None]
-               ) -> Iterator[tuple[str, torch.Tensor]]:
-    """A checkpoint's tensors as `layout` stores them; experts that change
-    form come one expert at a time."""
-    dense_now, dense_then = checkpoint.layout == "bf16", layout == "bf16"
-    for name in checkpoint.names():
-        progress(name)
-        if name.endswith("_scales"):
-            check_scales(name, checkpoint.read(name))
-        if dense_now == dense_then:
-            yield name, _as_bf16(checkpoint.read(name))
-        elif name.endswith("_blocks"):
-            yield from _decoded(checkpoint, name.removesuffix("_blocks"))
-        elif name.endswith(("gate_up_proj", "down_proj")):
-            yield from _encoded(checkpoint, name)
-        elif not name.endswith("_scales"):
-            yield name, _as_bf16(checkpoint.read(name))
+def _copied(old: Checkpoint, name: str) -> Iterator[Piece]:
+    """Rows as they are; floats of another dtype are rounded to bf16."""
+    spec = old.spec(name)
+    step = max(1, CHUNK * spec.shape[0] // spec.nbytes)
+    for start in range(0, spec.shape[0], step):
+        rows = old.read(name, slice(start, start + step))
+        yield name, start, rows if spec.dtype == "U8" else rows.bfloat16()
+
+
+def _unpacked(old: Checkpoint, name: str) -> Iterator[Piece]:
+    """MXFP4 -> bf16, one expert at a time, transposed to (in, out)."""
+    for e in range(old.config.num_local_experts):
+        blocks, scales = (old.read(name + part, slice(e, e + 1))
+                          for part in PACKED)
+        yield name, e, decode(blocks, scales).transpose(1, 2)
+
+
+def _packed(old: Checkpoint, name: str) -> Iterator[Piece]:
+    """Floats (in, out) -> MXFP4 (out, in), one expert at a time."""
+    for e in range(old.config.num_local_experts):
+        values = old.read(name, slice(e, e + 1)).transpose(1, 2)
+        try:
+            pair = encode(values)
+        except MXFP4Error as error:
+            raise CheckpointError(f"{old.file(name)}: {name}, expert {e}: "
+                                  f"{error}") from error
+        for part, rows in zip(PACKED, pair, strict=True):
+            yield name + part, e, rows
 
 
 # %% tags=["export"]
-def _as_bf16(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+COMPANIONS = ("*.json", "*.jinja", "*.txt", "LICENSE*", "README*",
+              "USAGE_POLICY*")
 
 
-def _one_by_one(checkpoint: Checkpoint, name: str) -> Iterator[torch.Tensor]:
-    for e in range(checkpoint.config.num_local_experts):
-        yield checkpoint.read(name, slice(e, e + 1))
+def companions(old: Checkpoint) -> list[Path]:
+    """Tokenizer, generation_config and the like beside the weights; for
+    original/ those of the folder above, where the released ones lie."""
+    folders = [old.folder]
+    if old.folder.name == "original":
+        folders.append(old.folder.resolve().parent)
+    found: dict[str, Path] = {}
+    for folder in folders:
+        for file in sorted(folder.iterdir()):
+            skip = (file.name in (*OUR_FILES, "dtypes.json")
+                    or file.name.endswith(".index.json"))
+            if file.is_file() and not skip and any(
+                    fnmatch(file.name, kind) for kind in COMPANIONS):
+                found.setdefault(file.name, file)
+    return list(found.values())
 
 
-def _decoded(checkpoint: Checkpoint, stem: str
-             ) -> Iterator[tuple[str, torch.Tensor]]:
-    for blocks, scales in zip(_one_by_one(checkpoint, f"{stem}_blocks"),
-                              _one_by_one(checkpoint, f"{stem}_scales"),
-                              strict=True):
-        values = mxfp4.decode(blocks, scales, torch.bfloat16)
-        yield stem, values.transpose(1, 2).contiguous()
+def _config_for(old: Checkpoint, extra: list[Path]) -> GptOssConfig:
+    """The original spelling has no token ids: generation_config has."""
+    files = [f for f in extra if f.name == "generation_config.json"]
+    if old.layout != "original" or not files:
+        return old.config
+    said = json.loads(files[0].read_bytes())
+    eos, pad = said.get("eos_token_id"), said.get("pad_token_id")
+    config = old.config.to_hf_dict()
+    config |= {} if eos is None else {"eos_token_id": eos}
+    config |= {} if pad is None else {"pad_token_id": pad}
+    return GptOssConfig.from_dict(config, str(files[0]))
 
 
-def _encoded(checkpoint: Checkpoint, stem: str
-             ) -> Iterator[tuple[str, torch.Tensor]]:
-    for values in _one_by_one(checkpoint, stem):
-        blocks, scales = mxfp4.encode(values.transpose(1, 2).float())
-        yield f"{stem}_blocks", blocks
-        yield f"{stem}_scales", scales
+# %% tags=["export"]
+def convert(source: str | Path, target: str | Path, layout: str,
+            max_shard_bytes: int = MAX_SHARD_BYTES,
+            progress: Callable[[str], None] | None = None
+            ) -> dict[str, str]:
+    """Rewrite a checkpoint in another layout (or the same, resharded).
 
-
-def check_scales(name: str, scales: torch.Tensor) -> None:
-    """Raise CheckpointError if a scale byte is 255, which means NaN."""
-    bad = int((scales == mxfp4.SCALE_NAN).sum())
-    if bad:
-        raise CheckpointError(f"{name}: expected scale bytes 0 to 254, found "
-                              f"{bad} of {mxfp4.SCALE_NAN} (NaN)")
+    hf <-> original keeps every byte; to "bf16" decodes, which is exact as
+    far as bf16 reaches; from "bf16" encodes, which rounds what is not on
+    the MXFP4 grid. The new folder `target` also gets manifest.json, the
+    returned canonical name -> sha256, and the tokenizer and other small
+    files. progress(name) is called before each tensor of the source.
+    Memory: some rows at a time. CheckpointError; nothing half-written.
+    """
+    with Checkpoint.open(source) as old, _new_folder(Path(target)) as draft:
+        extra = companions(old)
+        writer = _Writer(draft, _config_for(old, extra), layout,
+                         max_shard_bytes)
+        for source_name in old.names():
+            if progress:
+                progress(source_name)
+            for name, start, rows in _pieces(old, source_name, layout):
+                _put(writer, name, rows, start)
+        manifest = _finish(writer, extra)
+        _write_json(draft / "manifest.json", manifest)
+    return manifest
 
 
 # %% [markdown]
-# ### Random weights, and a description
+# ### Random checkpoints
 
 # %% tags=["export"]
 def random_tensors(config: GptOssConfig, seed: int = 0, layout: str = "hf"
-                   ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Canonical tensors of a random model, one at a time.
+                   ) -> Iterator[tuple[str, Tensor]]:
+    """(canonical name, random tensor) for `write_checkpoint`, one by one.
 
-    Weights have standard deviation 0.02 (every MXFP4 code occurs), norms
-    are near one, biases and sinks are not zero. layout "bf16" gives dense
-    experts, any other packed ones.
+    A tensor depends on seed and name alone. Weights have a spread of about
+    1/sqrt(in), so that activations stay of order one; norms vary around 1;
+    biases and sinks are not zero; scales are never 255. "bf16" gives the
+    decoded experts of the same model; "original" is the same as "hf".
     """
-    generator = torch.Generator().manual_seed(seed)
+    if layout not in LAYOUTS:
+        raise CheckpointError(f"layout: expected one of {LAYOUTS}, found "
+                              f"{layout!r}")
+    table = tensor_table(config)
+    for name, spec in table.items():
+        if layout != "bf16" or not name.endswith(PACKED):
+            yield name, _random_tensor(spec, seed)
+        elif name.endswith("_blocks"):
+            name = name.removesuffix("_blocks")
+            pair = (_random_tensor(table[name + p], seed) for p in PACKED)
+            yield name, decode(*pair).transpose(1, 2)
 
-    def byte(spec: TensorSpec, low: int, high: int) -> torch.Tensor:
-        return torch.randint(low, high, spec.shape, dtype=torch.uint8,
-                             generator=generator)
 
-    for spec, _ in canonical_rows(config, layout == "bf16"):
-        if spec.name.endswith("_blocks"):
-            yield spec.name, byte(spec, 0, 256)
-        elif spec.name.endswith("_scales"):
-            yield spec.name, byte(spec, 117, 121)  # 2**-10 to 2**-7
-        else:
-            scale = 1.0 if spec.name.endswith("sinks") else 0.02
-            centre = 1.0 if "norm" in spec.name else 0.0
-            values = torch.empty(spec.shape, dtype=torch.bfloat16)
-            yield spec.name, values.normal_(centre, scale,
-                                            generator=generator)
+def _random_tensor(spec: TensorSpec, seed: int) -> Tensor:
+    key = zlib.crc32(f"{seed} {spec.name}".encode())
+    g = torch.Generator().manual_seed(key)
+    if spec.name.endswith("_blocks"):
+        return torch.randint(256, spec.shape, generator=g, dtype=torch.uint8)
+    if spec.name.endswith("_scales"):
+        # the 16 codes have a spread of 2.9; three scales around the middle
+        middle = 127 - round(math.log2(2.9 * math.sqrt(32 * spec.shape[-1])))
+        return torch.randint(middle - 1, middle + 2, spec.shape, generator=g,
+                             dtype=torch.uint8)
+    mean, spread = 0.0, 1 / math.sqrt(spec.shape[-1])
+    if spec.name.endswith("norm.weight"):
+        mean, spread = 1.0, 0.2
+    elif spec.name.endswith(("bias", "sinks", "embed_tokens.weight")):
+        spread = 2.0 if spec.name.endswith("sinks") else 0.5
+    out = torch.empty(spec.shape, dtype=torch.bfloat16)
+    return out.normal_(mean, spread, generator=g)
 
+
+# %% [markdown]
+# ### What a file holds, without its weights
 
 # %% tags=["export"]
-from gptoss import config as sizes
+COMPONENTS = {"embed_tokens": "embedding", "self_attn": "attention",
+              ".router.": "router", ".experts.": "experts", "norm": "norms",
+              "lm_head": "lm_head"}
+
+
+def component_of(name: str) -> str:
+    """The component of `parameter_counts` that a tensor belongs to."""
+    return next(part for word, part in COMPONENTS.items() if word in name)
 
 
 def describe(path: str | Path) -> dict[str, object]:
-    """What a checkpoint holds, from its headers alone.
+    """What `inspect` prints, from config and headers alone; JSON as it is.
 
-    Keys: path, layout, config (Hugging Face's keys), files, tensors, bytes,
-    bytes_by_dtype, parameters (by component), parameters_total,
-    parameters_active, cache_bytes_per_token, cache_bytes_full,
-    bytes_read_per_token.
+    Bytes are those of the file: a bf16 checkpoint reads more for a token
+    than a packed one. Raises as `Checkpoint.open` does.
     """
     with Checkpoint.open(path) as checkpoint:
-        config, stored = checkpoint.config, checkpoint._stored.values()
-        by_dtype: dict[str, int] = {}
-        for entry in stored:
-            dtype = entry.spec.dtype
-            by_dtype[dtype] = (by_dtype.get(dtype, 0)
-                               + entry.spec.nbytes)
-        longest = config.max_position_embeddings
+        config, specs = checkpoint.config, list(map(checkpoint.spec,
+                                                    checkpoint.names()))
+        parts = dict.fromkeys(COMPONENTS.values(), 0)
+        dtypes: Counter[str] = Counter()
+        for spec in specs:
+            parts[component_of(spec.name)] += spec.nbytes
+            dtypes[spec.dtype] += spec.nbytes
+        row = parts["embedding"] // config.vocab_size
+        idle = config.num_local_experts - config.num_experts_per_tok
+        unread = parts["experts"] // config.num_local_experts * idle
         return {
-            "path": str(checkpoint.path), "layout": checkpoint.layout,
+            "path": str(path), "layout": checkpoint.layout,
             "config": config.to_hf_dict(),
-            "files": sorted({entry.file.name for entry in stored}),
-            "tensors": len(stored), "bytes": checkpoint.nbytes,
-            "bytes_by_dtype": by_dtype,
-            "parameters": sizes.parameter_counts(config),
-            "parameters_total": sizes.total_parameters(config),
-            "parameters_active": sizes.active_parameters(config),
-            "cache_bytes_per_token": sizes.cache_bytes_per_token(config),
-            "cache_bytes_full": sizes.cache_bytes(config, longest),
-            "bytes_read_per_token": sizes.bytes_read_per_token(config)}
+            "files": [file.name for file in checkpoint.files],
+            "tensors": len(checkpoint._found), "bytes": checkpoint.nbytes,
+            "bytes_by_dtype": dict(dtypes), "bytes_by_component": parts,
+            "parameters": parameter_counts(config),
+            "parameters_total": total_parameters(config),
+            "parameters_active": active_parameters(config),
+            "bytes_read_per_token":
+                checkpoint.nbytes - parts["embedding"] + row - unread,
+            "cache_bytes_per_token": cache_bytes_per_token(config),
+            "cache_bytes_full": cache_bytes(
+                config, config.max_position_embeddings)}
+
+
+# %% [markdown]
+# ### From the hub
+
+# %% tags=["export"]
+def is_repo_id(text: str) -> bool:
+    """Whether `text` can be a hub id, owner/name, and not a path."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text, re.ASCII) is not None
+
+
+def resolve(path: str | Path, revision: str | None = None) -> Path:
+    """A local folder as it is; a hub id (owner/name) as its downloaded one.
+
+    Only a string of exactly that form, with no such file or folder here, is
+    asked for at the hub: JSON and safetensors of the repository's root, at
+    `revision` (branch, tag or commit), resumed and cached as HF_HOME and
+    HF_HUB_OFFLINE say. CheckpointError, in one line, if that fails.
+    """
+    local = Path(path).expanduser()
+    if local.exists():
+        return local
+    if isinstance(path, Path) or not is_repo_id(path):
+        raise CheckpointError(f"{path}: no such directory"
+                              " (and a hub id is owner/name)")
+    from huggingface_hub import errors, snapshot_download
+
+    at = f"{path} at revision {revision}" if revision else path
+    try:
+        return Path(snapshot_download(
+            path, revision=revision, ignore_patterns=["*/*"],
+            allow_patterns=["*.json", "*.safetensors"]))
+    except errors.GatedRepoError as error:
+        why, cause = "needs a token with access (hf auth login)", error
+    except errors.RepositoryNotFoundError as error:
+        why, cause = "the hub knows no such repository", error
+    except errors.RevisionNotFoundError as error:
+        why, cause = "the hub knows no such revision", error
+    except (OSError, ValueError, errors.EntryNotFoundError) as error:
+        why, cause = _first_line(error), error
+    raise CheckpointError(f"{at}: no such directory, and {why}") from cause
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

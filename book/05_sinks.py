@@ -69,8 +69,7 @@ plt.show()
 # ## The naive version
 #
 # Two attempts. The first is attention as everybody has it, which ignores
-# the sink; a key that fits nothing and a key that fits perfectly give the
-# same output if the others do as well:
+# the sink. A query that no key fits gets what it would get if all did:
 
 # %%
 values = torch.randn(128, 64)
@@ -134,7 +133,7 @@ for value, dtype in ((0, torch.float32), (100, torch.float32),
 #     = \operatorname{softmax}(a)_j \cdot \sigma(\ell - s) .
 # $$ (sinks-rescale)
 #
-# $\sigma(z) = 1 / (1 + e^{-z})$. The factor depends on no $j$: it goes in
+# $\sigma(x) = 1 / (1 + e^{-x})$. The factor depends on no $j$: it goes in
 # front of the sum. So any kernel of ordinary attention that also returns
 # $\ell$ can serve gpt-oss, and $\sigma(s - \ell)$ is what the sink takes.
 #

@@ -222,8 +222,8 @@ BEATS = (
     ("play", (
         "",
         "There {she} played with the {thing} until {she} was tired.",
-        "{hero} sang a song and danced with the {colour} {thing}.",
-        "What a lovely {_day} it was!",
+        "{hero} the {kind} sang a song and danced with the {thing}.",
+        "What a lovely {_day} it was at {place}!",
         "{She} showed the {thing} to the birds.")),
     ("loss", (
         "But a strong wind came, and the {colour} {thing} was gone.",
@@ -231,14 +231,14 @@ BEATS = (
         "the {thing} was gone.",
         "{She} put the {thing} down for a moment, and then "
         "{she} could not find it.",
-        "Suddenly {hero} saw that the {colour} {thing} was missing.",
-        "But on the way {she} lost the {thing}.")),
+        "Suddenly the {kind} saw that the {colour} {thing} was missing.",
+        "But on the way from {home} {she} lost the {thing}.")),
     ("sorrow", (
         "",
-        "{hero} sat down and cried.",
+        "The {_size} {kind} sat down and cried.",
         "\"Oh no!\" {_loud} {hero}. \"Where is my {thing}?\"",
         "{She} was very sad, for there was no other {thing} like it.",
-        "{hero} looked behind a {_spot}, but it was not there.")),
+        "{hero} looked all over {place}, but it was not there.")),
     ("friend", (
         "A {fkind} named {friend} came by.",
         "Just then a {fkind} came along. It was {friend}.",
@@ -246,21 +246,22 @@ BEATS = (
         "Near the {_spot} {she} met a {fkind} called {friend}.",
         "Then {she} saw {friend}, a {fkind} with kind eyes.")),
     ("question", (
-        "\"What is wrong?\" asked {friend}.",
+        "\"What is wrong, little {kind}?\" asked {friend}.",
         "\"Why are you sad, {hero}?\" asked {friend}.",
         "\"Can I help you?\" asked the {fkind}.",
         "\"What are you looking for?\" asked {friend}.")),
     ("answer", (
-        "\"I lost my {colour} {thing},\" said {hero}.",
+        "\"I came from {home} and lost my {colour} {thing},\" "
+        "said {hero}.",
         "\"My {thing} is gone,\" said the {kind}. \"It is {colour}.\"",
         "{hero} told {friend} about the {colour} {thing}.",
         "\"Have you seen a {colour} {thing}?\" asked {hero}.")),
     ("offer", (
         "\"Do not worry,\" said {friend}. \"I will help you.\"",
-        "\"Let us look for it together,\" said {friend}.",
+        "\"Let us look for it at {place} together,\" said {friend}.",
         "{friend} thought for a while. \"I know what to do,\" "
         "said the {fkind}.",
-        "\"We will find it,\" said {friend}.")),
+        "\"We will find it, {hero},\" said the {fkind}.")),
     ("search", (
         "So {hero} and {friend} looked under the {_spot} and "
         "behind the {_spot}.",
@@ -571,6 +572,9 @@ assert all(vocabulary.decode(vocabulary.encode(t)) == t for t in texts)
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
+
+NOTHING = -100  # what cross_entropy ignores
 
 
 def stories(seed: int, hold_out: bool = False) -> Iterator[str]:
@@ -583,34 +587,37 @@ def stories(seed: int, hold_out: bool = False) -> Iterator[str]:
 
 
 def story_rows(tokenizer: Tokenizer, seed: int, batch: int,
-               length: int) -> Iterator[torch.Tensor]:
+               length: int) -> Iterator[Tensor]:
     """Endless (batch, length + 1) int64 rows of whole stories end to end.
 
     Each row starts with the first word of a story and each story ends
-    with <|endoftext|>; the last one of a row is cut.
+    with <|endoftext|>; what is left of a row is `NOTHING`.
     """
     source, end = stories(seed), tokenizer.special["<|endoftext|>"]
+    story = [*tokenizer.encode(next(source)), end]
     while True:
-        rows = []
-        for _ in range(batch):
-            row: list[int] = []
-            while len(row) <= length:
-                row += [*tokenizer.encode(next(source)), end]
-            rows.append(row[:length + 1])
-        yield torch.tensor(rows)
+        rows = torch.full((batch, length + 1), NOTHING)
+        for row in rows:
+            at = 0
+            while at + len(story) <= length + 1:
+                row[at:at + len(story)] = torch.tensor(story)
+                at += len(story)
+                story = [*tokenizer.encode(next(source)), end]
+        yield rows
 
 
 # %%
 rows = next(story_rows(vocabulary, seed=0, batch=2, length=256))
-print(tuple(rows.shape), rows.dtype)
-print(vocabulary.decode(rows[0, -60:].tolist()))
+filled = (rows[0] != NOTHING).sum()
+print(tuple(rows.shape), rows.dtype, int(filled))
+print(vocabulary.decode(rows[0, filled - 40:filled].tolist()))
 
 # %% [markdown]
 # ### The loss: the next token, and a fair share for every expert
 
 # %% tags=["export"]
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from gptoss.model import GptOss
 
@@ -726,12 +733,12 @@ class Recipe:
     the same machine give the same file."""
 
     seed: int = 0
-    steps: int = 1500
-    batch: int = 8
-    length: int = 256
-    learning_rate: float = 3e-3
+    steps: int = 3000
+    batch: int = 10
+    length: int = 224
+    learning_rate: float = 4e-3
     warmup: int = 60
-    weight_decay: float = 0.1
+    weight_decay: float = 0.05
     balance: float = 0.01
     grid_from: float = 0.7
     clip: float = 1.0
@@ -747,6 +754,20 @@ class Recipe:
 
 
 # %% tags=["export"]
+def start_at_random(model: GptOss, seed: int) -> None:
+    """Draw the matrices from normal(0, 1 / columns), in place.
+
+    A standard deviation of 0.02 suits D = 2880, since 2880**-0.5 = 0.019;
+    in a narrow model it makes every layer whisper, and learning to look
+    back takes several times the steps.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and not name.endswith("bias"):
+            scale = parameter.shape[-1] ** -0.5
+            nn.init.normal_(parameter, std=scale, generator=generator)
+
+
 def optimizer_for(model: GptOss, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW; biases, sinks and norms are not decayed towards zero."""
     vectors = ("bias", "sinks", "norm.weight")
@@ -761,8 +782,8 @@ def optimizer_for(model: GptOss, recipe: Recipe) -> torch.optim.AdamW:
 
 def next_token_loss(model: GptOss, rows: Tensor) -> Tensor:
     """Mean cross-entropy in nats of rows (B, T + 1): each token but the
-    first is predicted from those before it."""
-    logits = model(rows[:, :-1])
+    first is predicted from those before it, and `NOTHING` never is."""
+    logits = model(rows[:, :-1].clamp_min(0))
     return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
 
 
@@ -802,9 +823,9 @@ from dataclasses import replace
 
 small = replace(pocket_config(), num_hidden_layers=2, layer_types=None,
                 hidden_size=32, intermediate_size=32, head_dim=8)
-torch.manual_seed(0)
 model, entries = GptOss(small, dtype=torch.float32, packed=False), []
-rows = story_rows(vocabulary, seed=0, batch=2, length=64)
+start_at_random(model, seed=0)
+rows = story_rows(vocabulary, seed=0, batch=1, length=220)
 train(model, rows, Recipe(steps=30, warmup=3), entries.append)
 print([entry["step"] for entry in entries if "unrounded" in entry])
 print(f"{entries[0]['loss']:.1f} -> {entries[-1]['loss']:.1f} nats")
@@ -906,17 +927,17 @@ def make_pocket(out: Path, recipe: Recipe,
     config = pocket_config()
     vocabulary = train_tokenizer(texts, config.vocab_size)
     tokenizer = Tokenizer(vocabulary)
-    torch.manual_seed(recipe.seed)
     model = GptOss(config, dtype=torch.float32, packed=False)
+    start_at_random(model, recipe.seed)
     rows = story_rows(tokenizer, recipe.seed, recipe.batch, recipe.length)
     train(model, rows, recipe, lambda e: (log.append(e), report(e)))
     write_checkpoint(out, config, released_tensors(model))
     (out / "tokenizer.json").write_text(vocabulary, "utf-8")
     write_json(out / "generation_config.json", generation_config(config))
-    length = sum(len(tokenizer.encode(text)) + 1 for text in texts)
+    tokens = sum(len(tokenizer.encode(text)) + 1 for text in texts)
     write_json(out / "train_log.json", {
-        "recipe": vars(recipe), "floor": story_entropy() * len(texts) / length,
-        "log": log})
+        "recipe": vars(recipe), "log": log,
+        "floor": story_entropy() / (tokens / len(texts))})
 
 
 def generation_config(config: GptOssConfig) -> dict:
@@ -1087,10 +1108,11 @@ for name, config in (("pocket", pocket.config),
 # %%
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-B, T = 2, 128
+B, T = 2, 256
 config = replace(pocket_config())
 model = GptOss(config, dtype=torch.float32, packed=False)
 rows = next(story_rows(vocabulary, seed=0, batch=B, length=T))
+rows[rows == NOTHING] = 0
 with FlopCounterMode(display=False) as counter:
     next_token_loss(model, rows).backward()
 attention = 12 * (config.num_hidden_layers * config.num_attention_heads

@@ -92,7 +92,7 @@ import traceback
 from gptoss.model import GptOss
 
 try:
-    GptOss.from_pretrained("no/such folder")
+    GptOss.from_pretrained("./no-such-folder")
 except Exception:
     report = traceback.format_exc().splitlines()
 print("lines besides the useful one:", len(report) - 1 > 4)
@@ -331,7 +331,7 @@ def _writer(stream) -> Callable[[str], None]:
 
 def run_generate(args: argparse.Namespace) -> None:
     """Writes the continuation of a prompt to stdout as it comes."""
-    from gptoss.checkpoint import resolve
+    from gptoss.checkpoint import Checkpoint, resolve
     from gptoss.generate import Sampler, complete, stop_ids
     from gptoss.harmony import Tokenizer
     from gptoss.model import GptOss
@@ -339,6 +339,7 @@ def run_generate(args: argparse.Namespace) -> None:
     sampler = Sampler(args.temperature, args.top_k, args.top_p)
     prompt, device = _prompt(args), _device(args.device)
     folder = resolve(args.model)
+    Checkpoint.open(folder).close()  # the headers, before anything slow
     tokenizer, stop = Tokenizer.from_pretrained(folder), stop_ids(folder)
     model = GptOss.from_pretrained(folder, dtype=_dtype(args.dtype),
                                    device=device)
@@ -422,12 +423,12 @@ def run_inspect(args: argparse.Namespace) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(show_header=False, box=None)
+    table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for label, value in summary(report):  # Text: nothing in it is markup
         table.add_row(Text(visible(label, "")), Text(visible(value, "")))
-    Console(file=sys.stdout).print(table)
+    Console(file=sys.stdout, force_jupyter=False).print(table)
 
 
 # %%
@@ -441,7 +442,7 @@ config = GptOssConfig(
     eos_token_id=1, pad_token_id=0)
 with tempfile.TemporaryDirectory() as folder:
     write_checkpoint(Path(folder, "tiny"), config,
-                     random_tensors(config).items())
+                     random_tensors(config))
     with contextlib.chdir(folder):
         run_inspect(argparse.Namespace(path="tiny", json=False))
 
@@ -471,7 +472,7 @@ def run_convert(args: argparse.Namespace) -> None:
 # %%
 with tempfile.TemporaryDirectory() as folder:
     write_checkpoint(Path(folder, "tiny"), config,
-                     random_tensors(config).items())
+                     random_tensors(config))
     with contextlib.chdir(folder):
         for there in ("original", "bf16"):
             run_convert(argparse.Namespace(
@@ -602,7 +603,7 @@ print(len(changed), "characters are shown by a picture of themselves")
 # in more than thirty ways.)
 
 # %%
-for argv in (["sing"], ["inspect"], ["inspect", "no/such"],
+for argv in (["sing"], ["inspect"], ["inspect", "./no-such"],
              ["generate", "--temperature", "cold"],
              ["generate", "--temperature", "-1"],
              ["generate", "--top-p", "0"], ["generate", "--prompt", ""],
@@ -726,7 +727,7 @@ COMMANDS["count"] = (run_count, _MODEL | {"text": {}})
 code, out, err = run("count", "--model", POCKET, "Once upon a time")
 print(code, out)
 assert code == 0 and int(out) > 0
-assert run("count", "--model", "no/such", "a")[0] == 2  # errors come along
+assert run("count", "--model", "./no-such", "a")[0] == 2  # errors come along
 
 # %% [markdown]
 # **Exercise 2.** Why does `visible` also act on U+202E? Show a file name

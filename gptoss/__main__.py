@@ -125,7 +125,7 @@ def _writer(stream) -> Callable[[str], None]:
 
 def run_generate(args: argparse.Namespace) -> None:
     """Writes the continuation of a prompt to stdout as it comes."""
-    from gptoss.checkpoint import resolve
+    from gptoss.checkpoint import Checkpoint, resolve
     from gptoss.generate import Sampler, complete, stop_ids
     from gptoss.harmony import Tokenizer
     from gptoss.model import GptOss
@@ -133,6 +133,7 @@ def run_generate(args: argparse.Namespace) -> None:
     sampler = Sampler(args.temperature, args.top_k, args.top_p)
     prompt, device = _prompt(args), _device(args.device)
     folder = resolve(args.model)
+    Checkpoint.open(folder).close()  # the headers, before anything slow
     tokenizer, stop = Tokenizer.from_pretrained(folder), stop_ids(folder)
     model = GptOss.from_pretrained(folder, dtype=_dtype(args.dtype),
                                    device=device)
@@ -201,12 +202,12 @@ def run_inspect(args: argparse.Namespace) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(show_header=False, box=None)
+    table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for label, value in summary(report):  # Text: nothing in it is markup
         table.add_row(Text(visible(label, "")), Text(visible(value, "")))
-    Console(file=sys.stdout).print(table)
+    Console(file=sys.stdout, force_jupyter=False).print(table)
 
 
 # --- convert -----------------------------------------------------------------

@@ -181,13 +181,16 @@ class Sampler:
 def stop_ids(source: str | Path | GptOssConfig) -> tuple[int, ...]:
     """The ids that end a text, from ``source``.
 
-    A folder: `eos_token_id` (a number or a list) of its
-    generation_config.json, else of its config.json. A config: its own.
+    A folder: `eos_token_id` (a number or a list) of generation_config.json,
+    there or, as for `original/`, in the folder above; without one, of
+    config.json. A config: its own.
     """
     if isinstance(source, GptOssConfig):
         return (source.eos_token_id,)
-    file = Path(source) / "generation_config.json"
-    if not file.is_file():
+    folder, name = Path(source), "generation_config.json"
+    file = next((place / name for place in (folder, folder.resolve().parent)
+                 if (place / name).is_file()), None)
+    if file is None:
         return stop_ids(GptOssConfig.from_pretrained(source))
     try:
         found = json.loads(file.read_bytes())["eos_token_id"]

@@ -113,8 +113,7 @@ def tokenizer_json(ranks: Mapping[bytes, int],
     no text encodes to, whose ids follow the ranks (default: the 21 of the
     released file, which with o200k_base gives that file to the byte).
     """
-    from tokenizers import AddedToken, Regex, Tokenizer
-    from tokenizers import decoders, models, pre_tokenizers, processors
+    import tokenizers as hf
 
     if control is None:
         control = {n: control_name(n) for n in range(RANKS, RANKS + 21)}
@@ -126,18 +125,19 @@ def tokenizer_json(ranks: Mapping[bytes, int],
     def spell(token: bytes) -> str:
         return "".join(ALPHABET[byte] for byte in token)
 
-    built = Tokenizer(models.BPE(
+    built = hf.Tokenizer(hf.models.BPE(
         vocab={spell(token): rank for token, rank in ranks.items()},
         merges=[(spell(left), spell(right))
                 for left, right in merges_from_ranks(ranks)],
         ignore_merges=True, fuse_unk=False, byte_fallback=False))
-    built.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(pattern), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    built.decoder = decoders.ByteLevel()
-    built.post_processor = processors.ByteLevel(trim_offsets=False)
+    built.pre_tokenizer = hf.pre_tokenizers.Sequence([
+        hf.pre_tokenizers.Split(hf.Regex(pattern), "isolated"),
+        hf.pre_tokenizers.ByteLevel(add_prefix_space=False,
+                                    use_regex=False)])
+    built.decoder = hf.decoders.ByteLevel()
+    built.post_processor = hf.processors.ByteLevel(trim_offsets=False)
     built.add_special_tokens([
-        AddedToken(name, special=True, normalized=False)
+        hf.AddedToken(name, special=True, normalized=False)
         for name in control.values()])
     return built.to_str(pretty=True)
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from gptoss.cache import Cache
-from gptoss.checkpoint import Checkpoint, CheckpointError, resolve
+from gptoss.checkpoint import Checkpoint, check_scales, resolve
 from gptoss.config import GptOssConfig
 from gptoss.experts import Experts
 from gptoss.masks import positions_from_mask, visible
-from gptoss.mxfp4 import SCALE_NAN, decode
+from gptoss.mxfp4 import decode
 from gptoss.rope import apply_rope, rope_parameters, rope_tables
 from gptoss.routing import Router
-from gptoss.sinks import attention_concat
+from gptoss.sinks import attention_concat, attention_flash
 
 # --- RMSNorm -----------------------------------------------------------------
 
@@ -65,8 +65,11 @@ def attention_in_tiles(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
     """
     B, T, H, _ = q.shape
     rows = max(1, SCORES_AT_ONCE // max(1, B * H * k.shape[1]))
+    # training on a CPU: torch's kernel keeps no scores for the way back
+    trains = q.requires_grad and q.device.type == "cpu"
+    form = attention_flash if trains else attention_concat
     tiles = [
-        attention_concat(
+        form(
             q[:, t:t + rows], k, v, sinks,
             visible(q_pos[:, t:t + rows], k_pos, window or None), scale)
         for t in range(0, T, rows)]
@@ -327,7 +330,7 @@ def load_tensors(checkpoint: Checkpoint, dtype: torch.dtype, device,
     for name in checkpoint.names():
         target, tensor = name.removeprefix("model."), checkpoint.read(name)
         if name.endswith("_scales"):
-            check_scales(name, tensor)
+            check_scales(f"{checkpoint.path}: {name}", tensor)
             if not packed:
                 continue
         elif name.endswith("_blocks") and not packed:
@@ -340,14 +343,6 @@ def load_tensors(checkpoint: Checkpoint, dtype: torch.dtype, device,
         yield target, tensor.to(device, wanted)
 
 
-def check_scales(name: str, scales: Tensor) -> None:
-    """Raise CheckpointError if a scale byte is 255, which means NaN."""
-    if scales.max() == SCALE_NAN:
-        bad = int((scales == SCALE_NAN).sum())
-        raise CheckpointError(f"{name}: expected scale bytes 0 to 254, found "
-                              f"{bad} of {SCALE_NAN} (NaN)")
-
-
 __all__ = [
     "Attention",
     "Block",
@@ -358,7 +353,6 @@ __all__ = [
     "SCORES_AT_ONCE",
     "Stack",
     "attention_in_tiles",
-    "check_scales",
     "check_tokens",
     "initialise",
     "load_tensors",

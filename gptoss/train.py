@@ -99,8 +99,8 @@ BEATS = (
     ("play", (
         "",
         "There {she} played with the {thing} until {she} was tired.",
-        "{hero} sang a song and danced with the {colour} {thing}.",
-        "What a lovely {_day} it was!",
+        "{hero} the {kind} sang a song and danced with the {thing}.",
+        "What a lovely {_day} it was at {place}!",
         "{She} showed the {thing} to the birds.")),
     ("loss", (
         "But a strong wind came, and the {colour} {thing} was gone.",
@@ -108,14 +108,14 @@ BEATS = (
         "the {thing} was gone.",
         "{She} put the {thing} down for a moment, and then "
         "{she} could not find it.",
-        "Suddenly {hero} saw that the {colour} {thing} was missing.",
-        "But on the way {she} lost the {thing}.")),
+        "Suddenly the {kind} saw that the {colour} {thing} was missing.",
+        "But on the way from {home} {she} lost the {thing}.")),
     ("sorrow", (
         "",
-        "{hero} sat down and cried.",
+        "The {_size} {kind} sat down and cried.",
         "\"Oh no!\" {_loud} {hero}. \"Where is my {thing}?\"",
         "{She} was very sad, for there was no other {thing} like it.",
-        "{hero} looked behind a {_spot}, but it was not there.")),
+        "{hero} looked all over {place}, but it was not there.")),
     ("friend", (
         "A {fkind} named {friend} came by.",
         "Just then a {fkind} came along. It was {friend}.",
@@ -123,21 +123,22 @@ BEATS = (
         "Near the {_spot} {she} met a {fkind} called {friend}.",
         "Then {she} saw {friend}, a {fkind} with kind eyes.")),
     ("question", (
-        "\"What is wrong?\" asked {friend}.",
+        "\"What is wrong, little {kind}?\" asked {friend}.",
         "\"Why are you sad, {hero}?\" asked {friend}.",
         "\"Can I help you?\" asked the {fkind}.",
         "\"What are you looking for?\" asked {friend}.")),
     ("answer", (
-        "\"I lost my {colour} {thing},\" said {hero}.",
+        "\"I came from {home} and lost my {colour} {thing},\" "
+        "said {hero}.",
         "\"My {thing} is gone,\" said the {kind}. \"It is {colour}.\"",
         "{hero} told {friend} about the {colour} {thing}.",
         "\"Have you seen a {colour} {thing}?\" asked {hero}.")),
     ("offer", (
         "\"Do not worry,\" said {friend}. \"I will help you.\"",
-        "\"Let us look for it together,\" said {friend}.",
+        "\"Let us look for it at {place} together,\" said {friend}.",
         "{friend} thought for a while. \"I know what to do,\" "
         "said the {fkind}.",
-        "\"We will find it,\" said {friend}.")),
+        "\"We will find it, {hero},\" said the {fkind}.")),
     ("search", (
         "So {hero} and {friend} looked under the {_spot} and "
         "behind the {_spot}.",
@@ -361,6 +362,9 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> str:
 
 # --- Rows of stories ---------------------------------------------------------
 
+NOTHING = -100  # what cross_entropy ignores
+
+
 def stories(seed: int, hold_out: bool = False) -> Iterator[str]:
     """Endless stories; of held-out casts only, or of all the others."""
     rng = random.Random(seed)
@@ -371,21 +375,23 @@ def stories(seed: int, hold_out: bool = False) -> Iterator[str]:
 
 
 def story_rows(tokenizer: Tokenizer, seed: int, batch: int,
-               length: int) -> Iterator[torch.Tensor]:
+               length: int) -> Iterator[Tensor]:
     """Endless (batch, length + 1) int64 rows of whole stories end to end.
 
     Each row starts with the first word of a story and each story ends
-    with <|endoftext|>; the last one of a row is cut.
+    with <|endoftext|>; what is left of a row is `NOTHING`.
     """
     source, end = stories(seed), tokenizer.special["<|endoftext|>"]
+    story = [*tokenizer.encode(next(source)), end]
     while True:
-        rows = []
-        for _ in range(batch):
-            row: list[int] = []
-            while len(row) <= length:
-                row += [*tokenizer.encode(next(source)), end]
-            rows.append(row[:length + 1])
-        yield torch.tensor(rows)
+        rows = torch.full((batch, length + 1), NOTHING)
+        for row in rows:
+            at = 0
+            while at + len(story) <= length + 1:
+                row[at:at + len(story)] = torch.tensor(story)
+                at += len(story)
+                story = [*tokenizer.encode(next(source)), end]
+        yield rows
 
 
 # --- The loss: the next token, and a fair share for every expert -------------
@@ -466,12 +472,12 @@ class Recipe:
     the same machine give the same file."""
 
     seed: int = 0
-    steps: int = 1500
-    batch: int = 8
-    length: int = 256
-    learning_rate: float = 3e-3
+    steps: int = 3000
+    batch: int = 10
+    length: int = 224
+    learning_rate: float = 4e-3
     warmup: int = 60
-    weight_decay: float = 0.1
+    weight_decay: float = 0.05
     balance: float = 0.01
     grid_from: float = 0.7
     clip: float = 1.0
@@ -484,6 +490,20 @@ class Recipe:
         floor = 0.01
         cosine = (1 + math.cos(math.pi * done)) / 2
         return self.learning_rate * (floor + (1 - floor) * cosine)
+
+
+def start_at_random(model: GptOss, seed: int) -> None:
+    """Draw the matrices from normal(0, 1 / columns), in place.
+
+    A standard deviation of 0.02 suits D = 2880, since 2880**-0.5 = 0.019;
+    in a narrow model it makes every layer whisper, and learning to look
+    back takes several times the steps.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and not name.endswith("bias"):
+            scale = parameter.shape[-1] ** -0.5
+            nn.init.normal_(parameter, std=scale, generator=generator)
 
 
 def optimizer_for(model: GptOss, recipe: Recipe) -> torch.optim.AdamW:
@@ -500,8 +520,8 @@ def optimizer_for(model: GptOss, recipe: Recipe) -> torch.optim.AdamW:
 
 def next_token_loss(model: GptOss, rows: Tensor) -> Tensor:
     """Mean cross-entropy in nats of rows (B, T + 1): each token but the
-    first is predicted from those before it."""
-    logits = model(rows[:, :-1])
+    first is predicted from those before it, and `NOTHING` never is."""
+    logits = model(rows[:, :-1].clamp_min(0))
     return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
 
 
@@ -606,17 +626,17 @@ def make_pocket(out: Path, recipe: Recipe,
     config = pocket_config()
     vocabulary = train_tokenizer(texts, config.vocab_size)
     tokenizer = Tokenizer(vocabulary)
-    torch.manual_seed(recipe.seed)
     model = GptOss(config, dtype=torch.float32, packed=False)
+    start_at_random(model, recipe.seed)
     rows = story_rows(tokenizer, recipe.seed, recipe.batch, recipe.length)
     train(model, rows, recipe, lambda e: (log.append(e), report(e)))
     write_checkpoint(out, config, released_tensors(model))
     (out / "tokenizer.json").write_text(vocabulary, "utf-8")
     write_json(out / "generation_config.json", generation_config(config))
-    length = sum(len(tokenizer.encode(text)) + 1 for text in texts)
+    tokens = sum(len(tokenizer.encode(text)) + 1 for text in texts)
     write_json(out / "train_log.json", {
-        "recipe": vars(recipe), "floor": story_entropy() * len(texts) / length,
-        "log": log})
+        "recipe": vars(recipe), "log": log,
+        "floor": story_entropy() / (tokens / len(texts))})
 
 
 def generation_config(config: GptOssConfig) -> dict:
@@ -638,6 +658,7 @@ __all__ = [
     "CONTROL",
     "Exam",
     "GIRLS",
+    "NOTHING",
     "OnGrid",
     "PRONOUNS",
     "Reading",
@@ -660,6 +681,7 @@ __all__ = [
     "put_on_grid",
     "read_story",
     "released_tensors",
+    "start_at_random",
     "stories",
     "story_entropy",
     "story_rows",

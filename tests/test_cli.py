@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import random_tensors
+from safetensors.torch import load_file
 
 import gptoss
 from gptoss.__main__ import UsageError, build_parser, main, visible
@@ -141,9 +142,9 @@ def test_terminal_sees_prompt_and_no_control_characters(
         endless, monkeypatch, capsys):
     screen = Screen()
     monkeypatch.setattr(sys, "stdout", screen)
-    # every byte is a token: among 400 some are control characters
+    # every byte is a token: among 250 some are control characters
     assert main(["generate", "--model", str(endless), "--prompt",
-                 "a\x1b[2J", "--max-new-tokens", "400", "--seed", "0"]) == 0
+                 "a\x1b[2J", "--max-new-tokens", "250", "--seed", "0"]) == 0
     shown = screen.getvalue()
     assert shown.startswith("a\u241b[2J")
     assert not [c for c in shown if unicodedata.category(c) == "Cc"
@@ -153,7 +154,7 @@ def test_terminal_sees_prompt_and_no_control_characters(
 
 def test_pipe_gets_the_bytes_as_they_are(endless, capsys):
     args = ["generate", "--model", str(endless), "--prompt", "a",
-            "--max-new-tokens", "400", "--seed", "0"]
+            "--max-new-tokens", "250", "--seed", "0"]
     assert main(args) == 0
     text = capsys.readouterr().out
     assert main([*args, "--json"]) == 0
@@ -191,6 +192,26 @@ def test_inspect_reads_no_weights(folder, capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out)
     assert main(["inspect", str(folder)]) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_inspect_says_what_the_issue_asks_for(folder, capsys):
+    assert main(["inspect", str(folder)]) == 0
+    text = capsys.readouterr().out
+    for words in ("hf, 41 tensors in 1 file", "bytes in the file",
+                  "parameters a token uses", "weight bytes read for a token",
+                  "cache bytes a token adds", "config.num_hidden_layers",
+                  "1 full_attention, 1 sliding_attention"):
+        assert words in text
+    assert main(["inspect", str(folder), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    stored = load_file(folder / "model.safetensors")
+    assert report["bytes"] == sum(t.nbytes for t in stored.values())
+    assert report["tensors"] == len(stored) == 41
+    assert report["parameters_total"] == sum(
+        t.numel() * (2 if name.endswith("_blocks") else 1)
+        for name, t in stored.items() if not name.endswith("_scales"))
+    # keys and values of the one full layer, in bf16
+    assert report["cache_bytes_per_token"] == 2 * 2 * 2 * 8
 
 
 def test_convert_there_and_back(folder, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,10 +13,12 @@ from hypothesis import strategies as st
 from gptoss import harmony
 from gptoss.config import GptOssConfig
 from gptoss.generate import (
+    NUCLEUS,
     Completion,
     GenerateError,
     Sampler,
     TextStream,
+    best,
     complete,
     draw,
     generate,
@@ -127,6 +130,37 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(row, p, temperature):
     assert whole[kept].sum() - whole[kept].min() < p + 1e-12
     if not kept.all():
         assert whole[kept].min() >= whole[~kept].max()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 2 ** 30), st.integers(1, 300), st.integers(1, 300),
+       DTYPES, st.integers(2, 40))
+def test_best_equals_a_stable_sort(seed, size, k, dtype, values):
+    rows = torch.randint(values, (3, size), generator=torch.Generator()
+                         .manual_seed(seed)).to(dtype)
+    k = min(k, size)
+    order = rows.sort(dim=-1, descending=True, stable=True).indices
+    assert torch.equal(best(rows, k), order[:, :k])
+
+
+@pytest.mark.parametrize("spread", [0.1, 3.0, 10.0])
+@pytest.mark.parametrize("p", [0.3, 0.9, 0.999])
+def test_top_p_of_a_large_vocabulary(spread, p):
+    """Beyond the first NUCLEUS tokens and within them: as a full sort."""
+    rows = (spread * torch.randn(3, 4 * NUCLEUS)).bfloat16()
+    found = Sampler(top_p=p).probabilities(rows)
+    whole = rows.double().softmax(-1)
+    order = rows.sort(dim=-1, descending=True, stable=True).indices
+    for row in range(3):
+        mass = whole[row, order[row]].cumsum(0)
+        count = int((mass < p).sum()) + 1
+        wanted = torch.zeros_like(whole[row])
+        kept = order[row, :count]
+        wanted[kept] = whole[row, kept] / whole[row, kept].sum()
+        torch.testing.assert_close(found[row], wanted, rtol=1e-9, atol=0)
+    kept = (found > 0).sum(-1)  # both ways of finding them are met
+    assert spread > 1 or (kept > NUCLEUS).all()
+    assert spread < 5 or (kept < NUCLEUS).all()
 
 
 def test_top_p_at_an_exact_boundary():
@@ -420,6 +454,19 @@ def test_stop_ids_of_a_folder(tmp_path, value, wanted):
     (tmp_path / "generation_config.json").write_text(
         json.dumps({"eos_token_id": value}))
     assert stop_ids(tmp_path) == wanted
+
+
+def test_stop_ids_of_the_original_layout(tmp_path):
+    """The released original/ has no generation_config.json; its id alone
+    would miss the end of a tool call."""
+    inner = tmp_path / "original"
+    inner.mkdir()
+    config = replace(CONFIG, max_position_embeddings=64)
+    (inner / "config.json").write_text(json.dumps(config.to_original_dict()))
+    assert stop_ids(inner) == (200002,)
+    (tmp_path / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [200002, 199999, 200012]}))
+    assert stop_ids(inner) == (200002, 199999, 200012)
 
 
 def test_stop_ids_fall_back_to_the_config(tmp_path):

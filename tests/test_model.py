@@ -33,7 +33,8 @@ TINY = GptOssConfig(
     num_hidden_layers=3, num_local_experts=4, num_experts_per_tok=2,
     vocab_size=64, hidden_size=32, intermediate_size=32, head_dim=8,
     num_attention_heads=2, num_key_value_heads=1, sliding_window=5,
-    max_position_embeddings=512, eos_token_id=2, pad_token_id=0)
+    initial_context_length=16, max_position_embeddings=512,
+    eos_token_id=2, pad_token_id=0)
 
 
 def make(config=TINY, dtype=torch.float64, seed=0) -> GptOss:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gptoss.checkpoint import tensor_table, write_checkpoint
-from gptoss.config import GptOssConfig
+from gptoss.config import KINDS, GptOssConfig
 
 
 def random_tensors(config: GptOssConfig, seed: int = 0,
@@ -64,6 +64,14 @@ class Case:
                 f"E{c.num_local_experts} K{c.num_experts_per_tok} "
                 f"W{c.sliding_window} T{self.length}")
 
+    def layouts(self) -> tuple[str, ...]:
+        """Those that can say all that the config says."""
+        alternating = GptOssConfig(
+            num_hidden_layers=self.config.num_hidden_layers).layer_types
+        if self.config.layer_types == alternating:
+            return "hf", "original"
+        return ("hf",)
+
     def prompt(self) -> Tensor:
         """Token ids, (1, T)."""
         g = torch.Generator().manual_seed(self.seed)
@@ -81,23 +89,23 @@ class Case:
 
 
 def random_case(seed: int, alternating: bool = False) -> Case:
-    """A small model of random proportions; alternating: layers as released.
+    """A small model of random proportions.
 
     hidden is never H * C. Windows run from 1 (a token sees itself) to far
-    longer than the prompt; every third model has sinks large enough to take
-    nearly all the attention.
+    longer than the prompt; sinks may be large enough to take nearly all of
+    the attention. Every fourth model mixes its layers in its own way, which
+    the original layout has no key for, unless `alternating`.
     """
     rng = random.Random(seed)
     groups, head = rng.choice((1, 2, 3, 4)), rng.choice((8, 16, 32))
     heads = groups * rng.choice((1, 2, 3, 4))
     hidden = rng.choice([d for d in (32, 64, 96, 128) if d != heads * head])
     experts, layers = rng.choice((2, 3, 4, 8, 16)), rng.choice((2, 3, 4))
-    kinds = ("sliding_attention", "full_attention")
-    mixed = tuple(rng.choice(kinds) for _ in range(layers))
-    length = rng.choice((1, 2, 5, 17, 33, 48))
+    mixed = tuple(rng.choice(KINDS) for _ in range(layers))
+    length, factor = rng.choice((1, 2, 5, 17, 33, 48)), rng.choice((1, 4, 32))
     config = GptOssConfig(
         num_hidden_layers=layers,
-        layer_types=None if alternating or seed % 2 else mixed,
+        layer_types=None if alternating or seed % 4 else mixed,
         num_local_experts=experts,
         num_experts_per_tok=rng.randint(1, min(experts, 5)),
         vocab_size=rng.choice((101, 128, 250)),
@@ -107,9 +115,10 @@ def random_case(seed: int, alternating: bool = False) -> Case:
         num_attention_heads=heads,
         num_key_value_heads=groups,
         sliding_window=rng.choice((1, 2, 3, 7, 16, 128)),
-        max_position_embeddings=rng.choice((512, 131072)),
+        max_position_embeddings=4096 * factor,
         rope_theta=rng.choice((10000.0, 150000.0)),
-        rope_factor=rng.choice((1.0, 4.0, 32.0)),
+        rope_type="default" if factor == 1 else "yarn",
+        rope_factor=float(factor),
         eos_token_id=2,
         pad_token_id=0,
     )
