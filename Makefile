@@ -1,61 +1,77 @@
-# `make demo` and `make test` need nothing but Python 3.11 (with venv and pip).
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
-BIN = .venv/bin
+# `make demo` and `make test` need nothing but Python 3.11 or newer (with venv
+# and pip) and a C compiler; both set up .venv themselves.
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
+    $$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' \
+    2>/dev/null && { echo $$p; break; }; done)
+BIN := .venv/bin
+PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
+STAMP := .venv/installed
+# chapters executed, and test processes run, at the same time: one core each
 JOBS ?= 2
-STAMP = .venv/installed
 # wheels that run on Python 3.11 although their metadata asks for a newer one
 NO_DEPS = $(shell sed -n 's/^\# no-deps: //p' requirements.txt)
 
 export OMP_NUM_THREADS ?= 1
-export HF_HUB_OFFLINE ?= 1
-export PYTHONWARNINGS ?= ignore::DeprecationWarning
+export PYTHONHASHSEED ?= 0
 
 .PHONY: demo test tangle freeze book serve clean \
         check-tangle check-frozen lint unit notebooks
+.NOTPARALLEL:
 
 demo: $(STAMP)
 	$(BIN)/python -m gptoss generate --temperature 0 --prompt "Once upon a time"
 
+# From cheap to dear; stops at the first that fails.
 test: check-tangle check-frozen lint unit notebooks book
-	@echo "every check passed"
+	@echo "== every check passed"
 
 $(STAMP): requirements.txt pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
-	    --ignore-requires-python $(NO_DEPS)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
-	    --no-build-isolation -e .
-	touch $@
+	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 found; set PYTHON="; \
+	    exit 1; }
+	@echo "== installing into .venv (a few minutes, once)"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) install -r requirements.txt
+	@$(PIP) install --no-deps --ignore-requires-python $(NO_DEPS)
+	@$(PIP) install --no-deps --no-build-isolation -e .
+	@# the font cache is announced on stderr, which no notebook should hold
+	@$(BIN)/python -c "import matplotlib.font_manager" 2>/dev/null
+	@touch $@
 
 check-tangle: $(STAMP)
-	$(BIN)/python gptoss/tangle.py --check
+	@echo "== gptoss/ and book/api.md are what the chapters export"
+	@$(BIN)/python gptoss/tangle.py --check
 
 check-frozen: $(STAMP)
-	$(BIN)/python gptoss/tangle.py --freeze --check
+	@echo "== every notebook is its chapter, executed"
+	@$(BIN)/python gptoss/tangle.py --freeze --check
 
 lint: $(STAMP)
-	$(BIN)/ruff check --quiet .
+	@echo "== ruff"
+	@$(BIN)/ruff check --quiet .
 
 unit: $(STAMP)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup tests
+	@echo "== pytest"
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup \
+	    tests
 
 notebooks: $(STAMP)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope --nbval \
-	    --nbval-kernel-name python3 book
+	@echo "== nbval: every output is what its cell prints now"
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope \
+	    --nbval --nbval-kernel-name python3 book
 
 book: $(STAMP)
-	$(BIN)/jupyter-book build --quiet -W --keep-going --path-output . \
-	    --config _config.yml --toc _toc.yml book
+	@echo "== web book, warnings are errors"
+	@$(BIN)/jupyter-book build --quiet -W --keep-going . >/dev/null
+	@echo "_build/html/index.html"
 
 tangle: $(STAMP)
-	$(BIN)/python gptoss/tangle.py
+	@$(BIN)/python gptoss/tangle.py
 
 freeze: tangle
-	$(BIN)/python gptoss/tangle.py --freeze -j $(JOBS)
+	@$(BIN)/python gptoss/tangle.py --freeze -j $(JOBS)
 
 serve: book
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html 8000
 
 clean:
-	rm -rf _build build .pytest_cache .ruff_cache .hypothesis
+	rm -rf _build build *.egg-info .pytest_cache .ruff_cache .hypothesis

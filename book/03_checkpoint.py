@@ -947,16 +947,24 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
         return Path(snapshot_download(
             path, revision=revision, ignore_patterns=["*/*"],
             allow_patterns=["*.json", "*.safetensors"]))
-    except errors.GatedRepoError as error:
-        why, cause = "needs a token with access (hf auth login)", error
-    except errors.RepositoryNotFoundError as error:
-        why, cause = "the hub knows no such repository", error
-    except errors.RevisionNotFoundError as error:
-        why, cause = "the hub knows no such revision", error
     except (OSError, ValueError, errors.EntryNotFoundError) as error:
-        why, cause = _first_line(error), error
-    raise CheckpointError(f"{at}: no such directory, and {why}") from cause
+        raise CheckpointError(f"{at}: no such directory, and "
+                              f"{_why(error)}") from error
 
 
-def _first_line(error: BaseException) -> str:
+def _why(error: Exception) -> str:
+    """What went wrong at the hub, in a line."""
+    from huggingface_hub import constants, errors
+
+    known = {errors.GatedRepoError:
+             "the hub wants a token with access (hf auth login)",
+             errors.RepositoryNotFoundError:
+             "the hub knows no such repository",
+             errors.RevisionNotFoundError: "the hub knows no such revision",
+             errors.LocalEntryNotFoundError: "the hub cannot be reached"}
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set and the cache has none"
+    for kind, why in known.items():
+        if isinstance(error, kind):
+            return why
     return next(iter(str(error).splitlines()), type(error).__name__)

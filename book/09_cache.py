@@ -33,8 +33,9 @@
 import matplotlib.pyplot as plt
 import torch
 
-from gptoss.config import GptOssConfig
-from gptoss.masks import picture, positions_from_mask, visible
+from gptoss.config import GptOssConfig, cache_bytes
+from gptoss.masks import (
+    picture, positions_from_mask, receptive_field, visible)
 from gptoss.sinks import attention_concat
 
 plt.style.use("_static/book.mplstyle")
@@ -873,8 +874,11 @@ for name, config in (("20b", small), ("120b", large)):
         cache = Cache(config, max_tokens=tokens_held, device="meta")
         plain = layers * token * tokens_held
         assert cache.nbytes == token * layers // 2 * (128 + tokens_held)
+        assert cache.nbytes == cache_bytes(config, tokens_held)  # chapter 1
         print(f"{name:>4} {tokens_held:8,} tokens {cache.nbytes:14,} bytes, "
               f"{100 * cache.nbytes / plain:.1f} % of one tape a layer")
+    reach = receptive_field(config.layer_types, 128)[-1].sliding
+    assert cache._replay == reach - 1  # chapter 6, without the query itself
     print(f"{name:>4} replay: {cache._replay} tokens")
 
 # %% [markdown]
@@ -922,7 +926,9 @@ print(f"{flops:,} FLOPs, {read:,} bytes")
 #
 # ## Exercises
 #
-# **Exercise 1.** How many conversations of 8192 tokens fit beside the packed
+# ### Exercise 1
+#
+# How many conversations of 8192 tokens fit beside the packed
 # 120b (65.2 GB) in 80 GB? How many with one tape a layer?
 
 # %% tags=["hide-cell"]
@@ -932,7 +938,9 @@ assert int(room // ring_and_tape) == 48
 assert int(room // (36 * token * 8192)) == 24
 
 # %% [markdown]
-# **Exercise 2.** Hugging Face's sliding layers hold W - 1 positions, ours W.
+# ### Exercise 2
+#
+# Hugging Face's sliding layers hold W - 1 positions, ours W.
 # Who is right?
 
 # %% tags=["hide-cell"]
@@ -944,7 +952,9 @@ ring_of_7 = torch.arange(13, 20)[None]  # what 7 slots hold after token 19
 assert int(visible(positions[:, -1:], ring_of_7, 8).sum()) == 7  # not 8
 
 # %% [markdown]
-# **Exercise 3.** A small model proposes 5 tokens, the large one verifies them
+# ### Exercise 3
+#
+# A small model proposes 5 tokens, the large one verifies them
 # in one forward, together with the token before them. What slack lets it run
 # in place and take back any number of the 5? Show both.
 
@@ -963,7 +973,9 @@ for back in range(6):
     assert cache.rollback(66 - back) == 66 - back  # no replay
 
 # %% [markdown]
-# **Exercise 4.** Let the replay overwrite the tapes (set `held` to where the
+# ### Exercise 4
+#
+# Let the replay overwrite the tapes (set `held` to where the
 # replay starts). Is the next output still right?
 
 # %% tags=["hide-cell"]
@@ -981,7 +993,9 @@ assert errors[0] < 1e-10 and errors[1] > 1e-3
 # the full layers' queries are right again, and look at wrong keys
 
 # %% [markdown]
-# **Exercise 5.** Two answers to one prompt: fork a cache after the prompt and
+# ### Exercise 5
+#
+# Two answers to one prompt: fork a cache after the prompt and
 # continue both copies. Then say what it costs in the 20b after 8192 tokens,
 # and which part of it could be shared.
 

@@ -183,7 +183,7 @@ def merge_by_rank(piece: bytes, ranks: Mapping[bytes, int]) -> list[int]:
 
     A piece that is a token is that token. Else, from single bytes on, joins
     again and again the neighbours whose union has the lowest rank (the
-    leftmost of equals). Needs every single byte of ``piece`` in ``ranks``.
+    leftmost of equals). Needs every single byte of `piece` in `ranks`.
     Quadratic: a check, not a tool.
     """
     if piece in ranks:
@@ -239,7 +239,7 @@ NAMED = {199_998: "startoftext", 199_999: "endoftext", 200_002: "return",
 
 
 def control_name(token: int) -> str:
-    """The spelling of control token ``token`` in o200k_harmony."""
+    """The spelling of control token `token` in o200k_harmony."""
     return f"<|{NAMED.get(token, f'reserved_{token}')}|>"
 
 # %%
@@ -279,7 +279,7 @@ def tokenizer_json(ranks: Mapping[bytes, int],
                    pattern: str = PATTERN) -> str:
     """The text of a tokenizer.json for a byte-level vocabulary.
 
-    ``ranks``: token bytes -> id; ``control``: id -> name of the tokens that
+    `ranks`: token bytes -> id; `control`: id -> name of the tokens that
     no text encodes to, whose ids follow the ranks (default: the 21 of the
     released file, which with o200k_base gives that file to the byte).
     """
@@ -353,9 +353,9 @@ print(control, json.loads(plain)["added_tokens"])
 class Tokenizer:
     """Text to token ids and back; control tokens only by id.
 
-    ``special`` maps the name of each control token to its id. ``encode``
+    `special` maps the name of each control token to its id. `encode`
     knows nothing of them: whatever the text says, it gives text tokens.
-    ``text`` is the content of a tokenizer.json; ``vocab_size`` the number
+    `text` is the content of a tokenizer.json; `vocab_size` the number
     of rows of the embedding (default: the ids that the file names). An id
     below it that has no entry is a control token `<|reserved_ID|>`.
     """
@@ -377,7 +377,7 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Tokenizer":
-        """Reads tokenizer.json in folder ``path``, else in its parent."""
+        """Reads tokenizer.json in folder `path`, else in its parent."""
         folder = Path(path)
         for place in (folder, folder.resolve().parent):
             file = place / "tokenizer.json"
@@ -396,7 +396,7 @@ class Tokenizer:
         return cls(text, size, str(file))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``; never a control token's."""
+        """Token ids of `text`; never a control token's."""
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -407,11 +407,11 @@ class Tokenizer:
         return self._engine.encode(text, add_special_tokens=False).ids
 
     def is_special(self, token: int) -> bool:
-        """Whether ``token`` is a control token (named or reserved)."""
+        """Whether `token` is a control token (named or reserved)."""
         return operator.index(token) not in self._spelling
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that ``token`` stands for; a control token's name."""
+        """The bytes that `token` stands for; a control token's name."""
         token = operator.index(token)  # a 0-d tensor counts as its number
         spelling = self._spelling.get(token)
         if spelling is not None:
@@ -425,13 +425,13 @@ class Tokenizer:
         return f"<|reserved_{token}|>".encode()
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of ``ids``, one after another."""
+        """The bytes of `ids`, one after another."""
         return b"".join(map(self.token_bytes, ids))
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD.
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD.
 
-        Control tokens show by name, or not at all if ``skip_special``; in
+        Control tokens show by name, or not at all if `skip_special`; in
         both cases no character is put together across one.
         """
         return "".join(

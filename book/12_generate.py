@@ -66,9 +66,9 @@ plt.show()
 # %% [markdown]
 # What the shipped model thinks may follow the first sentence of a story: its
 # eight likeliest tokens, and all the others together (orange). At
-# temperature 2 a thousand unlikely tokens together outweigh the likely ones.
-# Top-k and top-p cut that tail off: one at a fixed number of tokens, the
-# other at a share of the probability.
+# temperature 2 the thousand unlikely tokens together gain much of what the
+# likely ones lose. Top-k and top-p cut that tail: one at a fixed number of
+# tokens, the other at a share of the probability.
 
 # %% [markdown]
 # ## The naive version
@@ -92,7 +92,7 @@ hook = model.register_forward_pre_hook(
 story = "".join(naive(tokenizer.encode(opening), 240))
 hook.remove()
 print(f"{sum(fed):,} tokens went through the model for 240 new ones")
-print("stories begun in one answer:", 1 + story.count("<|endoftext|>"))
+print("went on after the end:", "<|endoftext|>" in story[:-50])
 print([tokenizer.decode([n]) for n in tokenizer.encode("né")])
 try:
     next(naive([1, 2, 3], 1, temperature=0))
@@ -203,8 +203,10 @@ except GenerateError as error:
 
 # %% tags=["export"]
 def best(logits: Tensor, k: int) -> Tensor:
-    """Ids (B, k) of the k largest of (B, V), largest first; of equals the
-    lower id. A full sort gives the same, ten times slower for V = 201088.
+    """Ids (B, k) of the k largest of (B, V), largest first.
+
+    Of equals the lower id comes first. A full stable sort gives the same,
+    ten times slower for V = 201088.
     """
     if k < logits.shape[-1]:
         edge = logits.topk(k).values[..., -1:]  # torch.topk breaks ties at
@@ -225,7 +227,7 @@ print(best(torch.tensor([[1.0, 3.0, 2.0, 3.0, 2.0, 2.0]]), 3))
 
 # %% tags=["export"]
 def nucleus(probs: Tensor, top_p: float) -> Tensor:
-    """``probs`` (B, N), largest first, cut to the fewest that reach top_p."""
+    """`probs` (B, N), largest first, cut to the fewest that reach top_p."""
     mass = probs.cumsum(-1)
     probs = probs.clone()  # a token goes if those before it suffice
     probs[..., 1:].masked_fill_(mass[..., :-1] >= top_p, 0.0)
@@ -240,10 +242,10 @@ NUCLEUS = 1024  # top-p looks at so many tokens before it sorts all of them
 
 def ranked(logits: Tensor, temperature: float, top_k: int,
            top_p: float) -> tuple[Tensor, Tensor | None]:
-    """What `Sampler` draws from: probabilities (B, N) in float64 and their
-    ids (B, N), likeliest first; ids None: N = V, in order of id.
+    """What `Sampler` draws from: probabilities (B, N) and ids (B, N).
 
-    ``temperature`` > 0. What top-k drops is absent, what top-p drops has
+    Probabilities in float64, likeliest first; ids None: N = V, in order of
+    id. `temperature` > 0. What top-k drops is absent, what top-p drops has
     probability 0.
     """
     V = logits.shape[-1]
@@ -275,9 +277,9 @@ assert ids[0, :8].tolist() == order[:8].tolist()
 # %% tags=["export"]
 def draw(probs: Tensor, ids: Tensor | None = None,
          generator: torch.Generator | None = None) -> Tensor:
-    """One token a row (B,) from ``probs`` (B, N), by inverting the CDF.
+    """One token a row (B,) from `probs` (B, N), by inverting the CDF.
 
-    ``ids`` (B, N) names the columns (None: the column is the id). A token
+    `ids` (B, N) names the columns (None: the column is the id). A token
     of probability 0 is never drawn.
     """
     # 1 - u lies in (0, 1]: the first column whose running sum reaches it has
@@ -320,8 +322,8 @@ def _check_finite(logits: Tensor) -> None:
 class Sampler:
     """Draws the next token: temperature, then top-k, then top-p.
 
-    ``temperature`` 0 is greedy; ``top_k`` keeps exactly that many tokens
-    (0: all; of equal logits the lower id wins); ``top_p`` the smallest set
+    `temperature` 0 is greedy; `top_k` keeps exactly that many tokens
+    (0: all; of equal logits the lower id wins); `top_p` the smallest set
     of likeliest tokens whose probability reaches it (1: all).
     """
 
@@ -342,9 +344,9 @@ class Sampler:
 
     def __call__(self, logits: Tensor,
                  generator: torch.Generator | None = None) -> Tensor:
-        """Next tokens (B,) int64 from ``logits`` (B, V).
+        """Next tokens (B,) int64 from `logits` (B, V).
 
-        Takes one uniform number a row from ``generator`` (a CPU one,
+        Takes one uniform number a row from `generator` (a CPU one,
         whatever the device) unless greedy, so that a seed gives the same
         text on every device that gives the same logits.
         """
@@ -382,7 +384,7 @@ except GenerateError as error:
 
 # %% tags=["export"]
 def stop_ids(source: str | Path | GptOssConfig) -> tuple[int, ...]:
-    """The ids that end a text, from ``source``.
+    """The ids that end a text, from `source`.
 
     A folder: `eos_token_id` (a number or a list) of generation_config.json,
     there or, as for `original/`, in the folder above; without one, of
@@ -484,10 +486,10 @@ def generate(model: GptOss, prompt: Sequence[int], *,
              stop: Iterable[int] = (), seed: int | None = None,
              cache: Cache | None = None,
              prefill_chunk: int = 512) -> Iterator[int]:
-    """Yields the token ids that follow ``prompt``, a list of ids.
+    """Yields the token ids that follow `prompt`, a list of ids.
 
-    Ends after ``max_new_tokens``, after a token in ``stop`` (which is
-    yielded, last), or when the positions are used up. ``cache``: a cache of
+    Ends after `max_new_tokens`, after a token in `stop` (which is
+    yielded, last), or when the positions are used up. `cache`: a cache of
     batch 1 whose tokens precede the prompt; afterwards it holds all but the
     last token yielded, so the next prompt begins with that one. Raises
     GenerateError at the call, not at the first token.
@@ -531,7 +533,7 @@ def _pad_left(rows: list[list[int]],
 @torch.inference_mode()
 def _feed(model: GptOss, tokens: Tensor, mask: Tensor, cache: Cache,
           chunk: int) -> Tensor:
-    """Logits (B, V) after the last column of ``tokens`` (B, T)."""
+    """Logits (B, V) after the last column of `tokens` (B, T)."""
     for part, real in zip(tokens.split(chunk, dim=1),
                           mask.split(chunk, dim=1), strict=True):
         logits = model(part, cache=cache, attention_mask=real,
@@ -548,9 +550,9 @@ def generate_batch(model: GptOss, prompts: Sequence[Sequence[int]], *,
                    sampler: Sampler | None = None,
                    stop: Iterable[int] = (), seed: int | None = None,
                    prefill_chunk: int = 512) -> list[list[int]]:
-    """The continuations of ``prompts`` (lists of ids of any lengths).
+    """The continuations of `prompts` (lists of ids of any lengths).
 
-    Row r is what `generate` gives for prompt r and the seed ``seed`` + r,
+    Row r is what `generate` gives for prompt r and the seed `seed` + r,
     up to the rounding of larger matrix products.
     """
     sampler, stop = sampler or Sampler(), frozenset(stop)
@@ -600,7 +602,7 @@ class TextStream:
 
     `feed` returns the characters that token completes (perhaps none), and
     holds back the bytes of one that is not whole; `flush` returns what is
-    left. All pieces together are ``tokenizer.decode(ids, skip_special)``.
+    left. All pieces together are `tokenizer.decode(ids, skip_special)`.
     """
 
     def __init__(self, tokenizer: Tokenizer,
@@ -631,8 +633,11 @@ print([stream.feed(n) for n in tokenizer.encode("né!")], [stream.flush()])
 # %% tags=["export"]
 @dataclass
 class Completion:
-    """What `complete` returns. ``tokens`` includes the stop token, ``text``
-    does not; ``seconds`` is wall time from the first token fed."""
+    """What `complete` returns.
+
+    `tokens` includes the stop token, `text` does not; `seconds` is wall
+    time from the first token fed.
+    """
 
     prompt_tokens: list[int]
     tokens: list[int] = field(default_factory=list)
@@ -645,9 +650,9 @@ def complete(model: GptOss, tokenizer: Tokenizer, prompt: str | list[int], *,
              stop: Iterable[int] = (),
              on_text: Callable[[str], object] | None = None,
              **options) -> Completion:
-    """Runs `generate` (its ``options``) on a text or on token ids.
+    """Runs `generate` (its `options`) on a text or on token ids.
 
-    ``on_text`` is called with each piece of text as it comes.
+    `on_text` is called with each piece of text as it comes.
     """
     stop = frozenset(stop)
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt

@@ -43,14 +43,14 @@ ORDER = ["config", "mxfp4", "checkpoint", "rope", "sinks", "masks",
 
 
 def imported(tree: ast.AST) -> set[str]:
-    """Modules of this package that ``tree`` imports from."""
+    """Modules of this package that `tree` imports from."""
     return {node.module.removeprefix("gptoss.") for node in ast.walk(tree)
             if isinstance(node, ast.ImportFrom)
             and (node.module or "").startswith("gptoss.")}
 
 
 def closure(names: set[str]) -> set[str]:
-    """``names`` and all that they import, directly or not."""
+    """`names` and all that they import, directly or not."""
     for name in list(names):
         tree = ast.parse((PACKAGE / f"{name}.py").read_text("utf-8"))
         names = names | closure(imported(tree))
@@ -63,7 +63,7 @@ needs = {"--help": set()} | {
     for node in program.body if isinstance(node, ast.FunctionDef)
     and node.name.startswith("run_")}
 fig, ax = plt.subplots(figsize=(7, 1.9))
-for y, (command, used) in enumerate(needs.items()):
+for y, used in enumerate(needs.values()):
     for x, name in enumerate(ORDER):
         ax.plot(x, y, "o", color="C0" if name in used else "0.85")
 ax.set_xticks(range(len(ORDER)), ORDER, rotation=40, ha="right")
@@ -201,9 +201,9 @@ class UsageError(ValueError):
 
 
 def visible(text: str, keep: str = "\n\t") -> str:
-    """``text`` with control characters made visible, so that a terminal
+    """`text` with control characters made visible, so that a terminal
     obeys none of them: ESC becomes U+241B and so on; C1 and the ones that
-    turn the writing direction become U+FFFD. Those in ``keep`` stay."""
+    turn the writing direction become U+FFFD. Those in `keep` stay."""
     def show(char: str) -> str:
         code = ord(char)
         if char in keep or not (unicodedata.category(char) == "Cc"
@@ -245,7 +245,7 @@ MISTAKES = {"gptoss.config": "ConfigError", "gptoss.mxfp4": "MXFP4Error",
 
 
 def is_mistake(error: BaseException) -> bool:
-    """Whether ``error`` is told in one line. Others are bugs: a traceback.
+    """Whether `error` is told in one line. Others are bugs: a traceback.
 
     A module that was never imported has raised nothing, so none is imported
     here: a wrong option answers at once.
@@ -271,7 +271,7 @@ def _dtype(name: str):
 
 
 def _device(name: str):
-    """The torch device ``name``, after a byte was put on it."""
+    """The torch device `name`, after a byte was put on it."""
     import torch
 
     try:
@@ -428,7 +428,8 @@ def run_inspect(args: argparse.Namespace) -> None:
     table.add_column(overflow="fold")
     for label, value in summary(report):  # Text: nothing in it is markup
         table.add_row(Text(visible(label, "")), Text(visible(value, "")))
-    Console(file=sys.stdout, force_jupyter=False).print(table)
+    Console(file=sys.stdout, force_jupyter=False,
+            force_terminal=sys.stdout.isatty()).print(table)
 
 
 # %%
@@ -443,8 +444,10 @@ config = GptOssConfig(
 with tempfile.TemporaryDirectory() as folder:
     write_checkpoint(Path(folder, "tiny"), config,
                      random_tensors(config))
-    with contextlib.chdir(folder):
+    page = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(page):
         run_inspect(argparse.Namespace(path="tiny", json=False))
+print(*map(str.rstrip, page.getvalue().splitlines()[:15]), sep="\n")
 
 # %% [markdown]
 # ### convert
@@ -460,8 +463,10 @@ def run_convert(args: argparse.Namespace) -> None:
     source = resolve(args.source)
     with Checkpoint.open(source) as checkpoint:
         count = len(checkpoint.names())
-    screen = Console(stderr=True)
-    with Progress(console=screen, disable=not screen.is_terminal,
+    terminal = sys.stderr.isatty()
+    screen = Console(file=sys.stderr, force_jupyter=False,
+                     force_terminal=terminal)
+    with Progress(console=screen, disable=not terminal,
                   transient=True) as bar:
         task = bar.add_task("converting", total=count)
         manifest = convert(source, Path(args.target), args.layout,
@@ -473,7 +478,7 @@ def run_convert(args: argparse.Namespace) -> None:
 with tempfile.TemporaryDirectory() as folder:
     write_checkpoint(Path(folder, "tiny"), config,
                      random_tensors(config))
-    with contextlib.chdir(folder):
+    with contextlib.chdir(folder), contextlib.redirect_stderr(io.StringIO()):
         for there in ("original", "bf16"):
             run_convert(argparse.Namespace(
                 source="tiny", target=there, layout=there))
@@ -510,7 +515,7 @@ COMMANDS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser for ``COMMANDS``."""
+    """The parser for `COMMANDS`."""
     import gptoss
 
     parser = Parser(prog="gptoss", description="gpt-oss, from the book.")
@@ -664,12 +669,12 @@ with contextlib.redirect_stderr(heard):
 # anything else of the form `owner/name` is a repository on the hub and is
 # fetched once.
 #
-# ```console
+# ``console
 # $ python -m gptoss inspect openai/gpt-oss-20b
 # $ python -m gptoss generate --model openai/gpt-oss-20b \
 #       --prompt "The capital of France is" --max-new-tokens 32
 # $ python -m gptoss convert openai/gpt-oss-20b there --layout original
-# ```
+# ``
 
 # %%
 for name, real in (("20b", GptOssConfig.gpt_oss_20b()),

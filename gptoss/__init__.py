@@ -33,6 +33,6 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-    "TYPE_CHECKING",
-    "import_module",
+    "GptOss",
+    "GptOssConfig",
 ]

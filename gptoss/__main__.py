@@ -24,9 +24,9 @@ class UsageError(ValueError):
 
 
 def visible(text: str, keep: str = "\n\t") -> str:
-    """``text`` with control characters made visible, so that a terminal
+    """`text` with control characters made visible, so that a terminal
     obeys none of them: ESC becomes U+241B and so on; C1 and the ones that
-    turn the writing direction become U+FFFD. Those in ``keep`` stay."""
+    turn the writing direction become U+FFFD. Those in `keep` stay."""
     def show(char: str) -> str:
         code = ord(char)
         if char in keep or not (unicodedata.category(char) == "Cc"
@@ -56,7 +56,7 @@ MISTAKES = {"gptoss.config": "ConfigError", "gptoss.mxfp4": "MXFP4Error",
 
 
 def is_mistake(error: BaseException) -> bool:
-    """Whether ``error`` is told in one line. Others are bugs: a traceback.
+    """Whether `error` is told in one line. Others are bugs: a traceback.
 
     A module that was never imported has raised nothing, so none is imported
     here: a wrong option answers at once.
@@ -75,7 +75,7 @@ def _dtype(name: str):
 
 
 def _device(name: str):
-    """The torch device ``name``, after a byte was put on it."""
+    """The torch device `name`, after a byte was put on it."""
     import torch
 
     try:
@@ -207,7 +207,8 @@ def run_inspect(args: argparse.Namespace) -> None:
     table.add_column(overflow="fold")
     for label, value in summary(report):  # Text: nothing in it is markup
         table.add_row(Text(visible(label, "")), Text(visible(value, "")))
-    Console(file=sys.stdout, force_jupyter=False).print(table)
+    Console(file=sys.stdout, force_jupyter=False,
+            force_terminal=sys.stdout.isatty()).print(table)
 
 
 # --- convert -----------------------------------------------------------------
@@ -222,8 +223,10 @@ def run_convert(args: argparse.Namespace) -> None:
     source = resolve(args.source)
     with Checkpoint.open(source) as checkpoint:
         count = len(checkpoint.names())
-    screen = Console(stderr=True)
-    with Progress(console=screen, disable=not screen.is_terminal,
+    terminal = sys.stderr.isatty()
+    screen = Console(file=sys.stderr, force_jupyter=False,
+                     force_terminal=terminal)
+    with Progress(console=screen, disable=not terminal,
                   transient=True) as bar:
         task = bar.add_task("converting", total=count)
         manifest = convert(source, Path(args.target), args.layout,
@@ -260,7 +263,7 @@ COMMANDS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser for ``COMMANDS``."""
+    """The parser for `COMMANDS`."""
     import gptoss
 
     parser = Parser(prog="gptoss", description="gpt-oss, from the book.")

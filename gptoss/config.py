@@ -7,11 +7,28 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-# --- One dataclass for both models -------------------------------------------
+# --- A mistake has a name ----------------------------------------------------
 
 class ConfigError(ValueError):
     """A configuration that is not one of a gpt-oss model."""
 
+
+def _expect(good: bool, key: str, expected: str, found: object) -> None:
+    if not good:
+        raise ConfigError(f"{key}: expected {expected}, found {found!r}")
+
+
+def _is_count(value: object) -> bool:
+    """A whole number; True is none, although Python thinks it is 1."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_positive(value: object) -> bool:
+    number = _is_count(value) or isinstance(value, float)
+    return number and 0 < value < float("inf")
+
+
+# --- One dataclass for both models -------------------------------------------
 
 KINDS = ("sliding_attention", "full_attention")
 ROPE_TYPES = ("yarn", "default")
@@ -51,11 +68,10 @@ class GptOssConfig:
     tie_word_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        if self.layer_types is None:
-            kinds = tuple(KINDS[n % 2] for n in range(self.num_hidden_layers))
-            object.__setattr__(self, "layer_types", kinds)
-        object.__setattr__(self, "layer_types", tuple(self.layer_types))
-        check_config(self)
+        kinds = fill_kinds(self.layer_types, self.num_hidden_layers)
+        object.__setattr__(self, "layer_types", kinds)
+        check_sizes(self)
+        check_choices(self)
 
     @classmethod
     def gpt_oss_20b(cls) -> "GptOssConfig":
@@ -89,6 +105,20 @@ class GptOssConfig:
 
 # --- What is refused ---------------------------------------------------------
 
+def fill_kinds(kinds: object, layers: object) -> tuple[str, ...]:
+    """The kinds of all layers, alternating if None; ConfigError if none."""
+    _expect(_is_count(layers) and layers > 0, "num_hidden_layers",
+            "a whole number above 0", layers)
+    if kinds is None:
+        kinds = [KINDS[n % 2] for n in range(layers)]
+    _expect(isinstance(kinds, list | tuple), "layer_types", "a list", kinds)
+    _expect(len(kinds) == layers, "layer_types", f"{layers} entries",
+            len(kinds))
+    for n, kind in enumerate(kinds):
+        _expect(kind in KINDS, f"layer_types[{n}]", " or ".join(KINDS), kind)
+    return tuple(kinds)
+
+
 COUNTS = ("num_hidden_layers", "num_local_experts", "num_experts_per_tok",
           "vocab_size", "hidden_size", "intermediate_size", "head_dim",
           "num_attention_heads", "num_key_value_heads", "sliding_window",
@@ -97,48 +127,39 @@ POSITIVE = ("rope_theta", "rope_factor", "rope_beta_fast", "rope_beta_slow",
             "rms_norm_eps", "swiglu_limit")
 
 
-def _expect(good: bool, key: str, expected: str, found: object) -> None:
-    if not good:
-        raise ConfigError(f"{key}: expected {expected}, found {found!r}")
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def check_config(config: GptOssConfig) -> None:
-    """Raise ConfigError naming the first key that makes no model."""
+def check_sizes(config: GptOssConfig) -> None:
+    """ConfigError naming the first size that makes no model."""
     for key in COUNTS:
         value = getattr(config, key)
-        _expect(_is_count(value) and value > 0, key, "a whole number above "
-                "0", value)
+        _expect(_is_count(value) and value > 0, key,
+                "a whole number above 0", value)
     for key in POSITIVE:
         value = getattr(config, key)
-        good = isinstance(value, int | float) and 0 < value < float("inf")
-        _expect(good and value is not True, key, "a number above 0", value)
-    E, G = config.num_local_experts, config.num_key_value_heads
-    _expect(config.num_experts_per_tok <= E, "num_experts_per_tok",
-            f"at most num_local_experts = {E}", config.num_experts_per_tok)
-    _expect(config.num_attention_heads % G == 0, "num_attention_heads",
-            f"a multiple of num_key_value_heads = {G}",
-            config.num_attention_heads)
+        _expect(_is_positive(value), key, "a number above 0", value)
+    E, K = config.num_local_experts, config.num_experts_per_tok
+    H, G = config.num_attention_heads, config.num_key_value_heads
+    _expect(K <= E, "num_experts_per_tok",
+            f"at most num_local_experts = {E}", K)
+    _expect(H % G == 0, "num_attention_heads",
+            f"a multiple of num_key_value_heads = {G}", H)
     _expect(config.head_dim % 2 == 0, "head_dim", "an even number",
             config.head_dim)
-    check_kinds(config)
 
 
-def check_kinds(config: GptOssConfig) -> None:
-    """The keys that choose between kinds, and the token ids."""
-    kinds, L = config.layer_types, config.num_hidden_layers
-    _expect(len(kinds) == L, "layer_types", f"{L} entries", len(kinds))
-    for n, kind in enumerate(kinds):
-        _expect(kind in KINDS, f"layer_types[{n}]", " or ".join(KINDS), kind)
+def check_choices(config: GptOssConfig) -> None:
+    """ConfigError naming the first choice that gpt-oss does not have."""
+    slow, truncate = config.rope_beta_slow, config.rope_truncate
+    tied = config.tie_word_embeddings
     _expect(config.rope_type in ROPE_TYPES, "rope_type",
             " or ".join(ROPE_TYPES), config.rope_type)
     _expect(config.rope_factor >= 1, "rope_factor", "at least 1",
             config.rope_factor)
-    _expect(config.tie_word_embeddings is False, "tie_word_embeddings",
-            "false (gpt-oss has its own lm_head)", config.tie_word_embeddings)
+    _expect(config.rope_beta_fast >= slow, "rope_beta_fast",
+            f"at least rope_beta_slow = {slow}", config.rope_beta_fast)
+    _expect(isinstance(truncate, bool), "rope_truncate", "true or false",
+            truncate)
+    _expect(tied is False, "tie_word_embeddings",
+            "false (gpt-oss has its own lm_head)", tied)
     for key in ("eos_token_id", "pad_token_id"):
         value = getattr(config, key)
         _expect(_is_count(value) and value >= 0, key, "a token id", value)
@@ -169,6 +190,83 @@ ORIGINAL_KEYS = {
     "rope_beta_slow": "rope_ntk_alpha", "rope_beta_fast": "rope_ntk_beta"}
 
 
+# --- Reading OpenAI's spelling -----------------------------------------------
+
+def _from_original(values: dict) -> dict:
+    """Our fields from those of original/config.json."""
+    fields = {}
+    for field, key in ORIGINAL_KEYS.items():
+        _expect(values.get(key) is not None, key, "a value", None)
+        fields[field] = values[key]
+    trained, factor = fields["initial_context_length"], fields["rope_factor"]
+    for key, value in (("initial_context_length", trained),
+                       ("rope_scaling_factor", factor)):
+        _expect(_is_positive(value), key, "a number above 0", value)
+    fields["max_position_embeddings"] = int(trained * factor)
+    fields["rope_type"] = "default" if factor == 1 else "yarn"
+    return fields
+
+
+# --- Reading Hugging Face's, rope first --------------------------------------
+
+# keys of yarn that would change the model, and the value that would not
+ROPE_FIXED = {"attention_factor": None, "mscale": None,
+              "mscale_all_dim": None, "partial_rotary_factor": 1.0}
+
+
+def _rope_fields(values: dict) -> dict:
+    """Our fields from rope_parameters, or rope_scaling and rope_theta."""
+    new = values.get("rope_parameters") is not None
+    spelling = "rope_parameters" if new else "rope_scaling"
+    rope = values.get(spelling)
+    _expect(isinstance(rope, dict) and rope, spelling, "an object", rope)
+    rope = {"rope_type": rope.get("type"),
+            "rope_theta": values.get("rope_theta")} | rope
+    kind = rope["rope_type"]
+    _expect(kind in ROPE_TYPES, "rope_type", " or ".join(ROPE_TYPES), kind)
+    needed = ["rope_theta"]
+    if kind == "yarn":
+        needed += ["factor", "original_max_position_embeddings"]
+        rope = {"truncate": True} | rope  # transformers' default
+    for key in needed:
+        _expect(rope.get(key) is not None, key, "a value", None)
+    for key, value in ROPE_FIXED.items():
+        _expect(rope.get(key) in (None, value), key, repr(value),
+                rope.get(key))
+    return {field: rope[key] for field, key in ROPE_KEYS.items()
+            if rope.get(key) is not None
+            and (kind == "yarn" or field in ("rope_type", "rope_theta"))}
+
+
+# --- The other keys ----------------------------------------------------------
+
+OPTIONAL = ("layer_types", "initial_context_length", "rms_norm_eps",
+            "swiglu_limit", "eos_token_id", "pad_token_id",
+            "tie_word_embeddings")
+FIXED = {"model_type": "gpt_oss", "attention_bias": True,
+         "swiglu_alpha": 1.702}
+
+
+def _from_hf(values: dict) -> dict:
+    """Our fields from those of Hugging Face's config.json."""
+    values = {"model_type": None} | values
+    for key, value in FIXED.items():
+        found = values.get(key, value)
+        _expect(found == value, key, repr(value), found)
+    if values.get("num_experts_per_tok") is None:
+        values["num_experts_per_tok"] = values.get("experts_per_token")
+    fields = {key: values[key] for key in SAME
+              if values.get(key) is not None}
+    for key in SAME:
+        _expect(key in fields or key in OPTIONAL, key, "a value", None)
+    stop = fields.get("eos_token_id")
+    if isinstance(stop, list) and stop:  # generation_config has them all
+        fields["eos_token_id"] = stop[0]
+    return fields | _rope_fields(values)
+
+
+# --- From a dictionary, from a file ------------------------------------------
+
 def config_from_dict(values: dict, source: str) -> GptOssConfig:
     """From HF keys (either rope spelling) or those of original/config.json.
 
@@ -184,54 +282,10 @@ def config_from_dict(values: dict, source: str) -> GptOssConfig:
         fields = _from_original(values) if original else _from_hf(values)
         return GptOssConfig(**fields)
     except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from None
-
-
-def _from_original(values: dict) -> dict:
-    fields = {}
-    for field, key in ORIGINAL_KEYS.items():
-        _expect(key in values, key, "a value", "nothing")
-        fields[field] = values[key]
-    context = fields["initial_context_length"] * fields["rope_factor"]
-    fields["max_position_embeddings"] = int(context)
-    factor_one = fields["rope_factor"] == 1
-    return fields | {"rope_type": "default" if factor_one else "yarn"}
-
-
-def _from_hf(values: dict) -> dict:
-    kind = values.get("model_type")
-    _expect(kind == "gpt_oss", "model_type", "'gpt_oss'", kind)
-    optional = ("layer_types", "initial_context_length", "rms_norm_eps",
-                "swiglu_limit", "eos_token_id", "pad_token_id",
-                "tie_word_embeddings")
-    for key in set(SAME) - set(optional):
-        if key == "num_experts_per_tok" and "experts_per_token" in values:
-            values = {key: values["experts_per_token"]} | values
-        _expect(key in values, key, "a value", "nothing")
-    fields = {key: values[key] for key in SAME
-              if values.get(key) is not None}
-    if isinstance(fields.get("eos_token_id"), list):
-        fields["eos_token_id"] = fields["eos_token_id"][0]
-    return fields | _rope_fields(values)
-
-
-def _rope_fields(values: dict) -> dict:
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    _expect(isinstance(rope, dict), "rope_scaling", "an object", rope)
-    rope = {"rope_type": rope.get("type", "default"),
-            "rope_theta": values.get("rope_theta")} | rope
-    _expect(rope["rope_theta"] is not None, "rope_theta", "a value",
-            "nothing")
-    _expect(rope["rope_type"] in ROPE_TYPES, "rope_type",
-            " or ".join(ROPE_TYPES), rope["rope_type"])
-    fields = {field: rope[key] for field, key in ROPE_KEYS.items()
-              if rope.get(key) is not None}
-    if fields["rope_type"] == "yarn":
-        _expect("rope_factor" in fields, "factor (of yarn)", "a value",
-                "nothing")
-        # transformers rounds the range unless told otherwise (chapter 4)
-        fields.setdefault("rope_truncate", True)
-    return fields
+        field, colon, rest = str(error).partition(":")
+        if original:  # name the key as the file does
+            field = ORIGINAL_KEYS.get(field, field)
+        raise ConfigError(f"{source}: {field}{colon}{rest}") from None
 
 
 def read_config(path: Path) -> GptOssConfig:
@@ -241,10 +295,12 @@ def read_config(path: Path) -> GptOssConfig:
         values = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: not readable as JSON ({error})") from None
     return config_from_dict(values, str(file))
 
+
+# --- Writing both spellings --------------------------------------------------
 
 NOT_CONVERTED = ("model.layers.*.self_attn", "model.layers.*.mlp.router",
                  "model.embed_tokens", "lm_head")
@@ -309,6 +365,7 @@ def expert_size(config: GptOssConfig) -> int:
 
 
 def total_parameters(config: GptOssConfig) -> int:
+    """All parameters, each counted as one number."""
     return sum(parameter_counts(config).values())
 
 
@@ -358,18 +415,18 @@ def bytes_read_per_token(config: GptOssConfig) -> int:
             + experts * expert_bytes(config))
 
 
-# --- The cache, and arithmetic -----------------------------------------------
+# --- The cache ---------------------------------------------------------------
+
+def layer_cache_bytes(config: GptOssConfig, dtype_bytes: int = 2) -> int:
+    """Bytes of one token's key and value in one layer: 2 G C numbers."""
+    return 2 * config.num_key_value_heads * config.head_dim * dtype_bytes
+
 
 def cache_bytes_per_token(config: GptOssConfig, dtype_bytes: int = 2) -> int:
     """Bytes that a token adds to each layer's keys and values, times the
     full layers only: a sliding layer's ring does not grow."""
     full = config.layer_types.count("full_attention")
     return full * layer_cache_bytes(config, dtype_bytes)
-
-
-def layer_cache_bytes(config: GptOssConfig, dtype_bytes: int = 2) -> int:
-    """Bytes of one token's key and value in one layer: 2 G C numbers."""
-    return 2 * config.num_key_value_heads * config.head_dim * dtype_bytes
 
 
 def cache_bytes(config: GptOssConfig, tokens: int, batch_size: int = 1,
@@ -381,6 +438,8 @@ def cache_bytes(config: GptOssConfig, tokens: int, batch_size: int = 1,
     return batch_size * (rings + tokens * cache_bytes_per_token(
         config, dtype_bytes))
 
+
+# --- Arithmetic --------------------------------------------------------------
 
 def flops_per_token(config: GptOssConfig, context: int) -> int:
     """Multiplications and additions of one token that sees `context` keys.
@@ -402,11 +461,14 @@ def flops_per_token(config: GptOssConfig, context: int) -> int:
 __all__ = [
     "COUNTS",
     "ConfigError",
+    "FIXED",
     "GptOssConfig",
     "KINDS",
     "NOT_CONVERTED",
+    "OPTIONAL",
     "ORIGINAL_KEYS",
     "POSITIVE",
+    "ROPE_FIXED",
     "ROPE_KEYS",
     "ROPE_TYPES",
     "SAME",
@@ -415,12 +477,13 @@ __all__ = [
     "bytes_read_per_token",
     "cache_bytes",
     "cache_bytes_per_token",
-    "check_config",
-    "check_kinds",
+    "check_choices",
+    "check_sizes",
     "checkpoint_bytes",
     "config_from_dict",
     "expert_bytes",
     "expert_size",
+    "fill_kinds",
     "flops_per_token",
     "hf_dict",
     "layer_cache_bytes",

@@ -5,10 +5,11 @@ Generated from book/A_tangle.py; edit the chapter, not this file.
 
 import argparse
 import ast
+import builtins
 import difflib
+import os
 import re
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +17,9 @@ from pathlib import Path
 import jupytext
 import nbformat
 
-# --- Reading a chapter -------------------------------------------------------
+# --- What a chapter gives away -----------------------------------------------
 
-EXPORT = "export"
+OWN = "gptoss"
 
 
 class TangleError(ValueError):
@@ -27,10 +28,10 @@ class TangleError(ValueError):
 
 @dataclass
 class Module:
-    """What one chapter gives to one module.
+    """What one chapter gives to one file of the package.
 
     Attributes:
-        name: module name, for example "sinks" or "__init__".
+        name: "sinks", "__init__", or with a suffix "kernels.cpp".
         chapter: file name of the chapter.
         title: the chapter's first heading.
         cells: (section heading, source) in reading order.
@@ -41,35 +42,42 @@ class Module:
     title: str
     cells: list[tuple[str, str]] = field(default_factory=list)
 
+    @property
+    def file(self) -> str:
+        """Path of the generated file from the project's root."""
+        return f"{OWN}/{self.name}" + ("" if "." in self.name else ".py")
 
-HEADING = re.compile(r"^(#+)\s+(.*?)\s*$", re.MULTILINE)
+
+_TARGET = re.compile(r"[A-Za-z_]\w*(\.\w+)?")
+_HEADING = re.compile(r"^#+[ \t]+(.*?)[ \t]*$", re.MULTILINE)
+_FENCE = re.compile(r"^```[^\n]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
 
 
 def read_chapter(path: Path) -> dict[str, Module]:
     """The modules that a chapter exports to, by name.
 
-    A cell tagged `export` goes to the module of the front matter, one
-    tagged `export:NAME` to NAME. TangleError: no module named, a cell that
-    is not Python.
+    Raises TangleError for an exported cell without a target, with one that
+    is no plain name, or with one that does not fit the kind of cell.
     """
     notebook = jupytext.read(path)
-    default = notebook.metadata.get("gptoss", {}).get("module")
+    default = notebook.metadata.get("gptoss", {}).get("module", "")
     title, heading, modules = "", "", {}
     for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            for level, text in HEADING.findall(cell.source):
-                title = title or text
-                heading = text if len(level) > 1 else heading
+        source, prose = cell.source, cell.cell_type == "markdown"
+        if prose:
+            for text in _HEADING.findall(_FENCE.sub("", source)):
+                title, heading = title or text, text
+            source = "\n\n".join(_FENCE.findall(source))
         for tag in cell.metadata.get("tags", []):
-            first, _, name = tag.partition(":")
-            if first == EXPORT:
-                name = name or default
-                if not name:
-                    raise TangleError(f"{path}: an exported cell under "
-                                      f"{heading!r}, but no gptoss.module")
-                module = Module(name, path.name, title)
-                modules.setdefault(name, module).cells.append(
-                    (heading, cell.source))
+            if tag.split(":")[0] != "export":
+                continue
+            name = tag.partition(":")[2] or default
+            if not _TARGET.fullmatch(name) or prose != ("." in name):
+                raise TangleError(f"{path.name}, {heading!r}: a "
+                                  f"{cell.cell_type} cell cannot go to "
+                                  f"{name!r} (tag {tag!r})")
+            modules.setdefault(name, Module(name, path.name, title)
+                               ).cells.append((heading, source))
     return modules
 
 
@@ -80,50 +88,18 @@ def split_imports(source: str, where: str) -> tuple[list[ast.stmt], str]:
     try:
         tree = ast.parse(source)
     except SyntaxError as error:
-        raise TangleError(f"{where}: {error}") from error
+        raise TangleError(f"{where}: not Python: {error}") from error
     imports = [node for node in tree.body
                if isinstance(node, ast.Import | ast.ImportFrom)]
-    lines = source.splitlines()
-    for node in imports:
-        for number in range(node.lineno - 1, node.end_lineno):
-            lines[number] = None
-    kept = "\n".join(line for line in lines if line is not None)
-    return imports, kept.strip("\n")
-
-
-OWN = "gptoss"
-
-
-def import_block(nodes: list[ast.stmt]) -> str:
-    """Imports merged, sorted and grouped: standard, third party, own.
-
-    `import a` stands before `from a import b`; names of the same module
-    share a line, broken at 79 columns.
-    """
-    plain, named = set(), {}
-    for node in nodes:
-        for alias in node.names:
-            text = alias.name + (f" as {alias.asname}" if alias.asname
-                                 else "")
-            if isinstance(node, ast.Import):
-                plain.add(text)
-            else:
-                module = "." * node.level + (node.module or "")
-                named.setdefault(module, set()).add(text)
-    groups = {}
-    for text in plain:
-        groups.setdefault(_group(text), []).append((0, text, f"import {text}"))
-    for module, names in named.items():
-        renamed = sorted(name for name in names if " as " in name)
-        rest = sorted(names.difference(renamed), key=_member_key)
-        lines = [_from_line(module, [name]) for name in renamed]
-        lines += [_from_line(module, rest)] if rest else []
-        groups.setdefault(_group(module), []).append(
-            (1, module, "\n".join(lines)))
-    blocks = ("\n".join(line for *_, line in sorted(
-        entries, key=lambda e: (e[0], e[1].lower())))
-        for _, entries in sorted(groups.items()))
-    return "\n\n".join(blocks)
+    gone = {number for node in imports
+            for number in range(node.lineno, node.end_lineno + 1)}
+    for node in tree.body:
+        if node not in imports and gone & {node.lineno, node.end_lineno}:
+            raise TangleError(f"{where}: line {node.lineno} holds an import "
+                              "and something else")
+    kept = [line for number, line in enumerate(source.splitlines(), 1)
+            if number not in gone]
+    return imports, "\n".join(kept).strip("\n")
 
 
 def _group(module: str) -> int:
@@ -135,15 +111,14 @@ def _group(module: str) -> int:
     return 3 if root in ("", OWN) else 2
 
 
-def _member_key(name: str) -> tuple[int, str]:
-    """isort's order: CONSTANTS, then Classes, then functions."""
+def _member(name: str) -> tuple[int, str]:
     first = name.split()[0]
-    kind = 0 if first.isupper() and len(first) > 1 else (
-        1 if first[:1].isupper() else 2)
-    return kind, first
+    if first.isupper() and len(first) > 1:
+        return 0, first
+    return 1 if first[:1].isupper() else 2, first
 
 
-def _from_line(module: str, names: list[str]) -> str:
+def _from(module: str, names: list[str]) -> str:
     line = f"from {module} import {', '.join(names)}"
     if len(line) <= 79:
         return line
@@ -151,93 +126,213 @@ def _from_line(module: str, names: list[str]) -> str:
     return f"from {module} import (\n{inner})"
 
 
+def import_block(nodes: list[ast.stmt]) -> str:
+    """Import statements merged, sorted and grouped, as source text."""
+    plain, named = set(), {}
+    for node in nodes:
+        for alias in node.names:
+            text = ast.unparse(alias)
+            if isinstance(node, ast.Import):
+                plain.add(text)
+            else:
+                module = "." * node.level + (node.module or "")
+                named.setdefault(module, set()).add(text)
+    entries = [(_group(text), 0, text.lower(), f"import {text}")
+               for text in plain]
+    for module, names in named.items():
+        renamed = sorted(name for name in names if " as " in name)
+        rest = sorted(names.difference(renamed), key=_member)
+        lines = [_from(module, [name]) for name in renamed]
+        lines += [_from(module, rest)] if rest else []
+        entries.append((_group(module), 1, module.lower(), "\n".join(lines)))
+    entries.sort()
+    groups = sorted({group for group, *_ in entries})
+    return "\n\n".join("\n".join(text for group, *_, text in entries
+                                 if group == wanted) for wanted in groups)
+
+
+# --- What is public ----------------------------------------------------------
+
+def _bound(node: ast.stmt) -> list[str]:
+    """Names that a top-level statement binds."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return [node.name]
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return [alias.asname or alias.name.split(".")[0]
+                for alias in node.names]
+    targets = [node]
+    if isinstance(node, ast.Assign | ast.AnnAssign):  # not what it reads
+        targets = getattr(node, "targets", None) or [node.target]
+    return [part.id for target in targets for part in ast.walk(target)
+            if isinstance(part, ast.Name)
+            and isinstance(part.ctx, ast.Store)]
+
+
+def public_names(tree: ast.Module, name: str) -> list[str]:
+    """What `__all__` of module `name` lists; nothing for `__main__`."""
+    if name == "__init__":
+        nodes = [node for node in ast.walk(tree)
+                 if isinstance(node, ast.ImportFrom)
+                 and (node.module or "").split(".")[0] == OWN]
+    else:
+        nodes = [node for node in tree.body if name != "__main__"
+                 and isinstance(node, ast.FunctionDef | ast.ClassDef
+                                | ast.Assign | ast.AnnAssign)]
+    return sorted({text for node in nodes for text in _bound(node)
+                   if not text.startswith("_")})
+
+
 # --- The text of a module ----------------------------------------------------
 
-def public_names(body: str, name: str, imports: list[ast.stmt]) -> list[str]:
-    """What `__all__` lists: public functions, classes and constants; for
-    `__init__` what it imports, too; nothing for `__main__`."""
-    if name == "__main__":
-        return []
-    found = []
-    for node in ast.parse(body).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            found.append(node.name)
-        targets = node.targets if isinstance(node, ast.Assign) else (
-            [node.target] if isinstance(node, ast.AnnAssign) else [])
-        for target in targets:
-            parts = target.elts if isinstance(target, ast.Tuple) else [target]
-            found += [part.id for part in parts if isinstance(part, ast.Name)]
-    if name == "__init__":
-        found += [alias.asname or alias.name
-                  for node in imports for alias in node.names
-                  if isinstance(node, ast.ImportFrom)]
-    return sorted({text for text in found if not text.startswith("_")})
-
-
 def module_text(module: Module) -> str:
-    """The whole file: docstring, imports, cells, `__all__`."""
+    """The whole generated file, Python or not."""
+    note = (f"Generated from book/{module.chapter}; edit the chapter, not "
+            "this file.")
+    if "." in module.name:
+        return "\n\n".join([f"// {module.title}\n// {note}", *(
+            source.strip("\n") for _, source in module.cells)]) + "\n"
     imports, body, last = [], [], None
     for heading, source in module.cells:
         found, rest = split_imports(source, f"{module.chapter}, {heading!r}")
         imports += found
-        if not rest:
-            continue
-        if heading != last:
+        if rest and heading != last:
             rule = f"# --- {heading} ".ljust(79, "-")
             rest, last = f"{rule}\n\n{rest}", heading
-        body.append(rest)
-    head = (f'"""{module.title}\n\nGenerated from book/{module.chapter}; '
-            'edit the chapter, not this file.\n"""')
+        body += [rest] if rest else []
+    _refuse_clash(module, imports, ast.parse("\n".join(body)))
     code = "\n\n\n".join(body)
-    names = public_names(code, module.name, imports)
-    top = "\n\n".join(part for part in (head, import_block(imports)) if part)
-    parts = [f"{top}\n\n{code}"]
+    parts = [f'"""{module.title}\n\n{note}\n"""', import_block(imports)]
+    text = "\n\n".join([part for part in parts if part] + [code])
+    names = public_names(ast.parse(text), module.name)
     if names:
         listed = "".join(f'    "{name}",\n' for name in names)
-        parts.append(f"__all__ = [\n{listed}]")
-    return "\n\n\n".join(parts).rstrip() + "\n"
+        text += f"\n\n\n__all__ = [\n{listed}]"
+    return text.rstrip("\n") + "\n"
 
 
-def tangle(chapters: list[Path]) -> dict[str, str]:
-    """Module file name -> its text, for all exports of `chapters`."""
-    texts, owner = {}, {}
-    for chapter in chapters:
-        for name, module in read_chapter(chapter).items():
-            if name in owner:
-                raise TangleError(f"module {name}: exported by both "
-                                  f"{owner[name]} and {chapter.name}")
-            owner[name] = chapter.name
-            texts[f"{name}.py"] = module_text(module)
-    return texts
+def _refuse_clash(module: Module, imports: list[ast.stmt],
+                  body: ast.Module) -> None:
+    own = {name for node in body.body for name in _bound(node)}
+    own |= set(dir(builtins))
+    for name in (name for node in imports for name in _bound(node)):
+        if name in own:
+            raise TangleError(f"{module.chapter}: {name!r} is imported and "
+                              f"also bound in module {module.name}")
+
+
+# --- A page for every name ---------------------------------------------------
+
+def _first_paragraph(node: ast.AST) -> str:
+    text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+    parts = re.split(r"(``?[^`]+``?)", text)
+    return "".join(part if n % 2 else re.sub(r"([\\*_<$\[\]{}])", r"\\\1",
+                                             part)
+                   for n, part in enumerate(parts))
+
+
+def _call(name: str, node: ast.FunctionDef) -> str:
+    every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+    names = [arg.arg for arg in every if arg.arg not in ("self", "cls")]
+    return f"{name}({', '.join(names)})"
+
+
+def _anchor(heading: str) -> str:
+    """The fragment that MyST gives a heading."""
+    plain = re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower())
+    return plain.strip().replace(" ", "-")
+
+
+def _entry(node: ast.stmt, link: str) -> list[str]:
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        shown = (node.name if isinstance(node, ast.ClassDef)
+                 else _call(node.name, node))
+        lines = [f"- [`{shown}`]({link}) {_first_paragraph(node)}"]
+        for inner in getattr(node, "body", []):
+            if (isinstance(inner, ast.FunctionDef)
+                    and isinstance(node, ast.ClassDef)
+                    and not inner.name.startswith("_")
+                    and ast.get_docstring(inner)):
+                lines.append(f"  - `.{_call(inner.name, inner)}` "
+                             f"{_first_paragraph(inner)}")
+        return lines
+    return [f"- [`{name}`]({link}) constant" for name in _bound(node)
+            if not name.startswith("_")]
+
+
+def api_page(modules: list[Module]) -> str:
+    """Markdown: all public names of all modules, in the book's order."""
+    lines = ["# Every name in the package", "",
+             "Made by `make tangle` from the syntax trees of the chapters: "
+             "what a module", "exports, its first words, and a link to the "
+             "section that derives it.", ""]
+    for module in modules:
+        page = module.chapter.removesuffix(".py") + ".ipynb"
+        lines += [f"## `{module.file}`", "",
+                  f"From [{module.title}]({page}).", ""]
+        for heading, source in module.cells:
+            if "." in module.name or module.name == "__main__":
+                continue
+            tree = ast.parse(source)
+            public = public_names(tree, module.name)
+            for node in tree.body:
+                if module.name != "__init__" and set(_bound(node)) & {*public}:
+                    lines += _entry(node, f"{page}#{_anchor(heading)}")
+            if module.name == "__init__":
+                lines += [f"- `{name}`" for name in public]
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
 
 
 # --- Writing and checking ----------------------------------------------------
 
-def differences(texts: dict[str, str], folder: Path) -> Iterator[str]:
-    """Unified diffs between `folder` and what the chapters say."""
-    for name, text in sorted(texts.items()):
-        file = folder / name
+def tangle(chapters: list[Path], whole: bool = False) -> dict[str, str]:
+    """Path from the project's root -> text, for all exports of `chapters`.
+
+    With `whole`, the reference page of all these chapters is one of them.
+    Raises TangleError if two chapters export to the same module.
+    """
+    modules = {}
+    for chapter in chapters:
+        for name, module in read_chapter(chapter).items():
+            if name in modules:
+                raise TangleError(f"module {name}: exported by both "
+                                  f"{modules[name].chapter} and "
+                                  f"{chapter.name}")
+            modules[name] = module
+    texts = {module.file: module_text(module) for module in modules.values()}
+    if whole:
+        texts["book/api.md"] = api_page(list(modules.values()))
+    return texts
+
+
+def run_tangle(texts: dict[str, str], root: Path, check: bool) -> int:
+    """Write what differs, or with `check` print a diff; the exit code."""
+    code = 0
+    for name, text in texts.items():
+        file = root / name
         there = file.read_text("utf-8") if file.exists() else ""
-        yield from difflib.unified_diff(
-            there.splitlines(keepends=True), text.splitlines(keepends=True),
-            str(file), f"{file} (from the chapter)")
-
-
-def write(texts: dict[str, str], folder: Path) -> list[Path]:
-    """Write what differs; the files written."""
-    changed = [name for name, text in texts.items()
-               if not (folder / name).exists()
-               or (folder / name).read_text("utf-8") != text]
-    for name in changed:
-        (folder / name).write_text(texts[name], "utf-8")
-    return [folder / name for name in changed]
+        if there == text:
+            continue
+        if check:
+            code = 1
+            print("".join(difflib.unified_diff(
+                there.splitlines(True), text.splitlines(True), name,
+                f"{name}, from its chapter")), end="")
+        else:
+            file.write_text(text, "utf-8")
+            print(f"wrote {name}")
+    return code
 
 
 # --- Freezing ----------------------------------------------------------------
 
+# GPU or real weights: not executed by nbclient, not compared by nbval
+_ELSEWHERE = {"skip-execution", "nbval-skip"}
+
+
 def prepared(path: Path) -> nbformat.NotebookNode:
-    """A chapter as a notebook with cell ids that depend on nothing but the
-    chapter's name and the cell's place, and no outputs yet."""
+    """A chapter as a notebook whose cell ids depend on nothing but the
+    chapter's name and the cell's place; no outputs yet."""
     notebook = jupytext.read(path)
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     notebook.metadata.pop("jupytext", None)
@@ -249,97 +344,103 @@ def prepared(path: Path) -> nbformat.NotebookNode:
 
 
 def freeze(path: Path) -> Path:
-    """Execute a chapter in its own folder and store it beside itself.
+    """Execute a chapter in its own folder; store it beside itself.
 
-    Twice the same chapter gives twice the same bytes. An error in a cell is
-    raised (nbclient.exceptions.CellExecutionError) and nothing is written.
+    Raises nbclient.exceptions.CellExecutionError for a cell that fails, and
+    writes nothing then.
     """
     from nbclient import NotebookClient
 
     notebook = prepared(path)
-    NotebookClient(notebook, timeout=600, record_timing=False,
-                   kernel_name="python3",
-                   resources={"metadata": {"path": str(path.parent)}},
-                   ).execute()
-    notebook.metadata.pop("language_info", None)
+    client = NotebookClient(notebook, timeout=600, record_timing=False,
+                            coalesce_streams=True, kernel_name="python3",
+                            extra_arguments=["--log-level=ERROR"],
+                            resources={"metadata": {"path": path.parent}})
+    client.execute(env=os.environ | {
+        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"})
+    notebook.metadata["language_info"] = {"name": "python"}
     target = path.with_suffix(".ipynb")
     nbformat.write(notebook, target)
     return target
 
 
 def stale(path: Path) -> str:
-    """Why the frozen notebook of a chapter is not its own; "" if it is.
-
-    Compares sources, kinds, tags and ids, and asks that every code cell
-    was executed without error: nbval passes cells that never ran.
-    """
+    """Why the frozen notebook is not its chapter's own; "" if it is."""
     frozen = path.with_suffix(".ipynb")
     if not frozen.exists():
-        return f"{frozen}: no such file"
+        return f"{frozen.name}: no such file; `make freeze` writes it"
     there, here = nbformat.read(frozen, 4), prepared(path)
     if len(there.cells) != len(here.cells):
-        return (f"{frozen}: {len(there.cells)} cells, the chapter has "
+        return (f"{frozen.name}: {len(there.cells)} cells, the chapter has "
                 f"{len(here.cells)}")
     for old, new in zip(there.cells, here.cells, strict=True):
+        where = f"{frozen.name}: cell {new.id}"
         for key in ("id", "cell_type", "source"):
             if old.get(key) != new.get(key):
-                return f"{frozen}: cell {new.id}: another {key}"
-        if old.metadata.get("tags") != new.metadata.get("tags"):
-            return f"{frozen}: cell {new.id}: other tags"
-        if old.cell_type == "code" and old.source.strip():
-            if old.execution_count is None:
-                return f"{frozen}: cell {new.id}: never executed"
-            if any(out.output_type == "error" for out in old.outputs):
-                return f"{frozen}: cell {new.id}: holds an error"
+                return f"{where}: {key} differs from the chapter"
+        tags = set(new.metadata.get("tags", []))
+        if set(old.metadata.get("tags", [])) != tags:
+            return f"{where}: tags differ from the chapter"
+        if new.cell_type != "code" or not new.source.strip():
+            continue
+        if old.execution_count is None and not _ELSEWHERE <= tags:
+            return f"{where}: never executed"
+        kinds = {out.get("name", out.output_type) for out in old.outputs}
+        if kinds & {"error", "stderr"}:
+            return f"{where}: holds an error or wrote to stderr"
     return ""
 
 
 # --- One command -------------------------------------------------------------
 
-def run_tangle(chapters: list[Path], check: bool, folder: Path) -> int:
-    """Write the modules, or with `check` print how they differ."""
-    texts = tangle(chapters)
-    if check:
-        diff = list(differences(texts, folder))
-        print("".join(diff), end="")
-        return 1 if diff else 0
-    for file in write(texts, folder):
-        print(f"wrote {file}")
-    return 0
+def run_freeze(chapters: list[Path], check: bool = False,
+               force: bool = False, jobs: int = 1) -> int:
+    """Execute what is stale, or all with `force`; `check` only reports.
 
-
-def run_freeze(chapters: list[Path], check: bool, force: bool,
-               jobs: int) -> int:
-    """Execute what is stale (or all with `force`); `check` only reports."""
+    A failing chapter is reported and does not stop the others. Returns the
+    exit code.
+    """
     reasons = {path: stale(path) for path in chapters}
     if check:
         print("".join(f"{text}\n" for text in reasons.values() if text),
               end="")
-        return 1 if any(reasons.values()) else 0
+        return int(any(reasons.values()))
+
+    def attempt(path: Path) -> int:
+        try:
+            print(f"froze {freeze(path).name}", flush=True)
+        except Exception as error:
+            print(f"{path.name}: {error}", file=sys.stderr, flush=True)
+            return 1
+        return 0
+
     todo = [path for path, text in reasons.items() if text or force]
     with ThreadPoolExecutor(jobs) as pool:
-        for target in pool.map(freeze, todo):
-            print(f"froze {target}")
-    return 0
+        return max(pool.map(attempt, todo), default=0)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`tangle.py [--freeze] [--check] [--force] [-j N] [CHAPTER …]`."""
+    """Generate the package from the chapters of book/, or execute them."""
     parser = argparse.ArgumentParser(prog="tangle", description=main.__doc__)
-    parser.add_argument("--freeze", action="store_true")
-    parser.add_argument("chapters", nargs="*", type=Path)
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("--force", action="store_true")
-    parser.add_argument("-j", "--jobs", type=int, default=1)
+    parser.add_argument("chapters", nargs="*", type=Path,
+                        help="default: all of book/")
+    parser.add_argument("--check", action="store_true",
+                        help="write nothing, exit 1 if anything differs")
+    parser.add_argument("--freeze", action="store_true",
+                        help="execute chapters that changed into .ipynb")
+    parser.add_argument("--force", action="store_true",
+                        help="freeze also what did not change")
+    parser.add_argument("-j", "--jobs", type=int, default=1, metavar="N",
+                        help="chapters to execute at the same time")
     options = parser.parse_args(arguments)
-    book = Path("book")
-    chapters = options.chapters or sorted(book.glob("[0-9AB]*_*.py"))
+    chapters = options.chapters or sorted(Path("book").glob("*_*.py"))
     try:
         if options.freeze:
             return run_freeze(chapters, options.check, options.force,
                               options.jobs)
-        return run_tangle(chapters, options.check, Path(OWN))
-    except TangleError as error:
+        return run_tangle(tangle(chapters, whole=not options.chapters),
+                          Path(), options.check)
+    except (TangleError, OSError) as error:
         print(f"tangle: error: {error}", file=sys.stderr)
         return 2
 
@@ -349,12 +450,10 @@ if __name__ == "__main__" and "__file__" in globals():
 
 
 __all__ = [
-    "EXPORT",
-    "HEADING",
     "Module",
     "OWN",
     "TangleError",
-    "differences",
+    "api_page",
     "freeze",
     "import_block",
     "main",
@@ -367,5 +466,4 @@ __all__ = [
     "split_imports",
     "stale",
     "tangle",
-    "write",
 ]

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from gptoss import cache as cache_module
 from gptoss.cache import Cache, CacheError, Ring, Tape, roll_back
-from gptoss.config import GptOssConfig
-from gptoss.masks import positions_from_mask, visible
+from gptoss.config import GptOssConfig, cache_bytes
+from gptoss.masks import positions_from_mask, receptive_field, visible
 from gptoss.sinks import attention_concat
 
 H, G, C, D, LONGEST = 4, 2, 8, 16, 1024
@@ -334,6 +334,11 @@ def test_rollback_leaves_short_rows_alone():
     feed(net, cache, rows, mask, done)
     assert cache.rollback(50) == 50 - 14
     assert cache.lengths.tolist() == [20, 36]
+    assert cache.rollback(18) == 18 - 14 == cache.rollback(18)
+    assert cache.lengths.tolist() == [4, 4]
+    cache, done = net.new_cache(2), [0, 0]
+    feed(net, cache, rows, mask, done)
+    cache.rollback(50)
     done = [20, 36]
     mask = torch.ones(2, 24, dtype=torch.bool)
     mask[0, :20] = False
@@ -428,6 +433,14 @@ def test_a_forward_that_fails():
         net(tokens[:, 60:61], cache)
     assert cache.rollback(60) == 60 - 14
     close(net(tokens[:, 46:], cache)[:, 14:], net(tokens)[:, 60:])
+    # rows of two lengths: the least of the two is where to feed again
+    two, mask = net.new_cache(2), torch.ones(2, 60, dtype=torch.bool)
+    mask[0, 20:] = False
+    net(tokens[:, :60].expand(2, -1), two, mask)
+    k = torch.ones(2, 1, G, C, dtype=torch.float64)
+    two.update(0, k, k, torch.tensor([[20], [60]]))
+    assert two.rollback(100) == 20 - 14
+    assert two.lengths.tolist() == [20 - 14, 60 - 14]
     # an announced forward that wrote nothing costs nothing
     cache.check(torch.tensor([[100]]))
     assert cache.rollback(100) == 100
@@ -440,6 +453,16 @@ def test_bytes(slack):
     assert cache.nbytes == 2 * G * C * 8 * 3 * 2 * ((16 + slack) + 200)
     net(draw_tokens(3, 200), cache)
     assert cache.nbytes == 2 * G * C * 8 * 3 * 2 * ((16 + slack) + 200)
+
+
+@pytest.mark.parametrize("config, replay", (
+    (GptOssConfig.gpt_oss_20b(), 1524), (GptOssConfig.gpt_oss_120b(), 2286)))
+def test_published_sizes_on_meta(config, replay):
+    for tokens in (128, 4096, 131_072):
+        cache = Cache(config, 2, max_tokens=tokens, device="meta")
+        assert cache.nbytes == cache_bytes(config, tokens, batch_size=2)
+    assert cache._replay == replay
+    assert replay == receptive_field(config.layer_types, 128)[-1].sliding - 1
 
 
 def test_growth_by_doubling():

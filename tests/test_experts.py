@@ -24,6 +24,7 @@ from gptoss.experts import (
     swiglu_backward,
 )
 from gptoss.mxfp4 import MXFP4Error, PackedMXFP4, encode
+from gptoss.routing import route
 
 
 def draw_case(N, E, K, D, width, seed=0, dtype=torch.float32, std=1.0):
@@ -332,6 +333,28 @@ def test_chunked_gate_up_is_another_function():
     order = torch.arange(16).view(8, 2).T.flatten()
     close(clamped_swiglu(z[:, order.argsort()]),
           clamped_swiglu(torch.stack(z.chunk(2, -1), -1).flatten(-2)))
+
+
+def test_against_openais_mlp_block():
+    """The module of the package gpt-oss 0.0.9 itself, norm to residual."""
+    openai = pytest.importorskip("gpt_oss.torch.model",
+                                 reason="no gpt-oss 0.0.9")
+    for seed in range(5):
+        x, _, _, *experts = draw_case(9, 6, 3, 24, 16, seed, std=4.0)
+        block = openai.MLPBlock(openai.ModelConfig(
+            num_experts=6, experts_per_token=3, hidden_size=24,
+            intermediate_size=16))
+        names = ("mlp1_weight", "mlp1_bias", "mlp2_weight", "mlp2_bias")
+        gate = torch.randn(6, 24), torch.randn(6)
+        block.load_state_dict(
+            dict(zip(names, experts, strict=True)) | {
+                "norm.scale": torch.ones(24), "gate.weight": gate[0],
+                "gate.bias": gate[1]}, assign=True)
+        t = block.norm(x)
+        weights, ids = route(F.linear(t, *gate), 3)
+        with torch.no_grad():
+            close(experts_grouped(t, ids, weights, *experts), block(x) - x,
+                  5e-5)
 
 
 # ------------------------------------------------------------ the module

@@ -63,6 +63,7 @@ def released(released_text) -> Tokenizer:
 
 # -- the released file ------------------------------------------------------
 
+@pytest.mark.xdist_group("o200k")
 def test_released_tokenizer_json_is_rebuilt_to_the_byte(released_text):
     ranks = o200k.ranks()
     assert len(ranks) == 199_998 == harmony.RANKS
@@ -72,6 +73,7 @@ def test_released_tokenizer_json_is_rebuilt_to_the_byte(released_text):
     assert hashlib.sha256(data).hexdigest() == o200k.RELEASED_SHA256
 
 
+@pytest.mark.xdist_group("o200k")
 def test_released_control_tokens(released):
     assert len(released.special) == 21
     assert released.special["<|return|>"] == 200_002
@@ -86,6 +88,7 @@ def test_released_control_tokens(released):
         released.decode([-1])
 
 
+@pytest.mark.xdist_group("o200k")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:bpe_openai")
 def test_released_ids_equal_an_independent_encoder(released):
     import bpe_openai
@@ -104,6 +107,7 @@ def test_released_ids_equal_an_independent_encoder(released):
         source, disallowed_special=())
 
 
+@pytest.mark.xdist_group("o200k")
 def test_released_spelling_of_an_end(released):
     ids = released.encode("<|end|>")
     assert len(ids) == 5 and 200_007 not in ids
