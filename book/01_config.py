@@ -71,7 +71,7 @@ for size, bars in SHARES.items():
             left += 100 * part / total
         suffix = "" if unit == "parameters" else " GB"
         word = " billion" if unit == "parameters" else ""
-        ax.text(101, at, f"{total:.3g}{suffix}{word}", va="center")
+        ax.text(101, at, f"{total:.2f}{suffix}{word}", va="center")
         labels.append((at, f"{size}: {unit}"))
         at += 1
     at += 0.5
@@ -93,7 +93,7 @@ plt.show()
 D, V = 2880, 201_088
 PUBLISHED = {"20b": (24, 32, 20_914_757_184, 13_761_264_768),
              "120b": (36, 128, 116_829_156_672, 65_248_815_744)}
-for size, (L, E, parameters, _) in PUBLISHED.items():
+for size, (L, _, parameters, _) in PUBLISHED.items():
     dense = 12 * L * D ** 2 + 2 * V * D
     print(f"{size:>4}: the formula {dense / 1e9:.2f} billion,",
           f"published {parameters / 1e9:.1f}: {parameters / dense:.1f} times")
@@ -1073,8 +1073,9 @@ print(cache_bytes_per_token(big),
       big.num_hidden_layers * layer_cache_bytes(big))
 
 # %% [markdown]
-# **Defaults that differ.** Four files, read by `transformers` (rope type, factor
-# and trained length are shown) and by us. It fills gaps from defaults.
+# **Defaults that differ.** Four files, read by `transformers` (rope type,
+# factor and trained length are shown) and by us. It fills gaps with
+# defaults.
 
 # %%
 def theirs(values):
@@ -1200,12 +1201,12 @@ for size, config in (("20b", small), ("120b", big)):
     assert ratio == H // config.num_key_value_heads == 8
 
 # %% [markdown]
-# The second number lies beyond 131,072 for the 20b and just above it for
-# the 120b: at batch size 1 the weights are always the larger read. Each
-# byte of the cache gives 8 FLOP, $H/G$, since 8 query heads share a key.
+# The second number lies beyond 131,072 for both: at batch size 1 the
+# weights are always the larger read. Each byte of the cache gives 8 FLOP,
+# $H/G$, since 8 query heads share a key.
 #
-# What to see: arithmetic (left) leaves its floor at some thousand tokens
-# and is dominated by attention at the end; the bytes (right) barely double.
+# What to see: arithmetic (left) leaves its floor at some thousand tokens,
+# and attention dominates it at the end; the bytes (right) do not quite double.
 
 # %% tags=["hide-input"]
 fig, (left, right) = plt.subplots(1, 2, figsize=(7, 2.9))

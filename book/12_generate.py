@@ -89,10 +89,10 @@ def naive(prompt: list[int], count: int, temperature: float = 1.0):
 fed = []
 hook = model.register_forward_pre_hook(
     lambda module, inputs: fed.append(inputs[0].numel()))
-story = "".join(naive(tokenizer.encode(opening), 240))
+story = "".join(naive(tokenizer.encode(opening), 210))
 hook.remove()
-print(f"{sum(fed):,} tokens went through the model for 240 new ones")
-print("went on after the end:", "<|endoftext|>" in story[:-50])
+print(f"{sum(fed):,} tokens went through the model for 210 new ones")
+print("went on after the end:", "<|endoftext|>" in story[:-20])
 print([tokenizer.decode([n]) for n in tokenizer.encode("né")])
 try:
     next(naive([1, 2, 3], 1, temperature=0))
@@ -869,14 +869,14 @@ print(f"{4096 * V * 2 / 1e9:.2f} GB in bf16, instead of {V * 2 / 1e3:.0f} kB")
 
 # %%
 P = len(prompts[0])
-assert sum(fed) == 240 * P + 240 * 239 // 2
+assert sum(fed) == 210 * P + 210 * 209 // 2
 fed.clear()
 hook = model.register_forward_pre_hook(
     lambda module, inputs: fed.append(inputs[0].numel()))
-N = len(list(generate(model, prompts[0], max_new_tokens=240)))
+N = len(list(generate(model, prompts[0], max_new_tokens=210)))
 hook.remove()
 assert sum(fed) == P + N - 1
-print(f"{240 * P + 240 * 239 // 2:,} against {P + N - 1:,}")
+print(f"{210 * P + 210 * 209 // 2:,} against {P + N - 1:,}")
 
 # %% [markdown]
 # Sampling costs one pass over $V$ numbers in float64 (8 bytes each), three
@@ -907,7 +907,7 @@ kept = [int((Sampler(t, top_p=0.9).probabilities(logits[None]) > 0).sum())
         for t in (0.5, 1.0, 2.0, 3.0)]
 print(kept)
 # the flatter the distribution, the more of the tail it takes to reach 0.9
-assert kept == sorted(kept) and kept[-1] > 20 * kept[0]
+assert kept == sorted(kept) and kept[-1] > 5 * kept[0]
 
 # %% [markdown]
 # **Exercise 2.** min-p keeps tokens with at least a share of the likeliest

@@ -99,7 +99,7 @@ assert after > before
 # $n_i$ equally likely outcomes, a story has probability
 # $\prod_i 1/n_i$, and no model can predict it with fewer than
 #
-# $$ H = \log(20 \cdot 19 \cdot 12 \cdot 11) + \sum_{\text{slots}} \log n
+# $$ H = \log(20 \cdot 19) + \sum_{\text{slots}} \log n
 #      + \sum_{\text{beats}} \Big( \log m + \frac1m \sum_{j=1}^{m}
 #        \sum_{\text{free slots of } j} \log n \Big) $$ (train-floor)
 #
@@ -151,10 +151,10 @@ BOYS = ("Tom", "Max", "Leo", "Sam", "Finn", "Hugo", "Otto", "Ben", "Jack",
 WORDS = {
     "hero": GIRLS + BOYS,
     "friend": GIRLS + BOYS,
-    "kind": ("fox", "bear", "rabbit", "mouse", "goose", "cat", "dog", "frog",
-             "duck", "squirrel", "mole", "hedgehog"),
-    "fkind": ("fox", "bear", "rabbit", "mouse", "goose", "cat", "dog",
-              "frog", "duck", "squirrel", "mole", "hedgehog"),
+    "kind": ("fox", "rabbit", "mouse", "cat", "duck", "hedgehog", "kitten",
+             "lamb"),
+    "fkind": ("bear", "goose", "dog", "frog", "squirrel", "mole", "badger",
+              "horse"),
     "colour": ("red", "blue", "green", "yellow", "white", "black", "purple",
                "pink", "brown", "silver", "golden", "grey"),
     "thing": ("kite", "ball", "hat", "boat", "drum", "lamp", "scarf",
@@ -183,8 +183,8 @@ PRONOUNS |= {name: ("he", "his") for name in BOYS}
 # exception.
 
 # %%
-casts = 20 * 19 * 12 * 11
-for slot in ("colour", "thing", "home", "place"):
+casts = 20 * 19
+for slot in ("kind", "fkind", "colour", "thing", "home", "place"):
     casts *= len(WORDS[slot])
 print(f"{casts:,} casts")
 
@@ -263,30 +263,30 @@ BEATS = (
         "said the {fkind}.",
         "\"We will find it, {hero},\" said the {fkind}.")),
     ("search", (
-        "So {hero} and {friend} looked under the {_spot} and "
-        "behind the {_spot}.",
+        "So the {kind} and the {fkind} looked under a {_spot} at {place}.",
         "They searched all around {place}.",
         "{friend} looked on one side of {place}, and {hero} on "
         "the other.",
         "The {kind} and the {fkind} asked everybody at {place}.")),
     ("finding", (
-        "At last {friend} saw something {colour} by the {_spot}. "
+        "At last the {fkind} saw something {colour} at {place}. "
         "It was the {thing}!",
         "And there, behind the {_spot}, was the {colour} {thing}!",
-        "Then {hero} shouted, \"Here is my {thing}!\" It was under "
+        "Then the {kind} shouted, \"Here is my {thing}!\" It was under "
         "the {_spot}.",
-        "In the end the {fkind} found the {colour} {thing} near "
-        "the {_spot}.")),
+        "In the end {friend} found the {colour} {thing} near the "
+        "{_spot} at {place}.")),
     ("thanks", (
         "\"Thank you, {friend}!\" said {hero}.",
         "{hero} hugged {friend} and thanked the {fkind}.",
         "\"You are a good friend,\" said {hero} to {friend}.",
         "\"Thank you,\" said the {kind}, and {friend} smiled.")),
     ("return", (
-        "That {_day} {hero} carried the {colour} {thing} back to {home}.",
+        "That {_day} the {kind} carried the {colour} {thing} from {place} "
+        "back to {home}.",
         "{hero} left {place} and took the {thing} home to {home}.",
         "Then they went to {home} and played with the {colour} {thing}.",
-        "Soon {she} was back in {home} with the {colour} {thing}.")),
+        "Soon the {kind} was back in {home} with the {colour} {thing}.")),
     ("ending", (
         "From that day on, {hero} and {friend} were best friends.",
         "{hero} the {kind} never lost the {thing} again.",
@@ -319,14 +319,13 @@ import zlib
 def draw_cast(rng: random.Random) -> dict[str, str]:
     """Draw who and what a story is about: one word for each fixed slot.
 
-    Hero and friend differ, and so do their kinds.
+    Hero and friend differ; their kinds do, since the lists have no word
+    in common.
     """
     fixed = (slot for slot in WORDS if not slot.startswith("_"))
     cast = {slot: rng.choice(WORDS[slot]) for slot in fixed}
     while cast["friend"] == cast["hero"]:
         cast["friend"] = rng.choice(WORDS["friend"])
-    while cast["fkind"] == cast["kind"]:
-        cast["fkind"] = rng.choice(WORDS["fkind"])
     return cast
 
 
@@ -369,13 +368,12 @@ print(tell(random.Random(1)))
 def story_entropy() -> float:
     """Nats of choice in one story of `tell`: the floor of any loss.
 
-    Equation (train-floor). Heroes and friends differ, and their kinds.
+    Equation (train-floor). Heroes and friends differ.
     """
     size = {slot: len(words) for slot, words in WORDS.items()}
     nats = math.log(size["hero"] * (size["friend"] - 1))
-    nats += math.log(size["kind"] * (size["fkind"] - 1))
-    nats += sum(math.log(size[slot])
-                for slot in ("colour", "thing", "home", "place"))
+    nats += sum(math.log(size[slot]) for slot in (
+        "kind", "fkind", "colour", "thing", "home", "place"))
     for _, lines in BEATS:
         free = [slot for line in lines for slot in SLOT.findall(line)
                 if slot.startswith("_")]
@@ -475,7 +473,7 @@ def read_story(text: str) -> Reading:
             if not found:
                 continue
             bound = cast | found.groupdict()
-            if "kind" in bound and bound["kind"] == bound.get("fkind"):
+            if bound.get("hero") == bound.get("friend", ""):
                 continue
             step = found.end() + (text[found.end():found.end() + 1] == " ")
             done = follow(step if line else at, beat + 1, bound)
@@ -733,10 +731,10 @@ class Recipe:
     the same machine give the same file."""
 
     seed: int = 0
-    steps: int = 3000
-    batch: int = 10
+    steps: int = 2400
+    batch: int = 8
     length: int = 224
-    learning_rate: float = 4e-3
+    learning_rate: float = 3e-3
     warmup: int = 60
     weight_decay: float = 0.05
     balance: float = 0.01

@@ -234,6 +234,30 @@ def run_convert(args: argparse.Namespace) -> None:
     print(f"{len(manifest)} tensors written to {visible(args.target, '')}")
 
 
+# --- train -------------------------------------------------------------------
+
+def run_train(args: argparse.Namespace) -> None:
+    """Trains the shipped checkpoint anew, with a given seed."""
+    from gptoss.train import Recipe, make_pocket
+
+    out = Path(args.target)
+    if out.exists() or not out.absolute().parent.is_dir():
+        raise UsageError(f"{out}: expected a folder that does not exist, in "
+                         f"one that does")
+    if args.steps < 1 or args.seed < 0:
+        raise UsageError(f"expected --steps >= 1 and --seed >= 0, found "
+                         f"{args.steps} and {args.seed}")
+
+    def report(entry: dict) -> None:
+        step = entry["step"] + 1
+        if step % 50 == 0 or step == args.steps:
+            print(f"step {step} of {args.steps}, loss {entry['loss']:.3f}, "
+                  f"{entry['seconds']:.0f} s", flush=True)
+
+    make_pocket(out, Recipe(seed=args.seed, steps=args.steps), report)
+    print(f"written to {visible(args.target, '')}")
+
+
 # --- The table of commands ---------------------------------------------------
 
 FIRST_WORDS = "Once upon a time"
@@ -258,6 +282,11 @@ COMMANDS = {
     "convert": (run_convert, {
         "source": dict(metavar="SOURCE"), "target": dict(metavar="TARGET"),
         "--layout": dict(required=True, choices=("hf", "original", "bf16")),
+    }),
+    "train": (run_train, {
+        "target": dict(metavar="TARGET", help="folder to be made"),
+        "--seed": dict(type=int, default=0, metavar="N"),
+        "--steps": dict(type=int, default=3000, metavar="N"),
     }),
 }
 

@@ -160,11 +160,10 @@ class Place:
 
 def places(config: GptOssConfig, layout: str) -> dict[str, Place]:
     """Canonical name -> Place. Only q, k, v of "original" share one."""
-    table = tensor_table(config, "bf16" if layout == "bf16" else "hf")
     if layout != "original":
+        table = tensor_table(config, layout)
         return {name: Place(spec, name, 0) for name, spec in table.items()}
-    filled: Counter[str] = Counter()
-    found = {}
+    table, filled, found = tensor_table(config), Counter(), {}
     for hf, original, shape in _rows(config):
         found[hf] = Place(table[hf], original, filled[original])
         filled[original] += shape[0]
@@ -221,9 +220,11 @@ def read_header(file: Path) -> dict[str, Stored]:
 def _stored(file: Path, name: str, entry: dict, base: int) -> Stored:
     """One entry of a header; any malformed one raises some ValueError."""
     shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
-    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+    numbers = (*shape, begin, end)
+    if (not all(type(n) is int and n >= 0 for n in numbers)
+            or not isinstance(entry["dtype"], str)):
         raise ValueError(name)
-    spec = TensorSpec(name, shape, str(entry["dtype"]))
+    spec = TensorSpec(name, shape, entry["dtype"])
     if spec.dtype in DTYPES and spec.nbytes != end - begin:
         raise CheckpointError(f"{file}: {name}: expected {spec.nbytes} bytes "
                               f"for {spec}, found {end - begin}")

@@ -142,9 +142,10 @@ def import_block(nodes: list[ast.stmt]) -> str:
     for module, names in named.items():
         renamed = sorted(name for name in names if " as " in name)
         rest = sorted(names.difference(renamed), key=_member)
-        lines = [_from(module, [name]) for name in renamed]
-        lines += [_from(module, rest)] if rest else []
-        entries.append((_group(module), 1, module.lower(), "\n".join(lines)))
+        parts = [[name] for name in renamed] + ([rest] if rest else [])
+        parts.sort(key=lambda part: (_member(part[0]), part[0]))
+        lines = "\n".join(_from(module, part) for part in parts)
+        entries.append((_group(module), 1, module.lower(), lines))
     entries.sort()
     groups = sorted({group for group, *_ in entries})
     return "\n\n".join("\n".join(text for group, *_, text in entries
@@ -191,7 +192,7 @@ def module_text(module: Module) -> str:
     if "." in module.name:
         return "\n\n".join([f"// {module.title}\n// {note}", *(
             source.strip("\n") for _, source in module.cells)]) + "\n"
-    imports, body, last = [], [], None
+    imports, body, last = [], [], ""
     for heading, source in module.cells:
         found, rest = split_imports(source, f"{module.chapter}, {heading!r}")
         imports += found
@@ -255,8 +256,10 @@ def _entry(node: ast.stmt, link: str) -> list[str]:
                 lines.append(f"  - `.{_call(inner.name, inner)}` "
                              f"{_first_paragraph(inner)}")
         return lines
-    return [f"- [`{name}`]({link}) constant" for name in _bound(node)
-            if not name.startswith("_")]
+    names = [name for name in _bound(node) if not name.startswith("_")]
+    value = ast.unparse(node.value) if getattr(node, "value", None) else ""
+    shown = f" `{value}`" if len(names) == 1 and 0 < len(value) <= 40 else ""
+    return [f"- [`{name}`]({link}) constant{shown}" for name in names]
 
 
 def api_page(modules: list[Module]) -> str:

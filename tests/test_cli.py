@@ -226,6 +226,21 @@ def test_convert_there_and_back(folder, tmp_path, capsys):
         assert torch.equal(tensor, other), name
 
 
+def test_train_writes_a_checkpoint_that_generates(tmp_path, capsys):
+    target = tmp_path / "new"
+    assert main(["train", str(target), "--steps", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("step 2 of 2, loss ") and err == ""
+    assert main(["generate", "--model", str(target), "--prompt", "Once",
+                 "--max-new-tokens", "2", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["tokens"]) == 2
+    # looked at before any work
+    assert main(["train", str(target)]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    assert main(["train", str(tmp_path / "a" / "b")]) == 2
+    assert main(["train", str(tmp_path / "c"), "--steps", "0"]) == 2
+
+
 # -- options ----------------------------------------------------------------
 
 @pytest.mark.parametrize("argv, why", [
