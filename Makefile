@@ -61,7 +61,8 @@ notebooks: $(STAMP)
 
 book: $(STAMP)
 	@echo "== web book, warnings are errors"
-	@$(BIN)/jupyter-book build --quiet -W --keep-going . >/dev/null
+	@# --all: a page that is not read again does not repeat its warnings
+	@$(BIN)/jupyter-book build --all --quiet -W --keep-going . >/dev/null
 	@echo "_build/html/index.html"
 
 tangle: $(STAMP)

@@ -457,8 +457,8 @@ def _bound(node: ast.stmt) -> list[str]:
     if isinstance(node, ast.Import | ast.ImportFrom):
         return [alias.asname or alias.name.split(".")[0]
                 for alias in node.names]
-    targets = [node]
-    if isinstance(node, ast.Assign | ast.AnnAssign):  # not what it reads
+    targets = [node]  # of an assignment its left side only
+    if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
         targets = getattr(node, "targets", None) or [node.target]
     return [part.id for target in targets for part in ast.walk(target)
             if isinstance(part, ast.Name)
@@ -552,6 +552,8 @@ def _first_paragraph(node: ast.AST) -> str:
 
 
 def _call(name: str, node: ast.FunctionDef) -> str:
+    if any(ast.unparse(mark) == "property" for mark in node.decorator_list):
+        return name
     every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
     names = [arg.arg for arg in every if arg.arg not in ("self", "cls")]
     return f"{name}({', '.join(names)})"
@@ -596,13 +598,13 @@ def api_page(modules: list[Module]) -> str:
         for heading, source in module.cells:
             if "." in module.name or module.name == "__main__":
                 continue
-            tree = ast.parse(source)
-            public = public_names(tree, module.name)
-            for node in tree.body:
-                if module.name != "__init__" and set(_bound(node)) & {*public}:
-                    lines += _entry(node, f"{page}#{_anchor(heading)}")
-            if module.name == "__init__":
-                lines += [f"- `{name}`" for name in public]
+            link = f"{page}#{_anchor(heading)}"
+            for node in ast.parse(source).body:
+                names = public_names(ast.Module([node], []), module.name)
+                if names and module.name == "__init__":
+                    lines += [f"- [`{name}`]({link})" for name in names]
+                elif names:
+                    lines += _entry(node, link)
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
 

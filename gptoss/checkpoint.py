@@ -70,6 +70,8 @@ NAME_MAP = (
     ("model.norm.weight", "norm.scale", "D"),
     ("lm_head.weight", "unembedding.weight", "V D"),
 )
+
+
 LAYOUTS = ("hf", "original", "bf16")
 PACKED = ("_blocks", "_scales")
 DTYPES = {"BF16": torch.bfloat16, "U8": torch.uint8,
@@ -93,8 +95,6 @@ class TensorSpec:
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
 
-
-# --- The table for one configuration -----------------------------------------
 
 def _rows(c: GptOssConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """NAME_MAP with layer numbers and sizes filled in."""
@@ -364,137 +364,6 @@ def check_tensors(folder: Path, found: dict[str, Stored],
                                   f"tensor, found {stored.spec}")
 
 
-# --- Reading -----------------------------------------------------------------
-
-class Checkpoint:
-    """An open checkpoint in any of the three layouts; see `open`.
-
-    Every name is canonical: Hugging Face's, q, k and v apart. Attributes:
-    path (as given), folder (of the weights), config, layout.
-    """
-
-    def __init__(self, path: Path, folder: Path, config: GptOssConfig,
-                 layout: str, found: dict[str, Stored]) -> None:
-        self.path, self.folder, self.config = path, folder, config
-        self.layout, self._found = layout, found
-        self._places = places(config, layout)
-        self._maps: dict[Path, Tensor] = {}
-
-    @classmethod
-    def open(cls, path: str | Path, config: GptOssConfig | None = None
-             ) -> "Checkpoint":
-        """Open a folder; reads config.json, the index and the headers.
-
-        Raises CheckpointError or ConfigError, naming the file and the
-        tensor, unless every tensor is there once, whole, and of the shape
-        and dtype that config (by default the folder's) asks for.
-        """
-        path = Path(path)
-        try:
-            folder = weights_folder(path)
-            home = path if (path / "config.json").exists() else folder
-            config = config or GptOssConfig.from_pretrained(home)
-            found = find_tensors(folder)
-        except OSError as error:
-            raise CheckpointError(f"{error.filename or path}: "
-                                  f"{error.strerror}") from error
-        layout = find_layout(found)
-        check_tensors(folder, found, tensor_table(config, layout), layout)
-        return cls(path, folder, config, layout, found)
-
-    def names(self) -> list[str]:
-        """Canonical names, in the order of the table."""
-        return list(self._places)
-
-    def spec(self, name: str) -> TensorSpec:
-        """Canonical name, shape, and the dtype found in the file."""
-        place = self._place(name)
-        return replace(place.spec,
-                       dtype=self._found[place.stored].spec.dtype)
-
-    def file(self, name: str) -> Path:
-        """The file that holds a tensor."""
-        return self._found[self._place(name).stored].file
-
-    @property
-    def files(self) -> list[Path]:
-        """All files with weights."""
-        return sorted({stored.file for stored in self._found.values()})
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors, without headers."""
-        return sum(stored.nbytes for stored in self._found.values())
-
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """A tensor, or some of its rows (its first dimension).
-
-        A view of the mapped file: no byte is read before it is used, none
-        outside `rows` ever, and writing to it does not reach the file. It
-        outlives `close`. Unknown name, or a step: CheckpointError.
-        """
-        return _view(self, self._place(name), rows or slice(None))
-
-    def check_scales(self, name: str | None = None) -> None:
-        """CheckpointError if a scale is 255 (NaN), in one tensor or in all.
-
-        Reads the scales, 1/17 of the experts' bytes: 0.7 GB for the 20b.
-        """
-        for each in [name] if name else self.names():
-            if each.endswith("_scales"):
-                check_scales(f"{self.file(each)}: {each}", self.read(each))
-
-    def close(self) -> None:
-        """Forget the mappings; tensors read so far stay good."""
-        self._maps.clear()
-
-    def __enter__(self) -> "Checkpoint":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def _place(self, name: str) -> Place:
-        if name not in self._places:
-            raise CheckpointError(f"{self.folder}: {name}: expected a "
-                                  f"tensor's name in layout {self.layout}, "
-                                  "found no such tensor")
-        return self._places[name]
-
-    def _map(self, file: Path) -> Tensor:
-        """The whole file as bytes, mapped privately."""
-        if file not in self._maps:
-            self._maps[file] = torch.from_file(
-                str(file), shared=False, size=file.stat().st_size,
-                dtype=torch.uint8)
-        return self._maps[file]
-
-
-def _view(checkpoint: Checkpoint, place: Place, rows: slice) -> Tensor:
-    """Rows of a stored tensor as a view of its mapped file."""
-    start, stop, step = rows.indices(place.spec.shape[0])
-    if step != 1:
-        raise CheckpointError(f"{place.spec.name}: expected rows with step "
-                              f"1, found {rows}")
-    stored = checkpoint._found[place.stored]
-    width = stored.nbytes // stored.spec.shape[0]  # bytes in a row
-    count = max(0, stop - start)
-    begin = stored.offset + (place.first + start) * width
-    raw = checkpoint._map(stored.file)[begin:begin + count * width]
-    dtype = DTYPES[stored.spec.dtype]
-    if begin % dtype.itemsize:
-        raw = raw.clone()  # a file whose tensors are not aligned
-    return raw.view(dtype).view(count, *place.spec.shape[1:])
-
-
-def check_scales(name: str, scales: Tensor) -> None:
-    """CheckpointError naming `name` if a scale byte is 255, which is NaN."""
-    if scales.numel() and scales.max() == SCALE_NAN:
-        bad = int((scales == SCALE_NAN).sum())
-        raise CheckpointError(f"{name}: expected scales 0 to 254, found "
-                              f"{bad} of {SCALE_NAN} (NaN)")
-
-
 # --- Laying out files before writing them ------------------------------------
 
 MAX_SHARD_BYTES = 5 * 10 ** 9
@@ -591,6 +460,13 @@ def _put(writer: _Writer, name: str, tensor: Tensor,
     writer.rows[name] += shape[0]
 
 
+OUR_FILES = ("config.json", "manifest.json", "model.safetensors.index.json")
+
+
+def _write_json(file: Path, value: object) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+
+
 def _finish(writer: _Writer, extra_files: Iterable[Path]) -> dict[str, str]:
     """Check that nothing is missing, write the JSON; returns the hashes."""
     for name, place in writer.places.items():
@@ -611,13 +487,6 @@ def _finish(writer: _Writer, extra_files: Iterable[Path]) -> dict[str, str]:
             "weight_map": {name: stored.file.name for name, stored
                            in sorted(writer.stored.items())}})
     return {name: each.hexdigest() for name, each in writer.hashes.items()}
-
-
-OUR_FILES = ("config.json", "manifest.json", "model.safetensors.index.json")
-
-
-def _write_json(file: Path, value: object) -> None:
-    file.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
 
 
 # --- All or nothing ----------------------------------------------------------
@@ -666,6 +535,180 @@ def write_checkpoint(path: str | Path, config: GptOssConfig,
         for name, tensor in tensors:
             _put(writer, name, tensor)
         return _finish(writer, map(Path, extra_files))
+
+
+# --- Random checkpoints ------------------------------------------------------
+
+def random_tensors(config: GptOssConfig, seed: int = 0, layout: str = "hf"
+                   ) -> Iterator[tuple[str, Tensor]]:
+    """(canonical name, random tensor) for `write_checkpoint`, one by one.
+
+    A tensor depends on seed and name alone. Weights have a spread of about
+    1/sqrt(in), so that activations stay of order one; norms vary around 1;
+    biases and sinks are not zero; scales are never 255. "bf16" gives the
+    decoded experts of the same model; "original" is the same as "hf".
+    """
+    if layout not in LAYOUTS:
+        raise CheckpointError(f"layout: expected one of {LAYOUTS}, found "
+                              f"{layout!r}")
+    table = tensor_table(config)
+    for name, spec in table.items():
+        if layout != "bf16" or not name.endswith(PACKED):
+            yield name, _random_tensor(spec, seed)
+        elif name.endswith("_blocks"):
+            name = name.removesuffix("_blocks")
+            pair = (_random_tensor(table[name + p], seed) for p in PACKED)
+            yield name, decode(*pair).transpose(1, 2)
+
+
+def _random_tensor(spec: TensorSpec, seed: int) -> Tensor:
+    key = zlib.crc32(f"{seed} {spec.name}".encode())
+    g = torch.Generator().manual_seed(key)
+    if spec.name.endswith("_blocks"):
+        return torch.randint(256, spec.shape, generator=g, dtype=torch.uint8)
+    if spec.name.endswith("_scales"):
+        # the 16 codes have a spread of 2.9; three scales around the middle
+        middle = 127 - round(math.log2(2.9 * math.sqrt(32 * spec.shape[-1])))
+        return torch.randint(middle - 1, middle + 2, spec.shape, generator=g,
+                             dtype=torch.uint8)
+    mean, spread = 0.0, 1 / math.sqrt(spec.shape[-1])
+    if spec.name.endswith("norm.weight"):
+        mean, spread = 1.0, 0.2
+    elif spec.name.endswith(("bias", "sinks", "embed_tokens.weight")):
+        spread = 2.0 if spec.name.endswith("sinks") else 0.5
+    out = torch.empty(spec.shape, dtype=torch.bfloat16)
+    return out.normal_(mean, spread, generator=g)
+
+
+# --- Reading -----------------------------------------------------------------
+
+class Checkpoint:
+    """An open checkpoint in any of the three layouts; see `open`.
+
+    Every name is canonical: Hugging Face's, q, k and v apart. Attributes:
+    path (as given), folder (of the weights), config, layout.
+    """
+
+    def __init__(self, path: Path, folder: Path, config: GptOssConfig,
+                 layout: str, found: dict[str, Stored]) -> None:
+        self.path, self.folder, self.config = path, folder, config
+        self.layout, self._found = layout, found
+        self._places = places(config, layout)
+        self._maps: dict[Path, Tensor] = {}
+
+    @classmethod
+    def open(cls, path: str | Path, config: GptOssConfig | None = None
+             ) -> "Checkpoint":
+        """Open a folder; reads config.json, the index and the headers.
+
+        Raises CheckpointError or ConfigError, naming the file and the
+        tensor, unless every tensor is there once, whole, and of the shape
+        and dtype that config (by default the folder's) asks for.
+        """
+        path = Path(path)
+        try:
+            folder = weights_folder(path)
+            home = path if (path / "config.json").exists() else folder
+            config = config or GptOssConfig.from_pretrained(home)
+            found = find_tensors(folder)
+        except OSError as error:
+            raise CheckpointError(f"{error.filename or path}: "
+                                  f"{error.strerror}") from error
+        layout = find_layout(found)
+        check_tensors(folder, found, tensor_table(config, layout), layout)
+        return cls(path, folder, config, layout, found)
+
+    def names(self) -> list[str]:
+        """Canonical names, in the order of the table."""
+        return list(self._places)
+
+    def spec(self, name: str) -> TensorSpec:
+        """Canonical name, shape, and the dtype found in the file."""
+        place = self._place(name)
+        return replace(place.spec,
+                       dtype=self._found[place.stored].spec.dtype)
+
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._found[self._place(name).stored].file
+
+    @property
+    def files(self) -> list[Path]:
+        """All files with weights."""
+        return sorted({stored.file for stored in self._found.values()})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, without headers."""
+        return sum(stored.nbytes for stored in self._found.values())
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor, or some of its rows (its first dimension).
+
+        A view of the mapped file: no byte is read before it is used, none
+        outside `rows` ever, and writing to it does not reach the file. It
+        outlives `close`. Unknown name, or a step: CheckpointError.
+        """
+        return _view(self, self._place(name), rows or slice(None))
+
+    def check_scales(self, name: str | None = None) -> None:
+        """CheckpointError if a scale is 255 (NaN), in one tensor or in all.
+
+        Reads the scales, 1/17 of the packed bytes: 0.6 GB for the 20b.
+        """
+        for each in [name] if name else self.names():
+            if each.endswith("_scales"):
+                check_scales(f"{self.file(each)}: {each}", self.read(each))
+
+    def close(self) -> None:
+        """Forget the mappings; tensors read so far stay good."""
+        self._maps.clear()
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _place(self, name: str) -> Place:
+        if name not in self._places:
+            raise CheckpointError(f"{self.folder}: {name}: expected a "
+                                  f"tensor's name in layout {self.layout}, "
+                                  "found no such tensor")
+        return self._places[name]
+
+    def _map(self, file: Path) -> Tensor:
+        """The whole file as bytes, mapped privately."""
+        if file not in self._maps:
+            self._maps[file] = torch.from_file(
+                str(file), shared=False, size=file.stat().st_size,
+                dtype=torch.uint8)
+        return self._maps[file]
+
+
+def _view(checkpoint: Checkpoint, place: Place, rows: slice) -> Tensor:
+    """Rows of a stored tensor as a view of its mapped file."""
+    start, stop, step = rows.indices(place.spec.shape[0])
+    if step != 1:
+        raise CheckpointError(f"{place.spec.name}: expected rows with step "
+                              f"1, found {rows}")
+    stored = checkpoint._found[place.stored]
+    width = stored.nbytes // stored.spec.shape[0]  # bytes in a row
+    count = max(0, stop - start)
+    begin = stored.offset + (place.first + start) * width
+    raw = checkpoint._map(stored.file)[begin:begin + count * width]
+    dtype = DTYPES[stored.spec.dtype]
+    if begin % dtype.itemsize:
+        raw = raw.clone()  # a file whose tensors are not aligned
+    return raw.view(dtype).view(count, *place.spec.shape[1:])
+
+
+def check_scales(name: str, scales: Tensor) -> None:
+    """CheckpointError naming `name` if a scale byte is 255, which is NaN."""
+    if scales.numel() and scales.max() == SCALE_NAN:
+        bad = int((scales == SCALE_NAN).sum())
+        raise CheckpointError(f"{name}: expected scales 0 to 254, found "
+                              f"{bad} of {SCALE_NAN} (NaN)")
 
 
 # --- Converting --------------------------------------------------------------
@@ -777,49 +820,6 @@ def convert(source: str | Path, target: str | Path, layout: str,
         manifest = _finish(writer, extra)
         _write_json(draft / "manifest.json", manifest)
     return manifest
-
-
-# --- Random checkpoints ------------------------------------------------------
-
-def random_tensors(config: GptOssConfig, seed: int = 0, layout: str = "hf"
-                   ) -> Iterator[tuple[str, Tensor]]:
-    """(canonical name, random tensor) for `write_checkpoint`, one by one.
-
-    A tensor depends on seed and name alone. Weights have a spread of about
-    1/sqrt(in), so that activations stay of order one; norms vary around 1;
-    biases and sinks are not zero; scales are never 255. "bf16" gives the
-    decoded experts of the same model; "original" is the same as "hf".
-    """
-    if layout not in LAYOUTS:
-        raise CheckpointError(f"layout: expected one of {LAYOUTS}, found "
-                              f"{layout!r}")
-    table = tensor_table(config)
-    for name, spec in table.items():
-        if layout != "bf16" or not name.endswith(PACKED):
-            yield name, _random_tensor(spec, seed)
-        elif name.endswith("_blocks"):
-            name = name.removesuffix("_blocks")
-            pair = (_random_tensor(table[name + p], seed) for p in PACKED)
-            yield name, decode(*pair).transpose(1, 2)
-
-
-def _random_tensor(spec: TensorSpec, seed: int) -> Tensor:
-    key = zlib.crc32(f"{seed} {spec.name}".encode())
-    g = torch.Generator().manual_seed(key)
-    if spec.name.endswith("_blocks"):
-        return torch.randint(256, spec.shape, generator=g, dtype=torch.uint8)
-    if spec.name.endswith("_scales"):
-        # the 16 codes have a spread of 2.9; three scales around the middle
-        middle = 127 - round(math.log2(2.9 * math.sqrt(32 * spec.shape[-1])))
-        return torch.randint(middle - 1, middle + 2, spec.shape, generator=g,
-                             dtype=torch.uint8)
-    mean, spread = 0.0, 1 / math.sqrt(spec.shape[-1])
-    if spec.name.endswith("norm.weight"):
-        mean, spread = 1.0, 0.2
-    elif spec.name.endswith(("bias", "sinks", "embed_tokens.weight")):
-        spread = 2.0 if spec.name.endswith("sinks") else 0.5
-    out = torch.empty(spec.shape, dtype=torch.bfloat16)
-    return out.normal_(mean, spread, generator=g)
 
 
 # --- What a file holds, without its weights ----------------------------------

@@ -154,6 +154,8 @@ def check_choices(config: GptOssConfig) -> None:
             " or ".join(ROPE_TYPES), config.rope_type)
     _expect(config.rope_factor >= 1, "rope_factor", "at least 1",
             config.rope_factor)
+    _expect(config.rope_theta > 1, "rope_theta", "a number above 1",
+            config.rope_theta)
     _expect(config.rope_beta_fast >= slow, "rope_beta_fast",
             f"at least rope_beta_slow = {slow}", config.rope_beta_fast)
     _expect(isinstance(truncate, bool), "rope_truncate", "true or false",

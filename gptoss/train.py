@@ -630,11 +630,11 @@ def make_pocket(out: Path, recipe: Recipe,
     train(model, rows, recipe, lambda e: (log.append(e), report(e)))
     write_checkpoint(out, config, released_tensors(model))
     (out / "tokenizer.json").write_text(vocabulary, "utf-8")
-    write_json(out / "generation_config.json", generation_config(config))
+    write_json(out / "generation_config.json", generation_config(config), 2)
     tokens = sum(len(tokenizer.encode(text)) + 1 for text in texts)
     write_json(out / "train_log.json", {
-        "recipe": vars(recipe), "log": log,
-        "floor": story_entropy() / (tokens / len(texts))})
+        "recipe": vars(recipe), "log": thinned(log),
+        "floor": round(story_entropy() / (tokens / len(texts)), 4)})
 
 
 def generation_config(config: GptOssConfig) -> dict:
@@ -646,8 +646,17 @@ def generation_config(config: GptOssConfig) -> dict:
             "pad_token_id": special["endoftext"]}
 
 
-def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n")
+def thinned(log: list[dict], every: int = 4) -> list[dict]:
+    """Each fourth entry, the switch to the grid and the last; 4 digits."""
+    kept = [entry for n, entry in enumerate(log)
+            if n % every == 0 or "unrounded" in entry or n == len(log) - 1]
+    return [{key: round(value, 4) for key, value in entry.items()}
+            for entry in kept]
+
+
+def write_json(path: Path, value: object, indent: int | None = None
+               ) -> None:
+    path.write_text(json.dumps(value, indent=indent) + "\n")
 
 
 __all__ = [
@@ -684,6 +693,7 @@ __all__ = [
     "story_entropy",
     "story_rows",
     "tell",
+    "thinned",
     "train",
     "train_ranks",
     "train_tokenizer",
