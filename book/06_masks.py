@@ -31,7 +31,7 @@ import matplotlib.pyplot as plt
 import torch
 
 plt.style.use("_static/book.mplstyle")
-torch.manual_seed(0)
+_ = torch.manual_seed(0)
 
 # %% [markdown]
 # ## Picture

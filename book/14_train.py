@@ -29,7 +29,8 @@
 # layers, sinks, YaRN, top-k routing, a clamped SwiGLU, experts in MXFP4.
 #
 # This chapter writes the text it learns from, trains it, puts its experts
-# on the four-bit grid and lets a program mark the result.
+# on the four-bit grid and lets a program mark the result. The whole training
+# is one command, `python -m gptoss train FOLDER --seed 0`.
 
 # %%
 import json
@@ -74,23 +75,42 @@ plt.show()
 # %% [markdown]
 # ## The naive version
 #
-# The obvious plan is to train in full precision, round the experts to four
-# bits at the end, and ship. The training log measured what that costs: at the
-# switch, the same rows were scored with full weights and with rounded ones.
+# Who marks a story? The loss does not: a model that swaps a colour once in
+# two hundred tokens loses next to nothing by it. The obvious marker looks
+# for the words that should be there.
+
+# %%
+def naive_mark(text: str, words: list[str]) -> bool:
+    return all(word in text for word in words)
+
+
+straight = ("Mira the fox had a red kite. She lost the red kite at the lake. "
+            "At last she found the red kite.")
+crooked = ("Mira the fox had a red kite. She lost the red hat at the lake. "
+           "At last Tom found the blue kite.")
+for text in (straight, crooked):
+    print(naive_mark(text, ["Mira", "fox", "red", "kite", "lake"]))
+
+# %% [markdown]
+# Both pass, since every word occurs somewhere. Lists of forbidden words fare
+# no better: Tom and blue are fine words in another story. What has to be
+# checked is that each *mention* agrees with the first, and that needs the
+# plot. The way out is to write the generator so that it can be run backwards.
+#
+# A second naive plan concerns the weights: train in full precision and round
+# the experts to four bits at the end. The log measured, at the switch, one
+# batch with full weights and the same batch with rounded ones.
 
 # %%
 at_switch = next(entry for entry in log if "unrounded" in entry)
-before, after = at_switch["unrounded"], at_switch["loss"]
-print(f"above the floor, full precision  {1000 * (before - floor):.1f}")
-print(f"above the floor, rounded at once {1000 * (after - floor):.1f}")
-print("(thousandths of a nat per token)")
-assert after > before
+cost = at_switch["loss"] - at_switch["unrounded"]
+print(f"rounding at once: {1000 * cost:+.1f} thousandths of a nat per token")
 
 # %% [markdown]
-# Rounding moves every weight by up to a quarter of its size (chapter 2), and
-# nothing in training has prepared the model for it. The remedy is to round
-# *during* the last part of training, so that the model learns to live with
-# its own rounding.
+# For this model that is less than batches differ among themselves. The last
+# part of the training computes with rounded weights all the same: then the
+# model that was trained, the one that is examined and the one in the file are
+# the same numbers, and there is nothing left to hope for.
 
 # %% [markdown]
 # ## Derivation
@@ -106,7 +126,8 @@ assert after > before
 #        \sum_{\text{free slots of } j} \log n \Big) $$ (train-floor)
 #
 # nats on average, where $m$ is the number of templates of a beat. Divided by
-# the mean number of tokens of a story this is the dashed line.
+# the mean number of tokens of a story this is the dashed line. (A row's first
+# token is given, not predicted, so the true floor lies a hair lower.)
 #
 # **The loss.** With logits $z_t \in \mathbb{R}^V$ at position $t$ and the
 # next token $y_t$, the cross-entropy of a row of $T$ tokens is
@@ -1139,7 +1160,7 @@ assert 0.95 < ratio < 1.05
 # - Without a balance loss routers collapse, since whoever is chosen learns;
 #   $E \sum_e f_e p_e$ is 1 when nobody is preferred.
 # - Train the last part on the MXFP4 grid and the four-bit file *is* the
-#   model; round at the end and it is only near it.
+#   model that was trained and examined, not a copy near it.
 #
 # ## Exercises
 #

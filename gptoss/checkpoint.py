@@ -661,7 +661,8 @@ class Checkpoint:
                 check_scales(f"{self.file(each)}: {each}", self.read(each))
 
     def close(self) -> None:
-        """Forget the mappings; tensors read so far stay good."""
+        """Forget the mappings; tensors read so far stay good, and reading
+        on maps the files again."""
         self._maps.clear()
 
     def __enter__(self) -> "Checkpoint":
@@ -806,7 +807,8 @@ def convert(source: str | Path, target: str | Path, layout: str,
     the MXFP4 grid. The new folder `target` also gets manifest.json, the
     returned canonical name -> sha256, and the tokenizer and other small
     files. progress(name) is called before each tensor of the source.
-    Memory: some rows at a time. CheckpointError; nothing half-written.
+    Memory: 64 MiB of rows, and one mapped tensor of the source at a time.
+    CheckpointError; nothing half-written.
     """
     with Checkpoint.open(source) as old, _new_folder(Path(target)) as draft:
         extra = companions(old)
@@ -817,6 +819,7 @@ def convert(source: str | Path, target: str | Path, layout: str,
                 progress(source_name)
             for name, start, rows in _pieces(old, source_name, layout):
                 _put(writer, name, rows, start)
+            old.close()  # unmap: pages read so far count as memory in use
         manifest = _finish(writer, extra)
         _write_json(draft / "manifest.json", manifest)
     return manifest
