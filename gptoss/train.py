@@ -40,7 +40,8 @@ BOYS = ("Tom", "Max", "Leo", "Sam", "Finn", "Hugo", "Otto", "Ben", "Jack",
         "Milo")
 WORDS = {
     "hero": GIRLS + BOYS,
-    "friend": GIRLS + BOYS,
+    "friend": ("Pip", "Bruno", "Daisy", "Oscar", "Hazel", "Toby", "Clara",
+               "Felix", "Ivy", "Rufus", "Nina", "Walter"),
     "kind": ("fox", "rabbit", "mouse", "cat", "duck", "hedgehog", "kitten",
              "lamb"),
     "fkind": ("bear", "goose", "dog", "frog", "squirrel", "mole", "badger",
@@ -63,6 +64,7 @@ WORDS = {
     "_size": ("little", "small", "young", "tiny"),
     "_loud": ("said", "cried", "called", "whispered"),
 }
+FIXED = tuple(slot for slot in WORDS if not slot.startswith("_"))
 PRONOUNS = {name: ("she", "her") for name in GIRLS}
 PRONOUNS |= {name: ("he", "his") for name in BOYS}
 
@@ -178,14 +180,10 @@ BEATS = (
 def draw_cast(rng: random.Random) -> dict[str, str]:
     """Draw who and what a story is about: one word for each fixed slot.
 
-    Hero and friend differ; their kinds do, since the lists have no word
+    Hero and friend differ, and so do their kinds: their lists have no word
     in common.
     """
-    fixed = (slot for slot in WORDS if not slot.startswith("_"))
-    cast = {slot: rng.choice(WORDS[slot]) for slot in fixed}
-    while cast["friend"] == cast["hero"]:
-        cast["friend"] = rng.choice(WORDS["friend"])
-    return cast
+    return {slot: rng.choice(WORDS[slot]) for slot in FIXED}
 
 
 def with_pronouns(cast: dict[str, str]) -> dict[str, str]:
@@ -222,12 +220,10 @@ def tell(rng: random.Random, cast: dict[str, str] | None = None,
 def story_entropy() -> float:
     """Nats of choice in one story of `tell`: the floor of any loss.
 
-    Equation (train-floor). Heroes and friends differ.
+    Equation (train-floor).
     """
     size = {slot: len(words) for slot, words in WORDS.items()}
-    nats = math.log(size["hero"] * (size["friend"] - 1))
-    nats += sum(math.log(size[slot]) for slot in (
-        "kind", "fkind", "colour", "thing", "home", "place"))
+    nats = sum(math.log(size[slot]) for slot in FIXED)
     for _, lines in BEATS:
         free = [slot for line in lines for slot in SLOT.findall(line)
                 if slot.startswith("_")]
@@ -300,8 +296,6 @@ def read_story(text: str) -> Reading:
             if not found:
                 continue
             bound = cast | found.groupdict()
-            if bound.get("hero") == bound.get("friend", ""):
-                continue
             step = found.end() + (text[found.end():found.end() + 1] == " ")
             done = follow(step if line else at, beat + 1, bound)
             if done:
@@ -470,7 +464,7 @@ class Recipe:
     the same machine give the same file."""
 
     seed: int = 0
-    steps: int = 2400
+    steps: int = 2600
     batch: int = 8
     length: int = 224
     learning_rate: float = 3e-3
@@ -604,7 +598,8 @@ def examine(model: GptOss, tokenizer: Tokenizer, count: int, seed: int = 1,
         model, prompts, max_new_tokens=400, stop=stop, seed=seed,
         sampler=sampler or Sampler(temperature=0.0))
     for prompt, answer in zip(prompts, answers, strict=True):
-        reading = read_story(tokenizer.decode(prompt + answer))
+        story = [token for token in prompt + answer if token not in stop]
+        reading = read_story(tokenizer.decode(story))
         exam.coherent += reading.coherent
         exam.failures += [] if reading.coherent else [reading]
     return exam
@@ -664,6 +659,7 @@ __all__ = [
     "BOYS",
     "CONTROL",
     "Exam",
+    "FIXED",
     "GIRLS",
     "NOTHING",
     "OnGrid",

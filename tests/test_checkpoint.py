@@ -793,6 +793,16 @@ def test_tensors_that_do_not_fit(tmp_path, tensors, parts, layout):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_rows_that_are_missing(tmp_path):
+    """What `convert` would notice if it lost the end of a tensor."""
+    writer = module._Writer(tmp_path, TINY, "hf", 10 ** 9)
+    for name, tensor in random_tensors(TINY):
+        rows = tensor[:-1] if name == ROUTER else tensor
+        module._put(writer, name, rows, 0)
+    with pytest.raises(CheckpointError, match=f"{ROUTER}.*found 3 rows"):
+        module._finish(writer, [])
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_write_that_fails_leaves_nothing(tmp_path, error):
     def failing():
@@ -1055,16 +1065,16 @@ print(*(m - b for m, b in zip(most, before)))
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("layout", ["original", "bf16"])
 def test_converting_takes_little_memory(tmp_path, layout):
-    config = replace(TINY, vocab_size=200_000, num_local_experts=64)
+    config = replace(TINY, vocab_size=20_000, num_local_experts=2048)
     write_checkpoint(tmp_path / "m", config, random_tensors(config))
-    assert checkpoint_bytes(config) > 50_000_000
     largest = max(s.nbytes for s in tensor_table(config).values())
     out = subprocess.run(
         [sys.executable, "-c", MEMORY, tmp_path / "m", tmp_path / "n",
          layout], check=True, capture_output=True, text=True).stdout
     private, resident = map(int, out.split())
-    assert private < 10_000_000  # of its own: some rows
-    assert resident < largest + 10_000_000  # with what is mapped
+    assert private < 5_000_000  # of its own: some rows
+    assert resident < largest + 5_000_000  # with what is mapped
+    assert checkpoint_bytes(config) > 2 * (largest + 5_000_000)
 
 
 # ---- Random tensors and description
