@@ -156,10 +156,10 @@ BEATS = (
         "In the end {friend} found the {colour} {thing} near the "
         "{_spot} at {place}.")),
     ("thanks", (
-        "\"Thank you, {friend}!\" said {hero}.",
+        "\"Thank you, {friend}!\" said {hero}, and the {fkind} smiled.",
         "{hero} hugged {friend} and thanked the {fkind}.",
-        "\"You are a good friend,\" said {hero} to {friend}.",
-        "\"Thank you,\" said the {kind}, and {friend} smiled.")),
+        "\"You are a good friend,\" said {hero} to the {fkind}.",
+        "\"Thank you, {friend},\" said the {kind} to the {fkind}.")),
     ("return", (
         "That {_day} the {kind} carried the {colour} {thing} from {place} "
         "back to {home}.",
