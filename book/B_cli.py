@@ -414,11 +414,17 @@ def summary(report: dict) -> Iterator[tuple[str, str]]:
 # %% tags=["export:__main__"]
 def run_inspect(args: argparse.Namespace) -> None:
     """Prints what a checkpoint holds, without reading its weights."""
-    from gptoss.checkpoint import describe, resolve
+    from gptoss.checkpoint import Checkpoint, describe, resolve
 
-    report = describe(resolve(args.path))
+    folder = resolve(args.path)
+    report = describe(folder)
     if args.json:
         print(json.dumps(report))
+        return
+    if args.tensors:
+        with Checkpoint.open(folder) as checkpoint:
+            for spec in map(checkpoint.spec, checkpoint.names()):
+                print(f"{spec.nbytes:>16,}  {spec.name}  {spec}")
         return
     from rich.console import Console
     from rich.table import Table
@@ -447,7 +453,8 @@ with tempfile.TemporaryDirectory() as folder:
                      random_tensors(config))
     page = io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stdout(page):
-        run_inspect(argparse.Namespace(path="tiny", json=False))
+        run_inspect(argparse.Namespace(path="tiny", json=False,
+                                       tensors=False))
 print(*map(str.rstrip, page.getvalue().splitlines()[:15]), sep="\n")
 
 # %% [markdown]
@@ -543,7 +550,10 @@ COMMANDS = {
         "--device": dict(default="cpu", help="cpu (default), cuda, ..."),
     } | _JSON),
     "inspect": (run_inspect, {
-        "path": dict(metavar="PATH_OR_ID")} | _JSON),
+        "path": dict(metavar="PATH_OR_ID", nargs="?", default=str(POCKET),
+                     help="folder or hub id (default: the one shipped)"),
+        "--tensors": dict(action="store_true", help="list each tensor"),
+    } | _JSON),
     "convert": (run_convert, {
         "source": dict(metavar="SOURCE"), "target": dict(metavar="TARGET"),
         "--layout": dict(required=True, choices=("hf", "original", "bf16")),
@@ -650,7 +660,7 @@ print(len(changed), "characters are shown by a picture of themselves")
 # in more than thirty ways.)
 
 # %%
-for argv in (["sing"], ["inspect"], ["inspect", "./no-such"],
+for argv in (["sing"], ["convert"], ["inspect", "./no-such"],
              ["generate", "--temperature", "cold"],
              ["generate", "--temperature", "-1"],
              ["generate", "--top-p", "0"], ["generate", "--prompt", ""],

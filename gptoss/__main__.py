@@ -192,11 +192,17 @@ def summary(report: dict) -> Iterator[tuple[str, str]]:
 
 def run_inspect(args: argparse.Namespace) -> None:
     """Prints what a checkpoint holds, without reading its weights."""
-    from gptoss.checkpoint import describe, resolve
+    from gptoss.checkpoint import Checkpoint, describe, resolve
 
-    report = describe(resolve(args.path))
+    folder = resolve(args.path)
+    report = describe(folder)
     if args.json:
         print(json.dumps(report))
+        return
+    if args.tensors:
+        with Checkpoint.open(folder) as checkpoint:
+            for spec in map(checkpoint.spec, checkpoint.names()):
+                print(f"{spec.nbytes:>16,}  {spec.name}  {spec}")
         return
     from rich.console import Console
     from rich.table import Table
@@ -278,7 +284,10 @@ COMMANDS = {
         "--device": dict(default="cpu", help="cpu (default), cuda, ..."),
     } | _JSON),
     "inspect": (run_inspect, {
-        "path": dict(metavar="PATH_OR_ID")} | _JSON),
+        "path": dict(metavar="PATH_OR_ID", nargs="?", default=str(POCKET),
+                     help="folder or hub id (default: the one shipped)"),
+        "--tensors": dict(action="store_true", help="list each tensor"),
+    } | _JSON),
     "convert": (run_convert, {
         "source": dict(metavar="SOURCE"), "target": dict(metavar="TARGET"),
         "--layout": dict(required=True, choices=("hf", "original", "bf16")),

@@ -194,6 +194,22 @@ def test_inspect_reads_no_weights(folder, capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
+def test_inspect_lists_each_tensor(folder, capsys):
+    from gptoss.checkpoint import tensor_table
+
+    assert main(["inspect", "--tensors", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    table = tensor_table(CONFIG)
+    assert len(lines) == len(table)
+    for line, spec in zip(lines, table.values(), strict=True):
+        assert spec.name in line and f"{spec.nbytes:,}" in line
+
+
+def test_inspect_without_a_path_is_the_shipped_one(capsys):
+    assert main(["inspect", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters_total"] == 2182336
+
+
 def test_inspect_says_what_the_issue_asks_for(folder, capsys):
     assert main(["inspect", str(folder)]) == 0
     text = capsys.readouterr().out
@@ -333,7 +349,7 @@ def start(*args: str, **options) -> subprocess.Popen:
 def test_version_help_and_mistake_need_no_torch():
     code = ("import sys; from gptoss.__main__ import main\n"
             "try: main(['--help'])\nexcept SystemExit as e: print(e.code)\n"
-            "print(main(['generate', '--no']), main(['inspect']))\n"
+            "print(main(['generate', '--no']), main(['convert']))\n"
             "print([m for m in ('torch', 'transformers', 'rich')"
             " if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT,
