@@ -64,7 +64,7 @@ WORDS = {
     "_size": ("little", "small", "young", "tiny"),
     "_loud": ("said", "cried", "called", "whispered"),
 }
-FIXED = tuple(slot for slot in WORDS if not slot.startswith("_"))
+CAST_SLOTS = tuple(slot for slot in WORDS if not slot.startswith("_"))
 PRONOUNS = {name: ("she", "her") for name in GIRLS}
 PRONOUNS |= {name: ("he", "his") for name in BOYS}
 
@@ -183,7 +183,7 @@ def draw_cast(rng: random.Random) -> dict[str, str]:
     Hero and friend differ, and so do their kinds: their lists have no word
     in common.
     """
-    return {slot: rng.choice(WORDS[slot]) for slot in FIXED}
+    return {slot: rng.choice(WORDS[slot]) for slot in CAST_SLOTS}
 
 
 def with_pronouns(cast: dict[str, str]) -> dict[str, str]:
@@ -223,7 +223,7 @@ def story_entropy() -> float:
     Equation (train-floor).
     """
     size = {slot: len(words) for slot, words in WORDS.items()}
-    nats = sum(math.log(size[slot]) for slot in FIXED)
+    nats = sum(math.log(size[slot]) for slot in CAST_SLOTS)
     for _, lines in BEATS:
         free = [slot for line in lines for slot in SLOT.findall(line)
                 if slot.startswith("_")]
@@ -657,9 +657,9 @@ def write_json(path: Path, value: object, indent: int | None = None
 __all__ = [
     "BEATS",
     "BOYS",
+    "CAST_SLOTS",
     "CONTROL",
     "Exam",
-    "FIXED",
     "GIRLS",
     "NOTHING",
     "OnGrid",
