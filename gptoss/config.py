@@ -105,10 +105,16 @@ class GptOssConfig:
 
 # --- What is refused ---------------------------------------------------------
 
+_MOST_LAYERS = 10_000
+
+
 def fill_kinds(kinds: object, layers: object) -> tuple[str, ...]:
     """The kinds of all layers, alternating if None; ConfigError if none."""
     _expect(_is_count(layers) and layers > 0, "num_hidden_layers",
             "a whole number above 0", layers)
+    # a damaged file must not make a list of a billion entries
+    _expect(layers <= _MOST_LAYERS, "num_hidden_layers",
+            f"at most {_MOST_LAYERS}", layers)
     if kinds is None:
         kinds = [KINDS[n % 2] for n in range(layers)]
     _expect(isinstance(kinds, list | tuple), "layer_types", "a list", kinds)

@@ -573,3 +573,8 @@ def test_no_import_needs_torch():
 
     text = pathlib.Path(module.__file__).read_text("utf-8")
     assert "import torch" not in text
+
+
+def test_a_billion_layers_are_refused_at_once():
+    with pytest.raises(ConfigError, match="num_hidden_layers.*at most"):
+        GptOssConfig(num_hidden_layers=10**9)
