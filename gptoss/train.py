@@ -31,6 +31,7 @@ from gptoss.harmony import (
     tokenizer_json,
 )
 from gptoss.model import GptOss
+from gptoss.routing import expert_load, top_logits
 
 # --- The words of a small world ----------------------------------------------
 
@@ -400,8 +401,8 @@ def load_balance(logits: Tensor, k: int) -> Tensor:
         are uniform; up to E / K when K experts take everything.
     """
     experts = logits.shape[-1]
-    chosen = logits.topk(k, dim=-1).indices.flatten()
-    share = torch.bincount(chosen, minlength=experts) / chosen.numel()
+    _, ids = top_logits(logits, k)
+    share = expert_load(ids, experts) / ids.numel()
     return experts * (share * logits.softmax(-1).mean(0)).sum()
 
 
@@ -489,7 +490,7 @@ def start_at_random(model: GptOss, seed: int) -> None:
 
     A standard deviation of 0.02 suits D = 2880, since 2880**-0.5 = 0.019;
     in a narrow model it makes every layer whisper, and learning to look
-    back takes several times the steps.
+    back took more than twice the steps.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
