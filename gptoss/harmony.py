@@ -3,9 +3,12 @@
 Generated from book/11_harmony.py; edit the chapter, not this file.
 """
 
+import codecs
 import json
 import operator
+import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -259,17 +262,717 @@ class Tokenizer:
             if not (control and skip_special))
 
 
+# --- A message ---------------------------------------------------------------
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+EFFORTS = ("low", "medium", "high")
+CHANNELS = ("analysis", "commentary", "final")
+IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of a conversation; all fields are plain text.
+
+    `name`: who of the role speaks; a tool's message needs it
+    ("functions.add"), it stands in the header in place of the role.
+    `recipient`: the tool that a call goes to; a result has "assistant".
+    `content_type`: "<|constrain|>json" (that prefix, and only it, becomes
+    a control token) or other text.
+    """
+
+    role: str
+    content: str = ""
+    channel: str | None = None
+    recipient: str | None = None
+    content_type: str | None = None
+    name: str | None = None
+
+
+# --- A message as tokens -----------------------------------------------------
+
+_CONSTRAIN = "<|constrain|>"
+
+
+def _control(tokenizer: Tokenizer, name: str) -> int:
+    """The id of control token `name`."""
+    if name not in tokenizer.special:
+        raise HarmonyError(f"tokenizer: expected a control token {name}, "
+                           f"found {sorted(tokenizer.special)}")
+    return tokenizer.special[name]
+
+
+def _header(message: Message) -> list[tuple[str, str]]:
+    """The header of `message` as (control token or "", text) pairs."""
+    if message.role not in ROLES:
+        raise HarmonyError(f"role: expected one of {', '.join(ROLES)}, "
+                           f"found {message.role!r}")
+    if message.role == "tool" and not message.name:
+        raise HarmonyError("a tool's message: expected a name like "
+                           "'functions.add', found none")
+    author = [message.role] * (message.role != "tool")
+    author += [message.name] * bool(message.name)
+    parts = [("<|start|>", ":".join(author))]
+    if message.recipient not in (None, "all"):
+        parts.append(("", f" to={message.recipient}"))
+    if message.channel is not None:
+        parts.append(("<|channel|>", message.channel))
+    if (kind := message.content_type) is not None:
+        rest = kind.removeprefix(_CONSTRAIN)
+        parts += ([("", f" {kind}")] if rest == kind
+                  else [("", " "), (_CONSTRAIN, rest)])
+    return parts
+
+
+def render_message(tokenizer: Tokenizer, message: Message,
+                   stop: str = "<|end|>") -> list[int]:
+    """Token ids of one message, `<|start|>` to its stop token.
+
+    A message of the assistant to a recipient ends in `<|call|>` instead of
+    `<|end|>`. Raises HarmonyError for an unknown role or a nameless tool.
+    """
+    if (stop == "<|end|>" and message.role == "assistant"
+            and message.recipient is not None):
+        stop = "<|call|>"
+    ids = []
+    for control, text in (*_header(message), ("<|message|>", message.content),
+                          (stop, "")):
+        if control:
+            ids.append(_control(tokenizer, control))
+        ids += tokenizer.encode(text)
+    return ids
+
+
+# --- Tools as TypeScript -----------------------------------------------------
+
+_NAMES = {"number": "number", "integer": "number", "boolean": "boolean"}
+
+
+def _get(schema: object, key: str, kind: type) -> object:
+    """schema[key] if that is a `kind`, else None."""
+    value = schema.get(key) if isinstance(schema, Mapping) else None
+    return value if isinstance(value, kind) else None
+
+
+def _type(schema: object, indent: str = "") -> str:
+    """A JSON schema as openai-harmony's kind of TypeScript type."""
+    if not isinstance(schema, Mapping):
+        return "any"
+    if isinstance(schema.get("oneOf"), list):
+        return "".join(f"\n{line}" for line in
+                       _union(schema["oneOf"], indent, bare=False))
+    kind = schema.get("type")
+    if isinstance(kind, list):
+        kinds = [_NAMES.get(k, k) for k in kind if isinstance(k, str)]
+        return " | ".join(kinds) or "any"
+    if kind == "object":
+        return _object(schema, indent)
+    if kind == "array":
+        return (f"{_type(schema['items'], indent)}[]" if "items" in schema
+                else "Array<any>")
+    if kind == "string":
+        values = _get(schema, "enum", list) or ()
+        return " | ".join(f'"{value}"' for value in values
+                          if isinstance(value, str)) or "string"
+    return _NAMES.get(kind, "any") if isinstance(kind, str) else "any"
+
+
+def _nullable(schema: object, indent: str) -> str:
+    """The type of a property or of a variant in a union."""
+    text = _type(schema, indent)
+    null = _get(schema, "nullable", bool) and "null" not in text
+    return f"{text} | null" if null else text
+
+
+def _default(schema: object, bare: bool = True) -> str | None:
+    """`default: ...` or None; a string of an enum stands bare."""
+    if not isinstance(schema, Mapping) or "default" not in schema:
+        return None
+    value = schema["default"]
+    if isinstance(value, str) and not _get(schema, "enum", list):
+        return f'default: "{value}"'
+    if not (isinstance(value, str) and bare):
+        value = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return f"default: {value}"
+
+
+def _behind(*parts: str | None) -> str:
+    """A comment behind a type, or nothing."""
+    found = [part for part in parts if part is not None]
+    return f" // {' '.join(found)}" if found else ""
+
+
+def _union(variants: list, indent: str, about: str | None = None,
+           above: bool = False, bare: bool = True) -> list[str]:
+    """A line each; `about`: the property's own description, not repeated,
+    nor is the first variant's if it stands `above`."""
+    lines = []
+    for n, variant in enumerate(variants):
+        told = _get(variant, "description", str)
+        if told == about or (above and n == 0):
+            told = None
+        lines.append(f"{indent} | {_nullable(variant, indent + '   ')}"
+                     + _behind(told, _default(variant, bare)))
+    return lines
+
+
+def _property(name: str, schema: object, indent: str) -> list[str]:
+    """The lines of one property: comments, name, type."""
+    title, about = (_get(schema, key, str) for key in ("title", "description"))
+    union = _get(schema, "oneOf", list)
+    alone = union is None and "oneOf" not in (
+        schema if isinstance(schema, Mapping) else ())
+    notes = [] if title is None else [f" {title}", ""]
+    notes += [f" {about}"] * (alone and about is not None)
+    if examples := _get(schema, "examples", list):
+        notes += [" Examples:", *(f' - "{text}"' for text in examples
+                                  if isinstance(text, str))]
+    if union is None:
+        lines = [f"{indent}{name}: {_nullable(schema, indent + '    ')},"
+                 + (_behind(_default(schema)) if alone else "")]
+    else:
+        first = _get(union[0], "description", str) if union else None
+        shown = about is not None and about != first
+        above = (about if shown else None, _default(schema))
+        notes += [f" {text}" for text in above if text is not None]
+        lines = [f"{indent}{name}:", *_union(union, indent, about, shown),
+                 f"{indent},"]
+    return [*(f"{indent}//{note}" for note in notes), *lines]
+
+
+def _object(schema: Mapping, indent: str) -> str:
+    """`{ ... }`, a property a line."""
+    about = _get(schema, "description", str)
+    lines = [f"{indent}// {about}"] * (about is not None) + ["{"]
+    required = _get(schema, "required", list) or ()
+    for key, value in (_get(schema, "properties", Mapping) or {}).items():
+        name = key if key in required else f"{key}?"
+        lines += _property(name, value, indent)
+    return "\n".join([*lines, f"{indent}}}"])
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function on offer; `parameters`: JSON schema of its arguments."""
+
+    name: str
+    description: str = ""
+    parameters: Mapping | None = None
+
+
+def _lines(text: str) -> list[str]:
+    """Only LF and CR LF end a line, as in Rust."""
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    return lines[:-1] if text.endswith("\n") or not text else lines
+
+
+def typescript(tools: Iterable[Tool], namespace: str = "functions") -> str:
+    """`tools` as the TypeScript namespace that the models are shown."""
+    out = [f"namespace {namespace} {{\n"]
+    for tool in tools:
+        out += [f"// {line}" for line in _lines(tool.description)]
+        argument = ("" if tool.parameters is None
+                    else f"_: {_type(tool.parameters)}")
+        out.append(f"type {tool.name} = ({argument}) => any;\n")
+    return "\n".join([*out, f"}} // namespace {namespace}"])
+
+
+# --- What the provider and the application say -------------------------------
+
+_NUMBER, _STRING = {"type": "number"}, {"type": "string"}
+_BROWSER = (
+    Tool("search", "Searches for information related to `query` and displays "
+         "`topn` results.",
+         {"type": "object", "required": ["query"], "properties": {
+             "query": _STRING, "topn": _NUMBER | {"default": 10},
+             "source": _STRING}}),
+    Tool("open", "Opens the link `id` from the page indicated by `cursor` "
+         "starting at line number `loc`, showing `num_lines` lines.\n"
+         "Valid link ids are displayed with the formatting: `【{id}†.*】`.\n"
+         "If `cursor` is not provided, the most recent page is implied.\n"
+         "If `id` is a string, it is treated as a fully qualified URL "
+         "associated with `source`.\nIf `loc` is not provided, the viewport "
+         "will be positioned at the beginning of the document or centered on "
+         "the most relevant passage, if available.\nUse this function "
+         "without `id` to scroll to a new location of an opened page.",
+         {"type": "object", "properties": {
+             "id": {"type": ["number", "string"], "default": -1},
+             **{key: _NUMBER | {"default": -1}
+                for key in ("cursor", "loc", "num_lines")},
+             "view_source": {"type": "boolean", "default": False},
+             "source": _STRING}}),
+    Tool("find", "Finds exact matches of `pattern` in the current page, or "
+         "the page given by `cursor`.",
+         {"type": "object", "required": ["pattern"], "properties": {
+             "pattern": _STRING, "cursor": _NUMBER | {"default": -1}}}))
+
+
+_BUILTIN = {
+    "browser": (
+        "Tool for browsing.\nThe `cursor` appears in brackets before each "
+        "browsing display: `[{cursor}]`.\nCite information from the tool "
+        "using the following format:\n`【{cursor}†L{line_start}"
+        "(-L{line_end})?】`, for example: `【6†L9-L11】` or `【8†L3】`.\nDo "
+        "not quote more than 10 words directly from the tool output.\n"
+        "sources=web (default: web)", _BROWSER),
+    "python": (
+        "Use this tool to execute Python code in your chain of thought. The "
+        "code will not be shown to the user. This tool should be used for "
+        "internal reasoning, but not for code that is intended to be visible "
+        "to the user (e.g. when creating plots, tables, or files).\n\nWhen "
+        "you send a message containing Python code to python, it will be "
+        "executed in a stateful Jupyter notebook environment. python will "
+        "respond with the output of the execution or time out after 120.0 "
+        "seconds. The drive at '/mnt/data' can be used to save and persist "
+        "user files. Internet access for this session is UNKNOWN. Depends on "
+        "the cluster.", ())}
+
+
+def _section(name: str, about: str, tools: Iterable[Tool]) -> str:
+    """`## name`, a description, and the tools as TypeScript."""
+    mark = "// " if tools else ""
+    out = [f"## {name}\n", *(mark + line for line in _lines(about))]
+    return "\n".join([*out, typescript(tools, name)] if tools else out)
+
+
+def system_message(effort: str | None = "medium", date: str | None = None,
+                   functions: bool = False, cutoff: str | None = "2024-06",
+                   identity: str | None = IDENTITY,
+                   channels: Iterable[str] = CHANNELS,
+                   builtin: Iterable[str] = ()) -> Message:
+    """What the provider says: identity, dates, effort, channels.
+
+    `functions`: whether a developer message offers tools. `builtin`: names
+    out of "browser", "python". None leaves a line out. Raises HarmonyError
+    for another effort or name.
+    """
+    builtin = sorted(builtin)
+    for value, known in ((effort, (None, *EFFORTS)),
+                         *((name, (*_BUILTIN,)) for name in builtin)):
+        if value not in known:
+            raise HarmonyError(f"system message: expected one of {known}, "
+                               f"found {value!r}")
+    who = [line for line, given in (
+        (identity, identity), (f"Knowledge cutoff: {cutoff}", cutoff),
+        (f"Current date: {date}", date)) if given is not None]
+    parts = ["\n".join(who)] * bool(who)
+    parts += [f"Reasoning: {effort}"] * (effort is not None)
+    parts += ["# Tools"] * bool(builtin)
+    parts += [_section(name, *_BUILTIN[name]) for name in builtin]
+    if named := ", ".join(channels):
+        rule = ("\nCalls to these tools must go to the commentary channel: "
+                "'functions'." if functions else "")
+        parts.append(f"# Valid channels: {named}. Channel must be included "
+                     f"for every message.{rule}")
+    return Message("system", "\n\n".join(parts))
+
+
+def developer_message(instructions: str = "",
+                      tools: Iterable[Tool] = ()) -> Message:
+    """What the application says: instructions and functions on offer."""
+    tools = tuple(tools)
+    parts = ["# Instructions", instructions] if instructions else []
+    parts += ["# Tools", _section("functions", "", tools)] if tools else []
+    return Message("developer", "\n\n".join(parts))
+
+
+# --- A conversation ----------------------------------------------------------
+
+def _last(messages: list[Message], role: str) -> int:
+    """Index of the last message of `role`, -1 if there is none."""
+    return max((n for n, message in enumerate(messages)
+                if message.role == role), default=-1)
+
+
+def _forgotten(messages: list[Message], drop: str) -> int:
+    """Reasoning before this index is dropped."""
+    if drop == "none":
+        return 0
+    if drop == "turns":
+        return max(0, _last(messages, "user"))
+    if drop != "official":
+        raise HarmonyError(f"drop: expected 'official', 'turns' or 'none', "
+                           f"found {drop!r}")
+    channels = [message.channel for message in messages]
+    last = _last(messages, "assistant")
+    answered = last >= 0 and channels[last] == "final"
+    return channels.index("final") if answered else 0
+
+
+def render(tokenizer: Tokenizer, messages: Iterable[Message],
+           reply: bool = True, drop: str = "official") -> list[int]:
+    """Token ids of a conversation, and `<|start|>assistant` if `reply`.
+
+    `drop`: which messages of the analysis channel are left out. "turns":
+    those before the last user's message. "official", as openai-harmony:
+    those before the first final message, if the assistant's last message is
+    final. "none".
+    """
+    messages = list(messages)
+    start = _forgotten(messages, drop)
+    ids = []
+    for n, message in enumerate(messages):
+        if n >= start or message.channel != "analysis":
+            ids += render_message(tokenizer, message)
+    begin = [_control(tokenizer, "<|start|>"), *tokenizer.encode("assistant")]
+    return ids + begin if reply else ids
+
+
+def render_training(tokenizer: Tokenizer, messages: Iterable[Message],
+                    drop: str = "official") -> list[int]:
+    """As render(reply=False), but a final message at the end ends in
+    `<|return|>`."""
+    messages = list(messages)
+    ids = render(tokenizer, messages, reply=False, drop=drop)
+    if messages and (messages[-1].role, messages[-1].channel) == (
+            "assistant", "final"):
+        ids[-1] = _control(tokenizer, "<|return|>")
+    return ids
+
+
+# --- What a parser reports ---------------------------------------------------
+
+@dataclass(frozen=True)
+class Opened:
+    """A header is complete; `message` has its fields and no content yet."""
+
+    message: Message
+
+
+@dataclass(frozen=True)
+class Delta:
+    """More content, in whole characters."""
+
+    text: str
+    channel: str | None
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A message of the assistant to a tool has come to its stop token."""
+
+    recipient: str
+    content_type: str | None
+    arguments: str
+
+
+@dataclass(frozen=True)
+class Done:
+    """A message has ended; `stop`: end, call, return; None: cut off."""
+
+    message: Message
+    stop: str | None
+
+
+@dataclass(frozen=True)
+class Malformed:
+    """What was wrong, and the text that it was found in."""
+
+    reason: str
+    text: str
+
+
+Event = Opened | Delta | ToolCall | Done | Malformed
+
+
+# --- Reading a header --------------------------------------------------------
+
+_Pieces = list[tuple[str, bytearray]]  # control token or "", text behind it
+_WORD = re.compile(r"[\w./+-]+")
+
+
+def _spell(pieces: _Pieces) -> str:
+    """Pieces as one would write them."""
+    return "".join(control + data.decode("utf-8", "replace")
+                   for control, data in pieces)
+
+
+def _fields(pieces: _Pieces) -> tuple[dict, list[str], list[str]]:
+    """Channel and content type by control token, other words, complaints."""
+    found, words, wrong = {}, [], []
+    for control, data in pieces:
+        parts = data.decode("utf-8", "replace").split()
+        if control:
+            value = parts.pop(0) if parts else ""
+            if control in found:
+                wrong.append(f"two {control} in a header")
+            if control == "<|channel|>" and not value:
+                wrong.append("a <|channel|> without a name")
+            elif (control == _CONSTRAIN or value in CHANNELS
+                  or found.get(control) not in CHANNELS):
+                found[control] = value
+        words += parts
+    return found, words, wrong
+
+
+def _author(words: list[str], role: str | None, started: bool
+            ) -> tuple[str, str | None, list[str]]:
+    """Takes the author off `words`: role, name, complaints.
+
+    `role`: known beforehand. `started`: whether there was a `<|start|>`.
+    """
+    first = words[0] if words else ""
+    head, _, name = first.partition(":")
+    if role is not None:
+        del words[:first == role]
+        return role, None, []
+    if head in ROLES[:-1]:
+        del words[0]
+        return head, name or None, []
+    if (not started or not first or first in CHANNELS
+            or first.startswith("to=")):
+        return "assistant", None, ["a header without a role"]
+    del words[0]
+    if (first in ("tool", *_BUILTIN) or "." in first
+            or any(word.startswith("to=") for word in words)):
+        return "tool", first, []
+    return "assistant", None, [f"an unknown role {first!r}"]
+
+
+def _read_header(pieces: _Pieces, role: str | None, started: bool
+                 ) -> tuple[Message, list[Malformed]]:
+    """The message that a header announces, and what is wrong with it."""
+    found, words, wrong = _fields(pieces)
+    role, name, complaints = _author(words, role, started)
+    wrong += complaints
+    channel, kind = found.get("<|channel|>"), found.get(_CONSTRAIN)
+    to = [word[3:] for word in words if word.startswith("to=")]
+    words = [word for word in words if not word.startswith("to=")]
+    if channel is None and words and words[0] in CHANNELS:
+        channel = words.pop(0)
+        wrong.append("a channel without <|channel|>")
+    if kind is not None:
+        kind = _CONSTRAIN + kind
+    elif len(words) == 1:
+        kind = words[0]
+    if words and not (words == [kind] and _WORD.fullmatch(kind)):
+        wrong.append(f"unexpected text {' '.join(words)!r} in a header")
+    if len(to) > 1 or "" in to:
+        wrong.append(f"recipients {to} in a header")
+    if role == "assistant" and channel not in CHANNELS:
+        wrong.append(f"an unknown channel {channel!r}" if channel
+                     else "a message of the assistant without a channel")
+    text = _spell(pieces)
+    if "\ufffd" in text:
+        wrong.append("a header that is not UTF-8")
+    recipient = next(filter(None, to), None)
+    return (Message(role, "", channel, recipient, kind, name),
+            [Malformed(reason, text) for reason in wrong])
+
+
+def _rescue(pieces: _Pieces) -> Message | None:
+    """The assistant's text in a header that never came to `<|message|>`.
+
+    Plain text, or a channel's name and text; else there is none.
+    """
+    (_, before), *rest = pieces
+    text, channel = before.decode("utf-8", "replace"), None
+    text = text.removeprefix("assistant").lstrip()
+    if rest:
+        control, after = rest[0]
+        after = after.decode("utf-8", "replace").lstrip()
+        channel = next((c for c in CHANNELS if after.startswith(c)), None)
+        if text or channel is None or rest[1:] or control == _CONSTRAIN:
+            return None
+        text = after.removeprefix(channel).lstrip()
+    return (Message("assistant", text, channel)
+            if text and "to=" not in text else None)
+
+
+# --- Beginning and ending a message ------------------------------------------
+
+_STOPS = {"<|end|>": "end", "<|return|>": "return", "<|call|>": "call"}
+
+
+class _Messages:
+    """Half of the parser: the message in progress, begun and ended."""
+
+    def __init__(self, tokenizer: Tokenizer,
+                 role: str | None = "assistant") -> None:
+        if role not in (None, *ROLES):
+            raise HarmonyError(f"role: expected one of {', '.join(ROLES)} or "
+                               f"None, found {role!r}")
+        self.messages: list[Message] = []
+        self._tokenizer = tokenizer
+        self._replying = role == "assistant"
+        self._stop: str | None = None         # of the message before
+        self._begin(role, started=role is not None)
+
+    def _begin(self, role: str | None = None, started: bool = False) -> None:
+        """A new header; `started`: its `<|start|>` has been seen."""
+        self._role, self._started = role, started
+        self._pieces: _Pieces = [("", bytearray())]
+        self._message: Message | None = None  # whose content is being read
+        self._text: list[str] = []
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def _open(self, message: Message) -> list[Event]:
+        """A header is complete."""
+        self._message = message
+        return [Opened(message)]
+
+    def _add(self, data: bytes, final: bool = False) -> list[Event]:
+        """More content; at a `final` half a character becomes U+FFFD."""
+        text = self._utf8.decode(data, final)
+        self._text.append(text)
+        return [Delta(text, self._message.channel)] if text else []
+
+    def _finish(self, stop: str | None) -> list[Event]:
+        """The message ends."""
+        events = self._add(b"", final=True)
+        message = replace(self._message, content="".join(self._text))
+        to, call = message.recipient, None
+        if message.role == "assistant" and to is not None:
+            call = ToolCall(to, message.content_type, message.content)
+        if stop == "call" and call is None:
+            events.append(Malformed("<|call|> without a recipient", ""))
+        if call and to in ROLES:
+            events.append(Malformed("a recipient that is no tool", to))
+        elif call and stop is not None:
+            if stop != "call":
+                events.append(Malformed("a call without <|call|>", to))
+            events.append(call)
+        self.messages.append(message)
+        self._stop = stop
+        self._begin()
+        return [*events, Done(message, stop)]
+
+    def _abandon(self, control: str = "") -> list[Event]:
+        """`control` (or the end) instead of `<|message|>` after a header."""
+        found = _spell(self._pieces) + control
+        reason = ("a header without <|message|>" if self._started else
+                  "text outside of a message")
+        events: list[Event] = [Malformed(reason, found)]
+        message = _rescue(self._pieces) if self._replying else None
+        if message is None or control == "<|start|>":
+            self._begin()
+            return events
+        events += self._open(replace(message, content=""))
+        events += self._add(message.content.encode())
+        return events + self._finish(_STOPS.get(control))
+
+
+# --- One token at a time -----------------------------------------------------
+
+class StreamParser(_Messages):
+    """Takes tokens one by one and reports events; never raises on a token.
+
+    `role`: the author of the first message if the tokens continue
+    `<|start|>role`, as a reply to `render` does; None: they begin with
+    `<|start|>`. `messages`: those that are done. What is malformed is
+    reported, and the parser goes on with the next header that it finds.
+    A ToolCall comes only of a message with a stop token: without one its
+    arguments may be cut short.
+    """
+
+    def feed(self, token: int) -> list[Event]:
+        """The events that `token` causes."""
+        try:
+            data = self._tokenizer.token_bytes(token)
+            special = self._tokenizer.is_special(token)
+        except (HarmonyError, TypeError):
+            data, special = f"<|unknown {token}|>".encode(), True
+        step = self._header if self._message is None else self._content
+        return step(*((data.decode(), b"") if special else ("", data)))
+
+    def close(self) -> list[Event]:
+        """The events that the end of the tokens causes."""
+        if self._message is not None:
+            return self._finish(None)
+        blank = self._pieces == [("", b"")]
+        return [] if blank and not self._started else self._abandon()
+
+    def _header(self, control: str, data: bytes) -> list[Event]:
+        """A token between messages or in a header."""
+        if control in _STOPS:
+            return self._abandon(control)
+        if control == "<|start|>":
+            fresh = self._pieces == [("", b"")] and (
+                not self._started or self._role is not None)
+            events = [] if fresh else self._abandon(control)
+            if self._stop == "return":
+                events.append(Malformed("a message after <|return|>", ""))
+            self._stop = None
+            self._begin(started=True)
+            return events
+        if control == "<|message|>":
+            message, wrong = _read_header(self._pieces, self._role,
+                                          self._started)
+            if not self._started:
+                wrong.append(Malformed("a header without <|start|>",
+                                       _spell(self._pieces)))
+            return [*wrong, *self._open(message)]
+        if control not in ("", "<|channel|>", _CONSTRAIN):
+            return [Malformed("a control token in a header", control)]
+        if control:
+            self._pieces.append((control, bytearray()))
+        self._pieces[-1][1].extend(data)
+        return []
+
+    def _content(self, control: str, data: bytes) -> list[Event]:
+        """A token of a message's content."""
+        if not control:
+            return self._add(data)
+        if control in _STOPS:
+            return self._finish(_STOPS[control])
+        if control not in ("<|start|>", "<|channel|>"):
+            return [*self._add(b"", final=True),
+                    Malformed("a control token in a text", control)]
+        role = self._message.role if control == "<|channel|>" else None
+        events = [Malformed(f"{control} before the message has ended", ""),
+                  *self._finish(None)]
+        self._begin(role, started=role is not None)
+        return events + self._header(control, b"")
+
+
+# --- All at once -------------------------------------------------------------
+
+def parse(tokenizer: Tokenizer, ids: Iterable[int],
+          role: str | None = None) -> list[Message]:
+    """The messages in `ids`; raises HarmonyError if anything is malformed.
+
+    `role`: as for StreamParser. The last message may lack its stop token.
+    """
+    parser = StreamParser(tokenizer, role)
+    for n, events in enumerate([*map(parser.feed, ids), parser.close()]):
+        for event in events:
+            if isinstance(event, Malformed):
+                raise HarmonyError(f"token {n}: {event.reason}: "
+                                   f"{event.text!r}")
+    return parser.messages
+
+
 __all__ = [
     "ALPHABET",
     "BYTE",
+    "CHANNELS",
+    "Delta",
+    "Done",
+    "EFFORTS",
+    "Event",
     "HarmonyError",
+    "IDENTITY",
+    "Malformed",
+    "Message",
     "NAMED",
+    "Opened",
     "PATTERN",
     "RANKS",
+    "ROLES",
+    "StreamParser",
     "Tokenizer",
+    "Tool",
+    "ToolCall",
     "byte_alphabet",
     "control_name",
+    "developer_message",
     "merge_by_rank",
     "merges_from_ranks",
+    "parse",
+    "render",
+    "render_message",
+    "render_training",
+    "system_message",
     "tokenizer_json",
+    "typescript",
 ]
