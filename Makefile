@@ -18,8 +18,14 @@ export PYTHONHASHSEED ?= 0
         check-tangle check-frozen lint unit notebooks
 .NOTPARALLEL:
 
+# what the user of the demo says, one message each
+SAID = "Hello!" "What is 347 + 285?" "Take 88 from 403." \
+    "Tell me a story about a fox."
+
 demo: $(STAMP)
 	$(BIN)/python -m gptoss generate --temperature 0 --prompt "Once upon a time"
+	@printf '%s\n' $(SAID) | \
+	    $(BIN)/python -m gptoss chat --temperature 0 --transcript --no-tools
 
 # From cheap to dear; stops at the first that fails.
 test: check-tangle check-frozen lint unit notebooks book

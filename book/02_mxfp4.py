@@ -401,23 +401,45 @@ print(table[256 * 128 + 0x2F].view(1).view(torch.bfloat16))
 # says what shape it returns.
 
 # %% tags=["export"]
-def define_operator(schema: str, implementation, fake, backward=None,
+_FIRST_CALL = []
+
+
+def before_first_call(action) -> None:
+    """Call action() once, before any operator of the package computes.
+
+    That is how kernels get in from below, as late as they are needed.
+    """
+    _FIRST_CALL.append(action)
+
+
+def define_operator(schema: str, implementation, fake=None, backward=None,
                     setup_context=None) -> None:
     """Declare the torch.library operator `schema` unless it exists.
 
     implementation computes it with plain torch on every device; a kernel
     registered later for "CPU" or "CUDA" takes precedence. fake returns an
-    empty tensor of the right shape (meta device, torch.compile). backward
-    and setup_context: as in torch.library.register_autograd. The guard lets
-    a notebook run a cell twice, or beside the installed package.
+    empty tensor of the right shape (meta device, torch.compile); without
+    one, implementation is a composition that torch differentiates itself.
+    backward and setup_context: as in torch.library.register_autograd. The
+    guard lets a notebook run a cell twice, or beside the installed package.
     """
     name = schema.partition("(")[0]
     namespace, _, operator = name.partition("::")
     if hasattr(getattr(torch.ops, namespace), operator):
         return
+
+    def run(*args):
+        if not _FIRST_CALL:
+            return implementation(*args)
+        while _FIRST_CALL:
+            _FIRST_CALL.pop()()
+        return getattr(getattr(torch.ops, namespace), operator)(*args)
+
     torch.library.define(name, schema.removeprefix(name))
-    torch.library.impl(name, "CompositeExplicitAutograd", implementation)
-    torch.library.register_fake(name, fake)
+    kind = "Implicit" if fake is None else "Explicit"
+    torch.library.impl(name, f"Composite{kind}Autograd", run)
+    if fake is not None:
+        torch.library.register_fake(name, fake)
     if backward is not None:
         torch.library.register_autograd(name, backward,
                                         setup_context=setup_context)

@@ -23,11 +23,18 @@
 # become the next word, and when is the text over? In bf16 those 201,088
 # logits take only about 3,000 different values, so "the 50 largest" is
 # usually not a set of 50: the rule that most code uses keeps more.
+#
+# And when the model has answered, how much of the conversation must it read
+# again for the next question? Its old reasoning leaves the prompt, from the
+# middle. Common programs then start from nothing; at most 1,524 tokens of
+# the 20b need a second look, however long the conversation is.
 
 # %% [markdown]
 # ## Picture
 
 # %% tags=["hide-input"]
+import collections
+import contextlib
 from importlib.resources import files
 
 import matplotlib.pyplot as plt
@@ -69,6 +76,47 @@ plt.show()
 # temperature 2 the thousand unlikely tokens together gain much of what the
 # likely ones lose. Top-k and top-p cut that tail: one at a fixed number of
 # tokens, the other at a share of the probability.
+
+# %% tags=["hide-input"]
+import os
+
+from gptoss.harmony import Message, render, render_training, system_message
+
+asked = ["Tell me a story about a fox.", "What is its name?", "Thank you!"]
+thoughts = ["The user wants a story. A fox, a hill, a lost hat; three "
+            "sentences will do. " * 2, "They ask for the name, Mira. " * 3,
+            "Only thanks: a short answer."]
+answers = ["A fox named Mira lived on a hill. One day she lost her hat. A "
+           "bear had found it. ", "Its name is Mira.", "You are welcome."]
+colours = {"kept in the cache": "C0", "fed anew": "C1",
+           "analysis, dropped next turn": "0.75", "answer": "C2"}
+fig, ax = plt.subplots(figsize=(7.4, 2.2))
+said, held = [system_message(date="2025-06-28")], []
+for n, (question, thought, answer) in enumerate(
+        zip(asked, thoughts, answers, strict=True), 1):
+    said.append(Message("user", question))
+    prompt = render(tokenizer, said, drop="turns")
+    kept = len(os.path.commonprefix([prompt, held]))
+    said.append(Message("assistant", thought, "analysis"))
+    thinking = len(render(tokenizer, said, False, "turns"))
+    said.append(Message("assistant", answer, "final"))
+    held = render_training(tokenizer, said, "turns")
+    edges = [0, kept, len(prompt), thinking, len(held)]
+    for left, right, colour in zip(edges, edges[1:], colours.values(),
+                                   strict=False):
+        ax.barh(n, right - left, left=left, color=colour, height=0.6)
+for name, colour in colours.items():
+    ax.barh(0, 0, color=colour, label=name)
+ax.set(xlabel="position (tokens)", ylabel="turn", yticks=(1, 2, 3),
+       ylim=(3.5, 0.5))
+ax.legend(ncols=4, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1))
+plt.show()
+
+# %% [markdown]
+# Three turns of a conversation. After each, the model's analysis (grey) is
+# taken out, so all that follows it moves to the left and must be fed again
+# (orange): the last answer without its analysis, and the new question. All
+# before it (blue) is still in the cache.
 
 # %% [markdown]
 # ## The naive version
@@ -153,6 +201,32 @@ except RuntimeError as error:
 # logits are the only ones needed. Padding has position $-1$, sees nothing,
 # is seen by nothing and never enters the cache (chapters 6 and 9), so row
 # $r$ counts its positions from 0 as it would alone.
+
+#
+# **Turns.** Let the cache hold $n$ tokens, let the next prompt have $P$, and
+# let the two agree in their first $m$. At least one token must be fed, since
+# the answer begins with the logits of the last one. So feeding starts at
+# $f = \min(m, P - 1)$, if the cache can be rolled back to there. Full layers
+# always can. A sliding layer whose ring has $W + s$ slots holds positions
+# $n - W - s \dots n - 1$; the query at $f$ looks at $f - W + 1 \dots f - 1$,
+# so nothing is missing if
+#
+# $$ n - W - s \le f - W + 1, \quad\text{that is}\quad
+#    n - f \le s + 1 . $$ (generate-slack)
+#
+# Otherwise the $J$ sliding layers are filled again by a replay of
+# {eq}`eq-cache-replay`, and the tokens to feed are
+#
+# $$ P - f + \begin{cases} 0 & n - f \le s + 1 \\
+#    \min(f, J (W - 1)) & \text{else.} \end{cases} $$ (generate-turn)
+#
+# A turn that has added $a$ tokens is undone by going back fewer than $a$: its
+# prompt is part of the next one. So with slack for the longest turn a replay
+# never happens. What follows the analysis cannot be kept. Its keys were
+# computed at other positions, by layers that had seen the analysis. After a
+# *call* nothing is dropped and the tool's answer is all that must be read:
+# the tokens that the model wrote stay as they are, even where a renderer
+# would spell them in another way.
 
 # %% [markdown]
 # ## Code
@@ -681,6 +755,1135 @@ print(pieces)
 print(done.finish_reason, len(done.tokens), done.text)
 
 # %% [markdown]
+# ### A conversation: what a message may look like
+#
+# From here on the chapter writes a second module, `gptoss.chat`. Messages
+# come as the plain dicts of OpenAI's chat interface; one that is wrong is
+# refused by its place and key.
+
+# %% tags=["export:chat"]
+import ast
+import dataclasses
+import datetime
+import inspect
+import itertools
+import json
+import random
+import re
+import reprlib
+import time
+import types
+import typing
+import warnings
+from collections.abc import (
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from decimal import Decimal
+from fractions import Fraction
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+from gptoss.checkpoint import resolve
+from gptoss.generate import Sampler, generate
+from gptoss.harmony import (
+    CHANNELS,
+    EFFORTS,
+    Delta,
+    Event,
+    Malformed,
+    Message,
+    Opened,
+    StreamParser,
+    Tokenizer,
+    Tool,
+    ToolCall,
+    developer_message,
+    render,
+    system_message,
+)
+from gptoss.model import GptOss
+
+
+class ChatError(ValueError):
+    """A message, a tool or an option that a chat cannot use."""
+
+
+def _expect(fits: bool, where: str, expected: str, found: object) -> None:
+    if not fits:
+        shown = "nothing" if found is None else reprlib.repr(found)
+        raise ChatError(f"{where}: expected {expected}, found {shown}")
+
+
+def _text(content: object, where: str) -> str:
+    """The text of `content`, a string or a list of text parts."""
+    if isinstance(content, list):
+        for n, part in enumerate(content):
+            fits = isinstance(part, Mapping) and part.get("type") == "text"
+            _expect(fits and isinstance(part.get("text"), str),
+                    f"{where}[{n}]", "{'type': 'text', 'text': ...}", part)
+        content = "".join(part["text"] for part in content)
+    _expect(isinstance(content, str), where,
+            "a string or a list of text parts", content)
+    _expect(not re.search("[\ud800-\udfff]", content), where,
+            "Unicode characters without lone surrogates", content)
+    return content
+
+# %%
+print(_text([{"type": "text", "text": "two "},
+             {"type": "text", "text": "parts"}], "messages[0].content"))
+try:
+    _text([{"type": "image_url"}], "messages[0].content")
+except ChatError as error:
+    print(error)
+
+# %% tags=["export:chat"]
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_OTHER = re.compile(r"[^A-Za-z0-9_.-]")
+
+
+def _call(call: object, where: str) -> Message:
+    """One entry of `tool_calls` as a message to the function."""
+    _expect(isinstance(call, Mapping) and isinstance(call.get("id"), str),
+            f"{where}.id", "a string", call)
+    _expect(call.get("type", "function") == "function", f"{where}.type",
+            "'function'", call.get("type"))
+    function = call.get("function")
+    _expect(isinstance(function, Mapping), f"{where}.function", "a dict",
+            function)
+    name = function.get("name")
+    _expect(isinstance(name, str) and bool(_NAME.fullmatch(name)),
+            f"{where}.function.name", "1 to 64 letters, digits, _ . -", name)
+    arguments = function.get("arguments")
+    _expect(isinstance(arguments, str), f"{where}.function.arguments",
+            "a string of JSON", arguments)
+    return Message("assistant", _text(arguments, f"{where}.arguments"),
+                   "commentary", f"functions.{name}", "<|constrain|>json")
+
+
+def _assistant(message: Mapping, where: str) -> list[Message]:
+    """What the assistant thought, said and called, in this order."""
+    calls = message.get("tool_calls") or []
+    _expect(isinstance(calls, list), f"{where}.tool_calls", "a list", calls)
+    made = [_call(call, f"{where}.tool_calls[{n}]")
+            for n, call in enumerate(calls)]
+    content, out = message.get("content"), []
+    if message.get("reasoning"):
+        thought = _text(message["reasoning"], f"{where}.reasoning")
+        out.append(Message("assistant", thought, "analysis"))
+    if content or not calls:
+        said = _text(content, f"{where}.content")
+        out.append(Message("assistant", said,
+                           "commentary" if calls else "final"))
+    return out + made
+
+# %%
+asked = {"role": "assistant", "reasoning": "Multiply.", "tool_calls": [
+    {"id": "call_1", "type": "function", "function": {
+        "name": "calculator", "arguments": '{"expression": "6*7"}'}}]}
+for message in _assistant(asked, "messages[1]"):
+    print(message.channel, message.recipient, message.content)
+
+# %% tags=["export:chat"]
+def _result(message: Mapping, where: str, open_calls: dict[str, str]
+            ) -> Message:
+    """A tool's answer; closes the call that it answers."""
+    known, found = ", ".join(open_calls), message.get("tool_call_id")
+    _expect(isinstance(found, str) and found in open_calls,
+            f"{where}.tool_call_id",
+            f"the id of an open call ({known or 'there is none'})", found)
+    return Message("tool", _text(message.get("content"), f"{where}.content"),
+                   "commentary", "assistant",
+                   name=f"functions.{open_calls.pop(found)}")
+
+
+_SPEAKERS = ("system", "developer", "user", "assistant", "tool")
+
+
+def read_messages(messages: Sequence[Mapping]) -> tuple[str, list[Message]]:
+    """OpenAI's dicts as (instructions, harmony messages).
+
+    Instructions: the text of the system and developer messages at the
+    head; a later one stays where it is. Every call must be answered before
+    anybody else speaks, and the user or a tool must have the last word.
+    Raises ChatError naming the message's index and the key.
+    """
+    _expect(isinstance(messages, list | tuple) and len(messages) > 0,
+            "messages", "a list of at least one dict", messages)
+    head, out, open_calls = [], [], {}
+    for n, message in enumerate(messages):
+        where = f"messages[{n}]"
+        _expect(isinstance(message, Mapping), where, "a dict", message)
+        role = message.get("role")
+        _expect(role in _SPEAKERS, f"{where}.role",
+                f"one of {', '.join(_SPEAKERS)}", role)
+        _expect(role == "tool" or not open_calls, f"{where}.role",
+                f"'tool', to answer {', '.join(open_calls)}", role)
+        if role == "tool":
+            out.append(_result(message, where, open_calls))
+        elif role == "assistant":
+            out += _assistant(message, where)
+            calls = message.get("tool_calls") or []
+            open_calls = {c["id"]: c["function"]["name"] for c in calls}
+            _expect(len(open_calls) == len(calls), f"{where}.tool_calls",
+                    "ids that differ", [c["id"] for c in calls])
+        else:
+            text = _text(message.get("content"), f"{where}.content")
+            if role == "user":
+                out.append(Message("user", text))
+            elif out:
+                out.append(developer_message(text))
+            else:
+                head.append(text)
+    _expect(role in ("user", "tool") and not open_calls,
+            f"messages[{n}].role", "the user or a tool to speak last"
+            + (f" (not answered: {', '.join(open_calls)})"
+               if open_calls else ""), role)
+    return "\n\n".join(filter(None, head)), out
+
+# %%
+talk = [{"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Six times seven?"}, asked,
+        {"role": "tool", "tool_call_id": "call_1", "content": "42"}]
+print(read_messages(talk)[0], [m.role for m in read_messages(talk)[1]])
+for wrong in ([*talk[:3], talk[1]], [*talk[:2], talk[3]], talk[:1],
+              [{"role": "user", "text": "Hello"}]):
+    try:
+        read_messages(wrong)
+    except ChatError as error:
+        print(error)
+
+# %% [markdown]
+# ### A function's type hints as a schema
+#
+# The model is told the arguments of a function as TypeScript, made from a
+# JSON schema (chapter 11), and writes them as JSON. Both directions follow
+# the type hints: `json_schema` out, `fit` back in.
+
+# %% tags=["export:chat"]
+_PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean"}
+_UNIONS = (typing.Union, types.UnionType)
+_WRAPPERS = (typing.Annotated, typing.Required, typing.NotRequired)
+
+
+def _type_hints(owner: object, where: str) -> dict[str, object]:
+    try:
+        return typing.get_type_hints(owner, include_extras=True)
+    except (NameError, TypeError) as error:
+        raise ChatError(f"{where}: {error}") from error
+
+
+def _fields(hint: object) -> tuple[dict[str, object], set[str]] | None:
+    """Hints and required keys of a dataclass or TypedDict, else None."""
+    if typing.is_typeddict(hint):
+        return _type_hints(hint, hint.__name__), set(hint.__required_keys__)
+    if not (isinstance(hint, type) and dataclasses.is_dataclass(hint)):
+        return None
+    hints = _type_hints(hint, hint.__name__)
+    made = [field for field in dataclasses.fields(hint) if field.init]
+    return ({field.name: hints[field.name] for field in made},
+            {field.name for field in made
+             if field.default is field.default_factory is
+             dataclasses.MISSING})
+
+# %%
+@dataclasses.dataclass
+class Place:
+    city: str
+    country: str | None = None
+
+
+print(_fields(Place), _fields(int))
+
+# %% tags=["export:chat"]
+
+
+def _record(hints: Mapping[str, object], required: Iterable[str],
+            where: str) -> dict:
+    """The schema of an object with these keys."""
+    return {"type": "object",
+            "properties": {name: json_schema(hint, f"{where}.{name}")
+                           for name, hint in hints.items()},
+            "required": [name for name in hints if name in required],
+            "additionalProperties": False}
+
+
+def _either(hints: Sequence[object], where: str) -> dict:
+    """The schema of a union; None among `hints` makes it nullable."""
+    some = [json_schema(h, where) for h in hints if h is not type(None)]
+    if len(some) == 1:
+        schema = some[0]
+    elif all(list(each) == ["type"] for each in some):
+        schema = {"type": [each["type"] for each in some]}
+    else:
+        schema = {"oneOf": some}
+    return schema | ({"nullable": True} if type(None) in hints else {})
+
+
+# %% tags=["export:chat"]
+def json_schema(hint: object, where: str = "hint") -> dict:
+    """The JSON schema of a type hint.
+
+    str, int, float, bool, Any, Literal, Optional and unions, list[...],
+    dict[str, ...], dataclasses, TypedDict, and Annotated[hint, "what it
+    is"]. Raises ChatError at `where` for anything else.
+    """
+    origin, inside = typing.get_origin(hint), typing.get_args(hint)
+    kinds = [_PLAIN.get(type(value)) for value in inside]
+    if origin in _WRAPPERS:
+        about = next((a for a in inside[1:] if isinstance(a, str)), "")
+        return json_schema(inside[0], where) | (
+            {"description": about} if about else {})
+    if hint is typing.Any:
+        return {}
+    if isinstance(hint, type) and hint in _PLAIN:
+        return {"type": _PLAIN[hint]}
+    if origin is typing.Literal and None not in kinds:
+        names = list(dict.fromkeys(kinds))
+        return {"type": names if len(names) > 1 else names[0],
+                "enum": list(inside)}
+    if origin in _UNIONS:
+        return _either(inside, where)
+    if list in (hint, origin):
+        return {"type": "array"} | (
+            {"items": json_schema(inside[0], f"{where}[]")} if inside else {})
+    if dict in (hint, origin) and inside[:1] in ((), (str,)):
+        return {"type": "object"} | ({"additionalProperties": json_schema(
+            inside[1], f"{where}.*")} if inside else {})
+    if (fields := _fields(hint)) is not None:
+        return _record(*fields, where)
+    raise ChatError(f"{where}: expected a type hint that JSON can hold "
+                    f"(str, int, float, bool, Any, Literal, Optional, list, "
+                    f"dict, a dataclass, a TypedDict), found {hint!r}")
+
+# %%
+print(json_schema(typing.Literal["celsius", "kelvin"] | None))
+print(json_schema(list[int | str]))
+print(json_schema(Place))
+try:
+    json_schema(list[complex], "weather.places")
+except ChatError as error:
+    print(str(error)[:64])
+
+# %% [markdown]
+# Back again: a value that the model wrote either becomes what the hint says
+# or is refused by its place.
+
+# %% tags=["export:chat"]
+def _fits_plain(value: object, kind: type) -> bool:
+    if isinstance(value, bool) or kind is bool:
+        return kind is type(value)
+    if kind is int:  # to JSON 3.0 is an integer
+        return isinstance(value, int) or (isinstance(value, float)
+                                          and value.is_integer())
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _fit_fields(value: object, hints: Mapping[str, object],
+                required: Iterable[str], where: str) -> dict:
+    """`value` as keyword arguments."""
+    _expect(isinstance(value, dict), where, "an object", value)
+    for name in value:
+        _expect(name in hints, where,
+                f"no keys but {', '.join(hints) or 'none'}", name)
+    for name in required:
+        _expect(name in value, f"{where}.{name}", "a value", None)
+    return {name: fit(each, hints[name], f"{where}.{name}")
+            for name, each in value.items()}
+
+
+# %% tags=["export:chat"]
+def fit(value: object, hint: object, where: str = "arguments") -> object:
+    """JSON `value` as `hint` says: dataclasses made, 3.0 an int.
+
+    The inverse of what `json_schema` allows. Raises ChatError at `where`.
+    """
+    origin, inside = typing.get_origin(hint), typing.get_args(hint)
+    if origin in _WRAPPERS:
+        return fit(value, inside[0], where)
+    if origin in _UNIONS:
+        return _fit_either(value, inside, where)
+    if origin is typing.Literal:
+        _expect(any(type(value) is type(v) and value == v for v in inside),
+                where, f"one of {', '.join(map(repr, inside))}", value)
+    elif hint in (None, type(None)):
+        _expect(value is None, where, "null", value)
+    elif hint in _PLAIN:
+        _expect(_fits_plain(value, hint), where,
+                f"{'an' if hint is int else 'a'} {_PLAIN[hint]}", value)
+        return hint(value)
+    elif list in (hint, origin):
+        _expect(isinstance(value, list), where, "an array", value)
+        return [fit(each, *inside, where=f"{where}[{n}]")
+                for n, each in enumerate(value)] if inside else value
+    elif dict in (hint, origin):
+        _expect(isinstance(value, dict), where, "an object", value)
+        return {key: fit(each, inside[1], f"{where}.{key}")
+                for key, each in value.items()} if inside else value
+    elif (fields := _fields(hint)) is not None:
+        return hint(**_fit_fields(value, *fields, where))
+    return value
+
+
+def _fit_either(value: object, hints: Sequence[object],
+                where: str) -> object:
+    """`value` as the first of `hints` that it fits, its own type first."""
+    faults = []
+    for hint in sorted(hints, key=lambda hint: hint is not type(value)):
+        try:
+            return fit(value, hint, where)
+        except ChatError as error:
+            faults.append(str(error))
+    raise ChatError("; or ".join(faults))
+
+# %%
+print(fit([1, 2.0], list[int]), fit(3, float | None), fit(None, str | None))
+print(fit({"city": "Oslo"}, Place))
+for value, hint in ((True, int), (["a", 1], list[str]), ("x", int | None)):
+    try:
+        fit(value, hint)
+    except ChatError as error:
+        print(error)
+
+# %% [markdown]
+# ### Tools
+#
+# A Python function is described by its name, docstring and hints, and called
+# when the model asks for it. Whatever goes wrong in a call is told to the
+# model in words: it wrote the call, and may write a better one.
+
+# %% tags=["export:chat"]
+_SECTION = re.compile(r"^(Args|Arguments|Returns|Raises|Yields|Examples?):"
+                      r"[ \t]*$", re.MULTILINE)
+_ARGUMENT = re.compile(r"^[ \t]+(\w+)(?: *\([^)]*\))?: *"
+                       r"(.+(?:\n[ \t]{6,}\S.*)*)$", re.MULTILINE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Offer:
+    """A tool, and how it is run; run None: the caller of the chat does."""
+
+    tool: Tool
+    run: Callable[[str], str] | None = None
+
+
+def _docs(function: Callable) -> tuple[str, dict[str, str]]:
+    """What a docstring says of the function and, under Args, of each."""
+    about, *rest = _SECTION.split(inspect.getdoc(function) or "")
+    sections = dict(zip(rest[::2], rest[1::2], strict=True))
+    listed = sections.get("Args") or sections.get("Arguments") or ""
+    return about.strip(), {name: " ".join(text.split()) for name, text
+                           in _ARGUMENT.findall(listed)}
+
+
+def _hints(function: Callable, name: str) -> dict[str, object]:
+    """The hint of each argument; ChatError if one has none."""
+    hints = _type_hints(function, f"tool {name}")
+    for argument in inspect.signature(function).parameters.values():
+        _expect(argument.kind in (argument.POSITIONAL_OR_KEYWORD,
+                                  argument.KEYWORD_ONLY),
+                f"tool {name}, {argument.name}",
+                "an argument that can be given by name", str(argument))
+        _expect(argument.name in hints, f"tool {name}, {argument.name}",
+                "a type hint", None)
+    hints.pop("return", None)
+    return hints
+
+# %%
+def weather(city: str, unit: typing.Literal["celsius", "kelvin"] = "celsius"
+            ) -> dict:
+    """The weather in a city now.
+
+    Args:
+        city: its name, in English
+    """
+    return {"city": city, "temperature": 21 if unit == "celsius" else 294}
+
+
+print(_docs(weather), list(_hints(weather, "weather")))
+
+# %% tags=["export:chat"]
+def _not_json(name: str) -> float:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _as_text(value: object) -> str:
+    """What a function returned, for the model: text, or else JSON."""
+    if not isinstance(value, str):
+        value = json.dumps(value, ensure_ascii=False, default=lambda each: (
+            dataclasses.asdict(each) if dataclasses.is_dataclass(each)
+            else str(each)))
+    return value.encode("utf-8", "replace").decode("utf-8")
+
+
+def _describe(function: Callable, name: str, hints: Mapping[str, object],
+              required: Sequence[str]) -> Tool:
+    """A function as it is told to the model."""
+    about, told = _docs(function)
+    try:
+        schema = _record(hints, required, f"tool {name}")
+    except RecursionError:
+        raise ChatError(f"tool {name}: expected type hints that end, found "
+                        "one that contains itself") from None
+    for key, entry in schema["properties"].items():
+        if key in told:
+            entry.setdefault("description", told[key])
+        default = inspect.signature(function).parameters[key].default
+        if isinstance(default, str | int | float):
+            entry.setdefault("default", default)
+    return Tool(name, about, schema if hints else None)
+
+
+# %% tags=["export:chat"]
+def function_tool(function: Callable) -> Offer:
+    """Offers a Python function with type hints; see `json_schema`."""
+    name = getattr(function, "__name__", None)
+    _expect(callable(function) and isinstance(name, str)
+            and bool(_NAME.fullmatch(name))
+            and not inspect.iscoroutinefunction(function),
+            "tools", "a named function that is not async", function)
+    hints, given = _hints(function, name), inspect.signature(function)
+    required = [key for key in hints
+                if given.parameters[key].default is given.empty]
+
+    def run(arguments: str) -> str:
+        try:
+            value = json.loads(arguments.strip() or "{}",
+                               parse_constant=_not_json)
+            return _as_text(function(**_fit_fields(value, hints, required,
+                                                   "arguments")))
+        except ChatError as error:
+            return _as_text(f"error: {error}")
+        except Exception as error:
+            return _as_text(f"error: {type(error).__name__}: {error}")
+    return Offer(_describe(function, name, hints, required), run)
+
+# %%
+offer = function_tool(weather)
+print(developer_message(tools=[offer.tool]).content)
+for arguments in ('{"city": "Oslo"}', '{"city": 7}', '{"town": "Oslo"}',
+                  "Oslo"):
+    print(offer.run(arguments))
+
+# %% tags=["export:chat"]
+def read_tools(tools: Iterable[Callable | Mapping]) -> dict[str, Offer]:
+    """Functions, and dicts of OpenAI's shape, by their name.
+
+    A dict is {"type": "function", "function": {"name", "description",
+    "parameters"}}. Raises ChatError for another shape or a name used twice.
+    """
+    offers: dict[str, Offer] = {}
+    for n, given in enumerate(tools):
+        if isinstance(given, Mapping):
+            where, function = f"tools[{n}].function", given.get("function")
+            _expect(isinstance(function, Mapping), where, "a dict", function)
+            name, about = function.get("name"), function.get("description")
+            _expect(isinstance(name, str) and bool(_NAME.fullmatch(name)),
+                    f"{where}.name", "1 to 64 letters, digits, _ . -", name)
+            schema = function.get("parameters")
+            _expect(isinstance(schema, Mapping | None),
+                    f"{where}.parameters", "a JSON schema", schema)
+            offer = Offer(Tool(name, _text(about or "", where), schema))
+        else:
+            offer = function_tool(given)
+        _expect(offer.tool.name not in offers, f"tools[{n}]",
+                "a name of its own", offer.tool.name)
+        offers[offer.tool.name] = offer
+    return offers
+
+# %%
+clock = {"type": "function", "function": {"name": "clock"}}
+print({name: offer.run is None
+       for name, offer in read_tools([weather, clock]).items()})
+
+# %% [markdown]
+# ### Two tools that can do no harm
+#
+# A calculator must not be `eval`. This one reads the syntax tree, knows
+# numbers and seven operators, computes in exact fractions, and refuses what
+# would take long.
+
+# %% tags=["export:chat"]
+_BITS = 1024  # of numerator and denominator: about 300 digits
+_BINARY = {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__,
+           ast.Mult: Fraction.__mul__, ast.Div: Fraction.__truediv__,
+           ast.FloorDiv: Fraction.__floordiv__, ast.Mod: Fraction.__mod__}
+
+
+def _bounded(value: Fraction) -> Fraction:
+    if max(value.numerator.bit_length(),
+           value.denominator.bit_length()) > _BITS:
+        raise ValueError("a number of more than 300 digits")
+    return value
+
+
+def _power(base: Fraction, exponent: Fraction) -> Fraction:
+    if exponent.denominator != 1:
+        raise ValueError("** takes whole exponents only")
+    size = max(base.numerator.bit_length(), base.denominator.bit_length())
+    if (size - 1) * abs(exponent.numerator) > _BITS:
+        raise ValueError("a number of more than 300 digits")
+    return base ** exponent.numerator
+
+
+def _evaluate(node: ast.expr, source: str) -> Fraction:
+    """The exact value of a syntax tree of numbers and operators."""
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        text = ast.get_source_segment(source, node)
+        number = (Decimal(node.value) if type(node.value) is int
+                  else Decimal(text))  # as written: 0.1 is a tenth
+        if abs(number.adjusted()) > 300:
+            raise ValueError("a number of more than 300 digits")
+        return Fraction(number)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op,
+                                                    ast.USub | ast.UAdd):
+        value = _evaluate(node.operand, source)
+        return -value if isinstance(node.op, ast.USub) else value
+    if isinstance(node, ast.BinOp) and type(node.op) in {*_BINARY, ast.Pow}:
+        run = _BINARY.get(type(node.op), _power)
+        return _bounded(Fraction(run(_evaluate(node.left, source),
+                                     _evaluate(node.right, source))))
+    raise ValueError("expected numbers, + - * / // % ** and parentheses, "
+                     f"found {ast.unparse(node)[:40]!r}")
+
+# %%
+print(_evaluate(ast.parse("0.1 + 0.2", mode="eval").body, "0.1 + 0.2"))
+
+# %% tags=["export:chat"]
+def _decimal(value: Fraction) -> str:
+    """Exact if that ends within 300 digits, else 15 digits and "..."."""
+    rest, places = value.denominator, 0
+    for prime in (2, 5):
+        count = 0
+        while rest % prime == 0:
+            rest, count = rest // prime, count + 1
+        places = max(places, count)
+    if rest == 1 and places <= 300:
+        digits = str(abs(value.numerator) * 10 ** places
+                     // value.denominator).zfill(places + 1)
+        sign = "-" * (value < 0)
+        whole, part = digits[:len(digits) - places], digits[-places:]
+        return sign + (f"{whole}.{part}" if places else whole)
+    return f"{float(value):.15g}..."
+
+
+def calculator(expression: str) -> str:
+    """Work out an arithmetic expression.
+
+    Args:
+        expression: what to work out
+    """
+    text = expression.strip()  # + - * / // % ** and parentheses
+    try:
+        if len(text) > 300:
+            raise ValueError("more than 300 characters")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the parser, about spelling
+            tree = ast.parse(text, mode="eval")
+        return _decimal(_evaluate(tree.body, text))
+    except ZeroDivisionError:
+        return "error: division by zero"
+    except SyntaxError as error:
+        return f"error: {error.msg}"
+    except (ValueError, ArithmeticError, MemoryError,
+            RecursionError) as error:
+        return f"error: {error or 'too deeply nested'}"
+
+
+def today() -> str:
+    """The date of today."""
+    return datetime.date.today().isoformat()
+
+
+TOOLS = {"calculator": calculator, "today": today}
+
+# %%
+for text in ("347 * 285", "0.1 + 0.2", "-7 // 2", "2 ** -3", "10 / 3",
+             "9 ** 9 ** 9", "1 / 0", "__import__('os')", "2 +"):
+    print(f"{text:16}  {calculator(text)}")
+
+# %% [markdown]
+# ### The cache and the tokens in it
+#
+# `Memory` joins a cache to the list of tokens that went into it, and does
+# what the derivation says: keep the common beginning, roll back, feed the
+# rest. It stays right if it is left at any point, because the list is
+# extended before a token is fed, and the cache knows how far it came.
+
+# %% tags=["export:chat"]
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens at the beginning of `a` and `b` are the same."""
+    for n, (left, right) in enumerate(zip(a, b, strict=False)):
+        if left != right:
+            return n
+    return min(len(a), len(b))
+
+
+class Memory:
+    """A cache of batch 1 and the tokens whose keys and values it holds.
+
+    `slack`: slots of the rings beyond the window; so many tokens plus one
+    can be taken back without feeding older ones again.
+    """
+
+    def __init__(self, model: GptOss, slack: int = 0) -> None:
+        self.model = model
+        self.cache = model.new_cache(slack=slack)
+        self.tokens: list[int] = []  # fed, or to be fed next
+        self.fed = 0  # tokens fed so far that were not written here
+        self._full = 0  # tokens that the full layers hold, if that is more
+
+    def resume(self, prompt: Sequence[int]) -> int:
+        """Keep what the cache shares with `prompt`; return where to feed
+        from. At least the last token is fed: its logits are needed."""
+        held = max(self.cache.length, self._full)
+        shared = min(common_prefix(prompt, self.tokens[:held]),
+                     len(prompt) - 1)
+        start = self.cache.rollback(shared)
+        self.tokens, self._full = list(prompt), shared
+        return start
+
+    def write(self, prompt: Sequence[int], **options) -> Iterator[int]:
+        """`generate` after `prompt`, feeding only what must be fed."""
+        start = self.resume(prompt)
+        self.fed += len(prompt) - start
+        for token in generate(self.model, prompt[start:], cache=self.cache,
+                              **options):
+            self.tokens.append(token)
+            yield token
+
+# %%
+memory, prompt = Memory(model), tokenizer.encode(opening)
+first = list(memory.write(prompt, max_new_tokens=30, sampler=Sampler(0)))
+print(memory.resume(prompt + first), "of", len(prompt + first), "kept")
+print(memory.resume(prompt + first[:9]), "of", len(prompt + first[:9]))
+
+# %% [markdown]
+# ### What happened
+#
+# A chat tells what happens as a stream of events; a user interface maps
+# each kind to something it draws.
+
+# %% tags=["export:chat"]
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """What a turn took.
+
+    finish_reason: "stop", "length" or "tool_calls". prompt_tokens: of the
+    conversation before it. prefilled_tokens: how many of these, and of the
+    answers of tools, had to be fed. generated_tokens: written by the model.
+    seconds: wall time.
+    """
+
+    finish_reason: str
+    prompt_tokens: int
+    prefilled_tokens: int
+    generated_tokens: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatEvent:
+    """One thing that happened in a turn.
+
+    kind "analysis", "commentary", "final": `text` is the next piece of what
+    the model writes there. "call": it calls tool `name` with the JSON in
+    `text`; "result": what that gave. "notice": something was wrong with
+    its output. "done": the end; `usage` is set, `text` the finish reason.
+    """
+
+    kind: str
+    text: str = ""
+    name: str = ""
+    usage: Usage | None = None
+
+# %% [markdown]
+# ### A round
+#
+# A turn has one round of writing more than it has calls. A round ends with a
+# call, with the answer, or where the tokens do. If the model begins to write
+# the user's next message, that is not part of it.
+
+# %% tags=["export:chat"]
+class Round:
+    """What the model writes after a prompt, up to a call or its answer."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._parser = StreamParser(tokenizer, role="assistant")
+        self._written: dict[str, list[str]] = {name: [] for name in CHANNELS}
+        self._to: str | None = None  # recipient of the message in progress
+        self.call: ToolCall | None = None
+        self.kept: list[dict] = []  # the call and its answer, for the history
+        self.over = False  # what follows is not part of the round
+
+    def feed(self, token: int) -> Iterator[ChatEvent]:
+        """The events that `token` causes."""
+        return self._read(self._parser.feed(token))
+
+    def close(self) -> Iterator[ChatEvent]:
+        """The events that the end of the tokens causes."""
+        return self._read(self._parser.close())
+
+    def text(self, channel: str) -> str:
+        """All that was written in `channel` so far."""
+        return "".join(self._written[channel])
+
+    def _read(self, events: Iterable[Event]) -> Iterator[ChatEvent]:
+        for event in events:
+            if isinstance(event, Opened):
+                yield from self._opened(event.message)
+            elif isinstance(event, Malformed):
+                about = f": {event.text[:60]!r}" if event.text else ""
+                yield ChatEvent("notice", event.reason + about)
+            elif isinstance(event, ToolCall) and self.call is None:
+                self.call, self.over = event, True
+            elif isinstance(event, Delta) and self._to is None:
+                yield from self._add(event.channel, event.text)
+
+    def _opened(self, message: Message) -> Iterator[ChatEvent]:
+        self._to = message.recipient
+        if message.role != "assistant":
+            self._to, self.over = "nobody", True
+            yield ChatEvent("notice", f"a message of {message.role!r}, "
+                                      "written by the model")
+        elif self._to is None and self._written.get(message.channel):
+            yield from self._add(message.channel, "\n\n")  # a second one
+
+    def _add(self, channel: str | None, text: str) -> Iterator[ChatEvent]:
+        kind = channel if channel in CHANNELS else "final"
+        self._written[kind].append(text)
+        yield ChatEvent(kind, text)
+
+# %%
+wrote = [Message("assistant", "Six sevens.", "analysis"),
+         Message("assistant", "42", "final")]
+reply = Round(tokenizer)
+for n in render(tokenizer, wrote, reply=False, drop="none")[2:]:
+    for event in reply.feed(n):
+        print(event.kind, repr(event.text), end="; ")
+print(reply.text("final"))
+
+# %% tags=["export:chat"]
+def round_messages(round_: Round) -> list[dict]:
+    """A round as OpenAI's dicts: the assistant's message and, if a tool was
+    called and has answered, the tool's. [] if nothing was written."""
+    thought, said, answer = map(round_.text, CHANNELS)
+    calls, answers = round_.kept[:1], round_.kept[1:]
+    if not (thought or said or answer or calls):
+        return []
+    message = {"role": "assistant",
+               "content": answer or said or (None if calls else "")}
+    if thought:
+        message["reasoning"] = thought
+    if calls:
+        message["tool_calls"] = calls
+    return [message, *answers]
+
+# %%
+print(round_messages(reply))
+
+# %% [markdown]
+# ### Settings
+#
+# Model and tokenizer come from a folder, shipped or released, with no special
+# case for any of them. The three stop tokens are found by name.
+
+# %% tags=["export:chat"]
+SLACK = 1024  # ring slots beyond the window: as long a turn costs no replay
+STOPS = ("<|return|>", "<|call|>", "<|endoftext|>")
+
+
+def load(model: str | Path | tuple[GptOss, Tokenizer] | None = None,
+         dtype: torch.dtype = torch.bfloat16, device="cpu"
+         ) -> tuple[GptOss, Tokenizer]:
+    """Model and tokenizer of a folder or hub id; None: the shipped one."""
+    if isinstance(model, tuple):
+        return model
+    folder = resolve(files("gptoss") / "pocket" if model is None else model)
+    tokenizer = Tokenizer.from_pretrained(folder)  # the quick one first
+    return (GptOss.from_pretrained(folder, dtype=dtype, device=device),
+            tokenizer)
+
+
+def _stops(tokenizer: Tokenizer) -> frozenset[int]:
+    missing = [name for name in STOPS if name not in tokenizer.special]
+    _expect(not missing, "tokenizer", f"the control tokens {STOPS}",
+            f"none for {missing}")
+    return frozenset(tokenizer.special[name] for name in STOPS)
+
+# %%
+assert _stops(tokenizer) == set(stop_ids(POCKET))
+
+# %% tags=["export:chat"]
+class _Settings:
+    """What a chat is made of, and the prompt that follows from it."""
+
+    def __init__(self, model: str | Path | tuple[GptOss, Tokenizer] |
+                 None = None, effort: str = "medium",
+                 tools: Iterable[Callable | Mapping] = (), *,
+                 instructions: str = "", date: str | None = None,
+                 temperature: float = 1.0, top_k: int = 0,
+                 top_p: float = 1.0, seed: int | None = None,
+                 max_new_tokens: int | None = None, rounds: int = 8,
+                 slack: int = SLACK, dtype: torch.dtype = torch.bfloat16,
+                 device="cpu") -> None:
+        for name, value, least in (("max_new_tokens", max_new_tokens, 1),
+                                   ("seed", seed, 0), ("rounds", rounds, 0),
+                                   ("slack", slack, 0)):
+            _expect(value is None or type(value) is int and value >= least,
+                    name, f"an integer >= {least}", value)
+        self.effort, self.offers = effort, read_tools(tools)
+        self.instructions = _text(instructions, "instructions")
+        self.date = today() if date is None else _text(date, "date")
+        self.sampler = Sampler(temperature, top_k, top_p)
+        self._head()
+        self.max_new_tokens, self.rounds = max_new_tokens, rounds
+        self._seed, self._slack = seed, slack
+        self.model, self.tokenizer = load(model, dtype, device)
+        self._stop = _stops(self.tokenizer)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the cache; a seed begins anew."""
+        self.memory = Memory(self.model, self._slack)
+        self._random = random.Random(self._seed)
+
+    def _head(self, instructions: str = "") -> list[Message]:
+        """The system message and, if it says anything, the developer's."""
+        _expect(self.effort in EFFORTS, "effort",
+                f"one of {', '.join(EFFORTS)}", self.effort)
+        tools = [offer.tool for offer in self.offers.values()]
+        text = "\n\n".join(filter(None, (self.instructions, instructions)))
+        both = (system_message(self.effort, self.date or None, bool(tools)),
+                developer_message(text, tools))
+        return [message for message in both if message.content]
+
+    def prompt(self, messages: Sequence[Mapping]) -> list[int]:
+        """The tokens that `messages` become, up to the model's turn."""
+        instructions, rest = read_messages(messages)
+        prompt = render(self.tokenizer, [*self._head(instructions), *rest],
+                        drop="turns")
+        most = self.model.config.max_position_embeddings
+        _expect(len(prompt) <= most, "messages", f"at most {most} tokens "
+                "(max_position_embeddings)", len(prompt))
+        return prompt
+
+# %%
+settings = _Settings((model, tokenizer), effort="high", tools=[weather],
+                     date="2025-06-28", instructions="Be brief.")
+print(tokenizer.decode(settings.prompt(talk)))
+
+# %% [markdown]
+# ### A turn
+#
+# Write a round; if it ended with a call, run it, append the answer and go
+# on; else the turn is over.
+
+# %% tags=["export:chat"]
+class _Turns(_Settings):
+    """One turn of the model: rounds of writing, and calls between them."""
+
+    def _tokens(self, prompt: list[int], made: int) -> Iterator[int]:
+        """What the model writes after `prompt`, having written `made`."""
+        most = self.model.config.max_position_embeddings
+        left = (self.max_new_tokens or most + made) - made
+        if left <= 0 or len(prompt) > most:
+            return iter(())
+        seed = None if self._seed is None else self._random.getrandbits(48)
+        return self.memory.write(prompt, max_new_tokens=left, seed=seed,
+                                 sampler=self.sampler, stop=self._stop)
+
+    def _turn(self, prompt: list[int], ids: Iterator[str]
+              ) -> Iterator[ChatEvent]:
+        began, before, made, reason = time.perf_counter(), len(prompt), 0, ""
+        fed = self.memory.fed
+        while not reason:
+            round_, token = Round(self.tokenizer), None
+            self._rounds.append(round_)
+            for token in self._tokens(prompt, made):
+                made += 1
+                yield from round_.feed(token)
+                if round_.over:
+                    break
+            yield from round_.close()
+            if round_.call is not None:
+                reason = yield from self._answer(round_, next(ids))
+                prompt = self._after(round_)
+            else:
+                reason = ("stop" if round_.over or token in self._stop
+                          else "length")
+        most = self.model.config.max_position_embeddings
+        if reason == "stop" and not round_.text("final"):
+            yield ChatEvent("notice", "the model ended without an answer")
+        if max(len(prompt), len(self.memory.tokens)) > most:
+            yield ChatEvent("notice", f"the context of {most} tokens is full")
+        self.usage = Usage(reason, before, self.memory.fed - fed, made,
+                           time.perf_counter() - began)
+        yield ChatEvent("done", reason, usage=self.usage)
+
+    def _answer(self, round_: Round, id_: str
+                ) -> Generator[ChatEvent, None, str]:
+        """Runs the call of a round; returns why the turn ends, or ""."""
+        arguments, to = round_.call.arguments, round_.call.recipient
+        name = _OTHER.sub("_", to.removeprefix("functions."))[:64] or "none"
+        offer = self.offers.get(name)
+        yield ChatEvent("call", arguments, name)
+        call = {"id": id_, "type": "function",
+                "function": {"name": name, "arguments": arguments}}
+        if offer is not None and offer.run is None:
+            round_.kept = [call]
+            return "tool_calls"
+        if len(self._rounds) > self.rounds:
+            yield ChatEvent("notice", f"not run: call {len(self._rounds)} "
+                            f"of at most {self.rounds} in a turn")
+            return "length"
+        known = ", ".join(self.offers) or "none"
+        result = (offer.run(arguments) if offer is not None else
+                  f"error: there is no tool {name}; there are: {known}")
+        round_.kept = [call, {"role": "tool", "tool_call_id": id_,
+                              "name": name, "content": result}]
+        yield ChatEvent("result", result, name)
+        return ""
+
+    def _after(self, round_: Round) -> list[int]:
+        """The tokens so far, word for word, and the tool's answer."""
+        if not round_.kept[1:]:
+            return []
+        answer = round_.kept[1]
+        message = Message("tool", answer["content"], "commentary",
+                          "assistant", name=f"functions.{answer['name']}")
+        return self.memory.tokens + render(self.tokenizer, [message])
+
+# %% [markdown]
+# ### Chat
+
+# %% tags=["export:chat"]
+class Chat(_Turns):
+    """A conversation with a gpt-oss model, in OpenAI's message dicts.
+
+    model: a folder, a hub id, a pair (GptOss, Tokenizer), or None for the
+    shipped one. effort: low, medium, high. tools: typed Python functions,
+    which are called when the model asks, or dicts of OpenAI's shape, which
+    end the turn with a call for the caller. instructions: come before those
+    of a system message. date: "2025-06-28", "" for none, None for today.
+    temperature, top_k, top_p, seed: as for `Sampler` and `generate`.
+    max_new_tokens: in a turn, all rounds together (None: until the context
+    is full). rounds: calls run in one turn. slack: see `Memory`.
+
+    One cache is kept from turn to turn; what a new prompt shares with it is
+    not fed again. A turn may be left at any point. Not for several threads.
+    """
+
+    usage: Usage | None = None  # of the last turn that came to its end
+    _rounds: Sequence[Round] = ()
+    _running: Generator | None = None
+
+    def events(self, messages: Sequence[Mapping]) -> Iterator[ChatEvent]:
+        """The turn of the model after `messages`, as it happens.
+
+        Raises ChatError at the call, for messages that are not right or do
+        not fit. A turn that is still under way ends here.
+        """
+        prompt = self.prompt(messages)
+        self._interrupt()
+        used = {call["id"] for message in messages
+                for call in message.get("tool_calls") or ()}
+        ids = (f"call_{n}" for n in itertools.count(1)
+               if f"call_{n}" not in used)
+        self._rounds, self._running = [], self._turn(prompt, ids)
+        return self._running
+
+    def reply(self, messages: Sequence[Mapping]) -> Iterator[str]:
+        """The text of the final channel, piece by piece; see `events`."""
+        return (event.text for event in self.events(messages)
+                if event.kind == "final")
+
+    @property
+    def turn(self) -> list[dict]:
+        """The messages that the turn has added, to go on with: calls with
+        their answers, then the answer as far as it came."""
+        return [message for round_ in self._rounds
+                for message in round_messages(round_)]
+
+    def reset(self) -> None:
+        """Forget the turn and the cache; a seed begins anew."""
+        self._interrupt()
+        self._rounds = ()
+        super().reset()
+
+    def _interrupt(self) -> None:
+        try:
+            if self._running is not None:
+                self._running.close()
+        except ValueError as error:  # the generator is running right now
+            raise ChatError("chat: in the middle of a turn") from error
+        self._running = None
+
+# %% [markdown]
+# A conversation with the shipped model, greedy so that it can be repeated. In
+# the second turn it reads its first answer again, without the working, and
+# the new question:
+
+# %%
+def show(chat: Chat, messages: list[dict]) -> None:
+    """Prints a turn, a line for each kind of event, and its cost."""
+    for kind, events in itertools.groupby(chat.events(messages),
+                                          lambda event: event.kind):
+        print(f"[{kind}]", "".join(event.text for event in events))
+    used = chat.usage
+    print(f"fed {used.prefilled_tokens} of {used.prompt_tokens}, wrote "
+          f"{used.generated_tokens}")
+
+
+fixed = {"temperature": 0, "date": "2025-06-28"}
+chat, talk = Chat((model, tokenizer), **fixed), []
+for question in ("What is 347 + 285?", "Take 88 from 403."):
+    talk.append({"role": "user", "content": question})
+    show(chat, talk)
+    talk += chat.turn
+
+# %% [markdown]
+# The shipped model has not learnt to read the definition of a tool (chapter
+# 14), and what any model writes is chance. To see calls at work, let a
+# sampler say what was written beforehand, whatever the logits are:
+
+# %%
+def dictated(*rounds: str, **more) -> Chat:
+    """A chat that writes `rounds`, control tokens spelled by their names."""
+    parts = re.split(r"(<\|\w+\|>)", "".join(rounds))
+    ids = iter([n for part in parts for n in (
+        [tokenizer.special[part]] if part in tokenizer.special
+        else tokenizer.encode(part))])
+    chat = Chat((model, tokenizer), **fixed | more)
+    chat.sampler = lambda logits, generator: torch.tensor([next(ids)])
+    return chat
+
+
+CALL = ("<|channel|>commentary to=functions.weather <|constrain|>json"
+        "<|message|>{}<|call|>")
+FINAL = "<|channel|>final<|message|>{}<|return|>"
+chat = dictated(CALL.format('{"town": "Oslo"}'),
+                CALL.format('{"city": "Oslo"}'),
+                FINAL.format("It is 21 degrees."), tools=[weather])
+talk = [{"role": "user", "content": "How warm is it in Oslo?"}]
+show(chat, talk)
+
+# %% [markdown]
+# The model's first call had a wrong argument, was told so, and the second
+# one was right. `turn` holds these messages for the next prompt:
+
+# %%
+for message in chat.turn:
+    print(message["role"], message["content"],
+          [call["id"] for call in message.get("tool_calls", ())])
+
+# %% [markdown]
 # ## It holds
 #
 # **Top-k keeps exactly k, top-p the smallest set.** Rows of few different
@@ -740,16 +1943,16 @@ def slow(prompt: list[int], count: int) -> list[int]:
 
 
 greedy = Sampler(0)
-wanted = [slow(prompt, 25) for prompt in prompts]
+wanted = [slow(prompt, 12) for prompt in prompts]
 for chunk in (1, 7, 512):
     options = {"sampler": greedy, "prefill_chunk": chunk}
-    assert [list(generate(model, prompt, max_new_tokens=25, **options))
+    assert [list(generate(model, prompt, max_new_tokens=12, **options))
             for prompt in prompts] == wanted
-    assert generate_batch(model, prompts, max_new_tokens=25,
+    assert generate_batch(model, prompts, max_new_tokens=12,
                           **options) == wanted
 
 cache, parts = model.new_cache(), []
-for count in (1, 14, 10):
+for count in (1, 6, 5):
     parts += generate(model, parts[-1:] or prompts[0], cache=cache,
                       max_new_tokens=count, sampler=greedy)
 assert parts == wanted[0]
@@ -784,6 +1987,72 @@ for cuts in range(2 ** (len(data) - 1)):
         assert text.startswith(shown)
     assert shown == text and stream.flush() == ""
 print(f"{2 ** (len(data) - 1):,} cuts of {len(data)} bytes")
+
+# %% [markdown]
+# **The cache that is kept is the cache of a fresh start**: any beginning of
+# the last prompt kept, anything new after it, with and without slack, a
+# forward in four stopped half-way as Ctrl-C would. The last logits are those
+# of the whole prompt without a cache.
+
+# %%
+def halfway(module, inputs):
+    raise KeyboardInterrupt
+
+
+for slack in (0, 60):
+    memory, prompt, count = Memory(model, slack), [], 0
+    for n in range(12):
+        prompt = prompt[:rng.randint(0, len(prompt))] + [
+            rng.randrange(256) for _ in range(rng.randint(1, 70))]
+        start = memory.resume(prompt)
+        rest = torch.tensor([prompt[start:]])
+        if n % 4 == 3:
+            hook = model.layers[2].register_forward_pre_hook(halfway)
+            with contextlib.suppress(KeyboardInterrupt):
+                model(rest, memory.cache)
+            hook.remove()
+            continue
+        with torch.no_grad():
+            found = model(rest, memory.cache, logits_to_keep=1)
+            wanted = model(torch.tensor([prompt]), logits_to_keep=1)
+        assert (found - wanted).abs().max() < 1e-3
+        count += len(rest[0])
+    print(f"slack {slack}: {count} tokens fed")
+
+# %% [markdown]
+# **Greedy answers do not depend on it**, turn after turn:
+
+# %%
+kept, talk = Chat((model, tokenizer), max_new_tokens=30, **fixed), []
+for question in asked:
+    talk.append({"role": "user", "content": question})
+    answer = "".join(kept.reply(talk))
+    fresh = Chat((model, tokenizer), max_new_tokens=30, **fixed)
+    assert "".join(fresh.reply(talk)) == answer
+    assert fresh.memory.tokens == kept.memory.tokens
+    talk += kept.turn
+assert kept.usage.prefilled_tokens < fresh.usage.prefilled_tokens
+
+# %% [markdown]
+# **No output of the model is an exception.** Whatever it writes, a turn ends
+# in "done", what was wrong is an event, and the messages of the turn can be
+# sent on.
+
+# %%
+soup = [*tokenizer.special.values()] + tokenizer.encode(
+    "assistant user final analysis commentary to=functions.weather json {}")
+notices = collections.Counter()
+chat = Chat((model, tokenizer), tools=[weather], max_new_tokens=30, rounds=2,
+            **fixed)
+chat.sampler = lambda *_: torch.tensor([rng.choice(soup)])
+talk = [{"role": "user", "content": "Hello"}]
+for _ in range(15):
+    *events, last = chat.events(talk)
+    assert last.kind == "done"
+    assert chat.prompt([*talk, *chat.turn, *talk])
+    notices.update(event.text.split(":")[0].split("'")[0] for event in events
+                   if event.kind == "notice")
+print(len(notices), "kinds of complaint")
 
 # %% [markdown]
 # ## Against the others
@@ -833,6 +2102,40 @@ print("top_k if nothing says otherwise:",
 # which ends with 200012, runs on into the reasoning
 # (mlx-openai-server#178); characters cut between tokens, fixed in
 # llama.cpp#4446 and met again in servers ever since.
+#
+# For a function's schema, transformers reads the same hints and docstring:
+
+# %%
+from transformers.utils import get_json_schema
+
+
+def book(name: str, seats: int, days: list[str], note: str | None = None,
+         row: float = 1.5) -> str:
+    """Books a table.
+
+    Args:
+        name: of the guest
+        seats: how many
+        days: any of these
+        note: for the cook
+        row: counted from the door
+    """
+
+
+theirs = get_json_schema(book)["function"]["parameters"]
+ours = function_tool(book).tool.parameters
+assert theirs["required"] == ours["required"]
+for key, entry in theirs["properties"].items():
+    assert entry == {k: v for k, v in ours["properties"][key].items()
+                     if k != "default"}
+
+# %% [markdown]
+# A cache that outlives a turn is where programs differ. llama.cpp's server
+# reads a gpt-oss conversation from its beginning when the sliding layers
+# have forgotten too much ("forcing full prompt re-processing",
+# llama.cpp#13194); mlx-lm reused nothing after a turn with reasoning
+# (mlx-lm#1042). Both are right, and slow: full layers remember everything,
+# and the sliding ones need no more than {eq}`generate-turn`.
 
 # %% [markdown]
 # ## In the 20b and the 120b
@@ -850,6 +2153,18 @@ with tempfile.TemporaryDirectory() as folder:
     Path(folder, "generation_config.json").write_text(json.dumps(released))
     print("generation_config.json:", stop_ids(folder))
 print("config.json:", stop_ids(GptOssConfig.gpt_oss_20b()))
+
+# %% [markdown]
+# `Chat` is the same for these models: only the folder differs. What its
+# default slack costs in bf16, and what a turn longer than that costs:
+
+# %%
+for name, real in (("20b", GptOssConfig.gpt_oss_20b()),
+                   ("120b", GptOssConfig.gpt_oss_120b())):
+    sliding = real.layer_types.count("sliding_attention")
+    slot = 2 * real.num_key_value_heads * real.head_dim * 2
+    print(f"{name}: {sliding * SLACK * slot / 1e6:.1f} MB of slack; replay "
+          f"of {sliding * (real.sliding_window - 1):,} tokens")
 
 # %% [markdown]
 # During prefill only the last position's logits are of use. For all
@@ -888,13 +2203,42 @@ print(f"{210 * P + 210 * 209 // 2:,} against {P + N - 1:,}")
 print(f"{V * 8 / 1e6:.1f} MB of float64 a row")
 
 # %% [markdown]
+# In the conversation of the picture, held three times, the tokens fed turn by
+# turn: from a fresh start, with the cache kept, and with it but without
+# slack, so that every turn pays for a replay as in {eq}`generate-turn`.
+
+# %%
+spent = {"fresh": [], "kept": [], "no slack": []}
+for name, row in spent.items():
+    memory = Memory(model, SLACK if name == "kept" else 0)
+    said = [system_message(date="2025-06-28")]
+    for question, thought, answer in list(zip(asked, thoughts, answers,
+                                              strict=True)) * 3:
+        said.append(Message("user", question))
+        prompt = render(tokenizer, said, drop="turns")
+        start = 0 if name == "fresh" else memory.resume(prompt)
+        row.append(len(prompt) - start)
+        said += [Message("assistant", thought, "analysis"),
+                 Message("assistant", answer, "final")]
+        memory.tokens = render_training(tokenizer, said, "turns")
+        if name != "fresh":  # as if the model had written the rest
+            with torch.no_grad():
+                model(torch.tensor([memory.tokens[start:-1]]), memory.cache)
+    print(f"{name:9}", row)
+replay = 2 * (model.config.sliding_window - 1)
+assert spent["no slack"] == [
+    new + min(whole - new, replay) for whole, new in zip(
+        spent["fresh"], spent["kept"], strict=True)]
+
+# %% [markdown]
 # ## Takeaways
 #
 # - Ties are normal in bf16: "the k largest" needs a rule for equals, or it
-#   keeps more than k.
-# - Stop ids come from generation_config.json, all of them. A check belongs
-#   before the first token, and NaN must raise, not choose.
-# - Stream bytes, not tokens: at most three wait for their character.
+#   keeps more than k. NaN must raise, not choose.
+# - Stop ids come from generation_config.json, all of them. Stream bytes, not
+#   tokens: at most three wait for their character.
+# - Old reasoning leaves a prompt from the middle: keep the common beginning,
+#   roll back, feed the rest. It costs one turn, not the conversation.
 
 # %% [markdown]
 # ## Exercises
@@ -944,22 +2288,24 @@ assert chi < 7 + 5 * 14 ** 0.5
 # another text when the vocabulary is cut or padded.
 
 # %% [markdown]
-# **Exercise 4.** Change one word of a finished text and write on from
-# there, keeping what the cache still holds. Show that the result is that of
-# a fresh start. (Chapter 9: `rollback` returns the position from which
-# tokens must be fed again.)
+# **Exercise 4.** A server writes the time of day into the system message.
+# What does each turn cost then? Measure it, and say where the time should
+# stand instead. (A dictated answer will do.)
 
 # %% tags=["hide-cell"]
-cache = model.new_cache()
-text = prompts[0] + list(generate(model, prompts[0], cache=cache,
-                                  sampler=greedy, max_new_tokens=300))
-at = len(prompts[0]) + 240
-edited = text[:at] + tokenizer.encode(" golden")
-start = cache.rollback(at)
-again = list(generate(model, edited[start:], cache=cache, sampler=greedy,
-                      max_new_tokens=20))
-assert again == slow(edited, 20)
-print(f"of {at} tokens, those from {start} on were fed again")
+chat = dictated(*[FINAL.format("Yes.")] * 6)
+talk, costs = [], []
+for minute in ("12:00", "12:00", "12:00", "12:01", "12:02", "12:03"):
+    chat.date = f"2025-06-28 {minute}"
+    talk.append({"role": "user", "content": "And now?"})
+    list(chat.events(talk))
+    talk += chat.turn
+    costs.append(chat.usage.prefilled_tokens)
+print(costs)
+# The message stands before everything, so all behind it is new each minute,
+# and more with every turn. In the last user message, or as the answer of a
+# tool, the time costs its own few tokens.
+assert costs[1] == costs[2] < costs[3] < costs[4] < costs[5]
 
 # %% [markdown]
 # ## Sources
@@ -971,4 +2317,9 @@ print(f"of {at} tokens, those from {start} on were fed again")
 # - openai/gpt-oss, `gpt_oss/torch/model.py` (`TokenGenerator`).
 # - google-deepmind/gemma, `gm/text/_sampling.py`: samplers as frozen
 #   dataclasses.
-# - Threads: mlx-openai-server#178, llama.cpp#4446, unsloth#3152.
+# - OpenAI, `docs/format.md` in openai/harmony: what is dropped when, calls
+#   and their answers.
+# - huggingface/transformers, `utils/chat_template_utils.py`
+#   (`get_json_schema`).
+# - Threads: mlx-openai-server#178, llama.cpp#4446, llama.cpp#13194,
+#   mlx-lm#1042, unsloth#3152.

@@ -13,23 +13,27 @@
 #     module: train
 # ---
 
-# %% [markdown]
-# # A gpt-oss you can train over lunch
 
 # %% [markdown]
+# # A gpt-oss you can train over lunch
+#
 # ## Question
 #
-# How small can a gpt-oss be and still keep a story straight?
+# How small can a gpt-oss be and still think before it answers?
 #
 # The checkpoint in `gptoss/pocket/` has a ten-thousandth of the 20b's
-# parameters. It was trained on two ordinary processor cores in less time
-# than a lunch takes, and it tells stories about heroes, colours and objects
-# that it never saw together, without once turning a red kite into a blue
-# boat. Everything the big models have is in it: alternating sliding and full
-# layers, sinks, YaRN, top-k routing, a clamped SwiGLU, experts in MXFP4.
+# parameters. One processor core trained it in the time of a long lunch. It
+# speaks harmony: asked for a sum of three-digit numbers it works it out
+# column by column in its analysis channel, longer or shorter as the system
+# message says, and then answers; asked for a story it tells one without once
+# turning a red kite into a blue boat. It also shows what such a run does not
+# reach: it has not learnt to read the definitions of tools, and facts from
+# earlier turns it recalls half of the time. Everything the big models have
+# is in it: alternating sliding and full layers, sinks, YaRN, top-k routing,
+# a clamped SwiGLU, experts in MXFP4.
 #
 # This chapter writes the text it learns from, trains it, puts its experts
-# on the four-bit grid and lets a program mark the result. The whole training
+# on the four-bit grid and lets programs mark the result. The whole training
 # is one command, `python -m gptoss train FOLDER --seed 0`.
 
 # %%
@@ -37,9 +41,11 @@ import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import torch
 
 import gptoss.model
 
+torch.set_num_threads(1)  # faster than more for tensors of this size
 plt.style.use("_static/book.mplstyle")
 POCKET = Path(gptoss.model.__file__).parent / "pocket"
 
@@ -49,45 +55,84 @@ POCKET = Path(gptoss.model.__file__).parent / "pocket"
 # %% tags=["hide-input"]
 saved = json.loads((POCKET / "train_log.json").read_text())
 log, recipe = saved["log"], saved["recipe"]
-floor = saved["floor"]
 steps = [entry["step"] for entry in log]
-switch = int(recipe["grid_from"] * recipe["steps"])
-fig, axes = plt.subplots(1, 2, width_ratios=(3, 2))
-axes[0].plot(steps, [entry["loss"] for entry in log], label="training loss")
-axes[0].axhline(floor, color="black", linestyle="--", linewidth=1,
-                label="entropy of the generator")
-axes[0].axvline(switch, color="C1", linestyle=":", label="experts on grid")
+marks = saved["marks"]
+fig, axes = plt.subplots(1, 2, figsize=(8, 3.2))
+axes[0].plot(steps, [entry["loss"] for entry in log], linewidth=0.6)
+for name, at in (("easy rows end", recipe["easy"]),
+                 ("experts on grid", recipe["grid_from"])):
+    axes[0].axvline(at * recipe["steps"], color="C1", linestyle=":")
+    axes[0].text(at * recipe["steps"], 3, f" {name}", fontsize=8)
 axes[0].set(xlabel="step", ylabel="nats per token", yscale="log",
-            title="Loss falls to what nobody can know")
+            title="The loss")
 axes[0].set_yticks((0.3, 0.5, 1, 2, 5), ("0.3", "0.5", "1", "2", "5"))
 axes[0].minorticks_off()
-axes[0].legend(frameon=True, framealpha=1, edgecolor="none")
-axes[1].plot(steps, [entry["balance"] for entry in log], color="C2")
-axes[1].axhline(1, color="black", linestyle="--", linewidth=1)
-axes[1].set(xlabel="step", ylabel="load-balance loss",
-            title="1 = every expert works equally")
+for n, (kind, name) in enumerate((("story", "stories"), ("sum", "sums"),
+                                  ("tool", "tools"), ("far", "far facts"))):
+    axes[1].plot([mark["step"] for mark in marks],
+                 [mark[kind] for mark in marks], f"{'osD^'[n]}-", label=name)
+axes[1].set(xlabel="step", ylabel="share of held-out questions right",
+            title="What it can do", ylim=(-0.03, 1.03))
+axes[1].legend()
 plt.show()
-print(f"{log[-1]['seconds'] / 60:.0f} minutes on two cores, "
-      f"{recipe['steps'] * recipe['batch']:,} rows of stories")
+print(f"{log[-1]['seconds'] / 60:.0f} minutes on one core, "
+      f"{recipe['steps']:,} steps of {recipe['tokens']:,} tokens")
 
 # %% [markdown]
-# The left panel is the whole run, from the saved log. The dashed line is not
-# fitted: the stories come from a program, so the smallest loss that any model
-# can reach is known in advance. The dotted line is where the experts'
-# weights move onto the MXFP4 grid for good.
-#
-# The curve falls in steps. Each is a kind of mention that the model has
-# learnt to copy, and copying comes suddenly. By the loss on repeated words,
-# at step 500 of this run the object was copied and the colour still guessed;
-# at step 1000 the colour was copied, while the place and the hero's kind were
-# guessed as if never named; at step 1500 both were certain.
+# Left the loss, from the saved log; right, what the weights at every
+# thousandth step could do with questions that training never shows (12 of
+# each kind). The loss falls smoothly and says little. The abilities come
+# late, suddenly, and one after another, once the learning rate is small; two
+# of the four had not come when the run was over.
 
 # %% [markdown]
 # ## The naive version
 #
-# Who marks a story? The loss does not: a model that swaps a colour once in
-# two hundred tokens loses next to nothing by it. The obvious marker looks
-# for the words that should be there.
+# Why think at all? Here is the trained model with its analysis cut off: the
+# prompt already ends in the header of the final channel, so the first thing
+# it may write is the answer.
+
+# %%
+import random
+
+from gptoss.exams import examine, grade
+from gptoss.generate import Sampler, generate_batch
+from gptoss.harmony import Tokenizer, render
+from gptoss.lessons import lesson_stream
+from gptoss.model import GptOss
+
+pocket = GptOss.from_pretrained(POCKET, dtype=torch.float32)
+reader = Tokenizer.from_pretrained(POCKET)
+stop = [reader.special[f"<|{name}|>"]
+        for name in ("return", "call", "endoftext")]
+source = lesson_stream(1, hold_out=True, mix={"sum": 1})
+sums = [next(source) for _ in range(40)]
+header = [reader.special["<|channel|>"], *reader.encode("final"),
+          reader.special["<|message|>"]]
+at_once = [render(reader, lesson.messages[:lesson.turn]) + header
+           for lesson in sums]
+said = generate_batch(pocket, at_once, max_new_tokens=30, stop=stop,
+                      sampler=Sampler(temperature=0.0))
+right = sum(reader.decode(ids, skip_special=True) == lesson.facts["answer"]
+            for ids, lesson in zip(said, sums, strict=True))
+print("at once, at most a quarter right:", right <= 10)
+print("with analysis, more than three quarters:",
+      grade(examine(pocket, reader, "sum", 40)) > 0.75)
+
+# %% [markdown]
+# A second naive plan concerns the weights: train in full precision and round
+# the experts to four bits when all is done. The log holds the price, measured
+# on the same batch before and after rounding.
+
+# %%
+price = next(entry for entry in log if "unrounded" in entry)
+print(f"step {price['step']}: {price['unrounded']:.4f} nats, "
+      f"rounded at once {price['loss']:.4f}")
+
+# %% [markdown]
+# A third is to let the loss be the judge. It cannot be: it rewards a story
+# in which the kite changes colour nearly as much as one in which it doesn't.
+# Looking for words that should occur fares no better:
 
 # %%
 def naive_mark(text: str, words: list[str]) -> bool:
@@ -102,48 +147,38 @@ for text in (straight, crooked):
     print(naive_mark(text, ["Mira", "fox", "red", "kite", "lake"]))
 
 # %% [markdown]
-# Both pass, since every word occurs somewhere. Lists of forbidden words fare
-# no better: Tom and blue are fine words in another story. What has to be
-# checked is that each *mention* agrees with the first, and that needs the
-# plot. The way out is to write the generator so that it can be run backwards.
-#
-# A second naive plan concerns the weights: train in full precision and round
-# the experts to four bits at the end. The log measured, at the switch, one
-# batch with full weights and the same batch with rounded ones.
-
-# %%
-at_switch = next(entry for entry in log if "unrounded" in entry)
-cost = at_switch["loss"] - at_switch["unrounded"]
-print(f"rounding at once: {1000 * cost:+.1f} thousandths of a nat per token")
-
-# %% [markdown]
-# For this model that is less than batches differ among themselves. The last
-# part of the training computes with rounded weights all the same: then the
-# model that was trained, the one that is examined and the one in the file are
-# the same numbers, and there is nothing left to hope for.
+# What has to be checked is that each *mention* agrees with the first, and
+# that needs the plot. The way out is to write the generator so that it can be
+# run backwards.
 
 # %% [markdown]
 # ## Derivation
 #
-# **The floor.** A story is made by independent uniform choices: a cast
-# (hero, friend, their kinds, colour, thing, home, place), one template per
-# beat, and one word for each free slot of the template. If choice $i$ has
-# $n_i$ equally likely outcomes, a story has probability
-# $\prod_i 1/n_i$, and no model can predict it with fewer than
+# **Whose tokens count.** A conversation is system, developer, user, tool and
+# assistant text in one row, and only the assistant's is the model's to write.
+# With logits $z_t \in \mathbb{R}^V$ at position $t$, the next token $y_t$ and
+# a weight $w_t$ for it, the loss of a batch is
+#
+# $$ \mathcal{L}_{\text{text}} = \frac{1}{\sum_t w_t} \sum_t w_t
+#    \Big( \log \sum_v e^{z_{tv}} - z_{t y_t} \Big). $$ (train-ce)
+#
+# The obvious choice, $w_t = 1$ for the model's own tokens and 0 elsewhere,
+# was tried first (with six layers, and no easy rows at the start) and had not
+# learnt to copy anything after 750 steps: two thirds of a row are text to
+# read, and were never asked for. With half weight for what is only read, four
+# layers and easy rows, copying began after 500.
+#
+# **The floor.** For stories the smallest loss is known in advance. A story is
+# made by independent uniform choices: a cast (hero, friend, their kinds,
+# colour, thing, home, place), one template per beat, and one word for each
+# free slot of the template. If choice $i$ has $n_i$ equally likely outcomes,
+# no model can predict a story with fewer than
 #
 # $$ H = \sum_{\text{fixed slots}} \log n
 #      + \sum_{\text{beats}} \Big( \log m + \frac1m \sum_{j=1}^{m}
 #        \sum_{\text{free slots of } j} \log n \Big) $$ (train-floor)
 #
-# nats on average, where $m$ is the number of templates of a beat. Divided by
-# the mean number of tokens of a story this is the dashed line. (A row's first
-# token is given, not predicted, so the true floor lies a hair lower.)
-#
-# **The loss.** With logits $z_t \in \mathbb{R}^V$ at position $t$ and the
-# next token $y_t$, the cross-entropy of a row of $T$ tokens is
-#
-# $$ \mathcal{L}_{\text{text}} = \frac1T \sum_t
-#    \Big( \log \sum_v e^{z_{tv}} - z_{t y_t} \Big). $$ (train-ce)
+# nats on average, where $m$ is the number of templates of a beat.
 #
 # **The balance.** Nothing in {eq}`train-ce` stops the router from sending
 # every token to the same two experts: whichever are ahead get the gradients
@@ -170,13 +205,19 @@ print(f"rounding at once: {1000 * cost:+.1f} thousandths of a nat per token")
 # The optimiser goes on moving the full-precision $w$; the forward pass, and
 # so every gradient, sees only values that the file can hold. After the last
 # step $Q(w)$ *is* what the file holds: writing it loses nothing.
+#
+# **Carries.** Why can two numbers not be added at once? The leading digit
+# of $a+b$ is said first, and it depends on the carry from the column below,
+# which depends on the one below that. Written from the ones on, each column
+# needs two digits and one carry, all of them already on the page: a constant
+# amount of work per token, which is what a transformer has.
 
 # %% [markdown]
 # ## Code
 #
 # ### The words of a small world
 
-# %% tags=["export"]
+# %% tags=["export:stories"]
 import math
 
 GIRLS = ("Mira", "Lily", "Nora", "Anna", "Ruby", "Zoe", "Ella", "Maya",
@@ -226,7 +267,7 @@ print(f"{casts:,} casts")
 # %% [markdown]
 # ### A plot is a list of beats
 
-# %% tags=["export"]
+# %% tags=["export:stories"]
 BEATS = (
     ("opening", (
         "Once upon a time there was a {_size} {kind} named {hero}.",
@@ -344,7 +385,7 @@ print(f"{len(BEATS)} beats, {ways:.2g} plots, before any word is drawn")
 # %% [markdown]
 # ### Telling
 
-# %% tags=["export"]
+# %% tags=["export:stories"]
 import math
 import random
 import re
@@ -375,7 +416,7 @@ def held_out(cast: dict[str, str]) -> bool:
     return zlib.crc32(key.encode()) % 10 == 0
 
 
-# %% tags=["export"]
+# %% tags=["export:stories"]
 SLOT = re.compile(r"\{(\w+)\}")
 
 
@@ -395,7 +436,7 @@ def tell(rng: random.Random, cast: dict[str, str] | None = None,
 # %%
 print(tell(random.Random(1)))
 
-# %% tags=["export"]
+# %% tags=["export:stories"]
 def story_entropy() -> float:
     """Nats of choice in one story of `tell`: the floor of any loss.
 
@@ -435,7 +476,7 @@ assert abs(counted - story_entropy()) < 0.2
 # %% [markdown]
 # ### Reading: the checker is the generator run backwards
 
-# %% tags=["export"]
+# %% tags=["export:stories"]
 def line_pattern(line: str, cast: dict[str, str]) -> re.Pattern:
     """The regular expression of a template under what is known so far.
 
@@ -460,7 +501,7 @@ def line_pattern(line: str, cast: dict[str, str]) -> re.Pattern:
     return re.compile("".join(parts) + re.escape(line[end:]))
 
 
-# %% tags=["export"]
+# %% tags=["export:stories"]
 from dataclasses import dataclass, field
 
 
@@ -529,8 +570,820 @@ for slot, other in (("colour", "violet"), ("friend", "Zoe"),
           f"stuck at the {reading.beat!r} beat")
     assert not reading.coherent
 
+# %% tags=["export:stories"]
+from collections.abc import Iterator
+
+
+def story_stream(seed: int, hold_out: bool = False) -> Iterator[str]:
+    """Endless stories; of held-out casts only, or of all the others."""
+    rng = random.Random(seed)
+    while True:
+        cast = draw_cast(rng)
+        if held_out(cast) == hold_out:
+            yield tell(rng, cast)
+
+
+# %%
+print(next(story_stream(3))[:150])
+
 # %% [markdown]
-# ### A tokenizer of a thousand tokens
+# ### A turn of conversation
+#
+# A **turn** is a question with everything that answers it: what the model
+# thinks (once for each effort), perhaps a tool call with its result, and the
+# final text. A **lesson** is a conversation whose last turn the model has to
+# write; what the examiner needs to know is kept beside it.
+
+# %% tags=["export:lessons"]
+import json
+import random
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from gptoss.harmony import (
+    EFFORTS,
+    Message,
+    Tool,
+    developer_message,
+    system_message,
+)
+from gptoss.stories import WORDS, draw_cast, held_out, tell
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question with its answer.
+
+    Attributes:
+        kind: what it teaches.
+        think: the analysis for low, medium and high effort.
+        call: name and arguments of the tool that it needs, if any, and
+            `result` what that tool returns.
+        held: whether training keeps away from it.
+        facts: what the examiner needs beyond the answer.
+    """
+
+    kind: str
+    ask: str
+    think: tuple[str, str, str]
+    answer: str
+    call: tuple[str, dict] | None = None
+    result: str = ""
+    held: bool = False
+    facts: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A conversation; from message `turn` on, the model has to write it.
+
+    `muted`: messages that nobody should learn to write.
+    """
+
+    kind: str
+    messages: list[Message]
+    turn: int
+    held: bool = False
+    facts: dict = field(default_factory=dict)
+    muted: frozenset[int] = frozenset()
+
+
+def kept_back(key: str) -> bool:
+    """Whether `key` is kept from training: one in ten, by a checksum."""
+    return zlib.crc32(key.encode()) % 10 == 0
+
+
+def compact(value: object) -> str:
+    """JSON without a space, as the released models write it."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+# %% tags=["export:lessons"]
+def answer_messages(turn: Turn, effort: str) -> list[Message]:
+    """What follows the question: analysis, perhaps a call, the answer."""
+    think = turn.think[EFFORTS.index(effort)]
+    messages = [Message("assistant", think, channel="analysis")]
+    if turn.call:
+        name, arguments = turn.call
+        messages += [
+            Message("assistant", compact(arguments), channel="commentary",
+                    recipient=f"functions.{name}",
+                    content_type="<|constrain|>json"),
+            Message("tool", turn.result, channel="commentary",
+                    recipient="assistant", name=f"functions.{name}")]
+    return [*messages, Message("assistant", turn.answer, channel="final")]
+
+
+# %%
+turn = Turn("tool", "What is the weather in Oslo?",
+            ("Use weather.", "…", "…"), "In Oslo it is foggy.",
+            ("weather", {"city": "Oslo"}), "foggy")
+for message in answer_messages(turn, "low"):
+    print(f"{message.role:>9} {message.channel:>10}  {message.content}")
+
+# %% [markdown]
+# ### Names that nobody has seen
+#
+# A model that has met twenty names could answer "What is my cat called?" by
+# choosing one of twenty. Half of all names are therefore made up on the
+# spot: the only way to say one is to look where it was said.
+
+# %% tags=["export:lessons"]
+SYLLABLES = ("ba", "bo", "da", "di", "fe", "fo", "ga", "ku", "la", "li",
+             "lo", "ma", "mo", "na", "ni", "pa", "po", "ra", "ri", "ro",
+             "sa", "si", "ta", "to", "va", "vi", "wa", "ya", "zu", "zo")
+CODAS = ("", "", "n", "r", "x", "l", "s", "k")
+CITIES = ("Oslo", "Rome", "Paris", "Lima", "Cairo", "Berlin", "Madrid",
+          "Tokyo", "Delhi", "Lagos", "Quito", "Dublin", "Vienna", "Athens",
+          "Hanoi", "Havana", "Prague", "Lisbon", "London", "Sydney")
+
+
+def made_up(rng: random.Random) -> str:
+    """A name of two or three syllables: Zorali, Bomak."""
+    count = rng.choice((2, 2, 3))
+    parts = "".join(rng.choice(SYLLABLES) for _ in range(count))
+    return (parts + rng.choice(CODAS)).title()
+
+
+def a_name(rng: random.Random) -> str:
+    known = WORDS["hero"] + WORDS["friend"]
+    return rng.choice(known) if rng.random() < 0.5 else made_up(rng)
+
+
+def a_city(rng: random.Random) -> str:
+    return rng.choice(CITIES) if rng.random() < 0.6 else made_up(rng)
+
+
+def a_number(rng: random.Random) -> int:
+    """Of one to three digits, half of them three."""
+    return rng.randrange(10 ** rng.choice((1, 2, 2, 3, 3, 3)))
+
+
+def a_date(rng: random.Random) -> str:
+    return (f"20{rng.randrange(23, 31)}-{rng.randrange(1, 13):02}-"
+            f"{rng.randrange(1, 29):02}")
+
+
+# %%
+rng = random.Random(0)
+print([made_up(rng) for _ in range(6)], a_date(rng))
+
+# %% [markdown]
+# ### Sums, column by column
+#
+# A forward pass of six layers cannot add two three-digit numbers in its
+# head: the leading digit, which has to be said first, may depend on a carry
+# from the last. The school method goes the other way, from the ones on, and
+# writes the carry down. That is what the analysis channel is for.
+
+# %% tags=["export:lessons"]
+COLUMNS = ("ones", "tens", "hundreds", "thousands")
+
+
+def columns(a: int, b: int, sign: str) -> list[str]:
+    """The school method for a + b, or for a - b with a >= b.
+
+    From the ones on: ['7+5=12', '4+8+1=13'] with carries, or
+    ['7-5=2', '4-8+10=6', '3-2-1=0'] with borrowing.
+    """
+    lines, carry = [], 0
+    for column in range(len(str(max(a, b)))):
+        x, y = a // 10 ** column % 10, b // 10 ** column % 10
+        if sign == "+":
+            value = x + y + carry
+            lines.append(f"{x}+{y}{'+1' * carry}={value}")
+            carry = value // 10
+        else:
+            value = x - y - carry
+            borrow = int(value < 0)
+            lines.append(f"{x}-{y}{'-1' * carry}{'+10' * borrow}="
+                         f"{value + 10 * borrow}")
+            carry = borrow
+    return lines
+
+
+def worked(a: int, b: int, sign: str) -> str:
+    """'347+285: ones 7+5=12, tens 4+8+1=13, hundreds 3+2+1=6. 632'"""
+    named = ", ".join(f"{name} {line}" for name, line in
+                      zip(COLUMNS, columns(a, b, sign), strict=False))
+    return f"{a}{sign}{b}: {named}. {a + b if sign == '+' else a - b}"
+
+
+def sum_thoughts(a: int, b: int, sign: str) -> tuple[str, str, str]:
+    """The working for low, medium and high effort; high checks itself."""
+    lead, x, y = "", a, b
+    if sign == "-" and a < b:
+        lead, x, y = f"{a}<{b}, so minus ", b, a
+    short = f"{lead}{x}{sign}{y}: {' '.join(columns(x, y, sign))}"
+    full = lead + worked(x, y, sign)
+    result = x + y if sign == "+" else x - y
+    check = worked(result, y, "-" if sign == "+" else "+")
+    return short, full, f"{full}. Check: {check}, right."
+
+
+# %%
+for think in sum_thoughts(285, 347, "-"):
+    print(think)
+
+# %% tags=["export:lessons"]
+SUMS = {
+    "+": ("What is {a} + {b}?", "{a} + {b}", "What is {a} plus {b}?",
+          "Add {b} to {a}.", "How much is {a} plus {b}?",
+          "{name} has {a} {things} and finds {b} more. How many are there "
+          "now?",
+          "There are {a} {things} here and {b} there. How many are there "
+          "together?"),
+    "-": ("What is {a} - {b}?", "{a} - {b}", "What is {a} minus {b}?",
+          "Take {b} from {a}.", "How much is {a} minus {b}?",
+          "{name} has {a} {things} and loses {b}. How many are left?",
+          "There were {a} {things} and {b} are gone. How many are left?"),
+}
+THINGS = ("shells", "kites", "books", "bells", "cups", "keys", "apples",
+          "stones", "buttons", "balls")
+
+
+def sum_turn(rng: random.Random) -> Turn:
+    """A sum or a difference of two numbers of up to three digits."""
+    sign = rng.choice("+-")
+    a, b = a_number(rng), a_number(rng)
+    if sign == "-" and a < b and rng.random() < 0.6:
+        a, b = b, a
+    ask = rng.choice(SUMS[sign])
+    if "are" in ask and sign == "-" and a < b:
+        a, b = b, a     # nobody loses more than there is
+    result = a + b if sign == "+" else a - b
+    return Turn("sum", ask.format(a=a, b=b, name=a_name(rng),
+                                  things=rng.choice(THINGS)),
+                sum_thoughts(a, b, sign), f"{a} {sign} {b} = {result}",
+                held=kept_back(f"{a}{sign}{b}"), facts={"result": result})
+
+
+# %%
+turn = sum_turn(random.Random(3))
+print(turn.ask, "|", turn.answer)
+
+# %% [markdown]
+# ### Stories on request
+
+# %% tags=["export:lessons"]
+STORY_ASKS = (
+    ("Tell me a story.", ()),
+    ("Please tell me a story.", ()),
+    ("Tell me a story about {hero} the {kind}.", ("hero", "kind")),
+    ("Tell me a story about a {kind}.", ("kind",)),
+    ("Tell me a story about a {colour} {thing}.", ("colour", "thing")),
+    ("Tell me how {hero} lost a {colour} {thing}.",
+     ("hero", "colour", "thing")),
+    ("I want to hear about {hero} and {friend}.", ("hero", "friend")),
+)
+
+
+def story_turn(rng: random.Random) -> Turn:
+    """A story; what the question names must be in it."""
+    cast = draw_cast(rng)
+    ask, slots = rng.choice(STORY_ASKS)
+    plan = ("A story. {hero} the {kind} loses the {colour} {thing} at "
+            "{place}. {friend} the {fkind} helps. Home is {home}.")
+    about = "A story about {hero} the {kind} and the {colour} {thing}."
+    think = "A story.", about.format(**cast), plan.format(**cast)
+    return Turn("story", ask.format(**cast), think, tell(rng, cast),
+                held=held_out(cast),
+                facts={slot: cast[slot] for slot in slots})
+
+
+# %%
+turn = story_turn(random.Random(1))
+print(turn.ask, "|", turn.think[2])
+
+# %% [markdown]
+# ### Facts to remember
+#
+# Topic, how it is told, how it is asked for, how it is answered, and what
+# value it can have.
+
+# %% tags=["export:lessons", "hide-input"]
+FACTS = (
+    ("your name", "My name is {x}.", "What is my name?",
+     "Your name is {x}.", a_name),
+    ("your cat", "My cat is called {x}.", "What is my cat called?",
+     "Your cat is called {x}.", a_name),
+    ("your dog", "My dog is called {x}.", "What is my dog called?",
+     "Your dog is called {x}.", a_name),
+    ("your sister", "My sister is called {x}.",
+     "What is my sister called?", "Your sister is called {x}.", a_name),
+    ("your friend", "My best friend is {x}.", "Who is my best friend?",
+     "Your best friend is {x}.", a_name),
+    ("your home", "I live in {x}.", "Where do I live?",
+     "You live in {x}.", a_city),
+    ("your birthplace", "I was born in {x}.", "Where was I born?",
+     "You were born in {x}.", a_city),
+    ("your colour", "My favourite colour is {x}.",
+     "What is my favourite colour?", "Your favourite colour is {x}.",
+     lambda rng: rng.choice(WORDS["colour"])),
+    ("your number", "My lucky number is {x}.", "What is my lucky number?",
+     "Your lucky number is {x}.", lambda rng: str(a_number(rng))),
+    ("your room", "My room number is {x}.", "What is my room number?",
+     "Your room number is {x}.", lambda rng: str(a_number(rng))),
+    ("the password", "The password is {x}.", "What is the password?",
+     "The password is {x}.", made_up),
+    ("your gift", "I have a {x}.", "What do I have?", "You have a {x}.",
+     lambda rng: f"{rng.choice(WORDS['colour'])} "
+                 f"{rng.choice(WORDS['thing'])}"),
+)
+NOTED = ("I will remember that.", "Good to know.", "I will not forget it.")
+
+
+# %% tags=["export:lessons"]
+def telling(rng: random.Random, told: Sequence[tuple[str, str]]) -> Turn:
+    """The user tells facts: (topic, sentence) pairs."""
+    topics = " and ".join(topic for topic, _ in told)
+    return Turn("telling", " ".join(text for _, text in told),
+                ("Noted.", f"Noted: {topics}.",
+                 f"The user tells me about {topics}. I keep it in mind."),
+                rng.choice(NOTED))
+
+
+def recall_turns(rng: random.Random) -> tuple[Turn, Turn]:
+    """A turn that tells one to three facts and one that asks for one."""
+    chosen = rng.sample(FACTS, rng.choice((1, 1, 2, 3)))
+    told = [(topic, said, draw(rng)) for topic, said, _, _, draw in chosen]
+    first = telling(rng, [(topic, said.format(x=x)) for topic, said, x
+                          in told])
+    at = rng.randrange(len(chosen))
+    topic, said, ask, answer, _ = chosen[at]
+    x = told[at][2]
+    think = (f"{x}.", f"Asked for {topic}: {x}.",
+             f"The user asks for {topic}. The user said: "
+             f"{said.format(x=x)} So it is {x}.")
+    return first, Turn("recall", ask, think, answer.format(x=x),
+                       held=kept_back(f"{topic} {x}"))
+
+
+def telling_turn(rng: random.Random) -> Turn:
+    """One or two facts, with nothing asked."""
+    chosen = rng.sample(FACTS, rng.choice((1, 1, 2)))
+    return telling(rng, [(topic, said.format(x=draw(rng)))
+                         for topic, said, _, _, draw in chosen])
+
+
+def unknown_turn(rng: random.Random) -> Turn:
+    """A question for a fact that was never told."""
+    topic, _, ask, _, _ = rng.choice(FACTS)
+    return Turn("unknown", ask,
+                ("Not told.", f"Asked for {topic}: not told.",
+                 f"The user asks for {topic}. The user has not said it."),
+                "You have not told me.")
+
+
+# %%
+for turn in recall_turns(random.Random(2)):
+    print(turn.ask, "|", turn.answer)
+
+# %% [markdown]
+# ### Tools in disguise
+#
+# If the weather tool were always called `get_weather(city)`, the model could
+# learn that line by heart and never look at the developer message. Each
+# conversation therefore draws the tool's name, its description and the names
+# of its parameters anew. What is left to learn is to read.
+
+# %% tags=["export:lessons"]
+@dataclass(frozen=True)
+class Kit:
+    """A tool in all its guises.
+
+    Attributes:
+        names, says: possible names and descriptions.
+        parameters: for each, its possible names, its JSON schema and what
+            may be said of it.
+        asks: questions for it; `need`: the need in words; `answer`: the
+            final text. All see the arguments as {0}, {1}, …, and the last
+            one the result as {r}.
+        draw: random arguments, and the result for them.
+    """
+
+    names: tuple[str, ...]
+    says: tuple[str, ...]
+    parameters: tuple[tuple[tuple[str, ...], dict, str], ...]
+    asks: tuple[str, ...]
+    need: str
+    answer: str
+    draw: Callable[[random.Random], tuple[list, str]]
+
+
+# %% tags=["export:lessons", "hide-input"]
+TEXT, NUMBER, FLAG = ({"type": kind} for kind in
+                      ("string", "number", "boolean"))
+SKIES = ("sunny", "cloudy", "rainy", "windy", "foggy", "snowy")
+LANGUAGES = ("French", "German", "Spanish")
+MONEY = ("dollars", "euros", "pounds", "yen")
+ROOMS = ("kitchen", "garden", "hall", "bedroom", "cellar")
+NOTES = ("I am late", "dinner is ready", "the kite is here",
+         "we meet at the lake", "the bell is broken", "all is well")
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday",
+        "Saturday", "Sunday")
+TROUBLE = ("error: not available", "error: no connection",
+           "error: try again later")
+
+
+def an_expression(rng: random.Random) -> tuple[list, str]:
+    a, b = a_number(rng), a_number(rng)
+    sign = rng.choice("**+-")
+    value = {"*": a * b, "+": a + b, "-": a - b}[sign]
+    return [f"{a} {sign} {b}"], str(value)
+
+
+def a_translation(rng: random.Random) -> tuple[list, str]:
+    word = rng.choice(WORDS["thing"] + WORDS["colour"] + WORDS["kind"])
+    return [word, rng.choice(LANGUAGES)], made_up(rng).lower()
+
+
+def a_throw(rng: random.Random) -> tuple[list, str]:
+    sides = rng.randrange(4, 101)
+    return [sides], str(rng.randrange(1, sides + 1))
+
+
+KITS = {
+    "calculator": Kit(
+        ("calculator", "calculate", "compute"),
+        ("Work out an arithmetic expression.", "Does arithmetic."),
+        ((("expression", "formula", "input"), TEXT, "what to work out"),),
+        ("What is {0}?", "{0}", "Calculate {0}.", "How much is {0}?"),
+        "{0}", "{0} = {r}", an_expression),
+    "date": Kit(
+        ("today", "get_date", "current_date"),
+        ("The date of today.", "Tells the date."), (),
+        ("What day is it?", "What is the date?", "What is the date today?",
+         "Which day is today?"),
+        "the date", "Today is {r}.",
+        lambda rng: ([], rng.choice((
+            a_date(rng), f"{rng.choice(DAYS)}, {a_date(rng)}",
+            f"{a_date(rng)} ({rng.choice(DAYS)})")))),
+    "weather": Kit(
+        ("get_weather", "weather", "weather_report"),
+        ("The weather in a city.", "Tells how the weather is."),
+        ((("city", "place", "location"), TEXT, "name of the city"),),
+        ("What is the weather in {0}?", "How is the weather in {0}?",
+         "Is it raining in {0}?"),
+        "the weather in {0}", "In {0} it is {r}.",
+        lambda rng: ([a_city(rng)], f"{rng.choice(SKIES)}, "
+                     f"{rng.randrange(35)} degrees")),
+    "time": Kit(
+        ("get_time", "clock", "local_time"),
+        ("The time in a city.", "Tells what time it is."),
+        ((("city", "place", "location"), TEXT, "name of the city"),),
+        ("What time is it in {0}?", "How late is it in {0}?"),
+        "the time in {0}", "In {0} it is {r}.",
+        lambda rng: ([a_city(rng)], f"{rng.randrange(24):02}:"
+                     f"{rng.randrange(60):02}")),
+    "translate": Kit(
+        ("translate", "translator", "dictionary"),
+        ("Translate a word.", "Puts a word into another language."),
+        ((("word", "text"), TEXT, "the word to translate"),
+         (("language", "to"), TEXT | {"enum": list(LANGUAGES)},
+          "the language to use")),
+        ("What is {0} in {1}?", "How do you say {0} in {1}?",
+         "Translate {0} into {1}."),
+        "{0} in {1}", "{0} in {1} is {r}.", a_translation),
+    "timer": Kit(
+        ("set_timer", "timer", "start_timer"),
+        ("Start a timer.", "Rings after some minutes."),
+        ((("minutes", "duration"), NUMBER, "how many minutes"),),
+        ("Set a timer for {0} minutes.", "Wake me in {0} minutes.",
+         "Ring in {0} minutes."),
+        "a timer for {0} minutes", "The timer is set for {0} minutes.",
+        lambda rng: ([rng.randrange(2, 100)], "ok")),
+    "message": Kit(
+        ("send_message", "message", "text_message"),
+        ("Send a message to somebody.", "Writes to a person."),
+        ((("to", "name", "person"), TEXT, "who gets it"),
+         (("text", "message"), TEXT, "what to say")),
+        ("Tell {0} that {1}.", "Write to {0} that {1}.",
+         "Let {0} know that {1}."),
+        "a message to {0}", "I told {0} that {1}.",
+        lambda rng: ([a_name(rng), rng.choice(NOTES)], "sent")),
+    "dice": Kit(
+        ("roll_dice", "dice", "random_number"),
+        ("Roll a die.", "Draws a random number."),
+        ((("sides", "faces"), NUMBER, "how many sides"),),
+        ("Roll a die with {0} sides.", "Throw a die with {0} sides."),
+        "a die with {0} sides", "It shows {r}.",
+        a_throw),
+    "money": Kit(
+        ("convert_money", "exchange", "currency"),
+        ("Change money.", "Turns one currency into another."),
+        ((("amount", "value"), NUMBER, "how much money"),
+         (("from", "source"), TEXT, "the currency it is in"),
+         (("to", "target"), TEXT, "the currency to get")),
+        ("How much are {0} {1} in {2}?", "Change {0} {1} into {2}.",
+         "What are {0} {1} in {2}?"),
+        "{0} {1} in {2}", "{0} {1} are {r} {2}.",
+        lambda rng: ([rng.randrange(2, 1000), *rng.sample(MONEY, 2)],
+                     str(a_number(rng)))),
+    "light": Kit(
+        ("set_light", "light", "switch_light"),
+        ("Switch a light.", "Turns a light on or off."),
+        ((("room", "where"), TEXT, "which room"),
+         (("on", "lit"), FLAG, "on or off")),
+        ("Turn {s} the light in the {0}.", "Switch {s} the light in the "
+         "{0}.", "Turn the light in the {0} {s}."),
+        "the light in the {0}", "The light in the {0} is {s}.",
+        lambda rng: ([rng.choice(ROOMS), rng.random() < 0.5], "ok")),
+    "list": Kit(
+        ("add_item", "shopping_list", "add_to_list"),
+        ("Put something on the shopping list.", "Keeps a shopping list."),
+        ((("item", "thing"), TEXT, "what to buy"),
+         (("count", "number"), NUMBER, "how many")),
+        ("Put {1} {0} on the list.", "I need {1} {0}. Put it on the list.",
+         "Add {1} {0} to my list."),
+        "{1} {0} on the list", "I put {1} {0} on the list.",
+        lambda rng: ([rng.choice(THINGS), rng.randrange(2, 100)], "ok")),
+    "meaning": Kit(
+        ("look_up", "search", "encyclopedia"),
+        ("Look up what a word means.", "Explains a word."),
+        ((("word", "query", "term"), TEXT, "the word to explain"),),
+        ("What does {0} mean?", "What is a {0}?", "Explain {0}."),
+        "what {0} means", "{0}: {r}",
+        lambda rng: ([made_up(rng).lower()],
+                     f"a {rng.choice(WORDS['_size'])} "
+                     f"{rng.choice(WORDS['colour'])} "
+                     f"{rng.choice(WORDS['thing'])}")),
+}
+
+
+# %% tags=["export:lessons"]
+def disguise(rng: random.Random, key: str) -> tuple[Tool, list[str]]:
+    """A tool as one conversation sees it, and its parameters' names."""
+    kit, properties = KITS[key], {}
+    described = rng.random() < 0.3
+    for names, schema, note in kit.parameters:
+        extra = {"description": note} if described else {}
+        properties[rng.choice(names)] = schema | extra
+    schema = {"type": "object", "properties": properties,
+              "required": list(properties)} if properties else None
+    says = rng.choice(kit.says)
+    return Tool(rng.choice(kit.names), says, schema), list(properties)
+
+
+def tool_turn(rng: random.Random, key: str, tool: Tool,
+              names: Sequence[str]) -> Turn:
+    """A question that `tool`, the kit `key` in disguise, can answer."""
+    kit = KITS[key]
+    values, result = kit.draw(rng)
+    if rng.random() < 0.04:
+        result = rng.choice(TROUBLE)
+    words = {"r": result, "s": "on" if values[-1:] == [True] else "off"}
+    ask = rng.choice(kit.asks).format(*values, **words)
+    if key == "calculator":
+        ask = rng.choice((ask, ask.replace(" * ", " times ")))
+    answer = (f"That did not work: {result[7:]}."
+              if result.startswith("error") else
+              kit.answer.format(*values, **words))
+    need = kit.need.format(*values, **words)
+    arguments = dict(zip(names, values, strict=True))
+    where = ", ".join(f"{n} is {v}" for n, v in arguments.items())
+    think = (f"Use {tool.name}.", f"Asked for {need}: use {tool.name}.",
+             f"The user asks for {need}. The tool {tool.name} can do it"
+             + (f": {where}." if where else "."))
+    look = f"{tool.name} {' '.join(names)} {values}"
+    return Turn("tool", ask, think, answer, (tool.name, arguments), result,
+                held=kept_back(look))
+
+
+# %%
+rng = random.Random(4)
+for _ in range(2):
+    tool, names = disguise(rng, "weather")
+    turn = tool_turn(rng, "weather", tool, names)
+    print(turn.ask, "|", tool.name, compact(turn.call[1]), "|", turn.answer)
+
+# %% [markdown]
+# Two more turns need to know the tools: a question for which the right tool
+# is missing, and one for the date, which the system message may give.
+
+# %% tags=["export:lessons"]
+def missing_turn(rng: random.Random, given: Sequence[str]) -> Turn:
+    """A question for which a tool would be needed that is not given."""
+    keys = [key for key in KITS if key not in (*given, "date")]
+    key = rng.choice(keys)
+    values, _ = KITS[key].draw(rng)
+    if key == "calculator":     # sums it can do by itself
+        values = [f"{a_number(rng)} * {a_number(rng)}"]
+    words = {"s": rng.choice(("on", "off"))}
+    ask = rng.choice(KITS[key].asks).format(*values, **words)
+    need = KITS[key].need.format(*values, **words)
+    return Turn("missing", ask,
+                ("No tool.", f"Asked for {need}: no tool.",
+                 f"The user asks for {need}. No tool that I have does it."),
+                "I have no tool for that.")
+
+
+def date_turn(rng: random.Random, date: str | None) -> Turn:
+    """The date, which the system message may give."""
+    answer = f"Today is {date}." if date else "I do not know the date."
+    found = date or "not given"
+    return Turn("date", rng.choice(KITS["date"].asks),
+                (f"{found}.", f"Asked for the date: {found}.",
+                 f"The user asks for the date. The system message says: "
+                 f"{found}."), answer)
+
+
+# %%
+print(missing_turn(random.Random(5), ["weather"]).ask)
+
+# %% [markdown]
+# ### Small talk, and what is beyond it
+
+# %% tags=["export:lessons", "hide-input"]
+TALK = (
+    (("Hello!", "Hi", "Good morning!", "Hello there."), "A greeting.",
+     ("Hello! What can I do for you?", "Hello! Shall I tell you a story?")),
+    (("Who are you?", "What are you?"), "Asked who I am.",
+     ("I am a very small gpt-oss, trained by the book that explains me.",)),
+    (("What can you do?", "Help", "How can you help me?"),
+     "Asked what I can do.",
+     ("I tell stories, add and subtract, remember what you tell me and use "
+      "the tools you give me.",)),
+    (("Thank you!", "Thanks", "Well done!", "Good answer."), "Thanks.",
+     ("You are welcome.",)),
+    (("Goodbye", "See you!", "Bye"), "A farewell.", ("Goodbye!",)),
+    (("How are you?", "How do you do?"), "Asked how I am.",
+     ("I am well, thank you.",)),
+)
+BEYOND = (
+    "What is the capital of {x}?", "Who wrote {x}?", "Why is the sky blue?",
+    "Write a program that sorts a list.", "What is the meaning of life?",
+    "Explain how a computer works.", "Who won the game?", "Sing a song.",
+    "How far is the moon?", "What should I cook?", "Who is the king of {x}?",
+    "Write a poem about {x}.", "How old is {x}?", "Do you like {x}?",
+    "When was {x} built?", "What is love?", "How do birds fly?",
+    "Give me advice.", "What is the news?", "How many people live in {x}?",
+)
+
+
+def talk_turn(rng: random.Random) -> Turn:
+    """A greeting and its like."""
+    asks, what, answers = rng.choice(TALK)
+    high = f"{what} No tool and no sum is needed. I answer in one line."
+    return Turn("talk", rng.choice(asks), (what, what, high),
+                rng.choice(answers))
+
+
+def beyond_turn(rng: random.Random) -> Turn:
+    """A question that a model of this size should not try to answer."""
+    return Turn("beyond", rng.choice(BEYOND).format(x=a_city(rng)),
+                ("Beyond me.", "This is beyond me.",
+                 "The user asks for something that I have not learnt. "
+                 "This is beyond me."),
+                "I am too small to know that.")
+
+
+# %%
+print(beyond_turn(random.Random(6)).ask)
+
+# %% [markdown]
+# ### From turns to a conversation
+#
+# Between a fact and the question for it stand other turns: none, a few short
+# ones, or stories that are longer than two windows.
+
+# %% tags=["export:lessons"]
+SIMPLE = {"sum": sum_turn, "story": story_turn, "talk": talk_turn,
+          "beyond": beyond_turn, "unknown": unknown_turn,
+          "telling": telling_turn}
+INSTRUCTIONS = ("You are a helpful assistant.", "Answer in one line.",
+                "Be kind.", "You work for {x}.", "Never tell a lie.",
+                "Think before you answer.", "The user lives in {x}.")
+FAR = (("story",), ("story",), ("sum", "story"), ("story", "talk"),
+       ("story", "story"), ("sum", "talk", "sum", "beyond", "sum", "sum"),
+       ("story", "sum", "story"))
+VERY_FAR = ("story", "sum", "story", "story", "talk", "story", "story")
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a conversation starts from: tools (keys into KITS, and each in
+    its disguise) and perhaps a date."""
+
+    kits: tuple[str, ...]
+    tools: tuple[tuple[Tool, list[str]], ...]
+    date: str | None
+
+
+def turn_of(rng: random.Random, kind: str, given: Given) -> Turn:
+    """A turn of `kind`, with the tools at hand used where they serve."""
+    if kind == "sum" and "calculator" in given.kits:
+        kind = "calculator"
+    if kind in given.kits:
+        at = given.kits.index(kind)
+        return tool_turn(rng, kind, *given.tools[at])
+    if kind == "missing":
+        return missing_turn(rng, given.kits)
+    return date_turn(rng, given.date) if kind == "date" else SIMPLE[kind](rng)
+
+
+def fillers(rng: random.Random, far: bool, given: Given) -> list[Turn]:
+    """Turns to stand between a fact and the question for it."""
+    if far:
+        kinds = rng.choice(FAR) if rng.random() < 0.93 else VERY_FAR
+    else:
+        kinds = rng.choices(("sum", "talk", "beyond", *given.kits),
+                            k=rng.choice((0, 0, 1, 2)))
+    return [turn_of(rng, kind, given) for kind in kinds]
+
+
+# %% tags=["export:lessons"]
+def turns_for(rng: random.Random, kind: str, given: Given) -> list[Turn]:
+    """The turns of a conversation whose last one is of `kind`."""
+    if kind in ("recall", "far"):
+        told, asked = recall_turns(rng)
+        turns = [told, *fillers(rng, kind == "far", given), asked]
+        first = fillers(rng, False, given) if rng.random() < 0.3 else []
+        return first + turns
+    first = fillers(rng, rng.random() < 0.1, given)
+    first *= rng.random() < 0.4
+    last = turn_of(rng, rng.choice(given.kits) if kind == "tool" else kind,
+                   given)
+    if kind == "unknown" and rng.random() < 0.7:
+        topic, said, ask, _, draw = rng.choice(FACTS)
+        if ask != last.ask:
+            first = [telling(rng, [(topic, said.format(x=draw(rng)))])]
+    return [*first, last]
+
+
+def given_for(rng: random.Random, kind: str) -> Given:
+    """Tools for most questions that need one, and for some that don't."""
+    kits = []
+    share = {"tool": 1.0, "missing": 0.7}.get(kind, 0.25)
+    if rng.random() < share:
+        kits = (["calculator", "date"] if rng.random() < 0.25 else
+                rng.sample(list(KITS), rng.choice((1, 2, 2, 3, 4))))
+    if kind in ("sum", "date"):     # to be done without them
+        kits = [key for key in kits if key not in ("calculator", "date")]
+    return Given(tuple(kits), tuple(disguise(rng, key) for key in kits),
+                 a_date(rng) if rng.random() < 0.8 else None)
+
+
+def assemble(rng: random.Random, kind: str, turns: Sequence[Turn],
+             given: Given) -> Lesson:
+    """System and developer message, the turns, and the last one's answer
+    with its analysis; the analysis of earlier turns has been dropped."""
+    effort = rng.choice(EFFORTS)
+    tools = [tool for tool, _ in given.tools]
+    messages = [system_message(effort, given.date, functions=bool(tools))]
+    instructions = (rng.choice(INSTRUCTIONS).format(x=a_name(rng))
+                    if rng.random() < 0.15 else "")
+    if tools or instructions:
+        messages.append(developer_message(instructions, tools))
+    muted = set()
+    for turn in turns:
+        messages.append(Message("user", turn.ask))
+        start = len(messages)
+        messages += answer_messages(turn, effort)
+        if turn is not turns[-1]:
+            messages = [m for m in messages if m.channel != "analysis"]
+            if turn.kind == "sum":  # its working is gone
+                muted.add(len(messages) - 1)
+    last = turns[-1]
+    return Lesson(kind, messages, start, last.held,
+                  last.facts | {"answer": last.answer, "effort": effort,
+                                "call": last.call}, frozenset(muted))
+
+
+# %% tags=["export:lessons"]
+MIX = {"story": 13, "sum": 29, "tool": 26, "recall": 8, "far": 13,
+       "unknown": 2, "telling": 2, "talk": 2, "beyond": 3, "missing": 3,
+       "date": 1}
+NEVER_HELD = ("telling", "talk", "beyond", "unknown", "missing", "date")
+
+
+def lesson(rng: random.Random, kind: str) -> Lesson:
+    """A conversation that ends in a turn of `kind`, one of `MIX`; 'far'
+    is a recall over two windows or more."""
+    given = given_for(rng, kind)
+    return assemble(rng, kind, turns_for(rng, kind, given), given)
+
+
+def lesson_stream(seed: int, hold_out: bool = False,
+                  mix: dict[str, int] | None = None) -> Iterator[Lesson]:
+    """Endless lessons in the proportions of `mix` (default `MIX`); those
+    that are held out only, or all the others."""
+    rng, mix = random.Random(seed), mix or MIX
+    while True:
+        kind = rng.choices(list(mix), list(mix.values()))[0]
+        one = lesson(rng, kind)
+        if one.held == hold_out or kind in NEVER_HELD:
+            yield one
+
+
+# %%
+shown = next(lesson_stream(11, mix={"tool": 1}))
+for message in shown.messages[1:]:
+    print(f"[{message.role} {message.channel or ''}]", message.content)
+
+# %% [markdown]
+# ### A tokenizer of fifteen hundred tokens
 
 # %% tags=["export"]
 from gptoss.harmony import (
@@ -587,16 +1440,53 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> str:
     return tokenizer_json(ranks, control)
 
 
+# %% [markdown]
+# Digits are kept out of the texts that the merges are learnt from. Each digit
+# then stays a token of its own, and column arithmetic is about tokens rather
+# than about their spelling. (In o200k, 347 is one token, and 1347 is two.)
+
+# %% tags=["export"]
+import random
+import re
+
+from gptoss.lessons import lesson_stream
+from gptoss.stories import story_stream
+
+
+def sample_texts(count: int, seed: int = 7) -> list[str]:
+    """What the tokenizer learns from: lessons and stories, no digits."""
+    texts, source = [], lesson_stream(seed)
+    for _ in range(count):
+        for message in next(source).messages:
+            header = (message.role, message.channel,
+                      f" to={message.recipient or ''}", " json")
+            for text in (message.content, *filter(None, header)):
+                texts += [part for part in re.split(r"\d+", text) if part]
+    told = story_stream(seed)
+    return texts + [next(told) for _ in range(count // 4)]
+
+
 # %%
-texts = [tell(random.Random(n)) for n in range(500)]
-vocabulary = Tokenizer(train_tokenizer(texts, 1024))
-tokens = vocabulary.encode(texts[0])
-print(len(texts[0].encode()), "bytes,", len(tokens), "tokens")
-print([vocabulary.decode([t]) for t in tokens[:12]])
-assert all(vocabulary.decode(vocabulary.encode(t)) == t for t in texts)
+vocabulary = Tokenizer(train_tokenizer(sample_texts(800), 1024))
+for text in ("347+285: ones 7+5=12", "Zorali lives in Bomak."):
+    print([vocabulary.decode([t]) for t in vocabulary.encode(text)])
 
 # %% [markdown]
-# ### Rows of stories
+# ### Rows, and what counts in them
+#
+# A row is a whole conversation or a plain story. What the model itself has
+# to write counts fully in the loss: everything after the `<|start|>assistant`
+# with which the prompt ends. The rest, which it only reads, counts half,
+# because guessing the next word of a question teaches copying too.
+#
+# Its own *earlier* messages need care. Their analysis has been dropped, so
+# each of them goes straight from `<|start|>assistant` to the final channel
+# and ends in `<|end|>`: just what the model must not do now. The first run of
+# this chapter counted these tokens, and by step 1500 the model answered
+# greetings without thinking, ended with `<|end|>` and went on to write the
+# user's next question itself. So headers and stops of old messages count
+# nothing, and neither does the text of an old sum: learning to say 632
+# without the working is what the analysis exists to avoid.
 
 # %% tags=["export"]
 from collections.abc import Iterator
@@ -604,43 +1494,98 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-NOTHING = -100  # what cross_entropy ignores
+from gptoss.harmony import render_message
+from gptoss.lessons import Lesson
+
+Row = tuple[list[int], list[float]]
+READ = 0.5  # weight of a token that the model only reads
 
 
-def stories(seed: int, hold_out: bool = False) -> Iterator[str]:
-    """Endless stories; of held-out casts only, or of all the others."""
-    rng = random.Random(seed)
+def lesson_row(tokenizer: Tokenizer, lesson: Lesson) -> Row:
+    """Token ids of a lesson, and the weight of each in the loss."""
+    ids, weights = [], []
+    last, body = len(lesson.messages) - 1, tokenizer.special["<|message|>"]
+    lead = 1 + len(tokenizer.encode("assistant"))   # <|start|>assistant
+    for n, message in enumerate(lesson.messages):
+        stop = "<|return|>" if n == last else "<|end|>"
+        part = render_message(tokenizer, message, stop)
+        begin, end = 0, len(part)
+        if message.role == "assistant":
+            if n < lesson.turn:     # of an old one, the text alone
+                begin, end = part.index(body) + 1, end - 1
+            elif lesson.messages[n - 1].role != "assistant":
+                begin = lead        # the prompt gives it
+        weight = READ if n < lesson.turn or message.role != "assistant" else 1
+        weight = 0 if n in lesson.muted else weight
+        ids += part
+        weights += [weight if begin <= at < end else 0
+                    for at in range(len(part))]
+    return ids, weights
+
+
+def story_row(tokenizer: Tokenizer, text: str) -> Row:
+    """A plain story, ended by <|endoftext|>; every token counts."""
+    ids = [*tokenizer.encode(text), tokenizer.special["<|endoftext|>"]]
+    return ids, [1.0] * len(ids)
+
+
+def rows(tokenizer: Tokenizer, seed: int, easy: int = 0) -> Iterator[Row]:
+    """Endless rows. Of the first `easy`, half are plain stories and none
+    is longer than 320 tokens; later one in twelve, and up to 1900."""
+    rng, made = random.Random(seed), 0
+    lessons, stories = lesson_stream(seed), story_stream(seed)
     while True:
-        cast = draw_cast(rng)
-        if held_out(cast) == hold_out:
-            yield tell(rng, cast)
-
-
-def story_rows(tokenizer: Tokenizer, seed: int, batch: int,
-               length: int) -> Iterator[Tensor]:
-    """Endless (batch, length + 1) int64 rows of whole stories end to end.
-
-    Each row starts with the first word of a story and each story ends
-    with <|endoftext|>; what is left of a row is `NOTHING`.
-    """
-    source, end = stories(seed), tokenizer.special["<|endoftext|>"]
-    story = [*tokenizer.encode(next(source)), end]
-    while True:
-        rows = torch.full((batch, length + 1), NOTHING)
-        for row in rows:
-            at = 0
-            while at + len(story) <= length + 1:
-                row[at:at + len(story)] = torch.tensor(story)
-                at += len(story)
-                story = [*tokenizer.encode(next(source)), end]
-        yield rows
+        plain, longest = (0.5, 320) if made < easy else (0.08, 1900)
+        row = (story_row(tokenizer, next(stories)) if rng.random() < plain
+               else lesson_row(tokenizer, next(lessons)))
+        if len(row[0]) <= longest:
+            made += 1
+            yield row
 
 
 # %%
-rows = next(story_rows(vocabulary, seed=0, batch=2, length=256))
-filled = (rows[0] != NOTHING).sum()
-print(tuple(rows.shape), rows.dtype, int(filled))
-print(vocabulary.decode(rows[0, filled - 40:filled].tolist()))
+ids, weights = lesson_row(vocabulary, shown)
+own = [t for t, weight in zip(ids, weights, strict=True) if weight == 1]
+print(len(ids), "tokens, of these to be written:")
+print(vocabulary.decode(own))
+
+# %% [markdown]
+# Rows of like length go into a batch together, so that little of it is
+# padding: 400 rows are sorted and cut into batches of at most so many tokens,
+# and the batches are shuffled.
+
+# %% tags=["export"]
+def padded(group: list[Row]) -> tuple[Tensor, Tensor]:
+    """Tokens (B, T) int64 and weights (B, T), zero beyond each row."""
+    shape = len(group), max(len(ids) for ids, _ in group)
+    tokens, weights = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
+    for row, (ids, weight) in enumerate(group):
+        tokens[row, :len(ids)] = torch.tensor(ids)
+        weights[row, :len(ids)] = torch.tensor(weight)
+    return tokens, weights
+
+
+def batches(source: Iterator[Row], seed: int, size: int, pool: int = 400
+            ) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless (tokens, weights) of at most `size` tokens with padding."""
+    rng = random.Random(seed)
+    while True:
+        some = sorted((next(source) for _ in range(pool)),
+                      key=lambda row: len(row[0]))
+        groups: list[list[Row]] = [[]]
+        for row in some:
+            if groups[-1] and (len(groups[-1]) + 1) * len(row[0]) > size:
+                groups.append([])
+            groups[-1].append(row)
+        rng.shuffle(groups)
+        yield from map(padded, groups)
+
+
+# %%
+source = batches(rows(vocabulary, seed=0), seed=0, size=2500)
+some = [next(source) for _ in range(50)]
+filled = sum((weights > 0).sum() for _, weights in some)
+print(f"{filled / sum(t.numel() for t, _ in some):.2f} of a batch is text")
 
 # %% [markdown]
 # ### The loss: the next token, and a fair share for every expert
@@ -740,13 +1685,15 @@ print(torch.equal(weight.grad, torch.arange(64.0).expand(4, 64)))
 # ### The training loop
 
 # %% tags=["export"]
+import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from gptoss.config import GptOssConfig
 
 
-def pocket_config(vocab_size: int = 1024) -> GptOssConfig:
+def pocket_config(vocab_size: int = 1536) -> GptOssConfig:
     """The shipped model: every feature of the 20b, a ten-thousandth of it."""
     special = control_ids(vocab_size)
     return GptOssConfig(
@@ -761,17 +1708,22 @@ def pocket_config(vocab_size: int = 1024) -> GptOssConfig:
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides a training run; the same recipe and seed on
-    the same machine give the same file."""
+    the same machine give the same file.
+
+    `tokens`: of a batch, with its padding. `easy`: share of the steps with
+    short rows and many plain stories. `grid_from`: share after which the
+    experts compute with four bits.
+    """
 
     seed: int = 0
-    steps: int = 2600
-    batch: int = 8
-    length: int = 224
+    steps: int = 7000
+    tokens: int = 2500
     learning_rate: float = 3e-3
     warmup: int = 60
     weight_decay: float = 0.05
     balance: float = 0.01
-    grid_from: float = 0.7
+    easy: float = 0.15
+    grid_from: float = 0.8
     clip: float = 1.0
 
     def rate(self, step: int) -> float:
@@ -811,56 +1763,80 @@ def optimizer_for(model: GptOss, recipe: Recipe) -> torch.optim.AdamW:
                              betas=(0.9, 0.95))
 
 
-def next_token_loss(model: GptOss, rows: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of rows (B, T + 1): each token but the
-    first is predicted from those before it, and `NOTHING` never is."""
-    logits = model(rows[:, :-1].clamp_min(0))
-    return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+def weighted_loss(model: GptOss, tokens: Tensor, weights: Tensor
+                  ) -> tuple[Tensor, Tensor]:
+    """Weighted mean cross-entropy in nats, and the mean over the tokens of
+    weight 1 alone. tokens, weights (B, T): each token but the first is
+    predicted from those before it."""
+    logits = model(tokens[:, :-1]).flatten(0, 1)
+    nats = F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="none")
+    weights = weights[:, 1:].flatten()
+    own = weights == 1
+    return ((weights * nats).sum() / weights.sum(),
+            (nats.detach() * own).sum() / own.sum().clamp_min(1))
 
 
-def train(model: GptOss, rows: Iterator[Tensor], recipe: Recipe,
+# %% tags=["export"]
+def train(model: GptOss, source: Iterator[tuple[Tensor, Tensor]],
+          recipe: Recipe,
           report: Callable[[dict], None] = lambda entry: None) -> None:
-    """Train in place; `report` gets one dict per step (loss in nats)."""
+    """Train in place; `report` gets one dict per step: `loss`, the
+    weighted mean, and `own`, of the tokens to be written, in nats."""
     optimizer, tap = optimizer_for(model, recipe), RouterTap(model)
     k, begin = model.config.num_experts_per_tok, time.perf_counter()
     for step in range(recipe.steps):
-        row, extra = next(rows), {}
+        batch, extra = next(source), {}
         if step == int(recipe.grid_from * recipe.steps):
             with torch.no_grad():
-                extra = {"unrounded": next_token_loss(model, row).item()}
+                extra = {"unrounded": weighted_loss(model, *batch)[0].item()}
             put_on_grid(model)
-            tap.take()
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(step)
-        loss = next_token_loss(model, row)
+        tap.take()  # what was looked at between two steps
+        loss, own = weighted_loss(model, *batch)
         routed = [load_balance(each, k) for each in tap.take()]
         balance = torch.stack(routed).mean()
         (loss + recipe.balance * balance).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        report({"step": step, "loss": loss.item(),
+        report({"step": step, "loss": loss.item(), "own": own.item(),
                 "balance": balance.item(), "norm": norm.item(),
                 "seconds": time.perf_counter() - begin} | extra)
     tap.close()
 
 
 # %% [markdown]
-# Thirty steps of a very small model, to see every part at work. The switch
-# to the grid comes at step 21.
+# Sixty steps of a very small model on stories, once with the balance loss and
+# once without, show what it does.
 
 # %%
 from dataclasses import replace
 
-small = replace(pocket_config(), num_hidden_layers=2, layer_types=None,
+small = replace(pocket_config(1024), num_hidden_layers=2, layer_types=None,
                 hidden_size=32, intermediate_size=32, head_dim=8)
-model, entries = GptOss(small, dtype=torch.float32, packed=False), []
-start_at_random(model, seed=0)
-rows = story_rows(vocabulary, seed=0, batch=1, length=220)
-train(model, rows, Recipe(steps=30, warmup=3), entries.append)
+told = story_stream(0)
+some = [padded([story_row(vocabulary, next(told))]) for _ in range(60)]
+history = {}
+for balance in (0.0, 0.05):
+    model = GptOss(small, dtype=torch.float32, packed=False)
+    start_at_random(model, seed=0)
+    history[balance] = entries = []
+    train(model, iter(some), Recipe(steps=60, warmup=3, balance=balance),
+          entries.append)
 print([entry["step"] for entry in entries if "unrounded" in entry])
-print(f"{entries[0]['loss']:.1f} -> {entries[-1]['loss']:.1f} nats")
 assert entries[-1]["loss"] < entries[0]["loss"] - 1
+
+# %% tags=["hide-input"]
+fig, ax = plt.subplots(figsize=(6, 2.6))
+for balance, entries in history.items():
+    ax.plot([entry["balance"] for entry in entries],
+            label=f"weight {balance:g}")
+ax.axhline(1, color="black", linestyle="--", linewidth=1)
+ax.set(xlabel="step", ylabel="balance loss",
+       title="Without its push the routers stay uneven")
+ax.legend()
+plt.show()
 
 # %% [markdown]
 # ### From parameters to a file
@@ -896,46 +1872,179 @@ for name in ("model.layers.0.mlp.experts.down_proj_blocks",
     print(name, tuple(tensors[name].shape), tensors[name].dtype)
 
 # %% [markdown]
-# ### Examination by a program
+# ### Examination by programs
+#
+# Every question has one right answer, known to the program that made it. The
+# examiner plays the user and the tool: it runs the model until it stops,
+# reads the tokens with chapter 11's parser, hands back the tool's result if
+# the call was right, and compares the final text.
 
-# %% tags=["export"]
+# %% tags=["export:exams"]
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
 from gptoss.generate import Sampler, generate_batch
+from gptoss.harmony import (
+    CHANNELS,
+    EFFORTS,
+    Message,
+    StreamParser,
+    Tokenizer,
+    render,
+)
+from gptoss.lessons import NOTED, TALK, Lesson, lesson_stream
+from gptoss.model import GptOss
+from gptoss.stories import CAST_SLOTS, read_story
 
 
 @dataclass
-class Exam:
-    """Outcome of an examination: how many stories were coherent, and for
-    the others the first beat that could not be read."""
+class Mark:
+    """How one lesson was answered.
 
-    stories: int = 0
-    coherent: int = 0
-    failures: list[Reading] = field(default_factory=list)
+    Attributes:
+        called: whether the tool call was right; None if none was due.
+        right: whether the final text was.
+        said: (channel or recipient, text) of each message of the model.
+        thought: tokens of analysis.
+    """
+
+    lesson: Lesson
+    called: bool | None = None
+    right: bool = False
+    said: list[tuple[str, str]] = field(default_factory=list)
+    thought: int = 0
+
+
+def right_story(text: str, lesson: Lesson) -> bool:
+    """Coherent, and about whom and what the question asked for."""
+    reading = read_story(text)
+    return reading.coherent and all(
+        reading.cast[slot] == lesson.facts[slot]
+        for slot in CAST_SLOTS if slot in lesson.facts)
+
+
+def right_answer(text: str, lesson: Lesson) -> bool:
+    """Whether `text` answers the lesson's last question."""
+    if lesson.kind == "story":
+        return right_story(text, lesson)
+    if lesson.kind == "telling":
+        return text in NOTED
+    if lesson.kind == "talk":
+        return any(text in answers for _, _, answers in TALK)
+    return text == lesson.facts["answer"]
+
+
+def right_call(message: Message, lesson: Lesson) -> bool:
+    """The right tool with the right arguments, as JSON."""
+    name, arguments = lesson.facts["call"]
+    try:
+        found = json.loads(message.content)
+    except ValueError:
+        return False
+    return (message.recipient == f"functions.{name}" and found == arguments
+            and message.content_type == "<|constrain|>json")
+
+
+# %% tags=["export:exams"]
+def answers(model: GptOss, tokenizer: Tokenizer, prompts: list[list[int]],
+            most: int) -> list[tuple[list[int], list[Message]]]:
+    """The greedy continuation of each prompt, as ids and as messages."""
+    stop = [tokenizer.special[f"<|{name}|>"]
+            for name in ("return", "call", "endoftext")]
+    found = []
+    for ids in generate_batch(model, prompts, max_new_tokens=most, stop=stop,
+                              sampler=Sampler(temperature=0.0)):
+        parser = StreamParser(tokenizer)
+        for token in ids:
+            parser.feed(token)
+        parser.close()
+        found.append((ids, parser.messages))
+    return found
+
+
+def take(mark: Mark, tokenizer: Tokenizer, messages: list[Message]) -> None:
+    """Enter what the model wrote into its mark."""
+    for message in messages:
+        mark.said.append((message.recipient or message.channel or "",
+                          message.content))
+        if message.channel == CHANNELS[0]:
+            mark.thought += len(tokenizer.encode(message.content))
+    last = messages[-1] if messages else Message("assistant")
+    if last.recipient and mark.lesson.facts["call"]:
+        mark.called = right_call(last, mark.lesson)
+    elif last.channel == "final":
+        mark.right = right_answer(last.content, mark.lesson)
 
 
 @torch.inference_mode()
-def examine(model: GptOss, tokenizer: Tokenizer, count: int, seed: int = 1,
-            beats: int = 3, sampler: Sampler | None = None) -> Exam:
-    """Let the model finish `count` stories whose cast it never saw.
+def examine(model: GptOss, tokenizer: Tokenizer, kind: str, count: int,
+            seed: int = 1, most: int = 420) -> list[Mark]:
+    """Let the model answer `count` held-out lessons of one kind, greedily.
 
-    Each prompt is the first `beats` beats of a held-out story; the rest
-    is the model's, greedy unless a sampler is given.
+    A question for a tool counts as right only if the call was right and
+    the final text, after the tool's result, is too.
     """
-    rng, exam = random.Random(seed), Exam(stories=count)
-    casts = (draw_cast(rng) for _ in iter(int, 1))
-    chosen = (cast for cast in casts if held_out(cast))
-    openings = [tell(rng, next(chosen), beats) for _ in range(count)]
-    stop = (tokenizer.special["<|endoftext|>"],)
-    prompts = [tokenizer.encode(text) for text in openings]
-    answers = generate_batch(
-        model, prompts, max_new_tokens=400, stop=stop, seed=seed,
-        sampler=sampler or Sampler(temperature=0.0))
-    for prompt, answer in zip(prompts, answers, strict=True):
-        story = [token for token in prompt + answer if token not in stop]
-        reading = read_story(tokenizer.decode(story))
-        exam.coherent += reading.coherent
-        exam.failures += [] if reading.coherent else [reading]
-    return exam
+    source = lesson_stream(seed, hold_out=True, mix={kind: 1})
+    marks = [Mark(next(source)) for _ in range(count)]
+    prompts = [render(tokenizer, mark.lesson.messages[:mark.lesson.turn],
+                      drop="none") for mark in marks]
+    wrote = answers(model, tokenizer, prompts, most)
+    again = []
+    for mark, prompt, (ids, messages) in zip(marks, prompts, wrote,
+                                             strict=True):
+        if mark.lesson.facts["call"]:
+            mark.called = False
+        take(mark, tokenizer, messages)
+        if mark.called:
+            result = mark.lesson.messages[-2]
+            assert result.role == "tool"
+            more = render(tokenizer, [result], drop="none")
+            again.append((mark, [*prompt, *ids, *more]))
+    later = answers(model, tokenizer, [ids for _, ids in again], 120)
+    for (mark, _), (_, messages) in zip(again, later, strict=True):
+        take(mark, tokenizer, messages)
+    for mark in marks:
+        mark.right &= mark.called is not False
+    return marks
 
+
+def grade(marks: Sequence[Mark]) -> float:
+    """The share that was right."""
+    return sum(mark.right for mark in marks) / len(marks)
+
+
+# %% tags=["export:exams"]
+def report_card(model: GptOss, tokenizer: Tokenizer, kinds: Sequence[str],
+                count: int, seed: int = 1) -> dict[str, dict]:
+    """For each kind: how many were asked, the share that was right, and
+    the mean number of tokens of analysis for each effort."""
+    card = {}
+    for kind in kinds:
+        marks = examine(model, tokenizer, kind, count, seed)
+        card[kind] = {"count": count, "right": round(grade(marks), 4)}
+        for effort in EFFORTS:
+            found = [mark.thought for mark in marks
+                     if mark.lesson.facts["effort"] == effort]
+            card[kind][effort] = round(sum(found) / max(1, len(found)), 1)
+    return card
+
+
+# %% [markdown]
+# The examiner can be examined too: a model that has learnt nothing passes
+# nothing, and every reference answer passes.
+
+# %%
+import itertools
+
+untaught = GptOss(small, dtype=torch.float32, packed=False)
+empty = examine(untaught, vocabulary, "sum", count=4, most=30)
+print("untaught:", grade(empty))
+for kind in ("story", "sum", "tool", "far", "talk"):
+    for one in itertools.islice(lesson_stream(2, mix={kind: 1}), 20):
+        assert right_answer(one.messages[-1].content, one)
 
 # %% [markdown]
 # ### One command
@@ -945,6 +2054,12 @@ import json
 from pathlib import Path
 
 from gptoss.checkpoint import write_checkpoint
+from gptoss.exams import report_card
+
+
+MILESTONES = ("story", "sum", "tool", "far")
+EXAMINED = (*MILESTONES, "recall", "unknown", "telling", "talk", "beyond",
+         "missing", "date")
 
 
 def make_pocket(out: Path, recipe: Recipe,
@@ -952,24 +2067,52 @@ def make_pocket(out: Path, recipe: Recipe,
     """Train the shipped checkpoint and write it to the new folder `out`.
 
     Writes model.safetensors, config.json, generation_config.json,
-    tokenizer.json and train_log.json (one entry per step).
+    tokenizer.json and train_log.json: the recipe, every eighth step, what
+    the model could do at every thousandth, and the last examination.
     """
-    source, log = stories(recipe.seed + 1), []
-    texts = [next(source) for _ in range(2000)]
-    config = pocket_config()
-    vocabulary = train_tokenizer(texts, config.vocab_size)
+    config, log, marks = pocket_config(), [], []
+    vocabulary = train_tokenizer(sample_texts(6000), config.vocab_size)
     tokenizer = Tokenizer(vocabulary)
     model = GptOss(config, dtype=torch.float32, packed=False)
     start_at_random(model, recipe.seed)
-    rows = story_rows(tokenizer, recipe.seed, recipe.batch, recipe.length)
-    train(model, rows, recipe, lambda e: (log.append(e), report(e)))
-    write_checkpoint(out, config, released_tensors(model))
+
+    def watch(entry: dict) -> None:
+        log.append(entry)
+        report(entry)
+        if (entry["step"] + 1) % 1000 == 0:
+            marks.append(milestone(model, tokenizer, entry["step"] + 1))
+
+    easy = int(recipe.easy * recipe.steps * 11)     # 11 rows make a batch
+    seed = recipe.seed + 1
+    source = batches(rows(tokenizer, seed, easy), seed, recipe.tokens)
+    train(model, source, recipe, watch)
+    write_pocket(out, model, vocabulary, recipe, log, marks)
+
+
+def milestone(model: GptOss, tokenizer: Tokenizer, step: int) -> dict:
+    """Shares of 40 held-out questions right, by kind, and the step."""
+    card = report_card(model, tokenizer, MILESTONES, count=40)
+    return {"step": step} | {kind: card[kind]["right"] for kind in card}
+
+
+# %% tags=["export"]
+def write_pocket(out: Path, model: GptOss, vocabulary: str, recipe: Recipe,
+                 log: list[dict], marks: list[dict], count: int = 200
+                 ) -> None:
+    """The five files of a trained model, into the new folder `out`; the
+    last examination, `count` questions of a kind, is of these files."""
+    write_checkpoint(out, model.config, released_tensors(model))
     (out / "tokenizer.json").write_text(vocabulary, "utf-8")
-    write_json(out / "generation_config.json", generation_config(config), 2)
-    tokens = sum(len(tokenizer.encode(text)) + 1 for text in texts)
+    write_json(out / "generation_config.json",
+               generation_config(model.config), 2)
+    written = GptOss.from_pretrained(out, dtype=torch.float32)
+    card = report_card(written, Tokenizer(vocabulary), EXAMINED, count)
     write_json(out / "train_log.json", {
-        "recipe": vars(recipe), "log": thinned(log),
-        "floor": round(story_entropy() / (tokens / len(texts)), 4)})
+        "recipe": vars(recipe), "marks": marks, "exam": card,
+        "rounding": [{"step": entry["step"], "rounded": entry["loss"],
+                      "unrounded": entry["unrounded"]}
+                     for entry in log if "unrounded" in entry],
+        "log": thinned(log)})
 
 
 def generation_config(config: GptOssConfig) -> dict:
@@ -981,8 +2124,8 @@ def generation_config(config: GptOssConfig) -> dict:
             "pad_token_id": special["endoftext"]}
 
 
-def thinned(log: list[dict], every: int = 4) -> list[dict]:
-    """Each fourth entry, the switch to the grid and the last; 4 digits."""
+def thinned(log: list[dict], every: int = 8) -> list[dict]:
+    """Each eighth entry, the switch to the grid and the last; 4 digits."""
     kept = [entry for n, entry in enumerate(log)
             if n % every == 0 or "unrounded" in entry or n == len(log) - 1]
     return [{key: round(value, 4) for key, value in entry.items()}
@@ -993,12 +2136,11 @@ def write_json(path: Path, value: object, indent: int | None = None
                ) -> None:
     path.write_text(json.dumps(value, indent=indent) + "\n")
 
-
 # %% [markdown]
 # ## It holds
 #
-# The checker and the generator are each other's inverse on a thousand
-# stories, and replacing a single fixed word anywhere is always noticed.
+# The checker and the generator of stories are each other's inverse, and
+# replacing a single fixed word anywhere is always noticed.
 
 # %%
 rng = random.Random(7)
@@ -1019,30 +2161,83 @@ share = sum(held_out(draw_cast(rng)) for _ in range(3000)) / 3000
 print(f"held out: {share:.2f} of all casts")
 
 # %% [markdown]
-# Now the shipped file. It is read as any gpt-oss is, in the released layout,
-# with its experts packed. Forty openings with casts that training never
-# showed; the model finishes each, greedily, and the checker reads the whole.
+# The column method is right for every pair of numbers up to three digits
+# that a stride of 7 and 11 reaches.
 
 # %%
-pocket = GptOss.from_pretrained(POCKET, dtype=torch.float32)
-reader = Tokenizer.from_pretrained(POCKET)
-exam = examine(pocket, reader, count=40, seed=3)
-print("at least 39 of 40:", exam.coherent >= 39)
-assert exam.coherent >= 39, exam.failures
-
-# %% tags=["nbval-ignore-output"]
-opening = tell(random.Random(20), beats=3)
-prompts = [reader.encode(opening)]
-stop = (reader.special["<|endoftext|>"],)
-answer = generate_batch(pocket, prompts, max_new_tokens=400, stop=stop,
-                        sampler=Sampler(temperature=0.0))[0]
-print(opening, "|", reader.decode(answer).replace("<|endoftext|>", ""))
+pairs = [(a, b) for a in range(0, 1000, 7) for b in range(0, 1000, 11)]
+for a, b in pairs:
+    digits = [line.rpartition("=")[2] for line in columns(a, b, "+")]
+    assert int("".join([digits[-1], *(d[-1] for d in digits[-2::-1])])) \
+        == a + b
+    if a >= b:
+        digits = [line.rpartition("=")[2] for line in columns(a, b, "-")]
+        assert int("".join(digits[::-1])) == a - b
+print(f"{len(pairs):,} pairs")
 
 # %% [markdown]
-# The bar marks where the prompt ends. The home is named before the bar and
-# comes back at the end, more than a hundred tokens later and beyond the
-# window of 64: only the full layers can have carried it.
+# Now the shipped file, read as any gpt-oss is, in the released layout, with
+# its experts packed. Held-out questions of each kind, greedily.
+
+# %%
+bars = {"story": 0.9, "sum": 0.75, "talk": 0.9}
+asked = (*bars, "tool", "far")
+results = {kind: examine(pocket, reader, kind, 20, seed=3)
+           for kind in asked}
+for kind, bar in bars.items():
+    print(f"{kind:>7}: at least {bar:.0%}: {grade(results[kind]) >= bar}")
+assert all(grade(results[kind]) >= bar for kind, bar in bars.items())
+
+# %% tags=["hide-input"]
+shipped = saved["exam"]
+rules = {"story": "story: coherent, and about what was asked",
+         "talk": "greetings and the like",
+         "beyond": "beyond its world: says so",
+         "sum": "sum or difference: exact",
+         "far": "fact from over two windows before",
+         "recall": "fact from a few turns before",
+         "missing": "no tool for it: says so",
+         "tool": "right tool, right JSON, result used"}
+fig, ax = plt.subplots(figsize=(7, 2.6))
+for n, kind in enumerate(rules):
+    ax.barh(-n, shipped[kind]["right"], color="C0")
+    ax.text(1.01, -n, f"{shipped[kind]['right']:.0%} of "
+            f"{shipped[kind]['count']}", va="center", fontsize=8)
+ax.set(xlim=(0, 1), xlabel="share right", yticks=range(0, -len(rules), -1),
+       yticklabels=list(rules.values()),
+       title="The shipped file, greedy, held out")
+ax.grid(False)
+plt.show()
+
+# %% [markdown]
+# The figure is the long examination of the shipped file, from the log; the
+# cell before it is a short one, run here. "Held out" is meant strictly:
+# a cast, a pair of numbers, a combination of tool name, parameter names and
+# arguments, or a fact that a checksum keeps out of every training answer.
 #
+# Effort changes how long it thinks. The mean number of tokens of analysis for
+# a sum, here compared, below it from the long examination:
+
+# %%
+means = []
+for effort in ("low", "medium", "high"):
+    lengths = [mark.thought for mark in results["sum"]
+               if mark.lesson.facts["effort"] == effort]
+    means.append(sum(lengths) / len(lengths))
+print("low < medium < high:", means == sorted(means))
+print([shipped["sum"][effort] for effort in ("low", "medium", "high")])
+
+# %% [markdown]
+# One of each kind, as it is written:
+
+# %% tags=["nbval-ignore-output"]
+for kind in ("sum", "story", "talk"):
+    mark = results[kind][0]
+    print(f"USER  {mark.lesson.messages[mark.lesson.turn - 1].content}")
+    for channel, text in mark.said:
+        print(f"      {channel}: {text}")
+
+# %% [markdown]
 # The file is on the grid: encoding what it decodes to gives the same
 # values, and the model computes the same with packed and with dense experts.
 
@@ -1053,40 +2248,74 @@ for layer in dense.layers:
                    layer.mlp.experts.down_proj):
         again = mxfp4.decode(*mxfp4.encode(weight), torch.float32)
         assert torch.equal(again, weight)
-ids = torch.tensor([reader.encode(texts[0])])
+prompt = torch.tensor([at_once[0]])
 with torch.inference_mode():
-    gap = (dense(ids) - pocket(ids)).abs().max().item()
+    gap = (dense(prompt) - pocket(prompt)).abs().max().item()
 print("packed = dense within 1e-4:", gap < 1e-4)
 
 # %% [markdown]
 # And every expert works. Below, the share of assignments per layer and
-# expert over fifty held-out stories.
+# expert over the prompts of forty sums and forty stories.
 
 # %% tags=["hide-input"]
-fresh = stories(seed=5, hold_out=True)
-tokens = [reader.encode(next(fresh)) for _ in range(50)]
+told = story_stream(seed=5, hold_out=True)
+texts = at_once + [reader.encode(next(told)) for _ in range(40)]
+experts = pocket.config.num_local_experts
 tap, shares = RouterTap(pocket), torch.zeros(pocket.config.num_hidden_layers,
-                                             8)
+                                             experts)
 with torch.inference_mode():
-    for row in tokens:
+    for row in texts:
         pocket(torch.tensor([row]))
         for n, logits in enumerate(tap.take()):
-            shares[n] += expert_load(top_logits(logits, 2)[1], 8)
+            shares[n] += expert_load(top_logits(logits, 2)[1], experts)
 tap.close()
 shares /= shares.sum(1, keepdim=True)
 fig, ax = plt.subplots(figsize=(7, 2.4))
 image = ax.imshow(shares, vmin=0, vmax=0.5, aspect="auto")
 for n in range(shares.shape[0]):
-    for e in range(8):
+    for e in range(experts):
         ax.text(e, n, f"{shares[n, e]:.2f}", ha="center", va="center",
                 color="white" if shares[n, e] < 0.3 else "black", fontsize=8)
-ax.set(xlabel="expert", ylabel="layer", xticks=range(8),
+ax.set(xlabel="expert", ylabel="layer", xticks=range(experts),
        yticks=range(shares.shape[0]),
-       title="Share of assignments (even = 0.125)")
+       title=f"Share of assignments (even = {1 / experts:.3f})")
 ax.grid(False)
 fig.colorbar(image, ax=ax)
 plt.show()
 print("every expert is used in every layer:", bool((shares > 0.01).all()))
+
+# %% [markdown]
+# ### What it cannot do
+#
+# Names that it has met are copied without a slip inside a story, over more
+# than a hundred tokens. A name made up on the spot is not: the model finds
+# its first piece and goes on with the wrong one. And tools:
+
+# %% tags=["nbval-ignore-output"]
+wrong = [mark for mark in results["tool"] if not mark.right][:3]
+for mark in wrong:
+    name, arguments = mark.lesson.facts["call"]
+    print("WANTED", name, compact(arguments))
+    print("CALLED", *mark.said[-1])
+
+# %% [markdown]
+# The call has the right form, the right purpose and often the right values,
+# but the name is one of the three that this tool may have, drawn without a
+# look at the developer message. In 7000 steps the model found that guessing
+# costs one nat and a bit; it had not found where to look. Reading needs two
+# hops (from the question to the description, from there to the name), and
+# the layers that can make them are two.
+
+# %%
+family = {name: key for key, kit in KITS.items() for name in kit.names}
+tools = [mark for mark in results["tool"]
+         if mark.said and mark.said[-1][0].startswith("functions.")]
+same = [family.get(mark.said[-1][0].removeprefix("functions."))
+        == family[mark.lesson.facts["call"][0]] for mark in tools]
+print("a tool for the right purpose, mostly:", sum(same) > len(same) / 2)
+print("called by its right name, mostly:",
+      2 * sum(mark.said[-1][0] == f"functions.{mark.lesson.facts['call'][0]}"
+              for mark in tools) > len(tools))
 
 # %% [markdown]
 # ## Against the others
@@ -1131,6 +2360,10 @@ for name, config in (("pocket", pocket.config),
           f"{6 * active / 1e9:>7,.3g} GFLOP a token")
 
 # %% [markdown]
+# The lessons are another matter. A conversation with tools for the 20b is
+# rendered by the same functions as one for the pocket model, and `Chat` of
+# chapter 12 cannot tell the two apart.
+#
 # ## Cost
 #
 # A token of training costs about $6 N$ floating-point operations, $N$ the
@@ -1151,10 +2384,9 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 B, T = 2, 256
 config = replace(pocket_config())
 model = GptOss(config, dtype=torch.float32, packed=False)
-rows = next(story_rows(vocabulary, seed=0, batch=B, length=T))
-rows[rows == NOTHING] = 0
+tokens = torch.randint(0, 1000, (B, T + 1))
 with FlopCounterMode(display=False) as counter:
-    next_token_loss(model, rows).backward()
+    weighted_loss(model, tokens, torch.ones(B, T + 1))[0].backward()
 attention = 12 * (config.num_hidden_layers * config.num_attention_heads
                   * config.head_dim * T)
 weights = 6 * active_parameters(config)
@@ -1166,8 +2398,8 @@ assert 0.95 < ratio < 1.05
 # %% [markdown]
 # ## Takeaways
 #
-# - A procedural corpus gives two things that no collected one has: the
-#   smallest possible loss, and a program that marks every answer.
+# - A procedural corpus gives what no collected one has: a program that marks
+#   every answer, and a strict line between what was seen and what was not.
 # - Without a balance loss routers collapse, since whoever is chosen learns;
 #   $E \sum_e f_e p_e$ is 1 when nobody is preferred.
 # - Train the last part on the MXFP4 grid and the four-bit file *is* the
@@ -1177,17 +2409,18 @@ assert 0.95 < ratio < 1.05
 #
 # ### Exercise 1
 #
-# What loss does a model reach that knows only how often each token occurs?
-# Compare it with the floor. (The unigram entropy.)
+# How near do plain stories come to their floor {eq}`train-floor`? Measure
+# the shipped model on held-out ones.
 
 # %% tags=["hide-cell"]
-fresh = stories(seed=9)
-sample = [t for _ in range(300) for t in vocabulary.encode(next(fresh))]
-counts = torch.bincount(torch.tensor(sample)).double()
-p = counts[counts > 0] / counts.sum()
-unigram = -(p * p.log()).sum().item()
-print(f"{unigram:.1f} nats, floor {floor:.2f}")
-assert unigram > 10 * floor
+told = story_stream(seed=9, hold_out=True)
+some = [story_row(reader, next(told)) for _ in range(30)]
+with torch.inference_mode():
+    nats = [weighted_loss(pocket, *padded([row]))[0] * (len(row[0]) - 1)
+            for row in some]
+ratio = sum(nats).item() / 30 / story_entropy()
+print("within a tenth of the floor:", 0.9 < ratio < 1.1)
+assert 0.9 < ratio < 1.1
 
 # %% [markdown]
 # ### Exercise 2
@@ -1223,26 +2456,52 @@ assert packed_bytes == sum(
 #
 # ### Exercise 4
 #
-# Ask the model for something that it never read. What does the checker say?
+# In the far lessons the fact lies more than 128 tokens back. Show that the
+# sliding layers alone cannot carry it: how far does information travel
+# through two of them with a window of 64? (Chapter 6.) Then check the
+# distance in the lessons themselves.
 
-# %% tags=["hide-cell", "nbval-ignore-output"]
-strange = "Once upon a time there was a little robot named Zed."
-answer = generate_batch(pocket, [reader.encode(strange)], stop=stop,
-                        max_new_tokens=300, sampler=Sampler(temperature=0.0))
-text = strange + reader.decode(answer[0]).replace("<|endoftext|>", "")
-print(text)
-reading = read_story(text)
-print(reading.coherent, "| stuck at:", reading.beat)
-assert not reading.coherent
+# %% tags=["hide-cell"]
+window = pocket.config.sliding_window
+sliding = pocket.config.layer_types.count("sliding_attention")
+reach = sliding * (window - 1)
+source, distances = lesson_stream(5, mix={"far": 1}), []
+for _ in range(100):
+    lesson = next(source)
+    told = next(n for n, m in enumerate(lesson.messages)
+                if m.content in ("I will remember that.", "Good to know.",
+                                 "I will not forget it."))
+    between = lesson.messages[told:lesson.turn]
+    distances.append(len(render(reader, between, drop="none")))
+print(f"reach {reach}, nearest far fact {min(distances)} tokens back")
+beyond = sum(d > 2 * window for d in distances)
+print(f"beyond two windows: {beyond} of 100")
+assert reach < 2 * window and beyond >= 95
 
 # %% [markdown]
-# It goes on, fluently, about somebody that it knows. Two million parameters
-# hold a small world, and nothing outside of it.
+# ### Exercise 5
 #
+# Write a kit for a tool of your own, add it to `KITS`, and read a lesson
+# that uses it.
+
+# %% tags=["hide-cell"]
+KITS["tea"] = Kit(
+    ("brew_tea", "make_tea"), ("Make a cup of tea.",),
+    ((("kind", "leaves"), TEXT, "what tea"),),
+    ("Make a cup of {0} tea.",), "a cup of {0} tea",
+    "Your {0} tea is ready.",
+    lambda rng: ([rng.choice(WORDS["colour"])], "ok"))
+tool, names = disguise(random.Random(1), "tea")
+turn = tool_turn(random.Random(2), "tea", tool, names)
+print(turn.ask, "|", turn.call[0], compact(turn.call[1]), "|", turn.answer)
+del KITS["tea"]
+assert "tea" not in KITS and turn.call[0] in ("brew_tea", "make_tea")
+
+# %% [markdown]
 # ## Sources
 #
 # - Load balancing: {cite}`switch2021`, section 2.2, after {cite}`moe2017`;
 #   transformers `modeling_gpt_oss.py`, `load_balancing_loss_func`.
 # - AdamW: {cite}`adamw2019`. Byte-level BPE: {cite}`bpe2016`.
-# - MXFP4: {cite}`ocpmx2023`. Configuration and tokenizer layout:
+# - MXFP4: {cite}`ocpmx2023`. Configuration, tokenizer layout and harmony:
 #   {cite}`gptoss2025`.

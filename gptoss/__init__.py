@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING
 # --- The package's front door ------------------------------------------------
 
 if TYPE_CHECKING:
+    from gptoss.chat import Chat as Chat
     from gptoss.config import GptOssConfig as GptOssConfig
     from gptoss.model import GptOss as GptOss
 
 __version__ = "0.1.0"
-_HOME = {"GptOss": "model", "GptOssConfig": "config"}
+_HOME = {"Chat": "chat", "GptOss": "model", "GptOssConfig": "config"}
 _MODULES = ("config", "mxfp4", "checkpoint", "rope", "sinks", "masks",
             "routing", "experts", "cache", "model", "harmony", "generate",
-            "train", "tangle")
+            "chat", "kernels", "stories", "lessons", "exams", "train",
+            "parity", "vectors", "tangle")
 
 
 def __getattr__(name: str) -> object:
@@ -33,6 +35,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "Chat",
     "GptOss",
     "GptOssConfig",
 ]

@@ -8,8 +8,8 @@ import json
 import os
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -52,6 +52,7 @@ MISTAKES = {"gptoss.config": "ConfigError", "gptoss.mxfp4": "MXFP4Error",
             "gptoss.cache": "CacheError", "gptoss.model": "ModelError",
             "gptoss.harmony": "HarmonyError",
             "gptoss.generate": "GenerateError",
+            "gptoss.chat": "ChatError",
             "torch": "OutOfMemoryError"}
 
 
@@ -152,6 +153,230 @@ def run_generate(args: argparse.Namespace) -> None:
               f"{done.finish_reason}]", file=sys.stderr)
 
 
+# --- chat: a turn as pieces of text ------------------------------------------
+
+STYLES = {"user": "bold", "analysis": "dim", "commentary": "dim",
+          "final": "", "call": "cyan", "result": "cyan", "notice": "yellow"}
+
+
+def drawn(events: Iterable, everything: bool = True
+          ) -> Iterator[tuple[str, str]]:
+    """The events of a turn as (text, style); whole lines at its end.
+
+    Without `everything` only the answer, and an empty line if there is
+    none.
+    """
+    last = ""  # the kind of the line that has been begun
+    for event in events:
+        kind = event.kind
+        if kind == "done" or not (everything or kind == "final"):
+            continue
+        whole = kind in ("call", "result", "notice")
+        if whole or kind != last:
+            label = "" if kind == "final" else (
+                f"[{event.name if kind == 'call' else kind}] ")
+            yield "\n" * bool(last) + label, STYLES[kind]
+        yield event.text, STYLES[kind]
+        last = kind
+    if last or not everything:
+        yield "\n", ""
+
+
+def _drawer(stream) -> Callable[[str, str], None]:
+    """Writes (text, style) at once; on a terminal in its style and without
+    its control characters."""
+    write = _writer(stream)
+    if not stream.isatty():
+        return lambda text, style="": write(text)
+    from rich.console import Console
+
+    console = Console(file=stream, force_jupyter=False, force_terminal=True)
+
+    def draw(text: str, style: str = "") -> None:
+        console.out(visible(text), style=style or None, highlight=False,
+                    end="")
+        stream.flush()
+    return draw
+
+
+# --- chat: a session ---------------------------------------------------------
+
+class Session:
+    """A chat and the messages that were exchanged."""
+
+    def __init__(self, chat, draw: Callable[..., None], everything: bool,
+                 system: str | None = None) -> None:
+        self.chat, self.draw, self.everything = chat, draw, everything
+        self.head = ([{"role": "system", "content": system}] if system
+                     else [])
+        self.messages = list(self.head)
+
+    def ask(self, text: str) -> None:
+        """Draws the answer to `text`. What came of it before a Ctrl-C stays
+        in the messages; if nothing came, the question is forgotten."""
+        asked = [*self.messages, {"role": "user", "content": text}]
+        events = self.chat.events(asked)
+        try:
+            for piece in drawn(events, self.everything):
+                self.draw(*piece)
+        finally:
+            if any(message["content"] for message in self.chat.turn):
+                self.messages = asked + self.chat.turn
+
+    def cost(self) -> str:
+        """One line about the last turn."""
+        used = self.chat.usage
+        return (f"[{used.finish_reason}: {used.generated_tokens} tokens in "
+                f"{used.seconds:.1f} s; {used.prefilled_tokens} of "
+                f"{used.prompt_tokens} read anew]\n")
+
+
+# --- chat: commands ----------------------------------------------------------
+
+def _save(session: Session, name: str, mode: str = "x") -> str:
+    if not name:
+        raise UsageError("/save: expected a file name")
+    try:
+        with open(Path(name).expanduser(), mode, encoding="utf-8") as file:
+            json.dump(session.messages, file, ensure_ascii=False, indent=1)
+    except FileExistsError:
+        raise UsageError(f"{name} exists; /save! {name} replaces it"
+                         ) from None
+    number = len(session.messages)
+    return f"{number} message{'s' * (number != 1)} saved"
+
+
+def _reset(session: Session, _: str) -> str:
+    session.messages = list(session.head)
+    session.chat.reset()
+    return "forgotten"
+
+
+def _effort(session: Session, level: str) -> str:
+    from gptoss.harmony import EFFORTS
+
+    if level not in ("", *EFFORTS):
+        raise UsageError(f"/effort: expected {', '.join(EFFORTS)}, found "
+                         f"{level}")
+    session.chat.effort = level or session.chat.effort
+    return f"effort: {session.chat.effort}"
+
+
+def _quit(session: Session, _: str) -> str:
+    raise EOFError
+
+
+def _help(session: Session, _: str) -> str:
+    return "\n".join([f"{name:15}{about}" for name, (_, about)
+                      in SLASH.items()] +
+                     ["Ctrl-C stops an answer. A line that begins with a "
+                      "space is never a command."])
+
+
+SLASH = {"/help": (_help, "this list"),
+         "/effort": (_effort, "LEVEL: low, medium or high"),
+         "/reset": (_reset, "forget what was said"),
+         "/save": (_save, "FILE: write the messages to a new file, as JSON"),
+         "/save!": (lambda session, name: _save(session, name, "w"),
+                    "FILE: the same, over an old file"),
+         "/quit": (_quit, "leave, as Ctrl-D does")}
+
+
+def obey(session: Session, line: str) -> None:
+    """Carries out a line that begins with a slash."""
+    name, _, rest = line.partition(" ")
+    if name not in SLASH:
+        raise UsageError(f"{name}: no such command; /help lists them")
+    session.draw(SLASH[name][0](session, rest.strip()) + "\n", "dim")
+
+
+# --- chat: typed or piped ----------------------------------------------------
+
+def _lines() -> Iterator[str]:
+    """The lines of stdin, which must be UTF-8."""
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        try:
+            yield line.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise UsageError(f"stdin is not UTF-8 in line {number} "
+                             f"({error.reason})") from error
+
+
+def _step(session: Session, line: str) -> None:
+    """Does what a line typed at the prompt says."""
+    try:
+        if line.startswith("/"):
+            obey(session, line)
+        elif line.strip():
+            session.ask(line.strip())
+            session.draw(session.cost(), "dim")
+    except Exception as error:
+        if not is_mistake(error):
+            raise
+        session.draw(f"[error] {error}\n", STYLES["notice"])
+
+
+def converse(session: Session) -> None:
+    """Prompt and answer until Ctrl-D, /quit or Ctrl-C twice."""
+    try:
+        import readline  # noqa: F401  line editing for input()
+    except ImportError:
+        pass
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
+    session.draw("/help lists the commands, Ctrl-D leaves\n", "dim")
+    leaving = False
+    while True:
+        line = None
+        try:
+            line = input("> ")
+            leaving = False
+            _step(session, line)
+        except EOFError:
+            return session.draw("\n" * (line is None))
+        except KeyboardInterrupt:
+            if leaving:
+                return session.draw("\n")
+            leaving = line is None  # at the prompt
+            session.draw("\n[Ctrl-C again or Ctrl-D leaves]\n" if leaving
+                         else "\n[stopped]\n", STYLES["notice"])
+
+
+def _tools(args: argparse.Namespace, known: dict) -> list:
+    """The tools that the options name."""
+    names = [] if args.no_tools else list(filter(None, args.tools.split(",")))
+    for name in names:
+        if name not in known:
+            raise UsageError(f"--tools: expected {', '.join(known)}, found "
+                             f"{name}")
+    return [known[name] for name in names]
+
+
+def run_chat(args: argparse.Namespace) -> None:
+    """A conversation; with a pipe, one message a line of stdin."""
+    from gptoss.chat import TOOLS, Chat
+
+    if args.json and args.prompt is None:
+        raise UsageError("--json: needs --prompt")
+    chat = Chat(args.model, args.effort, _tools(args, TOOLS), date=args.date,
+                temperature=args.temperature, top_k=args.top_k,
+                top_p=args.top_p, seed=args.seed, dtype=_dtype(args.dtype),
+                max_new_tokens=args.max_new_tokens,
+                device=_device(args.device))
+    everything = args.transcript or sys.stdout.isatty()
+    draw = (lambda *_: None) if args.json else _drawer(sys.stdout)
+    session = Session(chat, draw, everything, args.system)
+    if args.prompt is None and sys.stdin.isatty():
+        return converse(session)
+    for line in [_prompt(args)] if args.prompt is not None else _lines():
+        if line and args.prompt is None and everything:
+            draw(f"> {line}\n", STYLES["user"])
+        if line or args.prompt is not None:
+            session.ask(line)
+    if args.json:
+        print(json.dumps({"messages": chat.turn} | asdict(chat.usage)))
+
+
 # --- inspect -----------------------------------------------------------------
 
 SIZES = {"bytes": "bytes in the file",
@@ -250,17 +475,20 @@ def run_train(args: argparse.Namespace) -> None:
     if out.exists() or not out.absolute().parent.is_dir():
         raise UsageError(f"{out}: expected a folder that does not exist, in "
                          f"one that does")
-    if args.steps < 1 or args.seed < 0:
+    if (args.steps is not None and args.steps < 1) or args.seed < 0:
         raise UsageError(f"expected --steps >= 1 and --seed >= 0, found "
                          f"{args.steps} and {args.seed}")
+    recipe = Recipe(seed=args.seed)
+    if args.steps is not None:
+        recipe = replace(recipe, steps=args.steps)
 
     def report(entry: dict) -> None:
         step = entry["step"] + 1
-        if step % 50 == 0 or step == args.steps:
-            print(f"step {step} of {args.steps}, loss {entry['loss']:.3f}, "
+        if step % 50 == 0 or step == recipe.steps:
+            print(f"step {step} of {recipe.steps}, loss {entry['loss']:.3f}, "
                   f"{entry['seconds']:.0f} s", flush=True)
 
-    make_pocket(out, Recipe(seed=args.seed, steps=args.steps), report)
+    make_pocket(out, recipe, report)
     print(f"written to {visible(args.target, '')}")
 
 
@@ -270,19 +498,34 @@ FIRST_WORDS = "Once upon a time"
 _MODEL = {"--model": dict(default=str(POCKET), metavar="PATH_OR_ID",
                           help="folder or hub id (default: the one shipped)")}
 _JSON = {"--json": dict(action="store_true", help="one JSON object")}
+_SAMPLING = {
+    "--temperature": dict(type=float, default=1.0, metavar="X",
+                          help="0 is greedy (default: 1)"),
+    "--top-p": dict(type=float, default=1.0, metavar="X"),
+    "--top-k": dict(type=int, default=0, metavar="N"),
+    "--seed": dict(type=int, metavar="N"),
+    "--dtype": dict(default="bfloat16", choices=(
+        "bfloat16", "float16", "float32"), help="default: bfloat16"),
+    "--device": dict(default="cpu", help="cpu (default), cuda, ..."),
+}
 COMMANDS = {
     "generate": (run_generate, _MODEL | {
         "--prompt": dict(help="text to go on from; - reads stdin"),
         "--max-new-tokens": dict(type=int, default=256, metavar="N"),
-        "--temperature": dict(type=float, default=1.0, metavar="X",
-                              help="0 is greedy (default: 1)"),
-        "--top-p": dict(type=float, default=1.0, metavar="X"),
-        "--top-k": dict(type=int, default=0, metavar="N"),
-        "--seed": dict(type=int, metavar="N"),
-        "--dtype": dict(default="bfloat16", choices=(
-            "bfloat16", "float16", "float32"), help="default: bfloat16"),
-        "--device": dict(default="cpu", help="cpu (default), cuda, ..."),
-    } | _JSON),
+    } | _SAMPLING | _JSON),
+    "chat": (run_chat, _MODEL | {
+        "--prompt": dict(help="one message, answered; - reads stdin"),
+        "--effort": dict(default="medium", choices=(
+            "low", "medium", "high"), help="default: medium"),
+        "--system": dict(metavar="TEXT", help="instructions"),
+        "--max-new-tokens": dict(type=int, metavar="N", help="in an answer"),
+        "--tools": dict(default="calculator,today", metavar="NAMES",
+                        help="default: calculator,today"),
+        "--no-tools": dict(action="store_true"),
+        "--date": dict(help="what the model is told (default: today)"),
+        "--transcript": dict(action="store_true", help="write analysis and "
+                             "calls too, as a terminal always shows"),
+    } | _SAMPLING | _JSON),
     "inspect": (run_inspect, {
         "path": dict(metavar="PATH_OR_ID", nargs="?", default=str(POCKET),
                      help="folder or hub id (default: the one shipped)"),
@@ -295,7 +538,8 @@ COMMANDS = {
     "train": (run_train, {
         "target": dict(metavar="TARGET", help="folder to be made"),
         "--seed": dict(type=int, default=0, metavar="N"),
-        "--steps": dict(type=int, default=3000, metavar="N"),
+        "--steps": dict(type=int, metavar="N",
+                        help="default: as many as the recipe says"),
     }),
 }
 

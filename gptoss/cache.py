@@ -128,9 +128,14 @@ class Ring:
 
 @torch.inference_mode(False)
 def _zeros(shape, dtype, device) -> tuple[Tensor, Tensor]:
-    """Two ordinary tensors, also when asked for under inference_mode."""
-    return (torch.zeros(shape, dtype=dtype, device=device),
-            torch.zeros(shape, dtype=dtype, device=device))
+    """Two ordinary tensors, also when asked for under inference_mode.
+
+    (B, S, G, C) to look at; in memory the keys of a head lie together, as
+    attention reads them.
+    """
+    B, S, G, C = shape
+    pair = torch.zeros(2, B, G, S, C, dtype=dtype, device=device)
+    return pair[0].transpose(1, 2), pair[1].transpose(1, 2)
 
 
 # --- The tape ----------------------------------------------------------------

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptoss.cache import Cache
@@ -15,7 +16,7 @@ from gptoss.checkpoint import Checkpoint, check_scales, resolve
 from gptoss.config import GptOssConfig
 from gptoss.experts import Experts
 from gptoss.masks import positions_from_mask, visible
-from gptoss.mxfp4 import decode
+from gptoss.mxfp4 import decode, define_operator
 from gptoss.rope import apply_rope, rope_parameters, rope_tables
 from gptoss.routing import Router
 from gptoss.sinks import attention_concat, attention_flash
@@ -34,6 +35,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     return (weight.to(wide.dtype) * wide).to(x.dtype)
 
 
+define_operator(
+    "gptoss::rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    rms_norm)
+
+
 class RMSNorm(nn.Module):
     """`rms_norm` with its weight (D,), at first all ones."""
 
@@ -45,7 +51,7 @@ class RMSNorm(nn.Module):
             torch.ones(size, dtype=dtype, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return torch.ops.gptoss.rms_norm(x, self.weight, self.eps)
 
 
 # --- Attention as an operator ------------------------------------------------
@@ -76,19 +82,24 @@ def attention_in_tiles(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
     return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=1)
 
 
-def _define_attention() -> None:
-    """Declare gptoss::sink_attention once, whoever asks first."""
-    if hasattr(torch.ops.gptoss, "sink_attention"):
-        return
-    torch.library.define(
-        "gptoss::sink_attention",
-        "(Tensor q, Tensor k, Tensor v, Tensor sinks, Tensor q_pos,"
-        " Tensor k_pos, int window, float scale) -> Tensor")
-    torch.library.impl("gptoss::sink_attention", "CompositeImplicitAutograd",
-                       attention_in_tiles)
+define_operator(
+    "gptoss::sink_attention(Tensor q, Tensor k, Tensor v, Tensor sinks,"
+    " Tensor q_pos, Tensor k_pos, int window, float scale) -> Tensor",
+    attention_in_tiles)
 
 
-_define_attention()
+define_operator(
+    "gptoss::linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    F.linear)
+define_operator(
+    "gptoss::rope(Tensor x, Tensor cos, Tensor sin) -> Tensor", apply_rope)
+
+
+class Linear(nn.Linear):
+    """torch's linear layer, computed by the operator gptoss::linear."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.gptoss.linear(x, self.weight, self.bias)
 
 
 # --- The attention layer -----------------------------------------------------
@@ -105,18 +116,18 @@ class Attention(nn.Module):
         sliding = config.layer_types[layer] == "sliding_attention"
         self.window = config.sliding_window if sliding else 0
         like = {"dtype": dtype, "device": device}
-        self.q_proj = nn.Linear(D, H * C, **like)
-        self.k_proj = nn.Linear(D, G * C, **like)
-        self.v_proj = nn.Linear(D, G * C, **like)
-        self.o_proj = nn.Linear(H * C, D, **like)
+        self.q_proj = Linear(D, H * C, **like)
+        self.k_proj = Linear(D, G * C, **like)
+        self.v_proj = Linear(D, G * C, **like)
+        self.o_proj = Linear(H * C, D, **like)
         self.sinks = nn.Parameter(torch.zeros(H, **like))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor,
                 positions: Tensor, cache: Cache | None = None) -> Tensor:
         """x (B, T, D), tables (B, T, C/2), positions (B, T) -> (B, T, D)."""
         heads = (*x.shape[:2], -1, self.head_dim)
-        q = apply_rope(self.q_proj(x).view(heads), cos, sin)
-        k = apply_rope(self.k_proj(x).view(heads), cos, sin)
+        q = torch.ops.gptoss.rope(self.q_proj(x).view(heads), cos, sin)
+        k = torch.ops.gptoss.rope(self.k_proj(x).view(heads), cos, sin)
         v, k_pos = self.v_proj(x).view(heads), positions
         if cache is not None:
             k, v, k_pos = cache.update(self.layer, k, v, positions)
@@ -190,7 +201,7 @@ class Stack(nn.Module):
             Block(config, n, dtype, device, packed)
             for n in range(config.num_hidden_layers))
         self.norm = RMSNorm(D, config.rms_norm_eps, dtype, device)
-        self.lm_head = nn.Linear(D, V, bias=False, **like)
+        self.lm_head = Linear(D, V, bias=False, **like)
 
     def run(self, tokens: Tensor, positions: Tensor,
             cache: Cache | None = None, logits_to_keep: int = 0) -> Tensor:
@@ -347,6 +358,7 @@ __all__ = [
     "Attention",
     "Block",
     "GptOss",
+    "Linear",
     "MLP",
     "ModelError",
     "RMSNorm",

@@ -8,9 +8,8 @@ import math
 import random
 import re
 import time
-import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,292 +20,22 @@ from torch.nn.utils import parametrize
 from gptoss import mxfp4
 from gptoss.checkpoint import write_checkpoint
 from gptoss.config import GptOssConfig
-from gptoss.generate import Sampler, generate_batch
+from gptoss.exams import report_card
 from gptoss.harmony import (
     ALPHABET,
     NAMED,
     PATTERN,
     RANKS,
     Tokenizer,
+    render_message,
     tokenizer_json,
 )
+from gptoss.lessons import Lesson, lesson_stream
 from gptoss.model import GptOss
 from gptoss.routing import expert_load, top_logits
+from gptoss.stories import story_stream
 
-# --- The words of a small world ----------------------------------------------
-
-GIRLS = ("Mira", "Lily", "Nora", "Anna", "Ruby", "Zoe", "Ella", "Maya",
-         "Tess", "Wren")
-BOYS = ("Tom", "Max", "Leo", "Sam", "Finn", "Hugo", "Otto", "Ben", "Jack",
-        "Milo")
-WORDS = {
-    "hero": GIRLS + BOYS,
-    "friend": ("Pip", "Bruno", "Daisy", "Oscar", "Hazel", "Toby", "Clara",
-               "Felix", "Ivy", "Rufus", "Nina", "Walter"),
-    "kind": ("fox", "rabbit", "mouse", "cat", "duck", "hedgehog", "kitten",
-             "lamb"),
-    "fkind": ("bear", "goose", "dog", "frog", "squirrel", "mole", "badger",
-              "horse"),
-    "colour": ("red", "blue", "green", "yellow", "white", "black", "purple",
-               "pink", "brown", "silver", "golden", "grey"),
-    "thing": ("kite", "ball", "hat", "boat", "drum", "lamp", "scarf",
-              "book", "bell", "shell", "cup", "basket", "key", "box",
-              "flute", "button"),
-    "home": ("the forest", "the small house", "the hollow tree", "the valley",
-             "the quiet village", "the cave", "the old barn",
-             "the garden", "the tower", "the cottage"),
-    "place": ("the river", "the lake", "the beach", "the market",
-              "the meadow", "the bridge", "the hill", "the park",
-              "the mill", "the pond", "the harbour", "the orchard"),
-    # words that may differ from one sentence to the next
-    "_day": ("morning", "day", "afternoon", "evening"),
-    "_spot": ("bench", "bush", "stone", "wall", "log", "gate", "fence",
-              "wagon", "oak", "stairs"),
-    "_size": ("little", "small", "young", "tiny"),
-    "_loud": ("said", "cried", "called", "whispered"),
-}
-CAST_SLOTS = tuple(slot for slot in WORDS if not slot.startswith("_"))
-PRONOUNS = {name: ("she", "her") for name in GIRLS}
-PRONOUNS |= {name: ("he", "his") for name in BOYS}
-
-
-# --- A plot is a list of beats -----------------------------------------------
-
-BEATS = (
-    ("opening", (
-        "Once upon a time there was a {_size} {kind} named {hero}.",
-        "Once upon a time, a {_size} {kind} called {hero} woke up early.",
-        "Once upon a time there lived a {_size} {kind} by the name of "
-        "{hero}.",
-        "There once was a {_size} {kind} whose name was {hero}.",
-        "This is the story of {hero}, a {_size} {kind}.",
-        "Long ago there was a {_size} {kind} named {hero}.")),
-    ("home", (
-        "{hero} lived in {home}.",
-        "{She} lived in {home} with {her} mother.",
-        "{Her} home was {home}.",
-        "{hero} and {her} family lived in {home}.",
-        "It was warm in {home}, where {hero} lived.")),
-    ("love", (
-        "More than anything, {she} loved {her} {colour} {thing}.",
-        "{hero} had a {colour} {thing} and took it everywhere.",
-        "For {her} birthday {she} got a {colour} {thing}.",
-        "{Her} father gave {hero} a {colour} {thing}.",
-        "The best thing {she} had was a {colour} {thing}.")),
-    ("journey", (
-        "One {_day} {she} went to {place} with the {thing}.",
-        "One {_day} {hero} took the {colour} {thing} to {place}.",
-        "\"Let us go to {place},\" {she} {_loud} one {_day}.",
-        "The next {_day} {hero} walked all the way to {place}.",
-        "One {_day} the sun was shining, and {hero} ran to {place}.")),
-    ("play", (
-        "",
-        "There {she} played with the {thing} until {she} was tired.",
-        "{hero} the {kind} sang a song and danced with the {thing}.",
-        "What a lovely {_day} it was at {place}!",
-        "{She} showed the {thing} to the birds.")),
-    ("loss", (
-        "But a strong wind came, and the {colour} {thing} was gone.",
-        "Then {hero} fell asleep. When {she} woke up, "
-        "the {thing} was gone.",
-        "{She} put the {thing} down for a moment, and then "
-        "{she} could not find it.",
-        "Suddenly the {kind} saw that the {colour} {thing} was missing.",
-        "But on the way from {home} {she} lost the {thing}.")),
-    ("sorrow", (
-        "",
-        "The {_size} {kind} sat down and cried.",
-        "\"Oh no!\" {_loud} {hero}. \"Where is my {thing}?\"",
-        "{She} was very sad, for there was no other {thing} like it.",
-        "{hero} looked all over {place}, but it was not there.")),
-    ("friend", (
-        "A {fkind} named {friend} came by.",
-        "Just then a {fkind} came along. It was {friend}.",
-        "{friend} the {fkind} heard {whom}.",
-        "Near the {_spot} {she} met a {fkind} called {friend}.",
-        "Then {she} saw {friend}, a {fkind} with kind eyes.")),
-    ("question", (
-        "\"What is wrong, little {kind}?\" asked {friend}.",
-        "\"Why are you sad, {hero}?\" asked {friend}.",
-        "\"Can I help you?\" asked the {fkind}.",
-        "\"What are you looking for?\" asked {friend}.")),
-    ("answer", (
-        "\"I came from {home} and lost my {colour} {thing},\" "
-        "said {hero}.",
-        "\"My {thing} is gone,\" said the {kind}. \"It is {colour}.\"",
-        "{hero} told {friend} about the {colour} {thing}.",
-        "\"Have you seen a {colour} {thing}?\" asked {hero}.")),
-    ("offer", (
-        "\"Do not worry,\" said {friend}. \"I will help you.\"",
-        "\"Let us look for it at {place} together,\" said {friend}.",
-        "{friend} thought for a while. \"I know what to do,\" "
-        "said the {fkind}.",
-        "\"We will find it, {hero},\" said the {fkind}.")),
-    ("search", (
-        "So the {kind} and the {fkind} looked under a {_spot} at {place}.",
-        "They searched all around {place}.",
-        "{friend} looked on one side of {place}, and {hero} on "
-        "the other.",
-        "The {kind} and the {fkind} asked everybody at {place}.")),
-    ("finding", (
-        "At last the {fkind} saw something {colour} at {place}. "
-        "It was the {thing}!",
-        "And there, behind the {_spot}, was the {colour} {thing}!",
-        "Then the {kind} shouted, \"Here is my {thing}!\" It was under "
-        "the {_spot}.",
-        "In the end {friend} found the {colour} {thing} near the "
-        "{_spot} at {place}.")),
-    ("thanks", (
-        "\"Thank you, {friend}!\" said {hero}, and the {fkind} smiled.",
-        "{hero} hugged {friend} and thanked the {fkind}.",
-        "\"You are a good friend,\" said {hero} to the {fkind}.",
-        "\"Thank you, {friend},\" said the {kind} to the {fkind}.")),
-    ("return", (
-        "That {_day} the {kind} carried the {colour} {thing} from {place} "
-        "back to {home}.",
-        "{hero} left {place} and took the {thing} home to {home}.",
-        "Then they went to {home} and played with the {colour} {thing}.",
-        "Soon the {kind} was back in {home} with the {colour} {thing}.")),
-    ("ending", (
-        "From that day on, {hero} and {friend} were best friends.",
-        "{hero} the {kind} never lost the {thing} again.",
-        "And {hero} and {friend} lived happily ever after.",
-        "The {kind} and the {fkind} were friends for ever.",
-        "That night {hero} dreamed of {friend} and the {colour} {thing}.")),
-)
-
-
-# --- Telling -----------------------------------------------------------------
-
-def draw_cast(rng: random.Random) -> dict[str, str]:
-    """Draw who and what a story is about: one word for each fixed slot.
-
-    Hero and friend differ, and so do their kinds: their lists have no word
-    in common.
-    """
-    return {slot: rng.choice(WORDS[slot]) for slot in CAST_SLOTS}
-
-
-def with_pronouns(cast: dict[str, str]) -> dict[str, str]:
-    """Add the slots that follow from the hero: she, her, She, Her …"""
-    she, her = PRONOUNS[cast["hero"]]
-    whom = "her" if she == "she" else "him"
-    return cast | {"she": she, "her": her, "She": she.title(),
-                   "Her": her.title(), "whom": whom}
-
-
-def held_out(cast: dict[str, str]) -> bool:
-    """Whether a cast is kept from training: one in ten, by a checksum of
-    hero, colour and thing, so that the pair was never seen together."""
-    key = f"{cast['hero']} {cast['colour']} {cast['thing']}"
-    return zlib.crc32(key.encode()) % 10 == 0
-
-
-SLOT = re.compile(r"\{(\w+)\}")
-
-
-def tell(rng: random.Random, cast: dict[str, str] | None = None,
-         beats: int | None = None) -> str:
-    """Tell a story (or its first `beats` beats) about `cast`."""
-    words = with_pronouns(cast or draw_cast(rng))
-
-    def fill(match: re.Match) -> str:
-        slot = match[1]
-        return words[slot] if slot in words else rng.choice(WORDS[slot])
-
-    told = (SLOT.sub(fill, rng.choice(lines)) for _, lines in BEATS[:beats])
-    return " ".join(line for line in told if line)
-
-
-def story_entropy() -> float:
-    """Nats of choice in one story of `tell`: the floor of any loss.
-
-    Equation (train-floor).
-    """
-    size = {slot: len(words) for slot, words in WORDS.items()}
-    nats = sum(math.log(size[slot]) for slot in CAST_SLOTS)
-    for _, lines in BEATS:
-        free = [slot for line in lines for slot in SLOT.findall(line)
-                if slot.startswith("_")]
-        nats += math.log(len(lines))
-        nats += sum(math.log(size[slot]) for slot in free) / len(lines)
-    return nats
-
-
-# --- Reading: the checker is the generator run backwards ---------------------
-
-def line_pattern(line: str, cast: dict[str, str]) -> re.Pattern:
-    """The regular expression of a template under what is known so far.
-
-    A fixed slot that `cast` knows is that word and no other; one that it
-    doesn't know is a named group; a free slot is any of its words.
-    """
-    known = with_pronouns(cast) if "hero" in cast else cast
-    seen, parts, end = set(), [], 0
-    for match in SLOT.finditer(line):
-        slot = match[1]
-        parts.append(re.escape(line[end:match.start()]))
-        end = match.end()
-        if slot in known:
-            parts.append(re.escape(known[slot]))
-        elif slot in seen:
-            parts.append(f"(?P={slot})")
-        elif slot in WORDS and not slot.startswith("_"):
-            parts.append(f"(?P<{slot}>{'|'.join(WORDS[slot])})")
-            seen.add(slot)
-        else:
-            parts.append(f"(?:{'|'.join(WORDS[slot])})")
-    return re.compile("".join(parts) + re.escape(line[end:]))
-
-
-@dataclass
-class Reading:
-    """What `read_story` found.
-
-    Attributes:
-        coherent: the whole text is one story with one cast.
-        cast: the words bound so far.
-        beat: name of the first beat that could not be read ("" if none).
-        rest: the text from there on, at most 60 characters of it.
-    """
-
-    coherent: bool = False
-    cast: dict[str, str] = field(default_factory=dict)
-    beat: str = ""
-    rest: str = ""
-
-
-def read_story(text: str) -> Reading:
-    """Read a story against the plot; never fails, reports how far it got.
-
-    A text is coherent if and only if `tell` could have told it: every
-    beat in order, and hero, kind, friend, colour, thing, home and place
-    the same wherever they are mentioned.
-    """
-    text, furthest = text.strip(), [0, Reading(beat="opening", rest=text)]
-
-    def follow(at: int, beat: int, cast: dict[str, str]) -> Reading | None:
-        if beat == len(BEATS):
-            return Reading(True, cast) if at >= len(text) else None
-        name, lines = BEATS[beat]
-        if at >= furthest[0]:
-            rest = text[at:at + 60]
-            furthest[:] = [at, Reading(False, cast, name, rest)]
-        for line in lines:
-            found = line_pattern(line, cast).match(text, at)
-            if not found:
-                continue
-            bound = cast | found.groupdict()
-            step = found.end() + (text[found.end():found.end() + 1] == " ")
-            done = follow(step if line else at, beat + 1, bound)
-            if done:
-                return done
-        return None
-
-    return follow(0, 0, {}) or furthest[1]
-
-
-# --- A tokenizer of a thousand tokens ----------------------------------------
+# --- A tokenizer of fifteen hundred tokens -----------------------------------
 
 CONTROL = 21  # control tokens, in the order of o200k_harmony
 
@@ -353,38 +82,91 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> str:
     return tokenizer_json(ranks, control)
 
 
-# --- Rows of stories ---------------------------------------------------------
+def sample_texts(count: int, seed: int = 7) -> list[str]:
+    """What the tokenizer learns from: lessons and stories, no digits."""
+    texts, source = [], lesson_stream(seed)
+    for _ in range(count):
+        for message in next(source).messages:
+            header = (message.role, message.channel,
+                      f" to={message.recipient or ''}", " json")
+            for text in (message.content, *filter(None, header)):
+                texts += [part for part in re.split(r"\d+", text) if part]
+    told = story_stream(seed)
+    return texts + [next(told) for _ in range(count // 4)]
 
-NOTHING = -100  # what cross_entropy ignores
+
+# --- Rows, and what counts in them -------------------------------------------
+
+Row = tuple[list[int], list[float]]
+READ = 0.5  # weight of a token that the model only reads
 
 
-def stories(seed: int, hold_out: bool = False) -> Iterator[str]:
-    """Endless stories; of held-out casts only, or of all the others."""
+def lesson_row(tokenizer: Tokenizer, lesson: Lesson) -> Row:
+    """Token ids of a lesson, and the weight of each in the loss."""
+    ids, weights = [], []
+    last, body = len(lesson.messages) - 1, tokenizer.special["<|message|>"]
+    lead = 1 + len(tokenizer.encode("assistant"))   # <|start|>assistant
+    for n, message in enumerate(lesson.messages):
+        stop = "<|return|>" if n == last else "<|end|>"
+        part = render_message(tokenizer, message, stop)
+        begin, end = 0, len(part)
+        if message.role == "assistant":
+            if n < lesson.turn:     # of an old one, the text alone
+                begin, end = part.index(body) + 1, end - 1
+            elif lesson.messages[n - 1].role != "assistant":
+                begin = lead        # the prompt gives it
+        weight = READ if n < lesson.turn or message.role != "assistant" else 1
+        weight = 0 if n in lesson.muted else weight
+        ids += part
+        weights += [weight if begin <= at < end else 0
+                    for at in range(len(part))]
+    return ids, weights
+
+
+def story_row(tokenizer: Tokenizer, text: str) -> Row:
+    """A plain story, ended by <|endoftext|>; every token counts."""
+    ids = [*tokenizer.encode(text), tokenizer.special["<|endoftext|>"]]
+    return ids, [1.0] * len(ids)
+
+
+def rows(tokenizer: Tokenizer, seed: int, easy: int = 0) -> Iterator[Row]:
+    """Endless rows. Of the first `easy`, half are plain stories and none
+    is longer than 320 tokens; later one in twelve, and up to 1900."""
+    rng, made = random.Random(seed), 0
+    lessons, stories = lesson_stream(seed), story_stream(seed)
+    while True:
+        plain, longest = (0.5, 320) if made < easy else (0.08, 1900)
+        row = (story_row(tokenizer, next(stories)) if rng.random() < plain
+               else lesson_row(tokenizer, next(lessons)))
+        if len(row[0]) <= longest:
+            made += 1
+            yield row
+
+
+def padded(group: list[Row]) -> tuple[Tensor, Tensor]:
+    """Tokens (B, T) int64 and weights (B, T), zero beyond each row."""
+    shape = len(group), max(len(ids) for ids, _ in group)
+    tokens, weights = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
+    for row, (ids, weight) in enumerate(group):
+        tokens[row, :len(ids)] = torch.tensor(ids)
+        weights[row, :len(ids)] = torch.tensor(weight)
+    return tokens, weights
+
+
+def batches(source: Iterator[Row], seed: int, size: int, pool: int = 400
+            ) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless (tokens, weights) of at most `size` tokens with padding."""
     rng = random.Random(seed)
     while True:
-        cast = draw_cast(rng)
-        if held_out(cast) == hold_out:
-            yield tell(rng, cast)
-
-
-def story_rows(tokenizer: Tokenizer, seed: int, batch: int,
-               length: int) -> Iterator[Tensor]:
-    """Endless (batch, length + 1) int64 rows of whole stories end to end.
-
-    Each row starts with the first word of a story and each story ends
-    with <|endoftext|>; what is left of a row is `NOTHING`.
-    """
-    source, end = stories(seed), tokenizer.special["<|endoftext|>"]
-    story = [*tokenizer.encode(next(source)), end]
-    while True:
-        rows = torch.full((batch, length + 1), NOTHING)
-        for row in rows:
-            at = 0
-            while at + len(story) <= length + 1:
-                row[at:at + len(story)] = torch.tensor(story)
-                at += len(story)
-                story = [*tokenizer.encode(next(source)), end]
-        yield rows
+        some = sorted((next(source) for _ in range(pool)),
+                      key=lambda row: len(row[0]))
+        groups: list[list[Row]] = [[]]
+        for row in some:
+            if groups[-1] and (len(groups[-1]) + 1) * len(row[0]) > size:
+                groups.append([])
+            groups[-1].append(row)
+        rng.shuffle(groups)
+        yield from map(padded, groups)
 
 
 # --- The loss: the next token, and a fair share for every expert -------------
@@ -447,7 +229,7 @@ def put_on_grid(model: GptOss) -> None:
 
 # --- The training loop -------------------------------------------------------
 
-def pocket_config(vocab_size: int = 1024) -> GptOssConfig:
+def pocket_config(vocab_size: int = 1536) -> GptOssConfig:
     """The shipped model: every feature of the 20b, a ten-thousandth of it."""
     special = control_ids(vocab_size)
     return GptOssConfig(
@@ -462,17 +244,22 @@ def pocket_config(vocab_size: int = 1024) -> GptOssConfig:
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides a training run; the same recipe and seed on
-    the same machine give the same file."""
+    the same machine give the same file.
+
+    `tokens`: of a batch, with its padding. `easy`: share of the steps with
+    short rows and many plain stories. `grid_from`: share after which the
+    experts compute with four bits.
+    """
 
     seed: int = 0
-    steps: int = 2600
-    batch: int = 8
-    length: int = 224
+    steps: int = 7000
+    tokens: int = 2500
     learning_rate: float = 3e-3
     warmup: int = 60
     weight_decay: float = 0.05
     balance: float = 0.01
-    grid_from: float = 0.7
+    easy: float = 0.15
+    grid_from: float = 0.8
     clip: float = 1.0
 
     def rate(self, step: int) -> float:
@@ -511,35 +298,43 @@ def optimizer_for(model: GptOss, recipe: Recipe) -> torch.optim.AdamW:
                              betas=(0.9, 0.95))
 
 
-def next_token_loss(model: GptOss, rows: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of rows (B, T + 1): each token but the
-    first is predicted from those before it, and `NOTHING` never is."""
-    logits = model(rows[:, :-1].clamp_min(0))
-    return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+def weighted_loss(model: GptOss, tokens: Tensor, weights: Tensor
+                  ) -> tuple[Tensor, Tensor]:
+    """Weighted mean cross-entropy in nats, and the mean over the tokens of
+    weight 1 alone. tokens, weights (B, T): each token but the first is
+    predicted from those before it."""
+    logits = model(tokens[:, :-1]).flatten(0, 1)
+    nats = F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="none")
+    weights = weights[:, 1:].flatten()
+    own = weights == 1
+    return ((weights * nats).sum() / weights.sum(),
+            (nats.detach() * own).sum() / own.sum().clamp_min(1))
 
 
-def train(model: GptOss, rows: Iterator[Tensor], recipe: Recipe,
+def train(model: GptOss, source: Iterator[tuple[Tensor, Tensor]],
+          recipe: Recipe,
           report: Callable[[dict], None] = lambda entry: None) -> None:
-    """Train in place; `report` gets one dict per step (loss in nats)."""
+    """Train in place; `report` gets one dict per step: `loss`, the
+    weighted mean, and `own`, of the tokens to be written, in nats."""
     optimizer, tap = optimizer_for(model, recipe), RouterTap(model)
     k, begin = model.config.num_experts_per_tok, time.perf_counter()
     for step in range(recipe.steps):
-        row, extra = next(rows), {}
+        batch, extra = next(source), {}
         if step == int(recipe.grid_from * recipe.steps):
             with torch.no_grad():
-                extra = {"unrounded": next_token_loss(model, row).item()}
+                extra = {"unrounded": weighted_loss(model, *batch)[0].item()}
             put_on_grid(model)
-            tap.take()
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(step)
-        loss = next_token_loss(model, row)
+        tap.take()  # what was looked at between two steps
+        loss, own = weighted_loss(model, *batch)
         routed = [load_balance(each, k) for each in tap.take()]
         balance = torch.stack(routed).mean()
         (loss + recipe.balance * balance).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        report({"step": step, "loss": loss.item(),
+        report({"step": step, "loss": loss.item(), "own": own.item(),
                 "balance": balance.item(), "norm": norm.item(),
                 "seconds": time.perf_counter() - begin} | extra)
     tap.close()
@@ -569,68 +364,63 @@ def plain_state(model: GptOss) -> dict[str, Tensor]:
             value for name, value in state.items()}
 
 
-# --- Examination by a program ------------------------------------------------
-
-@dataclass
-class Exam:
-    """Outcome of an examination: how many stories were coherent, and for
-    the others the first beat that could not be read."""
-
-    stories: int = 0
-    coherent: int = 0
-    failures: list[Reading] = field(default_factory=list)
-
-
-@torch.inference_mode()
-def examine(model: GptOss, tokenizer: Tokenizer, count: int, seed: int = 1,
-            beats: int = 3, sampler: Sampler | None = None) -> Exam:
-    """Let the model finish `count` stories whose cast it never saw.
-
-    Each prompt is the first `beats` beats of a held-out story; the rest
-    is the model's, greedy unless a sampler is given.
-    """
-    rng, exam = random.Random(seed), Exam(stories=count)
-    casts = (draw_cast(rng) for _ in iter(int, 1))
-    chosen = (cast for cast in casts if held_out(cast))
-    openings = [tell(rng, next(chosen), beats) for _ in range(count)]
-    stop = (tokenizer.special["<|endoftext|>"],)
-    prompts = [tokenizer.encode(text) for text in openings]
-    answers = generate_batch(
-        model, prompts, max_new_tokens=400, stop=stop, seed=seed,
-        sampler=sampler or Sampler(temperature=0.0))
-    for prompt, answer in zip(prompts, answers, strict=True):
-        story = [token for token in prompt + answer if token not in stop]
-        reading = read_story(tokenizer.decode(story))
-        exam.coherent += reading.coherent
-        exam.failures += [] if reading.coherent else [reading]
-    return exam
-
-
 # --- One command -------------------------------------------------------------
+
+MILESTONES = ("story", "sum", "tool", "far")
+EXAMINED = (*MILESTONES, "recall", "unknown", "telling", "talk", "beyond",
+         "missing", "date")
+
 
 def make_pocket(out: Path, recipe: Recipe,
                 report: Callable[[dict], None] = lambda entry: None) -> None:
     """Train the shipped checkpoint and write it to the new folder `out`.
 
     Writes model.safetensors, config.json, generation_config.json,
-    tokenizer.json and train_log.json (one entry per step).
+    tokenizer.json and train_log.json: the recipe, every eighth step, what
+    the model could do at every thousandth, and the last examination.
     """
-    source, log = stories(recipe.seed + 1), []
-    texts = [next(source) for _ in range(2000)]
-    config = pocket_config()
-    vocabulary = train_tokenizer(texts, config.vocab_size)
+    config, log, marks = pocket_config(), [], []
+    vocabulary = train_tokenizer(sample_texts(6000), config.vocab_size)
     tokenizer = Tokenizer(vocabulary)
     model = GptOss(config, dtype=torch.float32, packed=False)
     start_at_random(model, recipe.seed)
-    rows = story_rows(tokenizer, recipe.seed, recipe.batch, recipe.length)
-    train(model, rows, recipe, lambda e: (log.append(e), report(e)))
-    write_checkpoint(out, config, released_tensors(model))
+
+    def watch(entry: dict) -> None:
+        log.append(entry)
+        report(entry)
+        if (entry["step"] + 1) % 1000 == 0:
+            marks.append(milestone(model, tokenizer, entry["step"] + 1))
+
+    easy = int(recipe.easy * recipe.steps * 11)     # 11 rows make a batch
+    seed = recipe.seed + 1
+    source = batches(rows(tokenizer, seed, easy), seed, recipe.tokens)
+    train(model, source, recipe, watch)
+    write_pocket(out, model, vocabulary, recipe, log, marks)
+
+
+def milestone(model: GptOss, tokenizer: Tokenizer, step: int) -> dict:
+    """Shares of 40 held-out questions right, by kind, and the step."""
+    card = report_card(model, tokenizer, MILESTONES, count=40)
+    return {"step": step} | {kind: card[kind]["right"] for kind in card}
+
+
+def write_pocket(out: Path, model: GptOss, vocabulary: str, recipe: Recipe,
+                 log: list[dict], marks: list[dict], count: int = 200
+                 ) -> None:
+    """The five files of a trained model, into the new folder `out`; the
+    last examination, `count` questions of a kind, is of these files."""
+    write_checkpoint(out, model.config, released_tensors(model))
     (out / "tokenizer.json").write_text(vocabulary, "utf-8")
-    write_json(out / "generation_config.json", generation_config(config), 2)
-    tokens = sum(len(tokenizer.encode(text)) + 1 for text in texts)
+    write_json(out / "generation_config.json",
+               generation_config(model.config), 2)
+    written = GptOss.from_pretrained(out, dtype=torch.float32)
+    card = report_card(written, Tokenizer(vocabulary), EXAMINED, count)
     write_json(out / "train_log.json", {
-        "recipe": vars(recipe), "log": thinned(log),
-        "floor": round(story_entropy() / (tokens / len(texts)), 4)})
+        "recipe": vars(recipe), "marks": marks, "exam": card,
+        "rounding": [{"step": entry["step"], "rounded": entry["loss"],
+                      "unrounded": entry["unrounded"]}
+                     for entry in log if "unrounded" in entry],
+        "log": thinned(log)})
 
 
 def generation_config(config: GptOssConfig) -> dict:
@@ -642,8 +432,8 @@ def generation_config(config: GptOssConfig) -> dict:
             "pad_token_id": special["endoftext"]}
 
 
-def thinned(log: list[dict], every: int = 4) -> list[dict]:
-    """Each fourth entry, the switch to the grid and the last; 4 digits."""
+def thinned(log: list[dict], every: int = 8) -> list[dict]:
+    """Each eighth entry, the switch to the grid and the last; 4 digits."""
     kept = [entry for n, entry in enumerate(log)
             if n % every == 0 or "unrounded" in entry or n == len(log) - 1]
     return [{key: round(value, 4) for key, value in entry.items()}
@@ -656,44 +446,36 @@ def write_json(path: Path, value: object, indent: int | None = None
 
 
 __all__ = [
-    "BEATS",
-    "BOYS",
-    "CAST_SLOTS",
     "CONTROL",
-    "Exam",
-    "GIRLS",
-    "NOTHING",
+    "EXAMINED",
+    "MILESTONES",
     "OnGrid",
-    "PRONOUNS",
-    "Reading",
+    "READ",
     "Recipe",
     "RouterTap",
-    "SLOT",
-    "WORDS",
+    "Row",
+    "batches",
     "control_ids",
-    "draw_cast",
-    "examine",
     "generation_config",
-    "held_out",
-    "line_pattern",
+    "lesson_row",
     "load_balance",
     "make_pocket",
-    "next_token_loss",
+    "milestone",
     "optimizer_for",
+    "padded",
     "plain_state",
     "pocket_config",
     "put_on_grid",
-    "read_story",
     "released_tensors",
+    "rows",
+    "sample_texts",
     "start_at_random",
-    "stories",
-    "story_entropy",
-    "story_rows",
-    "tell",
+    "story_row",
     "thinned",
     "train",
     "train_ranks",
     "train_tokenizer",
-    "with_pronouns",
+    "weighted_loss",
     "write_json",
+    "write_pocket",
 ]

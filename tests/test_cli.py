@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import random_tensors
 from safetensors.torch import load_file
+from test_chat import TOKENIZER, Scripted, called, said
 
 import gptoss
-from gptoss.__main__ import UsageError, build_parser, main, visible
+from gptoss.__main__ import UsageError, build_parser, drawn, main, visible
+from gptoss.chat import ChatEvent
 from gptoss.checkpoint import write_checkpoint
 from gptoss.config import GptOssConfig
 from gptoss.generate import Sampler, complete
@@ -179,6 +181,117 @@ def test_visible_leaves_ordinary_text_alone():
     assert visible(text) == text
 
 
+# -- chat -------------------------------------------------------------------
+
+@pytest.fixture
+def script(monkeypatch):
+    """Makes the command's model write what is scripted."""
+    from gptoss import chat
+
+    def use(*rounds: str) -> None:
+        monkeypatch.setattr(
+            chat, "load", lambda *_: (Scripted(*rounds), TOKENIZER))
+    return use
+
+
+GREEDY = ["chat", "--temperature", "0"]
+
+
+def test_chat_json_is_one_object(script, capsys):
+    script(called("calculator", '{"expression": "6*7"}'), said("42", "ok"))
+    assert main([*GREEDY, "--prompt", "6*7?", "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert out.count("\n") == 1 and err == ""
+    assert [m["role"] for m in found["messages"]] == [
+        "assistant", "tool", "assistant"]
+    assert found["messages"][-1] == {
+        "role": "assistant", "content": "42", "reasoning": "ok"}
+    assert found["finish_reason"] == "stop" and found["seconds"] > 0
+    assert found["prompt_tokens"] < found["prefilled_tokens"]
+    assert found["generated_tokens"] > 40
+
+
+def test_chat_writes_the_answer_or_the_whole_transcript(script, capsys,
+                                                        monkeypatch):
+    rounds = called("calculator", '{"expression": "6*7"}'), said("42", "ok")
+    script(*rounds)
+    assert main([*GREEDY, "--prompt", "6*7?"]) == 0
+    assert capsys.readouterr() == ("42\n", "")
+    script(*rounds)
+    stdin = io.TextIOWrapper(io.BytesIO(b"6*7?\n"))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert main([*GREEDY, "--transcript"]) == 0
+    assert capsys.readouterr() == (
+        '> 6*7?\n[calculator] {"expression": "6*7"}\n[result] 42\n'
+        "[analysis] ok\n42\n", "")
+
+
+def test_chat_options_reach_the_prompt(script, capsys, monkeypatch):
+    from gptoss import chat
+
+    prompts = []
+    render = chat.render
+
+    def spy(*args, **options):
+        prompts.append(TOKENIZER.decode(render(*args, **options)))
+        return render(*args, **options)
+
+    monkeypatch.setattr(chat, "render", spy)
+    for more in (["--tools", "today"], ["--no-tools", "--system", "Be kind.",
+                                        "--effort", "low", "--date", ""]):
+        script(said("x"))
+        assert main([*GREEDY, "--prompt", "a", *more]) == 0
+    assert "type today" in prompts[0] and "calculator" not in prompts[0]
+    assert "Reasoning: medium" in prompts[0]
+    assert "Current date: 20" in prompts[0]
+    assert "# Tools" not in prompts[1] and "Reasoning: low" in prompts[1]
+    assert "# Instructions\n\nBe kind." in prompts[1]
+    assert "Current date" not in prompts[1]
+
+
+def test_chat_stdin_must_be_utf8(script, capsys, monkeypatch):
+    script(said("one"))
+    stdin = io.TextIOWrapper(io.BytesIO(b"good\nbad \xff\n"))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert main(GREEDY) == 2
+    out, err = capsys.readouterr()
+    assert out == "one\n"
+    assert err == ("gptoss: error: stdin is not UTF-8 in line 2 (invalid "
+                   "start byte)\n")
+
+
+def test_chat_interrupted_in_a_script_is_130(script, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    script(said("one"))
+    monkeypatch.setattr(Scripted, "forward", interrupted)
+    assert main([*GREEDY, "--prompt", "a"]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_chat_needs_a_model_that_speaks_harmony(folder, capsys):
+    assert main(["chat", "--model", str(folder), "--prompt", "a"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "control tokens" in err
+
+
+def test_drawn_lines_are_whole():
+    def text(*kinds: str, everything: bool = True) -> str:
+        return "".join(piece for piece, _ in drawn(
+            [ChatEvent(kind, f"{kind} text", "tool") for kind in kinds],
+            everything))
+
+    assert text("analysis", "analysis", "final", "done") == (
+        "[analysis] analysis textanalysis text\nfinal text\n")
+    assert text("call", "result", "call", "notice") == (
+        "[tool] call text\n[result] result text\n[tool] call text\n"
+        "[notice] notice text\n")
+    assert text("analysis", "final", everything=False) == "final text\n"
+    assert text("analysis", everything=False) == "\n" and text() == ""
+
+
 # -- inspect and convert ----------------------------------------------------
 
 def test_inspect_reads_no_weights(folder, capsys, monkeypatch):
@@ -207,7 +320,7 @@ def test_inspect_lists_each_tensor(folder, capsys):
 
 def test_inspect_without_a_path_is_the_shipped_one(capsys):
     assert main(["inspect", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["parameters_total"] == 2182336
+    assert json.loads(capsys.readouterr().out)["parameters_total"] == 2313408
 
 
 def test_inspect_says_what_the_issue_asks_for(folder, capsys):
@@ -242,19 +355,33 @@ def test_convert_there_and_back(folder, tmp_path, capsys):
         assert torch.equal(tensor, other), name
 
 
-def test_train_writes_a_checkpoint_that_generates(tmp_path, capsys):
-    target = tmp_path / "new"
-    assert main(["train", str(target), "--steps", "2"]) == 0
+def test_train_hands_over_its_recipe(tmp_path, capsys, monkeypatch):
+    from gptoss import train
+
+    found = []
+
+    def make(out, recipe, report):
+        found.append((out, recipe))
+        for step in range(recipe.steps):
+            report({"step": step, "loss": 1.5, "seconds": 2.0})
+
+    monkeypatch.setattr(train, "make_pocket", make)
+    target, whole = tmp_path / "new", train.Recipe()
+    assert main(["train", str(target), "--steps", "30", "--seed", "5"]) == 0
     out, err = capsys.readouterr()
-    assert out.startswith("step 2 of 2, loss ") and err == ""
-    assert main(["generate", "--model", str(target), "--prompt", "Once",
-                 "--max-new-tokens", "2", "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["tokens"]) == 2
+    assert out.splitlines()[-2] == "step 30 of 30, loss 1.500, 2 s"
+    assert out.endswith(f"written to {target}\n") and err == ""
+    assert main(["train", str(target)]) == 0
+    (there, short), (_, full) = found
+    assert there == target and full == whole
+    assert (short.seed, short.steps) == (5, 30)
     # looked at before any work
-    assert main(["train", str(target)]) == 2
+    capsys.readouterr()
+    assert main(["train", str(tmp_path)]) == 2
     assert "does not exist" in capsys.readouterr().err
     assert main(["train", str(tmp_path / "a" / "b")]) == 2
     assert main(["train", str(tmp_path / "c"), "--steps", "0"]) == 2
+    assert len(found) == 2
 
 
 # -- options ----------------------------------------------------------------
@@ -273,6 +400,16 @@ def test_train_writes_a_checkpoint_that_generates(tmp_path, capsys):
     (["generate", "--device", "toaster"], "--device toaster: "),
     (["generate", "--device", "cuda:99"], "--device cuda:99: "),
     (["generate", "--device", "meta"], "--device meta: "),
+    (["chat", "--json"], "--json: needs --prompt"),
+    (["chat", "--tools", "a,today"], "--tools: expected calculator, today"),
+    (["chat", "--effort", "all"], "--effort: invalid choice: 'all'"),
+    (["chat", "--prompt", "a", "--max-new-tokens", "0"],
+     "max_new_tokens: expected an integer >= 1"),
+    (["chat", "--prompt", "a", "--seed", "-1"], "seed: expected"),
+    (["chat", "--prompt", "a", "--top-p", "2"], "top_p: expected"),
+    (["chat", "--prompt", "a\udcff"], "messages[0].content: expected Unic"),
+    (["chat", "--prompt", "a", "--device", "meta"], "--device meta: "),
+    (["chat", "--prompt", "a", "--model", "./none"], "./none: no such"),
     (["convert", "a"], "arguments are required: TARGET, --layout"),
     (["convert", "a", "b", "--layout", "gguf"], "invalid choice: 'gguf'"),
 ])
@@ -363,10 +500,10 @@ def test_version_help_and_mistake_need_no_torch():
 
 def test_package_offers_its_names():
     code = ("import gptoss, sys; assert 'torch' not in sys.modules\n"
-            "from gptoss import GptOss, GptOssConfig, mxfp4\n"
+            "from gptoss import Chat, GptOss, GptOssConfig, mxfp4\n"
             "gptoss.cache.Cache; gptoss.generate.Sampler\n"
             "assert 'transformers' not in sys.modules\n"
-            "assert {'GptOss', 'mxfp4'} <= set(dir(gptoss))\n"
+            "assert {'Chat', 'GptOss', 'mxfp4'} <= set(dir(gptoss))\n"
             "try: gptoss.nothing\nexcept AttributeError as e: print(e)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT,
                           capture_output=True, text=True, timeout=60)

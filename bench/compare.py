@@ -1,0 +1,295 @@
+"""Ours, transformers and llama.cpp on one checkpoint, one after the other.
+
+    python bench/compare.py PATH [--engines ours,transformers,llama.cpp]
+        [--prompt 512] [--tokens 32] [--gguf FILE] [--save SHAPE] [--json]
+
+Every engine runs in a process of its own, alone, on the same random tokens;
+printed are load seconds, peak resident memory, prefill and decode speed, and
+each one's ratio to ours. PATH is a folder in the released layout
+(bench/make_checkpoint.py writes one of random weights). transformers decodes
+the experts (bf16, or float32 with transformers-fp32) and is given a shorter
+prompt with --slow-prompt. llama.cpp needs its Python binding
+(llama-cpp-python) in --llama-python's interpreter and the checkpoint as GGUF,
+written to --gguf on first use with the package `gguf`; without them it is
+left out, and a line says so. --save keeps the result for chapter 13.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SEED = 0
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def prompt_ids(vocabulary: int, count: int) -> list[int]:
+    import random
+
+    return [random.Random(SEED + n).randrange(vocabulary)
+            for n in range(count)]
+
+
+def report(load: float, prefill: float, prompt: int, steps: list[float]
+           ) -> dict:
+    ordered = sorted(steps)
+    return {"load_seconds": load, "peak_rss_bytes": peak(),
+            "time_to_first_token": prefill, "prompt_tokens": prompt,
+            "prefill_tokens_per_second": prompt / prefill,
+            "decode_tokens_per_second": {
+                "median": 1 / statistics.median(ordered),
+                "low": 1 / ordered[-1], "high": 1 / ordered[0]}}
+
+
+# ---- the engines, each in a process of its own
+
+def run_ours(path: Path, prompt: int, tokens: int, options) -> dict:
+    from gptoss.kernels import measure
+
+    return measure(path, prompt, tokens)
+
+
+def run_transformers(path: Path, prompt: int, tokens: int, options) -> dict:
+    import torch
+    from transformers import AutoModelForCausalLM, Mxfp4Config
+
+    dtype = (torch.float32 if options.child == "transformers-fp32"
+             else torch.bfloat16)
+    start = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(
+        path, quantization_config=Mxfp4Config(dequantize=True), dtype=dtype,
+        attn_implementation="eager").eval()
+    load = time.perf_counter() - start
+    ids = torch.tensor([prompt_ids(model.config.vocab_size, prompt)])
+    steps = []
+    with torch.inference_mode():
+        model(ids[:, :2], logits_to_keep=1)
+        start = time.perf_counter()
+        out = model(ids, use_cache=True, logits_to_keep=1)
+        prefill = time.perf_counter() - start
+        for _ in range(tokens):
+            start = time.perf_counter()
+            chosen = out.logits[:, -1].argmax(-1)[:, None]
+            out = model(chosen, use_cache=True,
+                        past_key_values=out.past_key_values)
+            steps.append(time.perf_counter() - start)
+    return report(load, prefill, prompt, steps)
+
+
+def run_llama(path: Path, prompt: int, tokens: int, options) -> dict:
+    import llama_cpp
+
+    threads = int(os.environ["OMP_NUM_THREADS"])
+    start = time.perf_counter()
+    model = llama_cpp.Llama(str(options.gguf), n_ctx=prompt + tokens + 16,
+                            n_batch=512, n_threads=threads,
+                            n_threads_batch=threads, verbose=False)
+    load = time.perf_counter() - start
+    ids = prompt_ids(model.n_vocab(), prompt)
+    model.eval(ids[:2])
+    model.reset()
+    start = time.perf_counter()
+    model.eval(ids)
+    prefill = time.perf_counter() - start
+    steps = []
+    for token in prompt_ids(model.n_vocab(), tokens):
+        start = time.perf_counter()
+        model.eval([token])
+        steps.append(time.perf_counter() - start)
+    return report(load, prefill, prompt, steps)
+
+
+# ---- the checkpoint as GGUF
+
+def write_gguf(path: Path, target: Path) -> None:
+    """The folder as a GGUF file: experts MXFP4, matrices bf16, no tokens.
+
+    GGUF keeps one expert's gate and up apart, and a block as one scale byte
+    and 16 bytes whose low nibbles are the first sixteen values.
+    """
+    import gguf
+    import numpy as np
+    import torch
+
+    from gptoss.checkpoint import Checkpoint
+
+    def block_bytes(blocks, scales):
+        values = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2)
+        mixed = values[..., :16] | values[..., 16:] << 4
+        return torch.cat([scales[..., None], mixed], -1).flatten(-2)
+
+    with Checkpoint.open(path) as file:
+        c = file.config
+        out = gguf.GGUFWriter(str(target), "gpt-oss", use_temp_file=True)
+        out.add_name("random")
+        out.add_vocab_size(c.vocab_size)
+        out.add_tokenizer_model("none")
+        out.add_context_length(c.max_position_embeddings)
+        out.add_embedding_length(c.hidden_size)
+        out.add_block_count(c.num_hidden_layers)
+        out.add_feed_forward_length(c.intermediate_size)
+        out.add_expert_feed_forward_length(c.intermediate_size)
+        out.add_head_count(c.num_attention_heads)
+        out.add_head_count_kv(c.num_key_value_heads)
+        out.add_key_length(c.head_dim)
+        out.add_value_length(c.head_dim)
+        out.add_layer_norm_rms_eps(c.rms_norm_eps)
+        out.add_expert_count(c.num_local_experts)
+        out.add_expert_used_count(c.num_experts_per_tok)
+        out.add_sliding_window(c.sliding_window)
+        out.add_rope_freq_base(c.rope_theta)
+        out.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        out.add_rope_scaling_factor(c.rope_factor)
+        out.add_rope_scaling_orig_ctx_len(c.initial_context_length)
+
+        def floats(name, source, rows=None, wide=False):
+            tensor = file.read(source)
+            tensor = tensor if rows is None else tensor[:, rows]
+            if wide or tensor.ndim == 1 or source.endswith("bias"):
+                out.add_tensor(name, tensor.float().contiguous().numpy())
+                return
+            raw = tensor.contiguous().view(torch.uint8).numpy()
+            out.add_tensor(name, raw,
+                           raw_dtype=gguf.GGMLQuantizationType.BF16)
+
+        def packed(name, source, rows):
+            data = block_bytes(*(file.read(f"{source}_{part}")[:, rows]
+                                 for part in ("blocks", "scales")))
+            out.add_tensor(name, np.ascontiguousarray(data.numpy()),
+                           raw_dtype=gguf.GGMLQuantizationType.MXFP4)
+
+        floats("token_embd.weight", "model.embed_tokens.weight")
+        floats("output.weight", "lm_head.weight")
+        floats("output_norm.weight", "model.norm.weight")
+        for n in range(c.num_hidden_layers):
+            here, there = f"model.layers.{n}", f"blk.{n}"
+            floats(f"{there}.attn_norm.weight",
+                   f"{here}.input_layernorm.weight")
+            floats(f"{there}.post_attention_norm.weight",
+                   f"{here}.post_attention_layernorm.weight")
+            for ours, theirs in (("q", "q"), ("k", "k"), ("v", "v"),
+                                 ("o", "output")):
+                for part in ("weight", "bias"):
+                    floats(f"{there}.attn_{theirs}.{part}",
+                           f"{here}.self_attn.{ours}_proj.{part}")
+            floats(f"{there}.attn_sinks.weight", f"{here}.self_attn.sinks")
+            floats(f"{there}.ffn_gate_inp.weight",
+                   f"{here}.mlp.router.weight", wide=True)
+            floats(f"{there}.ffn_gate_inp.bias", f"{here}.mlp.router.bias")
+            experts = f"{here}.mlp.experts"
+            for name, source, rows in (
+                    ("gate", "gate_up_proj", slice(0, None, 2)),
+                    ("up", "gate_up_proj", slice(1, None, 2)),
+                    ("down", "down_proj", slice(None))):
+                packed(f"{there}.ffn_{name}_exps.weight",
+                       f"{experts}.{source}", rows)
+                floats(f"{there}.ffn_{name}_exps.bias",
+                       f"{experts}.{source}_bias", rows)
+        out.write_header_to_file()
+        out.write_kv_data_to_file()
+        out.write_tensors_to_file()
+        out.close()
+
+
+# ---- one after the other
+
+ENGINES = {"ours": run_ours, "transformers": run_transformers,
+           "transformers-fp32": run_transformers, "llama.cpp": run_llama}
+
+
+def run_child(name: str, python: str, options) -> dict | str:
+    """The engine's report, or in words why there is none."""
+    slow = name == "transformers" and options.slow_prompt
+    command = [python, __file__, str(options.path), "--child", name,
+               "--prompt", str(options.slow_prompt if slow
+                               else options.prompt),
+               "--tokens", str(min(4, options.tokens) if slow
+                               else options.tokens)]
+    if options.gguf:
+        command += ["--gguf", str(options.gguf)]
+    done = subprocess.run(command, capture_output=True, text=True,
+                          env=os.environ | {
+                              "OMP_NUM_THREADS": str(options.threads),
+                              "HF_HUB_OFFLINE": "1"})
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [
+            f"ended with {done.returncode}"]
+        return lines[-1]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--engines", default="ours,transformers,llama.cpp")
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--slow-prompt", type=int, default=16,
+                        help="for transformers in bf16; 0: as the others")
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--llama-python", default=sys.executable)
+    parser.add_argument("--save", metavar="SHAPE")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.child == "gguf":
+        write_gguf(options.path, options.gguf)
+        return
+    if options.child:
+        run = ENGINES[options.child]
+        print(json.dumps(run(options.path, options.prompt, options.tokens,
+                             options)))
+        return
+    names = options.engines.split(",")
+    unknown = [name for name in names if name not in ENGINES]
+    if unknown:
+        parser.error(f"--engines: expected some of {', '.join(ENGINES)}, "
+                     f"found {', '.join(unknown)}")
+    found = {}
+    for name in names:
+        if name == "llama.cpp" and not options.gguf:
+            print("llama.cpp: left out, it needs --gguf FILE",
+                  file=sys.stderr)
+            continue
+        if name == "llama.cpp" and not options.gguf.exists():
+            write_gguf(options.path, options.gguf)
+        python = (options.llama_python if name == "llama.cpp"
+                  else sys.executable)
+        result = run_child(name, python, options)
+        if isinstance(result, str):
+            print(f"{name}: left out, {result}", file=sys.stderr)
+        else:
+            found[name] = result
+    if options.save:
+        from kernels import save
+
+        save({options.save: found})
+    if options.json:
+        print(json.dumps(found, indent=1))
+        return
+    ours = found.get("ours")
+    for name, result in found.items():
+        speeds = (result["decode_tokens_per_second"]["median"],
+                  result["prefill_tokens_per_second"])
+        line = (f"{name:18} load {result['load_seconds']:6.1f} s, peak "
+                f"{result['peak_rss_bytes'] / 2 ** 30:5.1f} GiB, decode "
+                f"{speeds[0]:7.2f}, prefill of {result['prompt_tokens']} "
+                f"{speeds[1]:7.2f} tok/s")
+        if ours and name != "ours":
+            decode = ours["decode_tokens_per_second"]["median"] / speeds[0]
+            prefill = ours["prefill_tokens_per_second"] / speeds[1]
+            line += f"; ours {decode:.2f} and {prefill:.2f} times as fast"
+        print(line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+// The packed matrix-vector product, step by step, outside of torch.
+// Built and run by bench/kernels.py; prints JSON. Needs AVX2.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+constexpr int64_t BLOCKS = 90, ROWS = 8640 * 16;  // 211 MB: no cache holds it
+constexpr int8_t TWICE[16] = {0, 1, 2, 3, 4, 6, 8, 12,
+                              0, -1, -2, -3, -4, -6, -8, -12};
+
+struct Input {
+  std::vector<float> x, scale;   // (2880,), one a block
+  std::vector<int16_t> natural;  // x in 16 bits, in order
+  std::vector<int16_t> paired;   // as kernels.cpp keeps it
+};
+
+float sum(__m256 v) {
+  float a[8];
+  _mm256_storeu_ps(a, v);
+  return ((a[0] + a[4]) + (a[1] + a[5])) + ((a[2] + a[6]) + (a[3] + a[7]));
+}
+
+float power(uint8_t scale) {
+  uint32_t bits = uint32_t(scale) << 23;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+__m256i both(__m128i half) { return _mm256_broadcastsi128_si256(half); }
+__m128i load16(const void* p) {
+  return _mm_loadu_si128(static_cast<const __m128i*>(p));
+}
+__m256i load32(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
+
+// 1: one weight at a time, as the portable loop of the chapter
+float portable(const uint8_t* w, const uint8_t* s, const Input& in) {
+  float total = 0;
+  for (int64_t b = 0; b < BLOCKS; ++b) {
+    int32_t part = 0;
+    for (int i = 0; i < 16; ++i)
+      part += TWICE[w[16 * b + i] & 15] * in.natural[32 * b + 2 * i]
+              + TWICE[w[16 * b + i] >> 4] * in.natural[32 * b + 2 * i + 1];
+    total += part * (power(s[b]) * in.scale[b]);
+  }
+  return total;
+}
+
+// 2: sixteen nibbles looked up at once, then fp32
+float in_fp32(const uint8_t* w, const uint8_t* s, const Input& in) {
+  const __m128i table = load16(TWICE), low = _mm_set1_epi8(15);
+  __m256 total = _mm256_setzero_ps();
+  for (int64_t b = 0; b < BLOCKS; ++b) {
+    const __m128i bytes = load16(w + 16 * b);
+    const __m128i even = _mm_shuffle_epi8(table, _mm_and_si128(bytes, low));
+    const __m128i odd = _mm_shuffle_epi8(
+        table, _mm_and_si128(_mm_srli_epi16(bytes, 4), low));
+    const __m128i halves[2] = {_mm_unpacklo_epi8(even, odd),
+                               _mm_unpackhi_epi8(even, odd)};
+    __m256 part = _mm256_setzero_ps();
+    for (int i = 0; i < 4; ++i) {
+      const __m128i eight = i % 2 ? _mm_srli_si128(halves[i / 2], 8)
+                                  : halves[i / 2];
+      part = _mm256_fmadd_ps(
+          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight)),
+          _mm256_loadu_ps(&in.x[32 * b + 8 * i]), part);
+    }
+    total = _mm256_fmadd_ps(part, _mm256_set1_ps(power(s[b]) / 2), total);
+  }
+  return sum(total);
+}
+
+// 3: 16-bit activations, thirty-two products in two instructions
+float in_integers(const uint8_t* w, const uint8_t* s, const Input& in) {
+  const __m128i table = load16(TWICE), low = _mm_set1_epi8(15);
+  __m256 total = _mm256_setzero_ps();
+  for (int64_t b = 0; b < BLOCKS; ++b) {
+    const __m128i bytes = load16(w + 16 * b);
+    const __m128i even = _mm_shuffle_epi8(table, _mm_and_si128(bytes, low));
+    const __m128i odd = _mm_shuffle_epi8(
+        table, _mm_and_si128(_mm_srli_epi16(bytes, 4), low));
+    const __m256i first = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(even, odd));
+    const __m256i second = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(even, odd));
+    const __m256i part = _mm256_add_epi32(
+        _mm256_madd_epi16(first, load32(&in.natural[32 * b])),
+        _mm256_madd_epi16(second, load32(&in.natural[32 * b + 16])));
+    total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(part),
+                            _mm256_set1_ps(power(s[b]) * in.scale[b]), total);
+  }
+  return sum(total);
+}
+
+// 4: two blocks at a time; shifts and masks instead of sign extension
+float in_pairs(const uint8_t* w, const uint8_t* s, const Input& in) {
+  const __m256i table = both(load16(TWICE)), low = _mm256_set1_epi8(15);
+  const __m256i high = _mm256_set1_epi16(short(0xff00));
+  __m256 total = _mm256_setzero_ps();
+  float f[BLOCKS];
+  for (int64_t b = 0; b < BLOCKS; ++b) f[b] = power(s[b]) * in.scale[b];
+  for (int64_t b = 0; b < BLOCKS; b += 2) {
+    const __m256i bytes = load32(w + 16 * b);
+    const int16_t* q = &in.paired[32 * b];
+    const __m256i a = _mm256_shuffle_epi8(table, _mm256_and_si256(bytes, low));
+    const __m256i c = _mm256_shuffle_epi8(
+        table, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low));
+    const __m256i part = _mm256_add_epi32(
+        _mm256_add_epi32(
+            _mm256_madd_epi16(_mm256_slli_epi16(a, 8), load32(q)),
+            _mm256_madd_epi16(_mm256_and_si256(a, high), load32(q + 16))),
+        _mm256_add_epi32(
+            _mm256_madd_epi16(_mm256_slli_epi16(c, 8), load32(q + 32)),
+            _mm256_madd_epi16(_mm256_and_si256(c, high), load32(q + 48))));
+    const __m256 two = _mm256_blend_ps(_mm256_broadcast_ss(f + b),
+                                       _mm256_broadcast_ss(f + b + 1), 0xf0);
+    total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(part), two, total);
+  }
+  return sum(total) / 256;
+}
+
+// 5: four rows at a time, 64 rows apart, asking memory a kilobyte ahead
+void in_streams(const uint8_t* w, const uint8_t* s, const Input& in,
+                float* y) {
+  constexpr int64_t STEP = 64;
+  const __m256i table = both(load16(TWICE)), low = _mm256_set1_epi8(15);
+  const __m256i high = _mm256_set1_epi16(short(0xff00));
+  __m256 total[4] = {};
+  float f[4][BLOCKS];
+  for (int r = 0; r < 4; ++r)
+    for (int64_t b = 0; b < BLOCKS; ++b)
+      f[r][b] = power(s[r * STEP * BLOCKS + b]) * in.scale[b];
+  for (int64_t b = 0; b < BLOCKS; b += 2)
+    for (int r = 0; r < 4; ++r) {
+      const uint8_t* from = w + (r * STEP * BLOCKS + b) * 16;
+      __builtin_prefetch(from + 1024);
+      const __m256i bytes = load32(from);
+      const int16_t* q = &in.paired[32 * b];
+      const __m256i a =
+          _mm256_shuffle_epi8(table, _mm256_and_si256(bytes, low));
+      const __m256i c = _mm256_shuffle_epi8(
+          table, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low));
+      const __m256i part = _mm256_add_epi32(
+          _mm256_add_epi32(
+              _mm256_madd_epi16(_mm256_slli_epi16(a, 8), load32(q)),
+              _mm256_madd_epi16(_mm256_and_si256(a, high), load32(q + 16))),
+          _mm256_add_epi32(
+              _mm256_madd_epi16(_mm256_slli_epi16(c, 8), load32(q + 32)),
+              _mm256_madd_epi16(_mm256_and_si256(c, high),
+                                load32(q + 48))));
+      const __m256 two = _mm256_blend_ps(_mm256_broadcast_ss(f[r] + b),
+                                         _mm256_broadcast_ss(f[r] + b + 1),
+                                         0xf0);
+      total[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(part), two, total[r]);
+    }
+  for (int r = 0; r < 4; ++r) y[r * STEP] = sum(total[r]) / 256;
+}
+
+using Dot = float (*)(const uint8_t*, const uint8_t*, const Input&);
+
+double seconds() {
+  return std::chrono::duration<double>(
+      std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+template <class Work>
+double best_of(int threads, const Work& work) {  // work(first, last) of ROWS
+  double best = 1e9;
+  for (int repeat = 0; repeat < 5; ++repeat) {
+    const double start = seconds();
+    std::vector<std::thread> all;
+    for (int t = 0; t < threads; ++t)
+      all.emplace_back(work, ROWS * t / threads, ROWS * (t + 1) / threads);
+    for (auto& thread : all) thread.join();
+    best = std::min(best, seconds() - start);
+  }
+  return best;
+}
+
+int main(int argc, char** argv) {
+  const int most = argc > 1 ? std::atoi(argv[1]) : 1;
+  std::vector<uint8_t> w(ROWS * BLOCKS * 16 + 4096), s(ROWS * BLOCKS);
+  uint32_t state = 1;
+  auto random = [&state] { return state = state * 1664525u + 1013904223u; };
+  for (auto& byte : w) byte = random() >> 24;
+  for (auto& byte : s) byte = 115 + (random() >> 29);
+  Input in;
+  in.x.resize(32 * BLOCKS), in.scale.assign(BLOCKS, 0);
+  in.natural.resize(32 * BLOCKS), in.paired.resize(32 * BLOCKS);
+  for (auto& value : in.x) value = int32_t(random()) / 2147483648.0f;
+  for (int64_t k = 0; k < 32 * BLOCKS; ++k) {
+    float top = 0;
+    for (int i = 0; i < 32; ++i)
+      top = std::max(top, std::fabs(in.x[k / 32 * 32 + i]));
+    in.scale[k / 32] = top / 32767 / 2;
+    in.natural[k] = int16_t(std::lrint(in.x[k] * 32767 / top));
+    const int group[4] = {0, 2, 1, 3};
+    in.paired[k / 64 * 64 + 16 * group[k % 4] + k / 32 % 2 * 8
+              + k % 32 / 4] = in.natural[k];
+  }
+  const struct { const char* name; Dot dot; } steps[] = {
+      {"portable C++ loop", portable},
+      {"table in a register, fp32", in_fp32},
+      {"16-bit integers", in_integers},
+      {"two blocks at a time", in_pairs},
+      {"four streams of rows", nullptr}};
+  std::vector<float> y(ROWS);
+  std::printf("[");
+  for (const auto& step : steps)
+    for (int threads = 1; threads <= most; threads *= 2) {
+      const double time = best_of(threads, [&](int64_t a, int64_t b) {
+        for (int64_t r = a; step.dot && r < b; ++r)
+          y[r] = step.dot(&w[r * BLOCKS * 16], &s[r * BLOCKS], in);
+        for (int64_t r = a; !step.dot && r < b; r += r % 64 == 63 ? 193 : 1)
+          in_streams(&w[r * BLOCKS * 16], &s[r * BLOCKS], in, &y[r]);
+      });
+      std::printf("{\"name\": \"%s\", \"threads\": %d, \"gb_per_s\": %.2f},\n",
+                  step.name, threads, 17.0 * ROWS * BLOCKS / time / 1e9);
+    }
+  for (int threads = 1; threads <= most; threads *= 2) {
+    const double time = best_of(threads, [&](int64_t a, int64_t b) {
+      __m256i part[4] = {};
+      for (int64_t at = a * BLOCKS * 16; at < b * BLOCKS * 16; at += 128)
+        for (int i = 0; i < 4; ++i)
+          part[i] = _mm256_xor_si256(part[i], load32(&w[at + 32 * i]));
+      y[a] = float(_mm256_extract_epi32(_mm256_xor_si256(
+          _mm256_xor_si256(part[0], part[1]),
+          _mm256_xor_si256(part[2], part[3])), 0));
+    });
+    std::printf("{\"name\": \"only reading\", \"threads\": %d, "
+                "\"gb_per_s\": %.2f}%s\n", threads,
+                16.0 * ROWS * BLOCKS / time / 1e9,
+                threads * 2 <= most ? "," : "]");
+  }
+}

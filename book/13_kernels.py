@@ -1,0 +1,2398 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   gptoss:
+#     module: kernels
+# ---
+
+# %% [markdown]
+# # Four bits at full speed
+
+# %% [markdown]
+# ## Question
+#
+# How fast can a processor turn four-bit weights into tokens, and what stands
+# between plain PyTorch and that speed?
+#
+# A token of the 20b touches 3.7 billion bytes of weights and does six billion
+# operations with them. Two ordinary cores multiply far faster than memory
+# delivers: while a token's weights arrive, they could do several times its
+# arithmetic. So decoding has one price, reading, and one currency, bytes per
+# second. The plain implementation of chapter 2 pays the price several times
+# over: it writes every weight it has decoded back to memory.
+#
+# This chapter replaces the five operators that the model calls by kernels in
+# C++ that read each packed byte once. Nothing in the model changes, and a
+# reader without a compiler keeps the torch path, with one line that says so.
+
+# %%
+import json
+import logging
+import os
+
+import matplotlib.pyplot as plt
+
+from gptoss.config import GptOssConfig, bytes_read_per_token
+
+plt.style.use("_static/book.mplstyle")
+logging.disable(logging.WARNING)  # with or without a compiler: same output
+with open("_static/kernels_bench.json") as file:
+    MEASURED = json.load(file)  # by bench/kernels.py, on the machine it names
+big = GptOssConfig.gpt_oss_20b()
+print(f"{bytes_read_per_token(big) / 1e9:.2f} GB of weights a token")
+
+# %% [markdown]
+# ## Picture
+#
+# The roofline {cite}`roofline2009` of decoding is a straight line: tokens a
+# second are bytes a second divided by bytes a token. Left, the line for the
+# 20b, with what was measured on one machine; right, what a token reads.
+
+# %% tags=["hide-input"]
+def measured(*keys, default=None):
+    """An entry of the saved measurements, or None: not measured."""
+    found = MEASURED
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    return default if found is None else found
+
+
+D, L, V = big.hidden_size, big.num_hidden_layers, big.vocab_size
+H, G, C = (big.num_attention_heads, big.num_key_value_heads, big.head_dim)
+expert = 3 * big.intermediate_size * D * 17 / 32
+parts = {"attention": L * 2 * (2 * D * H * C + 2 * D * G * C),
+         "4 experts a layer": L * 4 * expert, "lm_head": 2 * V * D}
+fig, (left, right) = plt.subplots(1, 2, width_ratios=(3, 2))
+speeds = [0, 60]
+for name, config, colour in (("20b", big, "C0"),
+                             ("120b", GptOssConfig.gpt_oss_120b(), "C1")):
+    left.plot(speeds, [speed * 1e9 / bytes_read_per_token(config)
+                       for speed in speeds], color=colour, label=name)
+reading = measured("machine", "read_gb_per_s")
+if reading:
+    left.axvline(reading, color="0.5", ls=":", lw=1)
+    left.text(reading + 0.8, 0.7, f"memory read here\n{reading:.0f} GB/s",
+              fontsize=8, color="0.35")
+ours = measured("20b", "ours", "decode_tokens_per_second", "median")
+if ours:
+    at = (ours * bytes_read_per_token(big) / 1e9, ours)
+    left.plot(*at, "o", color="C0")
+    left.annotate("measured", at, (-8, 6), textcoords="offset points",
+                  fontsize=8, ha="right")
+left.set(xlabel="GB read a second", ylabel="tokens a second", xlim=(0, 60),
+         ylim=(0, 17), title="Reading is the limit")
+left.legend(loc="upper left")
+right.barh(list(parts), [size / 1e9 for size in parts.values()],
+           color=["C0", "C1", "C5"])
+for y, size in enumerate(parts.values()):
+    right.text(size / 1e9 + 0.03, y, f"{size / 1e9:.2f}", va="center",
+               fontsize=8)
+right.set(xlabel="GB read for a token of the 20b", xlim=(0, 1.6))
+right.invert_yaxis()
+plt.show()
+
+# %% [markdown]
+# Two thirds of what is read are not packed at all: attention and the head
+# are stored in bf16. A fast kernel for four bits alone would leave most of a
+# token's time where it was, so both kinds of matrix get one.
+
+# %%
+share = (parts["attention"] + parts["lm_head"]) / sum(parts.values())
+assert abs(sum(parts.values()) / bytes_read_per_token(big) - 1) < 2e-3
+print(f"stored in bf16: {share:.0%} of the bytes of a token")
+
+# %% [markdown]
+# ## The naive version
+#
+# The plain operator decodes a weight to bf16 and multiplies. Count the bytes
+# that pass between processor and memory for one weight of a matrix that no
+# cache holds: the packed half byte in, two bytes out, two bytes in again.
+
+# %%
+packed, decoded = 17 / 32, 2
+traffic = packed + 2 * decoded
+print(f"{packed:.2f} bytes in the file, {traffic:.2f} moved: "
+      f"{traffic / packed:.1f} times as many")
+
+# %% [markdown]
+# The obvious remedy is to round the activations to 8 bits, as most engines
+# do, and multiply integers: 32 products in one instruction. It runs, and it
+# is fast. What does it cost? A row of 2880 weights times activations in bf16,
+# each block of 32 activations scaled to its largest, in 8 and in 16 bits,
+# beside the one rounding to bf16 that every result gets anyway:
+
+# %%
+import torch
+
+from gptoss.mxfp4 import decode, encode
+
+
+def rounded(x: torch.Tensor, largest: int) -> torch.Tensor:
+    """x (…, 32 N), each block rounded to integers of that size and back."""
+    parts = x.view(*x.shape[:-1], -1, 32)
+    step = parts.abs().amax(-1, keepdim=True) / largest
+    return ((parts / step).round() * step).view(x.shape)
+
+
+def off(y: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((y - exact).norm() / exact.norm()).item()
+
+
+torch.manual_seed(0)
+blocks, scales = encode(0.02 * torch.randn(256, 2880))
+weight = decode(blocks, scales, torch.float64)
+x = torch.randn(64, 2880).bfloat16().double()
+exact = x @ weight.T
+errors = {"8 bits": off(rounded(x, 127) @ weight.T, exact),
+          "result in bf16": off(exact.bfloat16().double(), exact),
+          "16 bits": off(rounded(x, 32767) @ weight.T, exact)}
+for name, error in errors.items():
+    print(f"{name:15} {error:.0e}")
+assert errors["8 bits"] > 3 * errors["result in bf16"]
+assert errors["16 bits"] < errors["result in bf16"] / 50
+
+# %% [markdown]
+# Eight bits lose several times more than the rounding that nobody can avoid;
+# sixteen lose a hundredth of it. So the kernels below use sixteen, and must
+# be clever enough that this costs no time.
+
+# %% [markdown]
+# ## Derivation
+#
+# **The floor.** If a token reads $b$ bytes and memory delivers $\beta$ bytes
+# a second, then whatever the processor does,
+#
+# $$ t_{\text{token}} \ge b / \beta . $$ (kernels-floor)
+#
+# The share $b / (\beta\, t_{\text{token}})$ says how much of the possible a
+# program reaches; it is what `bench` prints, with $\beta$ measured on the
+# same machine.
+#
+# **One block.** Let a block hold codes $c_i$, $i < 32$, with values
+# $v_i = w_i / 2$ where $w_i$ is an integer of size at most 12, and scale
+# $2^{s-127}$. Write the block's activations as $x_i = a\, q_i + \epsilon_i$
+# with integers $|q_i| \le 32767$, where $a = \max_i |x_i| / 32767$. Then
+#
+# $$ \sum_i 2^{s-127} v_i x_i
+#    = 2^{s-127}\, \frac a2 \sum_i w_i q_i
+#      + 2^{s-127} \sum_i v_i \epsilon_i . $$ (kernels-block)
+#
+# The integer sum is exact: a term is below $12 \cdot 32767$, so all 32 stay
+# below $1.3 \cdot 10^7$, far inside 32 bits (and even inside the 24 bits that
+# a float holds exactly). Weights lose nothing; the only error is
+# $|\epsilon_i| \le a/2$, so a block is off by at most
+#
+# $$ \frac{\max_i |x_i|}{65534} \; 2^{s-127} \sum_i |v_i| . $$ (kernels-error)
+#
+# The bound follows the *largest* activation of a block. An outlier costs its
+# 31 neighbours precision, at most $2^{-16}$ of the outlier itself.
+#
+# **Why integers.** AVX2 has an instruction, `pmaddwd`, that multiplies
+# sixteen pairs of 16-bit integers and adds neighbours: 16 products. Its
+# multiply-add for fp32 makes 8. And a table of 16 bytes fits in a register,
+# where `pshufb` looks up 32 nibbles at once: decoding costs one instruction
+# for 32 weights and no memory.
+#
+# **Many tokens.** When $M$ tokens meet the same weight, decoding once serves
+# all of them, and the arithmetic, $M$ products a weight, becomes the limit.
+# A tile of decoded weights must then stay in the cache while the tokens pass:
+# 16 rows by 320 columns of 16-bit integers are 10 KiB, a third of the L1
+# cache. With $T$ tokens in registers at a time, a step over two columns loads
+# 2 vectors of weights and $T$ activations for $2T$ multiplications; with
+# $T = 5$, that is 7 loads for 10, and 13 of the 16 registers.
+#
+# **Attention** reads each key and value once for all $H/G$ query heads that
+# share it. The running maximum and sum of chapter 5 make it possible to take
+# 64 keys at a time, so scores never leave the cache, and the sink is the state
+# that a row starts from: maximum $= $ sink, sum $= 1$, output $= 0$.
+
+# %%
+assert 32 * 12 * 32767 < 2 ** 24
+print(16 * 320 * 2, "bytes of a decoded tile")
+
+# %% [markdown]
+# ## Code
+#
+# ### Vectors
+#
+# The C++ stands in this chapter as the Python does: the fenced blocks are the
+# file `gptoss/kernels.cpp`. Where no special instruction is needed, it uses
+# the vector types of GCC and Clang: `Floats` behaves like eight floats, and
+# the compiler finds the instructions of the processor at hand. Where AVX2 is
+# needed, it says so, and a portable loop stands beside it.
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
+# #include <ATen/Parallel.h>
+# #include <ATen/core/LegacyTypeDispatch.h>
+# #include <ATen/core/Tensor.h>
+# #include <ATen/core/dispatch/Dispatcher.h>
+# #include <ATen/core/grad_mode.h>
+# #include <ATen/ops/empty.h>
+# #include <torch/library.h>
+#
+# #include <algorithm>
+# #include <atomic>
+# #include <cmath>
+# #include <cstdint>
+# #include <cstring>
+# #include <limits>
+# #include <type_traits>
+# #include <vector>
+#
+# #if defined(__AVX2__) && defined(__FMA__) && !defined(GPTOSS_PORTABLE)
+# #include <immintrin.h>
+# #define GPTOSS_AVX2 1
+# #endif
+#
+# namespace {
+#
+# using at::Tensor;
+# using Number = at::BFloat16;  // what weights and activations are stored in
+# using Buffer = std::vector<float>;
+# using Floats = float __attribute__((vector_size(32)));  // eight at a time
+# using Ints = int32_t __attribute__((vector_size(32)));
+#
+# template <class Vector>
+# inline Vector load(const void* from) {
+#   Vector v;
+#   std::memcpy(&v, from, sizeof v);
+#   return v;
+# }
+#
+# inline void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
+#
+# inline float sum(Floats v) {
+#   return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
+# }
+# ```
+
+# %% [markdown]
+# ### Threads
+#
+# Work is cut into more pieces than there are threads, and whoever is free
+# takes the next: on a busy machine, or with experts of unequal popularity, an
+# equal split would wait for the slowest. The threads are PyTorch's own.
+#
+# Activations become fp32 on entry and are rounded once on exit. A vector of
+# 2880 numbers costs nothing; weights are never converted in memory.
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
+# // work(0) ... work(count - 1) on all threads, `grain` at a time to whoever
+# // is free
+# template <class Work>
+# void share(int64_t count, int64_t grain, const Work& work) {
+#   std::atomic<int64_t> next{0};
+#   at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+#     for (int64_t i; (i = next.fetch_add(grain)) < count;)
+#       for (int64_t j = i; j < std::min(i + grain, count); ++j) work(j);
+#   });
+# }
+#
+# const Number* numbers(const Tensor& x) {
+#   return static_cast<const Number*>(x.const_data_ptr());
+# }
+#
+# template <class From, class To>
+# void convert(const From* from, int64_t count, To* to) {
+#   at::parallel_for(0, count, 1 << 15, [&](int64_t begin, int64_t end) {
+#     std::copy(from + begin, from + end, to + begin);
+#   });
+# }
+#
+# Buffer floats(const Tensor& x) {
+#   const Tensor flat = x.contiguous();
+#   Buffer to(flat.numel());
+#   convert(numbers(flat), flat.numel(), to.data());
+#   return to;
+# }
+# ```
+
+# %% [markdown]
+# ### Sixteen bits for an activation
+#
+# {eq}`kernels-block` in code. The order in which integers are stored is made
+# for the product below: two blocks lie interleaved, and in each the elements
+# $4i$, $4i+2$, $4i+1$ and $4i+3$ form groups of eight.
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
+# constexpr int64_t BLOCK = 32;
+#
+# struct Quantised {  // rows of 16-bit integers, one factor for each block
+#   int64_t blocks, padded;
+#   std::vector<int16_t> values;
+#   Buffer factors;
+#
+#   Quantised(int64_t rows, int64_t blocks)
+#       : blocks(blocks), padded((blocks + 1) / 2 * 2 * BLOCK),
+#         values(rows * padded), factors(rows * blocks) {}
+#
+#   const int16_t* row(int64_t n) const { return &values[n * padded]; }
+#   const float* scale(int64_t n) const { return &factors[n * blocks]; }
+# };
+#
+# // where block b of a row begins: two blocks lie interleaved
+# inline int64_t start(int64_t b) { return b / 2 * 64 + b % 2 * 8; }
+# ```
+
+# %% [markdown]
+# An infinite or NaN activation makes the factor NaN, so it reaches the result
+# as it would in any other arithmetic.
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
+# inline float largest(const Floats (&part)[4]) {
+#   Floats top = {};
+#   for (Floats x : part) {
+#     Floats size = (Floats)((Ints)x & 0x7fffffff);
+#     top = size > top ? size : top;
+#   }
+#   float found = 0;
+#   for (int i = 0; i < 8; ++i) found = std::max(found, top[i]);
+#   return found;
+# }
+#
+# void quantise(const float* x, int64_t n, Quantised& to) {
+#   static constexpr int group[4] = {0, 32, 16, 48};  // of element 4 i + j
+#   for (int64_t b = 0; b < to.blocks; ++b) {
+#     int16_t* at = &to.values[n * to.padded + start(b)];
+#     Floats part[4], odd = {};
+#     for (int i = 0; i < 4; ++i, x += 8) {
+#       part[i] = load<Floats>(x);
+#       odd += 0 * part[i];  // NaN if one of them is NaN or infinite
+#     }
+#     const float scale = largest(part) / 32767;
+#     const float up = scale > 1e-37f ? 1 / scale : 0;
+#     for (int i = 0; i < 4; ++i) {
+#       // adding 1.5 * 2**23 leaves the nearest integer in the low bits
+#       Ints whole = (Ints)(part[i] * up + 12582912.0f) - 0x4b400000;
+#       for (int j = 0; j < 8; ++j)
+#         at[group[j % 4] + 2 * i + j / 4] = int16_t(whole[j]);
+#     }
+#     to.factors[n * to.blocks + b] = scale / 2 + sum(odd);
+#   }
+# }
+#
+# Quantised quantised(const Buffer& x, int64_t rows, int64_t blocks) {
+#   Quantised q(rows, blocks);
+#   at::parallel_for(0, rows, 8, [&](int64_t begin, int64_t end) {
+#     for (int64_t n = begin; n < end; ++n)
+#       quantise(&x[n * blocks * BLOCK], n, q);
+#   });
+#   return q;
+# }
+# ```
+
+# %% [markdown]
+# The same in torch, to look at: where the elements of two blocks go, and that
+# nothing is lost but the rounding.
+
+# %%
+order = sorted(range(64), key=lambda k: (16 * (0, 2, 1, 3)[k % 4]
+                                         + 8 * (k // 32) + k % 32 // 4))
+print(order[:8], order[16:24], sep="\n")
+assert sorted(order) == list(range(64))
+
+# %% [markdown]
+# ### One row of four-bit weights
+#
+# First the portable loop. A scale byte is the exponent field of a float: put
+# in its place it *is* $2^{s-127}$. Byte 0 means $2^{-127}$, a subnormal number
+# with one bit set, and byte 255, infinity in a float, must become NaN.
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
+# inline float power(uint8_t scale) {  // 2 ** (scale - 127); NaN for 255
+#   // a scale byte is a float's exponent field; that of 0 is subnormal
+#   const uint32_t bits = std::max(uint32_t(scale) << 23, 1u << 22);
+#   const float value = load<float>(&bits);
+#   return value + 0 * value;  // infinity becomes NaN
+# }
+#
+# constexpr int8_t TWICE[16] = {0, 1, 2, 3, 4, 6, 8, 12,
+#                               0, -1, -2, -3, -4, -6, -8, -12};
+#
+# #ifndef GPTOSS_AVX2
+# // out[0], out[step] ...: R rows of a weight, `step` rows apart, times x
+# template <int R>
+# void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
+#                  const int16_t* q, const float* xs, int64_t blocks,
+#                  float* out) {
+#   for (int r = 0; r < R; ++r, out += step) {
+#     *out = 0;
+#     for (int64_t b = 0; b < blocks; ++b) {
+#       const uint8_t* bytes = w + (r * step * blocks + b) * 16;
+#       const int16_t* x = q + start(b);
+#       int32_t s = 0;
+#       for (int i = 0; i < 16; i += 2)
+#         s += TWICE[bytes[i] & 15] * x[i / 2]
+#              + TWICE[bytes[i] >> 4] * x[i / 2 + 32]
+#              + TWICE[bytes[i + 1] & 15] * x[i / 2 + 16]
+#              + TWICE[bytes[i + 1] >> 4] * x[i / 2 + 48];
+#       *out += s * (power(scales[r * step * blocks + b]) * xs[b]);
+#     }
+#   }
+# }
+# #endif
+# ```
+
+# %% [markdown]
+# The same two lines in torch, for all 256 bytes, against chapter 2:
+
+# %%
+byte = torch.arange(256, dtype=torch.int32)
+bits = (byte << 23).clamp_min(1 << 22).view(torch.float32)
+power = bits + 0 * bits
+ones = torch.full((256, 1, 16), 0x22, dtype=torch.uint8)  # the code of 1.0
+by_decoder = decode(ones, byte[:, None].to(torch.uint8), torch.float32)[:, 0]
+assert torch.equal(power.nan_to_num(), by_decoder.nan_to_num())
+print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
+
+# %% [markdown]
+# With AVX2, eight scales are turned into floats at a time. A whole row's
+# factors are made before its products: read back at once, they would have to
+# wait for the store that wrote them.
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
+# #ifdef GPTOSS_AVX2
+# inline __m256i table() {
+#   return _mm256_broadcastsi128_si256(load<__m128i>(TWICE));
+# }
+#
+# // the factors of a row's blocks, scale times activation's; one 0 behind them
+# inline void factors(const uint8_t* scales, const float* xs, int64_t blocks,
+#                     float* to) {
+#   int64_t b = 0;
+#   for (; b + 8 <= blocks; b += 8) {
+#     __m256i bits = _mm256_cvtepu8_epi32(
+#         _mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales + b)));
+#     bits = _mm256_max_epi32(_mm256_slli_epi32(bits, 23),
+#                             _mm256_set1_epi32(1 << 22));
+#     const Floats value = (Floats)bits;
+#     store(to + b, (value + 0 * value) * load<Floats>(xs + b));
+#   }
+#   for (; b < blocks; ++b) to[b] = power(scales[b]) * xs[b];
+#   to[blocks] = 0;
+# }
+# ```
+
+# %% [markdown]
+# The centre of the chapter. 32 bytes hold the weights of two blocks. Their
+# low nibbles and, after a shift, their high nibbles select from the table:
+# 64 weights in five instructions. `pmaddwd` wants 16-bit numbers; a shift by
+# 8 moves the even byte of each pair into the upper half, and a mask leaves the
+# odd one there, so both are 256 times too large, and the row is divided by
+# 256 at its end. Sign extension would have needed two instructions of a
+# kind of which the processor measured below starts fewer than one a cycle.
+#
+# Since the halves of the sum belong to different blocks, one conversion and
+# one multiply-add serve 64 weights.
+#
+# Four rows are read at the same time, and not neighbours but rows far apart.
+# Processors fetch ahead along a stream of addresses, each stream for itself
+# and only to the end of a 4 KB page: with one stream everything waits at
+# every page, with four the others go on. The prefetch asks for the bytes that
+# the same row needs a kilobyte later.
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
+# // 32 bytes of weights times 64 activations; each half is one block's sum
+# inline __m256 dot_pair(__m256i bytes, const int16_t* q, __m256i values) {
+#   const __m256i low = _mm256_set1_epi8(15);
+#   const __m256i high = _mm256_set1_epi16(short(0xff00));
+#   const __m256i next = _mm256_srli_epi16(bytes, 4);
+#   auto look_up = [&](__m256i nibbles) {
+#     return _mm256_shuffle_epi8(values, _mm256_and_si256(nibbles, low));
+#   };
+#   const __m256i a = look_up(bytes), b = look_up(next);
+#   auto times = [q](__m256i w, int at) {  // sixteen products, added in pairs
+#     return _mm256_madd_epi16(w, load<__m256i>(q + at));
+#   };
+#   // a byte in the upper half of 16 bits is 256 times its value
+#   const __m256i s0 = times(_mm256_slli_epi16(a, 8), 0);
+#   const __m256i s1 = times(_mm256_and_si256(a, high), 16);
+#   const __m256i s2 = times(_mm256_slli_epi16(b, 8), 32);
+#   const __m256i s3 = times(_mm256_and_si256(b, high), 48);
+#   return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_add_epi32(s0, s1),
+#                                              _mm256_add_epi32(s2, s3)));
+# }
+#
+# // out[0], out[step] ...: R rows of a weight, `step` rows apart, times x
+# template <int R>
+# void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
+#                  const int16_t* q, const float* xs, int64_t blocks,
+#                  float* out) {
+#   thread_local Buffer buffer;
+#   buffer.resize(R * (blocks + 1));
+#   float* f = buffer.data();
+#   for (int r = 0; r < R; ++r)
+#     factors(scales + r * step * blocks, xs, blocks, f + r * (blocks + 1));
+#   const __m256i values = table();
+#   __m256 total[R] = {};
+#   for (int64_t b = 0; b < blocks; b += 2, q += 64, w += 32)
+#     for (int r = 0; r < R; ++r) {
+#       const uint8_t* from = w + r * step * blocks * 16;
+#       __builtin_prefetch(from + 1024);
+#       const __m256i bytes = b + 1 < blocks  // or the last block alone
+#           ? load<__m256i>(from)
+#           : _mm256_zextsi128_si256(load<__m128i>(from));
+#       const float* both = f + r * (blocks + 1) + b;
+#       const __m256 two = _mm256_blend_ps(
+#           _mm256_broadcast_ss(both), _mm256_broadcast_ss(both + 1), 0xf0);
+#       total[r] = _mm256_fmadd_ps(dot_pair(bytes, q, values), two, total[r]);
+#     }
+#   for (int r = 0; r < R; ++r) out[r * step] = sum((Floats)total[r]) / 256;
+# }
+# ```
+
+# %% [markdown]
+# What each step brought, on a matrix that no cache holds. The steps stand in
+# `bench/kernels_steps.cpp`; GB/s count the packed bytes.
+
+# %% tags=["hide-input"]
+steps = measured("steps", default=[])
+names = list(dict.fromkeys(step["name"] for step in steps))
+threads = sorted({step["threads"] for step in steps})
+found = {(step["name"], step["threads"]): step["gb_per_s"] for step in steps}
+if names:
+    print("GB/s with threads:".ljust(30),
+          *(f"{count:>6}" for count in threads))
+else:
+    print("not measured yet")
+for name in names:
+    row = (found.get((name, count)) for count in threads)
+    print(name.ljust(30),
+          *("     -" if speed is None else f"{speed:6.2f}" for speed in row))
+
+# %% [markdown]
+# ### Sixteen rows, many tokens
+#
+# For a tile, pairs of columns must lie side by side, row after row, so that
+# one activation pair, broadcast, meets eight rows in one instruction. Rows
+# become columns by four rounds of interleaving, like riffling a deck.
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
+# constexpr int64_t CHUNK = 10;  // blocks: 10 KiB of integers, a third of L1
+#
+# struct Tile {  // 16 rows of a weight, pairs of columns side by side
+#   alignas(64) int16_t values[CHUNK][4][4][16][2];
+#   alignas(64) float factors[CHUNK][16];
+# };
+#
+# // sixteen rows of sixteen bytes become sixteen columns
+# inline void transpose(__m128i (&v)[16]) {
+#   for (int step = 0; step < 4; ++step) {
+#     __m128i t[16];
+#     for (int i = 0; i < 8; ++i) {
+#       t[2 * i] = _mm_unpacklo_epi8(v[i], v[i + 8]);
+#       t[2 * i + 1] = _mm_unpackhi_epi8(v[i], v[i + 8]);
+#     }
+#     std::copy(t, t + 16, v);
+#   }
+# }
+#
+# void decode_tile(const uint8_t* w, const uint8_t* scales, int64_t blocks,
+#                  int64_t count, Tile& tile) {
+#   const __m128i values = load<__m128i>(TWICE), low = _mm_set1_epi8(15);
+#   for (int64_t b = 0; b < count; ++b) {
+#     __m128i v[16];
+#     for (int64_t r = 0; r < 16; ++r) {
+#       v[r] = load<__m128i>(w + (r * blocks + b) * 16);
+#       tile.factors[b][r] = power(scales[r * blocks + b]);
+#     }
+#     transpose(v);
+#     for (int u = 0; u < 4; ++u)  // low nibbles of even, odd bytes; high ones
+#       for (int m = 0; m < 4; ++m) {
+#         __m128i two[2];
+#         for (int i = 0; i < 2; ++i) {
+#           __m128i bytes = v[4 * m + 2 * i + u % 2];
+#           bytes = u < 2 ? bytes : _mm_srli_epi16(bytes, 4);
+#           two[i] = _mm_shuffle_epi8(values, _mm_and_si128(bytes, low));
+#         }
+#         auto to = reinterpret_cast<__m256i*>(tile.values[b][u][m]);
+#         to[0] = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(two[0], two[1]));
+#         to[1] = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(two[0], two[1]));
+#       }
+#   }
+# }
+# ```
+
+# %% [markdown]
+# Interleaving the two halves of a list four times transposes 16 by 16; here
+# with Python's lists:
+
+# %%
+deck = [[(r, c) for c in range(16)] for r in range(16)]
+for _ in range(4):
+    halves = zip(deck[:8], deck[8:], strict=True)
+    mixed = [[cell for pair in zip(a, b, strict=True) for cell in pair]
+             for a, b in halves]
+    deck = [part for row in mixed for part in (row[:16], row[16:])]
+assert deck == [[(r, c) for r in range(16)] for c in range(16)]
+print(deck[3][:3])
+
+# %% [markdown]
+# The inner loop is all loads, `pmaddwd` and additions, with every sum in a
+# register. Factors are applied once a block.
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
+# constexpr int TOKENS = 5;  // ten sums, two weights, one activation
+#
+# struct Few {  // tokens that are multiplied with a tile together
+#   const int16_t* q[TOKENS];
+#   const float* scale[TOKENS];
+#   float* out[TOKENS];  // 16 sums each
+# };
+#
+# // adds blocks first ... first + count - 1 of 16 rows to the tokens' sums
+# void multiply_tile(const Tile& tile, const Few& few, int64_t first,
+#                    int64_t count) {
+#   for (int64_t b = 0; b < count; ++b) {
+#     __m256i s[TOKENS][2] = {};
+#     const int64_t at = start(first + b);
+#     for (int u = 0; u < 4; ++u)
+#       for (int m = 0; m < 4; ++m) {
+#         auto w = reinterpret_cast<const __m256i*>(tile.values[b][u][m]);
+#         const __m256i w0 = w[0], w1 = w[1];
+#         for (int t = 0; t < TOKENS; ++t) {
+#           const __m256i x = _mm256_set1_epi32(
+#               load<int32_t>(few.q[t] + at + 16 * u + 2 * m));
+#           s[t][0] = _mm256_add_epi32(s[t][0], _mm256_madd_epi16(w0, x));
+#           s[t][1] = _mm256_add_epi32(s[t][1], _mm256_madd_epi16(w1, x));
+#           // here, not later: or the compiler makes many products first
+#           // and has to put them aside in memory
+#           asm("" : "+x"(s[t][0]), "+x"(s[t][1]));
+#         }
+#       }
+#     for (int t = 0; t < TOKENS; ++t)
+#       for (int half = 0; half < 2; ++half) {
+#         float* to = few.out[t] + 8 * half;
+#         const Floats f = load<Floats>(&tile.factors[b][8 * half])
+#                          * few.scale[t][first + b];
+#         store(to, load<Floats>(to)
+#                   + (Floats)_mm256_cvtepi32_ps(s[t][half]) * f);
+#       }
+#   }
+# }
+# #endif
+# ```
+
+# %% [markdown]
+# ### Tokens by expert
+#
+# Chapter 8 sorts tokens by expert with `argsort`. Here a counting sort does
+# it. A *slot* is one choice of one token: token $n$, choice $k$ is slot
+# $nK + k$.
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
+# struct Packed {  // (E, rows, blocks, 16) bytes and (E, rows, blocks) scales
+#   const uint8_t *bytes, *scales;
+#   int64_t rows, blocks;
+#
+#   Packed(const Tensor& b, const Tensor& s)
+#       : bytes(b.const_data_ptr<uint8_t>()),
+#         scales(s.const_data_ptr<uint8_t>()), rows(s.size(-2)),
+#         blocks(s.size(-1)) {}
+# };
+#
+# // a slot is one choice of one token; those of expert e are
+# // order[begin[e]] ... order[begin[e + 1] - 1]
+# struct Groups {
+#   std::vector<int64_t> order, begin, hit;
+#
+#   Groups(const int64_t* ids, int64_t slots, int64_t experts)
+#       : order(slots), begin(experts + 1) {
+#     for (int64_t i = 0; i < slots; ++i) {
+#       TORCH_CHECK_INDEX(0 <= ids[i] && ids[i] < experts, "expert: expected "
+#                         "0 to ", experts - 1, ", found ", ids[i]);
+#       ++begin[ids[i] + 1];
+#     }
+#     for (int64_t e = 0; e < experts; ++e) {
+#       if (begin[e + 1]) hit.push_back(e);
+#       begin[e + 1] += begin[e];
+#     }
+#     std::vector<int64_t> next(begin.begin(), begin.end() - 1);
+#     for (int64_t i = 0; i < slots; ++i) order[next[ids[i]]++] = i;
+#   }
+# };
+# ```
+
+# %% [markdown]
+# All tokens of one expert: for fewer than four, row by row, since the rows
+# just read are still in the L1 cache when the next token wants them; for more,
+# sixteen rows at a time by tiles.
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
+# constexpr int64_t ROWS = 16, FEW = 4;  // fewer tokens than FEW: no tile
+# constexpr int64_t TALL = 256;          // rows of a piece of work for those
+#
+# // out[i][0 ... rows - 1]: those rows times the token in inputs[i], by rows
+# void rows_for_few(const uint8_t* w, const uint8_t* scales, int64_t rows,
+#                   const Quantised& x, const std::vector<int64_t>& inputs,
+#                   float* out) {
+#   const int64_t blocks = x.blocks, step = rows / 4;
+#   auto run = [&](auto dots, int64_t r) {
+#     for (size_t i = 0; i < inputs.size(); ++i)
+#       dots(w + 16 * r * blocks, scales + r * blocks, step,
+#            x.row(inputs[i]), x.scale(inputs[i]), blocks, out + i * rows + r);
+#   };
+#   for (int64_t r = 0; r < step; ++r) run(packed_dots<4>, r);
+#   for (int64_t r = 4 * step; r < rows; ++r) run(packed_dots<1>, r);
+# }
+#
+# #ifdef GPTOSS_AVX2
+# // the same for sixteen rows and many tokens, by a tile
+# void rows_for_many(const uint8_t* w, const uint8_t* scales,
+#                    const Quantised& x, const std::vector<int64_t>& inputs,
+#                    float* out) {
+#   const int64_t count = inputs.size(), blocks = x.blocks;
+#   Tile tile;
+#   std::fill_n(out, count * ROWS, 0.0f);
+#   for (int64_t b = 0; b < blocks; b += CHUNK) {
+#     const int64_t some = std::min(CHUNK, blocks - b);
+#     decode_tile(w + 16 * b, scales + b, blocks, some, tile);
+#     for (int64_t i = 0; i < count; i += TOKENS) {
+#       float spare[ROWS] = {};  // the last group may have empty places
+#       Few few;
+#       for (int64_t t = 0; t < TOKENS; ++t) {
+#         const bool real = i + t < count;
+#         const int64_t n = inputs[real ? i + t : i];
+#         few.q[t] = x.row(n);
+#         few.scale[t] = x.scale(n);
+#         few.out[t] = real ? out + (i + t) * ROWS : spare;
+#       }
+#       multiply_tile(tile, few, b, some);
+#     }
+#   }
+# }
+# #endif
+# ```
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
+# struct Piece {
+#   int64_t expert, row, rows;
+# };
+#
+# // few tokens: tall pieces; many: tiles, and what is left below the last
+# std::vector<Piece> pieces(const Packed& weight, const Groups& groups) {
+#   std::vector<Piece> all;
+#   for (int64_t e : groups.hit) {
+#     const bool few = groups.begin[e + 1] - groups.begin[e] < FEW;
+#     for (int64_t r = 0, height; r < weight.rows; r += height) {
+#       height = std::min(few ? TALL : ROWS, weight.rows - r);
+#       all.push_back({e, r, height});
+#     }
+#   }
+#   return all;
+# }
+#
+# // emit(slot, expert, first row, rows, sums) for every slot and piece;
+# // K slots in a row share one row of x
+# template <class Emit>
+# void grouped_linear(const Packed& weight, const Groups& groups,
+#                     const Quantised& x, int64_t K, const Emit& emit) {
+#   const std::vector<Piece> all = pieces(weight, groups);
+#   share(all.size(), 1, [&](int64_t item) {
+#     const auto [e, row0, rows] = all[item];
+#     const int64_t* slots = &groups.order[groups.begin[e]];
+#     const int64_t count = groups.begin[e + 1] - groups.begin[e];
+#     thread_local std::vector<int64_t> inputs;
+#     thread_local Buffer out;
+#     inputs.resize(count);
+#     for (int64_t i = 0; i < count; ++i) inputs[i] = slots[i] / K;
+#     out.resize(count * rows);
+#     const int64_t at = (e * weight.rows + row0) * weight.blocks;
+#     const uint8_t *w = weight.bytes + 16 * at, *s = weight.scales + at;
+# #ifdef GPTOSS_AVX2
+#     if (count >= FEW && rows == ROWS)
+#       rows_for_many(w, s, x, inputs, out.data());
+#     else
+# #endif
+#       rows_for_few(w, s, rows, x, inputs, out.data());
+#     for (int64_t i = 0; i < count; ++i)
+#       emit(slots[i], e, row0, rows, &out[i * rows]);
+#   });
+# }
+# ```
+
+# %% [markdown]
+# ### The experts
+#
+# Both layers of all chosen experts in one call. Between them the hidden
+# vector stays in fp32; the plain path rounds it to bf16 seven times inside the
+# SwiGLU. Each slot writes a row of its own, so threads never add to the same
+# number and the sum over $K$ has one fixed order: the same bits whatever the
+# number of threads.
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
+# inline float clamped_swiglu(float gate, float up, float limit) {
+#   gate = gate > limit ? limit : gate;  // written so that NaN stays NaN
+#   up = up > limit ? limit : up < -limit ? -limit : up;
+#   return (up + 1) * (gate / (1 + std::exp(-1.702f * gate)));
+# }
+#
+# // hidden (slots, F) of the experts' first layer
+# Buffer run_gate_up(const Packed& weight, const Number* bias, float limit,
+#                    const Groups& groups, const Quantised& x, int64_t K) {
+#   const int64_t F = weight.rows / 2;
+#   Buffer hidden(groups.order.size() * F);
+#   grouped_linear(weight, groups, x, K, [&](int64_t slot, int64_t e,
+#       int64_t row0, int64_t rows, const float* v) {
+#     const Number* b = bias + e * weight.rows + row0;
+#     float* to = &hidden[slot * F + row0 / 2];
+#     for (int64_t r = 0; r < rows; r += 2)
+#       to[r / 2] = clamped_swiglu(v[r] + b[r], v[r + 1] + b[r + 1], limit);
+#   });
+#   return hidden;
+# }
+#
+# // y (tokens, D) of the second layer, the K results weighted and summed
+# Buffer run_down(const Packed& weight, const Number* bias,
+#                 const Number* shares, const Groups& groups,
+#                 const Quantised& hidden, int64_t K) {
+#   const int64_t D = weight.rows, tokens = groups.order.size() / K;
+#   Buffer out(tokens * K * D), y(tokens * D);
+#   grouped_linear(weight, groups, hidden, 1, [&](int64_t slot, int64_t e,
+#       int64_t row0, int64_t rows, const float* v) {
+#     const Number* b = bias + e * D + row0;
+#     float* to = &out[slot * D + row0];
+#     for (int64_t r = 0; r < rows; ++r) to[r] = shares[slot] * (v[r] + b[r]);
+#   });
+#   at::parallel_for(0, tokens, 8, [&](int64_t begin, int64_t end) {
+#     for (int64_t slot = begin * K; slot < end * K; ++slot)
+#       for (int64_t d = 0; d < D; ++d)
+#         y[slot / K * D + d] += out[slot * D + d];
+#   });
+#   return y;
+# }
+# ```
+
+# %% [markdown]
+# ### Dense matrices
+#
+# A bf16 number is the upper half of a float. Of eight pairs in a register,
+# a shift gives the even ones and a mask the odd ones, two instructions for
+# sixteen weights; the activations are split the same way beforehand.
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
+# inline Floats even(Ints pairs) { return (Floats)(pairs << 16); }
+# inline Floats odd(Ints pairs) {
+#   return (Floats)(pairs & int32_t(0xffff0000));
+# }
+#
+# inline Floats widen(const Number* eight) {
+#   using Halves = uint16_t __attribute__((vector_size(16)));
+#   return (Floats)(__builtin_convertvector(load<Halves>(eight), Ints) << 16);
+# }
+#
+# // sixteen at a time, first the eight even ones, then the eight odd ones
+# Buffer split_pairs(const Buffer& x) {
+#   Buffer to(x.size());
+#   for (size_t k = 0; k < x.size(); ++k)
+#     to[k / 16 * 16 + k % 2 * 8 + k % 16 / 2] = x[k];
+#   return to;
+# }
+#
+# // out[0], out[step] ...: R rows of w (…, n), `step` rows apart, times x
+# template <int R>
+# void dense_dots(const Number* w, int64_t step, const float* x, int64_t n,
+#                 float* out) {
+#   Floats s[R][2] = {};
+#   for (int64_t k = 0; k < n; k += 16)
+#     for (int r = 0; r < R; ++r) {
+#       const Ints pairs = load<Ints>(w + r * step * n + k);
+#       s[r][0] += even(pairs) * load<Floats>(x + k);
+#       s[r][1] += odd(pairs) * load<Floats>(x + k + 8);
+#     }
+#   for (int r = 0; r < R; ++r) out[r * step] = sum(s[r][0] + s[r][1]);
+# }
+# ```
+
+# %%
+pair = torch.tensor([1.5, -3.25]).bfloat16().view(torch.int32)
+print((pair << 16).view(torch.float32).item(),
+      (pair & -65536).view(torch.float32).item())
+
+# %% [markdown]
+# For many tokens a tile is widened to fp32 and transposed, since AVX2 cannot
+# multiply bf16. Three rounds of the same interleaving.
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
+# // eight rows of eight numbers become eight columns
+# inline void transpose(Ints (&v)[8]) {
+#   for (int step = 0; step < 3; ++step) {
+#     Ints t[8];
+#     for (int i = 0; i < 4; ++i) {
+#       t[2 * i] = __builtin_shufflevector(v[i], v[i + 4], 0, 8, 1, 9, 2, 10,
+#                                          3, 11);
+#       t[2 * i + 1] = __builtin_shufflevector(v[i], v[i + 4], 4, 12, 5, 13,
+#                                              6, 14, 7, 15);
+#     }
+#     std::copy(t, t + 8, v);
+#   }
+# }
+#
+# // to[k][r] = w[r * stride + k], r < 16, zero from `rows` on; 16 divides n
+# void widen_tile(const Number* w, int64_t stride, int64_t rows, int64_t n,
+#                 float* to) {
+#   for (int64_t half = 0; half < ROWS; half += 8)
+#     for (int64_t k = 0; k < n; k += 16) {
+#       Ints v[8] = {};
+#       for (int64_t r = half; r < std::min(half + 8, rows); ++r)
+#         v[r - half] = load<Ints>(w + r * stride + k);
+#       transpose(v);
+#       for (int64_t j = 0; j < 8; ++j) {
+#         store(to + (k + 2 * j) * ROWS + half, even(v[j]));
+#         store(to + (k + 2 * j + 1) * ROWS + half, odd(v[j]));
+#       }
+#     }
+# }
+# ```
+
+# %% [markdown]
+# The product of a tile with six tokens at a time: twelve sums, two weights
+# and one activation in fifteen registers. Attention will use it as well.
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
+# template <class Pointer>
+# struct Matrix {  // row-major
+#   Pointer at;
+#   int64_t stride;
+# };
+# using Source = Matrix<const float*>;
+# using Target = Matrix<float*>;
+#
+# // out[t][0 ... 15] += sum over k < n of x[t][k] * w[k][0 ... 15]
+# template <int COUNT>
+# void multiply_some(const float* w, int64_t stride, int64_t n, Source x,
+#                    Target out) {
+#   Floats s[COUNT][2];
+#   for (int t = 0; t < COUNT; ++t)
+#     for (int h = 0; h < 2; ++h)
+#       s[t][h] = load<Floats>(out.at + t * out.stride + 8 * h);
+#   for (int64_t k = 0; k < n; ++k, w += stride) {
+#     const Floats w0 = load<Floats>(w), w1 = load<Floats>(w + 8);
+#     for (int t = 0; t < COUNT; ++t) {
+#       const float value = x.at[t * x.stride + k];
+#       s[t][0] += w0 * value;
+#       s[t][1] += w1 * value;
+#     }
+#   }
+#   for (int t = 0; t < COUNT; ++t)
+#     for (int h = 0; h < 2; ++h)
+#       store(out.at + t * out.stride + 8 * h, s[t][h]);
+# }
+#
+# constexpr int64_t WIDE = 6;  // twelve sums, two weights, one activation
+#
+# void multiply(const float* w, int64_t stride, int64_t n, Source x,
+#               int64_t count, Target out) {
+#   while (count) {
+#     const int64_t some = count == WIDE || count > 8 ? WIDE
+#                          : count >= 4 ? 4 : count >= 2 ? 2 : 1;
+#     const auto run = some == WIDE ? multiply_some<WIDE>
+#                      : some == 4  ? multiply_some<4>
+#                      : some == 2  ? multiply_some<2> : multiply_some<1>;
+#     run(w, stride, n, x, out);
+#     count -= some;
+#     x.at += some * x.stride;
+#     out.at += some * out.stride;
+#   }
+# }
+# ```
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
+# // y (N, m) = x (N, n) times w (m, n) transposed, for a few tokens
+# void dense_few(const Buffer& x, int64_t N, const Number* w, int64_t m,
+#                int64_t n, Buffer& y) {
+#   constexpr int64_t HEIGHT = 128;
+#   const Buffer split = split_pairs(x);
+#   share((m + HEIGHT - 1) / HEIGHT, 1, [&](int64_t item) {
+#     const int64_t row0 = item * HEIGHT, rows = std::min(HEIGHT, m - row0);
+#     const int64_t step = rows / 4;
+#     auto run = [&](auto dots, int64_t r) {
+#       for (int64_t t = 0; t < N; ++t)
+#         dots(w + (row0 + r) * n, step, &split[t * n], n,
+#              &y[t * m + row0 + r]);
+#     };
+#     for (int64_t r = 0; r < step; ++r) run(dense_dots<4>, r);
+#     for (int64_t r = 4 * step; r < rows; ++r) run(dense_dots<1>, r);
+#   });
+# }
+#
+# // the same for many: 64 rows by 256 columns of w stay in the L2 cache
+# void dense_many(const Buffer& x, int64_t N, const Number* w, int64_t m,
+#                 int64_t n, Buffer& y) {
+#   constexpr int64_t HEIGHT = 4 * ROWS, DEPTH = 256;
+#   share((m + HEIGHT - 1) / HEIGHT, 1, [&](int64_t item) {
+#     const int64_t row0 = item * HEIGHT, rows = std::min(HEIGHT, m - row0);
+#     Buffer tile(HEIGHT * DEPTH), out(N * HEIGHT);
+#     for (int64_t k = 0; k < n; k += DEPTH) {
+#       const int64_t depth = std::min(DEPTH, n - k);
+#       for (int64_t r = 0; r < rows; r += ROWS)
+#         widen_tile(w + (row0 + r) * n + k, n, std::min(ROWS, rows - r),
+#                    depth, &tile[r * DEPTH]);
+#       for (int64_t t = 0; t < N; t += WIDE)
+#         for (int64_t r = 0; r < rows; r += ROWS)
+#           multiply(&tile[r * DEPTH], ROWS, depth, {&x[t * n + k], n},
+#                    std::min(WIDE, N - t), {&out[t * HEIGHT + r], HEIGHT});
+#     }
+#     for (int64_t t = 0; t < N; ++t)
+#       std::copy_n(&out[t * HEIGHT], rows, &y[t * m + row0]);
+#   });
+# }
+# ```
+
+# %% [markdown]
+# ### Attention
+#
+# The exponential first: $e^x = 2^n e^r$ with integer $n$ and
+# $|r| \le \tfrac12 \log 2$, where the Taylor series to $r^7$ suffices.
+# $\log 2$ is subtracted in two parts so that $r$ keeps its last bits.
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
+# // e ** x for -87 <= x <= 0, relative error below 1e-6; less gives e ** -87
+# inline Floats exponential(Floats x) {
+#   x = x < -87.0f ? Floats{} - 87.0f : x;
+#   const Floats shifted = x * 1.44269504f + 12582912.0f;
+#   const Floats n = shifted - 12582912.0f;  // x / log 2, rounded
+#   const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+#   Floats p = r * (1.0f / 5040) + 1.0f / 720;
+#   for (float factor : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+#     p = p * r + factor;
+#   const Ints power = ((Ints)shifted - 0x4b400000) << 23;
+#   return (Floats)((Ints)p + power);  // times 2 ** n
+# }
+# ```
+
+# %%
+def exponential(x: torch.Tensor) -> torch.Tensor:
+    """`exponential` of kernels.cpp in torch, fp32."""
+    n = (x * 1.44269504).round()
+    r = x - n * 0.693359375 + n * 2.12194440e-4
+    p = r / 5040 + 1 / 720
+    for factor in (1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
+        p = p * r + factor
+    return p * 2 ** n
+
+
+line = torch.linspace(-87, 0, 100_001)
+worst = (exponential(line) / line.double().exp() - 1).abs().max().item()
+assert worst < 1e-6
+print("relative error below 1e-6:", worst < 1e-6)
+
+# %% [markdown]
+# A piece of work is one key head with all its query heads and as many tokens
+# as make 64 rows: 8 tokens for the 20b in prefill, 1 in decode, where long
+# contexts are cut into ranges of keys instead, whose results are merged.
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
+# constexpr int64_t KEYS = 64, WIDEST = 256;  // keys at a time; largest head
+#
+# struct Attention {  // one key head, the query heads and tokens it serves
+#   int64_t C, rows, window;
+#   Buffer q, scores, out, top, total;  // (rows, C) or (rows, KEYS) or (rows,)
+#   std::vector<int32_t> position;      // of each row
+#   int32_t seen[KEYS];                 // positions of the keys at hand
+#   alignas(64) float keys[KEYS / ROWS][WIDEST * ROWS];
+#   alignas(64) float values[KEYS * WIDEST];
+#
+#   void resize(int64_t size, int64_t count, int64_t visible) {
+#     C = size, rows = count, window = visible;
+#     q.resize(rows * C);
+#     out.assign(rows * C, 0);
+#     top.resize(rows);
+#     total.assign(rows, 1);  // the sink, before any key
+#     position.resize(rows);
+#   }
+#
+#   void chunk(const Number* k, const Number* v, int64_t stride,
+#              int64_t count);
+#   void weigh(int64_t r);
+# };
+#
+# // scores of row r -> weights, with the running maximum and sum of chapter 5
+# void Attention::weigh(int64_t r) {
+#   const float none = -std::numeric_limits<float>::infinity();
+#   const int32_t last = position[r];
+#   const int32_t first = window ? std::max<int64_t>(0, last - window + 1) : 0;
+#   Floats high = Floats{} + top[r], weights = {};
+#   for (int64_t s = 0; s < KEYS; s += 8) {
+#     const Ints p = load<Ints>(seen + s);
+#     Floats value = load<Floats>(&scores[r * KEYS + s]);
+#     value = (p >= first) & (p <= last) ? value : Floats{} + none;
+#     high = value > high ? value : high;
+#     store(&scores[r * KEYS + s], value);
+#   }
+#   float higher = top[r];
+#   for (int i = 0; i < 8; ++i) higher = std::max(higher, high[i]);
+#   for (int64_t s = 0; s < KEYS; s += 8) {
+#     const Floats value = load<Floats>(&scores[r * KEYS + s]);
+#     const Floats e = value == none ? Floats{} : exponential(value - higher);
+#     store(&scores[r * KEYS + s], e);
+#     weights += e;
+#   }
+#   const float shrink = std::exp(top[r] - higher);
+#   total[r] = total[r] * shrink + sum(weights);
+#   top[r] = higher;
+#   for (int64_t c = 0; c < C && shrink != 1; ++c) out[r * C + c] *= shrink;
+# }
+# ```
+
+# %% [markdown]
+# Keys are a dense tile, values already lie as the product wants them.
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
+# void Attention::chunk(const Number* k, const Number* v, int64_t stride,
+#                       int64_t count) {
+#   const int64_t C = this->C;  // a local: no store below can change it
+#   for (int64_t s = 0; s < count; s += ROWS)
+#     widen_tile(k + s * stride, stride, std::min(ROWS, count - s), C,
+#                keys[s / ROWS]);
+#   for (int64_t s = 0; s < count; ++s)
+#     for (int64_t c = 0; c < C; c += 8)
+#       store(values + s * C + c, widen(v + s * stride + c));
+#   scores.assign(rows * KEYS, 0);
+#   for (int64_t s = 0; s < count; s += ROWS)
+#     multiply(keys[s / ROWS], ROWS, C, {q.data(), C}, rows,
+#              {&scores[s], KEYS});
+#   for (int64_t r = 0; r < rows; ++r) weigh(r);
+#   for (int64_t c = 0; c < C; c += ROWS)
+#     multiply(values + c, C, count, {scores.data(), KEYS}, rows,
+#              {&out[c], C});
+# }
+# ```
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
+# constexpr int64_t RANGE = 512;  // keys of one piece of work in decode
+#
+# struct Partial {  // what each range of keys gives for each row (B, T, H)
+#   Buffer out, top, total;
+# };
+#
+# struct Heads {  // the operator's arguments, read from inside the threads
+#   Tensor q, k, v, sinks, q_pos, k_pos;
+#   int64_t window;
+#   float scale;
+#
+#   // keys s0 ... s1 - 1 for tokens t0 ... t1 - 1 of batch row b, key head g;
+#   // row 0 of the batch begins at `base` in `to`
+#   void run(Attention& a, int64_t b, int64_t g, int64_t t0, int64_t t1,
+#            int64_t s0, int64_t s1, int64_t base, Partial& to) const {
+#     const int64_t T = q.size(1), H = q.size(2), J = H / k.size(2);
+#     const int64_t* position = q_pos.const_data_ptr<int64_t>() + b * T;
+#     a.resize(q.size(3), (t1 - t0) * J, window);
+#     auto place = [&](int64_t r) {  // of row r among (B, T, H)
+#       return (b * T + t0 + r / J) * H + g * J + r % J;
+#     };
+#     for (int64_t r = 0; r < a.rows; ++r) {
+#       const Number* from = numbers(q) + place(r) * a.C;
+#       for (int64_t c = 0; c < a.C; ++c) a.q[r * a.C + c] = from[c] * scale;
+#       a.position[r] = int32_t(position[t0 + r / J]);
+#       const float none = std::numeric_limits<float>::lowest();
+#       const float sink = numbers(sinks)[g * J + r % J];
+#       a.top[r] = s0 ? none : std::max(sink, none);
+#       a.total[r] = s0 ? 0 : 1;  // the sink counts once, before any key
+#     }
+#     attend(a, b, g, s0, s1);
+#     for (int64_t r = 0; r < a.rows; ++r) {
+#       const int64_t at = base + place(r);
+#       std::copy_n(&a.out[r * a.C], a.C, &to.out[at * a.C]);
+#       to.top[at] = a.top[r], to.total[at] = a.total[r];
+#     }
+#   }
+#
+#   void attend(Attention& a, int64_t b, int64_t g, int64_t s0,
+#               int64_t s1) const;
+# };
+# ```
+
+# %% [markdown]
+# Keys may lie in any order, as a ring leaves them: visibility is decided by
+# positions alone. A chunk that no row may see is skipped, so prefill does half
+# the work in full layers and a window's worth in sliding ones. Queries of one
+# head lie 1 KB apart in the cache, a step that processors do not foresee, so
+# the next chunk is asked for by hand.
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
+# // keys s0 ... s1 - 1, a chunk at a time; those that no row sees are left out
+# void Heads::attend(Attention& a, int64_t b, int64_t g, int64_t s0,
+#                    int64_t s1) const {
+#   const int64_t row = k.stride(1);
+#   const int64_t* position = k_pos.const_data_ptr<int64_t>()
+#                             + b * k.size(1);
+#   const auto [low, high] =
+#       std::minmax_element(a.position.begin(), a.position.end());
+#   const int64_t oldest = window ? int64_t(*low) - window : -1;
+#   for (; s0 < s1; s0 += KEYS) {
+#     const int64_t count = std::min(KEYS, s1 - s0);
+#     bool any = false;
+#     for (int64_t s = 0; s < KEYS; ++s) {
+#       const int64_t p = s < count ? position[s0 + s] : -1;
+#       a.seen[s] = p < 0 ? -1 : int32_t(p);
+#       any |= p >= 0 && p > oldest && p <= *high;
+#     }
+#     const int64_t at = b * k.stride(0) + s0 * row + g * k.stride(2);
+#     const Number *key = numbers(k) + at, *value = numbers(v) + at;
+#     const int64_t next = std::min(2 * KEYS, s1 - s0) * row, C = a.C;
+#     for (int64_t s = KEYS * row; s < next; s += row)
+#       for (int64_t c = 0; c < C; c += 32) {  // one cache line
+#         __builtin_prefetch(key + s + c);
+#         __builtin_prefetch(value + s + c);
+#       }
+#     if (any) a.chunk(key, value, row, count);
+#   }
+# }
+#
+# // (ranges, rows) partial results -> y (rows, C)
+# void merge(const Partial& from, int64_t ranges, int64_t rows, int64_t C,
+#            Number* y) {
+#   at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
+#     for (int64_t r = begin; r < end; ++r) {
+#       float top = from.top[r], total = 0;
+#       for (int64_t i = 1; i < ranges; ++i)
+#         top = std::max(top, from.top[i * rows + r]);
+#       float out[WIDEST] = {};
+#       for (int64_t at = r; at < ranges * rows; at += rows) {
+#         const float weight = std::exp(from.top[at] - top);
+#         total += weight * from.total[at];
+#         for (int64_t c = 0; c < C; ++c)
+#           out[c] += weight * from.out[at * C + c];
+#       }
+#       for (int64_t c = 0; c < C; ++c) y[r * C + c] = out[c] / total;
+#     }
+#   });
+# }
+# ```
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
+# Tensor run_attention(const Heads& heads) {
+#   const Tensor& q = heads.q;
+#   const int64_t T = q.size(1), H = q.size(2), C = q.size(3);
+#   const int64_t S = heads.k.size(1), G = heads.k.size(2);
+#   const int64_t some = std::max<int64_t>(1, KEYS * G / H);
+#   const int64_t tiles = (T + some - 1) / some, rows = q.size(0) * T * H;
+#   const int64_t width = tiles > 1 ? std::max<int64_t>(S, 1) : RANGE;
+#   const int64_t ranges = std::max<int64_t>(1, (S + width - 1) / width);
+#   Partial partial{Buffer(ranges * rows * C), Buffer(ranges * rows),
+#                   Buffer(ranges * rows)};
+#   const int64_t pieces = q.size(0) * G * tiles;
+#   share(ranges * pieces, 1, [&](int64_t item) {
+#     thread_local Attention a;
+#     const int64_t range = item / pieces, piece = item % pieces;
+#     const int64_t t0 = (tiles - 1 - piece % tiles) * some;  // longest first
+#     heads.run(a, piece / tiles / G, piece / tiles % G, t0,
+#               std::min(t0 + some, T), range * width,
+#               std::min((range + 1) * width, S), range * rows, partial);
+#   });
+#   Tensor y = at::empty(q.sizes(), q.options());
+#   merge(partial, ranges, rows, C, static_cast<Number*>(y.data_ptr()));
+#   return y;
+# }
+# ```
+
+# %% [markdown]
+# ### Two small ones
+#
+# RMSNorm and RoPE are quick anywhere, but in plain torch they are eight and
+# seven calls; for one token the calls cost more than the arithmetic.
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
+# Buffer norm_rows(const Buffer& x, const Buffer& weight, double eps) {
+#   const int64_t n = weight.size();
+#   Buffer y(x.size());
+#   at::parallel_for(0, x.size() / n, 16, [&](int64_t begin, int64_t end) {
+#     for (int64_t at = begin * n; at < end * n; at += n) {
+#       double squares = 0;
+#       for (int64_t i = 0; i < n; ++i) squares += x[at + i] * x[at + i];
+#       const float scale = 1 / std::sqrt(squares / n + eps);
+#       for (int64_t i = 0; i < n; ++i)
+#         y[at + i] = weight[i] * (x[at + i] * scale);
+#     }
+#   });
+#   return y;
+# }
+#
+# // x (..., H, C) turned by tables (..., C/2), half-split as in chapter 4
+# Buffer rope_rows(const Buffer& x, const Buffer& cos, const Buffer& sin,
+#                  int64_t H, int64_t half) {
+#   Buffer y(x.size());
+#   const int64_t rows = x.size() / (2 * half);
+#   at::parallel_for(0, rows, 256, [&](int64_t begin, int64_t end) {
+#     for (int64_t row = begin; row < end; ++row) {
+#       const float *from = &x[row * 2 * half], *c = &cos[row / H * half];
+#       const float* s = &sin[row / H * half];
+#       float* to = &y[row * 2 * half];
+#       for (int64_t i = 0; i < half; ++i) {
+#         to[i] = from[i] * c[i] - from[half + i] * s[i];
+#         to[half + i] = from[half + i] * c[i] + from[i] * s[i];
+#       }
+#     }
+#   });
+#   return y;
+# }
+# ```
+
+# %% [markdown]
+# ### The operators
+#
+# A kernel serves bf16 on the CPU, the type of the released weights. Anything
+# else goes to the same operator in plain torch, which the Python side declares
+# as `gptoss::plain_…`: whoever asks for float32 gets float32.
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
+# bool enabled = true;
+#
+# bool ours(std::initializer_list<Tensor> numbers) {  // bf16, on by default
+#   bool all = enabled;
+#   for (const Tensor& x : numbers) all &= x.scalar_type() == at::kBFloat16;
+#   return all;
+# }
+#
+# bool packed(std::initializer_list<Tensor> bytes) {
+#   bool all = true;
+#   for (const Tensor& x : bytes)
+#     all &= x.scalar_type() == at::kByte && x.is_contiguous();
+#   return all;
+# }
+#
+# // the same operator in plain torch: gptoss::plain_NAME
+# template <class Signature, class... Arguments>
+# Tensor plain(const char* name, const Arguments&... arguments) {
+#   return c10::Dispatcher::singleton()
+#       .findSchemaOrThrow((std::string("gptoss::plain_") + name).c_str(), "")
+#       .typed<Signature>()
+#       .call(arguments...);
+# }
+#
+# Tensor result(const Tensor& x, int64_t width, const Buffer& values) {
+#   auto shape = x.sizes().vec();
+#   shape.back() = width;
+#   Tensor y = at::empty(shape, x.options());
+#   convert(values.data(), values.size(), static_cast<Number*>(y.data_ptr()));
+#   return y;
+# }
+#
+# void add_bias(Buffer& y, const std::optional<Tensor>& bias) {
+#   if (!bias) return;
+#   const Buffer b = floats(*bias);
+#   const int64_t m = b.size();
+#   at::parallel_for(0, y.size() / m, 16, [&](int64_t begin, int64_t end) {
+#     for (int64_t row = begin; row < end; ++row)
+#       for (int64_t i = 0; i < m; ++i) y[row * m + i] += b[i];
+#   });
+# }
+# ```
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
+# Tensor mxfp4_linear(const Tensor& x, const Tensor& blocks,
+#                     const Tensor& scales,
+#                     const std::optional<Tensor>& bias) {
+#   if (!ours({x, bias.value_or(x)}) || !packed({blocks, scales}))
+#     return plain<decltype(mxfp4_linear)>("mxfp4_linear", x, blocks, scales,
+#                                          bias);
+#   const Packed weight(blocks, scales);
+#   const int64_t m = weight.rows, N = x.numel() / (weight.blocks * BLOCK);
+#   Buffer y(N * m);
+#   const std::vector<int64_t> ids(N, 0);
+#   grouped_linear(weight, Groups(ids.data(), N, 1),
+#                  quantised(floats(x), N, weight.blocks), 1,
+#                  [&](int64_t slot, int64_t, int64_t row0, int64_t rows,
+#                      const float* v) {
+#     std::copy_n(v, rows, &y[slot * m + row0]);
+#   });
+#   add_bias(y, bias);
+#   return result(x, m, y);
+# }
+#
+# Tensor linear(const Tensor& x, const Tensor& weight,
+#               const std::optional<Tensor>& bias) {
+#   const int64_t m = weight.size(0), n = weight.size(1);
+#   if (!ours({x, weight, bias.value_or(x)}) || !weight.is_contiguous()
+#       || n % BLOCK)
+#     return plain<decltype(linear)>("linear", x, weight, bias);
+#   const Buffer from = floats(x);
+#   const int64_t N = from.size() / n;
+#   Buffer y(N * m);
+#   (N <= FEW ? dense_few : dense_many)(from, N, numbers(weight), m, n, y);
+#   add_bias(y, bias);
+#   return result(x, m, y);
+# }
+# ```
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
+# Tensor packed_experts(const Tensor& x, const Tensor& ids,
+#                       const Tensor& weights, const Tensor& gate_up_blocks,
+#                       const Tensor& gate_up_scales,
+#                       const Tensor& gate_up_bias, const Tensor& down_blocks,
+#                       const Tensor& down_scales, const Tensor& down_bias,
+#                       double limit) {
+#   if (!ours({x, weights, gate_up_bias, down_bias})
+#       || !packed({gate_up_blocks, gate_up_scales, down_blocks, down_scales})
+#       || !gate_up_bias.is_contiguous() || !down_bias.is_contiguous())
+#     return plain<decltype(packed_experts)>(
+#         "packed_experts", x, ids, weights, gate_up_blocks, gate_up_scales,
+#         gate_up_bias, down_blocks, down_scales, down_bias, limit);
+#   const Packed gate_up(gate_up_blocks, gate_up_scales);
+#   const Packed down(down_blocks, down_scales);
+#   const Tensor chosen = ids.contiguous(), shares = weights.contiguous();
+#   const int64_t K = ids.size(1), slots = ids.numel();
+#   const Groups groups(chosen.const_data_ptr<int64_t>(), slots,
+#                       gate_up_scales.size(0));
+#   const Buffer hidden = run_gate_up(
+#       gate_up, numbers(gate_up_bias), limit, groups,
+#       quantised(floats(x), slots / K, gate_up.blocks), K);
+#   const Buffer y = run_down(
+#       down, numbers(down_bias), numbers(shares), groups,
+#       quantised(hidden, slots, down.blocks), K);
+#   return result(x, down.rows, y);
+# }
+# ```
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
+# Tensor sink_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+#                       const Tensor& sinks, const Tensor& q_pos,
+#                       const Tensor& k_pos, int64_t window, double scale) {
+#   const int64_t C = q.size(3), G = k.size(2);
+#   if (!ours({q, k, v, sinks}) || C % ROWS || C > WIDEST || q.size(2) % G
+#       || k.stride(3) != 1 || k.strides() != v.strides())
+#     return plain<decltype(sink_attention)>("sink_attention", q, k, v, sinks,
+#                                            q_pos, k_pos, window, scale);
+#   return run_attention({q.contiguous(), k, v, sinks.contiguous(),
+#                         q_pos.expand({q.size(0), -1}).contiguous(),
+#                         k_pos.expand({q.size(0), -1}).contiguous(), window,
+#                         float(scale)});
+# }
+#
+# Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+#   if (!ours({x, weight}))
+#     return plain<decltype(rms_norm)>("rms_norm", x, weight, eps);
+#   return result(x, x.size(-1), norm_rows(floats(x), floats(weight), eps));
+# }
+#
+# Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin) {
+#   if (!ours({x, cos, sin}) || x.dim() != 4)
+#     return plain<decltype(rope)>("rope", x, cos, sin);
+#   const std::vector<int64_t> shape = {x.size(0), x.size(1), cos.size(-1)};
+#   return result(x, x.size(-1),
+#                 rope_rows(floats(x), floats(cos.expand(shape)),
+#                           floats(sin.expand(shape)), x.size(2), shape[2]));
+# }
+# ```
+
+# %% [markdown]
+# Training goes on as before. Chapters 2 and 8 gave their operators a
+# derivative of their own; the other four were compositions that torch
+# differentiates itself, and a kernel in their place would be a wall to it. So
+# a gate stands before them: if something learns, the plain form runs.
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
+# bool learns(const Tensor& x) { return x.requires_grad(); }
+# bool learns(const std::optional<Tensor>& x) {
+#   return x && x->requires_grad();
+# }
+# template <class Other>
+# bool learns(const Other&) { return false; }
+#
+# // what stands before a kernel while gradients are recorded
+# template <auto function, const char* name, class... Arguments>
+# Tensor gated(Arguments... arguments) {
+#   if (at::GradMode::is_enabled() && (learns(arguments) || ...))
+#     return plain<Tensor(Arguments...)>(name, arguments...);
+#   at::AutoDispatchBelowADInplaceOrView below;
+#   return function(arguments...);
+# }
+#
+# template <auto function, const char* name, class... Arguments>
+# constexpr auto gate(Tensor (*)(Arguments...)) {
+#   return gated<function, name, Arguments...>;
+# }
+#
+# constexpr char LINEAR[] = "linear", NORM[] = "rms_norm", ROPE[] = "rope",
+#                ATTENTION[] = "sink_attention";
+#
+# TORCH_LIBRARY_IMPL(gptoss, AutogradCPU, m) {
+#   m.impl("linear", gate<linear, LINEAR>(linear));
+#   m.impl("rms_norm", gate<rms_norm, NORM>(rms_norm));
+#   m.impl("rope", gate<rope, ROPE>(rope));
+#   m.impl("sink_attention", gate<sink_attention, ATTENTION>(sink_attention));
+# }
+#
+# TORCH_LIBRARY_IMPL(gptoss, CPU, m) {
+#   m.impl("linear", linear);
+#   m.impl("rms_norm", rms_norm);
+#   m.impl("rope", rope);
+#   m.impl("sink_attention", sink_attention);
+#   m.impl("mxfp4_linear", mxfp4_linear);
+#   m.impl("packed_experts", packed_experts);
+# }
+#
+# #ifdef GPTOSS_AVX2
+# constexpr char NAME[] = "C++ with AVX2";
+# #else
+# constexpr char NAME[] = "portable C++";
+# #endif
+#
+# TORCH_LIBRARY_FRAGMENT(gptoss, m) {
+#   m.def("kernels_name() -> str", [] { return std::string(NAME); });
+#   m.def("enable_kernels(bool on) -> bool", [](bool on) {
+#     std::swap(on, enabled);
+#     return on;  // as it was before
+#   });
+# }
+#
+# }  // namespace
+# ```
+
+# %% [markdown]
+# ### Built on first use
+#
+# One call of the compiler makes the library. Its name carries a hash of all
+# that it depends on: source, options, PyTorch's version and the processor's
+# abilities, for `-march=native` makes code for this processor only. It is
+# written under a temporary name and renamed, so of two processes that build
+# at once both succeed, and one that is killed leaves nothing that looks whole.
+# (`torch.utils.cpp_extension.load` would need `ninja`, and its lock outlives a
+# process that is killed; its include paths are all we take.)
+
+# %% tags=["export"]
+import os
+import shlex
+from pathlib import Path
+
+import torch
+
+from gptoss import mxfp4
+
+SOURCE = Path(mxfp4.__file__).with_name("kernels.cpp")
+OPTIONS = ("-O3", "-march=native", "-std=c++20", "-ffp-contract=fast",
+           "-fopenmp", "-fPIC", "-shared", "-w")
+
+
+class KernelError(RuntimeError):
+    """The kernels cannot be compiled or loaded here."""
+
+
+def compile_command(target: Path, portable: bool = False) -> list[str]:
+    """The compiler's command line that makes `target` from kernels.cpp.
+
+    The compiler is $CXX or c++. portable: without vector instructions.
+    """
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    return [*shlex.split(os.environ.get("CXX") or "c++"), *OPTIONS,
+            *(["-DGPTOSS_PORTABLE"] if portable else []),
+            f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+            *(f"-I{folder}" for folder in include_paths()), str(SOURCE),
+            "-o", str(target), *(f"-L{path}" for path in library_paths()),
+            "-ltorch_cpu", "-lc10"]
+
+
+# %% tags=["export"]
+import hashlib
+import platform
+import subprocess
+import sys
+import tempfile
+
+
+def library_path(portable: bool = False) -> Path:
+    """Where the compiled kernels lie: $XDG_CACHE_HOME or ~/.cache."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    able = [line for line in lines if line.startswith(("flags", "Features"))]
+    parts = (SOURCE.read_text("utf-8"), OPTIONS, portable, torch.__version__,
+             platform.machine(), able[:1], os.environ.get("CXX"))
+    name = hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "gptoss" / f"kernels-{name}.so"
+
+
+def build(portable: bool = False) -> Path:
+    """The compiled kernels; compiles them if they are not there yet.
+
+    KernelError, with the compiler's own first complaint, if that fails.
+    """
+    path = library_path(portable)
+    if path.exists():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / path.name
+            if sys.stderr.isatty():
+                print("gptoss: compiling kernels (once, about half a minute)",
+                      file=sys.stderr)
+            done = subprocess.run(compile_command(made, portable),
+                                  capture_output=True, text=True)
+            if done.returncode:
+                lines = [*done.stderr.splitlines(), "no message"]
+                raise KernelError("the compiler failed: " + next(
+                    (line for line in lines if "error" in line), lines[0]))
+            os.replace(made, path)
+    except OSError as error:
+        raise KernelError(f"cannot compile: {error}") from error
+    return path
+
+
+# %% [markdown]
+# What the hash is for: another option, another file.
+
+# %%
+assert library_path() != library_path(portable=True)
+print(library_path().name.startswith("kernels-"), library_path().suffix)
+
+# %% [markdown]
+# ### Which path is in use
+#
+# Loading the library registers the kernels. When? Importing a chapter's module
+# must change nothing, or the earlier chapters would show something else than
+# they say. So `gptoss.kernels` only leaves a note with chapter 2,
+# `before_first_call(load_kernels)`, and the package's front door,
+# `from gptoss import GptOss`, imports `gptoss.kernels`. The first operator
+# that computes anything then finds the note.
+
+# %% tags=["export"]
+import logging
+from collections.abc import Callable
+
+import torch.nn.functional as F
+
+from gptoss.experts import packed_by_decoding
+from gptoss.model import attention_in_tiles, rms_norm
+from gptoss.mxfp4 import define_operator, linear_by_decoding
+from gptoss.rope import apply_rope
+
+PLAIN: dict[str, Callable] = {
+    "mxfp4_linear": linear_by_decoding, "packed_experts": packed_by_decoding,
+    "linear": F.linear, "rms_norm": rms_norm, "rope": apply_rope,
+    "sink_attention": attention_in_tiles}
+_DERIVED = ("mxfp4_linear", "packed_experts")  # have a gradient of their own
+
+
+def _define_plain() -> None:
+    """Declare gptoss::plain_NAME for every operator that has a kernel."""
+    for name, function in PLAIN.items():
+        schema = str(getattr(torch.ops.gptoss, name).default._schema)
+        fake = torch.empty_like if name in _DERIVED else None
+        define_operator(schema.replace("::", "::plain_"), function, fake)
+
+
+# %% tags=["export"]
+_path = ""
+
+
+def _load(choice: str) -> str:
+    if choice == "torch":
+        return "torch (GPTOSS_KERNELS=torch)"
+    try:
+        if choice not in ("auto", "portable"):
+            raise KernelError("GPTOSS_KERNELS: expected auto, portable or "
+                              f"torch, found {choice!r}")
+        library = build(choice == "portable")
+        _define_plain()
+        torch.ops.load_library(str(library))
+    except (KernelError, OSError) as error:
+        logging.getLogger("gptoss").warning(
+            "gptoss: no kernels, plain torch is used (many times slower; "
+            "GPTOSS_KERNELS=torch silences this): %s", error)
+        return f"torch ({error})"
+    return torch.ops.gptoss.kernels_name()
+
+
+def load_kernels() -> str:
+    """Register the kernels, compiled if need be; which path is in use.
+
+    $GPTOSS_KERNELS chooses: auto (default), portable (C++ without vector
+    instructions) or torch. What fails is told in one line on the logger
+    "gptoss", and plain torch goes on computing. Later calls do nothing.
+    """
+    global _path
+    _path = _path or _load(os.environ.get("GPTOSS_KERNELS", "auto"))
+    return _path
+
+
+def kernel_path() -> str:
+    """Which path the operators take on the CPU, in words; never compiles."""
+    choice = os.environ.get("GPTOSS_KERNELS", "auto")
+    waits = not _path and choice == "auto" and not library_path().exists()
+    return "C++, to be compiled when first used" if waits else load_kernels()
+
+
+# %% tags=["export"]
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from gptoss.mxfp4 import before_first_call
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Inside, the operators compute with plain torch, kernels or not."""
+    load_kernels()
+    if not hasattr(torch.ops.gptoss, "enable_kernels"):
+        yield
+        return
+    before = torch.ops.gptoss.enable_kernels(False)
+    try:
+        yield
+    finally:
+        torch.ops.gptoss.enable_kernels(before)
+
+
+if __name__ != "__main__":  # imported; a notebook loads them when it wants
+    before_first_call(load_kernels)
+
+# %%
+path = load_kernels()
+print("kernels or a reason:", path.startswith(("C++", "portable", "torch (")))
+
+# %% [markdown]
+# ### For a GPU: written, not yet run on one
+#
+# The same three ideas in Triton: decode in registers, sort tokens by expert,
+# walk over keys with a running maximum. A test holds them to float64 in
+# Triton's interpreter, which computes on the CPU; **no GPU has run them
+# yet**, so nothing calls them unless asked: `use_triton()` registers them for
+# CUDA. Until somebody has measured them, a GPU takes the plain torch path.
+#
+# A nibble becomes a float by its bits: codes above 1 have an exponent, code 1
+# is the only subnormal.
+
+# %% tags=["export:triton_kernels"]
+import torch
+from torch import Tensor
+from types import SimpleNamespace
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no GPU software: everything else works without
+    triton, tl = None, SimpleNamespace(constexpr=None)
+
+
+def _jit(function):
+    return triton.jit(function) if triton else function
+
+
+@_jit
+def decode_fp4(code, scale):
+    """Nibbles and scale bytes (int32) -> fp32 values, by their bits."""
+    size = code & 7
+    bits = tl.where(size > 1, ((size >> 1) + 126 << 23) | (size & 1) << 22,
+                    (size & 1) * 0x3F000000)
+    value = (bits | (code & 8) << 28).to(tl.float32, bitcast=True)
+    power = tl.maximum(scale << 23, 1 << 22).to(tl.float32, bitcast=True)
+    return value * (power + 0.0 * power)
+
+# %% [markdown]
+# A program computes 32 rows for one tile of slots. The tile's weights are
+# exact in bf16 (three bits and a power of two), so a tensor core may multiply
+# them. Low and high nibbles meet even and odd activations in two products:
+# nothing needs to be interleaved.
+
+# %% tags=["export:triton_kernels"]
+@_jit
+def packed_rows(x, w, s, y, order, tile_expert, tile_begin, tile_end, rows,
+                blocks, K: tl.constexpr, M: tl.constexpr,
+                N: tl.constexpr, STEP: tl.constexpr):
+    """y[slot] = rows of the slot's expert times x[slot // K], a tile."""
+    row = tl.program_id(0) * M + tl.arange(0, M)
+    tile = tl.program_id(1)
+    expert = tl.load(tile_expert + tile).to(tl.int64)
+    place = tl.load(tile_begin + tile) + tl.arange(0, N)
+    real = place < tl.load(tile_end + tile)
+    slot = tl.load(order + place, real, 0)
+    width = blocks * 16
+    line = expert * rows + row
+    total = tl.zeros((M, N), tl.float32)
+    for start in range(0, width, STEP):
+        column = start + tl.arange(0, STEP)
+        inside = (row < rows)[:, None] & (column < width)[None]
+        code = tl.load(w + line[:, None] * width + column[None], inside,
+                       0).to(tl.int32)
+        scale = tl.load(s + line[:, None] * blocks + column[None] // 16,
+                        inside, 0).to(tl.int32)
+        at = (slot // K)[None] * width * 2 + column[:, None] * 2
+        seen = real[None] & (column < width)[:, None]
+        even = tl.load(x + at, seen, 0.0)
+        odd = tl.load(x + at + 1, seen, 0.0)
+        total = tl.dot(decode_fp4(code & 15, scale).to(even.dtype), even,
+                       total)
+        total = tl.dot(decode_fp4(code >> 4, scale).to(odd.dtype), odd,
+                       total)
+    tl.store(y + slot[None] * rows + row[:, None], total,
+             (row < rows)[:, None] & real[None])
+
+# %% [markdown]
+# Every tile belongs to one expert. Which tiles there are follows from the
+# counts, on the device, without a loop:
+
+# %% tags=["export:triton_kernels"]
+def token_tiles(ids: Tensor, experts: int, size: int) -> tuple[Tensor, ...]:
+    """Slots sorted by expert, cut into tiles of one expert each.
+
+    ids (N, K) -> order (N K,), and for every tile its expert, and where its
+    slots begin and the expert's end in order; int32.
+    """
+    flat = ids.flatten()
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat, minlength=experts)
+    tiles = (counts + size - 1) // size
+    expert = torch.repeat_interleave(tiles)
+    ends = counts.cumsum(0)
+    before = tiles.cumsum(0) - tiles
+    number = torch.arange(len(expert), device=ids.device) - before[expert]
+    begin = (ends - counts)[expert] + number * size
+    return tuple(t.int() for t in (order, expert, begin, ends[expert]))
+
+# %%
+order, *tiles = token_tiles(torch.tensor([[2, 0], [2, 1], [2, 0]]), 4, 2)
+print(order.tolist(), *(tile.tolist() for tile in tiles), sep="\n")
+assert tiles[0].tolist() == [0, 1, 2, 2]  # three slots chose expert 2
+
+# %% tags=["export:triton_kernels"]
+from gptoss.experts import clamped_swiglu
+
+
+def packed_linear_tiles(x: Tensor, ids: Tensor, blocks: Tensor,
+                        scales: Tensor, shared: int = 1) -> Tensor:
+    """(slots, rows) fp32: row slot // shared of x times the slot's expert.
+
+    x (…, n); ids (slots,); blocks (E, rows, n/32, 16). Few slots make
+    narrow tiles (decode), many wide ones (prefill).
+    """
+    E, rows, width = scales.shape
+    wide = 64 if ids.numel() >= 16 * E else 16
+    order, *tiles = token_tiles(ids, E, wide)
+    y = torch.empty(ids.numel(), rows, dtype=torch.float32, device=x.device)
+    packed_rows[(triton.cdiv(rows, 32), len(tiles[0]))](
+        x, blocks, scales, y, order, *tiles, rows, width, K=shared, M=32,
+        N=wide, STEP=64)
+    return y
+
+
+def experts_by_triton(x, ids, weights, gate_up_blocks, gate_up_scales,
+                      gate_up_bias, down_blocks, down_scales, down_bias,
+                      limit):
+    """gptoss::packed_experts on a GPU; between the layers in x.dtype."""
+    flat, K = ids.flatten(), ids.shape[1]
+    up = packed_linear_tiles(x.contiguous(), flat, gate_up_blocks,
+                             gate_up_scales, K)
+    hidden = clamped_swiglu(up + gate_up_bias[flat].float(), limit)
+    out = packed_linear_tiles(hidden.to(x.dtype), flat, down_blocks,
+                              down_scales)
+    out = (out + down_bias[flat].float()).view(*ids.shape, -1)
+    return (out * weights.float()[..., None]).sum(1).to(x.dtype)
+
+# %% [markdown]
+# Attention: one key head and sixteen rows of its queries in a program.
+
+# %% tags=["export:triton_kernels"]
+@_jit
+def attend_tile(q, k, v, sinks, q_pos, k_pos, y, T, S, H, G, window, scale,
+                kb, ks, kg, C: tl.constexpr, J: tl.constexpr,
+                N: tl.constexpr, KEYS: tl.constexpr):
+    """N rows: tokens times the J query heads of one key head."""
+    b, g = tl.program_id(1) // G, tl.program_id(1) % G
+    row = tl.program_id(0) * N + tl.arange(0, N)
+    token, head = row // J, g * J + row % J
+    real = token < T
+    at = ((b * T + token) * H + head)[:, None] * C + tl.arange(0, C)[None]
+    query = tl.load(q + at, real[:, None], 0.0)
+    position = tl.load(q_pos + b * T + token, real, -1)
+    top = tl.load(sinks + head, real, 0.0).to(tl.float32)
+    top = tl.maximum(top, -3.0e38)
+    total = tl.full((N,), 1.0, tl.float32)  # the sink, before any key
+    out = tl.zeros((N, C), tl.float32)
+    for start in range(0, S, KEYS):
+        key = start + tl.arange(0, KEYS)
+        there = tl.load(k_pos + b * S + key, key < S, -1)
+        from_ = b * kb + key[:, None] * ks + g * kg + tl.arange(0, C)[None]
+        keys = tl.load(k + from_, (key < S)[:, None], 0.0)
+        values = tl.load(v + from_, (key < S)[:, None], 0.0)
+        scores = tl.dot(query, tl.trans(keys)) * scale
+        seen = (there[None] >= 0) & (there[None] <= position[:, None])
+        seen = seen & ((window == 0)
+                       | (there[None] > position[:, None] - window))
+        scores = tl.where(seen, scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.exp(scores - higher[:, None])
+        shrink = tl.exp(top - higher)
+        total = total * shrink + tl.sum(weights, 1)
+        out = tl.dot(weights.to(values.dtype), values,
+                     out * shrink[:, None])
+        top = higher
+    tl.store(y + at, (out / total[:, None]).to(query.dtype), real[:, None])
+
+
+# %% tags=["export:triton_kernels"]
+def attention_by_triton(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
+                        q_pos: Tensor, k_pos: Tensor, window: int,
+                        scale: float) -> Tensor:
+    """gptoss::sink_attention on a GPU; k and v with equal strides."""
+    B, T, H, C = q.shape
+    S, G = k.shape[1:3]
+    q, y = q.contiguous(), torch.empty_like(q, memory_format=(
+        torch.contiguous_format))
+    attend_tile[(triton.cdiv(T * (H // G), 16), B * G)](
+        q, k, v, sinks, q_pos.expand(B, T).contiguous(),
+        k_pos.expand(B, S).contiguous(), y, T, S, H, G, window, scale,
+        *k.stride()[:3], C=C, J=H // G, N=16, KEYS=32)
+    return y
+
+
+def use_triton() -> None:
+    """Register these kernels for CUDA: to generate with, not to train.
+
+    RuntimeError without Triton.
+    """
+    if triton is None:
+        raise RuntimeError("use_triton: expected the package triton")
+    torch.library.impl("gptoss::packed_experts", "CUDA", experts_by_triton)
+    torch.library.impl("gptoss::sink_attention", "CUDA", attention_by_triton)
+
+
+# %% [markdown]
+# ### Measuring
+#
+# `bench` runs what a user runs, `generate`, and looks at the clock. The speed
+# of memory is measured in the same process: a sum over 1 GiB, which torch
+# computes as fast as the numbers arrive.
+
+# %% tags=["export"]
+import resource
+import statistics
+import time
+
+from gptoss.config import bytes_read_per_token
+from gptoss.model import GptOss
+
+
+def read_speed(size: int = 2 ** 30, repeats: int = 5) -> float:
+    """Bytes a second that all threads together read from memory, best of."""
+    numbers = torch.ones(size // 4)
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        numbers.sum()
+        best = min(best, time.perf_counter() - start)
+    return size / best
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """Rates of durations: the median's, and of the slow and fast tenth."""
+    ordered = sorted(seconds)
+    tenth = len(ordered) // 10
+    return {"median": 1 / statistics.median(ordered),
+            "low": 1 / ordered[-1 - tenth], "high": 1 / ordered[tenth]}
+
+
+# %% tags=["export"]
+def _timed(model: GptOss, prompt: list[int], count: int) -> list[float]:
+    """Seconds from the start to each of `count` greedy tokens."""
+    from gptoss.generate import Sampler, generate
+
+    start, times = time.perf_counter(), []
+    for _ in generate(model, prompt, max_new_tokens=count,
+                      sampler=Sampler(temperature=0.0)):
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def measure(path: str | Path, prompt_tokens: int = 512, new_tokens: int = 32,
+            seed: int = 0) -> dict:
+    """Load the model in `path` and generate; what it took, as a dict.
+
+    The prompt is random tokens. A short run comes first, so that the file
+    is in memory and the kernels are loaded: time_to_first_token is that of
+    the timed run. Seconds, bytes, tokens a second; read_bandwidth_share is
+    the bytes of a token over what memory could deliver in its time.
+    """
+    start = time.perf_counter()
+    model = GptOss.from_pretrained(path)
+    load_seconds = time.perf_counter() - start
+    draw = torch.Generator().manual_seed(seed)
+    prompt = torch.randint(model.config.vocab_size, (prompt_tokens,),
+                           generator=draw).tolist()
+    _timed(model, prompt[:8], 4)
+    times = _timed(model, prompt, new_tokens + 1)
+    steps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    size, decode = bytes_read_per_token(model.config), spread(steps)
+    speed = read_speed()
+    return {"kernels": kernel_path(), "threads": torch.get_num_threads(),
+            "load_seconds": load_seconds,
+            "peak_rss_bytes": peak * (1 if sys.platform == "darwin"
+                                      else 1024),
+            "time_to_first_token": times[0], "prompt_tokens": prompt_tokens,
+            "prefill_tokens_per_second": prompt_tokens / times[0],
+            "decode_tokens_per_second": decode, "bytes_per_token": size,
+            "read_bytes_per_second": speed,
+            "read_bandwidth_share": decode["median"] * size / speed}
+
+
+# %%
+told = spread([0.1] * 8 + [0.2, 0.05])
+print({name: round(value, 1) for name, value in told.items()})
+
+# %% [markdown]
+# ## It holds
+#
+# **Kernels against plain torch against float64**, on the same inputs in bf16.
+# The packed product must not be further from the exact result than the torch
+# path is; for the experts, which keep fp32 in between, it must be nearer.
+
+# %%
+from gptoss.mxfp4 import mxfp4_linear
+
+
+def errors_of(run, *tensors) -> tuple[float, float]:
+    """Distance from float64 of the kernel's and of plain torch's result."""
+    wide = [x.double() if x.is_floating_point() else x for x in tensors]
+    with torch.inference_mode():
+        fast = run(*tensors)
+        with plain_torch():
+            slow, exact = run(*tensors), run(*wide)
+    return off(fast.double(), exact), off(slow.double(), exact)
+
+
+for tokens in (1, 3, 4, 23):
+    for rows, columns in ((50, 96), (33, 128), (64, 2880)):
+        blocks, scales = encode(0.02 * torch.randn(rows, columns))
+        ours, torchs = errors_of(
+            mxfp4_linear, torch.randn(tokens, columns).bfloat16(), blocks,
+            scales, torch.randn(rows).bfloat16())
+        assert ours < 1.02 * torchs < 3e-3
+print("one rounding to bf16, and nothing else that shows")
+
+# %%
+from gptoss.experts import packed_experts
+from gptoss.mxfp4 import PackedMXFP4
+
+E, K, width, hidden = 8, 2, 160, 128
+gate_up = encode(0.1 * torch.randn(E, 2 * width, hidden))
+down = encode(0.1 * torch.randn(E, hidden, width))
+biases = (torch.randn(E, 2 * width).bfloat16(),
+          torch.randn(E, hidden).bfloat16())
+for tokens in (1, 2, 100):
+    ids = torch.stack([torch.randperm(E)[:K] for _ in range(tokens)])
+
+    def run(x, weights, up_bias, down_bias, ids=ids):
+        return packed_experts(x, ids, weights, PackedMXFP4(*gate_up), up_bias,
+                              PackedMXFP4(*down), down_bias)
+
+    ours, torchs = errors_of(run, torch.randn(tokens, hidden).bfloat16(),
+                             torch.rand(tokens, K).bfloat16(), *biases)
+    assert ours <= torchs
+    if path.startswith("C++"):
+        assert ours < torchs / 2
+print("the experts: at most half of plain torch's error")
+
+# %% [markdown]
+# **Attention** over a ring in any order, with padding, with and without a
+# window, and rows that see nothing:
+
+# %%
+import gptoss.model  # noqa: F401  declares the operators
+
+
+def attend(q, k, v, sinks, q_pos, k_pos, window):
+    return torch.ops.gptoss.sink_attention(q, k, v, sinks, q_pos, k_pos,
+                                           window, 0.125)
+
+
+for window in (0, 9):
+    for T, S in ((1, 200), (70, 70)):
+        k_pos = torch.arange(S)
+        q_pos = k_pos[S - T:].clone()
+        q_pos[0] = -1 if T > 1 else S - 1
+        mixed = torch.randperm(S)
+        k_pos = k_pos[mixed].where(mixed % 7 != 0, -1)
+
+        def run(q, k, v, sinks, q_pos=q_pos, k_pos=k_pos, window=window):
+            return attend(q, k, v, sinks, q_pos[None], k_pos[None], window)
+
+        ours, torchs = errors_of(
+            run, *(torch.randn(1, n, heads, 64).bfloat16()
+                   for n, heads in ((T, 8), (S, 2), (S, 2))),
+            torch.randn(8).bfloat16())
+        assert ours < 1.02 * torchs < 3e-3
+print("attention agrees")
+
+# %% [markdown]
+# **Gradients** do not notice.
+
+# %%
+from gptoss.model import Linear
+
+layer = Linear(64, 8).bfloat16()
+given = torch.randn(3, 64).bfloat16().requires_grad_()
+grads = torch.autograd.grad(layer(given).sum(), (given, layer.weight))
+assert torch.equal(grads[0], layer.weight.sum(0).expand(3, -1))
+print([tuple(grad.shape) for grad in grads])
+
+# %% [markdown]
+# **The whole model.** The shipped checkpoint on a story it did not see, each
+# position's logits on both paths, beside the same weights in float64:
+
+# %%
+from pathlib import Path
+
+from gptoss.harmony import Tokenizer
+from gptoss.model import GptOss
+
+POCKET = Path(gptoss.model.__file__).parent / "pocket"
+tokens = Tokenizer.from_pretrained(POCKET).encode(
+    "Once upon a time there was a small fox named Mira. Mira lived in the "
+    "forest. The best thing she had was a red kite. One day Mira took the "
+    "red kite to the lake. But a strong wind came, and the red kite was gone."
+)
+model = GptOss.from_pretrained(POCKET)
+wide = GptOss.from_pretrained(POCKET, dtype=torch.float64)
+with torch.inference_mode():
+    exact = wide(torch.tensor([tokens]))
+    fast = model(torch.tensor([tokens])).double()
+    with plain_torch():
+        slow = model(torch.tensor([tokens])).double()
+assert off(fast, exact) <= off(slow, exact)
+best, second = exact.topk(2).values.unbind(-1)
+clear = best - second > 0.25
+assert (fast.argmax(-1) == exact.argmax(-1))[clear].all()
+assert (slow.argmax(-1) == fast.argmax(-1))[clear].all()
+print("not further from float64 than torch's path:",
+      off(fast, exact) <= off(slow, exact))
+print("the same choice wherever the best token leads by 0.25")
+
+# %% [markdown]
+# That last condition is honest bookkeeping. A story has places where two words
+# are equally good (*small* or *little*), and the model learnt to give them
+# equal logits. There the last bit decides, in bf16 it decides by chance, and
+# two greedy texts part at such a place although both paths are right. Wherever
+# the best token leads, the paths agree.
+
+# %% [markdown]
+# ## Against the others
+#
+# llama.cpp multiplies MXFP4 by activations in 8 bits (`ggml_vec_dot_mxfp4_
+# q8_0`), with which the naive version above began. transformers decodes the
+# experts to bf16 while loading on a CPU (`Mxfp4Config(dequantize=True)`), so
+# it reads 2 bytes a weight instead of 17/32, and needs 42 GB for the 20b;
+# torch's bf16 product is then its kernel. Beside ours, with the formulas of
+# both on the input of the naive version:
+
+# %%
+fast = mxfp4_linear(x.bfloat16(), *encode(weight)).double()
+formulas = {
+    "llama.cpp, 8-bit activations": rounded(x, 127) @ weight.T,
+    "transformers, bf16 weights": (x.bfloat16() @ weight.bfloat16().T
+                                   ).double(),
+    "ours": fast}
+exact = x @ weight.T
+for name, y in formulas.items():
+    worst = ((y - exact).abs().max() / exact.std()).item()
+    print(f"{name:29} worst error / rms {worst:.0e}")
+assert off(fast, exact) < off(formulas["llama.cpp, 8-bit activations"], exact)
+
+# %% [markdown]
+# `bench/compare.py` runs the three on one checkpoint of random weights, one
+# after the other on the same machine, and divides. What it found:
+
+# %% tags=["hide-input"]
+def number(value, width: int, digits: int = 1) -> str:
+    return " " * (width - 1) + "-" if value is None else (
+        f"{value:{width}.{digits}f}")
+
+
+print(measured("machine", "words", default="not measured yet"))
+print("tokens a second".ljust(31), " decode  prefill  GiB   ours is faster by")
+for shape in ("20b", "4 layers", "2 layers", "shipped"):
+    engines = measured(shape, default={})
+    best = engines.get("ours", {})
+    for engine, result in engines.items():
+        speeds = [result.get("decode_tokens_per_second", {}).get("median"),
+                  result.get("prefill_tokens_per_second")]
+        mine = [best.get("decode_tokens_per_second", {}).get("median"),
+                best.get("prefill_tokens_per_second")]
+        faster = [f"{a / b:.1f} x" for a, b in zip(mine, speeds, strict=True)
+                  if a and b and engine != "ours"]
+        memory = result.get("peak_rss_bytes")
+        print(shape.ljust(10), engine.ljust(20), number(speeds[0], 7),
+              number(speeds[1], 8),
+              number(memory and memory / 2 ** 30, 5), "  ",
+              ", ".join(faster))
+share = measured("4 layers", "ours", "read_bandwidth_share")
+if share:
+    print(f"4 layers, decode: {share:.0%} of what memory could deliver")
+
+# %% [markdown]
+# Each engine ran alone with both cores (the shipped model with one thread), with
+# 512 tokens of prompt (128 for the shipped one), llama.cpp with experts in MXFP4
+# and dense matrices in bf16. Memory delivered 20 to 28 GB/s that day, and a
+# repetition moves by a tenth. Decoding reads at nearly memory's speed, so little
+# is left to win; in prefill, the tiles win by arithmetic.
+# 
+# **Not measured yet**, for want of a quiet machine, and so not claimed: the
+# decode and prefill speed of the whole 20b (loading it took 2 seconds and its
+# peak was 12.2 GiB), llama.cpp on it, llama.cpp with Q8_0 dense matrices,
+# transformers on the same day, and prefill up to 4k tokens. With one thread, a
+# token at position 8192 took 1.1 times as much processor time as one at 128, at
+# 4 layers. `bench/compare.py` measures the rest.
+
+# %% [markdown]
+# ## In the 20b and the 120b
+#
+# Which path a matrix takes follows from its shape: every width here is a
+# multiple of 32, every row count but the router's a multiple of 16.
+
+# %%
+for name, config in (("20b", big), ("120b", GptOssConfig.gpt_oss_120b())):
+    D, F_ = config.hidden_size, config.intermediate_size
+    assert D % 32 == F_ % 32 == 2 * F_ % 16 == D % 16 == 0
+    floor = bytes_read_per_token(config) / 30e9
+    print(f"{name:4}  {bytes_read_per_token(config) / 1e9:.2f} GB a token, "
+          f"at 30 GB/s at least {1000 * floor:.0f} ms")
+
+# %% [markdown]
+# The 120b has four times the experts and reads only a third more for a token:
+# 36 layers instead of 24, with four experts each, and the same head. Where its
+# 65 GB fit in memory it decodes at three quarters of the 20b's speed.
+
+# %% [markdown]
+# ## Cost
+#
+# In prefill, $N$ tokens choose $NK$ slots; with enough of them every expert is
+# hit, and its weights are decoded once whatever $N$ is. Arithmetic per byte
+# then grows with $N$, until the processor, not memory, is the limit. The
+# crossing lies where $2N K/E$ operations for each weight take as long as its
+# 17/32 bytes:
+
+# %%
+operations, memory = 200e9, 30e9  # a second: what two cores do, and read
+tokens = operations * (17 / 32) / memory / 2 * big.num_local_experts / 4
+flops = 2 * 3 * big.intermediate_size * D * 4 * L
+print(f"experts are limited by arithmetic from about {tokens:.0f} tokens on; "
+      f"they take {flops / 1e9:.1f} GFLOP a token")
+
+# %% [markdown]
+# ## Takeaways
+#
+# - Decoding is reading: bytes a token over bytes a second is the floor, and a
+#   table in a register makes four-bit weights as cheap to use as to read.
+# - Sixteen bits for the activations cost no time and a hundredth of bf16's
+#   own rounding; eight cost several times that rounding.
+# - Kernels belong below operators: the model names what it wants, the device
+#   decides how, and a machine without a compiler still runs.
+
+# %% [markdown]
+# ## Exercises
+#
+# ### Exercise 1
+#
+# An activation of 1000 stands among 31 of size 1, and its weight is zero.
+# How wrong can the block's product be in units of the others' own size? Check
+# the bound {eq}`kernels-error` numerically.
+
+# %% tags=["hide-cell"]
+block = torch.randn(32, dtype=torch.float64)
+block[7] = 1000.0
+weights = torch.full((32,), 1.0, dtype=torch.float64)
+weights[7] = 0
+error = (rounded(block[None], 32767)[0] - block) @ weights
+bound = 1000 / 65534 * weights.abs().sum()
+assert error.abs() <= bound
+print(f"bound {bound.item():.2f}, so up to half of one activation")
+
+# %% [markdown]
+# ### Exercise 2
+#
+# Why is a block's integer sum still exact after it is converted to fp32? From
+# which width of activations on would it not be?
+
+# %% tags=["hide-cell"]
+def fits(bits: int) -> bool:
+    return 32 * 12 * (2 ** (bits - 1) - 1) <= 2 ** 24
+
+
+assert fits(16) and not fits(17)
+print("16 bits are the most")
+
+# %% [markdown]
+# ### Exercise 3
+#
+# With 32 experts of which 4 are chosen, how many tokens does an expert get
+# when 512 are fed, and how many of them decode a tile only for themselves?
+# Simulate uniform routing.
+
+# %% tags=["hide-cell"]
+torch.manual_seed(0)
+chosen = torch.rand(512, 32).topk(4).indices
+counts = torch.bincount(chosen.flatten(), minlength=32)
+assert counts.sum() == 2048 and counts.min() >= 4
+print(f"{counts.float().mean():.0f} on average, never fewer than four: "
+      f"every expert is worth a tile")
+
+# %% [markdown]
+# ### Exercise 4
+#
+# The attention kernel starts a row with maximum = sink, sum = 1, output = 0.
+# Show on numbers that this is `softmax_with_sink` of chapter 5.
+
+# %% tags=["hide-cell"]
+from gptoss.sinks import softmax_with_sink
+
+scores, sink = torch.randn(5).double(), torch.randn(1).double()
+top, total, out = sink, torch.ones(1).double(), torch.zeros(1).double()
+value = torch.randn(5).double()
+for s, v in zip(scores, value, strict=True):
+    higher = torch.maximum(top, s)
+    shrink, e = (top - higher).exp(), (s - higher).exp()
+    total, out, top = total * shrink + e, out * shrink + e * v, higher
+whole = softmax_with_sink(scores[None, None], sink)[0, 0] @ value
+assert torch.allclose(out / total, whole)
+print("equal")
+
+# %% [markdown]
+# ## Sources
+#
+# - Roofline: {cite}`roofline2009`. MXFP4: {cite}`ocpmx2023`. Tiles of
+#   attention with a running maximum: {cite}`flash2022`; sinks:
+#   {cite}`sinks2023`; grouped heads: {cite}`gqa2023`.
+# - llama.cpp, `ggml/src/ggml-cpu/`: MXFP4 times 8-bit activations with the
+#   same lookup instruction.
+# - transformers, `integrations/mxfp4.py`: decoding to bf16 where its Triton
+#   kernels are not available, a CPU among them.
+# - openai/gpt-oss, `gpt_oss/triton/`: kernels for GPUs that have been run.

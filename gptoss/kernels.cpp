@@ -1,0 +1,1048 @@
+// Four bits at full speed
+// Generated from book/13_kernels.py; edit the chapter, not this file.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#if defined(__AVX2__) && defined(__FMA__) && !defined(GPTOSS_PORTABLE)
+#include <immintrin.h>
+#define GPTOSS_AVX2 1
+#endif
+
+namespace {
+
+using at::Tensor;
+using Number = at::BFloat16;  // what weights and activations are stored in
+using Buffer = std::vector<float>;
+using Floats = float __attribute__((vector_size(32)));  // eight at a time
+using Ints = int32_t __attribute__((vector_size(32)));
+
+template <class Vector>
+inline Vector load(const void* from) {
+  Vector v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+inline void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
+
+inline float sum(Floats v) {
+  return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
+}
+
+// work(0) ... work(count - 1) on all threads, `grain` at a time to whoever
+// is free
+template <class Work>
+void share(int64_t count, int64_t grain, const Work& work) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(grain)) < count;)
+      for (int64_t j = i; j < std::min(i + grain, count); ++j) work(j);
+  });
+}
+
+const Number* numbers(const Tensor& x) {
+  return static_cast<const Number*>(x.const_data_ptr());
+}
+
+template <class From, class To>
+void convert(const From* from, int64_t count, To* to) {
+  at::parallel_for(0, count, 1 << 15, [&](int64_t begin, int64_t end) {
+    std::copy(from + begin, from + end, to + begin);
+  });
+}
+
+Buffer floats(const Tensor& x) {
+  const Tensor flat = x.contiguous();
+  Buffer to(flat.numel());
+  convert(numbers(flat), flat.numel(), to.data());
+  return to;
+}
+
+constexpr int64_t BLOCK = 32;
+
+struct Quantised {  // rows of 16-bit integers, one factor for each block
+  int64_t blocks, padded;
+  std::vector<int16_t> values;
+  Buffer factors;
+
+  Quantised(int64_t rows, int64_t blocks)
+      : blocks(blocks), padded((blocks + 1) / 2 * 2 * BLOCK),
+        values(rows * padded), factors(rows * blocks) {}
+
+  const int16_t* row(int64_t n) const { return &values[n * padded]; }
+  const float* scale(int64_t n) const { return &factors[n * blocks]; }
+};
+
+// where block b of a row begins: two blocks lie interleaved
+inline int64_t start(int64_t b) { return b / 2 * 64 + b % 2 * 8; }
+
+inline float largest(const Floats (&part)[4]) {
+  Floats top = {};
+  for (Floats x : part) {
+    Floats size = (Floats)((Ints)x & 0x7fffffff);
+    top = size > top ? size : top;
+  }
+  float found = 0;
+  for (int i = 0; i < 8; ++i) found = std::max(found, top[i]);
+  return found;
+}
+
+void quantise(const float* x, int64_t n, Quantised& to) {
+  static constexpr int group[4] = {0, 32, 16, 48};  // of element 4 i + j
+  for (int64_t b = 0; b < to.blocks; ++b) {
+    int16_t* at = &to.values[n * to.padded + start(b)];
+    Floats part[4], odd = {};
+    for (int i = 0; i < 4; ++i, x += 8) {
+      part[i] = load<Floats>(x);
+      odd += 0 * part[i];  // NaN if one of them is NaN or infinite
+    }
+    const float scale = largest(part) / 32767;
+    const float up = scale > 1e-37f ? 1 / scale : 0;
+    for (int i = 0; i < 4; ++i) {
+      // adding 1.5 * 2**23 leaves the nearest integer in the low bits
+      Ints whole = (Ints)(part[i] * up + 12582912.0f) - 0x4b400000;
+      for (int j = 0; j < 8; ++j)
+        at[group[j % 4] + 2 * i + j / 4] = int16_t(whole[j]);
+    }
+    to.factors[n * to.blocks + b] = scale / 2 + sum(odd);
+  }
+}
+
+Quantised quantised(const Buffer& x, int64_t rows, int64_t blocks) {
+  Quantised q(rows, blocks);
+  at::parallel_for(0, rows, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n)
+      quantise(&x[n * blocks * BLOCK], n, q);
+  });
+  return q;
+}
+
+inline float power(uint8_t scale) {  // 2 ** (scale - 127); NaN for 255
+  // a scale byte is a float's exponent field; that of 0 is subnormal
+  const uint32_t bits = std::max(uint32_t(scale) << 23, 1u << 22);
+  const float value = load<float>(&bits);
+  return value + 0 * value;  // infinity becomes NaN
+}
+
+constexpr int8_t TWICE[16] = {0, 1, 2, 3, 4, 6, 8, 12,
+                              0, -1, -2, -3, -4, -6, -8, -12};
+
+#ifndef GPTOSS_AVX2
+// out[0], out[step] ...: R rows of a weight, `step` rows apart, times x
+template <int R>
+void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
+                 const int16_t* q, const float* xs, int64_t blocks,
+                 float* out) {
+  for (int r = 0; r < R; ++r, out += step) {
+    *out = 0;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const uint8_t* bytes = w + (r * step * blocks + b) * 16;
+      const int16_t* x = q + start(b);
+      int32_t s = 0;
+      for (int i = 0; i < 16; i += 2)
+        s += TWICE[bytes[i] & 15] * x[i / 2]
+             + TWICE[bytes[i] >> 4] * x[i / 2 + 32]
+             + TWICE[bytes[i + 1] & 15] * x[i / 2 + 16]
+             + TWICE[bytes[i + 1] >> 4] * x[i / 2 + 48];
+      *out += s * (power(scales[r * step * blocks + b]) * xs[b]);
+    }
+  }
+}
+#endif
+
+#ifdef GPTOSS_AVX2
+inline __m256i table() {
+  return _mm256_broadcastsi128_si256(load<__m128i>(TWICE));
+}
+
+// the factors of a row's blocks, scale times activation's; one 0 behind them
+inline void factors(const uint8_t* scales, const float* xs, int64_t blocks,
+                    float* to) {
+  int64_t b = 0;
+  for (; b + 8 <= blocks; b += 8) {
+    __m256i bits = _mm256_cvtepu8_epi32(
+        _mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales + b)));
+    bits = _mm256_max_epi32(_mm256_slli_epi32(bits, 23),
+                            _mm256_set1_epi32(1 << 22));
+    const Floats value = (Floats)bits;
+    store(to + b, (value + 0 * value) * load<Floats>(xs + b));
+  }
+  for (; b < blocks; ++b) to[b] = power(scales[b]) * xs[b];
+  to[blocks] = 0;
+}
+
+// 32 bytes of weights times 64 activations; each half is one block's sum
+inline __m256 dot_pair(__m256i bytes, const int16_t* q, __m256i values) {
+  const __m256i low = _mm256_set1_epi8(15);
+  const __m256i high = _mm256_set1_epi16(short(0xff00));
+  const __m256i next = _mm256_srli_epi16(bytes, 4);
+  auto look_up = [&](__m256i nibbles) {
+    return _mm256_shuffle_epi8(values, _mm256_and_si256(nibbles, low));
+  };
+  const __m256i a = look_up(bytes), b = look_up(next);
+  auto times = [q](__m256i w, int at) {  // sixteen products, added in pairs
+    return _mm256_madd_epi16(w, load<__m256i>(q + at));
+  };
+  // a byte in the upper half of 16 bits is 256 times its value
+  const __m256i s0 = times(_mm256_slli_epi16(a, 8), 0);
+  const __m256i s1 = times(_mm256_and_si256(a, high), 16);
+  const __m256i s2 = times(_mm256_slli_epi16(b, 8), 32);
+  const __m256i s3 = times(_mm256_and_si256(b, high), 48);
+  return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_add_epi32(s0, s1),
+                                             _mm256_add_epi32(s2, s3)));
+}
+
+// out[0], out[step] ...: R rows of a weight, `step` rows apart, times x
+template <int R>
+void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
+                 const int16_t* q, const float* xs, int64_t blocks,
+                 float* out) {
+  thread_local Buffer buffer;
+  buffer.resize(R * (blocks + 1));
+  float* f = buffer.data();
+  for (int r = 0; r < R; ++r)
+    factors(scales + r * step * blocks, xs, blocks, f + r * (blocks + 1));
+  const __m256i values = table();
+  __m256 total[R] = {};
+  for (int64_t b = 0; b < blocks; b += 2, q += 64, w += 32)
+    for (int r = 0; r < R; ++r) {
+      const uint8_t* from = w + r * step * blocks * 16;
+      __builtin_prefetch(from + 1024);
+      const __m256i bytes = b + 1 < blocks  // or the last block alone
+          ? load<__m256i>(from)
+          : _mm256_zextsi128_si256(load<__m128i>(from));
+      const float* both = f + r * (blocks + 1) + b;
+      const __m256 two = _mm256_blend_ps(
+          _mm256_broadcast_ss(both), _mm256_broadcast_ss(both + 1), 0xf0);
+      total[r] = _mm256_fmadd_ps(dot_pair(bytes, q, values), two, total[r]);
+    }
+  for (int r = 0; r < R; ++r) out[r * step] = sum((Floats)total[r]) / 256;
+}
+
+constexpr int64_t CHUNK = 10;  // blocks: 10 KiB of integers, a third of L1
+
+struct Tile {  // 16 rows of a weight, pairs of columns side by side
+  alignas(64) int16_t values[CHUNK][4][4][16][2];
+  alignas(64) float factors[CHUNK][16];
+};
+
+// sixteen rows of sixteen bytes become sixteen columns
+inline void transpose(__m128i (&v)[16]) {
+  for (int step = 0; step < 4; ++step) {
+    __m128i t[16];
+    for (int i = 0; i < 8; ++i) {
+      t[2 * i] = _mm_unpacklo_epi8(v[i], v[i + 8]);
+      t[2 * i + 1] = _mm_unpackhi_epi8(v[i], v[i + 8]);
+    }
+    std::copy(t, t + 16, v);
+  }
+}
+
+void decode_tile(const uint8_t* w, const uint8_t* scales, int64_t blocks,
+                 int64_t count, Tile& tile) {
+  const __m128i values = load<__m128i>(TWICE), low = _mm_set1_epi8(15);
+  for (int64_t b = 0; b < count; ++b) {
+    __m128i v[16];
+    for (int64_t r = 0; r < 16; ++r) {
+      v[r] = load<__m128i>(w + (r * blocks + b) * 16);
+      tile.factors[b][r] = power(scales[r * blocks + b]);
+    }
+    transpose(v);
+    for (int u = 0; u < 4; ++u)  // low nibbles of even, odd bytes; high ones
+      for (int m = 0; m < 4; ++m) {
+        __m128i two[2];
+        for (int i = 0; i < 2; ++i) {
+          __m128i bytes = v[4 * m + 2 * i + u % 2];
+          bytes = u < 2 ? bytes : _mm_srli_epi16(bytes, 4);
+          two[i] = _mm_shuffle_epi8(values, _mm_and_si128(bytes, low));
+        }
+        auto to = reinterpret_cast<__m256i*>(tile.values[b][u][m]);
+        to[0] = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(two[0], two[1]));
+        to[1] = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(two[0], two[1]));
+      }
+  }
+}
+
+constexpr int TOKENS = 5;  // ten sums, two weights, one activation
+
+struct Few {  // tokens that are multiplied with a tile together
+  const int16_t* q[TOKENS];
+  const float* scale[TOKENS];
+  float* out[TOKENS];  // 16 sums each
+};
+
+// adds blocks first ... first + count - 1 of 16 rows to the tokens' sums
+void multiply_tile(const Tile& tile, const Few& few, int64_t first,
+                   int64_t count) {
+  for (int64_t b = 0; b < count; ++b) {
+    __m256i s[TOKENS][2] = {};
+    const int64_t at = start(first + b);
+    for (int u = 0; u < 4; ++u)
+      for (int m = 0; m < 4; ++m) {
+        auto w = reinterpret_cast<const __m256i*>(tile.values[b][u][m]);
+        const __m256i w0 = w[0], w1 = w[1];
+        for (int t = 0; t < TOKENS; ++t) {
+          const __m256i x = _mm256_set1_epi32(
+              load<int32_t>(few.q[t] + at + 16 * u + 2 * m));
+          s[t][0] = _mm256_add_epi32(s[t][0], _mm256_madd_epi16(w0, x));
+          s[t][1] = _mm256_add_epi32(s[t][1], _mm256_madd_epi16(w1, x));
+          // here, not later: or the compiler makes many products first
+          // and has to put them aside in memory
+          asm("" : "+x"(s[t][0]), "+x"(s[t][1]));
+        }
+      }
+    for (int t = 0; t < TOKENS; ++t)
+      for (int half = 0; half < 2; ++half) {
+        float* to = few.out[t] + 8 * half;
+        const Floats f = load<Floats>(&tile.factors[b][8 * half])
+                         * few.scale[t][first + b];
+        store(to, load<Floats>(to)
+                  + (Floats)_mm256_cvtepi32_ps(s[t][half]) * f);
+      }
+  }
+}
+#endif
+
+struct Packed {  // (E, rows, blocks, 16) bytes and (E, rows, blocks) scales
+  const uint8_t *bytes, *scales;
+  int64_t rows, blocks;
+
+  Packed(const Tensor& b, const Tensor& s)
+      : bytes(b.const_data_ptr<uint8_t>()),
+        scales(s.const_data_ptr<uint8_t>()), rows(s.size(-2)),
+        blocks(s.size(-1)) {}
+};
+
+// a slot is one choice of one token; those of expert e are
+// order[begin[e]] ... order[begin[e + 1] - 1]
+struct Groups {
+  std::vector<int64_t> order, begin, hit;
+
+  Groups(const int64_t* ids, int64_t slots, int64_t experts)
+      : order(slots), begin(experts + 1) {
+    for (int64_t i = 0; i < slots; ++i) {
+      TORCH_CHECK_INDEX(0 <= ids[i] && ids[i] < experts, "expert: expected "
+                        "0 to ", experts - 1, ", found ", ids[i]);
+      ++begin[ids[i] + 1];
+    }
+    for (int64_t e = 0; e < experts; ++e) {
+      if (begin[e + 1]) hit.push_back(e);
+      begin[e + 1] += begin[e];
+    }
+    std::vector<int64_t> next(begin.begin(), begin.end() - 1);
+    for (int64_t i = 0; i < slots; ++i) order[next[ids[i]]++] = i;
+  }
+};
+
+constexpr int64_t ROWS = 16, FEW = 4;  // fewer tokens than FEW: no tile
+constexpr int64_t TALL = 256;          // rows of a piece of work for those
+
+// out[i][0 ... rows - 1]: those rows times the token in inputs[i], by rows
+void rows_for_few(const uint8_t* w, const uint8_t* scales, int64_t rows,
+                  const Quantised& x, const std::vector<int64_t>& inputs,
+                  float* out) {
+  const int64_t blocks = x.blocks, step = rows / 4;
+  auto run = [&](auto dots, int64_t r) {
+    for (size_t i = 0; i < inputs.size(); ++i)
+      dots(w + 16 * r * blocks, scales + r * blocks, step,
+           x.row(inputs[i]), x.scale(inputs[i]), blocks, out + i * rows + r);
+  };
+  for (int64_t r = 0; r < step; ++r) run(packed_dots<4>, r);
+  for (int64_t r = 4 * step; r < rows; ++r) run(packed_dots<1>, r);
+}
+
+#ifdef GPTOSS_AVX2
+// the same for sixteen rows and many tokens, by a tile
+void rows_for_many(const uint8_t* w, const uint8_t* scales,
+                   const Quantised& x, const std::vector<int64_t>& inputs,
+                   float* out) {
+  const int64_t count = inputs.size(), blocks = x.blocks;
+  Tile tile;
+  std::fill_n(out, count * ROWS, 0.0f);
+  for (int64_t b = 0; b < blocks; b += CHUNK) {
+    const int64_t some = std::min(CHUNK, blocks - b);
+    decode_tile(w + 16 * b, scales + b, blocks, some, tile);
+    for (int64_t i = 0; i < count; i += TOKENS) {
+      float spare[ROWS] = {};  // the last group may have empty places
+      Few few;
+      for (int64_t t = 0; t < TOKENS; ++t) {
+        const bool real = i + t < count;
+        const int64_t n = inputs[real ? i + t : i];
+        few.q[t] = x.row(n);
+        few.scale[t] = x.scale(n);
+        few.out[t] = real ? out + (i + t) * ROWS : spare;
+      }
+      multiply_tile(tile, few, b, some);
+    }
+  }
+}
+#endif
+
+struct Piece {
+  int64_t expert, row, rows;
+};
+
+// few tokens: tall pieces; many: tiles, and what is left below the last
+std::vector<Piece> pieces(const Packed& weight, const Groups& groups) {
+  std::vector<Piece> all;
+  for (int64_t e : groups.hit) {
+    const bool few = groups.begin[e + 1] - groups.begin[e] < FEW;
+    for (int64_t r = 0, height; r < weight.rows; r += height) {
+      height = std::min(few ? TALL : ROWS, weight.rows - r);
+      all.push_back({e, r, height});
+    }
+  }
+  return all;
+}
+
+// emit(slot, expert, first row, rows, sums) for every slot and piece;
+// K slots in a row share one row of x
+template <class Emit>
+void grouped_linear(const Packed& weight, const Groups& groups,
+                    const Quantised& x, int64_t K, const Emit& emit) {
+  const std::vector<Piece> all = pieces(weight, groups);
+  share(all.size(), 1, [&](int64_t item) {
+    const auto [e, row0, rows] = all[item];
+    const int64_t* slots = &groups.order[groups.begin[e]];
+    const int64_t count = groups.begin[e + 1] - groups.begin[e];
+    thread_local std::vector<int64_t> inputs;
+    thread_local Buffer out;
+    inputs.resize(count);
+    for (int64_t i = 0; i < count; ++i) inputs[i] = slots[i] / K;
+    out.resize(count * rows);
+    const int64_t at = (e * weight.rows + row0) * weight.blocks;
+    const uint8_t *w = weight.bytes + 16 * at, *s = weight.scales + at;
+#ifdef GPTOSS_AVX2
+    if (count >= FEW && rows == ROWS)
+      rows_for_many(w, s, x, inputs, out.data());
+    else
+#endif
+      rows_for_few(w, s, rows, x, inputs, out.data());
+    for (int64_t i = 0; i < count; ++i)
+      emit(slots[i], e, row0, rows, &out[i * rows]);
+  });
+}
+
+inline float clamped_swiglu(float gate, float up, float limit) {
+  gate = gate > limit ? limit : gate;  // written so that NaN stays NaN
+  up = up > limit ? limit : up < -limit ? -limit : up;
+  return (up + 1) * (gate / (1 + std::exp(-1.702f * gate)));
+}
+
+// hidden (slots, F) of the experts' first layer
+Buffer run_gate_up(const Packed& weight, const Number* bias, float limit,
+                   const Groups& groups, const Quantised& x, int64_t K) {
+  const int64_t F = weight.rows / 2;
+  Buffer hidden(groups.order.size() * F);
+  grouped_linear(weight, groups, x, K, [&](int64_t slot, int64_t e,
+      int64_t row0, int64_t rows, const float* v) {
+    const Number* b = bias + e * weight.rows + row0;
+    float* to = &hidden[slot * F + row0 / 2];
+    for (int64_t r = 0; r < rows; r += 2)
+      to[r / 2] = clamped_swiglu(v[r] + b[r], v[r + 1] + b[r + 1], limit);
+  });
+  return hidden;
+}
+
+// y (tokens, D) of the second layer, the K results weighted and summed
+Buffer run_down(const Packed& weight, const Number* bias,
+                const Number* shares, const Groups& groups,
+                const Quantised& hidden, int64_t K) {
+  const int64_t D = weight.rows, tokens = groups.order.size() / K;
+  Buffer out(tokens * K * D), y(tokens * D);
+  grouped_linear(weight, groups, hidden, 1, [&](int64_t slot, int64_t e,
+      int64_t row0, int64_t rows, const float* v) {
+    const Number* b = bias + e * D + row0;
+    float* to = &out[slot * D + row0];
+    for (int64_t r = 0; r < rows; ++r) to[r] = shares[slot] * (v[r] + b[r]);
+  });
+  at::parallel_for(0, tokens, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t slot = begin * K; slot < end * K; ++slot)
+      for (int64_t d = 0; d < D; ++d)
+        y[slot / K * D + d] += out[slot * D + d];
+  });
+  return y;
+}
+
+inline Floats even(Ints pairs) { return (Floats)(pairs << 16); }
+inline Floats odd(Ints pairs) {
+  return (Floats)(pairs & int32_t(0xffff0000));
+}
+
+inline Floats widen(const Number* eight) {
+  using Halves = uint16_t __attribute__((vector_size(16)));
+  return (Floats)(__builtin_convertvector(load<Halves>(eight), Ints) << 16);
+}
+
+// sixteen at a time, first the eight even ones, then the eight odd ones
+Buffer split_pairs(const Buffer& x) {
+  Buffer to(x.size());
+  for (size_t k = 0; k < x.size(); ++k)
+    to[k / 16 * 16 + k % 2 * 8 + k % 16 / 2] = x[k];
+  return to;
+}
+
+// out[0], out[step] ...: R rows of w (…, n), `step` rows apart, times x
+template <int R>
+void dense_dots(const Number* w, int64_t step, const float* x, int64_t n,
+                float* out) {
+  Floats s[R][2] = {};
+  for (int64_t k = 0; k < n; k += 16)
+    for (int r = 0; r < R; ++r) {
+      const Ints pairs = load<Ints>(w + r * step * n + k);
+      s[r][0] += even(pairs) * load<Floats>(x + k);
+      s[r][1] += odd(pairs) * load<Floats>(x + k + 8);
+    }
+  for (int r = 0; r < R; ++r) out[r * step] = sum(s[r][0] + s[r][1]);
+}
+
+// eight rows of eight numbers become eight columns
+inline void transpose(Ints (&v)[8]) {
+  for (int step = 0; step < 3; ++step) {
+    Ints t[8];
+    for (int i = 0; i < 4; ++i) {
+      t[2 * i] = __builtin_shufflevector(v[i], v[i + 4], 0, 8, 1, 9, 2, 10,
+                                         3, 11);
+      t[2 * i + 1] = __builtin_shufflevector(v[i], v[i + 4], 4, 12, 5, 13,
+                                             6, 14, 7, 15);
+    }
+    std::copy(t, t + 8, v);
+  }
+}
+
+// to[k][r] = w[r * stride + k], r < 16, zero from `rows` on; 16 divides n
+void widen_tile(const Number* w, int64_t stride, int64_t rows, int64_t n,
+                float* to) {
+  for (int64_t half = 0; half < ROWS; half += 8)
+    for (int64_t k = 0; k < n; k += 16) {
+      Ints v[8] = {};
+      for (int64_t r = half; r < std::min(half + 8, rows); ++r)
+        v[r - half] = load<Ints>(w + r * stride + k);
+      transpose(v);
+      for (int64_t j = 0; j < 8; ++j) {
+        store(to + (k + 2 * j) * ROWS + half, even(v[j]));
+        store(to + (k + 2 * j + 1) * ROWS + half, odd(v[j]));
+      }
+    }
+}
+
+template <class Pointer>
+struct Matrix {  // row-major
+  Pointer at;
+  int64_t stride;
+};
+using Source = Matrix<const float*>;
+using Target = Matrix<float*>;
+
+// out[t][0 ... 15] += sum over k < n of x[t][k] * w[k][0 ... 15]
+template <int COUNT>
+void multiply_some(const float* w, int64_t stride, int64_t n, Source x,
+                   Target out) {
+  Floats s[COUNT][2];
+  for (int t = 0; t < COUNT; ++t)
+    for (int h = 0; h < 2; ++h)
+      s[t][h] = load<Floats>(out.at + t * out.stride + 8 * h);
+  for (int64_t k = 0; k < n; ++k, w += stride) {
+    const Floats w0 = load<Floats>(w), w1 = load<Floats>(w + 8);
+    for (int t = 0; t < COUNT; ++t) {
+      const float value = x.at[t * x.stride + k];
+      s[t][0] += w0 * value;
+      s[t][1] += w1 * value;
+    }
+  }
+  for (int t = 0; t < COUNT; ++t)
+    for (int h = 0; h < 2; ++h)
+      store(out.at + t * out.stride + 8 * h, s[t][h]);
+}
+
+constexpr int64_t WIDE = 6;  // twelve sums, two weights, one activation
+
+void multiply(const float* w, int64_t stride, int64_t n, Source x,
+              int64_t count, Target out) {
+  while (count) {
+    const int64_t some = count == WIDE || count > 8 ? WIDE
+                         : count >= 4 ? 4 : count >= 2 ? 2 : 1;
+    const auto run = some == WIDE ? multiply_some<WIDE>
+                     : some == 4  ? multiply_some<4>
+                     : some == 2  ? multiply_some<2> : multiply_some<1>;
+    run(w, stride, n, x, out);
+    count -= some;
+    x.at += some * x.stride;
+    out.at += some * out.stride;
+  }
+}
+
+// y (N, m) = x (N, n) times w (m, n) transposed, for a few tokens
+void dense_few(const Buffer& x, int64_t N, const Number* w, int64_t m,
+               int64_t n, Buffer& y) {
+  constexpr int64_t HEIGHT = 128;
+  const Buffer split = split_pairs(x);
+  share((m + HEIGHT - 1) / HEIGHT, 1, [&](int64_t item) {
+    const int64_t row0 = item * HEIGHT, rows = std::min(HEIGHT, m - row0);
+    const int64_t step = rows / 4;
+    auto run = [&](auto dots, int64_t r) {
+      for (int64_t t = 0; t < N; ++t)
+        dots(w + (row0 + r) * n, step, &split[t * n], n,
+             &y[t * m + row0 + r]);
+    };
+    for (int64_t r = 0; r < step; ++r) run(dense_dots<4>, r);
+    for (int64_t r = 4 * step; r < rows; ++r) run(dense_dots<1>, r);
+  });
+}
+
+// the same for many: 64 rows by 256 columns of w stay in the L2 cache
+void dense_many(const Buffer& x, int64_t N, const Number* w, int64_t m,
+                int64_t n, Buffer& y) {
+  constexpr int64_t HEIGHT = 4 * ROWS, DEPTH = 256;
+  share((m + HEIGHT - 1) / HEIGHT, 1, [&](int64_t item) {
+    const int64_t row0 = item * HEIGHT, rows = std::min(HEIGHT, m - row0);
+    Buffer tile(HEIGHT * DEPTH), out(N * HEIGHT);
+    for (int64_t k = 0; k < n; k += DEPTH) {
+      const int64_t depth = std::min(DEPTH, n - k);
+      for (int64_t r = 0; r < rows; r += ROWS)
+        widen_tile(w + (row0 + r) * n + k, n, std::min(ROWS, rows - r),
+                   depth, &tile[r * DEPTH]);
+      for (int64_t t = 0; t < N; t += WIDE)
+        for (int64_t r = 0; r < rows; r += ROWS)
+          multiply(&tile[r * DEPTH], ROWS, depth, {&x[t * n + k], n},
+                   std::min(WIDE, N - t), {&out[t * HEIGHT + r], HEIGHT});
+    }
+    for (int64_t t = 0; t < N; ++t)
+      std::copy_n(&out[t * HEIGHT], rows, &y[t * m + row0]);
+  });
+}
+
+// e ** x for -87 <= x <= 0, relative error below 1e-6; less gives e ** -87
+inline Floats exponential(Floats x) {
+  x = x < -87.0f ? Floats{} - 87.0f : x;
+  const Floats shifted = x * 1.44269504f + 12582912.0f;
+  const Floats n = shifted - 12582912.0f;  // x / log 2, rounded
+  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Floats p = r * (1.0f / 5040) + 1.0f / 720;
+  for (float factor : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+    p = p * r + factor;
+  const Ints power = ((Ints)shifted - 0x4b400000) << 23;
+  return (Floats)((Ints)p + power);  // times 2 ** n
+}
+
+constexpr int64_t KEYS = 64, WIDEST = 256;  // keys at a time; largest head
+
+struct Attention {  // one key head, the query heads and tokens it serves
+  int64_t C, rows, window;
+  Buffer q, scores, out, top, total;  // (rows, C) or (rows, KEYS) or (rows,)
+  std::vector<int32_t> position;      // of each row
+  int32_t seen[KEYS];                 // positions of the keys at hand
+  alignas(64) float keys[KEYS / ROWS][WIDEST * ROWS];
+  alignas(64) float values[KEYS * WIDEST];
+
+  void resize(int64_t size, int64_t count, int64_t visible) {
+    C = size, rows = count, window = visible;
+    q.resize(rows * C);
+    out.assign(rows * C, 0);
+    top.resize(rows);
+    total.assign(rows, 1);  // the sink, before any key
+    position.resize(rows);
+  }
+
+  void chunk(const Number* k, const Number* v, int64_t stride,
+             int64_t count);
+  void weigh(int64_t r);
+};
+
+// scores of row r -> weights, with the running maximum and sum of chapter 5
+void Attention::weigh(int64_t r) {
+  const float none = -std::numeric_limits<float>::infinity();
+  const int32_t last = position[r];
+  const int32_t first = window ? std::max<int64_t>(0, last - window + 1) : 0;
+  Floats high = Floats{} + top[r], weights = {};
+  for (int64_t s = 0; s < KEYS; s += 8) {
+    const Ints p = load<Ints>(seen + s);
+    Floats value = load<Floats>(&scores[r * KEYS + s]);
+    value = (p >= first) & (p <= last) ? value : Floats{} + none;
+    high = value > high ? value : high;
+    store(&scores[r * KEYS + s], value);
+  }
+  float higher = top[r];
+  for (int i = 0; i < 8; ++i) higher = std::max(higher, high[i]);
+  for (int64_t s = 0; s < KEYS; s += 8) {
+    const Floats value = load<Floats>(&scores[r * KEYS + s]);
+    const Floats e = value == none ? Floats{} : exponential(value - higher);
+    store(&scores[r * KEYS + s], e);
+    weights += e;
+  }
+  const float shrink = std::exp(top[r] - higher);
+  total[r] = total[r] * shrink + sum(weights);
+  top[r] = higher;
+  for (int64_t c = 0; c < C && shrink != 1; ++c) out[r * C + c] *= shrink;
+}
+
+void Attention::chunk(const Number* k, const Number* v, int64_t stride,
+                      int64_t count) {
+  const int64_t C = this->C;  // a local: no store below can change it
+  for (int64_t s = 0; s < count; s += ROWS)
+    widen_tile(k + s * stride, stride, std::min(ROWS, count - s), C,
+               keys[s / ROWS]);
+  for (int64_t s = 0; s < count; ++s)
+    for (int64_t c = 0; c < C; c += 8)
+      store(values + s * C + c, widen(v + s * stride + c));
+  scores.assign(rows * KEYS, 0);
+  for (int64_t s = 0; s < count; s += ROWS)
+    multiply(keys[s / ROWS], ROWS, C, {q.data(), C}, rows,
+             {&scores[s], KEYS});
+  for (int64_t r = 0; r < rows; ++r) weigh(r);
+  for (int64_t c = 0; c < C; c += ROWS)
+    multiply(values + c, C, count, {scores.data(), KEYS}, rows,
+             {&out[c], C});
+}
+
+constexpr int64_t RANGE = 512;  // keys of one piece of work in decode
+
+struct Partial {  // what each range of keys gives for each row (B, T, H)
+  Buffer out, top, total;
+};
+
+struct Heads {  // the operator's arguments, read from inside the threads
+  Tensor q, k, v, sinks, q_pos, k_pos;
+  int64_t window;
+  float scale;
+
+  // keys s0 ... s1 - 1 for tokens t0 ... t1 - 1 of batch row b, key head g;
+  // row 0 of the batch begins at `base` in `to`
+  void run(Attention& a, int64_t b, int64_t g, int64_t t0, int64_t t1,
+           int64_t s0, int64_t s1, int64_t base, Partial& to) const {
+    const int64_t T = q.size(1), H = q.size(2), J = H / k.size(2);
+    const int64_t* position = q_pos.const_data_ptr<int64_t>() + b * T;
+    a.resize(q.size(3), (t1 - t0) * J, window);
+    auto place = [&](int64_t r) {  // of row r among (B, T, H)
+      return (b * T + t0 + r / J) * H + g * J + r % J;
+    };
+    for (int64_t r = 0; r < a.rows; ++r) {
+      const Number* from = numbers(q) + place(r) * a.C;
+      for (int64_t c = 0; c < a.C; ++c) a.q[r * a.C + c] = from[c] * scale;
+      a.position[r] = int32_t(position[t0 + r / J]);
+      const float none = std::numeric_limits<float>::lowest();
+      const float sink = numbers(sinks)[g * J + r % J];
+      a.top[r] = s0 ? none : std::max(sink, none);
+      a.total[r] = s0 ? 0 : 1;  // the sink counts once, before any key
+    }
+    attend(a, b, g, s0, s1);
+    for (int64_t r = 0; r < a.rows; ++r) {
+      const int64_t at = base + place(r);
+      std::copy_n(&a.out[r * a.C], a.C, &to.out[at * a.C]);
+      to.top[at] = a.top[r], to.total[at] = a.total[r];
+    }
+  }
+
+  void attend(Attention& a, int64_t b, int64_t g, int64_t s0,
+              int64_t s1) const;
+};
+
+// keys s0 ... s1 - 1, a chunk at a time; those that no row sees are left out
+void Heads::attend(Attention& a, int64_t b, int64_t g, int64_t s0,
+                   int64_t s1) const {
+  const int64_t row = k.stride(1);
+  const int64_t* position = k_pos.const_data_ptr<int64_t>()
+                            + b * k.size(1);
+  const auto [low, high] =
+      std::minmax_element(a.position.begin(), a.position.end());
+  const int64_t oldest = window ? int64_t(*low) - window : -1;
+  for (; s0 < s1; s0 += KEYS) {
+    const int64_t count = std::min(KEYS, s1 - s0);
+    bool any = false;
+    for (int64_t s = 0; s < KEYS; ++s) {
+      const int64_t p = s < count ? position[s0 + s] : -1;
+      a.seen[s] = p < 0 ? -1 : int32_t(p);
+      any |= p >= 0 && p > oldest && p <= *high;
+    }
+    const int64_t at = b * k.stride(0) + s0 * row + g * k.stride(2);
+    const Number *key = numbers(k) + at, *value = numbers(v) + at;
+    const int64_t next = std::min(2 * KEYS, s1 - s0) * row, C = a.C;
+    for (int64_t s = KEYS * row; s < next; s += row)
+      for (int64_t c = 0; c < C; c += 32) {  // one cache line
+        __builtin_prefetch(key + s + c);
+        __builtin_prefetch(value + s + c);
+      }
+    if (any) a.chunk(key, value, row, count);
+  }
+}
+
+// (ranges, rows) partial results -> y (rows, C)
+void merge(const Partial& from, int64_t ranges, int64_t rows, int64_t C,
+           Number* y) {
+  at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      float top = from.top[r], total = 0;
+      for (int64_t i = 1; i < ranges; ++i)
+        top = std::max(top, from.top[i * rows + r]);
+      float out[WIDEST] = {};
+      for (int64_t at = r; at < ranges * rows; at += rows) {
+        const float weight = std::exp(from.top[at] - top);
+        total += weight * from.total[at];
+        for (int64_t c = 0; c < C; ++c)
+          out[c] += weight * from.out[at * C + c];
+      }
+      for (int64_t c = 0; c < C; ++c) y[r * C + c] = out[c] / total;
+    }
+  });
+}
+
+Tensor run_attention(const Heads& heads) {
+  const Tensor& q = heads.q;
+  const int64_t T = q.size(1), H = q.size(2), C = q.size(3);
+  const int64_t S = heads.k.size(1), G = heads.k.size(2);
+  const int64_t some = std::max<int64_t>(1, KEYS * G / H);
+  const int64_t tiles = (T + some - 1) / some, rows = q.size(0) * T * H;
+  const int64_t width = tiles > 1 ? std::max<int64_t>(S, 1) : RANGE;
+  const int64_t ranges = std::max<int64_t>(1, (S + width - 1) / width);
+  Partial partial{Buffer(ranges * rows * C), Buffer(ranges * rows),
+                  Buffer(ranges * rows)};
+  const int64_t pieces = q.size(0) * G * tiles;
+  share(ranges * pieces, 1, [&](int64_t item) {
+    thread_local Attention a;
+    const int64_t range = item / pieces, piece = item % pieces;
+    const int64_t t0 = (tiles - 1 - piece % tiles) * some;  // longest first
+    heads.run(a, piece / tiles / G, piece / tiles % G, t0,
+              std::min(t0 + some, T), range * width,
+              std::min((range + 1) * width, S), range * rows, partial);
+  });
+  Tensor y = at::empty(q.sizes(), q.options());
+  merge(partial, ranges, rows, C, static_cast<Number*>(y.data_ptr()));
+  return y;
+}
+
+Buffer norm_rows(const Buffer& x, const Buffer& weight, double eps) {
+  const int64_t n = weight.size();
+  Buffer y(x.size());
+  at::parallel_for(0, x.size() / n, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin * n; at < end * n; at += n) {
+      double squares = 0;
+      for (int64_t i = 0; i < n; ++i) squares += x[at + i] * x[at + i];
+      const float scale = 1 / std::sqrt(squares / n + eps);
+      for (int64_t i = 0; i < n; ++i)
+        y[at + i] = weight[i] * (x[at + i] * scale);
+    }
+  });
+  return y;
+}
+
+// x (..., H, C) turned by tables (..., C/2), half-split as in chapter 4
+Buffer rope_rows(const Buffer& x, const Buffer& cos, const Buffer& sin,
+                 int64_t H, int64_t half) {
+  Buffer y(x.size());
+  const int64_t rows = x.size() / (2 * half);
+  at::parallel_for(0, rows, 256, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const float *from = &x[row * 2 * half], *c = &cos[row / H * half];
+      const float* s = &sin[row / H * half];
+      float* to = &y[row * 2 * half];
+      for (int64_t i = 0; i < half; ++i) {
+        to[i] = from[i] * c[i] - from[half + i] * s[i];
+        to[half + i] = from[half + i] * c[i] + from[i] * s[i];
+      }
+    }
+  });
+  return y;
+}
+
+bool enabled = true;
+
+bool ours(std::initializer_list<Tensor> numbers) {  // bf16, on by default
+  bool all = enabled;
+  for (const Tensor& x : numbers) all &= x.scalar_type() == at::kBFloat16;
+  return all;
+}
+
+bool packed(std::initializer_list<Tensor> bytes) {
+  bool all = true;
+  for (const Tensor& x : bytes)
+    all &= x.scalar_type() == at::kByte && x.is_contiguous();
+  return all;
+}
+
+// the same operator in plain torch: gptoss::plain_NAME
+template <class Signature, class... Arguments>
+Tensor plain(const char* name, const Arguments&... arguments) {
+  return c10::Dispatcher::singleton()
+      .findSchemaOrThrow((std::string("gptoss::plain_") + name).c_str(), "")
+      .typed<Signature>()
+      .call(arguments...);
+}
+
+Tensor result(const Tensor& x, int64_t width, const Buffer& values) {
+  auto shape = x.sizes().vec();
+  shape.back() = width;
+  Tensor y = at::empty(shape, x.options());
+  convert(values.data(), values.size(), static_cast<Number*>(y.data_ptr()));
+  return y;
+}
+
+void add_bias(Buffer& y, const std::optional<Tensor>& bias) {
+  if (!bias) return;
+  const Buffer b = floats(*bias);
+  const int64_t m = b.size();
+  at::parallel_for(0, y.size() / m, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t i = 0; i < m; ++i) y[row * m + i] += b[i];
+  });
+}
+
+Tensor mxfp4_linear(const Tensor& x, const Tensor& blocks,
+                    const Tensor& scales,
+                    const std::optional<Tensor>& bias) {
+  if (!ours({x, bias.value_or(x)}) || !packed({blocks, scales}))
+    return plain<decltype(mxfp4_linear)>("mxfp4_linear", x, blocks, scales,
+                                         bias);
+  const Packed weight(blocks, scales);
+  const int64_t m = weight.rows, N = x.numel() / (weight.blocks * BLOCK);
+  Buffer y(N * m);
+  const std::vector<int64_t> ids(N, 0);
+  grouped_linear(weight, Groups(ids.data(), N, 1),
+                 quantised(floats(x), N, weight.blocks), 1,
+                 [&](int64_t slot, int64_t, int64_t row0, int64_t rows,
+                     const float* v) {
+    std::copy_n(v, rows, &y[slot * m + row0]);
+  });
+  add_bias(y, bias);
+  return result(x, m, y);
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight,
+              const std::optional<Tensor>& bias) {
+  const int64_t m = weight.size(0), n = weight.size(1);
+  if (!ours({x, weight, bias.value_or(x)}) || !weight.is_contiguous()
+      || n % BLOCK)
+    return plain<decltype(linear)>("linear", x, weight, bias);
+  const Buffer from = floats(x);
+  const int64_t N = from.size() / n;
+  Buffer y(N * m);
+  (N <= FEW ? dense_few : dense_many)(from, N, numbers(weight), m, n, y);
+  add_bias(y, bias);
+  return result(x, m, y);
+}
+
+Tensor packed_experts(const Tensor& x, const Tensor& ids,
+                      const Tensor& weights, const Tensor& gate_up_blocks,
+                      const Tensor& gate_up_scales,
+                      const Tensor& gate_up_bias, const Tensor& down_blocks,
+                      const Tensor& down_scales, const Tensor& down_bias,
+                      double limit) {
+  if (!ours({x, weights, gate_up_bias, down_bias})
+      || !packed({gate_up_blocks, gate_up_scales, down_blocks, down_scales})
+      || !gate_up_bias.is_contiguous() || !down_bias.is_contiguous())
+    return plain<decltype(packed_experts)>(
+        "packed_experts", x, ids, weights, gate_up_blocks, gate_up_scales,
+        gate_up_bias, down_blocks, down_scales, down_bias, limit);
+  const Packed gate_up(gate_up_blocks, gate_up_scales);
+  const Packed down(down_blocks, down_scales);
+  const Tensor chosen = ids.contiguous(), shares = weights.contiguous();
+  const int64_t K = ids.size(1), slots = ids.numel();
+  const Groups groups(chosen.const_data_ptr<int64_t>(), slots,
+                      gate_up_scales.size(0));
+  const Buffer hidden = run_gate_up(
+      gate_up, numbers(gate_up_bias), limit, groups,
+      quantised(floats(x), slots / K, gate_up.blocks), K);
+  const Buffer y = run_down(
+      down, numbers(down_bias), numbers(shares), groups,
+      quantised(hidden, slots, down.blocks), K);
+  return result(x, down.rows, y);
+}
+
+Tensor sink_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                      const Tensor& sinks, const Tensor& q_pos,
+                      const Tensor& k_pos, int64_t window, double scale) {
+  const int64_t C = q.size(3), G = k.size(2);
+  if (!ours({q, k, v, sinks}) || C % ROWS || C > WIDEST || q.size(2) % G
+      || k.stride(3) != 1 || k.strides() != v.strides())
+    return plain<decltype(sink_attention)>("sink_attention", q, k, v, sinks,
+                                           q_pos, k_pos, window, scale);
+  return run_attention({q.contiguous(), k, v, sinks.contiguous(),
+                        q_pos.expand({q.size(0), -1}).contiguous(),
+                        k_pos.expand({q.size(0), -1}).contiguous(), window,
+                        float(scale)});
+}
+
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+  if (!ours({x, weight}))
+    return plain<decltype(rms_norm)>("rms_norm", x, weight, eps);
+  return result(x, x.size(-1), norm_rows(floats(x), floats(weight), eps));
+}
+
+Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin) {
+  if (!ours({x, cos, sin}) || x.dim() != 4)
+    return plain<decltype(rope)>("rope", x, cos, sin);
+  const std::vector<int64_t> shape = {x.size(0), x.size(1), cos.size(-1)};
+  return result(x, x.size(-1),
+                rope_rows(floats(x), floats(cos.expand(shape)),
+                          floats(sin.expand(shape)), x.size(2), shape[2]));
+}
+
+bool learns(const Tensor& x) { return x.requires_grad(); }
+bool learns(const std::optional<Tensor>& x) {
+  return x && x->requires_grad();
+}
+template <class Other>
+bool learns(const Other&) { return false; }
+
+// what stands before a kernel while gradients are recorded
+template <auto function, const char* name, class... Arguments>
+Tensor gated(Arguments... arguments) {
+  if (at::GradMode::is_enabled() && (learns(arguments) || ...))
+    return plain<Tensor(Arguments...)>(name, arguments...);
+  at::AutoDispatchBelowADInplaceOrView below;
+  return function(arguments...);
+}
+
+template <auto function, const char* name, class... Arguments>
+constexpr auto gate(Tensor (*)(Arguments...)) {
+  return gated<function, name, Arguments...>;
+}
+
+constexpr char LINEAR[] = "linear", NORM[] = "rms_norm", ROPE[] = "rope",
+               ATTENTION[] = "sink_attention";
+
+TORCH_LIBRARY_IMPL(gptoss, AutogradCPU, m) {
+  m.impl("linear", gate<linear, LINEAR>(linear));
+  m.impl("rms_norm", gate<rms_norm, NORM>(rms_norm));
+  m.impl("rope", gate<rope, ROPE>(rope));
+  m.impl("sink_attention", gate<sink_attention, ATTENTION>(sink_attention));
+}
+
+TORCH_LIBRARY_IMPL(gptoss, CPU, m) {
+  m.impl("linear", linear);
+  m.impl("rms_norm", rms_norm);
+  m.impl("rope", rope);
+  m.impl("sink_attention", sink_attention);
+  m.impl("mxfp4_linear", mxfp4_linear);
+  m.impl("packed_experts", packed_experts);
+}
+
+#ifdef GPTOSS_AVX2
+constexpr char NAME[] = "C++ with AVX2";
+#else
+constexpr char NAME[] = "portable C++";
+#endif
+
+TORCH_LIBRARY_FRAGMENT(gptoss, m) {
+  m.def("kernels_name() -> str", [] { return std::string(NAME); });
+  m.def("enable_kernels(bool on) -> bool", [](bool on) {
+    std::swap(on, enabled);
+    return on;  // as it was before
+  });
+}
+
+}  // namespace

@@ -1,0 +1,1145 @@
+"""Chat: messages in, events out, tools run, and a cache that stays right.
+
+Most tests use a small random model whose choices are scripted: it computes
+and fills its cache like any other, and then writes what the test wants.
+"""
+
+import dataclasses
+import gc
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from itertools import groupby
+from pathlib import Path
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NotRequired,
+    Optional,
+    TypedDict,
+    Union,
+)
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptoss.chat import (
+    Chat,
+    ChatError,
+    Memory,
+    Usage,
+    calculator,
+    common_prefix,
+    fit,
+    function_tool,
+    json_schema,
+    read_messages,
+    read_tools,
+    today,
+)
+from gptoss.config import GptOssConfig
+from gptoss.generate import GenerateError, Sampler
+from gptoss.harmony import Message, Tokenizer, render, tokenizer_json
+from gptoss.model import GptOss
+
+CONTROL = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>",
+           "<|constrain|>", "<|return|>", "<|call|>", "<|endoftext|>")
+CONFIG = GptOssConfig(
+    num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2,
+    vocab_size=264, hidden_size=32, intermediate_size=32, head_dim=8,
+    num_attention_heads=4, num_key_value_heads=2, sliding_window=8,
+    max_position_embeddings=2048, initial_context_length=128,
+    eos_token_id=261, pad_token_id=263)
+TOKENIZER = Tokenizer(tokenizer_json(
+    {bytes([b]): b for b in range(256)},
+    {256 + n: name for n, name in enumerate(CONTROL)}))
+
+
+class Scripted(GptOss):
+    """A random model that writes what stands in `script`, one text a round.
+
+    The tokens that are fed are kept: `fed` counts all of them, and the
+    logits `last` are those that it computed itself.
+    """
+
+    def __init__(self, *script: str, layers: int = 2) -> None:
+        torch.manual_seed(0)
+        super().__init__(dataclasses.replace(
+            CONFIG, num_hidden_layers=layers, layer_types=None),
+            torch.float32, packed=False)
+        self.requires_grad_(False)
+        self.script = [ids(text) for text in script]
+        self.at, self.fed, self.seen = 0, 0, []
+
+    def forward(self, tokens, cache=None, attention_mask=None,
+                logits_to_keep=0):
+        logits = super().forward(tokens, cache, attention_mask,
+                                 logits_to_keep)
+        self.fed += tokens.numel()
+        self.seen.append(tokens[0].tolist())
+        self.last = logits[0, -1].clone()
+        if not self.script:
+            return logits
+        now = self.script[0]
+        if self.at and self.seen[-1] == [now[self.at - 1]]:
+            pass  # its own last token: go on
+        else:
+            self.at = 0
+        choice = now[self.at]
+        self.at += 1
+        if self.at == len(now):
+            self.script.pop(0)
+            self.at = 0
+        return torch.nn.functional.one_hot(
+            torch.full(logits.shape[:2], choice), 264).float()
+
+
+def ids(text: str) -> list[int]:
+    """Tokens of `text`, control tokens by name."""
+    out = []
+    while text:
+        name = next((c for c in CONTROL if text.startswith(c)), None)
+        out += ([TOKENIZER.special[name]] if name
+                else TOKENIZER.encode(text[0]))
+        text = text[len(name or text[0]):]
+    return out
+
+
+def said(final: str, analysis: str = "", stop: str = "<|return|>") -> str:
+    thought = (f"<|channel|>analysis<|message|>{analysis}<|end|>"
+               "<|start|>assistant" if analysis else "")
+    return f"{thought}<|channel|>final<|message|>{final}{stop}"
+
+
+def called(name: str, arguments: str, stop: str = "<|call|>") -> str:
+    return (f"<|channel|>commentary to=functions.{name} <|constrain|>json"
+            f"<|message|>{arguments}{stop}")
+
+
+def chat(*script: str, **options) -> Chat:
+    options = {"temperature": 0, "date": "2025-06-28"} | options
+    return Chat((Scripted(*script), TOKENIZER), **options)
+
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def run(chat_: Chat, messages: list[dict]) -> dict[str, str]:
+    """The texts of a turn by kind; several of a kind joined by |."""
+    found: dict[str, str] = {}
+    for event in chat_.events(messages):
+        glue = "|" if event.kind in ("call", "result", "notice") else ""
+        text = (f"{event.name} {event.text}"
+                if event.kind in ("call", "result") else event.text)
+        found[event.kind] = (found[event.kind] + glue + text
+                             if event.kind in found else text)
+    return found
+
+
+# -- messages ---------------------------------------------------------------
+
+CALL = {"id": "c1", "type": "function",
+        "function": {"name": "f", "arguments": "{}"}}
+ASKS = {"role": "assistant", "tool_calls": [CALL]}
+TELLS = {"role": "tool", "tool_call_id": "c1", "content": "x"}
+
+
+def changed(base: dict, **new: object) -> dict:
+    return base | {"function": base["function"] | new}
+
+
+@pytest.mark.parametrize("messages, why", [
+    ([], "messages: expected a list of at least one"),
+    ("hello", "messages: expected a list"),
+    (["hello"], "messages[0]: expected a dict, found 'hello'"),
+    ([{}], "messages[0].role: expected one of system, developer"),
+    ([{"role": "bot", "content": ""}], "found 'bot'"),
+    ([{"role": ["user"], "content": ""}], "messages[0].role"),
+    ([user("a"), {"role": "user"}],
+     "messages[1].content: expected a string or a list of text parts, "
+     "found nothing"),
+    ([user(3)], "messages[0].content: expected a string"),
+    ([user([{"type": "image_url", "image_url": "x"}])],
+     "messages[0].content[0]: expected {'type': 'text'"),
+    ([user([{"type": "text"}])], "messages[0].content[0]"),
+    ([user("a\ud800")], "messages[0].content: expected Unicode"),
+    ([user("a"), {"role": "assistant"}], "messages[1].content"),
+    ([user("a"), {"role": "assistant", "content": "b"}],
+     "messages[1].role: expected the user or a tool to speak last"),
+    ([{"role": "system", "content": "a"}], "speak last, found 'system'"),
+    ([user("a"), ASKS], "speak last (not answered: c1)"),
+    ([user("a"), ASKS, user("b")],
+     "messages[2].role: expected 'tool', to answer c1, found 'user'"),
+    ([user("a"), TELLS], "messages[1].tool_call_id: expected the id of an "
+     "open call (there is none), found 'c1'"),
+    ([user("a"), ASKS, TELLS | {"tool_call_id": "c2"}], "open call (c1)"),
+    ([user("a"), ASKS, {"role": "tool", "tool_call_id": "c1"}],
+     "messages[2].content"),
+    ([user("a"), ASKS, TELLS, TELLS], "messages[3].tool_call_id"),
+    ([user("a"), {"role": "assistant", "tool_calls": "f"}],
+     "messages[1].tool_calls: expected a list"),
+    ([user("a"), {"role": "assistant", "tool_calls": [CALL, CALL]}],
+     "messages[1].tool_calls: expected ids that differ"),
+    *(([user("a"), {"role": "assistant", "tool_calls": [call]}],
+       f"messages[1].tool_calls[0].{key}: expected {what}")
+      for call, key, what in (
+          ({}, "id", "a string"), (CALL | {"id": 1}, "id", "a string"),
+          (CALL | {"type": "custom"}, "type", "'function'"),
+          (CALL | {"function": "f"}, "function", "a dict"),
+          (changed(CALL, name="a b"), "function.name", "1 to 64 letters"),
+          (changed(CALL, name="f\n"), "function.name", "1 to 64 letters"),
+          (changed(CALL, arguments={}), "function.arguments", "a string"))),
+    ([user("a"), {"role": "assistant", "content": "b", "reasoning": 1},
+      user("c")], "messages[1].reasoning"),
+])
+def test_wrong_messages_are_named(messages, why):
+    with pytest.raises(ChatError) as error:
+        read_messages(messages)
+    assert why in str(error.value)
+
+
+def test_messages_become_harmony():
+    head, found = read_messages([
+        {"role": "system", "content": "one"},
+        {"role": "developer", "content": [{"type": "text", "text": "t"},
+                                          {"type": "text", "text": "wo"}]},
+        user("ask"),
+        {"role": "assistant", "content": "wait", "reasoning": "hm",
+         "tool_calls": [CALL]}, TELLS,
+        {"role": "assistant", "content": "", "reasoning": "so"},
+        {"role": "developer", "content": "later"}, user("")])
+    assert head == "one\n\ntwo"
+    assert found == [
+        Message("user", "ask"), Message("assistant", "hm", "analysis"),
+        Message("assistant", "wait", "commentary"),
+        Message("assistant", "{}", "commentary", "functions.f",
+                "<|constrain|>json"),
+        Message("tool", "x", "commentary", "assistant", name="functions.f"),
+        Message("assistant", "so", "analysis"),
+        Message("assistant", "", "final"),
+        Message("developer", "# Instructions\n\nlater"),
+        Message("user", "")]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.sampled_from(
+        ["user", "assistant", "tool", "system", "c1", "text", "function",
+         "f", "{}", ""]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(["role", "content", "tool_calls", "id", "type",
+                         "text", "function", "name", "arguments",
+                         "tool_call_id", "reasoning"]), inner, max_size=5),
+    max_leaves=25)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(JSON, max_size=4) | JSON)
+def test_any_messages_are_read_or_refused(messages):
+    try:
+        head, found = read_messages(messages)
+    except ChatError as error:
+        assert str(error).startswith("messages")
+    else:
+        assert render(TOKENIZER, found)
+        assert found[-1].role in ("user", "tool")
+
+
+# -- hints, schemas, values -------------------------------------------------
+
+@dataclasses.dataclass
+class Point:
+    x: float
+    y: float = 0.0
+    size: int = dataclasses.field(init=False, default=1)
+
+
+class Place(TypedDict):
+    name: str
+    point: NotRequired[Point]
+
+
+POINT = {"type": "object", "properties": {"x": {"type": "number"},
+                                          "y": {"type": "number"}},
+         "required": ["x"], "additionalProperties": False}
+
+
+@pytest.mark.parametrize("hint, schema", [
+    (str, {"type": "string"}), (bool, {"type": "boolean"}), (Any, {}),
+    (Literal["a", "b"], {"type": "string", "enum": ["a", "b"]}),
+    (Literal[1, "b"], {"type": ["integer", "string"], "enum": [1, "b"]}),
+    (Optional[int], {"type": "integer", "nullable": True}),  # noqa: UP045
+    (Union[int, str], {"type": ["integer", "string"]}),  # noqa: UP007
+    (int | str | None, {"type": ["integer", "string"], "nullable": True}),
+    (list, {"type": "array"}),
+    (list[int], {"type": "array", "items": {"type": "integer"}}),
+    (dict, {"type": "object"}),
+    (dict[str, float], {"type": "object",
+                        "additionalProperties": {"type": "number"}}),
+    (Annotated[str, "a name"], {"type": "string", "description": "a name"}),
+    (list[str] | str, {"oneOf": [{"type": "array",
+                                  "items": {"type": "string"}},
+                                 {"type": "string"}]}),
+    (Point, POINT),
+    (Place, {"type": "object", "properties": {"name": {"type": "string"},
+                                              "point": POINT},
+             "required": ["name"], "additionalProperties": False}),
+])
+def test_schema_of_a_hint(hint, schema):
+    assert json_schema(hint) == schema
+
+
+@pytest.mark.parametrize("hint", [
+    complex, bytes, set[int], tuple[int, str], dict[int, str], type(None),
+    Literal[None], list[complex], int | bytes, "int", Point | set,
+    Literal[b"a"]])
+def test_a_hint_without_a_schema_names_its_argument(hint):
+    def tool(a: int, b: hint) -> str:  # type: ignore[valid-type]
+        return ""
+
+    tool.__annotations__["b"] = (hint if not isinstance(hint, str)
+                                 else "Nothing")
+    with pytest.raises(ChatError, match=r"tool.*(\bb\b|Nothing)"):
+        function_tool(tool)
+
+
+@pytest.mark.parametrize("value, hint, wanted", [
+    (3, int, 3), (3.0, int, 3), (3, float, 3.0), ("a", str, "a"),
+    (None, int | None, None), (3, int | str, 3), ("3", int | str, "3"),
+    (1, float | int, 1), (True, bool | int, True),
+    ([1, 2.0], list[int], [1, 2]), ({"a": 1}, dict[str, float], {"a": 1.0}),
+    ({"x": 1}, Point, Point(1.0)), ({"x": 1, "y": 2}, Point, Point(1., 2.)),
+    ({"name": "a", "point": {"x": 0}}, Place,
+     {"name": "a", "point": Point(0.0)}),
+    ([{"a": None}], Any, [{"a": None}]), ("b", Literal["a", "b"], "b"),
+    ("x", Annotated[str, "about"], "x"),
+])
+def test_values_that_fit(value, hint, wanted):
+    found = fit(value, hint)
+    assert found == wanted and type(found) is type(wanted)
+    if isinstance(found, list):
+        assert list(map(type, found)) == list(map(type, wanted))
+
+
+@pytest.mark.parametrize("value, hint, why", [
+    (True, int, "a: expected an integer, found True"), (1, bool, "boolean"),
+    (1.5, int, "integer"), ("1", int, "integer"), (1, str, "string"),
+    (float("inf"), int, "integer"), (None, str, "string, found nothing"),
+    ("c", Literal["a", "b"], "a: expected one of 'a', 'b', found 'c'"),
+    (True, Literal[1], "one of 1"), ("x", int | None, "; or a: expected"),
+    ({"0": 1}, list[int], "a: expected an array"),
+    ([1, "x"], list[int], "a[1]: expected an integer"),
+    ([], dict[str, int], "an object"), ({"k": "x"}, dict[str, int], "a.k: "),
+    ({}, Point, "a.x: expected a value"), (
+        {"x": 1, "z": 2}, Point, "a: expected no keys but x, y, found 'z'"),
+    ({"x": 1, "size": 2}, Point, "found 'size'"),
+])
+def test_values_that_do_not_fit(value, hint, why):
+    with pytest.raises(ChatError) as error:
+        fit(value, hint, "a")
+    assert why in str(error.value)
+
+
+@settings(deadline=None, max_examples=200)
+@given(JSON | st.floats())
+def test_fit_accepts_what_the_schema_says(value):
+    def whole(each):
+        return not isinstance(each, bool) and (isinstance(each, int) or (
+            isinstance(each, float) and each.is_integer()))
+
+    for hint, wanted in (
+            (int, whole(value)), (str, isinstance(value, str)),
+            (bool, isinstance(value, bool)),
+            (list[int | str], isinstance(value, list) and all(
+                whole(v) or isinstance(v, str) for v in value)),
+            (dict[str, int] | None, value is None or (
+                isinstance(value, dict) and all(map(whole,
+                                                    value.values()))))):
+        try:
+            fit(value, hint)
+        except ChatError:
+            assert not wanted
+        else:
+            assert wanted
+
+
+# -- tools ------------------------------------------------------------------
+
+def search(query: str, limit: int = 5,
+           where: Literal["web", "mail"] = "web",
+           near: Point | None = None) -> list[dict]:
+    """Searches
+    everywhere.
+
+    Args:
+        query: what to look for
+        limit (int): at most
+            so many
+
+    Returns:
+        hits: none
+    """
+    if query == "bad":
+        raise KeyError("no such index")
+    return [{"query": query, "limit": limit, "where": where,
+             "near": near and near.x}]
+
+
+def test_a_function_is_described_and_called():
+    offer = function_tool(search)
+    assert (offer.tool.name, offer.tool.description) == (
+        "search", "Searches\neverywhere.")
+    assert offer.tool.parameters == {
+        "type": "object", "required": ["query"],
+        "additionalProperties": False, "properties": {
+            "query": {"type": "string", "description": "what to look for"},
+            "limit": {"type": "integer", "description": "at most so many",
+                      "default": 5},
+            "where": {"type": "string", "enum": ["web", "mail"],
+                      "default": "web"},
+            "near": POINT | {"nullable": True}}}
+    assert json.loads(offer.run('{"query": "é", "near": {"x": 2}}')) == [
+        {"query": "é", "limit": 5, "where": "web", "near": 2.0}]
+    assert "é" in offer.run('{"query": "é"}')  # not escaped
+
+
+@pytest.mark.parametrize("arguments, why", [
+    ("", "error: arguments.query: expected a value"),
+    ("{", "error: JSONDecodeError"), ("[]", "expected an object"),
+    ('{"query": 1}', "error: arguments.query: expected a string, found 1"),
+    ('{"query": "a", "limit": "5"}', "arguments.limit: expected an integer"),
+    ('{"query": "a", "page": 1}', "no keys but query, limit, where, near"),
+    ('{"query": "a", "limit": NaN}', "error: ValueError: NaN is no JSON"),
+    ('{"query": "bad"}', "error: KeyError: 'no such index'"),
+    ("[" * 100_000, "error: RecursionError"),
+    ('{"query": "a", "limit": ' + "9" * 5000 + "}", "error: ValueError"),
+])
+def test_a_wrong_call_is_answered_in_words(arguments, why):
+    assert why in function_tool(search).run(arguments)
+
+
+def test_what_a_function_returns_is_text():
+    def give(value: Any) -> Any:
+        return {"none": None, "point": Point(1.0), "half": "\ud800",
+                "set": {1}}[value]
+
+    run_ = function_tool(give).run
+    assert run_('{"value": "none"}') == "null"
+    assert json.loads(run_('{"value": "point"}')) == {"x": 1, "y": 0,
+                                                      "size": 1}
+    assert run_('{"value": "half"}') == "?"
+    assert run_('{"value": "set"}') == '"{1}"'
+    assert function_tool(today).tool.parameters is None
+    assert len(function_tool(today).run("")) == 10
+
+
+def untyped(a) -> None:
+    pass
+
+
+def many(*a: int) -> None:
+    pass
+
+
+def positional(a: int, /) -> None:
+    pass
+
+
+async def later() -> str:
+    return ""
+
+
+@dataclasses.dataclass
+class Tree:
+    branches: "list[Tree]"
+
+
+def grow(tree: Tree) -> None:
+    pass
+
+
+def lost(place: "Nowhere") -> None:  # noqa: F821
+    pass
+
+
+@pytest.mark.parametrize("tools, why", [
+    ([untyped], "tool untyped, a: expected a type hint"),
+    ([many], "tool many, a: expected an argument that can be given by name"),
+    ([positional], "tool positional, a: "), ([later], "not async"),
+    ([grow], "tool grow: expected type hints that end"),
+    ([lost], "tool lost: name 'Nowhere' is not defined"),
+    ([lambda: 1], "a named function"), ([3], "a named function"),
+    ([today, today], "tools[1]: expected a name of its own, found 'today'"),
+    ([{"name": "f"}], "tools[0].function: expected a dict"),
+    ([{"function": {"name": "a b"}}], "tools[0].function.name"),
+    ([{"function": {"name": "f", "parameters": []}}], "parameters"),
+])
+def test_wrong_tools_are_named(tools, why):
+    with pytest.raises(ChatError) as error:
+        read_tools(tools)
+    assert why in str(error.value)
+
+
+# -- the calculator ---------------------------------------------------------
+
+@pytest.mark.parametrize("text, wanted", [
+    ("347 * 285", "98895"), ("0.1+0.2", "0.3"), (" -(2 + 3)*+4 ", "-20"),
+    ("7 // -2", "-4"), ("-7 % 3", "2"), ("2**10", "1024"), ("2**-2", "0.25"),
+    ("1e3", "1000"), ("1_000 + .5", "1000.5"), ("0xff", "255"),
+    ("1/3", "0.333333333333333..."), ("-1/8", "-0.125"), ("0/5", "0"),
+    ("10**300", "1" + "0" * 300), ("1/10**20", "0.00000000000000000001"),
+    ("12345678901234567890.5 * 2", "24691357802469135781"),
+    ("1/0", "error: division by zero"), ("0**-1", "error: division by zero"),
+    ("9**9**9", "error: a number of more than 300 digits"),
+    ("1e999999999", "error: a number of more than 300 digits"),
+    ("10**300*10**300", "error: a number of more than 300 digits"),
+    ("2**0.5", "error: ** takes whole exponents only"),
+    ("", "error: "), ("2 +", "error: "), ("1,5", "error: expected numbers"),
+    ("1j", "error: "), ("True", "error: "), ("'a'", "error: "),
+    ("f(1)", "error: expected numbers"), ("a", "error: "),
+    ("().__class__", "error: "), ("1 if 2 else 3", "error: "),
+    ("[x for x in (1,)]", "error: "), ("1 << 3", "error: "), ("~1", "error"),
+    ("1" * 301, "error: more than 300 characters"),
+    ("(" * 150 + "1" + ")" * 150, "error: "), ("-" * 299 + "1", "-1"),
+    ("1\x00", "error: "), ("\ud800", "error: "), ("1 # note", "1"),
+])
+def test_calculator(text, wanted, capsys):
+    found = calculator(text)
+    assert found == wanted or (wanted.startswith("error")
+                               and found.startswith(wanted))
+    assert capsys.readouterr().err == ""
+
+
+NUMBERS = st.integers(0, 10 ** 6).map(str) | st.decimals(
+    0, 1000, places=3).map(str)
+SUMS = st.recursive(NUMBERS, lambda inner: st.tuples(
+    inner, st.sampled_from(["+", "-", "*", "//", "%"]), inner).map(
+        lambda three: f"({' '.join(three)})"), max_leaves=12)
+
+
+@settings(deadline=None, max_examples=200)
+@given(SUMS)
+def test_calculator_agrees_with_fractions(text):
+    exact = re.sub(r"[\d.]+", lambda n: f"Fraction('{n[0]}')", text)
+    if len(text) > 300:
+        return
+    try:
+        wanted = eval(exact, {"Fraction": Fraction})  # our own text
+    except ZeroDivisionError:
+        assert calculator(text) == "error: division by zero"
+        return
+    assert Fraction(calculator(text)) == wanted
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.text(alphabet="0123456789.+-*/%() eEjx_,a'\"\n\\[]{}:=<>&|~^@!;#"
+               "\x00é\ud800", max_size=40))
+def test_calculator_answers_anything(text):
+    found = calculator(text)
+    assert found.startswith("error: ") or found.removesuffix("...")
+
+
+# -- turns ------------------------------------------------------------------
+
+def test_reply_is_the_final_channel_as_it_comes():
+    one = chat(said("héllo", "They greet."))
+    pieces = list(one.reply([user("Hi")]))
+    assert "".join(pieces) == "héllo" and len(pieces) == 5  # never half of é
+    assert one.turn == [{"role": "assistant", "content": "héllo",
+                         "reasoning": "They greet."}]
+    assert one.usage.finish_reason == "stop"
+
+
+def test_events_tell_everything_and_count():
+    one = chat(called("calculator", '{"expression": "6*7"}'),
+               said("It is 42.", "Good."), tools=[calculator])
+    events = list(one.events([user("6*7?")]))
+    kinds = [kind for kind, _ in groupby(event.kind for event in events)]
+    assert kinds == ["call", "result", "analysis", "final", "done"]
+    assert (events[0].name, events[0].text) == (
+        "calculator", '{"expression": "6*7"}')
+    assert (events[1].name, events[1].text) == ("calculator", "42")
+    prompt = len(one.prompt([user("6*7?")]))
+    answer = len(ids("<|start|>functions.calculator to=assistant<|channel|>"
+                     "commentary<|message|>42<|end|><|start|>assistant"))
+    written = len(one.memory.tokens) - prompt - answer
+    usage = events[-1].usage
+    assert usage == one.usage == Usage("stop", prompt, prompt + answer + 1,
+                                       written, usage.seconds)
+    # all but the very last token went through the model, each once
+    assert one.model.fed == len(one.memory.tokens) - 1
+    assert usage.seconds > 0
+
+
+def test_within_a_turn_the_model_reads_its_own_words():
+    """A header that no renderer would write stays as it is."""
+    odd = ("<|channel|>analysis<|message|>hm<|end|><|start|>assistant to="
+           "functions.today<|channel|>commentary<|message|>{ }<|call|>")
+    one = chat(odd, said("done"), tools=[today])
+    found = run(one, [user("a")])
+    text = TOKENIZER.decode(one.memory.tokens)
+    assert odd + "<|start|>functions.today to=assistant" in text
+    assert "notice" not in found
+    assert one.turn[0]["reasoning"] == "hm"
+
+
+def test_old_analysis_is_dropped_and_the_turns_go_on():
+    one = chat(said("one", "first thought"), called("today", "{}"),
+               said("two", "second thought"), said("three", "third"),
+               tools=[today], effort="high", instructions="Be kind.")
+    talk = [{"role": "system", "content": "Be brief."}, user("a")]
+    for _ in range(3):
+        text = TOKENIZER.decode(one.prompt(talk))
+        assert "thought" not in text and text.endswith("<|start|>assistant")
+        assert "Reasoning: high" in text
+        assert "# Instructions\n\nBe kind.\n\nBe brief.\n\n# Tools" in text
+        assert text.count("<|call|>") == text.count("functions.today to=")
+        list(one.events(talk))
+        talk += [*one.turn, user("b")]
+    assert [m["content"] for m in talk if m["role"] == "assistant"] == [
+        "one", None, "two", "three"]
+    assert len([m for m in talk if "reasoning" in m]) == 3
+
+
+def test_a_callers_tool_ends_the_turn():
+    clock = {"type": "function", "function": {
+        "name": "clock", "description": "The time.", "parameters": {
+            "type": "object", "properties": {"zone": {"type": "string"}}}}}
+    preamble = "<|channel|>commentary<|message|>wait<|end|><|start|>assistant"
+    one = chat(preamble + called("clock", '{"zone": "x"}'), said("noon"),
+               tools=[clock, today])
+    talk = [user("time?")]
+    assert run(one, talk)["done"] == "tool_calls"
+    assert one.turn == [{"role": "assistant", "content": "wait",
+                         "tool_calls": [{"id": "call_1", "type": "function",
+                                         "function": {
+                                             "name": "clock", "arguments":
+                                             '{"zone": "x"}'}}]}]
+    talk += [*one.turn, {"role": "tool", "tool_call_id": "call_1",
+                         "content": "12:00"}]
+    assert run(one, talk) == {"final": "noon", "done": "stop"}
+    assert one.usage.prefilled_tokens < 120  # the call was not fed again
+    talk += [*one.turn, user("thanks")]
+    assert one.prompt(talk)
+
+
+def test_ids_of_calls_are_new_in_the_conversation():
+    one = chat(called("today", ""), said("x"), tools=[today])
+    talk = [user("a"), ASKS | {"tool_calls": [CALL | {"id": "call_1"}]},
+            TELLS | {"tool_call_id": "call_1"}]
+    run(one, talk)
+    assert one.turn[0]["tool_calls"][0]["id"] == "call_2"
+    assert one.turn[1]["tool_call_id"] == "call_2"
+
+
+@pytest.mark.parametrize("call, result", [
+    (called("nothing", "{}"), "error: there is no tool nothing; there are: "
+     "search, today"),
+    (called("search", "{oops"), "error: JSONDecodeError"),
+    (called("search", '{"query": "bad"}'), "error: KeyError"),
+    (called("today", "{}", "<|end|>"), "20"),  # a call without <|call|>
+    ("<|channel|>commentary to=today<|message|><|call|>", "20"),
+    ("<|channel|>analysis to=functions.today<|message|>{}<|return|>", "20"),
+    ("<|channel|>commentary to=python<|message|>1<|call|>",
+     "error: there is no tool python"),
+    (called("a<b>é", "{}"), "error: there is no tool a_b__"),
+    (called("x" * 90, "{}"), "error: there is no tool xxx"),
+])
+def test_whatever_is_called_the_turn_goes_on(call, result):
+    one = chat(call, said("ok"), tools=[search, today])
+    talk = [user("a")]
+    found = run(one, talk)
+    assert found["result"].split(" ", 1)[1].startswith(result)
+    assert found["final"] == "ok" and found["done"] == "stop"
+    assert read_messages([*talk, *one.turn, user("b")])
+
+
+def test_rounds_are_bounded():
+    one = chat(*[called("today", "{}")] * 9, said("never"), tools=[today],
+               rounds=3)
+    found = run(one, [user("a")])
+    assert found["result"].count("|") == 2 and found["done"] == "length"
+    assert "not run: call 4 of at most 3" in found["notice"]
+    assert len(one.turn) == 6
+    assert read_messages([user("a"), *one.turn, user("b")])
+    none = chat(called("today", "{}"), tools=[today], rounds=0)
+    assert "result" not in run(none, [user("a")]) and none.turn == []
+
+
+# -- malformed output -------------------------------------------------------
+
+@pytest.mark.parametrize("text, final", [
+    ("<|return|>", ""), ("<|end|><|return|>", ""), ("hello<|return|>",
+                                                    "hello"),
+    ("<|channel|><|return|>", ""), ("<|message|>hello<|return|>", "hello"),
+    ("<|channel|>other<|message|>hello<|return|>", "hello"),
+    ("<|channel|>final<|message|><|return|>", ""),
+    ("<|channel|>final<|message|>a<|start|>assistant<|channel|>final"
+     "<|message|>b<|return|>", "a\n\nb"),
+    ("<|channel|>final<|message|>a<|call|>", "a"),
+    ("<|channel|>final<|message|>a<|constrain|>b<|return|>", "ab"),
+    ("<|channel|>final<|message|>a<|endoftext|>", "a"),
+    ("<|channel|>final<|message|>a<|end|><|start|>user<|message|>b<|end|>"
+     "<|start|>assistant<|channel|>final<|message|>c<|return|>", "a"),
+    ("<|channel|>commentary to=assistant<|message|>a<|call|>", ""),
+    ("<|channel|>final to=<|message|>a<|return|>", "a"),
+])
+def test_malformed_output_is_reported(text, final):
+    one = chat(text)
+    talk = [user("a")]
+    found = run(one, talk)
+    assert found.get("final", "") == final and found["done"] == "stop"
+    assert found["notice"]
+    assert read_messages([*talk, *one.turn, user("b")])
+
+
+def test_thinking_only_is_reported():
+    one = chat("<|channel|>analysis<|message|>hm<|return|>")
+    assert "without an answer" in run(one, [user("a")])["notice"]
+    assert one.turn == [{"role": "assistant", "content": "",
+                         "reasoning": "hm"}]
+
+
+SOUP = st.lists(st.sampled_from([
+    *CONTROL, "assistant", "user", "final", "analysis", "commentary",
+    " to=functions.today", " to=x", "json", "{}", "a", "\xff"]), max_size=14)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(SOUP, min_size=1, max_size=3))
+def test_any_output_ends_in_done(soups):
+    script = ["".join(soup) + "<|return|>" for soup in soups]
+    one = chat(*script, tools=[today], rounds=2, max_new_tokens=60)
+    talk = [user("a")]
+    found = run(one, talk)
+    assert found["done"] in ("stop", "length")
+    assert read_messages([*talk, *one.turn, user("b")])
+    assert one.memory.cache.length == len(one.memory.tokens) - 1
+
+
+# -- limits and options -----------------------------------------------------
+
+def test_max_new_tokens_is_for_the_whole_turn():
+    one = chat(called("today", "{}"), said("hello!"), tools=[today],
+               max_new_tokens=len(ids(called("today", "{}"))) + 10)
+    assert run(one, [user("a")])["done"] == "length"
+    assert one.usage.generated_tokens == one.max_new_tokens
+    assert one.turn[-1]["content"] == "hel"
+
+
+def test_a_full_context_ends_in_length_and_a_fuller_one_is_refused():
+    one = chat(said("b" * 200))
+    room = CONFIG.max_position_embeddings - len(one.prompt([user("")]))
+    found = run(one, [user("a" * (room - 30))])
+    assert found["done"] == "length"
+    assert found["notice"] == "the context of 2048 tokens is full"
+    assert len(one.memory.tokens) == CONFIG.max_position_embeddings + 1
+    assert one.turn[0]["content"].startswith("b")
+    with pytest.raises(ChatError, match="messages: expected at most 2048 "
+                                        "tokens .* found 2049"):
+        one.events([user("a" * (room + 1))])
+    assert run(one, [user("a")])["done"] == "stop"  # and still works
+
+
+def test_a_result_that_does_not_fit_ends_in_length():
+    def much() -> str:
+        return "x" * 5000
+
+    one = chat(called("much", ""), said("never"), tools=[much])
+    found = run(one, [user("a")])
+    assert found["done"] == "length" and "final" not in found
+    assert "context of 2048 tokens is full" in found["notice"]
+    assert run(one, [user("a")])["final"] == "never"
+
+
+@pytest.mark.parametrize("options, why", [
+    ({"effort": "huge"}, "effort: expected one of low, medium, high"),
+    ({"max_new_tokens": 0}, "max_new_tokens: expected an integer >= 1"),
+    ({"seed": -1}, "seed: expected an integer >= 0"),
+    ({"rounds": True}, "rounds: expected"), ({"slack": 1.5}, "slack: "),
+    ({"instructions": 3}, "instructions: expected a string"),
+    ({"tools": [3]}, "tools: expected"),
+])
+def test_wrong_options_are_named(options, why):
+    with pytest.raises(ChatError, match=why):
+        chat("", **options)
+
+
+def test_sampler_options_and_a_tokenizer_without_harmony():
+    with pytest.raises(GenerateError, match="top_p"):
+        chat("", top_p=0)
+    plain = Tokenizer(tokenizer_json({bytes([b]): b for b in range(256)},
+                                     {256: "<|endoftext|>"}))
+    with pytest.raises(ChatError, match="control tokens"):
+        Chat((Scripted(), plain))
+
+
+def test_a_seed_repeats_and_reset_begins_it_anew():
+    def texts(one: Chat) -> list[dict]:
+        return [run(one, [user(text)]) for text in "ab"]
+
+    first, other = (chat(seed=seed, temperature=1.0, max_new_tokens=30)
+                    for seed in (1, 2))
+    wanted = texts(first)
+    assert wanted != texts(other)
+    assert texts(first) != wanted
+    first.reset()
+    assert first.memory.tokens == [] and first.turn == []
+    assert texts(first) == wanted
+
+
+def test_date_and_effort_are_in_the_prompt():
+    one = chat(date="2031-01-02")
+    assert "Current date: 2031-01-02\n" in TOKENIZER.decode(
+        one.prompt([user("a")]))
+    one.effort = "low"
+    assert "Reasoning: low" in TOKENIZER.decode(one.prompt([user("a")]))
+    one.effort = "none"
+    with pytest.raises(ChatError, match="effort"):
+        one.events([user("a")])
+    assert "Current date" not in TOKENIZER.decode(
+        chat(date="").prompt([user("a")]))
+    assert today() in TOKENIZER.decode(chat(date=None).prompt([user("a")]))
+
+
+# -- the cache --------------------------------------------------------------
+
+def fresh(model: Scripted, tokens: list[int]) -> torch.Tensor:
+    """Logits after `tokens`, without any cache."""
+    with torch.no_grad():
+        return GptOss.forward(model, torch.tensor([tokens]))[0, -1]
+
+
+@pytest.mark.parametrize("slack", [0, 40, 1024])
+def test_a_turn_feeds_only_what_is_new(slack):
+    """Turn by turn, the tokens fed are those that differ, and a replay of
+    7 tokens (one sliding layer, window 8) if more than slack + 1 go."""
+    one = chat(*[said("answer", "thought" * n) for n in range(1, 5)],
+               slack=slack)
+    talk, before = [], []
+    for n in range(4):
+        talk.append(user(f"question {n}"))
+        prompt = one.prompt(talk)
+        shared = common_prefix(prompt, before)
+        gone = max(0, len(before) - 1 - shared)
+        run(one, talk)
+        assert one.usage.prompt_tokens == len(prompt)
+        assert one.usage.prefilled_tokens == len(prompt) - shared + (
+            0 if gone <= slack + 1 else 7)
+        if n:  # of the last answer only its first control token was kept
+            assert prompt[shared:] == ids(TOKENIZER.decode(prompt)
+                                          .rpartition("<|channel|>")[2])
+        before = list(one.memory.tokens)
+        talk += one.turn
+
+
+def step(memory: Memory, prompt: list[int]) -> torch.Tensor:
+    """Feed what `prompt` needs; the logits after it."""
+    start = memory.resume(prompt)
+    with torch.no_grad():
+        logits = memory.model(torch.tensor([prompt[start:]]), memory.cache)
+    return logits[0, -1]
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 12), st.lists(
+    st.tuples(st.integers(0, 70), st.integers(1, 25), st.booleans()),
+    min_size=1, max_size=6), st.randoms(use_true_random=False))
+def test_memory_is_exact_whatever_is_kept_and_left(slack, steps, rng):
+    """Prompts that share any part with the last one, some of them left in
+    the middle of a forward: the logits are those of a fresh start."""
+    model = MODEL
+    memory, before = Memory(model, slack), []
+    for keep, new, left in steps:
+        prompt = before[:keep] + [rng.randrange(256) for _ in range(new)]
+        if left:
+            layer = rng.randrange(4)
+            handle = model.layers[layer].register_forward_pre_hook(stop_here)
+            with pytest.raises(KeyboardInterrupt):
+                step(memory, prompt)
+            handle.remove()
+        else:
+            torch.testing.assert_close(step(memory, prompt),
+                                       fresh(model, prompt), atol=1e-5,
+                                       rtol=0)
+        before = prompt
+    torch.testing.assert_close(step(memory, before), fresh(model, before),
+                               atol=1e-5, rtol=0)
+
+
+def stop_here(module, inputs):
+    raise KeyboardInterrupt
+
+
+MODEL = Scripted(layers=4)
+
+
+def test_an_interrupt_at_any_forward_leaves_the_chat_right():
+    """Ctrl-C in the middle of the n-th forward, in a layer, for many n."""
+    for nth in (1, 2, 9, 25):
+        one = chat(said("abc", "x" * 30), said("second", "y"), slack=0)
+        count = 0
+
+        def hook(module, inputs, nth=nth):
+            nonlocal count
+            count += 1
+            if count == nth:
+                raise KeyboardInterrupt
+
+        handle = one.model.layers[1].register_forward_pre_hook(hook)
+        with pytest.raises(KeyboardInterrupt):
+            list(one.events([user("first")]))
+        handle.remove()
+        one.model.script, one.model.at = [ids(said("second", "y"))], 0
+        talk = [user("first"), *one.turn, user("again")]
+        assert run(one, talk)["final"] == "second"
+        torch.testing.assert_close(
+            one.model.last, fresh(one.model, one.memory.tokens[:-1]),
+            atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("way", ["close", "forget", "keep", "tool"])
+def test_a_turn_that_is_left_leaves_the_chat_usable(way):
+    def interrupted() -> str:
+        raise KeyboardInterrupt
+
+    script = [called("interrupted", "")] if way == "tool" else [
+        said("abcdef", "thinking")]
+    one = chat(*script, tools=[interrupted])
+    talk = [user("first")]
+    if way == "tool":
+        with pytest.raises(KeyboardInterrupt):
+            list(one.events(talk))
+        assert one.turn == []
+    else:
+        reply = one.reply(talk)
+        assert next(reply) + next(reply) == "ab"
+        assert one.turn == [{"role": "assistant", "content": "ab",
+                             "reasoning": "thinking"}]
+        if way == "close":
+            reply.close()
+        elif way == "forget":
+            del reply
+            gc.collect()
+    talk += [*one.turn, user("second")]
+    one.model.script, one.model.at = [ids(said("ok"))], 0
+    assert "".join(one.reply(talk)) == "ok"
+    if way == "keep":
+        assert list(reply) == []  # it ended when the next turn began
+    torch.testing.assert_close(
+        one.model.last, fresh(one.model, one.memory.tokens[:-1]), atol=1e-5,
+        rtol=0)
+
+
+def test_a_tool_cannot_use_the_chat_that_called_it():
+    def again() -> str:
+        return "".join(one.reply([user("x")]))
+
+    one = chat(called("again", ""), said("ok"), tools=[again])
+    found = run(one, [user("a")])
+    assert found["result"].startswith(
+        "again error: chat: in the middle of a turn")
+    assert found["final"] == "ok"
+
+
+def test_prompts_again_and_shorter_are_exact():
+    one = chat(said("x", "y"), said("x", "y"), said("z"), slack=0)
+    talk = [user("a" * 40), {"role": "assistant", "content": "b"},
+            user("c")]
+    run(one, talk)
+    run(one, talk)  # the same again: one token is fed, and what rings need
+    assert one.usage.prefilled_tokens == 1 + CONFIG.sliding_window - 1
+    run(one, talk[:1])
+    torch.testing.assert_close(
+        one.model.last, fresh(one.model, one.memory.tokens[:-1]), atol=1e-5,
+        rtol=0)
+
+
+# -- the shipped model ------------------------------------------------------
+
+def test_kept_cache_and_fresh_cache_answer_alike():
+    """Three greedy turns of the shipped model in float32."""
+    options = {"temperature": 0, "date": "2025-06-28", "max_new_tokens": 30,
+               "effort": "low"}
+    fresh = Chat(dtype=torch.float32, **options)
+    pair, wanted, talk = (fresh.model, fresh.tokenizer), [], []
+    for question in ("Tell me a story.", "What is 2 + 3?", "Thanks!"):
+        talk = [*talk, user(question)]
+        fresh.reset()
+        wanted.append((talk, run(fresh, talk), fresh.memory.tokens))
+        talk = talk + fresh.turn
+    for slack in (0, 1024):
+        kept = Chat(pair, **options, slack=slack)
+        for talk, events, tokens in wanted:
+            assert run(kept, talk) == events
+            assert kept.memory.tokens == tokens
+    assert kept.usage.prefilled_tokens < fresh.usage.prefilled_tokens
+
+
+def test_package_face():
+    import gptoss
+
+    assert gptoss.Chat is Chat
+    code = Sampler(0)
+    assert Chat((MODEL, TOKENIZER), "low", temperature=0).sampler == code
+    assert sys.modules["gptoss.chat"].TOOLS == {"calculator": calculator,
+                                                "today": today}
+
+
+# -- the command, in a process of its own -----------------------------------
+
+def child() -> None:
+    """`python -m gptoss`, with a scripted model for the shipped one."""
+    from gptoss import __main__ as program
+    from gptoss import chat as module
+
+    script = json.loads(os.environ["SCRIPT"])
+    module.load = lambda *_: (Scripted(*script), TOKENIZER)
+    sys.exit(program.main(sys.argv[1:]))
+
+
+ROOT = Path(__file__).parents[1]
+CHILD = [sys.executable, "-c", "import sys; sys.path.insert(0, 'tests'); "
+         "import test_chat; test_chat.child()", "chat"]
+
+
+def environment(*script: str, **more: str) -> dict[str, str]:
+    return os.environ | {"SCRIPT": json.dumps(script), "TERM": "xterm",
+                         "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT),
+                         } | more
+
+
+def test_piped_lines_are_answered_and_nothing_else_is_written():
+    done = subprocess.run(
+        [*CHILD, "--temperature", "0"], cwd=ROOT, capture_output=True,
+        input=b"what\n\n /six times seven \nlast", timeout=120,
+        env=environment(said("né\x1b", "thought"),
+                        called("calculator", '{"expression": "6*7"}'),
+                        said("42"), "<|return|>", PYTHONIOENCODING="ascii"))
+    assert (done.returncode, done.stderr) == (0, b"")
+    # raw bytes to a pipe; an empty line for an answer that did not come
+    assert done.stdout == b"n\\xe9\x1b\n42\n\n"
+
+
+class Typist:
+    """Somebody at a terminal in front of the command."""
+
+    def __init__(self, env: dict[str, str], *options: str) -> None:
+        import pty
+
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.chdir(ROOT)
+            os.execve(CHILD[0], [*CHILD, *options], env)
+        self.log = b""
+
+    def until(self, text: str, seconds: float = 120) -> str:
+        """What was shown up to `text`, from the last such call on."""
+        end, shown = time.monotonic() + seconds, b""
+        while text.encode() not in shown:
+            assert time.monotonic() < end, (text, shown)
+            if select.select([self.fd], [], [], 0.1)[0]:
+                try:
+                    shown += os.read(self.fd, 1)
+                except OSError:  # the program has left
+                    break
+        self.log += shown
+        return re.sub(r"\x1b\[[\d;]*m", "", shown.decode("utf-8", "replace"))
+
+    def type(self, text: str) -> None:
+        os.write(self.fd, text.encode())
+
+    def interrupt(self, text: str) -> str:
+        """Ctrl-C at the prompt, until `text`. Python's readline misses a
+        signal in the moment between the prompt and its waiting for a key:
+        then a second one is as good as the first."""
+        for _ in range(9):
+            time.sleep(0.2)
+            self.type("\x03")
+            try:
+                return self.until(text, 10)
+            except AssertionError:
+                continue
+        raise AssertionError("Ctrl-C has no effect")
+
+    def code(self) -> int:
+        """The exit code of the program, which must be leaving."""
+        pid, self.pid = self.pid, 0
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    def __enter__(self) -> "Typist":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        os.close(self.fd)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pty")
+def test_a_terminal_session(tmp_path):
+    """Answers, a tool, Ctrl-C in an answer and at the prompt, commands."""
+    env = environment(
+        said("he\x1b[2Jllo", "bell\x07"),
+        called("calculator", '{"expression": "6*7\u202e"}'), said("failed"),
+        said("x" * 1200))
+    options = "--system", "Be brief.", "--temperature", "0"
+    with Typist(env, *options) as tty:
+        tty.until("> ")
+        answer_and_stop(tty)
+        obey_commands(tty, tmp_path / "talk.json")
+        assert "again" in tty.interrupt("> ")
+        tty.interrupt("\0")  # to the end
+        assert tty.code() == 0
+    # nothing but what rich and readline write themselves
+    for bad in (b"\x1b[2J", b"\x07", b"\xe2\x80\xae", b"Traceback"):
+        assert bad not in tty.log
+
+
+def answer_and_stop(tty: Typist) -> None:
+    tty.type("first\n")
+    shown = tty.until("> ")
+    assert "[analysis] bell\u2407" in shown
+    assert "he\u241b[2Jllo" in shown and "read anew]" in shown
+    tty.type("second\n")
+    shown = tty.until("> ")
+    assert "[calculator] {" in shown and "[result] error: inv" in shown
+    assert "failed" in shown
+    for _ in range(2):  # stopped, and usable afterwards
+        tty.type("third\n")
+        tty.until("xxxx")
+        tty.type("\x03")
+        assert "[stopped]" in tty.until("> ")
+
+
+def obey_commands(tty: Typist, file: Path) -> None:
+    def says(line: str, answer: str) -> None:
+        tty.type(line + "\n")
+        assert answer in tty.until("> ")
+
+    says(f"/save {file}", "11 messages saved")
+    talk = json.loads(file.read_text("utf-8"))
+    assert [m["role"] for m in talk] == [
+        "system", "user", "assistant", "user", "assistant", "tool",
+        "assistant", "user", "assistant", "user", "assistant"]
+    assert talk[2]["content"] == "he\x1b[2Jllo"
+    assert set(talk[8]["content"]) == set(talk[10]["content"]) == {"x"}
+    says(f"/save {file}", "exists; /save!")
+    says("/effort high", "effort: high")
+    says("/nonsense", "[error] /nonsense: no such command")
+    says("/help", "Ctrl-C stops an answer")
+    says("/reset", "forgotten")
+    says(f"/save! {file}", "1 message saved")
+    assert json.loads(file.read_text("utf-8")) == [
+        {"role": "system", "content": "Be brief."}]

@@ -1,0 +1,167 @@
+"""Chapter 14: conversations made by a program, and the one that marks."""
+
+import itertools
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gptoss.exams as e
+import gptoss.lessons as t
+from gptoss.harmony import Message, Tokenizer
+from gptoss.model import GptOss
+
+POCKET = Path(e.__file__).parent / "pocket"
+MANY = settings(deadline=None, max_examples=200)
+KINDS = tuple(t.MIX)
+
+
+def some(kind, count=40, seed=0, **options):
+    source = t.lesson_stream(seed, mix={kind: 1}, **options)
+    return list(itertools.islice(source, count))
+
+
+def read_sum(lines):
+    """The number that worked columns spell, by their own last digits."""
+    values = [int(line.rpartition("=")[2]) for line in lines]
+    return sum((v if n == len(values) - 1 else v % 10) * 10 ** n
+               for n, v in enumerate(values))
+
+
+@MANY
+@given(st.integers(0, 1998), st.integers(0, 999), st.sampled_from("+-"))
+def test_every_column_is_true_and_the_columns_give_the_result(a, b, sign):
+    a, b = max(a, b), min(a, b)
+    lines = t.columns(a, b, sign)
+    for line in lines:
+        left, _, right = line.partition("=")
+        assert eval(left) == int(right)  # digits, + and - only
+    assert read_sum(lines) == (a + b if sign == "+" else a - b)
+
+
+@MANY
+@given(st.integers(0, 999), st.integers(0, 999), st.sampled_from("+-"))
+def test_low_thinks_less_than_medium_and_medium_than_high(a, b, sign):
+    low, medium, high = t.sum_thoughts(a, b, sign)
+    assert len(low) < len(medium) < len(high)
+    assert str(abs(a + b if sign == "+" else a - b)) in medium
+    assert high.startswith(medium) and high.endswith("right.")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lesson_is_a_conversation_with_one_answer(kind):
+    for lesson in some(kind):
+        roles = [m.role for m in lesson.messages]
+        assert roles[0] == "system" and roles[1] in ("developer", "user")
+        assert roles[lesson.turn - 1] == "user"
+        turn = lesson.messages[lesson.turn:]
+        assert turn[0].channel == "analysis"
+        assert turn[-1].channel == "final"
+        assert turn[-1].content == lesson.facts["answer"]
+        assert e.right_answer(turn[-1].content, lesson)
+        assert all(m.channel != "analysis"
+                   for m in lesson.messages[:lesson.turn])
+        assert (kind == "tool") == (lesson.facts["call"] is not None)
+        assert not any(c in m.content for m in lesson.messages
+                       for c in "{}") or roles[1] == "developer"
+
+
+def test_calls_are_calls_of_a_tool_that_is_given():
+    for lesson in some("tool", 200):
+        call, result = lesson.messages[-3:-1]
+        name, arguments = lesson.facts["call"]
+        assert f"type {name} = (" in lesson.messages[1].content
+        for parameter in arguments:
+            assert f"\n{parameter}: " in lesson.messages[1].content
+        assert json.loads(call.content) == arguments
+        assert e.right_call(call, lesson)
+        assert result.name == call.recipient == f"functions.{name}"
+
+
+@pytest.mark.parametrize("content,recipient,content_type", [
+    ("{}", "functions.{}", "<|constrain|>json"),
+    ("not json", "functions.{}", "<|constrain|>json"),
+    (None, "functions.nobody", "<|constrain|>json"),
+    (None, "functions.{}", None)])
+def test_a_wrong_call_is_wrong(content, recipient, content_type):
+    lesson = next(one for one in some("tool") if one.facts["call"][1])
+    name, arguments = lesson.facts["call"]
+    message = Message(
+        "assistant", json.dumps(arguments) if content is None else content,
+        channel="commentary", recipient=recipient.format(name),
+        content_type=content_type)
+    assert not e.right_call(message, lesson)
+
+
+def test_missing_tools_are_missing_and_sums_need_none():
+    for lesson in some("missing", 100):
+        assert lesson.facts["answer"] == "I have no tool for that."
+    for lesson in some("sum", 100):
+        names = [n for n in t.KITS["calculator"].names
+                 if f"type {n} = " in lesson.messages[1].content]
+        assert names == []
+
+
+def test_far_facts_stand_beyond_two_windows():
+    reader = Tokenizer.from_pretrained(POCKET)
+    near = 0
+    for lesson in some("far", 150):
+        told = next(n for n, m in enumerate(lesson.messages)
+                    if m.content in t.NOTED)
+        between = lesson.messages[told + 1:lesson.turn - 1]
+        near += sum(len(reader.encode(m.content)) + 4
+                    for m in between) <= 128
+    assert near <= 7
+
+
+@pytest.mark.parametrize("kind", ["story", "sum", "tool", "recall", "far"])
+def test_held_out_questions_never_train(kind):
+    assert all(one.held for one in some(kind, hold_out=True))
+    assert not any(one.held for one in some(kind))
+
+
+def test_the_stream_repeats_itself_and_keeps_the_mix():
+    one = list(itertools.islice(t.lesson_stream(5), 1500))
+    two = itertools.islice(t.lesson_stream(5), 1500)
+    assert all(a == b for a, b in zip(one, two, strict=True))
+    for kind, weight in t.MIX.items():
+        share = sum(lesson.kind == kind for lesson in one) / len(one)
+        assert abs(share - weight / sum(t.MIX.values())) < 0.05
+
+
+def test_made_up_names_are_many():
+    rng = random.Random(0)
+    assert len({t.made_up(rng) for _ in range(2000)}) > 1500
+
+
+@pytest.fixture(scope="module")
+def pocket():
+    return (GptOss.from_pretrained(POCKET, dtype=torch.float32),
+            Tokenizer.from_pretrained(POCKET))
+
+
+@pytest.mark.parametrize("kind,least", [
+    ("story", 26), ("sum", 22), ("recall", 10), ("far", 10), ("talk", 28),
+    ("beyond", 28)])
+def test_pocket_answers_what_it_never_saw(pocket, kind, least):
+    marks = e.examine(*pocket, kind, count=30, seed=77)
+    wrong = [(m.lesson.messages[m.lesson.turn - 1].content, m.said)
+             for m in marks if not m.right]
+    assert len(marks) - len(wrong) >= least, wrong
+
+
+def test_pocket_thinks_longer_when_told_to(pocket):
+    card = e.report_card(*pocket, ["sum"], count=30, seed=5)["sum"]
+    assert card["low"] < card["medium"] < card["high"]
+
+
+def test_an_untaught_model_passes_nothing():
+    model, reader = GptOss.from_pretrained(POCKET), None
+    reader = Tokenizer.from_pretrained(POCKET)
+    torch.manual_seed(0)
+    blank = GptOss(model.config, dtype=torch.float32, packed=False)
+    assert e.grade(e.examine(blank, reader, "sum", 4, most=20)) == 0
