@@ -1676,7 +1676,7 @@ class _Settings:
 
 # %%
 settings = _Settings((model, tokenizer), effort="high", tools=[weather],
-                     date="2025-06-28", instructions="Be brief.")
+                     date="2025-06-28", instructions="Be kind.")
 print(tokenizer.decode(settings.prompt(talk)))
 
 # %% [markdown]

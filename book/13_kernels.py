@@ -2259,18 +2259,18 @@ if share:
     print(f"4 layers, decode: {share:.0%} of what memory could deliver")
 
 # %% [markdown]
-# Each engine ran alone with both cores (the shipped model with one thread), with
-# 512 tokens of prompt (128 for the shipped one), llama.cpp with experts in MXFP4
-# and dense matrices in bf16. Memory delivered 20 to 28 GB/s that day, and a
-# repetition moves by a tenth. Decoding reads at nearly memory's speed, so little
-# is left to win; in prefill, the tiles win by arithmetic.
-# 
+# Each engine ran alone with both cores (the shipped model with one thread),
+# with 512 tokens of prompt (128 for the shipped one), llama.cpp with experts
+# in MXFP4 and dense matrices in bf16. Memory delivered 20 to 28 GB/s that
+# day, and a repetition moves by a tenth. Decoding reads at nearly memory's
+# speed, so little is left to win; in prefill, the tiles win by arithmetic.
+#
 # **Not measured yet**, for want of a quiet machine, and so not claimed: the
 # decode and prefill speed of the whole 20b (loading it took 2 seconds and its
 # peak was 12.2 GiB), llama.cpp on it, llama.cpp with Q8_0 dense matrices,
-# transformers on the same day, and prefill up to 4k tokens. With one thread, a
-# token at position 8192 took 1.1 times as much processor time as one at 128, at
-# 4 layers. `bench/compare.py` measures the rest.
+# transformers on the same day, and prefill up to 4k tokens. With one thread,
+# a token at position 8192 took 1.1 times as much processor time as one at
+# 128, at 4 layers. `bench/compare.py` measures the rest.
 
 # %% [markdown]
 # ## In the 20b and the 120b

@@ -414,7 +414,8 @@ def drawn(events: Iterable, everything: bool = True
         if whole or kind != last:
             label = "" if kind == "final" else (
                 f"[{event.name if kind == 'call' else kind}] ")
-            yield "\n" * bool(last) + label, STYLES[kind]
+            if last or label:
+                yield "\n" * bool(last) + label, STYLES[kind]
         yield event.text, STYLES[kind]
         last = kind
     if last or not everything:
