@@ -257,7 +257,9 @@ MISTAKES = {"gptoss.config": "ConfigError", "gptoss.mxfp4": "MXFP4Error",
             "gptoss.cache": "CacheError", "gptoss.model": "ModelError",
             "gptoss.harmony": "HarmonyError",
             "gptoss.generate": "GenerateError",
-            "gptoss.chat": "ChatError",
+            "gptoss.chat": "ChatError", "gptoss.parity": "ParityError",
+            "gptoss.vectors": "VectorError",
+            "gptoss.kernels": "KernelError",
             "torch": "OutOfMemoryError"}
 
 
@@ -809,6 +811,73 @@ with tempfile.TemporaryDirectory() as folder:
         print(sorted(path.name for path in Path("original").iterdir()))
 
 # %% [markdown]
+# ### bench
+
+# %% tags=["export"]
+def run_bench(args: argparse.Namespace) -> None:
+    """Measures loading, reading and writing on random tokens."""
+    from gptoss.checkpoint import Checkpoint, resolve
+    from gptoss.kernels import measure
+
+    if min(args.prompt_tokens, args.new_tokens) < 2:
+        raise UsageError(f"expected --prompt-tokens and --new-tokens >= 2, "
+                         f"found {args.prompt_tokens} and {args.new_tokens}")
+    folder = resolve(args.path)
+    Checkpoint.open(folder).close()  # the headers, before anything slow
+    found = measure(folder, args.prompt_tokens, args.new_tokens)
+    spread = found["decode_tokens_per_second"]
+    found |= {"decode_tokens_per_second": spread["median"],
+              "decode_tokens_per_second_spread": spread}
+    if args.json:
+        print(json.dumps(found))
+        return
+    for key, value in found.items():
+        print(f"{key:>32}  " + (f"{value:,.4g}" if isinstance(value, float)
+                                else f"{value:,}" if isinstance(value, int)
+                                else str(value)))
+
+
+# %% [markdown]
+# ### parity and vectors
+
+# %% tags=["export"]
+def run_parity(args: argparse.Namespace) -> None:
+    """Walks ours and a reference and names the first that goes wrong."""
+    from gptoss.checkpoint import resolve
+    from gptoss.parity import parity_table, report
+
+    folder, tokens = resolve(args.path), None
+    if args.prompt is not None:
+        import torch
+
+        from gptoss.harmony import Tokenizer
+
+        ids = Tokenizer.from_pretrained(folder).encode(args.prompt)
+        if not ids:
+            raise UsageError("--prompt: expected at least one token")
+        tokens = torch.tensor([ids])
+    result = report(folder, args.against, tokens, _dtype(args.dtype),
+                    args.contract, args.plant)
+    strict = json.loads(json.dumps(result), parse_constant=lambda name: None)
+    print(json.dumps(strict) if args.json else visible(parity_table(result)))
+    if result["findings"]:
+        raise SystemExit(1)
+
+
+def run_vectors(args: argparse.Namespace) -> None:
+    """Writes conformance vectors, or checks this package or a port."""
+    from gptoss import vectors
+
+    if args.action == "write":
+        print(*map(str, vectors.write(args.folder)), sep="\n")
+        return
+    wrong = vectors.check(args.folder, args.answers, args.dtype)
+    print("\n".join(wrong) if wrong else "every case passes")
+    if wrong:
+        raise SystemExit(1)
+
+
+# %% [markdown]
 # ### train
 #
 # The shipped checkpoint again, from nothing (chapter 14). The target is
@@ -891,6 +960,30 @@ COMMANDS = {
     "convert": (run_convert, {
         "source": dict(metavar="SOURCE"), "target": dict(metavar="TARGET"),
         "--layout": dict(required=True, choices=("hf", "original", "bf16")),
+    }),
+    "bench": (run_bench, {
+        "path": dict(metavar="PATH_OR_ID", nargs="?", default=str(POCKET),
+                     help="folder or hub id (default: the one shipped)"),
+        "--prompt-tokens": dict(type=int, default=512, metavar="N"),
+        "--new-tokens": dict(type=int, default=32, metavar="N"),
+    } | _JSON),
+    "parity": (run_parity, {
+        "path": dict(metavar="PATH_OR_ID", nargs="?", default=str(POCKET),
+                     help="folder or hub id (default: the one shipped)"),
+        "--against": dict(default="transformers", choices=(
+            "transformers", "streamed", "grouped_mm", "openai", "float64")),
+        "--dtype": dict(default="float32", choices=("float32", "bfloat16")),
+        "--contract": dict(default="fp32", choices=(
+            "fp32", "hf-eager", "openai-torch"), help="how ours rounds"),
+        "--prompt": dict(help="text to walk over (default: random tokens)"),
+        "--plant": dict(metavar="FAULT", help="break ours first: window ..."),
+    } | _JSON),
+    "vectors": (run_vectors, {
+        "action": dict(choices=("write", "check")),
+        "folder": dict(metavar="DIR"),
+        "--answers": dict(metavar="FILE", help="a port's outputs to check"),
+        "--dtype": dict(default="float32", choices=("float32", "bfloat16"),
+                        help="of the answers"),
     }),
     "train": (run_train, {
         "target": dict(metavar="TARGET", help="folder to be made"),

@@ -2,6 +2,9 @@
 
 import os
 
+# kernels register for a whole process; only test_kernels.py wants them
+os.environ.setdefault("GPTOSS_KERNELS", "torch")
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

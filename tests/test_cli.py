@@ -539,3 +539,39 @@ def test_closed_pipe_ends_141_without_a_word(endless):
     process.wait(timeout=60)
     process.stderr.close()
     assert process.returncode == 141 and err == b""
+
+
+def run_main(*argv):
+    return subprocess.run([sys.executable, "-m", "gptoss", *argv],
+                          capture_output=True, text=True, timeout=120)
+
+
+def test_vectors_are_written_and_checked(tmp_path):
+    folder = tmp_path / "set"
+    assert run_main("vectors", "write", str(folder)).returncode == 0
+    done = run_main("vectors", "check", str(folder))
+    assert (done.returncode, done.stdout) == (0, "every case passes\n")
+    file = next(folder.glob("*.safetensors"))
+    file.unlink()
+    done = run_main("vectors", "check", str(folder))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+def test_parity_finds_nothing_until_something_is_planted():
+    argv = ("parity", "--against", "float64", "--prompt", "Once upon", "--json")
+    done = run_main(*argv)
+    assert done.returncode == 0 and json.loads(done.stdout)["findings"] == []
+    done = run_main(*argv, "--plant", "window")
+    assert done.returncode in (0, 1), done.stderr
+    assert run_main(*argv, "--plant", "nonsense").returncode == 2
+
+
+def test_bench_measures_what_it_says():
+    done = run_main("bench", "--json", "--prompt-tokens", "32",
+                    "--new-tokens", "4")
+    found = json.loads(done.stdout)
+    for key in ("load_seconds", "peak_rss_bytes",
+                "prefill_tokens_per_second", "decode_tokens_per_second",
+                "bytes_per_token", "read_bandwidth_share"):
+        assert found[key] > 0
+    assert run_main("bench", "--new-tokens", "1").returncode == 2
