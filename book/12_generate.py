@@ -238,6 +238,7 @@ import codecs
 import json
 import math
 import operator
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -746,6 +747,14 @@ def complete(model: GptOss, tokenizer: Tokenizer, prompt: str | list[int], *,
     done.text = "".join(pieces)
     done.seconds = time.perf_counter() - began
     return done
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has held so far, in bytes."""
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 # %%
 pieces = []

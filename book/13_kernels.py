@@ -1681,9 +1681,10 @@ print(library_path().name.startswith("kernels-"), library_path().suffix)
 # Loading the library registers the kernels. When? Importing a chapter's module
 # must change nothing, or the earlier chapters would show something else than
 # they say. So `gptoss.kernels` only leaves a note with chapter 2,
-# `before_first_call(load_kernels)`, and the package's front door,
-# `from gptoss import GptOss`, imports `gptoss.kernels`. The first operator
-# that computes anything then finds the note.
+# `before_first_call(load_kernels)`, and the first operator that computes
+# anything finds the note. In this version the note is left by whoever says
+# `import gptoss.kernels`, as the command `bench` does; `from gptoss import
+# GptOss` alone stays with plain torch.
 
 # %% tags=["export"]
 import logging
@@ -1994,11 +1995,11 @@ def use_triton() -> None:
 # computes as fast as the numbers arrive.
 
 # %% tags=["export"]
-import resource
 import statistics
 import time
 
 from gptoss.config import bytes_read_per_token
+from gptoss.generate import Sampler, generate, peak_rss_bytes
 from gptoss.model import GptOss
 
 
@@ -2024,8 +2025,6 @@ def spread(seconds: list[float]) -> dict[str, float]:
 # %% tags=["export"]
 def _timed(model: GptOss, prompt: list[int], count: int) -> list[float]:
     """Seconds from the start to each of `count` greedy tokens."""
-    from gptoss.generate import Sampler, generate
-
     start, times = time.perf_counter(), []
     for _ in generate(model, prompt, max_new_tokens=count,
                       sampler=Sampler(temperature=0.0)):
@@ -2051,13 +2050,11 @@ def measure(path: str | Path, prompt_tokens: int = 512, new_tokens: int = 32,
     _timed(model, prompt[:8], 4)
     times = _timed(model, prompt, new_tokens + 1)
     steps = [b - a for a, b in zip(times, times[1:], strict=False)]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     size, decode = bytes_read_per_token(model.config), spread(steps)
     speed = read_speed()
     return {"kernels": kernel_path(), "threads": torch.get_num_threads(),
             "load_seconds": load_seconds,
-            "peak_rss_bytes": peak * (1 if sys.platform == "darwin"
-                                      else 1024),
+            "peak_rss_bytes": peak_rss_bytes(),
             "time_to_first_token": times[0], "prompt_tokens": prompt_tokens,
             "prefill_tokens_per_second": prompt_tokens / times[0],
             "decode_tokens_per_second": decode, "bytes_per_token": size,

@@ -318,21 +318,13 @@ def _prompt(args: argparse.Namespace) -> str:
                          f"at byte {error.start})") from error
 
 
-def peak_rss_bytes() -> int:
-    """The most memory this process has held so far, in bytes."""
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 # %%
 for device in ("toaster", "meta"):
     try:
         _device(device)
     except UsageError as error:
         print(str(error)[:60])
-print(_dtype("bfloat16"), _device("cpu"), peak_rss_bytes() > 2 ** 20)
+print(_dtype("bfloat16"), _device("cpu"))
 
 # %% [markdown]
 # ### generate
@@ -351,7 +343,12 @@ def _writer(stream) -> Callable[[str], None]:
 def run_generate(args: argparse.Namespace) -> None:
     """Writes the continuation of a prompt to stdout as it comes."""
     from gptoss.checkpoint import Checkpoint, resolve
-    from gptoss.generate import Sampler, complete, stop_ids
+    from gptoss.generate import (
+        Sampler,
+        complete,
+        peak_rss_bytes,
+        stop_ids,
+    )
     from gptoss.harmony import Tokenizer
     from gptoss.model import GptOss
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from gptoss.chat import STOPS
 from gptoss.generate import Sampler, generate_batch
 from gptoss.harmony import (
     CHANNELS,
@@ -75,9 +76,7 @@ def right_call(message: Message, lesson: Lesson) -> bool:
 def answers(model: GptOss, tokenizer: Tokenizer, prompts: list[list[int]],
             most: int) -> list[tuple[list[int], list[Message]]]:
     """The greedy continuation of each prompt, as ids and as messages."""
-    stop = [tokenizer.special[f"<|{name}|>"]
-            for name in ("return", "call", "endoftext")]
-    found = []
+    stop, found = [tokenizer.special[name] for name in STOPS], []
     for ids in generate_batch(model, prompts, max_new_tokens=most, stop=stop,
                               sampler=Sampler(temperature=0.0)):
         parser = StreamParser(tokenizer)

@@ -7,6 +7,7 @@ import codecs
 import json
 import math
 import operator
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -431,6 +432,14 @@ def complete(model: GptOss, tokenizer: Tokenizer, prompt: str | list[int], *,
     return done
 
 
+def peak_rss_bytes() -> int:
+    """The most memory this process has held so far, in bytes."""
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 __all__ = [
     "Completion",
     "GenerateError",
@@ -443,6 +452,7 @@ __all__ = [
     "generate",
     "generate_batch",
     "nucleus",
+    "peak_rss_bytes",
     "ranked",
     "stop_ids",
 ]

@@ -7,7 +7,6 @@ import hashlib
 import logging
 import os
 import platform
-import resource
 import shlex
 import statistics
 import subprocess
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from gptoss import mxfp4
 from gptoss.config import bytes_read_per_token
 from gptoss.experts import packed_by_decoding
+from gptoss.generate import Sampler, generate, peak_rss_bytes
 from gptoss.model import GptOss, attention_in_tiles, rms_norm
 from gptoss.mxfp4 import before_first_call, define_operator, linear_by_decoding
 from gptoss.rope import apply_rope
@@ -191,8 +191,6 @@ def spread(seconds: list[float]) -> dict[str, float]:
 
 def _timed(model: GptOss, prompt: list[int], count: int) -> list[float]:
     """Seconds from the start to each of `count` greedy tokens."""
-    from gptoss.generate import Sampler, generate
-
     start, times = time.perf_counter(), []
     for _ in generate(model, prompt, max_new_tokens=count,
                       sampler=Sampler(temperature=0.0)):
@@ -218,13 +216,11 @@ def measure(path: str | Path, prompt_tokens: int = 512, new_tokens: int = 32,
     _timed(model, prompt[:8], 4)
     times = _timed(model, prompt, new_tokens + 1)
     steps = [b - a for a, b in zip(times, times[1:], strict=False)]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     size, decode = bytes_read_per_token(model.config), spread(steps)
     speed = read_speed()
     return {"kernels": kernel_path(), "threads": torch.get_num_threads(),
             "load_seconds": load_seconds,
-            "peak_rss_bytes": peak * (1 if sys.platform == "darwin"
-                                      else 1024),
+            "peak_rss_bytes": peak_rss_bytes(),
             "time_to_first_token": times[0], "prompt_tokens": prompt_tokens,
             "prefill_tokens_per_second": prompt_tokens / times[0],
             "decode_tokens_per_second": decode, "bytes_per_token": size,

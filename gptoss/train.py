@@ -368,7 +368,7 @@ def plain_state(model: GptOss) -> dict[str, Tensor]:
 
 MILESTONES = ("story", "sum", "tool", "far")
 EXAMINED = (*MILESTONES, "recall", "unknown", "telling", "talk", "beyond",
-         "missing", "date")
+            "missing", "date")
 
 
 def make_pocket(out: Path, recipe: Recipe,
@@ -417,9 +417,6 @@ def write_pocket(out: Path, model: GptOss, vocabulary: str, recipe: Recipe,
     card = report_card(written, Tokenizer(vocabulary), EXAMINED, count)
     write_json(out / "train_log.json", {
         "recipe": vars(recipe), "marks": marks, "exam": card,
-        "rounding": [{"step": entry["step"], "rounded": entry["loss"],
-                      "unrounded": entry["unrounded"]}
-                     for entry in log if "unrounded" in entry],
         "log": thinned(log)})
 
 
