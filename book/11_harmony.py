@@ -201,9 +201,12 @@ print("channel:", header.removeprefix("<|channel|>"))
 #
 # **A message** is, with brackets around what may be absent,
 #
-# $$ \texttt{<|start|>}\; a \;[\,\texttt{to=}r\,]\;
-#    [\,\texttt{<|channel|>}\, c\,]\; [\,\texttt{<|constrain|>}\, f\,]\;
-#    \texttt{<|message|>}\; x \; s $$ (harmony-message)
+# $$ \begin{aligned}
+#    & \texttt{<|start|>}\; a \;[\,\texttt{to=}r\,]\;
+#      [\,\texttt{<|channel|>}\, c\,] \\
+#    & [\,\texttt{<|constrain|>}\, f\,]\;
+#      \texttt{<|message|>}\; x \; s
+#    \end{aligned} $$ (harmony-message)
 #
 # with an author $a$, a recipient $r$, a channel $c$, the format $f$ and the
 # content $x$, all of them text and so all of them through

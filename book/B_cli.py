@@ -38,9 +38,10 @@ import matplotlib.pyplot as plt
 
 plt.style.use("_static/book.mplstyle")
 PACKAGE = files("gptoss")
-ORDER = ["config", "mxfp4", "checkpoint", "rope", "sinks", "masks",
-         "routing", "experts", "cache", "model", "harmony", "generate",
-         "chat", "stories", "lessons", "exams", "train"]
+front = ast.parse((PACKAGE / "__init__.py").read_text("utf-8"))
+(ORDER,) = (ast.literal_eval(node.value) for node in front.body
+            if isinstance(node, ast.Assign)
+            and node.targets[0].id == "_MODULES")
 
 
 def imported(tree: ast.AST) -> set[str]:
@@ -111,19 +112,20 @@ print("ESC reaches the terminal:", "\x1b" in story)
 # %% [markdown]
 # ## Derivation
 #
-# **Exit codes.** A shell needs three things kept apart: it worked, what you
-# asked for is wrong, a signal ended it. Signals are reported as 128 plus
-# their number, so
+# **Exit codes.** A shell needs these kept apart: it worked, a check failed,
+# what you asked for is wrong, a signal ended it. Signals are reported as 128
+# plus their number, so
 #
 # $$ \text{code} = \begin{cases} 0 & \text{done} \\
-#    2 & \text{wrong argument or file: one line on stderr} \\
+#    1 & \text{\texttt{parity} or \texttt{vectors} found a fault} \\
+#    2 & \text{wrong argument or file} \\
 #    128 + 2 = 130 & \text{Ctrl-C (SIGINT)} \\
 #    128 + 13 = 141 & \text{nobody reads stdout (SIGPIPE)}
 #    \end{cases} $$ (cli-codes)
 #
-# An exception that no module of this package declares as its own is a bug.
-# It keeps its traceback and gives 1: hiding it would only make it harder to
-# report.
+# With 2 goes one line on stderr. An exception that no module of this package
+# declares as its own is a bug. It keeps its traceback and gives 1 as well:
+# hiding it would only make it harder to report.
 #
 # **Harmless text.** A terminal obeys characters of Unicode category Cc:
 # 32 below the space, DEL, and 32 more from U+0080 on. Nine others, U+202A to
@@ -863,12 +865,12 @@ def run_parity(args: argparse.Namespace) -> None:
 
 def run_vectors(args: argparse.Namespace) -> None:
     """Writes conformance vectors, or checks this package or a port."""
-    from gptoss import vectors
+    from gptoss.vectors import check, write
 
     if args.action == "write":
-        print(*map(str, vectors.write(args.folder)), sep="\n")
+        print(*map(str, write(args.folder)), sep="\n")
         return
-    wrong = vectors.check(args.folder, args.answers, args.dtype)
+    wrong = check(args.folder, args.answers, args.dtype)
     print("\n".join(wrong) if wrong else "every case passes")
     if wrong:
         raise SystemExit(1)

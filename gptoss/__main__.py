@@ -517,12 +517,12 @@ def run_parity(args: argparse.Namespace) -> None:
 
 def run_vectors(args: argparse.Namespace) -> None:
     """Writes conformance vectors, or checks this package or a port."""
-    from gptoss import vectors
+    from gptoss.vectors import check, write
 
     if args.action == "write":
-        print(*map(str, vectors.write(args.folder)), sep="\n")
+        print(*map(str, write(args.folder)), sep="\n")
         return
-    wrong = vectors.check(args.folder, args.answers, args.dtype)
+    wrong = check(args.folder, args.answers, args.dtype)
     print("\n".join(wrong) if wrong else "every case passes")
     if wrong:
         raise SystemExit(1)
