@@ -1,5 +1,6 @@
 # `make demo` and `make test` need nothing but Python 3.11 or newer (with venv
-# and pip) and a C compiler; both set up .venv themselves.
+# and pip) and a C compiler; both set up .venv themselves. The last check of
+# `make test` opens the web book in Chromium (Debian: `apt install chromium`).
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
     $$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' \
     2>/dev/null && { echo $$p; break; }; done)
@@ -14,21 +15,24 @@ NO_DEPS = $(shell sed -n 's/^\# no-deps: //p' requirements.txt)
 export OMP_NUM_THREADS ?= 1
 export PYTHONHASHSEED ?= 0
 
-.PHONY: demo test tangle freeze book serve clean \
-        check-tangle check-frozen lint unit notebooks
+.PHONY: demo test tangle freeze book serve status clean \
+        check-tangle check-frozen lint unit notebooks browser
 .NOTPARALLEL:
 
-# what the user of the demo says, one message each
-SAID = "Hello!" "What is 347 + 285?" "Take 88 from 403." \
-    "Tell me a story about a fox."
+# what the user of the demo says, one message each; the second conversation
+# has two tools, a calculator and the date
+SUMS = "What is 347 + 285?" "Take 88 from 403."
+SAID = "Hello!" "My cat is called Zorali." "Tell me a story about a fox." \
+    "What is my cat called?" "What is 12 * 34?"
+CHAT = $(BIN)/python -m gptoss chat --temperature 0 --transcript
 
 demo: $(STAMP)
 	$(BIN)/python -m gptoss generate --temperature 0 --prompt "Once upon a time"
-	@printf '%s\n' $(SAID) | \
-	    $(BIN)/python -m gptoss chat --temperature 0 --transcript --no-tools
+	@printf '%s\n' $(SUMS) | $(CHAT) --no-tools
+	@printf '%s\n' $(SAID) | $(CHAT)
 
 # From cheap to dear; stops at the first that fails.
-test: check-tangle check-frozen lint unit notebooks book
+test: check-tangle check-frozen lint unit notebooks book browser
 	@echo "== every check passed"
 
 $(STAMP): requirements.txt pyproject.toml
@@ -58,12 +62,13 @@ lint: $(STAMP)
 unit: $(STAMP)
 	@echo "== pytest"
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup \
-	    tests
+	    --ignore=tests/browser tests
 
 notebooks: $(STAMP)
 	@echo "== nbval: every output is what its cell prints now"
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope \
-	    --nbval --nbval-kernel-name python3 book
+	    --nbval --nbval-kernel-name python3 \
+	    --junitxml=_build/notebooks.xml book
 
 book: $(STAMP)
 	@echo "== web book, warnings are errors"
@@ -71,11 +76,20 @@ book: $(STAMP)
 	@$(BIN)/jupyter-book build --all --quiet -W --keep-going . >/dev/null
 	@echo "_build/html/index.html"
 
+browser: $(STAMP)
+	@echo "== the web book in Chromium"
+	@$(BIN)/python -m pytest -n $(JOBS) --dist load tests/browser
+
 tangle: $(STAMP)
 	@$(BIN)/python gptoss/tangle.py
 
 freeze: tangle
 	@$(BIN)/python gptoss/tangle.py --freeze -j $(JOBS)
+
+# the run times that the status page shows where no notebook was run
+status: notebooks
+	@$(BIN)/python book/_ext/webbook.py _build/notebooks.xml
+	@echo "book/status.json"
 
 serve: book
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html 8000

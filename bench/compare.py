@@ -1,24 +1,25 @@
 """Ours, transformers and llama.cpp on one checkpoint, one after the other.
 
     python bench/compare.py PATH [--engines ours,transformers,llama.cpp]
-        [--prompt 512] [--tokens 32] [--gguf FILE] [--save SHAPE] [--json]
+        [--prompt 512] [--tokens 32] [--repeats 3] [--gguf FILE]
+        [--save SHAPE] [--json]
 
 Every engine runs in a process of its own, alone, on the same random tokens;
-printed are load seconds, peak resident memory, prefill and decode speed, and
-each one's ratio to ours. PATH is a folder in the released layout
-(bench/make_checkpoint.py writes one of random weights). transformers decodes
-the experts (bf16, or float32 with transformers-fp32) and is given a shorter
-prompt with --slow-prompt. llama.cpp needs its Python binding
-(llama-cpp-python) in --llama-python's interpreter and the checkpoint as GGUF,
-written to --gguf on first use with the package `gguf`; without them it is
-left out, and a line says so. --save keeps the result for chapter 13.
+printed are load seconds, peak resident memory, prefill and decode speed
+(medians), and each one's ratio to ours. PATH is a folder in the released
+layout (bench/make_checkpoint.py writes one of random weights). transformers
+decodes the experts (bf16, or float32 with transformers-fp32). llama.cpp needs
+its Python binding (llama-cpp-python) in --llama-python's interpreter and the
+checkpoint as GGUF, written on first use with the package `gguf`: to --gguf
+with dense matrices in bf16, and for llama.cpp-q8_0 beside it, as FILE.q8_0,
+with dense matrices in Q8_0. Without them it is left out, and a line says so.
+--save keeps the result for chapter 13.
 """
 
 import argparse
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import time
@@ -38,26 +39,21 @@ def prompt_ids(vocabulary: int, count: int) -> list[int]:
             for n in range(count)]
 
 
-def report(load: float, prefill: float, prompt: int, steps: list[float]
-           ) -> dict:
-    ordered = sorted(steps)
-    return {"load_seconds": load, "peak_rss_bytes": peak(),
-            "time_to_first_token": prefill, "prompt_tokens": prompt,
-            "prefill_tokens_per_second": prompt / prefill,
-            "decode_tokens_per_second": {
-                "median": 1 / statistics.median(ordered),
-                "low": 1 / ordered[-1], "high": 1 / ordered[0]}}
+def raw(load: float, runs: list[list[float]]) -> dict:
+    """runs: seconds from the start to each token, the first of which ends
+    the prompt. What they say is worked out by the process that compares."""
+    return {"load_seconds": load, "peak_rss_bytes": peak(), "runs": runs}
 
 
 # ---- the engines, each in a process of its own
 
-def run_ours(path: Path, prompt: int, tokens: int, options) -> dict:
+def run_ours(path: Path, options) -> dict:
     from gptoss.kernels import measure
 
-    return measure(path, prompt, tokens)
+    return measure(path, options.prompt, options.tokens, options.repeats)
 
 
-def run_transformers(path: Path, prompt: int, tokens: int, options) -> dict:
+def run_transformers(path: Path, options) -> dict:
     import torch
     from transformers import AutoModelForCausalLM, Mxfp4Config
 
@@ -68,49 +64,54 @@ def run_transformers(path: Path, prompt: int, tokens: int, options) -> dict:
         path, quantization_config=Mxfp4Config(dequantize=True), dtype=dtype,
         attn_implementation="eager").eval()
     load = time.perf_counter() - start
-    ids = torch.tensor([prompt_ids(model.config.vocab_size, prompt)])
-    steps = []
-    with torch.inference_mode():
-        model(ids[:, :2], logits_to_keep=1)
+    ids = torch.tensor([prompt_ids(model.config.vocab_size, options.prompt)])
+
+    def run() -> list[float]:
         start = time.perf_counter()
-        out = model(ids, use_cache=True, logits_to_keep=1)
-        prefill = time.perf_counter() - start
-        for _ in range(tokens):
-            start = time.perf_counter()
+        out, times = model(ids, use_cache=True, logits_to_keep=1), []
+        times.append(time.perf_counter() - start)
+        for _ in range(options.tokens):
             chosen = out.logits[:, -1].argmax(-1)[:, None]
             out = model(chosen, use_cache=True,
                         past_key_values=out.past_key_values)
-            steps.append(time.perf_counter() - start)
-    return report(load, prefill, prompt, steps)
+            times.append(time.perf_counter() - start)
+        return times
+
+    with torch.inference_mode():
+        model(ids[:, :2], logits_to_keep=1)
+        return raw(load, [run() for _ in range(options.repeats)])
 
 
-def run_llama(path: Path, prompt: int, tokens: int, options) -> dict:
+def run_llama(path: Path, options) -> dict:
     import llama_cpp
 
     threads = int(os.environ["OMP_NUM_THREADS"])
     start = time.perf_counter()
-    model = llama_cpp.Llama(str(options.gguf), n_ctx=prompt + tokens + 16,
-                            n_batch=512, n_threads=threads,
-                            n_threads_batch=threads, verbose=False)
+    model = llama_cpp.Llama(
+        str(options.gguf), n_ctx=options.prompt + options.tokens + 16,
+        n_batch=512, n_threads=threads, n_threads_batch=threads,
+        verbose=False)
     load = time.perf_counter() - start
-    ids = prompt_ids(model.n_vocab(), prompt)
+    ids = prompt_ids(model.n_vocab(), options.prompt)
+    new = prompt_ids(model.n_vocab(), options.tokens)
+
+    def run() -> list[float]:
+        model.reset()
+        start, times = time.perf_counter(), []
+        for tokens in (ids, *([token] for token in new)):
+            model.eval(tokens)
+            times.append(time.perf_counter() - start)
+        return times
+
     model.eval(ids[:2])
-    model.reset()
-    start = time.perf_counter()
-    model.eval(ids)
-    prefill = time.perf_counter() - start
-    steps = []
-    for token in prompt_ids(model.n_vocab(), tokens):
-        start = time.perf_counter()
-        model.eval([token])
-        steps.append(time.perf_counter() - start)
-    return report(load, prefill, prompt, steps)
+    return raw(load, [run() for _ in range(options.repeats)])
 
 
 # ---- the checkpoint as GGUF
 
-def write_gguf(path: Path, target: Path) -> None:
-    """The folder as a GGUF file: experts MXFP4, matrices bf16, no tokens.
+def write_gguf(path: Path, target: Path, dense: str = "BF16") -> None:
+    """The folder as a GGUF file: experts MXFP4, matrices BF16 or Q8_0, no
+    tokens.
 
     GGUF keeps one expert's gate and up apart, and a block as one scale byte
     and 16 bytes whose low nibbles are the first sixteen values.
@@ -156,9 +157,11 @@ def write_gguf(path: Path, target: Path) -> None:
             if wide or tensor.ndim == 1 or source.endswith("bias"):
                 out.add_tensor(name, tensor.float().contiguous().numpy())
                 return
-            raw = tensor.contiguous().view(torch.uint8).numpy()
-            out.add_tensor(name, raw,
-                           raw_dtype=gguf.GGMLQuantizationType.BF16)
+            kind = gguf.GGMLQuantizationType[dense]
+            data = (tensor.contiguous().view(torch.uint8).numpy()
+                    if dense == "BF16"
+                    else gguf.quants.quantize(tensor.float().numpy(), kind))
+            out.add_tensor(name, data, raw_dtype=kind)
 
         def packed(name, source, rows):
             data = block_bytes(*(file.read(f"{source}_{part}")[:, rows]
@@ -199,31 +202,83 @@ def write_gguf(path: Path, target: Path) -> None:
         out.close()
 
 
+def made_gguf(name: str, options) -> Path | str:
+    """The file for an engine of llama.cpp, written if it is not there, or in
+    words why there is none."""
+    if not options.gguf:
+        return "it needs --gguf FILE"
+    small = name.endswith("q8_0")
+    target = (options.gguf.with_name(f"{options.gguf.name}.q8_0") if small
+              else options.gguf)
+    if target.exists():
+        return target
+    place = subprocess.run(
+        [options.llama_python, "-c", "import gguf, os; "
+         "print(os.path.dirname(os.path.dirname(gguf.__file__)))"],
+        capture_output=True, text=True).stdout.strip()
+    sys.path.append(place)  # behind what is installed here
+    part = target.with_name(f"{target.name}.part")
+    try:
+        write_gguf(options.path, part, "Q8_0" if small else "BF16")
+    except ImportError as error:
+        return f"the file cannot be written: {error}"
+    part.rename(target)
+    return target
+
+
 # ---- one after the other
 
 ENGINES = {"ours": run_ours, "transformers": run_transformers,
-           "transformers-fp32": run_transformers, "llama.cpp": run_llama}
+           "transformers-fp32": run_transformers, "llama.cpp": run_llama,
+           "llama.cpp-q8_0": run_llama}
 
 
-def run_child(name: str, python: str, options) -> dict | str:
+def run_child(name: str, options) -> dict | str:
     """The engine's report, or in words why there is none."""
-    slow = name == "transformers" and options.slow_prompt
-    command = [python, __file__, str(options.path), "--child", name,
-               "--prompt", str(options.slow_prompt if slow
-                               else options.prompt),
-               "--tokens", str(min(4, options.tokens) if slow
-                               else options.tokens)]
-    if options.gguf:
-        command += ["--gguf", str(options.gguf)]
-    done = subprocess.run(command, capture_output=True, text=True,
-                          env=os.environ | {
-                              "OMP_NUM_THREADS": str(options.threads),
-                              "HF_HUB_OFFLINE": "1"})
+    from gptoss.kernels import summarise
+
+    python, more = sys.executable, []
+    if name.startswith("llama.cpp"):
+        file = made_gguf(name, options)
+        if isinstance(file, str):
+            return file
+        python, more = options.llama_python, ["--gguf", str(file)]
+    done = subprocess.run(
+        [python, __file__, str(options.path), "--child", name, "--prompt",
+         str(options.prompt), "--tokens", str(options.tokens), "--repeats",
+         str(options.repeats), *more], capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(options.threads),
+                          "HF_HUB_OFFLINE": "1"})
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [
             f"ended with {done.returncode}"]
         return lines[-1]
-    return json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    if "runs" in found:
+        # how many bytes another engine reads for a token is not known here
+        said = summarise(found.pop("runs"), options.prompt, 0, 1.0)
+        found |= {"prompt_tokens": options.prompt} | {
+            key: value for key, value in said.items()
+            if "bytes" not in key and "bandwidth" not in key}
+    return found
+
+
+def told(name: str, result: dict, ours: dict | None) -> str:
+    speeds = [result[f"{part}_tokens_per_second"]
+              for part in ("decode", "prefill")]
+    line = (f"{name:18} load {result['load_seconds']:6.1f} s, peak "
+            f"{result['peak_rss_bytes'] / 2 ** 30:5.1f} GiB, decode "
+            f"{speeds[0]:7.2f}, prefill of {result['prompt_tokens']} "
+            f"{speeds[1]:7.2f} tok/s")
+    if name == "ours":
+        share = result["read_bandwidth_share"]
+        return f"{line}; decode reads at {share:.0%} of memory's speed"
+    if not ours:
+        return line
+    decode, prefill = (ours[f"{part}_tokens_per_second"] / speed for
+                       part, speed in zip(("decode", "prefill"), speeds,
+                                          strict=True))
+    return line + (f"; ours {decode:.2f} and {prefill:.2f} times as fast")
 
 
 def main(argv=None):
@@ -231,9 +286,8 @@ def main(argv=None):
     parser.add_argument("path", type=Path)
     parser.add_argument("--engines", default="ours,transformers,llama.cpp")
     parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--slow-prompt", type=int, default=16,
-                        help="for transformers in bf16; 0: as the others")
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--gguf", type=Path)
     parser.add_argument("--llama-python", default=sys.executable)
@@ -241,13 +295,8 @@ def main(argv=None):
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    if options.child == "gguf":
-        write_gguf(options.path, options.gguf)
-        return
     if options.child:
-        run = ENGINES[options.child]
-        print(json.dumps(run(options.path, options.prompt, options.tokens,
-                             options)))
+        print(json.dumps(ENGINES[options.child](options.path, options)))
         return
     names = options.engines.split(",")
     unknown = [name for name in names if name not in ENGINES]
@@ -256,15 +305,7 @@ def main(argv=None):
                      f"found {', '.join(unknown)}")
     found = {}
     for name in names:
-        if name == "llama.cpp" and not options.gguf:
-            print("llama.cpp: left out, it needs --gguf FILE",
-                  file=sys.stderr)
-            continue
-        if name == "llama.cpp" and not options.gguf.exists():
-            write_gguf(options.path, options.gguf)
-        python = (options.llama_python if name == "llama.cpp"
-                  else sys.executable)
-        result = run_child(name, python, options)
+        result = run_child(name, options)
         if isinstance(result, str):
             print(f"{name}: left out, {result}", file=sys.stderr)
         else:
@@ -276,19 +317,8 @@ def main(argv=None):
     if options.json:
         print(json.dumps(found, indent=1))
         return
-    ours = found.get("ours")
     for name, result in found.items():
-        speeds = (result["decode_tokens_per_second"]["median"],
-                  result["prefill_tokens_per_second"])
-        line = (f"{name:18} load {result['load_seconds']:6.1f} s, peak "
-                f"{result['peak_rss_bytes'] / 2 ** 30:5.1f} GiB, decode "
-                f"{speeds[0]:7.2f}, prefill of {result['prompt_tokens']} "
-                f"{speeds[1]:7.2f} tok/s")
-        if ours and name != "ours":
-            decode = ours["decode_tokens_per_second"]["median"] / speeds[0]
-            prefill = ours["prefill_tokens_per_second"] / speeds[1]
-            line += f"; ours {decode:.2f} and {prefill:.2f} times as fast"
-        print(line)
+        print(told(name, result, found.get("ours")))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,9 @@
 # moves them all apart.
 
 # %% tags=["hide-input"]
+# Figure: three rows of 16 marks, the values at scale bytes 119, 120 and
+# 121. The marks crowd towards zero, and each row is twice as wide as the
+# one below it.
 import matplotlib.pyplot as plt
 import torch
 
@@ -58,6 +61,9 @@ plt.show()
 # code of an even input sits in the low half of its byte.
 
 # %% tags=["hide-input"]
+# Figure: a block as a row of boxes. Byte 0 holds element 1 in its high and
+# element 0 in its low half, byte 15 elements 31 and 30; the scale is a box
+# of its own.
 names = ["byte 0", "byte 1", "byte 2", "", "byte 15", "scale"]
 inside = [("1", "0"), ("3", "2"), ("5", "4"), None, ("31", "30"), None]
 figure, axis = plt.subplots(figsize=(7, 1.5))
@@ -81,6 +87,13 @@ axis.set_axis_off()
 plt.show()
 
 # %% [markdown]
+# Who writes a block chooses its scale, and pays on one side or the other:
+# under a small scale the largest weights are clipped to 6 steps, under a
+# large one the smallest become zero.
+#
+# <div class="live" data-live="mxfp4">In the web book, a slider moves the
+# scale of a block of 32 weights here.</div>
+#
 # ## The naive version
 #
 # **One scale a row.** The oldest recipe for 4 bits: divide a row by its

@@ -52,6 +52,9 @@ POSITIONS = 131_072
 # lies a ramp.
 
 # %% tags=["hide-input"]
+# Figure: tokens for one turn of each of the 32 pairs, on a logarithmic
+# scale, with and without YaRN. The curves agree up to pair 8, part on a
+# ramp, and from pair 18 on YaRN takes 32 times as long.
 pair = torch.arange(C // 2, dtype=torch.float64)
 speed = THETA ** (-2 * pair / C)  # radians a token
 turns = TRAINED * speed / (2 * math.pi)
@@ -81,6 +84,13 @@ ax.legend(loc="lower right", bbox_to_anchor=(1, 0.13))
 plt.show()
 
 # %% [markdown]
+# The factor 32 is a setting. A larger one slows the hands of the right side
+# further and leaves those of the left alone; the ramp between them stays
+# where it is, unless its ends are rounded.
+#
+# <div class="live" data-live="rope">In the web book, a slider moves the
+# factor here, and a box rounds the ends of the ramp.</div>
+#
 # ## The naive version
 #
 # RoPE alone, simply run further. A score between a query and a key that
@@ -145,6 +155,9 @@ for name, s in (("RoPE", speed), ("interpolated", speed / FACTOR)):
 # interpolation flattens the near field; YaRN keeps it.
 
 # %% tags=["hide-input"]
+# Figure: left, a score fitted below 4,096 tokens, beyond them: plain RoPE
+# swings between -8 and 8, interpolation and YaRN stay near 0. Right, the
+# score of equals over the first 32 tokens: interpolation is flat.
 fig, (left, right) = plt.subplots(1, 2, figsize=(7, 3), width_ratios=(3, 2))
 some = torch.logspace(0, math.log10(POSITIONS - 1), 1500).long().double()
 names = ("RoPE", "interpolated", "YaRN")
@@ -677,6 +690,9 @@ print(f"at distance 4,096: {phase.abs().max().item():.2f} rad",
 # quiet up to a hundred tokens and up to 0.3 beyond the 4,096 (dashed).
 
 # %% tags=["hide-input"]
+# Figure: what rounding the ramp changes. Left, the speed of pairs 9 to 17,
+# most at pair 17; in the middle, the error of their angles at distance
+# 4,096; right, the error of a score, which grows with the distance.
 fig, (one, two, three) = plt.subplots(1, 3, figsize=(7, 2.7))
 shown = torch.arange(7, 20)
 one.bar(shown, 100 * change[shown])

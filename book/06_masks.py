@@ -44,6 +44,9 @@ _ = torch.manual_seed(0)
 # furthest back has itself looked back.
 
 # %% tags=["hide-input"]
+# Figure: left a full triangle, the mask of a full layer; in the middle a
+# diagonal band six keys wide, that of a sliding layer; right a stair, what
+# the last query reaches after one to four sliding layers.
 n, w = 24, 6
 q, k = torch.arange(n)[:, None], torch.arange(n)[None]
 causal = k <= q
@@ -69,6 +72,12 @@ for ax in axes:
 plt.show()
 
 # %% [markdown]
+# Any row of the band holds as many keys as the window is wide, except at the
+# beginning of the text, where there are not yet so many.
+#
+# <div class="live" data-live="masks">In the web book, the edge of the window
+# can be dragged here.</div>
+#
 # ## The naive version
 #
 # "A window of 128" reads like "not more than 128 back":

@@ -58,6 +58,9 @@ assert experts / 20_914_757_184 > 0.91
 # unit is off, whatever the gate.
 
 # %% tags=["hide-input"]
+# Figure: left, the activation over gate and up, constant to the right of
+# gate 7 and beyond up 7 and -7, zero along up = -1; right, a cut at up = 0
+# beside GELU and SiLU, which it follows until it stops rising at gate 7.
 axis = torch.linspace(-11, 11, 221)
 gate, up = axis.clamp(max=7)[None, :], axis.clamp(-7, 7)[:, None]
 surface = (up + 1) * (gate * torch.sigmoid(1.702 * gate))
@@ -734,6 +737,9 @@ assert part == 3 * 2880 * 2880 * 17 // 32 + 2 * (2 * 2880 + 2880)
 # from about 64 (or 256) tokens on there is hardly an expert left to skip.
 
 # %% tags=["hide-input"]
+# Figure: the share of experts hit over the tokens in the batch. It starts at
+# an eighth for the 20b and a thirty-second for the 120b and reaches nearly
+# all at about 64 and 256 tokens.
 tokens = torch.logspace(0, 3, 60)
 figure, axes = plt.subplots(figsize=(7, 2.6))
 for name, config, style in (("20b, E = 32", small, "-"),

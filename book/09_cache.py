@@ -201,6 +201,9 @@ for full, part in zip(picture(truth[0]).split(), picture(found[0]).split(),
 # begin.
 
 # %% tags=["hide-input"]
+# Figure: six layers by position after the replay of nine tokens. Tapes keep
+# all they held. In the sliding layers the wrong keys form a stair, three
+# more a layer, and end where the framed keys begin that the next query needs.
 W, n, length = 4, 3, 20
 start = length - n * (W - 1)
 names = [f"{kind} {j}" for j in range(n) for kind in ("sliding", "full")]

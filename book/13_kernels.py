@@ -81,7 +81,7 @@ if reading:
     left.axvline(reading, color="0.5", ls=":", lw=1)
     left.text(reading + 0.8, 0.7, f"memory read here\n{reading:.0f} GB/s",
               fontsize=8, color="0.35")
-ours = measured("20b", "ours", "decode_tokens_per_second", "median")
+ours = measured("20b", "ours", "decode_tokens_per_second")
 if ours:
     at = (ours * bytes_read_per_token(big) / 1e9, ours)
     left.plot(*at, "o", color="C0")
@@ -179,7 +179,7 @@ assert errors["16 bits"] < errors["result in bf16"] / 50
 # **One block.** Let a block hold codes $c_i$, $i < 32$, with values
 # $v_i = w_i / 2$ where $w_i$ is an integer of size at most 12, and scale
 # $2^{s-127}$. Write the block's activations as $x_i = a\, q_i + \epsilon_i$
-# with integers $|q_i| \le 32767$, where $a = \max_i |x_i| / 32767$. Then
+# with integers $|q_i| \le 32767$ and a step $a$. Then
 #
 # $$ \sum_i 2^{s-127} v_i x_i
 #    = 2^{s-127}\, \frac a2 \sum_i w_i q_i
@@ -190,10 +190,22 @@ assert errors["16 bits"] < errors["result in bf16"] / 50
 # a float holds exactly). Weights lose nothing; the only error is
 # $|\epsilon_i| \le a/2$, so a block is off by at most
 #
-# $$ \frac{\max_i |x_i|}{65534} \; 2^{s-127} \sum_i |v_i| . $$ (kernels-error)
+# $$ \frac a2 \; 2^{s-127} \sum_i |v_i| . $$ (kernels-error)
 #
-# The bound follows the *largest* activation of a block. An outlier costs its
-# 31 neighbours precision, at most $2^{-16}$ of the outlier itself.
+# **Which step?** The finest is $a = \max_i |x_i| / 32767$; what stands
+# between the two layers of an expert, in fp32, gets that. But what enters the
+# first was stored in bf16, eight significant bits a number. With
+# $2^e \le \max_i |x_i| < 2^{e+1}$ take
+#
+# $$ a = 2^{e-14} : \quad |x_i| \ge 2^{e-7} \;\Rightarrow\; \epsilon_i = 0,
+# $$ (kernels-step)
+#
+# since a bf16 number of size $2^{e-7}$ or more is a multiple of $2^{e-14}$.
+# Every activation of at least 1/128 of the block's largest is kept exactly,
+# and the few others are off by at most $2^{-15}$ of it.
+#
+# An outlier costs its 31 neighbours precision all the same: the step follows
+# the largest.
 #
 # **Why integers.** AVX2 has an instruction, `pmaddwd`, that multiplies
 # sixteen pairs of 16-bit integers and adds neighbours: 16 products. Its
@@ -362,7 +374,15 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 #   return found;
 # }
 #
-# void quantise(const float* x, int64_t n, Quantised& to) {
+# // the step between integers: a power of two for what was stored in bf16,
+# // whose largest is then at most 255 * 2**7; otherwise the finest
+# inline float step(float largest, bool stored) {
+#   if (!stored) return largest / 32767;
+#   const uint32_t exponent = load<uint32_t>(&largest) & 0x7f800000;
+#   return load<float>(&exponent) / 16384;
+# }
+#
+# void quantise(const float* x, bool stored, int64_t n, Quantised& to) {
 #   static constexpr int group[4] = {0, 32, 16, 48};  // of element 4 i + j
 #   for (int64_t b = 0; b < to.blocks; ++b) {
 #     int16_t* at = &to.values[n * to.padded + start(b)];
@@ -371,7 +391,7 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 #       part[i] = load<Floats>(x);
 #       odd += 0 * part[i];  // NaN if one of them is NaN or infinite
 #     }
-#     const float scale = largest(part) / 32767;
+#     const float scale = step(largest(part), stored);
 #     const float up = scale > 1e-37f ? 1 / scale : 0;
 #     for (int i = 0; i < 4; ++i) {
 #       // adding 1.5 * 2**23 leaves the nearest integer in the low bits
@@ -383,25 +403,34 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 #   }
 # }
 #
-# Quantised quantised(const Buffer& x, int64_t rows, int64_t blocks) {
+# Quantised quantised(const Buffer& x, bool stored, int64_t rows,
+#                     int64_t blocks) {
 #   Quantised q(rows, blocks);
 #   at::parallel_for(0, rows, 8, [&](int64_t begin, int64_t end) {
 #     for (int64_t n = begin; n < end; ++n)
-#       quantise(&x[n * blocks * BLOCK], n, q);
+#       quantise(&x[n * blocks * BLOCK], stored, n, q);
 #   });
 #   return q;
 # }
 # ```
 
 # %% [markdown]
-# The same in torch, to look at: where the elements of two blocks go, and that
-# nothing is lost but the rounding.
+# The same in torch, to look at: where the elements of two blocks go, and how
+# many of a block's activations {eq}`kernels-step` keeps exactly.
 
 # %%
 order = sorted(range(64), key=lambda k: (16 * (0, 2, 1, 3)[k % 4]
                                          + 8 * (k // 32) + k % 32 // 4))
 print(order[:8], order[16:24], sep="\n")
 assert sorted(order) == list(range(64))
+some = torch.randn(1000, 32).bfloat16().double()
+top = some.abs().amax(-1, keepdim=True)
+step = 2.0 ** (top.frexp().exponent - 15).double()
+kept = (some / step).round() * step == some
+assert kept[some.abs() >= top / 128].all() and (top / step <= 32767).all()
+finest = rounded(some, 32767) == some
+print(f"kept: {kept.double().mean():.0%} with a power of two, "
+      f"{finest.double().mean():.0%} with the finest step")
 
 # %% [markdown]
 # ### One row of four-bit weights
@@ -497,7 +526,10 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 # kind of which the processor measured below starts fewer than one a cycle.
 #
 # Since the halves of the sum belong to different blocks, one conversion and
-# one multiply-add serve 64 weights.
+# one multiply-add serve 64 weights. Newer processors multiply, add neighbours
+# and add to a sum in one instruction, `vpdpwssd` of AVX-512 VNNI or AVX-VNNI,
+# with the same integers as result. Where the compiler finds it, it is used;
+# the processor that this chapter was measured on does not have it.
 #
 # Four rows are read at the same time, and not neighbours but rows far apart.
 # Processors fetch ahead along a stream of addresses, each stream for itself
@@ -507,6 +539,17 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
+# // sums, plus sixteen products added in pairs
+# inline __m256i add_products(__m256i sums, __m256i a, __m256i b) {
+# #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#   return _mm256_dpwssd_epi32(sums, a, b);
+# #elif defined(__AVXVNNI__)
+#   return _mm256_dpwssd_avx_epi32(sums, a, b);
+# #else
+#   return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
+# #endif
+# }
+#
 # // 32 bytes of weights times 64 activations; each half is one block's sum
 # inline __m256 dot_pair(__m256i bytes, const int16_t* q, __m256i values) {
 #   const __m256i low = _mm256_set1_epi8(15);
@@ -516,16 +559,15 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 #     return _mm256_shuffle_epi8(values, _mm256_and_si256(nibbles, low));
 #   };
 #   const __m256i a = look_up(bytes), b = look_up(next);
-#   auto times = [q](__m256i w, int at) {  // sixteen products, added in pairs
-#     return _mm256_madd_epi16(w, load<__m256i>(q + at));
+#   auto add = [q](__m256i sums, __m256i w, int at) {
+#     return add_products(sums, w, load<__m256i>(q + at));
 #   };
 #   // a byte in the upper half of 16 bits is 256 times its value
-#   const __m256i s0 = times(_mm256_slli_epi16(a, 8), 0);
-#   const __m256i s1 = times(_mm256_and_si256(a, high), 16);
-#   const __m256i s2 = times(_mm256_slli_epi16(b, 8), 32);
-#   const __m256i s3 = times(_mm256_and_si256(b, high), 48);
-#   return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_add_epi32(s0, s1),
-#                                              _mm256_add_epi32(s2, s3)));
+#   __m256i s = add(__m256i{}, _mm256_slli_epi16(a, 8), 0);
+#   __m256i t = add(__m256i{}, _mm256_and_si256(a, high), 16);
+#   s = add(s, _mm256_slli_epi16(b, 8), 32);
+#   t = add(t, _mm256_and_si256(b, high), 48);
+#   return _mm256_cvtepi32_ps(_mm256_add_epi32(s, t));
 # }
 #
 # // out[0], out[step] ...: R rows of a weight, `step` rows apart, times x
@@ -670,8 +712,8 @@ print(deck[3][:3])
 #         for (int t = 0; t < TOKENS; ++t) {
 #           const __m256i x = _mm256_set1_epi32(
 #               load<int32_t>(few.q[t] + at + 16 * u + 2 * m));
-#           s[t][0] = _mm256_add_epi32(s[t][0], _mm256_madd_epi16(w0, x));
-#           s[t][1] = _mm256_add_epi32(s[t][1], _mm256_madd_epi16(w1, x));
+#           s[t][0] = add_products(s[t][0], w0, x);
+#           s[t][1] = add_products(s[t][1], w1, x);
 #           // here, not later: or the compiler makes many products first
 #           // and has to put them aside in memory
 #           asm("" : "+x"(s[t][0]), "+x"(s[t][1]));
@@ -1426,7 +1468,7 @@ print("relative error below 1e-6:", worst < 1e-6)
 #   Buffer y(N * m);
 #   const std::vector<int64_t> ids(N, 0);
 #   grouped_linear(weight, Groups(ids.data(), N, 1),
-#                  quantised(floats(x), N, weight.blocks), 1,
+#                  quantised(floats(x), true, N, weight.blocks), 1,
 #                  [&](int64_t slot, int64_t, int64_t row0, int64_t rows,
 #                      const float* v) {
 #     std::copy_n(v, rows, &y[slot * m + row0]);
@@ -1472,10 +1514,10 @@ print("relative error below 1e-6:", worst < 1e-6)
 #                       gate_up_scales.size(0));
 #   const Buffer hidden = run_gate_up(
 #       gate_up, numbers(gate_up_bias), limit, groups,
-#       quantised(floats(x), slots / K, gate_up.blocks), K);
+#       quantised(floats(x), true, slots / K, gate_up.blocks), K);
 #   const Buffer y = run_down(
 #       down, numbers(down_bias), numbers(shares), groups,
-#       quantised(hidden, slots, down.blocks), K);
+#       quantised(hidden, false, slots, down.blocks), K);
 #   return result(x, down.rows, y);
 # }
 # ```
@@ -1560,7 +1602,10 @@ print("relative error below 1e-6:", worst < 1e-6)
 #   m.impl("packed_experts", packed_experts);
 # }
 #
-# #ifdef GPTOSS_AVX2
+# #if defined(GPTOSS_AVX2) && (defined(__AVXVNNI__) \
+#     || (defined(__AVX512VNNI__) && defined(__AVX512VL__)))
+# constexpr char NAME[] = "C++ with AVX2 and VNNI";
+# #elif defined(GPTOSS_AVX2)
 # constexpr char NAME[] = "C++ with AVX2";
 # #else
 # constexpr char NAME[] = "portable C++";
@@ -1583,12 +1628,15 @@ print("relative error below 1e-6:", worst < 1e-6)
 # One call of the compiler makes the library. Its name carries a hash of all
 # that it depends on: source, options, PyTorch's version and the processor's
 # abilities, for `-march=native` makes code for this processor only. It is
-# written under a temporary name and renamed, so of two processes that build
-# at once both succeed, and one that is killed leaves nothing that looks whole.
-# (`torch.utils.cpp_extension.load` would need `ninja`, and its lock outlives a
-# process that is killed; its include paths are all we take.)
+# written under a temporary name and renamed, so a process that is killed
+# leaves nothing that looks whole. When several start at once, as the ranks of
+# `torchrun` do, one compiles and the others wait for its file: the folder is
+# locked, with a lock that the system drops when its holder ends, however it
+# ends. (`torch.utils.cpp_extension.load` would need `ninja`, and its lock is
+# a file that outlives a killed process; its include paths are all we take.)
 
 # %% tags=["export"]
+import logging
 import os
 import shlex
 from pathlib import Path
@@ -1597,6 +1645,7 @@ import torch
 
 from gptoss import mxfp4
 
+_log = logging.getLogger("gptoss")
 SOURCE = Path(mxfp4.__file__).with_name("kernels.cpp")
 OPTIONS = ("-O3", "-march=native", "-std=c++20", "-ffp-contract=fast",
            "-fopenmp", "-fPIC", "-shared", "-w")
@@ -1606,6 +1655,10 @@ class KernelError(RuntimeError):
     """The kernels cannot be compiled or loaded here."""
 
 
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
+
+
 def compile_command(target: Path, portable: bool = False) -> list[str]:
     """The compiler's command line that makes `target` from kernels.cpp.
 
@@ -1613,7 +1666,7 @@ def compile_command(target: Path, portable: bool = False) -> list[str]:
     """
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    return [*shlex.split(os.environ.get("CXX") or "c++"), *OPTIONS,
+    return [*_compiler(), *OPTIONS,
             *(["-DGPTOSS_PORTABLE"] if portable else []),
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
             *(f"-I{folder}" for folder in include_paths()), str(SOURCE),
@@ -1624,9 +1677,16 @@ def compile_command(target: Path, portable: bool = False) -> list[str]:
 # %% tags=["export"]
 import hashlib
 import platform
+import shutil
 import subprocess
-import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes may both compile
+    fcntl = None
 
 
 def library_path(portable: bool = False) -> Path:
@@ -1641,28 +1701,51 @@ def library_path(portable: bool = False) -> Path:
     return Path(cache) / "gptoss" / f"kernels-{name}.so"
 
 
+# %% tags=["export"]
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """One process at a time; others wait. A dead process holds nothing."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a network drive that knows no locks
+            if fcntl:
+                fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
+
+
+def _compile(path: Path, portable: bool) -> None:
+    _log.warning("gptoss: compiling the kernels, once; it takes about half "
+                 "a minute")
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        done = subprocess.run(compile_command(made, portable),
+                              capture_output=True, text=True)
+        if done.returncode:
+            lines = [*done.stderr.splitlines(), "no message"]
+            raise KernelError("the compiler failed: " + next(
+                (line for line in lines if "error" in line), lines[0]))
+        os.replace(made, path)
+
+
+# %% tags=["export"]
 def build(portable: bool = False) -> Path:
     """The compiled kernels; compiles them if they are not there yet.
 
-    KernelError, with the compiler's own first complaint, if that fails.
+    That is told in one line on the logger "gptoss". KernelError, with the
+    compiler's own first complaint, if it fails.
     """
     path = library_path(portable)
     if path.exists():
         return path
+    if shutil.which(_compiler()[0]) is None:
+        raise KernelError(f"no compiler {_compiler()[0]!r} ($CXX names one)")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / path.name
-            if sys.stderr.isatty():
-                print("gptoss: compiling kernels (once, about half a minute)",
-                      file=sys.stderr)
-            done = subprocess.run(compile_command(made, portable),
-                                  capture_output=True, text=True)
-            if done.returncode:
-                lines = [*done.stderr.splitlines(), "no message"]
-                raise KernelError("the compiler failed: " + next(
-                    (line for line in lines if "error" in line), lines[0]))
-            os.replace(made, path)
+        with _alone_in(path.parent):
+            if not path.exists():  # else another process was first
+                _compile(path, portable)
     except OSError as error:
         raise KernelError(f"cannot compile: {error}") from error
     return path
@@ -1682,12 +1765,12 @@ print(library_path().name.startswith("kernels-"), library_path().suffix)
 # must change nothing, or the earlier chapters would show something else than
 # they say. So `gptoss.kernels` only leaves a note with chapter 2,
 # `before_first_call(load_kernels)`, and the first operator that computes
-# anything finds the note. In this version the note is left by whoever says
-# `import gptoss.kernels`, as the command `bench` does; `from gptoss import
-# GptOss` alone stays with plain torch.
+# anything finds the note. `from gptoss import GptOss` or `Chat` imports this
+# module too (appendix B), and so do the commands `generate`, `chat` and
+# `bench`: whoever uses the model gets the kernels. Whoever imports
+# `gptoss.model` alone, as the other chapters do, gets what they derive.
 
 # %% tags=["export"]
-import logging
 from collections.abc import Callable
 
 import torch.nn.functional as F
@@ -1727,7 +1810,7 @@ def _load(choice: str) -> str:
         _define_plain()
         torch.ops.load_library(str(library))
     except (KernelError, OSError) as error:
-        logging.getLogger("gptoss").warning(
+        _log.warning(
             "gptoss: no kernels, plain torch is used (many times slower; "
             "GPTOSS_KERNELS=torch silences this): %s", error)
         return f"torch ({error})"
@@ -1749,14 +1832,13 @@ def load_kernels() -> str:
 def kernel_path() -> str:
     """Which path the operators take on the CPU, in words; never compiles."""
     choice = os.environ.get("GPTOSS_KERNELS", "auto")
-    waits = not _path and choice == "auto" and not library_path().exists()
+    waits = (not _path and choice in ("auto", "portable")
+             and not library_path(choice == "portable").exists()
+             and shutil.which(_compiler()[0]))
     return "C++, to be compiled when first used" if waits else load_kernels()
 
 
 # %% tags=["export"]
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from gptoss.mxfp4 import before_first_call
 
 
@@ -2014,12 +2096,14 @@ def read_speed(size: int = 2 ** 30, repeats: int = 5) -> float:
     return size / best
 
 
-def spread(seconds: list[float]) -> dict[str, float]:
-    """Rates of durations: the median's, and of the slow and fast tenth."""
+def rates(name: str, seconds: list[float], count: int = 1) -> dict:
+    """Rates of `count` things in so many seconds: the median as `name`, and
+    those of the slow and the fast tenth as low and high in `name`_spread."""
     ordered = sorted(seconds)
     tenth = len(ordered) // 10
-    return {"median": 1 / statistics.median(ordered),
-            "low": 1 / ordered[-1 - tenth], "high": 1 / ordered[tenth]}
+    return {name: count / statistics.median(ordered),
+            f"{name}_spread": {"low": count / ordered[-1 - tenth],
+                               "high": count / ordered[tenth]}}
 
 
 # %% tags=["export"]
@@ -2032,46 +2116,74 @@ def _timed(model: GptOss, prompt: list[int], count: int) -> list[float]:
     return times
 
 
+def summarise(runs: list[list[float]], prompt_tokens: int, size: int,
+              speed: float) -> dict:
+    """What runs say, each the seconds from its start to each of its tokens.
+
+    size: the bytes of weights that a token reads; speed: bytes a second
+    that memory delivers. The first token ends the reading of the prompt.
+    """
+    first = [times[0] for times in runs]
+    steps = [after - before for times in runs
+             for before, after in zip(times, times[1:], strict=False)]
+    decode = rates("decode_tokens_per_second", steps)
+    share = decode["decode_tokens_per_second"] * size / speed
+    return ({"time_to_first_token": statistics.median(first)}
+            | rates("prefill_tokens_per_second", first, prompt_tokens)
+            | decode | {"bytes_per_token": size,
+                        "read_bytes_per_second": speed,
+                        "read_bandwidth_share": share})
+
+
+# %% tags=["export"]
 def measure(path: str | Path, prompt_tokens: int = 512, new_tokens: int = 32,
-            seed: int = 0) -> dict:
+            repeats: int = 3, seed: int = 0,
+            load: Callable[..., GptOss] = GptOss.from_pretrained) -> dict:
     """Load the model in `path` and generate; what it took, as a dict.
 
     The prompt is random tokens. A short run comes first, so that the file
-    is in memory and the kernels are loaded: time_to_first_token is that of
-    the timed run. Seconds, bytes, tokens a second; read_bandwidth_share is
-    the bytes of a token over what memory could deliver in its time.
+    is in memory and the kernels are loaded; then `repeats` timed ones.
+    Seconds, bytes, tokens a second (medians); read_bandwidth_share is the
+    bytes of a token over what memory could deliver in its time. KernelError
+    if the tokens do not fit into the model's context.
     """
     start = time.perf_counter()
-    model = GptOss.from_pretrained(path)
+    model = load(path)
     load_seconds = time.perf_counter() - start
+    room = model.config.max_position_embeddings
+    if prompt_tokens + new_tokens > room:
+        raise KernelError(f"prompt_tokens + new_tokens: expected at most "
+                          f"{room} (the model's context), found "
+                          f"{prompt_tokens} + {new_tokens}")
     draw = torch.Generator().manual_seed(seed)
     prompt = torch.randint(model.config.vocab_size, (prompt_tokens,),
                            generator=draw).tolist()
     _timed(model, prompt[:8], 4)
-    times = _timed(model, prompt, new_tokens + 1)
-    steps = [b - a for a, b in zip(times, times[1:], strict=False)]
-    size, decode = bytes_read_per_token(model.config), spread(steps)
-    speed = read_speed()
+    runs = [_timed(model, prompt, new_tokens + 1) for _ in range(repeats)]
+    peak = peak_rss_bytes()  # now: measuring memory takes a gigabyte
     return {"kernels": kernel_path(), "threads": torch.get_num_threads(),
-            "load_seconds": load_seconds,
-            "peak_rss_bytes": peak_rss_bytes(),
-            "time_to_first_token": times[0], "prompt_tokens": prompt_tokens,
-            "prefill_tokens_per_second": prompt_tokens / times[0],
-            "decode_tokens_per_second": decode, "bytes_per_token": size,
-            "read_bytes_per_second": speed,
-            "read_bandwidth_share": decode["median"] * size / speed}
+            "load_seconds": load_seconds, "peak_rss_bytes": peak,
+            "prompt_tokens": prompt_tokens, "new_tokens": new_tokens,
+            "repeats": repeats} | summarise(
+                runs, prompt_tokens, bytes_read_per_token(model.config),
+                read_speed())
 
 
 # %%
-told = spread([0.1] * 8 + [0.2, 0.05])
-print({name: round(value, 1) for name, value in told.items()})
+told = summarise([[0.5, 0.6, 0.8], [0.25, 0.35, 0.4]], 100, 1000, 50000.0)
+for name in ("time_to_first_token", "decode_tokens_per_second",
+             "read_bandwidth_share"):
+    print(name, round(told[name], 3))
+assert told["prefill_tokens_per_second_spread"] == {"low": 200, "high": 400}
+
 
 # %% [markdown]
 # ## It holds
 #
 # **Kernels against plain torch against float64**, on the same inputs in bf16.
-# The packed product must not be further from the exact result than the torch
-# path is; for the experts, which keep fp32 in between, it must be nearer.
+# The packed product ends in one rounding to bf16, and so does the torch path:
+# both are as far from the exact result, to one part in a thousand. The
+# experts keep fp32 in between and must be nearer.
 
 # %%
 from gptoss.mxfp4 import mxfp4_linear
@@ -2093,7 +2205,7 @@ for tokens in (1, 3, 4, 23):
         ours, torchs = errors_of(
             mxfp4_linear, torch.randn(tokens, columns).bfloat16(), blocks,
             scales, torch.randn(rows).bfloat16())
-        assert ours < 1.02 * torchs < 3e-3
+        assert ours < 1.001 * torchs < 3e-3
 print("one rounding to bf16, and nothing else that shows")
 
 # %%
@@ -2163,8 +2275,9 @@ assert torch.equal(grads[0], layer.weight.sum(0).expand(3, -1))
 print([tuple(grad.shape) for grad in grads])
 
 # %% [markdown]
-# **The whole model.** The shipped checkpoint on a story it did not see, each
-# position's logits on both paths, beside the same weights in float64:
+# **The shipped model**, on a story it did not see. First the experts of each
+# layer, on the inputs that they get in it: both paths and float64 are given
+# the same numbers, rounded to bf16.
 
 # %%
 from pathlib import Path
@@ -2180,26 +2293,60 @@ tokens = Tokenizer.from_pretrained(POCKET).encode(
 )
 model = GptOss.from_pretrained(POCKET)
 wide = GptOss.from_pretrained(POCKET, dtype=torch.float64)
+inputs = []
+hooks = [layer.mlp.experts.register_forward_pre_hook(
+    lambda module, given: inputs.append(given)) for layer in wide.layers]
 with torch.inference_mode():
     exact = wide(torch.tensor([tokens]))
+for hook in hooks:
+    hook.remove()
+for n, (x_n, ids, weights) in enumerate(inputs):
+    def run(x, weights, n=n, ids=ids):
+        which = wide if x.dtype == torch.float64 else model
+        return which.layers[n].mlp.experts(x, ids, weights)
+
+    ours, torchs = errors_of(run, x_n.bfloat16(), weights.bfloat16())
+    assert ours <= torchs
+    if path.startswith("C++"):
+        assert ours < 0.8 * torchs
+print(len(inputs), "layers, in each at least as near as plain torch")
+
+# %% [markdown]
+# Then the whole, the same weights in bf16 on both paths and in float64. Now
+# the inputs differ from the first layer on, and both paths round the stream
+# between the layers to bf16.
+
+# %%
+with torch.inference_mode():
     fast = model(torch.tensor([tokens])).double()
     with plain_torch():
         slow = model(torch.tensor([tokens])).double()
-assert off(fast, exact) <= off(slow, exact)
 best, second = exact.topk(2).values.unbind(-1)
 clear = best - second > 0.25
 assert (fast.argmax(-1) == exact.argmax(-1))[clear].all()
 assert (slow.argmax(-1) == fast.argmax(-1))[clear].all()
-print("not further from float64 than torch's path:",
-      off(fast, exact) <= off(slow, exact))
-print("the same choice wherever the best token leads by 0.25")
+narrow = GptOss.from_pretrained(POCKET, dtype=torch.float32)
+with torch.inference_mode():
+    single = narrow(torch.tensor([tokens]))
+    with plain_torch():
+        assert torch.equal(narrow(torch.tensor([tokens])), single)
+print("bf16: the same choice wherever the best token leads by 0.25")
+print("float32: the same bits")
 
 # %% [markdown]
-# That last condition is honest bookkeeping. A story has places where two words
-# are equally good (*small* or *little*), and the model learnt to give them
-# equal logits. There the last bit decides, in bf16 it decides by chance, and
-# two greedy texts part at such a place although both paths are right. Wherever
-# the best token leads, the paths agree.
+# So what does *identical* mean for two paths? In float32 it is literal: the
+# kernels step aside, and both paths are one. In bf16 it cannot be. Over 16
+# held-out stories (3,021 positions) the median distance of the logits from
+# float64, relative to their size, was 0.0048 with the kernels and 0.0053
+# with torch, and a router chose another expert than in float64 at 83 and 89
+# positions. Where two words are equally good (*small* or *little*), the model
+# learnt to give them equal logits, and the last bit decides. Of 12 greedy
+# texts of 64 tokens, 3 were the same on both paths. The other nine parted at
+# such a place: the exact logits of the two words differed by at most 0.12,
+# which is two steps of bf16 at that size. Float64 agreed with the kernels in
+# five of them, with torch in three, with neither in one.
+# `tests/test_kernels.py` holds what of this can be held: in bf16 two texts
+# part only where the exact logits are within 0.25.
 
 # %% [markdown]
 # ## Against the others
@@ -2235,19 +2382,18 @@ def number(value, width: int, digits: int = 1) -> str:
 
 
 print(measured("machine", "words", default="not measured yet"))
-print("tokens a second".ljust(31), " decode  prefill  GiB   ours is faster by")
-for shape in ("20b", "4 layers", "2 layers", "shipped"):
+print("tokens a second".ljust(33), " decode  prefill  GiB   ours is faster by")
+for shape in ("20b", "4 layers", "4 layers, 16", "2 layers", "shipped"):
     engines = measured(shape, default={})
     best = engines.get("ours", {})
     for engine, result in engines.items():
-        speeds = [result.get("decode_tokens_per_second", {}).get("median"),
-                  result.get("prefill_tokens_per_second")]
-        mine = [best.get("decode_tokens_per_second", {}).get("median"),
-                best.get("prefill_tokens_per_second")]
+        speeds, mine = ([found.get(f"{part}_tokens_per_second")
+                         for part in ("decode", "prefill")]
+                        for found in (result, best))
         faster = [f"{a / b:.1f} x" for a, b in zip(mine, speeds, strict=True)
                   if a and b and engine != "ours"]
         memory = result.get("peak_rss_bytes")
-        print(shape.ljust(10), engine.ljust(20), number(speeds[0], 7),
+        print(shape.ljust(12), engine.ljust(20), number(speeds[0], 7),
               number(speeds[1], 8),
               number(memory and memory / 2 ** 30, 5), "  ",
               ", ".join(faster))
@@ -2261,6 +2407,12 @@ if share:
 # in MXFP4 and dense matrices in bf16. Memory delivered 20 to 28 GB/s that
 # day, and a repetition moves by a tenth. Decoding reads at nearly memory's
 # speed, so little is left to win; in prefill, the tiles win by arithmetic.
+#
+# **Not run at all**, for want of such machines: the instruction of AVX-512
+# VNNI and AVX-VNNI (it was compiled, by GCC), and the kernels on an ARM
+# processor, where everything but the packed product uses the compiler's
+# vectors and the packed product is the portable loop. Nothing is written in
+# NEON, and no vector is 512 bits wide.
 #
 # **Not measured yet**, for want of a quiet machine, and so not claimed: the
 # decode and prefill speed of the whole 20b (loading it took 2 seconds and its
@@ -2320,8 +2472,8 @@ print(f"experts are limited by arithmetic from about {tokens:.0f} tokens on; "
 # ### Exercise 1
 #
 # An activation of 1000 stands among 31 of size 1, and its weight is zero.
-# How wrong can the block's product be in units of the others' own size? Check
-# the bound {eq}`kernels-error` numerically.
+# How wrong can the block's product be in units of the others' own size, with
+# the finest step? Check the bound {eq}`kernels-error` numerically.
 
 # %% tags=["hide-cell"]
 block = torch.randn(32, dtype=torch.float64)

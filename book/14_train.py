@@ -22,15 +22,15 @@
 # How small can a gpt-oss be and still think before it answers?
 #
 # The checkpoint in `gptoss/pocket/` has a ten-thousandth of the 20b's
-# parameters. One processor core trained it in the time of a long lunch. It
-# speaks harmony: asked for a sum of three-digit numbers it works it out
-# column by column in its analysis channel, longer or shorter as the system
-# message says, and then answers; asked for a story it tells one, and in 94 of
-# 100 nothing is mixed up: a red kite stays a red kite. It also shows what such
-# a run does not reach: it has not learnt to read the definitions of tools, and
-# facts from earlier turns it recalls about half of the time. Everything the
-# big models have is in it: alternating sliding and full layers, sinks, YaRN,
-# top-k routing, a clamped SwiGLU, experts in MXFP4.
+# parameters. One processor core trained it in an hour and a half. It speaks
+# harmony: asked for a sum of three-digit numbers it works it out column by
+# column in its analysis channel, longer or shorter as the system message
+# says, and then answers. It reads the definitions of tools it has never seen
+# together, calls the right one with the right arguments and uses the result.
+# It remembers what it was told a story ago, and in its stories a red kite
+# stays a red kite. Everything the big models have is in it: alternating
+# sliding and full layers, sinks, YaRN, top-k routing, a clamped SwiGLU,
+# experts in MXFP4.
 #
 # This chapter writes the text it learns from, trains it, puts its experts
 # on the four-bit grid and lets programs mark the result. The whole training
@@ -59,10 +59,12 @@ steps = [entry["step"] for entry in log]
 marks = saved["marks"]
 fig, axes = plt.subplots(1, 2, figsize=(8, 3.2))
 axes[0].plot(steps, [entry["loss"] for entry in log], linewidth=0.6)
-for name, at in (("easy rows end", recipe["easy"]),
-                 ("experts on grid", recipe["grid_from"])):
+for name, at, high in (("easy rows end", recipe["easy"], 3),
+                       ("more sums", recipe["change"], 3),
+                       ("four bits", recipe["grid_from"], 2.2),
+                       ("digits", recipe["last"], 1.6)):
     axes[0].axvline(at * recipe["steps"], color="C1", linestyle=":")
-    axes[0].text(at * recipe["steps"], 3, f" {name}", fontsize=8)
+    axes[0].text(at * recipe["steps"], high, f" {name}", fontsize=8)
 axes[0].set(xlabel="step", ylabel="nats per token", yscale="log",
             title="The loss")
 axes[0].set_yticks((0.3, 0.5, 1, 2, 5), ("0.3", "0.5", "1", "2", "5"))
@@ -80,10 +82,12 @@ print(f"{log[-1]['seconds'] / 60:.0f} minutes on one core, "
 
 # %% [markdown]
 # Left the loss, from the saved log; right, what the weights at every
-# thousandth step could do with questions that training never shows (12 of
-# each kind; the command asks 40). The loss falls smoothly and says little.
-# The abilities come late, suddenly, and one after another, once the learning
-# rate is small; two of the four had not come when the run was over.
+# thousandth step could do with 40 questions of each kind that training never
+# shows. The loss falls and says little (its spikes are batches of senseless
+# drills). The abilities come one after another: stories and facts from far
+# above, which are copying, then tools, which are copying the right thing, and
+# arithmetic last. While the rate is high a few steps can undo one of them for
+# a while.
 
 # %% [markdown]
 # ## The naive version
@@ -98,7 +102,7 @@ import random
 from gptoss.chat import STOPS
 from gptoss.exams import examine, grade
 from gptoss.generate import Sampler, generate_batch
-from gptoss.harmony import Tokenizer, render
+from gptoss.harmony import Message, Tokenizer, render, system_message
 from gptoss.lessons import lesson_stream
 from gptoss.model import GptOss
 
@@ -154,6 +158,43 @@ for text in (straight, crooked):
 # %% [markdown]
 # ## Derivation
 #
+# **Copying.** Most of what the model has to learn is to say again what stands
+# further up: the colour of the kite, the name of a cat, of a tool, of its
+# parameters. The circuit that does it is known {cite}`induction2022` and
+# needs two layers. After "Zorali lives in Bomak. Where does Zo", the next
+# piece is "ra", because "ra" came after "Zo" before:
+#
+# 1. A head of the first layer writes beside each token the one before it.
+# 2. A head of a later layer looks, with the present token as its query, for
+#    a place that has this token written beside it, and says the token there.
+#
+# Small models find this pair late, and all at once, since neither head is of
+# any use before the other is there. The first runs of this chapter spent
+# seven thousand steps and never learnt to read the name of a tool. But a
+# circuit that is understood need not be found: it can be where the training
+# starts {cite}`mimetic2023`.
+#
+# *Step 1 needs no token at all.* The projections of gpt-oss have biases, and
+# RoPE turns a constant into a clock. If all queries are $q$ and all keys $k$,
+# constants, and RoPE turns pair $i$ by $\theta_i$ per position (chapter 4),
+# then with each pair read as a complex number, $k_i = r_i$ and
+# $q_i = r_i e^{-\mathrm{i} \theta_i}$, the score of a key that is $d$ tokens
+# back is
+#
+# $$ s(d) = \sum_i \operatorname{Re}\big( q_i e^{\mathrm{i} \theta_i d}
+#    \, \overline{k_i} \big) = \sum_i r_i^2 \cos\big( \theta_i (d - 1)
+#    \big), $$ (train-clock)
+#
+# largest at $d = 1$. Three fast pairs make the peak sharp: one clock alone
+# strikes again after $2 \pi / \theta_i$ tokens, three hardly ever agree.
+#
+# *Step 2 must not see the clock.* Query and key are now the embedding of the
+# present token and the copy beside an earlier one, both projected by the same
+# matrix, so that their product is large where the two are the same. RoPE
+# would turn them apart. It does so quickly only in the fast pairs; those that
+# YaRN has slowed down mean the same after a thousand tokens. That is where
+# they go.
+#
 # **Whose tokens count.** A conversation is system, developer, user, tool and
 # assistant text in one row, and only the assistant's is the model's to write.
 # With logits $z_t \in \mathbb{R}^V$ at position $t$, the next token $y_t$ and
@@ -162,11 +203,9 @@ for text in (straight, crooked):
 # $$ \mathcal{L}_{\text{text}} = \frac{1}{\sum_t w_t} \sum_t w_t
 #    \Big( \log \sum_v e^{z_{tv}} - z_{t y_t} \Big). $$ (train-ce)
 #
-# The obvious choice, $w_t = 1$ for the model's own tokens and 0 elsewhere,
-# was tried first (with six layers, and no easy rows at the start) and had not
-# learnt to copy anything after 750 steps: two thirds of a row are text to
-# read, and were never asked for. With half weight for what is only read, four
-# layers and easy rows, copying began after 500.
+# The obvious choice is $w_t = 1$ for the model's own tokens and 0 elsewhere.
+# It wastes two thirds of every row: the text that is only read holds the same
+# words, and guessing them teaches what they mean. They count a fifth.
 #
 # **The floor.** For stories the smallest loss is known in advance. A story is
 # made by independent uniform choices: a cast (hero, friend, their kinds,
@@ -732,7 +771,7 @@ print([made_up(rng) for _ in range(6)], a_date(rng))
 # %% [markdown]
 # ### Sums, column by column
 #
-# A forward pass of six layers cannot add two three-digit numbers in its
+# A forward pass of four layers cannot add two three-digit numbers in its
 # head: the leading digit, which has to be said first, may depend on a carry
 # from the last. The school method goes the other way, from the ones on, and
 # writes the carry down. That is what the analysis channel is for.
@@ -748,19 +787,23 @@ def columns(a: int, b: int, sign: str) -> list[str]:
     ['7-5=2', '4-8+10=6', '3-2-1=0'] with borrowing.
     """
     lines, carry = [], 0
-    for column in range(len(str(max(a, b)))):
-        x, y = a // 10 ** column % 10, b // 10 ** column % 10
-        if sign == "+":
-            value = x + y + carry
-            lines.append(f"{x}+{y}{'+1' * carry}={value}")
-            carry = value // 10
-        else:
-            value = x - y - carry
-            borrow = int(value < 0)
-            lines.append(f"{x}-{y}{'-1' * carry}{'+10' * borrow}="
-                         f"{value + 10 * borrow}")
-            carry = borrow
+    for place in range(len(str(max(a, b)))):
+        x, y = a // 10 ** place % 10, b // 10 ** place % 10
+        asked, answer, carry = column(x, y, carry, sign)
+        lines.append(asked + answer)
     return lines
+
+
+def column(x: int, y: int, carry: int, sign: str) -> tuple[str, str, int]:
+    """One column: what is asked ('4+8+1' or '4-8'), what answers it
+    ('=13' or '+10=6'), and the carry for the next one."""
+    asked = f"{x}{sign}{y}{f'{sign}1' * carry}"
+    if sign == "+":
+        value = x + y + carry
+        return asked, f"={value}", value // 10
+    value = x - y - carry
+    borrow = int(value < 0)
+    return asked, f"{'+10' * borrow}={value + 10 * borrow}", borrow
 
 
 def worked(a: int, b: int, sign: str) -> str:
@@ -913,7 +956,7 @@ def recall_turns(rng: random.Random) -> tuple[Turn, Turn]:
     at = rng.randrange(len(chosen))
     topic, said, ask, answer, _ = chosen[at]
     x = told[at][2]
-    think = (f"{x}.", f"Asked for {topic}: {x}.",
+    think = (said.format(x=x), f"Asked for {topic}. {said.format(x=x)}",
              f"The user asks for {topic}. The user said: "
              f"{said.format(x=x)} So it is {x}.")
     return first, Turn("recall", ask, think, answer.format(x=x),
@@ -946,7 +989,10 @@ for turn in recall_turns(random.Random(2)):
 # If the weather tool were always called `get_weather(city)`, the model could
 # learn that line by heart and never look at the developer message. Each
 # conversation therefore draws the tool's name, its description and the names
-# of its parameters anew. What is left to learn is to read.
+# of its parameters anew. Three names for a tool are too few: a model that
+# guesses among them is right once in three, and the first runs were content
+# with that. So half of the names get another verb, like `run_weather`, and
+# guessing no longer pays. What is left to learn is to read.
 
 # %% tags=["export:lessons"]
 @dataclass(frozen=True)
@@ -975,6 +1021,7 @@ class Kit:
 # %% tags=["export:lessons", "hide-input"]
 TEXT, NUMBER, FLAG = ({"type": kind} for kind in
                       ("string", "number", "boolean"))
+VERBS = ("get", "do", "run", "call", "use", "new", "my", "try", "ask", "the")
 SKIES = ("sunny", "cloudy", "rainy", "windy", "foggy", "snowy")
 LANGUAGES = ("French", "German", "Spanish")
 MONEY = ("dollars", "euros", "pounds", "yen")
@@ -996,7 +1043,7 @@ def an_expression(rng: random.Random) -> tuple[list, str]:
 
 def a_translation(rng: random.Random) -> tuple[list, str]:
     word = rng.choice(WORDS["thing"] + WORDS["colour"] + WORDS["kind"])
-    return [word, rng.choice(LANGUAGES)], made_up(rng).lower()
+    return [word, rng.choice(LANGUAGES)], made_up(rng)
 
 
 def a_throw(rng: random.Random) -> tuple[list, str]:
@@ -1105,7 +1152,7 @@ KITS = {
         ((("word", "query", "term"), TEXT, "the word to explain"),),
         ("What does {0} mean?", "What is a {0}?", "Explain {0}."),
         "what {0} means", "{0}: {r}",
-        lambda rng: ([made_up(rng).lower()],
+        lambda rng: ([made_up(rng)],
                      f"a {rng.choice(WORDS['_size'])} "
                      f"{rng.choice(WORDS['colour'])} "
                      f"{rng.choice(WORDS['thing'])}")),
@@ -1123,7 +1170,10 @@ def disguise(rng: random.Random, key: str) -> tuple[Tool, list[str]]:
     schema = {"type": "object", "properties": properties,
               "required": list(properties)} if properties else None
     says = rng.choice(kit.says)
-    return Tool(rng.choice(kit.names), says, schema), list(properties)
+    name = rng.choice(kit.names)
+    if rng.random() < 0.5:
+        name = f"{rng.choice(VERBS)}_{name.split('_')[-1]}"
+    return Tool(name, says, schema), list(properties)
 
 
 def tool_turn(rng: random.Random, key: str, tool: Tool,
@@ -1143,8 +1193,9 @@ def tool_turn(rng: random.Random, key: str, tool: Tool,
     need = kit.need.format(*values, **words)
     arguments = dict(zip(names, values, strict=True))
     where = ", ".join(f"{n} is {v}" for n, v in arguments.items())
-    think = (f"Use {tool.name}.", f"Asked for {need}: use {tool.name}.",
-             f"The user asks for {need}. The tool {tool.name} can do it"
+    use = f"{tool.description} Use {tool.name}"
+    think = (f"{use}.", f"Asked for {need}. {use}.",
+             f"The user asks for {need}. {use}"
              + (f": {where}." if where else "."))
     look = f"{tool.name} {' '.join(names)} {values}"
     return Turn("tool", ask, think, answer, (tool.name, arguments), result,
@@ -1352,9 +1403,12 @@ def assemble(rng: random.Random, kind: str, turns: Sequence[Turn],
 
 
 # %% tags=["export:lessons"]
-MIX = {"story": 13, "sum": 29, "tool": 26, "recall": 8, "far": 13,
-       "unknown": 2, "telling": 2, "talk": 2, "beyond": 3, "missing": 3,
+MIX = {"story": 12, "sum": 27, "tool": 29, "recall": 8, "far": 13,
+       "unknown": 2, "telling": 1, "talk": 1, "beyond": 2, "missing": 4,
        "date": 1}
+SECOND = {"story": 8, "sum": 44, "tool": 26, "recall": 6, "far": 7,
+          "unknown": 2, "telling": 1, "talk": 1, "beyond": 1, "missing": 3,
+          "date": 1}    # when sums are what is left to learn
 NEVER_HELD = ("telling", "talk", "beyond", "unknown", "missing", "date")
 
 
@@ -1444,6 +1498,13 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> str:
 # Digits are kept out of the texts that the merges are learnt from. Each digit
 # then stays a token of its own, and column arithmetic is about tokens rather
 # than about their spelling. (In o200k, 347 is one token, and 1347 is two.)
+#
+# The texts are also broken before a capital letter and after the dot of
+# `functions.get_time`. A BPE learnt without this has one token for " Oslo",
+# with its space, and spells "Oslo" in pieces where no space comes before it,
+# as in the arguments `{"city":"Oslo"}`. To copy is then to spell, and made-up
+# names come apart differently each time. With it a name is the same tokens
+# wherever it stands.
 
 # %% tags=["export"]
 import random
@@ -1451,6 +1512,9 @@ import re
 
 from gptoss.lessons import lesson_stream
 from gptoss.stories import story_stream
+
+
+BREAK = re.compile(r"\d+| (?=[A-Z])|\.(?=[a-z])")
 
 
 def sample_texts(count: int, seed: int = 7) -> list[str]:
@@ -1461,23 +1525,30 @@ def sample_texts(count: int, seed: int = 7) -> list[str]:
             header = (message.role, message.channel,
                       f" to={message.recipient or ''}", " json")
             for text in (message.content, *filter(None, header)):
-                texts += [part for part in re.split(r"\d+", text) if part]
+                texts += [part for part in BREAK.split(text) if part]
     told = story_stream(seed)
-    return texts + [next(told) for _ in range(count // 4)]
+    return texts + [part for _ in range(count // 4)
+                    for part in BREAK.split(next(told))]
 
 
 # %%
 vocabulary = Tokenizer(train_tokenizer(sample_texts(800), 1024))
-for text in ("347+285: ones 7+5=12", "Zorali lives in Bomak."):
+for text in ("347+285: ones 7+5=12", "Zorali lives in Bomak.",
+             '{"city":"Bomak"}'):
     print([vocabulary.decode([t]) for t in vocabulary.encode(text)])
+rng = random.Random(0)
+for name in (made_up(rng) for _ in range(100)):
+    alone = vocabulary.encode(name)
+    assert vocabulary.encode(f" {name}")[-len(alone):] == alone
 
 # %% [markdown]
 # ### Rows, and what counts in them
 #
-# A row is a whole conversation or a plain story. What the model itself has
-# to write counts fully in the loss: everything after the `<|start|>assistant`
-# with which the prompt ends. The rest, which it only reads, counts half,
-# because guessing the next word of a question teaches copying too.
+# A row is a whole conversation, a plain story or a drill: tokens without any
+# sense, in pieces that come again and again, of which each repetition counts.
+# In a conversation what the model itself has to write counts fully:
+# everything after the `<|start|>assistant` with which the prompt ends. The
+# rest, which it only reads, counts a fifth.
 #
 # Its own *earlier* messages need care. Their analysis has been dropped, so
 # each of them goes straight from `<|start|>assistant` to the final channel
@@ -1495,10 +1566,10 @@ import torch
 from torch import Tensor
 
 from gptoss.harmony import render_message
-from gptoss.lessons import Lesson
+from gptoss.lessons import Lesson, column
 
 Row = tuple[list[int], list[float]]
-READ = 0.5  # weight of a token that the model only reads
+READ = 0.2  # weight of a token that the model only reads
 
 
 def lesson_row(tokenizer: Tokenizer, lesson: Lesson) -> Row:
@@ -1529,14 +1600,49 @@ def story_row(tokenizer: Tokenizer, text: str) -> Row:
     return ids, [1.0] * len(ids)
 
 
-def rows(tokenizer: Tokenizer, seed: int, easy: int = 0) -> Iterator[Row]:
-    """Endless rows. Of the first `easy`, half are plain stories and none
-    is longer than 320 tokens; later one in twelve, and up to 1900."""
+def drill_row(tokenizer: Tokenizer, rng: random.Random) -> Row:
+    """Tokens without any sense, in pieces that come again and again."""
+    top = min(tokenizer.special.values())
+    pieces = [[rng.randrange(top) for _ in range(rng.randrange(2, 9))]
+              for _ in range(rng.randrange(2, 9))]
+    ids, weights, seen = [], [], set()
+    while len(ids) < rng.choice((80, 160, 240, 320)):
+        at = rng.randrange(len(pieces))
+        ids += pieces[at]
+        weights += [0.0] + [float(at in seen)] * (len(pieces[at]) - 1)
+        seen.add(at)
+    return ids, weights
+
+
+def table_row(tokenizer: Tokenizer, rng: random.Random) -> Row:
+    """Columns without their sums, one after the other; answers count."""
+    ids, weights = [], []
+    for _ in range(rng.randrange(12, 36)):
+        asked, answer, _ = column(rng.randrange(10), rng.randrange(10),
+                                  rng.randrange(2), rng.choice("+-"))
+        for text, weight in ((f" {asked}", 0.0), (answer, 1.0)):
+            part = tokenizer.encode(text)
+            ids += part
+            weights += [weight] * len(part)
+    return ids, weights
+
+
+def rows(tokenizer: Tokenizer, seed: int, easy: int = 0,
+         mix: dict[str, int] | None = None, table: float = 0.0
+         ) -> Iterator[Row]:
+    """Endless rows. Of the first `easy`, a third are plain stories and
+    drills and none is longer than 320 tokens; later one in twelve, and
+    up to 1900. `mix`: of the lessons, as for `lesson_stream`; `table`: share
+    of rows that are digits alone."""
     rng, made = random.Random(seed), 0
-    lessons, stories = lesson_stream(seed), story_stream(seed)
+    lessons, stories = lesson_stream(seed, mix=mix), story_stream(seed)
     while True:
-        plain, longest = (0.5, 320) if made < easy else (0.08, 1900)
-        row = (story_row(tokenizer, next(stories)) if rng.random() < plain
+        (plain, drill), longest = (((0.2, 0.12), 320) if made < easy
+                                   else ((0.05, 0.03), 1900))
+        luck = rng.random()
+        row = (story_row(tokenizer, next(stories)) if luck < plain
+               else drill_row(tokenizer, rng) if luck < plain + drill
+               else table_row(tokenizer, rng) if luck > 1 - table
                else lesson_row(tokenizer, next(lessons)))
         if len(row[0]) <= longest:
             made += 1
@@ -1598,6 +1704,19 @@ from gptoss.model import GptOss
 from gptoss.routing import expert_load, top_logits
 
 
+def weighted_loss(model: GptOss, tokens: Tensor, weights: Tensor
+                  ) -> tuple[Tensor, Tensor]:
+    """Weighted mean cross-entropy in nats, and the mean over the tokens of
+    weight 1 alone. tokens, weights (B, T): each token but the first is
+    predicted from those before it."""
+    logits = model(tokens[:, :-1]).flatten(0, 1)
+    nats = F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="none")
+    weights = weights[:, 1:].flatten()
+    own = weights == 1
+    return ((weights * nats).sum() / weights.sum(),
+            (nats.detach() * own).sum() / own.sum().clamp_min(1))
+
+
 def load_balance(logits: Tensor, k: int) -> Tensor:
     """The auxiliary loss of Switch Transformers, for K experts a token.
 
@@ -1648,6 +1767,198 @@ assert abs(load_balance(even, 2) - 1) < 0.01
 assert abs(load_balance(greedy, 2) - 8 / 2) < 0.01
 
 # %% [markdown]
+# ### Where the weights start
+
+# %% tags=["export"]
+from gptoss.config import GptOssConfig
+
+
+def pocket_config(vocab_size: int = 1536) -> GptOssConfig:
+    """The shipped model: every feature of the 20b, a ten-thousandth of it."""
+    special = control_ids(vocab_size)
+    return GptOssConfig(
+        num_hidden_layers=4, num_local_experts=8, num_experts_per_tok=2,
+        vocab_size=vocab_size, hidden_size=128, intermediate_size=128,
+        head_dim=32, num_attention_heads=8, num_key_value_heads=2,
+        sliding_window=64, initial_context_length=256, rope_factor=8.0,
+        max_position_embeddings=2048,
+        eos_token_id=special["return"], pad_token_id=special["endoftext"])
+
+
+def start_at_random(model: GptOss, seed: int) -> None:
+    """Draw the matrices from normal(0, 1 / columns), in place.
+
+    A standard deviation of 0.02 suits D = 2880, since 2880**-0.5 = 0.019;
+    in a narrow model it makes every layer whisper, and learning to look
+    back took more than twice the steps.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and not name.endswith("bias"):
+            scale = parameter.shape[-1] ** -0.5
+            nn.init.normal_(parameter, std=scale, generator=generator)
+
+
+# %% [markdown]
+# And now the two heads of the derivation. The first half of the residual
+# stream belongs to the token itself, the second to what stands beside it;
+# there the output is read too, in another rotation. `look_back` is step 1,
+# `look_for` the attention of step 2, and `carry` says what a head takes along
+# and where it puts it.
+
+# %% tags=["export"]
+from gptoss.model import Attention
+from gptoss.rope import rope_parameters
+
+PULL = (8.0, 8.0, 4.0)  # on the score, of the three fastest pairs
+
+
+def rows_of(n: int, size: int) -> slice:
+    """The rows of head `n`."""
+    return slice(n * size, (n + 1) * size)
+
+
+def look_back(attention: Attention, config: GptOssConfig, group: int
+              ) -> None:
+    """Two heads of `group` look one and two tokens back, whatever these
+    are: biases alone decide, in the three fastest pairs of channels."""
+    C, n = config.head_dim, len(PULL)
+    per = config.num_attention_heads // config.num_key_value_heads
+    frequencies, concentration = rope_parameters(config)
+    fast = frequencies[:n].float()
+    size = (torch.tensor(PULL) * C ** 0.5 / concentration ** 2).sqrt()
+    keys = rows_of(group, C)
+    attention.k_proj.bias[keys] = 0
+    for start in (0, C // 2):
+        channels = slice(keys.start + start, keys.start + start + n)
+        attention.k_proj.weight[channels] = 0
+    attention.k_proj.bias[keys.start:keys.start + n] = size
+    for head, offset in ((group * per, 1), (group * per + 1, 2)):
+        queries = attention.q_proj.bias[rows_of(head, C)].zero_()
+        attention.q_proj.weight[rows_of(head, C)] = 0
+        queries[:n] = size * torch.cos(fast * offset)
+        queries[C // 2:C // 2 + n] = -size * torch.sin(fast * offset)
+
+
+def look_for(attention: Attention, config: GptOssConfig, group: int,
+             token: Tensor) -> None:
+    """The first head of `group` looks for places with the present token
+    beside them, in pairs slow enough to mean the same far away."""
+    C, half = config.head_dim, config.hidden_size // 2
+    per = config.num_attention_heads // config.num_key_value_heads
+    slow = torch.tensor([n for n in range(C) if n % (C // 2) > len(PULL)])
+    queries, keys = torch.zeros(C, 2 * half), attention.k_proj.weight
+    queries[slow, :half] = 2.0 * token[:len(slow)]
+    attention.q_proj.weight[rows_of(group * per, C)] = queries
+    keys[group * C + slow] = 0
+    beside = half + group * C + torch.arange(len(slow))
+    keys[group * C + slow, beside] = 4.0
+
+
+# %% tags=["export"]
+def carry(attention: Attention, group: int, token: Tensor, out: Tensor,
+          start: int) -> None:
+    """What the first head of `group` sees, it writes from `start` on."""
+    size, half = token.shape
+    per = attention.o_proj.weight.shape[1] // attention.k_proj.weight.shape[0]
+    values = attention.v_proj.weight[rows_of(group, size)].zero_()
+    values[:, :half] = token
+    written = attention.o_proj.weight[:, rows_of(group * per, size)].zero_()
+    written[start:start + len(out)] = out
+
+
+@torch.no_grad()
+def plant_copying(model: GptOss, seed: int) -> None:
+    """Begin with the circuit that copies, in place.
+
+    Layer 0 writes the previous token beside each one; layers 1 and 3 look
+    for the present token beside an earlier one, and say that one. The
+    first half of the residual stream holds the token itself. Every other
+    head and expert starts more quietly than `start_at_random` left it.
+    """
+    config, generator = model.config, torch.Generator().manual_seed(seed)
+    C, half = config.head_dim, config.hidden_size // 2
+    embedding, head = model.embed_tokens.weight, model.lm_head.weight
+    words = torch.randn(len(embedding), half, generator=generator) * 0.7
+    inner, outer = (torch.linalg.qr(torch.randn(
+        half, half, generator=generator))[0].T for _ in range(2))
+    embedding.zero_()[:, :half] = words
+    head.zero_()[:, half:] = words / 0.7 / half ** 0.5 @ inner.T @ outer
+    for layer in model.layers:
+        layer.self_attn.o_proj.weight.mul_(0.3)
+        layer.mlp.experts.down_proj.mul_(0.1)
+    for group in range(config.num_key_value_heads):
+        at = slice(group * C, (group + 1) * C)
+        first = model.layers[0].self_attn
+        look_back(first, config, group)
+        carry(first, group, inner[at], torch.eye(C) / 2, half + group * C)
+        for layer in model.layers[1:4:2]:
+            look_for(layer.self_attn, config, group, inner[at])
+            carry(layer.self_attn, group, inner[at], 1.3 * outer[at].T, half)
+
+
+# %% [markdown]
+# Not a step has been trained, and the planted model copies: given text
+# without sense whose pieces come again, it finds the continuation. (Nats per
+# token; guessing blindly among 1,024 costs 6.9.)
+
+# %%
+drills = [drill_row(vocabulary, random.Random(n)) for n in range(20)]
+for name in ("at random", "planted"):
+    fresh = GptOss(pocket_config(1024), dtype=torch.float32, packed=False)
+    start_at_random(fresh, seed=0)
+    if name == "planted":
+        plant_copying(fresh, seed=0)
+    with torch.inference_mode():
+        nats = [weighted_loss(fresh, *padded([row]))[0] for row in drills]
+    print(f"{name}: {sum(nats).item() / 20:.1f}")
+
+# %% tags=["hide-input"]
+from gptoss.rope import apply_rope, rope_tables
+from gptoss.sinks import softmax_with_sink
+
+
+def looks(layer: int, tokens: Tensor) -> Tensor:
+    """Where head 0 of a layer of `fresh` looks: (T, T) probabilities."""
+    block, seen, C = fresh.layers[layer], [], fresh.config.head_dim
+    hook = block.self_attn.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0]))
+    fresh(tokens)
+    hook.remove()
+    tables = rope_tables(torch.arange(tokens.shape[1])[None],
+                         *rope_parameters(fresh.config), torch.float32)
+    q, k = (apply_rope(project(seen[0])[:, :, None, :C], *tables)[0, :, 0]
+            for project in (block.self_attn.q_proj, block.self_attn.k_proj))
+    scores = (q @ k.T / C ** 0.5).masked_fill(
+        ~torch.ones(len(q), len(q)).tril().bool(), float("-inf"))
+    return softmax_with_sink(scores[None, None],
+                             block.self_attn.sinks[:1])[0, 0]
+
+
+text = "Zorali lives in Bomak. Zorali lives in Bomak."
+ids = vocabulary.encode(text)
+pieces = [vocabulary.decode([token]) for token in ids]
+fig, axes = plt.subplots(1, 2, figsize=(8, 4), sharey=True)
+with torch.inference_mode():
+    for ax, layer, title in ((axes[0], 0, "Layer 0: one back"),
+                             (axes[1], 1, "Layer 1: what came after")):
+        ax.imshow(looks(layer, torch.tensor([ids])), vmin=0, vmax=1,
+                  cmap="Blues")
+        ax.set(title=title, xlabel="looked at", xticks=range(len(ids)),
+               yticks=range(len(ids)))
+        ax.set_xticklabels(pieces, rotation=90, fontsize=7)
+        ax.set_yticklabels(pieces, fontsize=7)
+        ax.grid(False)
+axes[0].set_ylabel("looking")
+plt.show()
+
+# %% [markdown]
+# Before the first step. Left, by the clock: each token looks at the one
+# before it. Right, by content: in the second sentence each token looks at the
+# one that *followed* its double. In the first sentence nothing matches, and
+# where it looks is chance.
+
+# %% [markdown]
 # ### Weights that live on the grid
 
 # %% tags=["export"]
@@ -1683,26 +1994,19 @@ print(torch.equal(weight.grad, torch.arange(64.0).expand(4, 64)))
 
 # %% [markdown]
 # ### The training loop
+#
+# The run has three stretches. In the first the learning rate stays high and
+# the model learns where to look; by its end stories, tools and far facts are
+# mostly right, and sums are not: the columns are found, but $7 - 5$ comes out
+# as 1 or 3. So in the second nearly half of the lessons are sums. A lesson
+# holds three columns among two hundred tokens, though. In the third, a fifth
+# of the rows is columns alone, twenty-odd in a row of the same length.
 
 # %% tags=["export"]
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from gptoss.config import GptOssConfig
-
-
-def pocket_config(vocab_size: int = 1536) -> GptOssConfig:
-    """The shipped model: every feature of the 20b, a ten-thousandth of it."""
-    special = control_ids(vocab_size)
-    return GptOssConfig(
-        num_hidden_layers=4, num_local_experts=8, num_experts_per_tok=2,
-        vocab_size=vocab_size, hidden_size=128, intermediate_size=128,
-        head_dim=32, num_attention_heads=8, num_key_value_heads=2,
-        sliding_window=64, initial_context_length=256, rope_factor=8.0,
-        max_position_embeddings=2048,
-        eos_token_id=special["return"], pad_token_id=special["endoftext"])
 
 
 @dataclass(frozen=True)
@@ -1711,46 +2015,48 @@ class Recipe:
     the same machine give the same file.
 
     `tokens`: of a batch, with its padding. `easy`: share of the steps with
-    short rows and many plain stories. `grid_from`: share after which the
-    experts compute with four bits.
+    short rows and many plain stories. `change`: share after which the mix
+    of lessons is `SECOND`; `last`: after which a fifth of the rows is
+    digits alone. At both the optimiser begins afresh, and the rate rises
+    to the next of `rates`. `grid_from`: share after which the experts
+    compute with four bits.
     """
 
     seed: int = 0
-    steps: int = 7000
-    tokens: int = 2500
-    learning_rate: float = 3e-3
-    warmup: int = 60
+    steps: int = 13000
+    tokens: int = 1250
+    rates: tuple[float, ...] = (2e-3, 1.2e-3, 1e-3)
+    warmup: int = 100
     weight_decay: float = 0.05
     balance: float = 0.01
-    easy: float = 0.15
-    grid_from: float = 0.8
+    easy: float = 0.1327
+    change: float = 15 / 26
+    grid_from: float = 19 / 26
+    last: float = 23 / 26
     clip: float = 1.0
 
+    def at(self, share: float) -> int:
+        """The step at which `share` of the run is over."""
+        return round(share * self.steps)
+
     def rate(self, step: int) -> float:
-        """Linear warm-up, then a cosine down to a hundredth."""
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        """Linear warm-up, then a cosine towards a hundredth, three times;
+        the first is cut short by the change."""
+        change, last = self.at(self.change), self.at(self.last)
+        begin, end, peak, warmup = (
+            (0, last, self.rates[0], self.warmup) if step < change else
+            (change, last, self.rates[1], self.warmup // 2) if step < last
+            else (last, self.steps, self.rates[2], self.warmup // 2))
+        step -= begin
+        if step < warmup:
+            return peak * (step + 1) / warmup
+        done = (step - warmup) / max(1, end - begin - warmup)
         floor = 0.01
         cosine = (1 + math.cos(math.pi * done)) / 2
-        return self.learning_rate * (floor + (1 - floor) * cosine)
+        return peak * (floor + (1 - floor) * cosine)
 
 
 # %% tags=["export"]
-def start_at_random(model: GptOss, seed: int) -> None:
-    """Draw the matrices from normal(0, 1 / columns), in place.
-
-    A standard deviation of 0.02 suits D = 2880, since 2880**-0.5 = 0.019;
-    in a narrow model it makes every layer whisper, and learning to look
-    back took more than twice the steps.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and not name.endswith("bias"):
-            scale = parameter.shape[-1] ** -0.5
-            nn.init.normal_(parameter, std=scale, generator=generator)
-
-
 def optimizer_for(model: GptOss, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW; biases, sinks and norms are not decayed towards zero."""
     vectors = ("bias", "sinks", "norm.weight")
@@ -1759,21 +2065,8 @@ def optimizer_for(model: GptOss, recipe: Recipe) -> torch.optim.AdamW:
         (free if name.endswith(vectors) else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay},
               {"params": free, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate,
-                             betas=(0.9, 0.95))
-
-
-def weighted_loss(model: GptOss, tokens: Tensor, weights: Tensor
-                  ) -> tuple[Tensor, Tensor]:
-    """Weighted mean cross-entropy in nats, and the mean over the tokens of
-    weight 1 alone. tokens, weights (B, T): each token but the first is
-    predicted from those before it."""
-    logits = model(tokens[:, :-1]).flatten(0, 1)
-    nats = F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="none")
-    weights = weights[:, 1:].flatten()
-    own = weights == 1
-    return ((weights * nats).sum() / weights.sum(),
-            (nats.detach() * own).sum() / own.sum().clamp_min(1))
+    return torch.optim.AdamW(groups, lr=recipe.rates[0],
+                             betas=(0.9, 0.98))
 
 
 # %% tags=["export"]
@@ -1786,7 +2079,9 @@ def train(model: GptOss, source: Iterator[tuple[Tensor, Tensor]],
     k, begin = model.config.num_experts_per_tok, time.perf_counter()
     for step in range(recipe.steps):
         batch, extra = next(source), {}
-        if step == int(recipe.grid_from * recipe.steps):
+        if step in (recipe.at(recipe.change), recipe.at(recipe.last)):
+            optimizer = optimizer_for(model, recipe)
+        if step == recipe.at(recipe.grid_from):
             with torch.no_grad():
                 extra = {"unrounded": weighted_loss(model, *batch)[0].item()}
             put_on_grid(model)
@@ -2050,10 +2345,12 @@ for kind in ("story", "sum", "tool", "far", "talk"):
 
 # %% tags=["export"]
 import json
+from itertools import islice
 from pathlib import Path
 
 from gptoss.checkpoint import write_checkpoint
 from gptoss.exams import report_card
+from gptoss.lessons import SECOND
 
 
 MILESTONES = ("story", "sum", "tool", "far")
@@ -2074,6 +2371,7 @@ def make_pocket(out: Path, recipe: Recipe,
     tokenizer = Tokenizer(vocabulary)
     model = GptOss(config, dtype=torch.float32, packed=False)
     start_at_random(model, recipe.seed)
+    plant_copying(model, recipe.seed)
 
     def watch(entry: dict) -> None:
         log.append(entry)
@@ -2081,11 +2379,24 @@ def make_pocket(out: Path, recipe: Recipe,
         if (entry["step"] + 1) % 1000 == 0:
             marks.append(milestone(model, tokenizer, entry["step"] + 1))
 
-    easy = int(recipe.easy * recipe.steps * 11)     # 11 rows make a batch
-    seed = recipe.seed + 1
-    source = batches(rows(tokenizer, seed, easy), seed, recipe.tokens)
-    train(model, source, recipe, watch)
+    train(model, schooling(tokenizer, recipe), recipe, watch)
     write_pocket(out, model, vocabulary, recipe, log, marks)
+
+
+def schooling(tokenizer: Tokenizer, recipe: Recipe
+              ) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of a run: easy ones, all, those of `SECOND`, and at last
+    those and columns of digits."""
+    seed, tokens = recipe.seed + 1, recipe.tokens
+    easy = int(recipe.easy * recipe.steps) * tokens // 230  # 230: such a row
+    first = batches(rows(tokenizer, seed, easy), seed, tokens)
+    second = batches(rows(tokenizer, seed + 1, 0, SECOND), seed + 1, tokens)
+    third = batches(rows(tokenizer, seed + 2, 0, SECOND, 0.2), seed + 2,
+                    tokens)
+    change, last = recipe.at(recipe.change), recipe.at(recipe.last)
+    yield from islice(first, change)
+    yield from islice(second, last - change)
+    yield from third
 
 
 def milestone(model: GptOss, tokenizer: Tokenizer, step: int) -> dict:
@@ -2176,10 +2487,8 @@ print(f"{len(pairs):,} pairs")
 # its experts packed. Held-out questions of each kind, greedily.
 
 # %%
-bars = {"story": 0.9, "sum": 0.75, "talk": 0.9}
-asked = (*bars, "tool", "far")
-results = {kind: examine(pocket, reader, kind, 20, seed=3)
-           for kind in asked}
+bars = {"story": 0.9, "sum": 0.75, "tool": 0.75, "far": 0.75, "talk": 0.9}
+results = {kind: examine(pocket, reader, kind, 20, seed=3) for kind in bars}
 for kind, bar in bars.items():
     print(f"{kind:>7}: at least {bar:.0%}: {grade(results[kind]) >= bar}")
 assert all(grade(results[kind]) >= bar for kind, bar in bars.items())
@@ -2227,7 +2536,7 @@ print([shipped["sum"][effort] for effort in ("low", "medium", "high")])
 # One of each kind, as it is written:
 
 # %% tags=["nbval-ignore-output"]
-for kind in ("sum", "story", "talk"):
+for kind in ("sum", "tool", "far", "story"):
     mark = results[kind][0]
     print(f"USER  {mark.lesson.messages[mark.lesson.turn - 1].content}")
     for channel, text in mark.said:
@@ -2283,35 +2592,25 @@ print("every expert is used in every layer:", bool((shares > 0.01).all()))
 # %% [markdown]
 # ### What it cannot do
 #
-# Names that it has met are nearly always copied right inside a story, over
-# more than a hundred tokens. A name made up on the spot often is not: the
-# model finds its first piece and goes on with the wrong one. And tools:
+# Of 100 far facts it finds 94; in a longer examination, of 200, it was right
+# in 94.5 % of them and in 94 % of the tool calls. Calls that go wrong often
+# copy another word of the same kind: a colour for a colour. Where no tool
+# serves it should say so; in one case of nine it calls the nearest one all
+# the same. Of the questions for the date it gets 88 of 100.
+#
+# It also knows nothing outside of its lessons. Asked in other words, or for
+# something that only looks like a lesson, it answers what it would have
+# answered to the nearest one:
 
 # %% tags=["nbval-ignore-output"]
-wrong = [mark for mark in results["tool"] if not mark.right][:3]
-for mark in wrong:
-    name, arguments = mark.lesson.facts["call"]
-    print("WANTED", name, compact(arguments))
-    print("CALLED", *mark.said[-1])
-
-# %% [markdown]
-# The call has the right form, the right purpose and often the right values,
-# but the name is one of the three that this tool may have, drawn without a
-# look at the developer message. A guess among three costs $\log 3 = 1.1$ nats,
-# and in 7000 steps the model did not find where to look instead. One likely
-# reason: reading takes two hops, from the question to the description and from
-# there to the name, and the model has only two layers that see that far.
-
-# %%
-family = {name: key for key, kit in KITS.items() for name in kit.names}
-tools = [mark for mark in results["tool"]
-         if mark.said and mark.said[-1][0].startswith("functions.")]
-same = [family.get(mark.said[-1][0].removeprefix("functions."))
-        == family[mark.lesson.facts["call"][0]] for mark in tools]
-print("a tool for the right purpose, mostly:", sum(same) > len(same) / 2)
-print("called by its right name, mostly:",
-      2 * sum(mark.said[-1][0] == f"functions.{mark.lesson.facts['call'][0]}"
-              for mark in tools) > len(tools))
+strange = ("Please add 12 and 30 and 7.", "Tell me a story about a dragon.",
+           "What was my question?", "What is the weather on Mars?")
+prompts = [render(reader, [system_message("medium", "2026-01-31"),
+                           Message("user", text)]) for text in strange]
+said = generate_batch(pocket, prompts, max_new_tokens=60, stop=stop,
+                      sampler=Sampler(temperature=0.0))
+for text, ids in zip(strange, said, strict=True):
+    print(f"USER  {text}\n      {reader.decode(ids, skip_special=True)}")
 
 # %% [markdown]
 # ## Against the others
@@ -2398,6 +2697,9 @@ assert 0.95 < ratio < 1.05
 #   every answer, and a strict line between what was seen and what was not.
 # - Without a balance loss routers collapse, since whoever is chosen learns;
 #   $E \sum_e f_e p_e$ is 1 when nobody is preferred.
+# - What a circuit does can be given instead of found: two heads planted by
+#   hand copy before the first step, and what rests on copying is learnt in
+#   minutes.
 # - Train the last part on the MXFP4 grid and the four-bit file *is* the
 #   model that was trained and examined, not a copy near it.
 #
@@ -2491,13 +2793,15 @@ tool, names = disguise(random.Random(1), "tea")
 turn = tool_turn(random.Random(2), "tea", tool, names)
 print(turn.ask, "|", turn.call[0], compact(turn.call[1]), "|", turn.answer)
 del KITS["tea"]
-assert "tea" not in KITS and turn.call[0] in ("brew_tea", "make_tea")
+assert "tea" not in KITS and turn.call[0].endswith("_tea")
 
 # %% [markdown]
 # ## Sources
 #
 # - Load balancing: {cite}`switch2021`, section 2.2, after {cite}`moe2017`;
 #   transformers `modeling_gpt_oss.py`, `load_balancing_loss_func`.
+# - Induction heads: {cite}`induction2022`; weights that begin with what
+#   attention is known to become: {cite}`mimetic2023`.
 # - AdamW: {cite}`adamw2019`. Byte-level BPE: {cite}`bpe2016`.
 # - MXFP4: {cite}`ocpmx2023`. Configuration, tokenizer layout and harmony:
 #   {cite}`gptoss2025`.

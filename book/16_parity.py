@@ -251,6 +251,7 @@ assert as_good >= 5 and agreement(right, prompt(0)) < 1
 
 # %% tags=["export"]
 import math
+import os
 import tempfile
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -264,8 +265,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptoss.checkpoint import Checkpoint, convert, resolve
-from gptoss.config import GptOssConfig
+from gptoss.config import GptOssConfig, bf16_bytes
 from gptoss.experts import ALPHA, Experts, by_expert, clamped_swiglu
+from gptoss.generate import Sampler, generate
 from gptoss.masks import visible
 from gptoss.model import Block, GptOss, RMSNorm, check_tokens, rms_norm
 from gptoss.mxfp4 import FP4_VALUES, SCALE_BIAS, decode, encode
@@ -1794,17 +1796,47 @@ def three_traces(path: Path, tokens: Tensor, against: str,
 
 
 # %% tags=["export"]
+def too_large(config: GptOssConfig, dtype: torch.dtype) -> bool:
+    """Whether decoded weights would fill most of this machine's memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return bf16_bytes(config) // 2 * dtype.itemsize > 0.6 * memory
+
+
+def written_on(path: Path, tokens: Tensor, dtype: torch.dtype, count: int
+               ) -> Tensor:
+    """tokens (1, T) and the `count` that ours writes after them."""
+    if not count:
+        return tokens
+    ids = list(generate(GptOss.from_pretrained(path, dtype),
+                        tokens[0].tolist(), max_new_tokens=count,
+                        sampler=Sampler(temperature=0.0)))
+    return torch.cat([tokens, torch.tensor([ids])], 1)
+
+
+def agreement(tokens: Tensor, before: int, theirs: Trace) -> dict:
+    """Of the tokens from `before` on, those the reference chooses too,
+    each after the same tokens; one walk tells it for all of them."""
+    ours = tokens[0, before:]
+    chosen = theirs[None, "logits"][before - 1:-1].argmax(-1)
+    return {"tokens": ours.tolist(), "reference": chosen.tolist(),
+            "same": int((ours == chosen).sum())}
+
+
+# %% tags=["export"]
 def report(path: str | Path, against: str = "transformers",
            tokens: Tensor | None = None, dtype: torch.dtype = torch.float32,
-           contract: str = "fp32", fault: str | None = None) -> dict:
+           contract: str = "fp32", fault: str | None = None,
+           new_tokens: int = 0) -> dict:
     """Walk ours and a reference over tokens (1, T), judge both.
 
     path: a folder or hub id; against: one of REFERENCES; dtype: of both
     (the reference float64 has its own); contract: one of CONTRACTS, ours;
-    fault: one of FAULTS to plant in ours. All in memory at once, the
-    reference decoded, unless "streamed". ParityError: an unknown name, a
-    missing package.
-    Returns what json.dump takes: rows, logits, findings, verdict.
+    fault: one of FAULTS to plant in ours; new_tokens: how many ours writes
+    first, greedily, and both then walk over too. All in memory at once,
+    the reference decoded, unless "streamed", which "transformers" becomes
+    where `too_large`. ParityError: an unknown name, a missing package.
+    Returns what json.dump takes: rows, logits, generated, findings,
+    verdict.
     """
     for option, name, known in (
             ("against", against, REFERENCES), ("fault", fault, FAULTS),
@@ -1816,6 +1848,10 @@ def report(path: str | Path, against: str = "transformers",
     with Checkpoint.open(path) as checkpoint:
         if tokens is None:
             tokens = default_tokens(checkpoint.config)
+        if against == "transformers" and too_large(checkpoint.config, dtype):
+            against = "streamed"
+        before = tokens.shape[1]
+        tokens = written_on(path, tokens, dtype, new_tokens)
         traces = three_traces(path, tokens, against, dtype, contract, fault)
         kind = torch.float64 if against == "float64" else dtype
         judged = {side: judge_walk(Judge(checkpoint, *how), traces[side], name)
@@ -1828,7 +1864,8 @@ def report(path: str | Path, against: str = "transformers",
     findings = [finding for _, finding in judged.values() if finding]
     return {"path": str(path), "against": against, "contract": contract,
             "dtype": str(dtype).removeprefix("torch."),
-            "tokens": tokens.shape[1], "rows": rows,
+            "tokens": before, "rows": rows,
+            "generated": agreement(tokens, before, traces["theirs"]),
             "logits": compare_logits(traces["ours"][None, "logits"],
                                      traces["theirs"][None, "logits"]),
             "findings": [vars(finding) for finding in findings],
@@ -1851,7 +1888,11 @@ def verdict(rows: list[dict], findings: list[Finding]) -> str:
 
 def parity_table(result: dict) -> str:
     """The report as text."""
-    lines = [f"{'layer':>5} {'point':10} {'max':>8} {'mean':>8} "
+    lines, made = [], result["generated"]
+    if made["tokens"]:
+        lines.append(f"{len(made['tokens'])} tokens written by ours; the "
+                     f"reference chooses the same {made['same']} times\n")
+    lines += [f"{'layer':>5} {'point':10} {'max':>8} {'mean':>8} "
              f"{'relative':>8} {'cosine':>9}   {'off bound':^13}   "
              f"{'from float64':^15}", " " * 59 + "ours  theirs    ours  "
              "  theirs"]
@@ -2628,8 +2669,16 @@ assert abs(2 * math.exp(-1.5 * DEVIATIONS ** 2) / 1e-16 - 1) < 0.05
 # ours packed, ours in float64 (its experts stay in four bits), and the
 # reference, which decodes: 41.8 GB for the 20b in bf16. Against `streamed`
 # it holds ours as the file is mapped, one decoded layer of transformers'
-# at a time, and makes no float64 run; the judge needs none. Only small
-# models with random weights were walked for this chapter.
+# at a time, and makes no float64 run; the judge needs none. Where decoded
+# weights would fill more than 60 % of the memory, `transformers` becomes
+# `streamed` by itself. So one command walks over a prompt with the real
+# weights, lets ours write sixteen tokens first and walks over these too: the
+# reference's logits then say of each whether it would have written the same.
+#
+# ```
+# python -m gptoss parity openai/gpt-oss-20b --against transformers \
+#     --dtype bfloat16 --prompt "The capital of France is" --new-tokens 16
+# ```
 
 # %%
 from gptoss.config import bf16_bytes
@@ -2641,6 +2690,89 @@ layer = 2 * config.num_local_experts * 3 * (
 print(f"{decoded / 1e9:.1f} GB decoded; the experts of one layer "
       f"{layer / 1e9:.1f} GB")
 assert round(decoded / 1e9, 1) == 41.8
+
+# %% [markdown]
+# ### Then many GPUs
+#
+# Last, the model that chapter 15 splits, held to the same standard: what the
+# modules of two tensor ranks in each of two stages put out, beside those of
+# the model in one piece. The shipped checkpoint, fp32, 144 tokens.
+
+# %%
+from importlib.resources import files
+
+from gptoss.parallel import SplitGptOss, rehearse
+
+POCKET = files("gptoss") / "pocket"
+KINDS = ("embed_tokens", "self_attn", "mlp", "norm", "lm_head")
+
+
+def outputs(model: GptOss, tokens: Tensor) -> dict[str, Tensor]:
+    """Name of a module -> what it gave; only of those that compute here."""
+    found, names = {}, {module: name for name, module
+                        in model.named_modules()}
+    for module, name in names.items():
+        if name.endswith(KINDS) and list(module.parameters()):
+            module.register_forward_hook(
+                lambda module, _, out: found.update({names[module]: out}))
+    with torch.inference_mode():
+        model(tokens)
+    return found
+
+
+whole = GptOss.from_pretrained(POCKET, torch.float32)
+tokens = torch.randint(whole.config.vocab_size, (1, 144),
+                       generator=torch.Generator().manual_seed(0))
+exact, names = outputs(whole, tokens), set()
+for found in rehearse(whole.config, 4, 2, lambda seat, link: outputs(
+        SplitGptOss.part(POCKET, seat, link, torch.float32), tokens)):
+    names |= set(found)
+    for name, out in found.items():
+        assert (out - exact[name]).norm() < 1e-5 * exact[name].norm(), name
+print(f"{len(names)} modules, on four ranks: within 1e-5")
+assert names >= {"lm_head", "layers.0.self_attn", "layers.3.mlp"}
+
+# %% [markdown]
+# And the end of the book: text from two processes. `torchrun` starts the
+# command line twice, each process reads its half of the weights, the sampler
+# draws, and the first one prints. The same seed in one process here:
+
+# %%
+import os
+import subprocess
+import sys
+
+from gptoss.generate import Sampler, complete, stop_ids
+from gptoss.harmony import Tokenizer
+
+ARGUMENTS = ["--prompt", "Once upon a time", "--max-new-tokens", "40",
+             "--seed", "11", "--temperature", "0.7", "--dtype", "float32"]
+done = subprocess.run(
+    [sys.executable, "-m", "torch.distributed.run", "--standalone",
+     "--nproc-per-node", "2", "-m", "gptoss", "generate", *ARGUMENTS],
+    capture_output=True, text=True,
+    env=os.environ | {"GPTOSS_KERNELS": "torch"})
+assert done.returncode == 0, done.stderr
+here = complete(whole, Tokenizer.from_pretrained(POCKET), "Once upon a time",
+                max_new_tokens=40, seed=11, sampler=Sampler(0.7),
+                stop=stop_ids(POCKET))
+print("two processes:" + done.stdout, end="")
+print("one process:  " + here.text)
+assert done.stdout == here.text + "\n"
+
+# %% [markdown]
+# On a machine with four GPUs, and on two machines with eight each, a stage
+# of the pipeline a machine; these lines have not been run on GPUs:
+
+# %%
+print("""torchrun --nproc-per-node 4 -m gptoss generate --device cuda \\
+    --model openai/gpt-oss-120b --prompt "Once upon a time"
+
+torchrun --nnodes 2 --node-rank 0 --nproc-per-node 8 \\
+    --master-addr FIRST_MACHINE --master-port 29500 \\
+    -m gptoss generate --device cuda --stages 2 \\
+    --model openai/gpt-oss-120b --prompt "Once upon a time"
+# and on the second machine the same with --node-rank 1""")
 
 # %% [markdown]
 # ## Cost
@@ -2691,6 +2823,8 @@ print(len(index["cases"]), "cases in less than 200 kB:", size < 200_000)
 #    recorded numbers, not because an error is large.
 # 3. Three implementations round in three ways, all of them right. Which one
 #    is a contract, and our weights can be run under each.
+# 4. A split model is the same model: its modules give the same numbers, and
+#    two processes write the same text as one.
 
 # %% [markdown]
 # ## Exercises

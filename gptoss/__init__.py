@@ -17,12 +17,15 @@ __version__ = "0.1.0"
 _HOME = {"Chat": "chat", "GptOss": "model", "GptOssConfig": "config"}
 _MODULES = ("config", "mxfp4", "checkpoint", "rope", "sinks", "masks",
             "routing", "experts", "cache", "model", "harmony", "generate",
-            "chat", "kernels", "stories", "lessons", "exams", "train",
-            "parity", "vectors", "tangle")
+            "chat", "kernels", "triton_kernels", "stories", "lessons",
+            "exams", "train", "parallel", "plan", "parity", "vectors",
+            "tangle")
 
 
 def __getattr__(name: str) -> object:
     """`gptoss.GptOss`, `gptoss.mxfp4` ...: loaded when first asked for."""
+    if name in ("Chat", "GptOss"):
+        import_module("gptoss.kernels")  # used by what the model then calls
     if name in _HOME:
         return getattr(import_module(f"gptoss.{_HOME[name]}"), name)
     if name in _MODULES:

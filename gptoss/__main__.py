@@ -6,10 +6,13 @@ Generated from book/B_cli.py; edit the chapter, not this file.
 import argparse
 import json
 import os
+import secrets
 import sys
+import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import wraps
 from pathlib import Path
 from typing import NoReturn
 
@@ -55,6 +58,7 @@ MISTAKES = {"gptoss.config": "ConfigError", "gptoss.mxfp4": "MXFP4Error",
             "gptoss.chat": "ChatError", "gptoss.parity": "ParityError",
             "gptoss.vectors": "VectorError",
             "gptoss.kernels": "KernelError",
+            "gptoss.parallel": "ParallelError",
             "torch": "OutOfMemoryError"}
 
 
@@ -67,6 +71,41 @@ def is_mistake(error: BaseException) -> bool:
     classes = [getattr(sys.modules[module], name, UsageError)
                for module, name in MISTAKES.items() if module in sys.modules]
     return isinstance(error, (UsageError, OSError, MemoryError, *classes))
+
+
+# --- One of several processes ------------------------------------------------
+
+def several() -> int:
+    """How many processes torchrun has started, if more than one; else 0."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    return int(size) if size.isdecimal() and int(size) > 1 else 0
+
+
+def process_rank() -> int:
+    """Which of them this is; 0 speaks for all."""
+    return int(os.environ.get("RANK", 0)) if several() else 0
+
+
+def agreed(args: argparse.Namespace, make: Callable[[], object]) -> object:
+    """make(), as the first process finds it."""
+    if not several():
+        return make()
+    from gptoss.parallel import join
+
+    kind = getattr(args, "device", "cpu").partition(":")[0]
+    return join(kind).same(make)
+
+
+def _model(args: argparse.Namespace, folder: Path, device="cpu"):
+    """The model in a folder, or this process's part of it."""
+    dtype = _dtype(getattr(args, "dtype", "bfloat16"))
+    if several() or args.stages != 1:
+        from gptoss.parallel import load_split
+
+        return load_split(folder, dtype, device, stages=args.stages)
+    from gptoss.model import GptOss
+
+    return GptOss.from_pretrained(folder, dtype=dtype, device=device)
 
 
 # --- What the options mean ---------------------------------------------------
@@ -83,6 +122,8 @@ def _device(name: str):
 
     try:
         device = torch.device(name)
+        if device.type == "cuda" and several():  # each its own
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         if device.type == "meta":
             raise RuntimeError("holds no numbers")
         torch.empty(1, dtype=torch.uint8, device=device)
@@ -97,8 +138,10 @@ def _prompt(args: argparse.Namespace) -> str:
         if args.model != str(POCKET):
             raise UsageError("--prompt: needed with --model")
         return FIRST_WORDS
-    if args.prompt != "-":
-        return args.prompt
+    return agreed(args, _stdin) if args.prompt == "-" else args.prompt
+
+
+def _stdin() -> str:
     try:
         return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
@@ -128,15 +171,15 @@ def run_generate(args: argparse.Namespace) -> None:
         stop_ids,
     )
     from gptoss.harmony import Tokenizer
-    from gptoss.model import GptOss
+    from gptoss.kernels import load_kernels
 
     sampler = Sampler(args.temperature, args.top_k, args.top_p)
     prompt, device = _prompt(args), _device(args.device)
     folder = resolve(args.model)
     Checkpoint.open(folder).close()  # the headers, before anything slow
     tokenizer, stop = Tokenizer.from_pretrained(folder), stop_ids(folder)
-    model = GptOss.from_pretrained(folder, dtype=_dtype(args.dtype),
-                                   device=device)
+    model = _model(args, folder, device)
+    load_kernels()  # after all that may be wrong: the first time it compiles
     write = _writer(sys.stdout)
     if not args.json and sys.stdout.isatty():
         write(prompt)  # a reader wants the whole; a program has its prompt
@@ -205,8 +248,10 @@ class Session:
     """A chat and the messages that were exchanged."""
 
     def __init__(self, chat, draw: Callable[..., None], everything: bool,
-                 system: str | None = None) -> None:
+                 system: str | None = None,
+                 read: Callable[[str], str] = input) -> None:
         self.chat, self.draw, self.everything = chat, draw, everything
+        self.read = read
         self.head = ([{"role": "system", "content": system}] if system
                      else [])
         self.messages = list(self.head)
@@ -236,6 +281,8 @@ class Session:
 def _save(session: Session, name: str, mode: str = "x") -> str:
     if not name:
         raise UsageError("/save: expected a file name")
+    if process_rank():
+        return ""
     try:
         with open(Path(name).expanduser(), mode, encoding="utf-8") as file:
             json.dump(session.messages, file, ensure_ascii=False, indent=1)
@@ -292,8 +339,13 @@ def obey(session: Session, line: str) -> None:
 
 # --- chat: typed or piped ----------------------------------------------------
 
-def _lines() -> Iterator[str]:
+def _lines(args: argparse.Namespace) -> Iterator[str]:
     """The lines of stdin, which must be UTF-8."""
+    lines = _own_lines()
+    return iter(lambda: agreed(args, lambda: next(lines, None)), None)
+
+
+def _own_lines() -> Iterator[str]:
     for number, line in enumerate(sys.stdin.buffer, 1):
         try:
             yield line.decode("utf-8").strip()
@@ -329,7 +381,7 @@ def converse(session: Session) -> None:
     while True:
         line = None
         try:
-            line = input("> ")
+            line = session.read("> ")
             leaving = False
             _step(session, line)
         except EOFError:
@@ -352,23 +404,67 @@ def _tools(args: argparse.Namespace, known: dict) -> list:
     return [known[name] for name in names]
 
 
+def _reader(args: argparse.Namespace) -> Callable[[str], str]:
+    """input(), of the first process if there are several."""
+    def typed(words: str) -> str | None:
+        try:
+            return input(words)
+        except EOFError:
+            return None
+
+    def read(words: str) -> str:
+        line = agreed(args, lambda: typed(words))
+        if line is None:
+            raise EOFError
+        return line
+    return read
+
+
+def _today(args: argparse.Namespace) -> Callable[[], str]:
+    """The tool `today`, asked of one calendar."""
+    from gptoss.chat import today
+
+    return wraps(today)(lambda: agreed(args, today))
+
+
+def _split_chat(args: argparse.Namespace) -> tuple:
+    """Model and tokenizer for this process, the same seed and date in all."""
+    from gptoss.chat import today
+    from gptoss.checkpoint import resolve
+    from gptoss.harmony import Tokenizer
+
+    folder, device = resolve(args.model), _device(args.device)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    model = _model(args, folder, device)
+    if args.seed is None:
+        args.seed = agreed(args, lambda: secrets.randbits(48))
+    if args.date is None:
+        args.date = agreed(args, today)
+    return model, tokenizer
+
+
 def run_chat(args: argparse.Namespace) -> None:
     """A conversation; with a pipe, one message a line of stdin."""
     from gptoss.chat import TOOLS, Chat
+    from gptoss.kernels import load_kernels
 
     if args.json and args.prompt is None:
         raise UsageError("--json: needs --prompt")
-    chat = Chat(args.model, args.effort, _tools(args, TOOLS), date=args.date,
+    model, tools = args.model, TOOLS
+    if several() or args.stages != 1:
+        model, tools = _split_chat(args), TOOLS | {"today": _today(args)}
+    chat = Chat(model, args.effort, _tools(args, tools), date=args.date,
                 temperature=args.temperature, top_k=args.top_k,
                 top_p=args.top_p, seed=args.seed, dtype=_dtype(args.dtype),
                 max_new_tokens=args.max_new_tokens,
                 device=_device(args.device))
+    load_kernels()
     everything = args.transcript or sys.stdout.isatty()
     draw = (lambda *_: None) if args.json else _drawer(sys.stdout)
-    session = Session(chat, draw, everything, args.system)
-    if args.prompt is None and sys.stdin.isatty():
+    session = Session(chat, draw, everything, args.system, _reader(args))
+    if args.prompt is None and agreed(args, sys.stdin.isatty):
         return converse(session)
-    for line in [_prompt(args)] if args.prompt is not None else _lines():
+    for line in [_prompt(args)] if args.prompt is not None else _lines(args):
         if line and args.prompt is None and everything:
             draw(f"> {line}\n", STYLES["user"])
         if line or args.prompt is not None:
@@ -378,6 +474,30 @@ def run_chat(args: argparse.Namespace) -> None:
 
 
 # --- inspect -----------------------------------------------------------------
+
+def show_plan(args: argparse.Namespace) -> None:
+    """Prints what 1 to 8 GPUs could do with a model."""
+    from gptoss.checkpoint import resolve
+    from gptoss.config import GptOssConfig
+    from gptoss.plan import plan, plan_table
+
+    known = {"20b": GptOssConfig.gpt_oss_20b,
+             "120b": GptOssConfig.gpt_oss_120b}
+    if args.path == str(POCKET):
+        models = {name: make() for name, make in known.items()}
+    elif args.path in known:
+        models = {args.path: known[args.path]()}
+    else:
+        models = {args.path: GptOssConfig.from_pretrained(resolve(args.path))}
+    if args.context < 1:
+        raise UsageError(f"--context: expected >= 1, found {args.context}")
+    if args.json:
+        print(json.dumps({name: [asdict(row) for row in plan(
+            config, args.context)] for name, config in models.items()}))
+        return
+    print(visible("\n\n".join(plan_table(name, config, args.context)
+                              for name, config in models.items())))
+
 
 SIZES = {"bytes": "bytes in the file",
          "parameters_total": "parameters",
@@ -402,6 +522,7 @@ def summary(report: dict) -> Iterator[tuple[str, str]]:
     files = report["files"]
     yield "layout", (f"{report['layout']}, {report['tensors']} tensors in "
                      f"{len(files)} file{'s' * (len(files) != 1)}")
+    yield "kernels on a CPU", report["kernels"]
     for key, label in SIZES.items():
         yield label, with_unit(report[key])
     for part, number in report["parameters"].items():
@@ -417,10 +538,13 @@ def summary(report: dict) -> Iterator[tuple[str, str]]:
 
 def run_inspect(args: argparse.Namespace) -> None:
     """Prints what a checkpoint holds, without reading its weights."""
+    if args.plan:
+        return show_plan(args)
     from gptoss.checkpoint import Checkpoint, describe, resolve
+    from gptoss.kernels import kernel_path
 
     folder = resolve(args.path)
-    report = describe(folder)
+    report = describe(folder) | {"kernels": kernel_path()}
     if args.json:
         print(json.dumps(report))
         return
@@ -467,6 +591,22 @@ def run_convert(args: argparse.Namespace) -> None:
 
 # --- bench -------------------------------------------------------------------
 
+def figures(found: dict) -> str:
+    """What `measure` found, a line each; rates with their spread."""
+    def shown(value) -> str:
+        return (f"{value:,.4g}" if isinstance(value, float)
+                else f"{value:,}" if isinstance(value, int) else str(value))
+
+    lines = []
+    for key, value in found.items():
+        if not isinstance(value, dict):  # a spread goes with its median
+            around = found.get(f"{key}_spread")
+            lines.append(f"{key:>26}  {shown(value)}" + (
+                f"  ({shown(around['low'])} to {shown(around['high'])})"
+                if around else ""))
+    return "\n".join(lines)
+
+
 def run_bench(args: argparse.Namespace) -> None:
     """Measures loading, reading and writing on random tokens."""
     from gptoss.checkpoint import Checkpoint, resolve
@@ -475,19 +615,22 @@ def run_bench(args: argparse.Namespace) -> None:
     if min(args.prompt_tokens, args.new_tokens) < 2:
         raise UsageError(f"expected --prompt-tokens and --new-tokens >= 2, "
                          f"found {args.prompt_tokens} and {args.new_tokens}")
+    if args.repeats < 1:
+        raise UsageError(f"--repeats: expected >= 1, found {args.repeats}")
     folder = resolve(args.path)
-    Checkpoint.open(folder).close()  # the headers, before anything slow
-    found = measure(folder, args.prompt_tokens, args.new_tokens)
-    spread = found["decode_tokens_per_second"]
-    found |= {"decode_tokens_per_second": spread["median"],
-              "decode_tokens_per_second_spread": spread}
-    if args.json:
-        print(json.dumps(found))
-        return
-    for key, value in found.items():
-        print(f"{key:>32}  " + (f"{value:,.4g}" if isinstance(value, float)
-                                else f"{value:,}" if isinstance(value, int)
-                                else str(value)))
+    with Checkpoint.open(folder) as file:  # the headers, before anything slow
+        room = file.config.max_position_embeddings - args.prompt_tokens
+    if args.new_tokens > room:
+        option = "--new-tokens" if room > 1 else "--prompt-tokens"
+        raise UsageError(
+            f"{option}: the model's context holds {room + args.prompt_tokens}"
+            f" tokens, found {args.prompt_tokens} of prompt and "
+            f"{args.new_tokens} new ones")
+    found = measure(folder, args.prompt_tokens, args.new_tokens, args.repeats,
+                    load=lambda folder: _model(args, folder))
+    if several():
+        found |= {"processes": several(), "stages": args.stages}
+    print(json.dumps(found) if args.json else figures(found))
 
 
 # --- parity and vectors ------------------------------------------------------
@@ -507,8 +650,11 @@ def run_parity(args: argparse.Namespace) -> None:
         if not ids:
             raise UsageError("--prompt: expected at least one token")
         tokens = torch.tensor([ids])
+    if args.new_tokens < 0:
+        raise UsageError(f"--new-tokens: expected at least 0, found "
+                         f"{args.new_tokens}")
     result = report(folder, args.against, tokens, _dtype(args.dtype),
-                    args.contract, args.plant)
+                    args.contract, args.plant, args.new_tokens)
     strict = json.loads(json.dumps(result), parse_constant=lambda name: None)
     print(json.dumps(strict) if args.json else visible(parity_table(result)))
     if result["findings"]:
@@ -561,6 +707,9 @@ FIRST_WORDS = "Once upon a time"
 _MODEL = {"--model": dict(default=str(POCKET), metavar="PATH_OR_ID",
                           help="folder or hub id (default: the one shipped)")}
 _JSON = {"--json": dict(action="store_true", help="one JSON object")}
+_STAGES = {"--stages": dict(type=int, default=1, metavar="N",
+                            help="with torchrun: split the layers into N "
+                            "stages, and each among the rest (default: 1)")}
 _SAMPLING = {
     "--temperature": dict(type=float, default=1.0, metavar="X",
                           help="0 is greedy (default: 1)"),
@@ -575,7 +724,7 @@ COMMANDS = {
     "generate": (run_generate, _MODEL | {
         "--prompt": dict(help="text to go on from; - reads stdin"),
         "--max-new-tokens": dict(type=int, default=256, metavar="N"),
-    } | _SAMPLING | _JSON),
+    } | _SAMPLING | _STAGES | _JSON),
     "chat": (run_chat, _MODEL | {
         "--prompt": dict(help="one message, answered; - reads stdin"),
         "--effort": dict(default="medium", choices=(
@@ -588,11 +737,15 @@ COMMANDS = {
         "--date": dict(help="what the model is told (default: today)"),
         "--transcript": dict(action="store_true", help="write analysis and "
                              "calls too, as a terminal always shows"),
-    } | _SAMPLING | _JSON),
+    } | _SAMPLING | _STAGES | _JSON),
     "inspect": (run_inspect, {
         "path": dict(metavar="PATH_OR_ID", nargs="?", default=str(POCKET),
                      help="folder or hub id (default: the one shipped)"),
         "--tensors": dict(action="store_true", help="list each tensor"),
+        "--plan": dict(action="store_true", help="what 1 to 8 GPUs could do "
+                       "with it, or with 20b, 120b (default: those two)"),
+        "--context": dict(type=int, default=8192, metavar="N",
+                          help="tokens, for --plan (default: 8192)"),
     } | _JSON),
     "convert": (run_convert, {
         "source": dict(metavar="SOURCE"), "target": dict(metavar="TARGET"),
@@ -603,7 +756,8 @@ COMMANDS = {
                      help="folder or hub id (default: the one shipped)"),
         "--prompt-tokens": dict(type=int, default=512, metavar="N"),
         "--new-tokens": dict(type=int, default=32, metavar="N"),
-    } | _JSON),
+        "--repeats": dict(type=int, default=3, metavar="N"),
+    } | _STAGES | _JSON),
     "parity": (run_parity, {
         "path": dict(metavar="PATH_OR_ID", nargs="?", default=str(POCKET),
                      help="folder or hub id (default: the one shipped)"),
@@ -613,6 +767,8 @@ COMMANDS = {
         "--contract": dict(default="fp32", choices=(
             "fp32", "hf-eager", "openai-torch"), help="how ours rounds"),
         "--prompt": dict(help="text to walk over (default: random tokens)"),
+        "--new-tokens": dict(type=int, default=0, metavar="N",
+                             help="written first, and walked over too"),
         "--plant": dict(metavar="FAULT", help="break ours first: window ..."),
     } | _JSON),
     "vectors": (run_vectors, {
@@ -657,9 +813,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):  # not every terminal is UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        if process_rank():
+            sys.stdout = open(os.devnull, "w")
         args = build_parser().parse_args(argv)
+        if several() and not hasattr(args, "stages"):
+            raise UsageError("torchrun is for generate, chat and bench")
         args.run(args)
         sys.stdout.flush()
+        if several():
+            sys.modules["gptoss.parallel"].leave()
         return 0
     except KeyboardInterrupt:
         return 130
@@ -671,7 +833,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not is_mistake(error):
             raise
         line = visible(" ".join(str(error).split()), keep="")
-        print(f"gptoss: error: {line or type(error).__name__}",
+        where = ""
+        if process_rank():
+            time.sleep(5)  # the first process says it, if it can
+            where = f"process {process_rank()}: "
+        print(f"gptoss: error: {where}{line or type(error).__name__}",
               file=sys.stderr)
         return 2
 

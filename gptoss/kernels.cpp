@@ -102,7 +102,15 @@ inline float largest(const Floats (&part)[4]) {
   return found;
 }
 
-void quantise(const float* x, int64_t n, Quantised& to) {
+// the step between integers: a power of two for what was stored in bf16,
+// whose largest is then at most 255 * 2**7; otherwise the finest
+inline float step(float largest, bool stored) {
+  if (!stored) return largest / 32767;
+  const uint32_t exponent = load<uint32_t>(&largest) & 0x7f800000;
+  return load<float>(&exponent) / 16384;
+}
+
+void quantise(const float* x, bool stored, int64_t n, Quantised& to) {
   static constexpr int group[4] = {0, 32, 16, 48};  // of element 4 i + j
   for (int64_t b = 0; b < to.blocks; ++b) {
     int16_t* at = &to.values[n * to.padded + start(b)];
@@ -111,7 +119,7 @@ void quantise(const float* x, int64_t n, Quantised& to) {
       part[i] = load<Floats>(x);
       odd += 0 * part[i];  // NaN if one of them is NaN or infinite
     }
-    const float scale = largest(part) / 32767;
+    const float scale = step(largest(part), stored);
     const float up = scale > 1e-37f ? 1 / scale : 0;
     for (int i = 0; i < 4; ++i) {
       // adding 1.5 * 2**23 leaves the nearest integer in the low bits
@@ -123,11 +131,12 @@ void quantise(const float* x, int64_t n, Quantised& to) {
   }
 }
 
-Quantised quantised(const Buffer& x, int64_t rows, int64_t blocks) {
+Quantised quantised(const Buffer& x, bool stored, int64_t rows,
+                    int64_t blocks) {
   Quantised q(rows, blocks);
   at::parallel_for(0, rows, 8, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n)
-      quantise(&x[n * blocks * BLOCK], n, q);
+      quantise(&x[n * blocks * BLOCK], stored, n, q);
   });
   return q;
 }
@@ -186,6 +195,17 @@ inline void factors(const uint8_t* scales, const float* xs, int64_t blocks,
   to[blocks] = 0;
 }
 
+// sums, plus sixteen products added in pairs
+inline __m256i add_products(__m256i sums, __m256i a, __m256i b) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+  return _mm256_dpwssd_epi32(sums, a, b);
+#elif defined(__AVXVNNI__)
+  return _mm256_dpwssd_avx_epi32(sums, a, b);
+#else
+  return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
+#endif
+}
+
 // 32 bytes of weights times 64 activations; each half is one block's sum
 inline __m256 dot_pair(__m256i bytes, const int16_t* q, __m256i values) {
   const __m256i low = _mm256_set1_epi8(15);
@@ -195,16 +215,15 @@ inline __m256 dot_pair(__m256i bytes, const int16_t* q, __m256i values) {
     return _mm256_shuffle_epi8(values, _mm256_and_si256(nibbles, low));
   };
   const __m256i a = look_up(bytes), b = look_up(next);
-  auto times = [q](__m256i w, int at) {  // sixteen products, added in pairs
-    return _mm256_madd_epi16(w, load<__m256i>(q + at));
+  auto add = [q](__m256i sums, __m256i w, int at) {
+    return add_products(sums, w, load<__m256i>(q + at));
   };
   // a byte in the upper half of 16 bits is 256 times its value
-  const __m256i s0 = times(_mm256_slli_epi16(a, 8), 0);
-  const __m256i s1 = times(_mm256_and_si256(a, high), 16);
-  const __m256i s2 = times(_mm256_slli_epi16(b, 8), 32);
-  const __m256i s3 = times(_mm256_and_si256(b, high), 48);
-  return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_add_epi32(s0, s1),
-                                             _mm256_add_epi32(s2, s3)));
+  __m256i s = add(__m256i{}, _mm256_slli_epi16(a, 8), 0);
+  __m256i t = add(__m256i{}, _mm256_and_si256(a, high), 16);
+  s = add(s, _mm256_slli_epi16(b, 8), 32);
+  t = add(t, _mm256_and_si256(b, high), 48);
+  return _mm256_cvtepi32_ps(_mm256_add_epi32(s, t));
 }
 
 // out[0], out[step] ...: R rows of a weight, `step` rows apart, times x
@@ -299,8 +318,8 @@ void multiply_tile(const Tile& tile, const Few& few, int64_t first,
         for (int t = 0; t < TOKENS; ++t) {
           const __m256i x = _mm256_set1_epi32(
               load<int32_t>(few.q[t] + at + 16 * u + 2 * m));
-          s[t][0] = _mm256_add_epi32(s[t][0], _mm256_madd_epi16(w0, x));
-          s[t][1] = _mm256_add_epi32(s[t][1], _mm256_madd_epi16(w1, x));
+          s[t][0] = add_products(s[t][0], w0, x);
+          s[t][1] = add_products(s[t][1], w1, x);
           // here, not later: or the compiler makes many products first
           // and has to put them aside in memory
           asm("" : "+x"(s[t][0]), "+x"(s[t][1]));
@@ -912,7 +931,7 @@ Tensor mxfp4_linear(const Tensor& x, const Tensor& blocks,
   Buffer y(N * m);
   const std::vector<int64_t> ids(N, 0);
   grouped_linear(weight, Groups(ids.data(), N, 1),
-                 quantised(floats(x), N, weight.blocks), 1,
+                 quantised(floats(x), true, N, weight.blocks), 1,
                  [&](int64_t slot, int64_t, int64_t row0, int64_t rows,
                      const float* v) {
     std::copy_n(v, rows, &y[slot * m + row0]);
@@ -955,10 +974,10 @@ Tensor packed_experts(const Tensor& x, const Tensor& ids,
                       gate_up_scales.size(0));
   const Buffer hidden = run_gate_up(
       gate_up, numbers(gate_up_bias), limit, groups,
-      quantised(floats(x), slots / K, gate_up.blocks), K);
+      quantised(floats(x), true, slots / K, gate_up.blocks), K);
   const Buffer y = run_down(
       down, numbers(down_bias), numbers(shares), groups,
-      quantised(hidden, slots, down.blocks), K);
+      quantised(hidden, false, slots, down.blocks), K);
   return result(x, down.rows, y);
 }
 
@@ -1031,7 +1050,10 @@ TORCH_LIBRARY_IMPL(gptoss, CPU, m) {
   m.impl("packed_experts", packed_experts);
 }
 
-#ifdef GPTOSS_AVX2
+#if defined(GPTOSS_AVX2) && (defined(__AVXVNNI__) \
+    || (defined(__AVX512VNNI__) && defined(__AVX512VL__)))
+constexpr char NAME[] = "C++ with AVX2 and VNNI";
+#elif defined(GPTOSS_AVX2)
 constexpr char NAME[] = "C++ with AVX2";
 #else
 constexpr char NAME[] = "portable C++";

@@ -8,13 +8,13 @@ import logging
 import os
 import platform
 import shlex
+import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ from gptoss.rope import apply_rope
 
 # --- Built on first use ------------------------------------------------------
 
+_log = logging.getLogger("gptoss")
 SOURCE = Path(mxfp4.__file__).with_name("kernels.cpp")
 OPTIONS = ("-O3", "-march=native", "-std=c++20", "-ffp-contract=fast",
            "-fopenmp", "-fPIC", "-shared", "-w")
@@ -39,6 +40,10 @@ class KernelError(RuntimeError):
     """The kernels cannot be compiled or loaded here."""
 
 
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
+
+
 def compile_command(target: Path, portable: bool = False) -> list[str]:
     """The compiler's command line that makes `target` from kernels.cpp.
 
@@ -46,12 +51,18 @@ def compile_command(target: Path, portable: bool = False) -> list[str]:
     """
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    return [*shlex.split(os.environ.get("CXX") or "c++"), *OPTIONS,
+    return [*_compiler(), *OPTIONS,
             *(["-DGPTOSS_PORTABLE"] if portable else []),
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
             *(f"-I{folder}" for folder in include_paths()), str(SOURCE),
             "-o", str(target), *(f"-L{path}" for path in library_paths()),
             "-ltorch_cpu", "-lc10"]
+
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes may both compile
+    fcntl = None
 
 
 def library_path(portable: bool = False) -> Path:
@@ -66,28 +77,49 @@ def library_path(portable: bool = False) -> Path:
     return Path(cache) / "gptoss" / f"kernels-{name}.so"
 
 
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """One process at a time; others wait. A dead process holds nothing."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a network drive that knows no locks
+            if fcntl:
+                fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
+
+
+def _compile(path: Path, portable: bool) -> None:
+    _log.warning("gptoss: compiling the kernels, once; it takes about half "
+                 "a minute")
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        done = subprocess.run(compile_command(made, portable),
+                              capture_output=True, text=True)
+        if done.returncode:
+            lines = [*done.stderr.splitlines(), "no message"]
+            raise KernelError("the compiler failed: " + next(
+                (line for line in lines if "error" in line), lines[0]))
+        os.replace(made, path)
+
+
 def build(portable: bool = False) -> Path:
     """The compiled kernels; compiles them if they are not there yet.
 
-    KernelError, with the compiler's own first complaint, if that fails.
+    That is told in one line on the logger "gptoss". KernelError, with the
+    compiler's own first complaint, if it fails.
     """
     path = library_path(portable)
     if path.exists():
         return path
+    if shutil.which(_compiler()[0]) is None:
+        raise KernelError(f"no compiler {_compiler()[0]!r} ($CXX names one)")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / path.name
-            if sys.stderr.isatty():
-                print("gptoss: compiling kernels (once, about half a minute)",
-                      file=sys.stderr)
-            done = subprocess.run(compile_command(made, portable),
-                                  capture_output=True, text=True)
-            if done.returncode:
-                lines = [*done.stderr.splitlines(), "no message"]
-                raise KernelError("the compiler failed: " + next(
-                    (line for line in lines if "error" in line), lines[0]))
-            os.replace(made, path)
+        with _alone_in(path.parent):
+            if not path.exists():  # else another process was first
+                _compile(path, portable)
     except OSError as error:
         raise KernelError(f"cannot compile: {error}") from error
     return path
@@ -124,7 +156,7 @@ def _load(choice: str) -> str:
         _define_plain()
         torch.ops.load_library(str(library))
     except (KernelError, OSError) as error:
-        logging.getLogger("gptoss").warning(
+        _log.warning(
             "gptoss: no kernels, plain torch is used (many times slower; "
             "GPTOSS_KERNELS=torch silences this): %s", error)
         return f"torch ({error})"
@@ -146,7 +178,9 @@ def load_kernels() -> str:
 def kernel_path() -> str:
     """Which path the operators take on the CPU, in words; never compiles."""
     choice = os.environ.get("GPTOSS_KERNELS", "auto")
-    waits = not _path and choice == "auto" and not library_path().exists()
+    waits = (not _path and choice in ("auto", "portable")
+             and not library_path(choice == "portable").exists()
+             and shutil.which(_compiler()[0]))
     return "C++, to be compiled when first used" if waits else load_kernels()
 
 
@@ -181,12 +215,14 @@ def read_speed(size: int = 2 ** 30, repeats: int = 5) -> float:
     return size / best
 
 
-def spread(seconds: list[float]) -> dict[str, float]:
-    """Rates of durations: the median's, and of the slow and fast tenth."""
+def rates(name: str, seconds: list[float], count: int = 1) -> dict:
+    """Rates of `count` things in so many seconds: the median as `name`, and
+    those of the slow and the fast tenth as low and high in `name`_spread."""
     ordered = sorted(seconds)
     tenth = len(ordered) // 10
-    return {"median": 1 / statistics.median(ordered),
-            "low": 1 / ordered[-1 - tenth], "high": 1 / ordered[tenth]}
+    return {name: count / statistics.median(ordered),
+            f"{name}_spread": {"low": count / ordered[-1 - tenth],
+                               "high": count / ordered[tenth]}}
 
 
 def _timed(model: GptOss, prompt: list[int], count: int) -> list[float]:
@@ -198,34 +234,56 @@ def _timed(model: GptOss, prompt: list[int], count: int) -> list[float]:
     return times
 
 
+def summarise(runs: list[list[float]], prompt_tokens: int, size: int,
+              speed: float) -> dict:
+    """What runs say, each the seconds from its start to each of its tokens.
+
+    size: the bytes of weights that a token reads; speed: bytes a second
+    that memory delivers. The first token ends the reading of the prompt.
+    """
+    first = [times[0] for times in runs]
+    steps = [after - before for times in runs
+             for before, after in zip(times, times[1:], strict=False)]
+    decode = rates("decode_tokens_per_second", steps)
+    share = decode["decode_tokens_per_second"] * size / speed
+    return ({"time_to_first_token": statistics.median(first)}
+            | rates("prefill_tokens_per_second", first, prompt_tokens)
+            | decode | {"bytes_per_token": size,
+                        "read_bytes_per_second": speed,
+                        "read_bandwidth_share": share})
+
+
 def measure(path: str | Path, prompt_tokens: int = 512, new_tokens: int = 32,
-            seed: int = 0) -> dict:
+            repeats: int = 3, seed: int = 0,
+            load: Callable[..., GptOss] = GptOss.from_pretrained) -> dict:
     """Load the model in `path` and generate; what it took, as a dict.
 
     The prompt is random tokens. A short run comes first, so that the file
-    is in memory and the kernels are loaded: time_to_first_token is that of
-    the timed run. Seconds, bytes, tokens a second; read_bandwidth_share is
-    the bytes of a token over what memory could deliver in its time.
+    is in memory and the kernels are loaded; then `repeats` timed ones.
+    Seconds, bytes, tokens a second (medians); read_bandwidth_share is the
+    bytes of a token over what memory could deliver in its time. KernelError
+    if the tokens do not fit into the model's context.
     """
     start = time.perf_counter()
-    model = GptOss.from_pretrained(path)
+    model = load(path)
     load_seconds = time.perf_counter() - start
+    room = model.config.max_position_embeddings
+    if prompt_tokens + new_tokens > room:
+        raise KernelError(f"prompt_tokens + new_tokens: expected at most "
+                          f"{room} (the model's context), found "
+                          f"{prompt_tokens} + {new_tokens}")
     draw = torch.Generator().manual_seed(seed)
     prompt = torch.randint(model.config.vocab_size, (prompt_tokens,),
                            generator=draw).tolist()
     _timed(model, prompt[:8], 4)
-    times = _timed(model, prompt, new_tokens + 1)
-    steps = [b - a for a, b in zip(times, times[1:], strict=False)]
-    size, decode = bytes_read_per_token(model.config), spread(steps)
-    speed = read_speed()
+    runs = [_timed(model, prompt, new_tokens + 1) for _ in range(repeats)]
+    peak = peak_rss_bytes()  # now: measuring memory takes a gigabyte
     return {"kernels": kernel_path(), "threads": torch.get_num_threads(),
-            "load_seconds": load_seconds,
-            "peak_rss_bytes": peak_rss_bytes(),
-            "time_to_first_token": times[0], "prompt_tokens": prompt_tokens,
-            "prefill_tokens_per_second": prompt_tokens / times[0],
-            "decode_tokens_per_second": decode, "bytes_per_token": size,
-            "read_bytes_per_second": speed,
-            "read_bandwidth_share": decode["median"] * size / speed}
+            "load_seconds": load_seconds, "peak_rss_bytes": peak,
+            "prompt_tokens": prompt_tokens, "new_tokens": new_tokens,
+            "repeats": repeats} | summarise(
+                runs, prompt_tokens, bytes_read_per_token(model.config),
+                read_speed())
 
 
 __all__ = [
@@ -240,6 +298,7 @@ __all__ = [
     "load_kernels",
     "measure",
     "plain_torch",
+    "rates",
     "read_speed",
-    "spread",
+    "summarise",
 ]

@@ -132,19 +132,23 @@ def columns(a: int, b: int, sign: str) -> list[str]:
     ['7-5=2', '4-8+10=6', '3-2-1=0'] with borrowing.
     """
     lines, carry = [], 0
-    for column in range(len(str(max(a, b)))):
-        x, y = a // 10 ** column % 10, b // 10 ** column % 10
-        if sign == "+":
-            value = x + y + carry
-            lines.append(f"{x}+{y}{'+1' * carry}={value}")
-            carry = value // 10
-        else:
-            value = x - y - carry
-            borrow = int(value < 0)
-            lines.append(f"{x}-{y}{'-1' * carry}{'+10' * borrow}="
-                         f"{value + 10 * borrow}")
-            carry = borrow
+    for place in range(len(str(max(a, b)))):
+        x, y = a // 10 ** place % 10, b // 10 ** place % 10
+        asked, answer, carry = column(x, y, carry, sign)
+        lines.append(asked + answer)
     return lines
+
+
+def column(x: int, y: int, carry: int, sign: str) -> tuple[str, str, int]:
+    """One column: what is asked ('4+8+1' or '4-8'), what answers it
+    ('=13' or '+10=6'), and the carry for the next one."""
+    asked = f"{x}{sign}{y}{f'{sign}1' * carry}"
+    if sign == "+":
+        value = x + y + carry
+        return asked, f"={value}", value // 10
+    value = x - y - carry
+    borrow = int(value < 0)
+    return asked, f"{'+10' * borrow}={value + 10 * borrow}", borrow
 
 
 def worked(a: int, b: int, sign: str) -> str:
@@ -276,7 +280,7 @@ def recall_turns(rng: random.Random) -> tuple[Turn, Turn]:
     at = rng.randrange(len(chosen))
     topic, said, ask, answer, _ = chosen[at]
     x = told[at][2]
-    think = (f"{x}.", f"Asked for {topic}: {x}.",
+    think = (said.format(x=x), f"Asked for {topic}. {said.format(x=x)}",
              f"The user asks for {topic}. The user said: "
              f"{said.format(x=x)} So it is {x}.")
     return first, Turn("recall", ask, think, answer.format(x=x),
@@ -326,6 +330,7 @@ class Kit:
 
 TEXT, NUMBER, FLAG = ({"type": kind} for kind in
                       ("string", "number", "boolean"))
+VERBS = ("get", "do", "run", "call", "use", "new", "my", "try", "ask", "the")
 SKIES = ("sunny", "cloudy", "rainy", "windy", "foggy", "snowy")
 LANGUAGES = ("French", "German", "Spanish")
 MONEY = ("dollars", "euros", "pounds", "yen")
@@ -347,7 +352,7 @@ def an_expression(rng: random.Random) -> tuple[list, str]:
 
 def a_translation(rng: random.Random) -> tuple[list, str]:
     word = rng.choice(WORDS["thing"] + WORDS["colour"] + WORDS["kind"])
-    return [word, rng.choice(LANGUAGES)], made_up(rng).lower()
+    return [word, rng.choice(LANGUAGES)], made_up(rng)
 
 
 def a_throw(rng: random.Random) -> tuple[list, str]:
@@ -456,7 +461,7 @@ KITS = {
         ((("word", "query", "term"), TEXT, "the word to explain"),),
         ("What does {0} mean?", "What is a {0}?", "Explain {0}."),
         "what {0} means", "{0}: {r}",
-        lambda rng: ([made_up(rng).lower()],
+        lambda rng: ([made_up(rng)],
                      f"a {rng.choice(WORDS['_size'])} "
                      f"{rng.choice(WORDS['colour'])} "
                      f"{rng.choice(WORDS['thing'])}")),
@@ -473,7 +478,10 @@ def disguise(rng: random.Random, key: str) -> tuple[Tool, list[str]]:
     schema = {"type": "object", "properties": properties,
               "required": list(properties)} if properties else None
     says = rng.choice(kit.says)
-    return Tool(rng.choice(kit.names), says, schema), list(properties)
+    name = rng.choice(kit.names)
+    if rng.random() < 0.5:
+        name = f"{rng.choice(VERBS)}_{name.split('_')[-1]}"
+    return Tool(name, says, schema), list(properties)
 
 
 def tool_turn(rng: random.Random, key: str, tool: Tool,
@@ -493,8 +501,9 @@ def tool_turn(rng: random.Random, key: str, tool: Tool,
     need = kit.need.format(*values, **words)
     arguments = dict(zip(names, values, strict=True))
     where = ", ".join(f"{n} is {v}" for n, v in arguments.items())
-    think = (f"Use {tool.name}.", f"Asked for {need}: use {tool.name}.",
-             f"The user asks for {need}. The tool {tool.name} can do it"
+    use = f"{tool.description} Use {tool.name}"
+    think = (f"{use}.", f"Asked for {need}. {use}.",
+             f"The user asks for {need}. {use}"
              + (f": {where}." if where else "."))
     look = f"{tool.name} {' '.join(names)} {values}"
     return Turn("tool", ask, think, answer, (tool.name, arguments), result,
@@ -675,9 +684,12 @@ def assemble(rng: random.Random, kind: str, turns: Sequence[Turn],
                                 "call": last.call}, frozenset(muted))
 
 
-MIX = {"story": 13, "sum": 29, "tool": 26, "recall": 8, "far": 13,
-       "unknown": 2, "telling": 2, "talk": 2, "beyond": 3, "missing": 3,
+MIX = {"story": 12, "sum": 27, "tool": 29, "recall": 8, "far": 13,
+       "unknown": 2, "telling": 1, "talk": 1, "beyond": 2, "missing": 4,
        "date": 1}
+SECOND = {"story": 8, "sum": 44, "tool": 26, "recall": 6, "far": 7,
+          "unknown": 2, "telling": 1, "talk": 1, "beyond": 1, "missing": 3,
+          "date": 1}    # when sums are what is left to learn
 NEVER_HELD = ("telling", "talk", "beyond", "unknown", "missing", "date")
 
 
@@ -722,6 +734,7 @@ __all__ = [
     "NOTES",
     "NUMBER",
     "ROOMS",
+    "SECOND",
     "SIMPLE",
     "SKIES",
     "STORY_ASKS",
@@ -732,6 +745,7 @@ __all__ = [
     "THINGS",
     "TROUBLE",
     "Turn",
+    "VERBS",
     "VERY_FAR",
     "a_city",
     "a_date",
@@ -743,6 +757,7 @@ __all__ = [
     "answer_messages",
     "assemble",
     "beyond_turn",
+    "column",
     "columns",
     "compact",
     "date_turn",

@@ -4,6 +4,7 @@ Generated from book/16_parity.py; edit the chapter, not this file.
 """
 
 import math
+import os
 import tempfile
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -17,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptoss.checkpoint import Checkpoint, convert, resolve
-from gptoss.config import GptOssConfig
+from gptoss.config import GptOssConfig, bf16_bytes
 from gptoss.experts import ALPHA, Experts, by_expert, clamped_swiglu
+from gptoss.generate import Sampler, generate
 from gptoss.masks import visible
 from gptoss.model import Block, GptOss, RMSNorm, check_tokens, rms_norm
 from gptoss.mxfp4 import FP4_VALUES, SCALE_BIAS, decode, encode
@@ -1284,17 +1286,46 @@ def three_traces(path: Path, tokens: Tensor, against: str,
     return {"ours": ours, "theirs": theirs, "exact": exact}
 
 
+def too_large(config: GptOssConfig, dtype: torch.dtype) -> bool:
+    """Whether decoded weights would fill most of this machine's memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return bf16_bytes(config) // 2 * dtype.itemsize > 0.6 * memory
+
+
+def written_on(path: Path, tokens: Tensor, dtype: torch.dtype, count: int
+               ) -> Tensor:
+    """tokens (1, T) and the `count` that ours writes after them."""
+    if not count:
+        return tokens
+    ids = list(generate(GptOss.from_pretrained(path, dtype),
+                        tokens[0].tolist(), max_new_tokens=count,
+                        sampler=Sampler(temperature=0.0)))
+    return torch.cat([tokens, torch.tensor([ids])], 1)
+
+
+def agreement(tokens: Tensor, before: int, theirs: Trace) -> dict:
+    """Of the tokens from `before` on, those the reference chooses too,
+    each after the same tokens; one walk tells it for all of them."""
+    ours = tokens[0, before:]
+    chosen = theirs[None, "logits"][before - 1:-1].argmax(-1)
+    return {"tokens": ours.tolist(), "reference": chosen.tolist(),
+            "same": int((ours == chosen).sum())}
+
+
 def report(path: str | Path, against: str = "transformers",
            tokens: Tensor | None = None, dtype: torch.dtype = torch.float32,
-           contract: str = "fp32", fault: str | None = None) -> dict:
+           contract: str = "fp32", fault: str | None = None,
+           new_tokens: int = 0) -> dict:
     """Walk ours and a reference over tokens (1, T), judge both.
 
     path: a folder or hub id; against: one of REFERENCES; dtype: of both
     (the reference float64 has its own); contract: one of CONTRACTS, ours;
-    fault: one of FAULTS to plant in ours. All in memory at once, the
-    reference decoded, unless "streamed". ParityError: an unknown name, a
-    missing package.
-    Returns what json.dump takes: rows, logits, findings, verdict.
+    fault: one of FAULTS to plant in ours; new_tokens: how many ours writes
+    first, greedily, and both then walk over too. All in memory at once,
+    the reference decoded, unless "streamed", which "transformers" becomes
+    where `too_large`. ParityError: an unknown name, a missing package.
+    Returns what json.dump takes: rows, logits, generated, findings,
+    verdict.
     """
     for option, name, known in (
             ("against", against, REFERENCES), ("fault", fault, FAULTS),
@@ -1306,6 +1337,10 @@ def report(path: str | Path, against: str = "transformers",
     with Checkpoint.open(path) as checkpoint:
         if tokens is None:
             tokens = default_tokens(checkpoint.config)
+        if against == "transformers" and too_large(checkpoint.config, dtype):
+            against = "streamed"
+        before = tokens.shape[1]
+        tokens = written_on(path, tokens, dtype, new_tokens)
         traces = three_traces(path, tokens, against, dtype, contract, fault)
         kind = torch.float64 if against == "float64" else dtype
         judged = {side: judge_walk(Judge(checkpoint, *how), traces[side], name)
@@ -1318,7 +1353,8 @@ def report(path: str | Path, against: str = "transformers",
     findings = [finding for _, finding in judged.values() if finding]
     return {"path": str(path), "against": against, "contract": contract,
             "dtype": str(dtype).removeprefix("torch."),
-            "tokens": tokens.shape[1], "rows": rows,
+            "tokens": before, "rows": rows,
+            "generated": agreement(tokens, before, traces["theirs"]),
             "logits": compare_logits(traces["ours"][None, "logits"],
                                      traces["theirs"][None, "logits"]),
             "findings": [vars(finding) for finding in findings],
@@ -1340,7 +1376,11 @@ def verdict(rows: list[dict], findings: list[Finding]) -> str:
 
 def parity_table(result: dict) -> str:
     """The report as text."""
-    lines = [f"{'layer':>5} {'point':10} {'max':>8} {'mean':>8} "
+    lines, made = [], result["generated"]
+    if made["tokens"]:
+        lines.append(f"{len(made['tokens'])} tokens written by ours; the "
+                     f"reference chooses the same {made['same']} times\n")
+    lines += [f"{'layer':>5} {'point':10} {'max':>8} {'mean':>8} "
              f"{'relative':>8} {'cosine':>9}   {'off bound':^13}   "
              f"{'from float64':^15}", " " * 59 + "ours  theirs    ours  "
              "  theirs"]
@@ -1387,6 +1427,7 @@ __all__ = [
     "SUSPECTS",
     "See",
     "Trace",
+    "agreement",
     "attention_fp32",
     "attention_hf",
     "attention_openai",
@@ -1425,10 +1466,12 @@ __all__ = [
     "table_rows",
     "their_tensors",
     "three_traces",
+    "too_large",
     "trace_block",
     "trace_faulty",
     "trace_openai",
     "trace_ours",
     "trace_transformers",
     "verdict",
+    "written_on",
 ]

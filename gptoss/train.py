@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -30,8 +31,9 @@ from gptoss.harmony import (
     render_message,
     tokenizer_json,
 )
-from gptoss.lessons import Lesson, lesson_stream
-from gptoss.model import GptOss
+from gptoss.lessons import SECOND, Lesson, column, lesson_stream
+from gptoss.model import Attention, GptOss
+from gptoss.rope import rope_parameters
 from gptoss.routing import expert_load, top_logits
 from gptoss.stories import story_stream
 
@@ -82,6 +84,9 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> str:
     return tokenizer_json(ranks, control)
 
 
+BREAK = re.compile(r"\d+| (?=[A-Z])|\.(?=[a-z])")
+
+
 def sample_texts(count: int, seed: int = 7) -> list[str]:
     """What the tokenizer learns from: lessons and stories, no digits."""
     texts, source = [], lesson_stream(seed)
@@ -90,15 +95,16 @@ def sample_texts(count: int, seed: int = 7) -> list[str]:
             header = (message.role, message.channel,
                       f" to={message.recipient or ''}", " json")
             for text in (message.content, *filter(None, header)):
-                texts += [part for part in re.split(r"\d+", text) if part]
+                texts += [part for part in BREAK.split(text) if part]
     told = story_stream(seed)
-    return texts + [next(told) for _ in range(count // 4)]
+    return texts + [part for _ in range(count // 4)
+                    for part in BREAK.split(next(told))]
 
 
 # --- Rows, and what counts in them -------------------------------------------
 
 Row = tuple[list[int], list[float]]
-READ = 0.5  # weight of a token that the model only reads
+READ = 0.2  # weight of a token that the model only reads
 
 
 def lesson_row(tokenizer: Tokenizer, lesson: Lesson) -> Row:
@@ -129,14 +135,49 @@ def story_row(tokenizer: Tokenizer, text: str) -> Row:
     return ids, [1.0] * len(ids)
 
 
-def rows(tokenizer: Tokenizer, seed: int, easy: int = 0) -> Iterator[Row]:
-    """Endless rows. Of the first `easy`, half are plain stories and none
-    is longer than 320 tokens; later one in twelve, and up to 1900."""
+def drill_row(tokenizer: Tokenizer, rng: random.Random) -> Row:
+    """Tokens without any sense, in pieces that come again and again."""
+    top = min(tokenizer.special.values())
+    pieces = [[rng.randrange(top) for _ in range(rng.randrange(2, 9))]
+              for _ in range(rng.randrange(2, 9))]
+    ids, weights, seen = [], [], set()
+    while len(ids) < rng.choice((80, 160, 240, 320)):
+        at = rng.randrange(len(pieces))
+        ids += pieces[at]
+        weights += [0.0] + [float(at in seen)] * (len(pieces[at]) - 1)
+        seen.add(at)
+    return ids, weights
+
+
+def table_row(tokenizer: Tokenizer, rng: random.Random) -> Row:
+    """Columns without their sums, one after the other; answers count."""
+    ids, weights = [], []
+    for _ in range(rng.randrange(12, 36)):
+        asked, answer, _ = column(rng.randrange(10), rng.randrange(10),
+                                  rng.randrange(2), rng.choice("+-"))
+        for text, weight in ((f" {asked}", 0.0), (answer, 1.0)):
+            part = tokenizer.encode(text)
+            ids += part
+            weights += [weight] * len(part)
+    return ids, weights
+
+
+def rows(tokenizer: Tokenizer, seed: int, easy: int = 0,
+         mix: dict[str, int] | None = None, table: float = 0.0
+         ) -> Iterator[Row]:
+    """Endless rows. Of the first `easy`, a third are plain stories and
+    drills and none is longer than 320 tokens; later one in twelve, and
+    up to 1900. `mix`: of the lessons, as for `lesson_stream`; `table`: share
+    of rows that are digits alone."""
     rng, made = random.Random(seed), 0
-    lessons, stories = lesson_stream(seed), story_stream(seed)
+    lessons, stories = lesson_stream(seed, mix=mix), story_stream(seed)
     while True:
-        plain, longest = (0.5, 320) if made < easy else (0.08, 1900)
-        row = (story_row(tokenizer, next(stories)) if rng.random() < plain
+        (plain, drill), longest = (((0.2, 0.12), 320) if made < easy
+                                   else ((0.05, 0.03), 1900))
+        luck = rng.random()
+        row = (story_row(tokenizer, next(stories)) if luck < plain
+               else drill_row(tokenizer, rng) if luck < plain + drill
+               else table_row(tokenizer, rng) if luck > 1 - table
                else lesson_row(tokenizer, next(lessons)))
         if len(row[0]) <= longest:
             made += 1
@@ -170,6 +211,19 @@ def batches(source: Iterator[Row], seed: int, size: int, pool: int = 400
 
 
 # --- The loss: the next token, and a fair share for every expert -------------
+
+def weighted_loss(model: GptOss, tokens: Tensor, weights: Tensor
+                  ) -> tuple[Tensor, Tensor]:
+    """Weighted mean cross-entropy in nats, and the mean over the tokens of
+    weight 1 alone. tokens, weights (B, T): each token but the first is
+    predicted from those before it."""
+    logits = model(tokens[:, :-1]).flatten(0, 1)
+    nats = F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="none")
+    weights = weights[:, 1:].flatten()
+    own = weights == 1
+    return ((weights * nats).sum() / weights.sum(),
+            (nats.detach() * own).sum() / own.sum().clamp_min(1))
+
 
 def load_balance(logits: Tensor, k: int) -> Tensor:
     """The auxiliary loss of Switch Transformers, for K experts a token.
@@ -208,6 +262,120 @@ class RouterTap:
         return taken
 
 
+# --- Where the weights start -------------------------------------------------
+
+def pocket_config(vocab_size: int = 1536) -> GptOssConfig:
+    """The shipped model: every feature of the 20b, a ten-thousandth of it."""
+    special = control_ids(vocab_size)
+    return GptOssConfig(
+        num_hidden_layers=4, num_local_experts=8, num_experts_per_tok=2,
+        vocab_size=vocab_size, hidden_size=128, intermediate_size=128,
+        head_dim=32, num_attention_heads=8, num_key_value_heads=2,
+        sliding_window=64, initial_context_length=256, rope_factor=8.0,
+        max_position_embeddings=2048,
+        eos_token_id=special["return"], pad_token_id=special["endoftext"])
+
+
+def start_at_random(model: GptOss, seed: int) -> None:
+    """Draw the matrices from normal(0, 1 / columns), in place.
+
+    A standard deviation of 0.02 suits D = 2880, since 2880**-0.5 = 0.019;
+    in a narrow model it makes every layer whisper, and learning to look
+    back took more than twice the steps.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and not name.endswith("bias"):
+            scale = parameter.shape[-1] ** -0.5
+            nn.init.normal_(parameter, std=scale, generator=generator)
+
+
+PULL = (8.0, 8.0, 4.0)  # on the score, of the three fastest pairs
+
+
+def rows_of(n: int, size: int) -> slice:
+    """The rows of head `n`."""
+    return slice(n * size, (n + 1) * size)
+
+
+def look_back(attention: Attention, config: GptOssConfig, group: int
+              ) -> None:
+    """Two heads of `group` look one and two tokens back, whatever these
+    are: biases alone decide, in the three fastest pairs of channels."""
+    C, n = config.head_dim, len(PULL)
+    per = config.num_attention_heads // config.num_key_value_heads
+    frequencies, concentration = rope_parameters(config)
+    fast = frequencies[:n].float()
+    size = (torch.tensor(PULL) * C ** 0.5 / concentration ** 2).sqrt()
+    keys = rows_of(group, C)
+    attention.k_proj.bias[keys] = 0
+    for start in (0, C // 2):
+        channels = slice(keys.start + start, keys.start + start + n)
+        attention.k_proj.weight[channels] = 0
+    attention.k_proj.bias[keys.start:keys.start + n] = size
+    for head, offset in ((group * per, 1), (group * per + 1, 2)):
+        queries = attention.q_proj.bias[rows_of(head, C)].zero_()
+        attention.q_proj.weight[rows_of(head, C)] = 0
+        queries[:n] = size * torch.cos(fast * offset)
+        queries[C // 2:C // 2 + n] = -size * torch.sin(fast * offset)
+
+
+def look_for(attention: Attention, config: GptOssConfig, group: int,
+             token: Tensor) -> None:
+    """The first head of `group` looks for places with the present token
+    beside them, in pairs slow enough to mean the same far away."""
+    C, half = config.head_dim, config.hidden_size // 2
+    per = config.num_attention_heads // config.num_key_value_heads
+    slow = torch.tensor([n for n in range(C) if n % (C // 2) > len(PULL)])
+    queries, keys = torch.zeros(C, 2 * half), attention.k_proj.weight
+    queries[slow, :half] = 2.0 * token[:len(slow)]
+    attention.q_proj.weight[rows_of(group * per, C)] = queries
+    keys[group * C + slow] = 0
+    beside = half + group * C + torch.arange(len(slow))
+    keys[group * C + slow, beside] = 4.0
+
+
+def carry(attention: Attention, group: int, token: Tensor, out: Tensor,
+          start: int) -> None:
+    """What the first head of `group` sees, it writes from `start` on."""
+    size, half = token.shape
+    per = attention.o_proj.weight.shape[1] // attention.k_proj.weight.shape[0]
+    values = attention.v_proj.weight[rows_of(group, size)].zero_()
+    values[:, :half] = token
+    written = attention.o_proj.weight[:, rows_of(group * per, size)].zero_()
+    written[start:start + len(out)] = out
+
+
+@torch.no_grad()
+def plant_copying(model: GptOss, seed: int) -> None:
+    """Begin with the circuit that copies, in place.
+
+    Layer 0 writes the previous token beside each one; layers 1 and 3 look
+    for the present token beside an earlier one, and say that one. The
+    first half of the residual stream holds the token itself. Every other
+    head and expert starts more quietly than `start_at_random` left it.
+    """
+    config, generator = model.config, torch.Generator().manual_seed(seed)
+    C, half = config.head_dim, config.hidden_size // 2
+    embedding, head = model.embed_tokens.weight, model.lm_head.weight
+    words = torch.randn(len(embedding), half, generator=generator) * 0.7
+    inner, outer = (torch.linalg.qr(torch.randn(
+        half, half, generator=generator))[0].T for _ in range(2))
+    embedding.zero_()[:, :half] = words
+    head.zero_()[:, half:] = words / 0.7 / half ** 0.5 @ inner.T @ outer
+    for layer in model.layers:
+        layer.self_attn.o_proj.weight.mul_(0.3)
+        layer.mlp.experts.down_proj.mul_(0.1)
+    for group in range(config.num_key_value_heads):
+        at = slice(group * C, (group + 1) * C)
+        first = model.layers[0].self_attn
+        look_back(first, config, group)
+        carry(first, group, inner[at], torch.eye(C) / 2, half + group * C)
+        for layer in model.layers[1:4:2]:
+            look_for(layer.self_attn, config, group, inner[at])
+            carry(layer.self_attn, group, inner[at], 1.3 * outer[at].T, half)
+
+
 # --- Weights that live on the grid -------------------------------------------
 
 class OnGrid(nn.Module):
@@ -229,61 +397,51 @@ def put_on_grid(model: GptOss) -> None:
 
 # --- The training loop -------------------------------------------------------
 
-def pocket_config(vocab_size: int = 1536) -> GptOssConfig:
-    """The shipped model: every feature of the 20b, a ten-thousandth of it."""
-    special = control_ids(vocab_size)
-    return GptOssConfig(
-        num_hidden_layers=4, num_local_experts=8, num_experts_per_tok=2,
-        vocab_size=vocab_size, hidden_size=128, intermediate_size=128,
-        head_dim=32, num_attention_heads=8, num_key_value_heads=2,
-        sliding_window=64, initial_context_length=256, rope_factor=8.0,
-        max_position_embeddings=2048,
-        eos_token_id=special["return"], pad_token_id=special["endoftext"])
-
-
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides a training run; the same recipe and seed on
     the same machine give the same file.
 
     `tokens`: of a batch, with its padding. `easy`: share of the steps with
-    short rows and many plain stories. `grid_from`: share after which the
-    experts compute with four bits.
+    short rows and many plain stories. `change`: share after which the mix
+    of lessons is `SECOND`; `last`: after which a fifth of the rows is
+    digits alone. At both the optimiser begins afresh, and the rate rises
+    to the next of `rates`. `grid_from`: share after which the experts
+    compute with four bits.
     """
 
     seed: int = 0
-    steps: int = 7000
-    tokens: int = 2500
-    learning_rate: float = 3e-3
-    warmup: int = 60
+    steps: int = 13000
+    tokens: int = 1250
+    rates: tuple[float, ...] = (2e-3, 1.2e-3, 1e-3)
+    warmup: int = 100
     weight_decay: float = 0.05
     balance: float = 0.01
-    easy: float = 0.15
-    grid_from: float = 0.8
+    easy: float = 0.1327
+    change: float = 15 / 26
+    grid_from: float = 19 / 26
+    last: float = 23 / 26
     clip: float = 1.0
 
+    def at(self, share: float) -> int:
+        """The step at which `share` of the run is over."""
+        return round(share * self.steps)
+
     def rate(self, step: int) -> float:
-        """Linear warm-up, then a cosine down to a hundredth."""
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        """Linear warm-up, then a cosine towards a hundredth, three times;
+        the first is cut short by the change."""
+        change, last = self.at(self.change), self.at(self.last)
+        begin, end, peak, warmup = (
+            (0, last, self.rates[0], self.warmup) if step < change else
+            (change, last, self.rates[1], self.warmup // 2) if step < last
+            else (last, self.steps, self.rates[2], self.warmup // 2))
+        step -= begin
+        if step < warmup:
+            return peak * (step + 1) / warmup
+        done = (step - warmup) / max(1, end - begin - warmup)
         floor = 0.01
         cosine = (1 + math.cos(math.pi * done)) / 2
-        return self.learning_rate * (floor + (1 - floor) * cosine)
-
-
-def start_at_random(model: GptOss, seed: int) -> None:
-    """Draw the matrices from normal(0, 1 / columns), in place.
-
-    A standard deviation of 0.02 suits D = 2880, since 2880**-0.5 = 0.019;
-    in a narrow model it makes every layer whisper, and learning to look
-    back took more than twice the steps.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and not name.endswith("bias"):
-            scale = parameter.shape[-1] ** -0.5
-            nn.init.normal_(parameter, std=scale, generator=generator)
+        return peak * (floor + (1 - floor) * cosine)
 
 
 def optimizer_for(model: GptOss, recipe: Recipe) -> torch.optim.AdamW:
@@ -294,21 +452,8 @@ def optimizer_for(model: GptOss, recipe: Recipe) -> torch.optim.AdamW:
         (free if name.endswith(vectors) else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay},
               {"params": free, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate,
-                             betas=(0.9, 0.95))
-
-
-def weighted_loss(model: GptOss, tokens: Tensor, weights: Tensor
-                  ) -> tuple[Tensor, Tensor]:
-    """Weighted mean cross-entropy in nats, and the mean over the tokens of
-    weight 1 alone. tokens, weights (B, T): each token but the first is
-    predicted from those before it."""
-    logits = model(tokens[:, :-1]).flatten(0, 1)
-    nats = F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="none")
-    weights = weights[:, 1:].flatten()
-    own = weights == 1
-    return ((weights * nats).sum() / weights.sum(),
-            (nats.detach() * own).sum() / own.sum().clamp_min(1))
+    return torch.optim.AdamW(groups, lr=recipe.rates[0],
+                             betas=(0.9, 0.98))
 
 
 def train(model: GptOss, source: Iterator[tuple[Tensor, Tensor]],
@@ -320,7 +465,9 @@ def train(model: GptOss, source: Iterator[tuple[Tensor, Tensor]],
     k, begin = model.config.num_experts_per_tok, time.perf_counter()
     for step in range(recipe.steps):
         batch, extra = next(source), {}
-        if step == int(recipe.grid_from * recipe.steps):
+        if step in (recipe.at(recipe.change), recipe.at(recipe.last)):
+            optimizer = optimizer_for(model, recipe)
+        if step == recipe.at(recipe.grid_from):
             with torch.no_grad():
                 extra = {"unrounded": weighted_loss(model, *batch)[0].item()}
             put_on_grid(model)
@@ -384,6 +531,7 @@ def make_pocket(out: Path, recipe: Recipe,
     tokenizer = Tokenizer(vocabulary)
     model = GptOss(config, dtype=torch.float32, packed=False)
     start_at_random(model, recipe.seed)
+    plant_copying(model, recipe.seed)
 
     def watch(entry: dict) -> None:
         log.append(entry)
@@ -391,11 +539,24 @@ def make_pocket(out: Path, recipe: Recipe,
         if (entry["step"] + 1) % 1000 == 0:
             marks.append(milestone(model, tokenizer, entry["step"] + 1))
 
-    easy = int(recipe.easy * recipe.steps * 11)     # 11 rows make a batch
-    seed = recipe.seed + 1
-    source = batches(rows(tokenizer, seed, easy), seed, recipe.tokens)
-    train(model, source, recipe, watch)
+    train(model, schooling(tokenizer, recipe), recipe, watch)
     write_pocket(out, model, vocabulary, recipe, log, marks)
+
+
+def schooling(tokenizer: Tokenizer, recipe: Recipe
+              ) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of a run: easy ones, all, those of `SECOND`, and at last
+    those and columns of digits."""
+    seed, tokens = recipe.seed + 1, recipe.tokens
+    easy = int(recipe.easy * recipe.steps) * tokens // 230  # 230: such a row
+    first = batches(rows(tokenizer, seed, easy), seed, tokens)
+    second = batches(rows(tokenizer, seed + 1, 0, SECOND), seed + 1, tokens)
+    third = batches(rows(tokenizer, seed + 2, 0, SECOND, 0.2), seed + 2,
+                    tokens)
+    change, last = recipe.at(recipe.change), recipe.at(recipe.last)
+    yield from islice(first, change)
+    yield from islice(second, last - change)
+    yield from third
 
 
 def milestone(model: GptOss, tokenizer: Tokenizer, step: int) -> dict:
@@ -443,31 +604,41 @@ def write_json(path: Path, value: object, indent: int | None = None
 
 
 __all__ = [
+    "BREAK",
     "CONTROL",
     "EXAMINED",
     "MILESTONES",
     "OnGrid",
+    "PULL",
     "READ",
     "Recipe",
     "RouterTap",
     "Row",
     "batches",
+    "carry",
     "control_ids",
+    "drill_row",
     "generation_config",
     "lesson_row",
     "load_balance",
+    "look_back",
+    "look_for",
     "make_pocket",
     "milestone",
     "optimizer_for",
     "padded",
     "plain_state",
+    "plant_copying",
     "pocket_config",
     "put_on_grid",
     "released_tensors",
     "rows",
+    "rows_of",
     "sample_texts",
+    "schooling",
     "start_at_random",
     "story_row",
+    "table_row",
     "thinned",
     "train",
     "train_ranks",

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -329,6 +330,7 @@ def test_inspect_says_what_the_issue_asks_for(folder, capsys):
     for words in ("hf, 41 tensors in 1 file", "bytes in the file",
                   "parameters a token uses", "weight bytes read for a token",
                   "cache bytes a token adds", "config.num_hidden_layers",
+                  "kernels on a CPU",
                   "1 full_attention, 1 sliding_attention"):
         assert words in text
     assert main(["inspect", str(folder), "--json"]) == 0
@@ -339,6 +341,7 @@ def test_inspect_says_what_the_issue_asks_for(folder, capsys):
     assert report["parameters_total"] == sum(
         t.numel() * (2 if name.endswith("_blocks") else 1)
         for name, t in stored.items() if not name.endswith("_scales"))
+    assert report["kernels"]  # in words: a path, or why there is none
     # keys and values of the one full layer, in bf16
     assert report["cache_bytes_per_token"] == 2 * 2 * 2 * 8
 
@@ -566,12 +569,75 @@ def test_parity_finds_nothing_until_something_is_planted():
     assert run_main(*argv, "--plant", "nonsense").returncode == 2
 
 
-def test_bench_measures_what_it_says():
-    done = run_main("bench", "--json", "--prompt-tokens", "32",
-                    "--new-tokens", "4")
-    found = json.loads(done.stdout)
-    for key in ("load_seconds", "peak_rss_bytes",
+def test_bench_measures_what_it_says(capsys):
+    argv = ["bench", "--prompt-tokens", "32", "--new-tokens", "4"]
+    assert main([*argv, "--repeats", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    for key in ("load_seconds", "peak_rss_bytes", "time_to_first_token",
                 "prefill_tokens_per_second", "decode_tokens_per_second",
                 "bytes_per_token", "read_bandwidth_share"):
         assert found[key] > 0
-    assert run_main("bench", "--new-tokens", "1").returncode == 2
+    for part in ("prefill", "decode"):
+        middle = found[f"{part}_tokens_per_second"]
+        around = found[f"{part}_tokens_per_second_spread"]
+        assert around["low"] <= middle <= around["high"]
+    assert main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (decode,) = (line for line in lines if "decode_tokens" in line)
+    assert re.search(r"[0-9.,]+  \([0-9.,]+ to [0-9.,]+\)$", decode)
+    assert len(lines) == len(found) - 2  # a spread stands with its median
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (["--new-tokens", "1"], "--new-tokens >= 2, found 512 and 1"),
+    (["--new-tokens", "1537"],
+     "--new-tokens: the model's context holds 2048 tokens, found 512 of "
+     "prompt and 1537 new ones"),
+    (["--prompt-tokens", "2048"], "--prompt-tokens: the model's context"),
+    (["--repeats", "0"], "--repeats: expected >= 1, found 0")])
+def test_bench_refuses_what_it_cannot_measure(options, words, capsys):
+    assert main(["bench", *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and words in err and err.count("\n") == 1
+
+
+# -- the kernels of chapter 13 ----------------------------------------------
+
+def with_kernels(*argv, **changes):
+    """A command as a user runs it: the tests alone ask for plain torch."""
+    return subprocess.run(
+        [sys.executable, "-m", "gptoss", *argv], capture_output=True,
+        text=True, timeout=280, env=os.environ | changes)
+
+
+WRITE = ("generate", "--max-new-tokens", "4", "--seed", "1", "--json")
+
+
+def test_without_a_compiler_one_line_says_so_and_text_comes(tmp_path):
+    done = with_kernels(*WRITE, GPTOSS_KERNELS="auto", CXX="no-such-compiler",
+                        XDG_CACHE_HOME=str(tmp_path))
+    assert done.returncode == 0 and len(json.loads(done.stdout)["tokens"]) == 4
+    assert done.stderr.count("\n") == 1
+    assert "no kernels" in done.stderr and "no-such-compiler" in done.stderr
+
+
+def test_the_first_use_says_on_stderr_that_it_compiles(tmp_path):
+    """The stand-in for a compiler fails: that is told as well."""
+    argv = ("chat", "--prompt", "Hi", "--max-new-tokens", "2", "--json")
+    done = with_kernels(*argv, GPTOSS_KERNELS="auto", CXX="false",
+                        XDG_CACHE_HOME=str(tmp_path))
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["generated_tokens"] == 2
+    compiling, failed = done.stderr.splitlines()
+    assert compiling.startswith("gptoss: compiling the kernels, once")
+    assert failed.startswith("gptoss: no kernels, plain torch is used")
+
+
+def test_a_mistake_is_told_before_anything_is_compiled(tmp_path):
+    for argv in (("generate", "--model", "./nothing", "--prompt", "a"),
+                 ("chat", "--model", "./nothing", "--prompt", "a"),
+                 ("bench", "./nothing")):
+        done = with_kernels(*argv, GPTOSS_KERNELS="auto", CXX="false",
+                            XDG_CACHE_HOME=str(tmp_path))
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert "compiling" not in done.stderr

@@ -147,6 +147,29 @@ def test_streamed(path, tmp_path):
     assert "weights" in parity.parity_table(result)
 
 
+def test_too_large_is_streamed_and_what_it_writes_is_walked_over(
+        path, monkeypatch):
+    """`--against transformers` on a model that does not fit, with tokens
+    of ours that the reference would choose too."""
+    whole = parity.report(path, "transformers", new_tokens=6)
+    assert whole["against"] == "transformers"
+    assert len(whole["generated"]["tokens"]) == 6
+    assert whole["generated"]["same"] == 6
+    memory = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 6 * 2 ** 20}   # 24 GiB
+    monkeypatch.setattr(parity.os, "sysconf", memory.__getitem__)
+    twenty, small = GptOssConfig.gpt_oss_20b(), whole["rows"]
+    assert parity.too_large(twenty, torch.bfloat16)
+    with monkeypatch.context() as patch:
+        patch.setattr(parity, "too_large", lambda *_: True)
+        part = parity.report(path, "transformers", new_tokens=6)
+    assert part["against"] == "streamed"
+    assert part["generated"] == whole["generated"]
+    for one, other in zip(small, part["rows"], strict=True):
+        assert one["point"] == other["point"]
+    assert "chooses the same 6 times" in parity.parity_table(part)
+    assert parity.report(path, "float64")["generated"]["tokens"] == []
+
+
 # --- Faults in ours ----------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,0 +1,1746 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   gptoss:
+#     module: parallel
+# ---
+
+# %% [markdown]
+# # Splitting the model
+
+# %% [markdown]
+# ## Question
+#
+# How do several processors become one model, so that nobody could tell from
+# its output, and what do they have to say to each other for every token?
+#
+# One GPU that decodes with the 20b reads 3.7 GB for a token. Eight of them
+# read an eighth each, which an H100 does in 0.14 ms. In that time they must
+# also agree 49 times on a sum of vectors, and each vector has only 5,760
+# bytes. If an agreement takes 10 microseconds however small it is, talking
+# takes three times as long as reading.
+
+# %%
+import os
+
+import matplotlib.pyplot as plt
+
+from gptoss.config import GptOssConfig, bytes_read_per_token
+
+os.environ["GPTOSS_KERNELS"] = "torch"  # the same on every processor
+plt.style.use("_static/book.mplstyle")
+big = GptOssConfig.gpt_oss_20b()
+D, L = big.hidden_size, big.num_hidden_layers
+sums, size = 2 * L + 1, 2 * D
+reading = bytes_read_per_token(big) / 8 / 3350e9
+print(f"{bytes_read_per_token(big) / 1e9:.2f} GB a token, "
+      f"{bytes_read_per_token(big) / 8e9:.2f} GB for each of eight")
+print(f"{sums} sums of {size:,} bytes: {sums * size / 1e6:.2f} MB")
+print(f"reading {1e3 * reading:.2f} ms, 49 times 10 microseconds "
+      f"{sums * 1e-2:.2f} ms")
+assert 3 < sums * 1e-5 / reading < 4
+
+# %% [markdown]
+# ## Picture
+#
+# The model on two ranks (blue and green), and where they meet (orange). What
+# is grey is copied. Every rank has the whole stream; what is split lies
+# between two orange bars.
+
+# %% tags=["hide-input"]
+rows = (("embedding", "rows 0 … V/2", "rows V/2 … V"),
+        ("sum", "B T D numbers"),
+        ("attention", "heads 0 … 31\nkeys 0 … 3",
+         "heads 32 … 63\nkeys 4 … 7"),
+        ("sum", "B T D numbers"),
+        ("router", "all E logits", "all E logits"),
+        ("experts", "first half of F\nof every expert",
+         "second half of F\nof every expert"),
+        ("sum", "B T D numbers"),
+        ("head", "logits 0 … V/2", "logits V/2 … V"),
+        ("gather", "B T V numbers"))
+fig, ax = plt.subplots(figsize=(7, 4.6))
+for y, (name, *texts) in enumerate(rows):
+    if len(texts) == 1:
+        ax.barh(-y, 6.2, 0.36, color="C1")
+        ax.text(3.1, -y, name, ha="center", va="center", fontsize=8)
+        ax.text(6.35, -y, texts[0], va="center", fontsize=8)
+        continue
+    for x, text, colour in zip((0, 3.3), texts, ("C0", "C2"), strict=True):
+        plain = name == "router"
+        ax.barh(-y, 2.9, 0.74, left=x, color="0.85" if plain else colour,
+                alpha=1 if plain else 0.3)
+        ax.text(x + 1.45, -y, text, ha="center", va="center", fontsize=8)
+    ax.text(-0.15, -y, name, ha="right", va="center", fontsize=9)
+ax.annotate("L times", (-1.35, -4), (-1.35, -4), ha="center", va="center",
+            rotation=90, fontsize=8)
+ax.plot([-1.1, -1.2, -1.2, -1.1], [-1.6, -1.6, -6.3, -6.3], color="0.4",
+        lw=1)
+for x, text in ((1.45, "rank 0"), (4.75, "rank 1")):
+    ax.text(x, 0.62, text, ha="center", fontsize=9, weight="bold")
+ax.set(xlim=(-1.6, 8), ylim=(-8.4, 1.1))
+ax.axis("off")
+plt.show()
+
+# %% [markdown]
+# Two meetings a layer, one after the embedding and one at the head. The
+# norms and the residual additions need none: each rank does them on its own
+# copy of the stream, and the copies stay equal bit for bit.
+
+# %% [markdown]
+# ## The naive version
+#
+# A layer of attention: give every rank half of the query heads, half of the
+# key and value heads, the columns of the output projection that belong to
+# them, and add up. Chapter 10's module takes its sizes from its weights, so
+# it runs with half of them.
+
+# %%
+import torch
+from torch.func import functional_call
+
+from gptoss.model import Attention
+from gptoss.rope import rope_parameters, rope_tables
+
+torch.manual_seed(0)
+small = GptOssConfig(
+    num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2,
+    vocab_size=64, hidden_size=32, intermediate_size=64, head_dim=8,
+    num_attention_heads=8, num_key_value_heads=2)
+attention = Attention(small, 1, torch.float32)
+state = {name: torch.randn_like(value) / 4
+         for name, value in attention.named_parameters()}
+x, positions = torch.randn(1, 6, 32), torch.arange(6)[None]
+inputs = (x, *rope_tables(positions, *rope_parameters(small), x.dtype),
+          positions)
+wanted = functional_call(attention, state, inputs)
+
+
+def half(i: int) -> dict[str, torch.Tensor]:
+    """Rows of q, k, v and sinks, columns of o, and o's bias: the naive i-th
+    half."""
+    part = {name: value.chunk(2)[i] for name, value in state.items()}
+    part["o_proj.weight"] = state["o_proj.weight"].chunk(2, 1)[i]
+    part["o_proj.bias"] = state["o_proj.bias"]
+    return part
+
+
+summed = sum(functional_call(attention, half(i), inputs) for i in (0, 1))
+excess = summed - wanted
+print(f"relative error {excess.norm() / wanted.norm():.0%}")
+assert torch.allclose(excess, state["o_proj.bias"].expand_as(excess),
+                      atol=1e-5)
+
+# %% [markdown]
+# The error is exactly one bias. Both halves added it, and with eight ranks it
+# would be there eight times. Nothing crashes; the text gets worse, and more
+# so the more GPUs work on it. The same waits at the experts' `down_proj`,
+# whose bias is added by everyone who holds a part of the expert.
+#
+# The second trap is in the other layout. `original/` stores q, k and v as one
+# matrix of H + 2G heads. Who cuts its rows in two without looking gives the
+# first rank six heads, and calls them four of q, one of k and one of v:
+
+# %%
+fused = torch.cat([state[f"{n}_proj.weight"] for n in "qkv"])
+biases = torch.cat([state[f"{n}_proj.bias"] for n in "qkv"])
+
+
+def blind(i: int) -> dict[str, torch.Tensor]:
+    """The i-th half of the fused rows, read as q, k, v."""
+    part = half(i)
+    for kind, tensor in (("weight", fused), ("bias", biases)):
+        pieces = tensor.chunk(2)[i].split([4 * 8, 8, 8])
+        part |= {f"{n}_proj.{kind}": piece
+                 for n, piece in zip("qkv", pieces, strict=True)}
+    part["o_proj.bias"] = part["o_proj.bias"] * (i == 0)
+    return part
+
+
+summed = sum(functional_call(attention, blind(i), inputs) for i in (0, 1))
+print(f"relative error {(summed - wanted).norm() / wanted.norm():.0%}")
+assert (summed - wanted).norm() > wanted.norm() / 2
+
+# %% [markdown]
+# ## Derivation
+#
+# **Rows, then columns.** A matrix can be cut in two ways. Cut by rows, each
+# rank gets some of the outputs and needs all of the input; cut by columns,
+# each needs only some of the input, and gets a part of every output that has
+# to be added up. In between stands a function $f$ that keeps its inputs
+# apart:
+#
+# $$y = W_2\, f(W_1 x) + b = \sum_{i=1}^{N} W_2^{(:,\,i)} f(W_1^{(i,\,:)} x)
+# + b$$ (parallel-rows)
+#
+# One sum over $N$ ranks for two matrices, and $b$ outside of it. In the code
+# one rank has $b$ and the others have zeros.
+#
+# **Attention** is {eq}`parallel-rows` with a head as the unit: $W_1$ are q,
+# k and v, $W_2$ is o, and a head never looks at another. Query head $h$ reads
+# key head $g(h) = \lfloor h G / H \rfloor$, so a rank with the query heads
+# $[a, b)$ needs the key heads
+#
+# $$\left[\lfloor a G/H \rfloor,\; \lceil b G/H \rceil\right)
+# $$ (parallel-heads)
+#
+# which are $G/N$ of them if $N \le G$, and one, shared with other ranks, if
+# $N$ is a multiple of $G$. The sinks go with the query heads, the cache with
+# the key heads.
+#
+# **Experts** can be cut twice. SwiGLU works on pairs (gate, up), one for each
+# of F, so {eq}`parallel-rows` holds with a pair as the unit: the pair is two
+# neighbouring rows of `gate_up` and one column of `down`. Columns of `down`
+# come in MXFP4 blocks of 32, so the unit is a block: F/32 = 90 of them in the
+# released models. And the sum over the chosen experts is a sum, so it can be
+# cut as well. With $s = \gcd(N, F/32)$ slices, there remain $N/s$ groups of
+# ranks with different experts:
+#
+# $$y = \sum_{\text{group}}\; \sum_{e\, \in\, \text{chosen} \cap
+# \text{group}} w_e \sum_{\text{slice}} \text{expert}_e^{(\text{slice})}(x)
+# $$ (parallel-experts)
+#
+# All three sums are one all-reduce. Slices share the work evenly. Groups do
+# not: of K = 4 experts in two equal groups, the busier has more than two. If
+# each choice of K of the E experts is equally likely, the number $M$ in the
+# busiest of $n$ groups has
+#
+# $$\mathrm{E}[M] = \sum_{m=0}^{K-1} 1 - \binom{E}{K}^{-1} [z^K]
+# \Big(\sum_{j \le m} \binom{E/n}{j} z^j\Big)^{n}$$ (parallel-busiest)
+#
+# where $[z^K]$ takes the coefficient that counts the choices with at most $m$
+# in every group.
+#
+# **Vocabulary.** A rank that does not hold a token's row of the embedding
+# contributes zeros to the sum. The head is cut by rows; its outputs are not
+# added but put side by side, and each logit is computed in one place only.
+# That is worth more than the time it saves: whatever rounding did elsewhere,
+# all ranks hold the same logits, and with the same random numbers draw the
+# same token.
+#
+# **Stages.** Layers can also be dealt out, a stage after the other: the
+# stream is handed on once a stage. For one text that saves memory and no
+# time, since the stages wait for each other. Ranks = stages x tensor ranks.
+#
+# **What a token costs.** With $N > 1$ tensor ranks and one stage, T tokens
+# ask for
+#
+# $$2L + 1 \text{ sums of } 2\,T D \text{ bytes, and one gathering of }
+# 2V/N \text{ bytes from each}$$ (parallel-calls)
+#
+# in bf16. A ring sends $2\frac{N-1}{N}$ of a tensor's bytes over each link
+# to sum it. With memory at $\beta$, links at $\lambda$ bytes a second and a
+# time $\tau$ for the smallest collective,
+#
+# $$t_N \approx \frac{\text{bytes read}}{N \beta} + (2L + 1) \Big(\tau +
+# 2\,\tfrac{N-1}{N}\, \frac{2D}{\lambda}\Big)$$ (parallel-time)
+#
+# The first term falls with $N$, the second does not.
+
+# %% [markdown]
+# ## Code
+#
+# ### A seat for every rank
+#
+# Neighbouring ranks share a stage: `torchrun` numbers the processes of a
+# machine in a row, so the many sums stay inside a machine and only the stream
+# between stages leaves it.
+
+# %% tags=["export"]
+import math
+import os
+from dataclasses import dataclass
+
+from gptoss.config import GptOssConfig
+from gptoss.mxfp4 import BLOCK
+
+
+class ParallelError(RuntimeError):
+    """Ranks that do not fit the model, or that lost each other."""
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where a rank sits: in a stage of the pipeline, at one of its tensors'
+    parts. The `tensors` ranks of a stage are `groups` with different
+    experts, each of `slices` ranks with different slices of F.
+    """
+
+    tensor: int = 0
+    tensors: int = 1
+    stage: int = 0
+    stages: int = 1
+    slices: int = 1
+
+    @property
+    def groups(self) -> int:
+        return self.tensors // self.slices
+
+    @property
+    def group(self) -> int:
+        return self.tensor // self.slices
+
+    @property
+    def part(self) -> int:
+        return self.tensor % self.slices
+
+
+# %% tags=["export"]
+def hidden_slices(config: GptOssConfig, tensors: int) -> int:
+    """Into how many slices F is cut for so many ranks: as many as divide
+    both the ranks and the MXFP4 blocks of F; groups of experts do the rest.
+    """
+    return math.gcd(tensors, config.intermediate_size // BLOCK)
+
+
+def fits(config: GptOssConfig, tensors: int) -> bool:
+    """Whether heads, experts and vocabulary divide among so many ranks."""
+    H, G = config.num_attention_heads, config.num_key_value_heads
+    groups = tensors // hidden_slices(config, tensors)
+    return not (H % tensors or min(G % tensors, tensors % G)
+                or config.num_local_experts % groups
+                or config.vocab_size % tensors)
+
+
+def take_seat(config: GptOssConfig, rank: int, world: int,
+              stages: int = 1) -> Seat:
+    """The seat of a rank; neighbours in rank share a stage.
+
+    ParallelError, naming the sizes that do, if the world does not divide.
+    """
+    L, H = config.num_hidden_layers, config.num_attention_heads
+    sizes = [n for n in range(1, H + 1) if fits(config, n)]
+    if not 1 <= stages <= L:
+        raise ParallelError(f"--stages: expected 1 to {L} (the model's "
+                            f"layers), found {stages}")
+    tensors, rest = divmod(world, stages)
+    if rest or tensors not in sizes:
+        found = ", ".join(str(n * stages) for n in sizes)
+        staged = f" in {stages} stages" * (stages > 1)
+        raise ParallelError(f"number of processes{staged}: expected one of "
+                            f"{found}, found {world}")
+    return Seat(rank % tensors, tensors, rank // tensors, stages,
+                hidden_slices(config, tensors))
+
+
+# %%
+for world, stages in ((2, 1), (8, 1), (8, 2)):
+    print(world, stages, take_seat(big, world - 1, world, stages))
+try:
+    take_seat(big, 0, 6, 2)
+except ParallelError as error:
+    print(error)
+
+# %% [markdown]
+# ### The shard table
+#
+# How each tensor is cut is a table, as the names were in chapter 3. Its
+# letters are those of the shapes, and a second table says what a seat owns
+# along each letter.
+
+# %% tags=["export"]
+# End of a tensor's name; what each dimension is cut by (- not at all); and
+# of which ranks only the first holds it: of all, or of those that share an
+# expert. The others have zeros there: it is a bias, added once.
+SHARDS = (
+    ("embed_tokens.weight", "V -", ""),
+    ("norm.weight", "-", ""),
+    ("q_proj.weight", "Q -", ""),
+    ("q_proj.bias", "Q", ""),
+    ("k_proj.weight", "KV -", ""),
+    ("k_proj.bias", "KV", ""),
+    ("v_proj.weight", "KV -", ""),
+    ("v_proj.bias", "KV", ""),
+    ("sinks", "H", ""),
+    ("o_proj.weight", "- Q", ""),
+    ("o_proj.bias", "-", "tensor"),
+    ("router.weight", "- -", ""),
+    ("router.bias", "-", ""),
+    ("gate_up_proj_blocks", "E 2F - -", ""),
+    ("gate_up_proj_scales", "E 2F -", ""),
+    ("gate_up_proj", "E - 2F", ""),  # decoded layout: (E, in, out)
+    ("gate_up_proj_bias", "E 2F", ""),
+    ("down_proj_blocks", "E - F/32 -", ""),
+    ("down_proj_scales", "E - F/32", ""),
+    ("down_proj", "E F -", ""),
+    ("down_proj_bias", "E -", "part"),
+    ("lm_head.weight", "V -", ""),
+)
+
+
+def shard_rule(name: str) -> tuple[tuple[str, ...], str]:
+    """The row of SHARDS for a tensor: its letters, and who alone holds it."""
+    for end, letters, holder in SHARDS:
+        if name.endswith(end):
+            return tuple(letters.split()), holder
+    raise ParallelError(f"{name}: expected a tensor that SHARDS names")
+
+
+# %% tags=["export"]
+from functools import lru_cache
+
+
+def share(size: int, index: int, parts: int, unit: int = 1) -> slice:
+    """The index-th of `parts` parts of range(size), times unit."""
+    return slice(size * index // parts * unit,
+                 size * (index + 1) // parts * unit)
+
+
+@lru_cache(maxsize=256)
+def owned(config: GptOssConfig, seat: Seat) -> dict[str, slice]:
+    """What a seat owns along each letter of SHARDS; not to be changed."""
+    H, C = config.num_attention_heads, config.head_dim
+    heads = share(H, seat.tensor, seat.tensors)
+    shared = H // config.num_key_value_heads  # query heads of one key head
+    first, end = heads.start // shared, -(-heads.stop // shared)
+    blocks = config.intermediate_size // BLOCK, seat.part, seat.slices
+    return {
+        "V": share(config.vocab_size, seat.tensor, seat.tensors),
+        "H": heads, "Q": slice(heads.start * C, heads.stop * C),
+        "KV": slice(first * C, end * C),
+        "E": share(config.num_local_experts, seat.group, seat.groups),
+        "F/32": share(*blocks), "F": share(*blocks, BLOCK),
+        "2F": share(*blocks, 2 * BLOCK)}
+
+
+# %%
+for rank in (0, 1, 7):
+    mine = owned(big, take_seat(big, rank, 8))
+    print(rank, {letter: (part.start, part.stop) for letter, part
+                 in mine.items() if letter in ("V", "H", "KV", "E", "F")})
+seats = [take_seat(big, rank, 8) for rank in range(8)]
+for letter, size in (("V", 201088), ("H", 64), ("KV", 512)):
+    parts = [owned(big, seat)[letter] for seat in seats]
+    assert [n for part in parts for n in range(size)[part]] == list(
+        range(size))
+
+# %% [markdown]
+# Eight ranks on the 20b: two slices of F, and four groups of eight experts.
+#
+# ### Stages
+#
+# A stage gets layers until its share of the file's bytes is reached. The
+# embedding is as heavy as two and a half layers, and so is the head, so the
+# outer stages get fewer.
+
+# %% tags=["export"]
+import re
+from itertools import accumulate
+
+from gptoss.checkpoint import TensorSpec, tensor_table
+
+
+def layer_of(name: str) -> int | None:
+    """The layer that a tensor or a module belongs to, if any."""
+    found = re.search(r"\blayers\.(\d+)", name)
+    return int(found[1]) if found else None
+
+
+@lru_cache(maxsize=64)
+def stage_layers(config: GptOssConfig, stages: int) -> tuple[range, ...]:
+    """The layers of each stage, so that their bytes come out alike; the
+    first also holds the embedding, the last the head."""
+    sizes, L = [0] * config.num_hidden_layers, config.num_hidden_layers
+    for spec in tensor_table(config).values():
+        layer = layer_of(spec.name)
+        at = (0 if "embed" in spec.name else -1) if layer is None else layer
+        sizes[at] += spec.nbytes
+    filled = [0, *accumulate(sizes)]
+    borders = [0]
+    for stage in range(1, stages):
+        wanted = filled[-1] * stage / stages
+        choices = range(borders[-1] + 1, L - (stages - stage) + 1)
+        borders.append(min(choices, key=lambda n: abs(filled[n] - wanted)))
+    return tuple(map(range, borders, [*borders[1:], L]))
+
+
+def on_stage(config: GptOssConfig, seat: Seat, name: str) -> bool:
+    """Whether a tensor or module of this name is on the seat's stage."""
+    layer = layer_of(name)
+    if layer is not None:
+        return layer in stage_layers(config, seat.stages)[seat.stage]
+    return seat.stage == (0 if "embed_tokens" in name else seat.stages - 1)
+
+
+# %%
+for stages in (1, 2, 4, 8):
+    print([len(layers) for layers in stage_layers(big, stages)])
+
+# %% [markdown]
+# ### Reading one's own bytes
+#
+# Chapter 10 loads a model from anything that has names and reads them. A
+# `Shard` has both: it answers as if the file held nothing but this seat's
+# part. Packed experts stay packed. Parts that are whole rows of a tensor
+# remain views of the mapped file. The columns of `o_proj` and of `down_proj`
+# are copied, since they do not lie together; the system reads files in pages
+# of 4 KiB, so of these two it may read more than is taken. With groups of
+# whole experts that is only `o_proj`.
+
+# %% tags=["export"]
+import torch
+from torch import Tensor, nn
+
+from gptoss.checkpoint import DTYPES, Checkpoint
+
+
+def cut(config: GptOssConfig, seat: Seat, spec: TensorSpec
+        ) -> tuple[tuple[slice, ...], tuple[int, ...], bool]:
+    """Where a seat's part of a tensor lies, its shape, and whether it is
+    read at all: if not, another seat holds it and this one has zeros."""
+    letters, holder = shard_rule(spec.name)
+    mine = owned(config, seat)
+    index = tuple(mine.get(letter, slice(None)) for letter in letters)
+    shape = tuple(len(range(size)[part]) for size, part
+                  in zip(spec.shape, index, strict=True))
+    return index, shape, not (holder and getattr(seat, holder))
+
+
+class Shard:
+    """A checkpoint as one seat sees it: fewer tensors, and less of each.
+
+    Has what `load_tensors` asks of a Checkpoint: path, names, read.
+    bytes_read counts what was taken from the file.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, seat: Seat) -> None:
+        self.whole, self.seat = checkpoint, seat
+        self.path, self.bytes_read = checkpoint.path, 0
+
+    def names(self) -> list[str]:
+        config = self.whole.config
+        return [name for name in self.whole.names()
+                if on_stage(config, self.seat, name)]
+
+    def read(self, name: str) -> Tensor:
+        """The seat's part of a tensor, contiguous.
+
+        Whole rows stay views of the mapped file; others are copied.
+        """
+        spec = self.whole.spec(name)
+        index, shape, held = cut(self.whole.config, self.seat, spec)
+        if not held:
+            return torch.zeros(shape, dtype=DTYPES[spec.dtype])
+        rows = self.whole.read(name, index[0])
+        part = rows[(slice(None), *index[1:])].contiguous()
+        self.bytes_read += part.nbytes
+        return part
+
+
+# %%
+from importlib.resources import files
+
+POCKET = files("gptoss") / "pocket"  # 8 query heads, 2 key heads, 8 experts
+pocket = GptOssConfig.from_pretrained(POCKET)
+with Checkpoint.open(POCKET) as checkpoint:
+    for world, stages in ((1, 1), (2, 1), (4, 2)):
+        read = []
+        for rank in range(world):
+            shard = Shard(checkpoint, take_seat(pocket, rank, world, stages))
+            for name in shard.names():
+                shard.read(name)
+            read.append(shard.bytes_read)
+        print(f"{world} ranks, {stages} stages:", read)
+        assert max(read) < 1.05 * checkpoint.nbytes / world
+
+# %% [markdown]
+# ### What ranks say to each other
+#
+# Five things, and the modules below know no others. In a world of one they
+# say nothing.
+
+# %% tags=["export"]
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch.distributed as dist
+
+
+class Link:
+    """What the modules of a seat ask of the others. This one is for a
+    world of one, where there is nothing to ask."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of all x of the stage, the same on all its ranks."""
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """All x of the stage, side by side in the last dimension."""
+        return x
+
+    def to_next(self, x: Tensor) -> None:
+        """Give x to the same place in the next stage."""
+
+    def from_before(self, x: Tensor) -> Tensor:
+        """What the stage before gives; x has its shape and dtype."""
+        return x
+
+    def from_last(self, x: Tensor) -> Tensor:
+        """What the last stage has in x, on all stages."""
+        return x
+
+
+# %% [markdown]
+# The real one goes through `torch.distributed`. A rank that has died makes
+# the next collective of the others fail (gloo notices the closed connection,
+# NCCL after a timeout); what it raises becomes one line.
+
+# %% tags=["export"]
+@contextmanager
+def _told(seat: Seat) -> Iterator[None]:
+    """A collective that fails is told in a line."""
+    try:
+        yield
+    except RuntimeError as error:
+        why = (str(error).splitlines() or ["no reason given"])[0]
+        raise ParallelError(
+            f"tensor rank {seat.tensor} of {seat.tensors}, stage {seat.stage}"
+            f" of {seat.stages}: lost the others: one has ended or hangs "
+            f"({why})") from error
+
+
+# %% tags=["export"]
+class GroupLink(Link):
+    """A link through torch.distributed: NCCL on GPUs, gloo on CPUs.
+
+    mesh: a DeviceMesh with dimensions "pipeline" and "tensor".
+    """
+
+    def __init__(self, seat: Seat, mesh) -> None:
+        self.seat = seat
+        self._row = mesh.get_group("tensor")
+        self._column = mesh.get_group("pipeline")
+
+    def sum(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        if self.seat.tensors > 1:
+            with _told(self.seat):
+                dist.all_reduce(x, group=self._row)  # in place
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        if self.seat.tensors == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.seat.tensors)]
+        with _told(self.seat):
+            dist.all_gather(parts, x.contiguous(), group=self._row)
+        return torch.cat(parts, -1)
+
+    def to_next(self, x: Tensor) -> None:
+        with _told(self.seat):
+            dist.send(x.contiguous(), group=self._column,
+                      group_dst=self.seat.stage + 1)
+
+    def from_before(self, x: Tensor) -> Tensor:
+        with _told(self.seat):
+            dist.recv(x, group=self._column, group_src=self.seat.stage - 1)
+        return x
+
+    def from_last(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        if self.seat.stages > 1:
+            with _told(self.seat):
+                dist.broadcast(x, group=self._column,
+                               group_src=self.seat.stages - 1)
+        return x
+
+
+# %% [markdown]
+# ### A rehearsal with threads
+#
+# A link need not be a wire. With threads of this process that put tensors on
+# a board, a split can be tried in a notebook: the same seats, files and
+# modules, no processes. The tests hold many splits to the whole model this
+# way.
+
+# %% tags=["export"]
+from collections.abc import Callable
+from queue import SimpleQueue
+from threading import Barrier, BrokenBarrierError, Thread
+
+
+class _Board:
+    """Where threads of one row or column put tensors for each other."""
+
+    def __init__(self, size: int) -> None:
+        self.slots: list = [None] * size
+        self.queues = [SimpleQueue() for _ in range(size)]
+        self.barrier = Barrier(size)
+
+    def all(self, place: int, x: Tensor) -> list[Tensor]:
+        """Put x down and take what lies in every place."""
+        self.slots[place] = x
+        self.barrier.wait()
+        found = list(self.slots)
+        self.barrier.wait()  # nobody puts the next before all have taken
+        return found
+
+
+class ThreadLink(Link):
+    """A link between threads of one process, to try a split without any."""
+
+    def __init__(self, seat: Seat, row: _Board, column: _Board) -> None:
+        self.seat, self._row, self._column = seat, row, column
+
+    def sum(self, x: Tensor) -> Tensor:
+        first, *rest = self._row.all(self.seat.tensor, x)
+        return sum(rest, first.clone())
+
+    def gather(self, x: Tensor) -> Tensor:
+        return torch.cat(self._row.all(self.seat.tensor, x), -1)
+
+    def to_next(self, x: Tensor) -> None:
+        self._column.queues[self.seat.stage + 1].put(x.clone())
+
+    def from_before(self, x: Tensor) -> Tensor:
+        return self._column.queues[self.seat.stage].get(timeout=60)
+
+    def from_last(self, x: Tensor) -> Tensor:
+        return self._column.all(self.seat.stage, x)[-1].clone()
+
+
+# %% tags=["export"]
+def rehearse(config: GptOssConfig, world: int, stages: int,
+             work: Callable[[Seat, Link], object]) -> list:
+    """work(seat, link) for all seats at once, as threads; the results.
+
+    The first error of a thread is raised, after all have ended.
+    """
+    seats = [take_seat(config, rank, world, stages) for rank in range(world)]
+    rows = [_Board(world // stages) for _ in range(stages)]
+    columns = [_Board(stages) for _ in range(world // stages)]
+    results: list = [None] * world
+    failed: list[Exception] = []
+
+    def run(rank: int, seat: Seat) -> None:
+        link = ThreadLink(seat, rows[seat.stage], columns[seat.tensor])
+        try:
+            results[rank] = work(seat, link)
+        except Exception as error:
+            failed.append(error)
+            for board in rows + columns:
+                board.barrier.abort()
+
+    threads = [Thread(target=run, args=each) for each in enumerate(seats)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    real = [e for e in failed if not isinstance(e, BrokenBarrierError)]
+    if failed:
+        raise (real or failed)[0]
+    return results
+
+
+# %%
+def meet(seat: Seat, link: Link) -> tuple[float, list[float]]:
+    """A rank that says its number."""
+    x = torch.tensor([float(seat.tensor)])
+    return link.sum(x).item(), link.gather(x).tolist()
+
+
+print(rehearse(pocket, 4, 1, meet)[3])
+
+# %% [markdown]
+# ### Modules that own a part
+#
+# Chapter 10's modules take their sizes from their weights. So a rank's
+# attention is an `Attention` with fewer heads whose output is summed; that is
+# all the code it needs. The experts must also leave out the tokens that chose
+# experts of other groups.
+
+# %% tags=["export"]
+from pathlib import Path
+
+from gptoss.checkpoint import resolve
+from gptoss.experts import Experts
+from gptoss.model import Attention, GptOss, Linear, load_tensors
+
+
+@dataclass(frozen=True)
+class Here:
+    """What a module must know of the rank that it is on."""
+
+    config: GptOssConfig
+    seat: Seat
+    link: Link
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def mine(self) -> dict[str, slice]:
+        return owned(self.config, self.seat)
+
+    @property
+    def layers(self) -> range:
+        return stage_layers(self.config, self.seat.stages)[self.seat.stage]
+
+
+class _Instead:
+    """Takes over all that the module has in whose place it is put."""
+
+    def __init__(self, whole: nn.Module, here: Here) -> None:
+        vars(self).update(vars(whole))
+        self.link, self.mine = here.link, here.mine
+
+
+class SplitEmbedding(_Instead, nn.Embedding):
+    """Rows of the vocabulary: zeros for tokens of other ranks, then a sum."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        local = tokens - self.mine["V"].start
+        other = (local < 0) | (local >= self.weight.shape[0])
+        x = super().forward(local.masked_fill(other, 0))
+        return self.link.sum(x.masked_fill(other[..., None], 0))
+
+
+class SplitAttention(_Instead, Attention):
+    """Some heads; the output projections' parts are summed."""
+
+    def __init__(self, whole: Attention, here: Here) -> None:
+        super().__init__(whole, here)
+        self.layer = whole.layer - here.layers.start  # in the rank's cache
+
+    def forward(self, *inputs) -> Tensor:
+        return self.link.sum(super().forward(*inputs))
+
+
+# %% tags=["export"]
+class SplitExperts(_Instead, Experts):
+    """Some experts, or slices of them; what they give is summed."""
+
+    def __init__(self, whole: Experts, here: Here) -> None:
+        super().__init__(whole, here)
+        self.every = here.seat.groups == 1
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        if self.every:  # a slice of every expert
+            return self.link.sum(super().forward(x, ids, weights))
+        experts = self.mine["E"]
+        n, k = ((ids >= experts.start) & (ids < experts.stop)).nonzero(
+            as_tuple=True)
+        y = torch.zeros_like(
+            x, dtype=torch.promote_types(x.dtype, torch.float32))
+        if len(n):
+            out = super().forward(x[n], ids[n, k, None] - experts.start,
+                                  weights[n, k, None])
+            y.index_add_(0, n, out.to(y.dtype))
+        return self.link.sum(y.to(x.dtype))
+
+
+class SplitHead(_Instead, Linear):
+    """Logits of some rows of the vocabulary, gathered, for all stages."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.link.from_last(self.link.gather(super().forward(x)))
+
+
+# %% [markdown]
+# ### What stands where another stage works
+
+# %% tags=["export"]
+class FromStageBefore(nn.Module):
+    """In place of the embedding: the stream as the stage before left it."""
+
+    def __init__(self, whole: nn.Embedding, here: Here) -> None:
+        super().__init__()
+        self.link = here.link
+        self.weight = torch.empty(0, whole.weight.shape[1],
+                                  dtype=here.dtype, device=here.device)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.link.from_before(
+            self.weight.new_empty(*tokens.shape, self.weight.shape[1]))
+
+
+class OtherStage(nn.Module):
+    """In place of a layer of another stage: nothing happens."""
+
+    def __init__(self, whole: nn.Module, here: Here) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor, *others) -> Tensor:
+        return x
+
+
+class ToNextStage(OtherStage):
+    """In place of the next stage's first layer: the stream goes there."""
+
+    def __init__(self, whole: nn.Module, here: Here) -> None:
+        super().__init__(whole, here)
+        self.link = here.link
+
+    def forward(self, x: Tensor, *others) -> Tensor:
+        self.link.to_next(x)
+        return x
+
+
+class FromLastStage(nn.Module):
+    """In place of the head: the logits that the last stage has."""
+
+    def __init__(self, whole: nn.Linear, here: Here) -> None:
+        super().__init__()
+        self.link, self.vocabulary = here.link, whole.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.link.from_last(
+            x.new_empty(*x.shape[:2], self.vocabulary))
+
+
+# %% [markdown]
+# ### The same model, with other modules
+#
+# A `SplitGptOss` is a `GptOss` on the meta device, where nothing takes
+# memory, in which a table replaces some modules; then the seat's tensors are
+# put in. Its `run` is the one of chapter 10: the layers of other stages are
+# there and do nothing, and names stay those of the file.
+
+# %% tags=["export"]
+# name of a module; what takes its place on its own stage, and on others
+MODULES = (
+    (r"embed_tokens", SplitEmbedding, FromStageBefore),
+    (r"layers\.\d+", None, OtherStage),
+    (r"layers\.\d+\.self_attn", SplitAttention, None),
+    (r"layers\.\d+\.mlp\.experts", SplitExperts, None),
+    (r"norm", None, OtherStage),
+    (r"lm_head", SplitHead, FromLastStage),
+)
+
+
+def replacements(model: nn.Module, here: Here
+                 ) -> Iterator[tuple[str, nn.Module]]:
+    """Name and successor of every module that MODULES replaces."""
+    for name, module in list(model.named_modules()):
+        for pattern, own, other in MODULES:
+            if re.fullmatch(pattern, name):
+                made = own if on_stage(here.config, here.seat, name) else other
+                if made:
+                    yield name, made(module, here)
+    if here.layers.stop < here.config.num_hidden_layers:
+        yield f"layers.{here.layers.stop}", ToNextStage(None, here)
+
+
+def assign(model: nn.Module, tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """Put tensors in the places of the model's, which are on "meta"; their
+    shapes may differ. ParallelError if one of the model's gets none."""
+    for name, tensor in tensors:
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if leaf in dict(module.named_parameters(recurse=False)):
+            tensor = nn.Parameter(tensor, requires_grad=False)
+        setattr(module, leaf, tensor)
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            raise ParallelError(f"{name}: expected in the checkpoint, found "
+                                "nothing")
+
+
+# %% [markdown]
+# ### The cache of a seat
+#
+# A seat remembers its own layers and key heads. One thing it must not decide
+# alone: how far a rollback goes back. Chapter 9 replays (W - 1) tokens for
+# every sliding layer of the model; a stage that counted only its own layers
+# would replay fewer, and its keys would come from a stream that was wrong
+# further down.
+
+# %% tags=["export"]
+from dataclasses import replace
+
+from gptoss.cache import Cache
+
+
+def seat_config(config: GptOssConfig, seat: Seat) -> GptOssConfig:
+    """What a seat's cache is for: its layers, its key/value heads."""
+    layers = stage_layers(config, seat.stages)[seat.stage]
+    keys = owned(config, seat)["KV"]
+    return replace(config, num_hidden_layers=len(layers),
+                   layer_types=config.layer_types[layers.start:layers.stop],
+                   num_key_value_heads=(keys.stop - keys.start)
+                   // config.head_dim)
+
+
+class SeatCache(Cache):
+    """The part of a cache that a seat needs.
+
+    A rollback may have to replay as many tokens as the sliding layers of
+    all stages together see: the same for every seat, so that all replay.
+    """
+
+    def __init__(self, config: GptOssConfig, seat: Seat, *options, **more
+                 ) -> None:
+        super().__init__(seat_config(config, seat), *options, **more)
+        sliding = config.layer_types.count("sliding_attention")
+        self._replay = sliding * (config.sliding_window - 1)
+
+
+# %% tags=["export"]
+class SplitGptOss(GptOss):
+    """What one rank holds of a model; use it as a GptOss, on all ranks.
+
+    Every rank gives the same calls with the same tokens, and every rank
+    gets the same logits, all V of them. For inference only.
+    """
+
+    def __init__(self, config: GptOssConfig, seat: Seat, link: Link,
+                 dtype: torch.dtype = torch.bfloat16, device="cpu",
+                 packed: bool = True) -> None:
+        super().__init__(config, dtype, "meta", packed)
+        self.requires_grad_(False)
+        self.seat, self.bytes_read = seat, 0
+        here = Here(config, seat, link, dtype, torch.device(device))
+        for name, module in replacements(self, here):
+            self.set_submodule(name, module)
+
+    def new_cache(self, batch_size: int = 1, max_tokens: int | None = None,
+                  slack: int = 0) -> Cache:
+        """As `GptOss.new_cache`, for this rank's layers and heads."""
+        weight = self.embed_tokens.weight
+        return SeatCache(self.config, self.seat, batch_size, max_tokens,
+                         slack=slack, dtype=weight.dtype,
+                         device=weight.device)
+
+    @classmethod
+    def part(cls, path: str | Path, seat: Seat, link: Link,
+             dtype: torch.dtype = torch.bfloat16, device="cpu",
+             packed: bool = True, revision: str | None = None
+             ) -> "SplitGptOss":
+        """A seat's part of a checkpoint; arguments as `from_pretrained`.
+
+        Reads nothing else. bytes_read tells how much that was.
+        """
+        with Checkpoint.open(resolve(path, revision)) as checkpoint:
+            packed = packed and checkpoint.layout != "bf16"
+            model = cls(checkpoint.config, seat, link, dtype, device, packed)
+            shard = Shard(checkpoint, seat)
+            assign(model, load_tensors(shard, dtype, device, packed))
+        model.bytes_read = shard.bytes_read
+        return model.eval()
+
+
+# %%
+def parts_of(seat: Seat, link: Link) -> list[str]:
+    model = SplitGptOss.part(POCKET, seat, link, torch.float32)
+    parts = [model.embed_tokens, *model.layers, model.lm_head]
+    return [type(part).__name__ for part in parts]
+
+
+for rank, parts in enumerate(rehearse(pocket, 4, 2, parts_of)):
+    print(rank, *parts)
+
+# %% [markdown]
+# ### Processes that belong together
+#
+# `torchrun` starts the processes and tells each its number through the
+# environment. They meet at a store that it keeps, a dictionary over TCP.
+# Through it rank 0 also tells the others what only it knows: a seed, a line
+# that somebody typed. A collective would time out while that person thinks;
+# waiting for a key of the store does not.
+
+# %% tags=["export"]
+import json
+
+TIMEOUT = timedelta(minutes=10)  # for one collective; then the others fail
+_EVER = timedelta(days=3650)
+
+
+def launched() -> int:
+    """How many processes torchrun started; 1 without it."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    return int(size) if size.isdecimal() and "RANK" in os.environ else 1
+
+
+class World:
+    """The processes of one run; see `join`. rank, size: this one's."""
+
+    def __init__(self, store, rank: int, size: int, kind: str) -> None:
+        self.rank, self.size, self.kind = rank, size, kind
+        self._store, self._asked = dist.PrefixStore("gptoss", store), 0
+
+    def same(self, make: Callable[[], object]) -> object:
+        """make() of rank 0, told to all ranks as JSON. Waits for it as long
+        as it takes, for a person may be asked."""
+        self._asked += 1
+        key = str(self._asked)
+        if self.rank == 0:
+            self._store.set(key, json.dumps(make()))
+        try:
+            self._store.wait([key], _EVER)
+            return json.loads(self._store.get(key))
+        except RuntimeError as error:
+            raise ParallelError(f"rank {self.rank}: lost rank 0") from error
+
+    def link(self, seat: Seat) -> GroupLink:
+        """This rank's link, with new groups: all ranks call it alike."""
+        mesh = dist.init_device_mesh(
+            self.kind, (seat.stages, seat.tensors),
+            mesh_dim_names=("pipeline", "tensor"))
+        return GroupLink(seat, mesh)
+
+
+# %% tags=["export"]
+@lru_cache(maxsize=1)
+def join(kind: str = "cpu", timeout: timedelta = TIMEOUT) -> World:
+    """Meet the other processes that torchrun started, once.
+
+    kind: "cuda" (NCCL; this process takes the GPU of its LOCAL_RANK) or
+    "cpu" (gloo). From now on torch's random numbers are the same on all.
+    """
+    try:
+        if kind == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        store, rank, size = next(dist.rendezvous("env://"))
+        dist.init_process_group(
+            "nccl" if kind == "cuda" else "gloo", timeout=timeout,
+            store=dist.PrefixStore("torch", store), rank=rank,
+            world_size=size)
+    except (RuntimeError, ValueError, KeyError) as error:
+        why = (str(error).splitlines() or ["no reason given"])[0]
+        raise ParallelError(f"the processes do not meet: {why}") from error
+    world = World(store, rank, size, kind)
+    torch.manual_seed(world.same(torch.initial_seed))
+    return world
+
+
+def leave() -> None:
+    """Part from the others, at the end."""
+    if join.cache_info().currsize:
+        dist.destroy_process_group()
+        join.cache_clear()
+
+
+# %% tags=["export"]
+def load_split(path: str | Path, dtype: torch.dtype = torch.bfloat16,
+               device="cpu", packed: bool = True, stages: int = 1
+               ) -> SplitGptOss:
+    """`GptOss.from_pretrained` for the processes of torchrun: the part of
+    this one. stages: of the pipeline; the rest of the world shares tensors.
+    """
+    device, folder = torch.device(device), resolve(path)
+    with Checkpoint.open(folder) as checkpoint:
+        config = checkpoint.config
+    world, rank = launched(), int(os.environ.get("RANK", 0))
+    seat = take_seat(config, rank, world, stages)  # before any waiting
+    link = join(device.type).link(seat) if world > 1 else Link()
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return SplitGptOss.part(folder, seat, link, dtype, device, packed)
+
+
+# %% [markdown]
+# ### What goes over the links
+#
+# {eq}`parallel-calls` for every seat, and a witness: torch dispatches its
+# collectives as operators, where they can be counted without asking our code.
+
+# %% tags=["export"]
+def traffic(config: GptOssConfig, seat: Seat, tokens: int = 1,
+            kept: int = 1, width: int = 2) -> dict[str, tuple[int, int]]:
+    """Collectives of one forward on a seat: name -> (calls, bytes a call).
+
+    tokens of all rows together, kept of them with logits, width bytes a
+    number. The bytes are those of the tensor that the rank puts in (or, for
+    recv and broadcast, takes out).
+    """
+    stream = tokens * config.hidden_size * width
+    logits = kept * config.vocab_size * width
+    first, last = seat.stage == 0, seat.stage == seat.stages - 1
+    layers = len(stage_layers(config, seat.stages)[seat.stage])
+    several, staged = seat.tensors > 1, seat.stages > 1
+    calls = {"allreduce_": (several * (2 * layers + first), stream),
+             "allgather_": (several * last, logits // seat.tensors),
+             "send": (int(not last), stream),
+             "recv_": (int(not first), stream),
+             "broadcast_": (int(staged), logits)}
+    return {name: call for name, call in calls.items() if call[0]}
+
+
+# %% tags=["export"]
+from collections import Counter
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Tally(TorchDispatchMode):
+    """Inside, counts what torch.distributed is asked for: `counts` has
+    (name, bytes a call) -> calls, as torch dispatches them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.namespace == "c10d":
+            name = operator.overloadpacket.__name__
+            given = args[1] if name == "allgather_" else args[0]
+            size = sum(x.nbytes for x in given)
+            self.counts[name, size] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+# %% [markdown]
+# ### A plan
+#
+# From {eq}`parallel-time` and {eq}`parallel-busiest`: what fits on which
+# cards, and how fast it could be at best. Bytes and speeds are the makers'
+# numbers; $\tau$ and the reserve are assumptions, stated as such.
+
+# %% tags=["export:plan"]
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from gptoss.config import GptOssConfig
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU: bytes, bytes a second from its memory and to another card, and
+    seconds that a collective takes however small (assumed, not measured)."""
+
+    name: str
+    memory: float
+    read: float
+    link: float
+    latency: float
+
+
+# memory, its speed and the links from the makers' data sheets: RTX 4090
+# (PCIe 4.0 x16), A100 SXM 40 GB (NVLink 3), H100 SXM 80 GB (NVLink 4)
+CARDS = (Card("24 GB, PCIe", 24e9, 1008e9, 32e9, 30e-6),
+         Card("40 GB, NVLink", 40e9, 1555e9, 300e9, 10e-6),
+         Card("80 GB, NVLink", 80e9, 3350e9, 450e9, 10e-6))
+RESERVE = 1.5e9  # bytes of a card for CUDA, NCCL and activations (assumed)
+
+
+def expected_most(experts: int, chosen: int, groups: int) -> float:
+    """Experts that the busiest of `groups` equal groups has to run, on
+    average, if a token's `chosen` of `experts` are all equally likely."""
+    size, every, expected = experts // groups, math.comb(experts, chosen), 0.0
+    for most in range(chosen):
+        ways = [1] + [0] * chosen  # to choose so many, at most `most` a group
+        for _ in range(groups):
+            ways = [sum(ways[n - m] * math.comb(size, m)
+                        for m in range(min(n, most) + 1))
+                    for n in range(chosen + 1)]
+        expected += 1 - ways[chosen] / every
+    return expected
+
+
+# %% tags=["export:plan"]
+from gptoss.checkpoint import DTYPES, component_of, tensor_table
+from gptoss.config import bytes_read_per_token, cache_bytes, expert_bytes
+from gptoss.parallel import (
+    Seat,
+    cut,
+    fits,
+    on_stage,
+    seat_config,
+    take_seat,
+    traffic,
+)
+
+
+@lru_cache(maxsize=256)
+def seat_bytes(config: GptOssConfig, seat: Seat) -> dict[str, int]:
+    """Bytes of weights on a seat, by component; released layout. Not to be
+    changed."""
+    parts: dict[str, int] = {}
+    for spec in tensor_table(config).values():
+        if on_stage(config, seat, spec.name):
+            _, shape, _ = cut(config, seat, spec)
+            part = component_of(spec.name)
+            parts[part] = (parts.get(part, 0) + math.prod(shape)
+                           * DTYPES[spec.dtype].itemsize)
+    return parts
+
+
+def token_seconds(config: GptOssConfig, seat: Seat, card: Card,
+                  context: int) -> float:
+    """Seconds for a token on a seat at the roofline: reading, then talking.
+
+    Weights that it touches and the cache, from memory; for each collective
+    the card's latency, and a ring's share of its bytes over the link.
+    """
+    mine = seat_config(config, seat)
+    parts = seat_bytes(config, seat)
+    touched = sum(parts.values()) - parts["experts"] - parts.get(
+        "embedding", 0)
+    chosen = expected_most(config.num_local_experts,
+                           config.num_experts_per_tok, seat.groups)
+    touched += (mine.num_hidden_layers * chosen * expert_bytes(config)
+                / seat.slices)
+    seconds = (touched + cache_bytes(mine, context)) / card.read
+    ring = 2 * (seat.tensors - 1) / seat.tensors
+    shares = {"allreduce_": ring, "allgather_": seat.tensors - 1}
+    for name, (calls, size) in traffic(config, seat).items():
+        if name != "recv_":  # the sender's time
+            size *= shares.get(name, 1)
+            seconds += calls * (card.latency + size / card.link)
+    return seconds
+
+
+# %% tags=["export:plan"]
+@dataclass(frozen=True)
+class Setup:
+    """So many cards for a model: bytes on the fullest of them, whether
+    that fits, the longest context that would, and tokens a second with
+    shared tensors, and with a stage a card (None: does not divide)."""
+
+    gpus: int
+    card: str
+    weights: int
+    cache: int
+    fits: bool
+    longest: int
+    tensor: float | None
+    pipeline: float | None
+
+
+def setup(config: GptOssConfig, gpus: int, card: Card, context: int
+          ) -> Setup:
+    """One row of a plan: bf16, one sequence of `context` tokens."""
+    shared = fits(config, gpus)
+    seats = [take_seat(config, rank, gpus, 1 if shared else gpus)
+             for rank in range(gpus)]
+    full = max(seats, key=lambda seat: sum(seat_bytes(config, seat).values()))
+    weights = sum(seat_bytes(config, full).values())
+    mine = seat_config(config, full)
+    cache = cache_bytes(mine, context)
+    grows = (cache_bytes(mine, 2) - cache_bytes(mine, 1)) or 1
+    room = card.memory - RESERVE - weights - cache_bytes(mine, 0)
+    longest = min(int(max(room, 0) // grows), config.max_position_embeddings)
+    staged = [take_seat(config, rank, gpus, gpus) for rank in range(gpus)
+              ] if gpus <= config.num_hidden_layers else []
+    return Setup(
+        gpus, card.name, weights, cache, context <= longest, longest,
+        1 / token_seconds(config, full, card, context) if shared else None,
+        1 / sum(token_seconds(config, seat, card, context)
+                for seat in staged) if staged else None)
+
+
+def plan(config: GptOssConfig, context: int = 8192) -> list[Setup]:
+    """What 1, 2, 4 and 8 of CARDS can do with a model."""
+    return [setup(config, gpus, card, context)
+            for card in CARDS for gpus in (1, 2, 4, 8)]
+
+
+def plan_table(name: str, config: GptOssConfig, context: int = 8192) -> str:
+    """A plan as text."""
+    def number(value: float | None) -> str:
+        return f"{value:8,.0f}" if value else f"{'-':>8}"
+
+    lines = [f"{name}, {context:,} tokens of context; a token reads "
+             f"{bytes_read_per_token(config) / 1e9:.2f} GB of weights",
+             f"{'':16} {'GB on the':>15} {'longest':>14}"
+             f"{'tokens a second':>18}",
+             f"{'cards':16} {'fullest card':>15} {'context':>14}"
+             f"{'tensor':>9} {'stages':>8}"]
+    for row in plan(config, context):
+        gb = (row.weights + row.cache) / 1e9
+        lines.append(f"{row.gpus} x {row.card:13} {gb:14.1f} "
+                     + (f"{row.longest:14,}{number(row.tensor)} "
+                        f"{number(row.pipeline)}" if row.fits
+                        else f"{'does not fit':>14}"))
+    return "\n".join(lines)
+
+
+# %%
+by_hand = (1 * (1 - 2 * 1 / 6) + 2 * (2 * 1 / 6))  # 2 of 4, in two pairs
+assert math.isclose(expected_most(4, 2, 2), by_hand)
+print([round(expected_most(32, 4, n), 2) for n in (1, 2, 4, 8)])
+print(plan_table("gpt-oss-20b", big))
+
+# %% [markdown]
+# ## It holds
+#
+# First with threads, every split that the shipped model allows with up to
+# eight ranks: a prompt longer than the window, in pieces through the cache,
+# then a rollback that has to replay. Against one process, in fp32.
+
+# %%
+from gptoss.model import GptOss as Whole  # the package's, in one piece
+
+model = Whole.from_pretrained(POCKET, dtype=torch.float32)
+tokens = torch.randint(pocket.vocab_size, (1, 90))
+
+
+@torch.inference_mode()
+def trial(model: Whole) -> torch.Tensor:
+    """Logits of 90 tokens, then of the last 40 once more."""
+    cache = model.new_cache()
+    first = [model(part, cache) for part in tokens.split([70, 1, 19], 1)]
+    start = cache.rollback(50)
+    again = model(tokens[:, start:], cache)
+    return torch.cat([*first, again[:, 50 - start:]], 1)[0]
+
+
+def on_a_seat(seat: Seat, link: Link) -> torch.Tensor:
+    return trial(SplitGptOss.part(POCKET, seat, link, torch.float32))
+
+
+expected = trial(model)
+for world, stages in ((2, 1), (2, 2), (4, 1), (4, 2), (8, 4)):
+    found = rehearse(pocket, world, stages, on_a_seat)
+    error = max((rank - expected).abs().max() for rank in found)
+    same = all(torch.equal(rank, found[0]) for rank in found)
+    close = bool(error < 1e-5 * expected.std())  # of the logits' spread
+    print(f"{world // stages} tensor ranks x {stages} stages: within 1e-5 "
+          f"{close}, ranks equal bit for bit {same}")
+    assert close and same
+
+# %% [markdown]
+# Then in earnest: four processes that `torchrun` starts, over gloo. The
+# program is the same on all; only the first prints. It splits the model in
+# three ways, compares with the whole one, writes 32 tokens greedily, and
+# holds what torch dispatched against {eq}`parallel-calls`.
+
+# %%
+import subprocess
+import sys
+import tempfile
+
+PROGRAM = """
+import sys
+import torch
+import torch.distributed as dist
+from gptoss.config import GptOssConfig
+from gptoss.generate import Sampler, generate
+from gptoss.model import GptOss
+from gptoss.parallel import (
+    SplitGptOss, Tally, join, leave, take_seat, traffic)
+
+path, world, greedy = sys.argv[1], join(), Sampler(temperature=0.0)
+config = GptOssConfig.from_pretrained(path)
+whole = GptOss.from_pretrained(path, dtype=torch.float32)
+prompt = torch.randint(config.vocab_size, (1, 80))  # the same on all ranks
+with torch.inference_mode():
+    wanted = whole(prompt)
+text = world.same(lambda: list(generate(
+    whole, prompt[0].tolist(), sampler=greedy, max_new_tokens=32)))
+for stages in (1, 2, 4):
+    seat = take_seat(config, world.rank, world.size, stages)
+    model = SplitGptOss.part(path, seat, world.link(seat), torch.float32)
+    with torch.inference_mode():
+        logits = model(prompt)
+        first = logits.clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(first, logits)
+        assert (logits - wanted).abs().max() < 1e-5 * wanted.std()
+        with Tally() as tally:
+            model(prompt[:, :1])
+    found = generate(model, prompt[0].tolist(), sampler=greedy,
+                     max_new_tokens=32)
+    assert list(found) == text
+    assert tally.counts == {(name, size): calls for name, (calls, size)
+                            in traffic(config, seat, width=4).items()}
+    if world.rank == 0:
+        print(f"{seat.tensors} tensor ranks x {stages} stages, one token:",
+              *(f"{calls} {name.strip('_')} of {size} B" for (name, size),
+                calls in tally.counts.items()), sep="\\n  ")
+leave()
+"""
+
+
+def torchrun(processes: int, *arguments: str) -> str:
+    """What the processes print; an error if one of them fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone",
+         "--nproc-per-node", str(processes), *arguments],
+        capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+with tempfile.TemporaryDirectory() as folder:
+    program = Path(folder) / "program.py"
+    program.write_text(PROGRAM)
+    print(torchrun(4, str(program), str(POCKET)), end="")
+
+# %% [markdown]
+# The tests go further: worlds of 1, 2, 4 and 8 processes, 128 greedy tokens,
+# batches with padding, all three layouts, `generate`, `chat` and `bench` on
+# two ranks with one stdin, two agents of `torchrun` as on two machines, and a
+# rank that is killed in the middle of a text.
+#
+# **Not tested: GPUs.** All of this ran over gloo on CPUs. With `--device
+# cuda` the same calls go to NCCL; that path, CUDA devices in `join` and the
+# kernels on a rank's part of the experts have never run.
+
+# %% [markdown]
+# ## Against the others
+#
+# **Biases.** Hugging Face's text-generation-inference added the bias of a
+# row-parallel layer once a rank (text-generation-inference#1036).
+# TensorRT-Model-Connect#136 adds the experts' `down` biases "once after rank
+# reduction"; nano-vllm adds a bias on rank 0 only, as here, and still got a
+# report that it is added N times (nano-vllm#99, taken back by its author).
+#
+# **Routing.** transformers#40031: nonsense under `torchrun` with the MXFP4
+# kernels even when the model was *not* split, each GPU having all of it;
+# #40545 repaired the indices of experts that are elsewhere. Here an expert of
+# another group is left out before anything is computed, and whether a model
+# is split is decided by who builds it, not by whether
+# `torch.distributed` happens to be initialised.
+#
+# **Blocks.** Four slices of F = 2880 would be 720 wide, 22.5 blocks. SGLang
+# pads them to 23 (the shape [128, 1472] in sglang#40029 is 2 x 736). We take
+# the largest number of slices that divides, and groups of experts for the
+# rest: nothing is padded, but groups share the work less evenly. Padding is
+# the better choice where the busiest rank decides, that is, for one text at
+# a time:
+
+# %%
+for n in (4, 8):
+    slices = hidden_slices(big, n)
+    ours = expected_most(32, 4, n // slices) / slices
+    padded = 4 * math.ceil(90 / n) / 90
+    print(f"{n} ranks, experts a layer on the busiest: {ours:.2f} here, "
+          f"{padded:.2f} padded, {4 / n:.2f} even")
+    assert 4 / n < padded < ours
+
+# %% [markdown]
+# **Heads that do not divide.** One port replicates all of attention because
+# a model has two key heads and the machine eight devices
+# (tt-forge-models#786). {eq}`parallel-heads` needs no such thing: the key
+# heads are copied, the query heads split. In Megatron-LM#6400 the sinks were
+# sized by all heads instead of a rank's, as its review noticed.
+#
+# **Sizes of a shard.** vllm-gaudi#1411: with expert parallelism the loader
+# still cut F and failed at the shapes. In a table the two choices exclude
+# each other: one row says how a tensor is cut.
+#
+# OpenAI's own torch code splits F of all experts and nothing else, and adds
+# the biases after the sum. It sums before the router's weights are applied,
+# so K vectors of D go over the link where one would do. The order is free:
+
+# %%
+from gptoss.experts import Experts as WholeExperts
+
+
+def expert_layer(seat: Seat, link: Link) -> torch.Tensor:
+    layer = SplitGptOss.part(POCKET, seat, link, torch.float32)
+    with torch.inference_mode():
+        return layer.layers[0].mlp(hidden)
+
+
+hidden = torch.randn(1, 9, pocket.hidden_size)
+assert isinstance(model.layers[0].mlp.experts, WholeExperts)
+with torch.inference_mode():
+    alone = model.layers[0].mlp(hidden)
+for result in rehearse(pocket, 4, 1, expert_layer):
+    assert torch.allclose(result, alone, atol=1e-5)
+print("experts: sums of slices equal to the whole")
+
+# %% [markdown]
+# ## In the 20b and the 120b
+#
+# What a rank holds of the released files. The part that is split comes to an
+# Nth within rounding; norms and routers are copied.
+
+# %%
+released = {"20b": big, "120b": GptOssConfig.gpt_oss_120b()}
+for name, config in released.items():
+    copied = sum(spec.nbytes for spec in tensor_table(config).values()
+                 if set(shard_rule(spec.name)[0]) == {"-"})
+    print(f"{name}: copied on every rank {copied / 1e6:.0f} MB")
+    for n in (2, 4, 8):
+        held = sum(seat_bytes(config, take_seat(config, 0, n)).values())
+        split = sum(seat_bytes(config, take_seat(config, 0, 1)).values())
+        share_of = (held - copied) / ((split - copied) / n)
+        print(f"  of {n}: {held / 1e9:6.2f} GB, {share_of:.3f} of an even "
+              "part")
+        assert 0.95 < share_of < 1.05
+
+# %% [markdown]
+# The plan for the 120b, as `python -m gptoss inspect 120b --plan` prints it.
+# "tensor" shares every layer among all cards, "stages" gives each card some
+# layers. They are limits of {eq}`parallel-time`, which no program reaches.
+
+# %%
+print(plan_table("gpt-oss-120b", released["120b"]))
+assert not setup(released["120b"], 1, CARDS[1], 8192).fits
+assert setup(released["120b"], 1, CARDS[2], 8192).fits
+
+# %% [markdown]
+# Two cards of 40 GB hold the 120b, or four of 24. Doubling the cards never
+# doubles the speed, because each meeting takes as long as before.
+
+# %% [markdown]
+# ## Cost
+#
+# Where the time of a token goes, by {eq}`parallel-time`, for cards with
+# NVLink and with PCIe, as if every model fitted. Left of each pair the 20b,
+# right the 120b.
+
+# %% tags=["hide-input"]
+fig, axes = plt.subplots(1, 2, sharey=True)
+for ax, card in zip(axes, (CARDS[2], CARDS[0]), strict=True):
+    free = Card(card.name, card.memory, card.read, math.inf, 0.0)
+    for place, (name, config) in enumerate(released.items()):
+        for x, n in enumerate((1, 2, 4, 8)):
+            seat = take_seat(config, 0, n)
+            read = 1e3 * token_seconds(config, seat, free, 8192)
+            every = 1e3 * token_seconds(config, seat, card, 8192)
+            at = x + 0.4 * place - 0.2
+            ax.bar(at, read, 0.34, color=f"C{2 * place}",
+                   label=f"{name}, reading" if x == 0 else None)
+            ax.bar(at, every - read, 0.34, bottom=read, color="C1",
+                   alpha=0.9 - 0.4 * place,
+                   label=f"{name}, meetings" if x == 0 else None)
+    ax.set(xticks=range(4), xticklabels=("1", "2", "4", "8"),
+           xlabel="cards", title=f"{card.read / 1e12:.2f} TB/s, "
+           + ("NVLink" if card.link > 1e11 else "PCIe"))
+    ax.grid(axis="x", visible=False)
+axes[0].set_ylabel("ms a token, at best")
+axes[0].legend(loc="upper right")
+plt.show()
+
+# %% [markdown]
+# The blue and green parts shrink with the cards, the orange ones do not: with
+# four or eight of the fast cards, meeting takes longer than reading. The
+# bytes hardly matter: what a token sends is small, and takes less time on the
+# link than the meetings themselves. Reading a long prompt is the other way
+# round, since its sums grow with T and the meetings do not.
+
+# %%
+print(f"eight cards; milliseconds{'sums':>9} {'MB':>7} "
+      + " ".join(f"{link:>7}: {what}" for link in ("NVLink", "PCIe")
+                 for what in ("send", "meet")))
+for name, config in released.items():
+    seat = take_seat(config, 0, 8)
+    for what, T in (("one token", 1), ("4,096 tokens", 4096)):
+        count, size = traffic(config, seat, tokens=T)["allreduce_"]
+        assert count == 2 * config.num_hidden_layers + 1
+        assert size == 2 * config.hidden_size * T
+        ring = 2 * 7 / 8 * size * count
+        row = [1e3 * part for card in (CARDS[2], CARDS[0])
+               for part in (ring / card.link, count * card.latency)]
+        print(f"{name:5} {what:16} {count:11} {count * size / 1e6:7,.1f} "
+              + " ".join(f"{part:13.3f}" for part in row))
+
+# %% [markdown]
+# That the counts are what happens was asserted above, in every process and
+# for every split, against what torch dispatched.
+
+# %% [markdown]
+# ## Takeaways
+#
+# - A model is split by a table: which dimension of which tensor, and who adds
+#   the bias.
+# - Two sums a layer, one for the embedding, one gathering of logits: for one
+#   token it is their number that costs, not their bytes.
+# - All ranks agree on the next token because each logit is computed in one
+#   place, and the random numbers are the same everywhere.
+
+# %% [markdown]
+# ## Exercises
+
+# %% [markdown]
+# **Exercise 1.** Which world sizes does the 120b allow with one stage? And
+# with pure expert parallelism, that is, without slices of F?
+
+# %% tags=["hide-cell"]
+c = released["120b"]
+sizes = [n for n in range(1, 129) if fits(c, n)]
+print(sizes)
+# without slices, experts too have to divide by N
+assert [n for n in sizes if c.num_local_experts % n == 0] == sizes
+assert not fits(c, 128)  # more ranks than query heads
+
+# %% [markdown]
+# **Exercise 2.** Read four ranks' shards of the shipped model and put the
+# tensors together again: every byte of the file must be there. How many
+# bytes are read more than once?
+
+# %% tags=["hide-cell"]
+seats = [take_seat(pocket, rank, 4) for rank in range(4)]
+extra = 0
+with Checkpoint.open(POCKET) as checkpoint:
+    for name in checkpoint.names():
+        spec, total = checkpoint.spec(name), None
+        times = torch.zeros(spec.shape)
+        whole = torch.zeros_like(checkpoint.read(name))
+        for seat in seats:
+            index, _, held = cut(pocket, seat, spec)
+            if held:
+                whole[index] = Shard(checkpoint, seat).read(name)
+                times[index] += 1
+        assert torch.equal(whole, checkpoint.read(name)) and times.min() >= 1
+        extra += int((times - 1).sum()) * DTYPES[spec.dtype].itemsize
+print(f"{extra:,} bytes more than once")  # norms, routers, k and v
+
+# %% [markdown]
+# **Exercise 3.** A rank forgets to leave out the experts of other groups and
+# runs its own in their place. How wrong is the layer? Show that the sum over
+# ranks hides it from a test that looks only at shapes and finiteness.
+
+# %% tags=["hide-cell"]
+class Forgetful(SplitExperts):
+    def forward(self, x, ids, weights):
+        size = self.mine["E"].stop - self.mine["E"].start
+        return self.link.sum(WholeExperts.forward(self, x, ids % size,
+                                                  weights))
+
+
+def forgetful(seat: Seat, link: Link) -> torch.Tensor:
+    layer = SplitGptOss.part(POCKET, replace(seat, slices=1), link,
+                             torch.float32).layers[0].mlp
+    layer.experts.__class__ = Forgetful
+    with torch.inference_mode():
+        return layer(hidden)
+
+
+wrong = rehearse(pocket, 2, 1, forgetful)[0]
+assert wrong.shape == alone.shape and wrong.isfinite().all()
+error = (wrong - alone).norm() / alone.norm()
+print(f"relative error {error:.1f}")
+assert error > 0.5
+
+# %% [markdown]
+# **Exercise 4.** At which latency do eight H100s cease to be faster than one
+# for the 20b? Use `token_seconds`.
+
+# %% tags=["hide-cell"]
+def eight(latency: float) -> float:
+    card = replace(CARDS[2], latency=latency)
+    return token_seconds(big, take_seat(big, 0, 8), card, 8192)
+
+
+one = token_seconds(big, take_seat(big, 0, 1), CARDS[2], 8192)
+low, high = 0.0, 1e-3
+for _ in range(40):
+    middle = (low + high) / 2
+    low, high = (middle, high) if eight(middle) < one else (low, middle)
+print(f"{1e6 * low:.0f} microseconds")
+assert eight(0.99 * low) < one < eight(1.01 * low)
+
+# %% [markdown]
+# ## Sources
+#
+# - openai/gpt-oss, `gpt_oss/torch/model.py` (`MLPBlock`: F in slices, one
+#   all-reduce, biases afterwards) and `weights.py` (reading a slice).
+# - meta-pytorch/gpt-fast, `tp.py`: a model without parallelism, split from
+#   outside; pytorch/torchtitan, `models/gpt_oss/sharding.py`: the table.
+# - torch.distributed: `init_device_mesh`, `torchrun`, and the operators
+#   `c10d::*` that `torch.distributed.tensor.debug.CommDebugMode` counts too.
+# - OCP Microscaling Formats {cite}`ocpmx2023`: blocks of 32. Routing:
+#   {cite}`switch2021`. Rooflines: {cite}`roofline2009`.
+# - Threads: huggingface/text-generation-inference#1036,
+#   GeeeekExplorer/nano-vllm#99, NVIDIA/TensorRT-Model-Connect#136,
+#   huggingface/transformers#40031 and #40545, sgl-project/sglang#40029,
+#   tenstorrent/tt-forge-models#786, NVIDIA/Megatron-LM#6400,
+#   vllm-project/vllm-gaudi#1411.
+# - Data sheets: GeForce RTX 4090 (1,008 GB/s, PCIe 4.0 x16: 32 GB/s each
+#   way), A100 SXM 40 GB (1,555 GB/s, NVLink 3: 300 GB/s each way), H100 SXM
+#   (3,350 GB/s, NVLink 4: 450 GB/s each way). One measurement of the last
+#   found 380 of the 450 (NVIDIA/nccl#1264).

@@ -1,0 +1,177 @@
+"""Splitting the model
+
+Generated from book/15_parallel.py; edit the chapter, not this file.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from gptoss.checkpoint import DTYPES, component_of, tensor_table
+from gptoss.config import (
+    GptOssConfig,
+    bytes_read_per_token,
+    cache_bytes,
+    expert_bytes,
+)
+from gptoss.parallel import (
+    Seat,
+    cut,
+    fits,
+    on_stage,
+    seat_config,
+    take_seat,
+    traffic,
+)
+
+# --- A plan ------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU: bytes, bytes a second from its memory and to another card, and
+    seconds that a collective takes however small (assumed, not measured)."""
+
+    name: str
+    memory: float
+    read: float
+    link: float
+    latency: float
+
+
+# memory, its speed and the links from the makers' data sheets: RTX 4090
+# (PCIe 4.0 x16), A100 SXM 40 GB (NVLink 3), H100 SXM 80 GB (NVLink 4)
+CARDS = (Card("24 GB, PCIe", 24e9, 1008e9, 32e9, 30e-6),
+         Card("40 GB, NVLink", 40e9, 1555e9, 300e9, 10e-6),
+         Card("80 GB, NVLink", 80e9, 3350e9, 450e9, 10e-6))
+RESERVE = 1.5e9  # bytes of a card for CUDA, NCCL and activations (assumed)
+
+
+def expected_most(experts: int, chosen: int, groups: int) -> float:
+    """Experts that the busiest of `groups` equal groups has to run, on
+    average, if a token's `chosen` of `experts` are all equally likely."""
+    size, every, expected = experts // groups, math.comb(experts, chosen), 0.0
+    for most in range(chosen):
+        ways = [1] + [0] * chosen  # to choose so many, at most `most` a group
+        for _ in range(groups):
+            ways = [sum(ways[n - m] * math.comb(size, m)
+                        for m in range(min(n, most) + 1))
+                    for n in range(chosen + 1)]
+        expected += 1 - ways[chosen] / every
+    return expected
+
+
+@lru_cache(maxsize=256)
+def seat_bytes(config: GptOssConfig, seat: Seat) -> dict[str, int]:
+    """Bytes of weights on a seat, by component; released layout. Not to be
+    changed."""
+    parts: dict[str, int] = {}
+    for spec in tensor_table(config).values():
+        if on_stage(config, seat, spec.name):
+            _, shape, _ = cut(config, seat, spec)
+            part = component_of(spec.name)
+            parts[part] = (parts.get(part, 0) + math.prod(shape)
+                           * DTYPES[spec.dtype].itemsize)
+    return parts
+
+
+def token_seconds(config: GptOssConfig, seat: Seat, card: Card,
+                  context: int) -> float:
+    """Seconds for a token on a seat at the roofline: reading, then talking.
+
+    Weights that it touches and the cache, from memory; for each collective
+    the card's latency, and a ring's share of its bytes over the link.
+    """
+    mine = seat_config(config, seat)
+    parts = seat_bytes(config, seat)
+    touched = sum(parts.values()) - parts["experts"] - parts.get(
+        "embedding", 0)
+    chosen = expected_most(config.num_local_experts,
+                           config.num_experts_per_tok, seat.groups)
+    touched += (mine.num_hidden_layers * chosen * expert_bytes(config)
+                / seat.slices)
+    seconds = (touched + cache_bytes(mine, context)) / card.read
+    ring = 2 * (seat.tensors - 1) / seat.tensors
+    shares = {"allreduce_": ring, "allgather_": seat.tensors - 1}
+    for name, (calls, size) in traffic(config, seat).items():
+        if name != "recv_":  # the sender's time
+            size *= shares.get(name, 1)
+            seconds += calls * (card.latency + size / card.link)
+    return seconds
+
+
+@dataclass(frozen=True)
+class Setup:
+    """So many cards for a model: bytes on the fullest of them, whether
+    that fits, the longest context that would, and tokens a second with
+    shared tensors, and with a stage a card (None: does not divide)."""
+
+    gpus: int
+    card: str
+    weights: int
+    cache: int
+    fits: bool
+    longest: int
+    tensor: float | None
+    pipeline: float | None
+
+
+def setup(config: GptOssConfig, gpus: int, card: Card, context: int
+          ) -> Setup:
+    """One row of a plan: bf16, one sequence of `context` tokens."""
+    shared = fits(config, gpus)
+    seats = [take_seat(config, rank, gpus, 1 if shared else gpus)
+             for rank in range(gpus)]
+    full = max(seats, key=lambda seat: sum(seat_bytes(config, seat).values()))
+    weights = sum(seat_bytes(config, full).values())
+    mine = seat_config(config, full)
+    cache = cache_bytes(mine, context)
+    grows = (cache_bytes(mine, 2) - cache_bytes(mine, 1)) or 1
+    room = card.memory - RESERVE - weights - cache_bytes(mine, 0)
+    longest = min(int(max(room, 0) // grows), config.max_position_embeddings)
+    staged = [take_seat(config, rank, gpus, gpus) for rank in range(gpus)
+              ] if gpus <= config.num_hidden_layers else []
+    return Setup(
+        gpus, card.name, weights, cache, context <= longest, longest,
+        1 / token_seconds(config, full, card, context) if shared else None,
+        1 / sum(token_seconds(config, seat, card, context)
+                for seat in staged) if staged else None)
+
+
+def plan(config: GptOssConfig, context: int = 8192) -> list[Setup]:
+    """What 1, 2, 4 and 8 of CARDS can do with a model."""
+    return [setup(config, gpus, card, context)
+            for card in CARDS for gpus in (1, 2, 4, 8)]
+
+
+def plan_table(name: str, config: GptOssConfig, context: int = 8192) -> str:
+    """A plan as text."""
+    def number(value: float | None) -> str:
+        return f"{value:8,.0f}" if value else f"{'-':>8}"
+
+    lines = [f"{name}, {context:,} tokens of context; a token reads "
+             f"{bytes_read_per_token(config) / 1e9:.2f} GB of weights",
+             f"{'':16} {'GB on the':>15} {'longest':>14}"
+             f"{'tokens a second':>18}",
+             f"{'cards':16} {'fullest card':>15} {'context':>14}"
+             f"{'tensor':>9} {'stages':>8}"]
+    for row in plan(config, context):
+        gb = (row.weights + row.cache) / 1e9
+        lines.append(f"{row.gpus} x {row.card:13} {gb:14.1f} "
+                     + (f"{row.longest:14,}{number(row.tensor)} "
+                        f"{number(row.pipeline)}" if row.fits
+                        else f"{'does not fit':>14}"))
+    return "\n".join(lines)
+
+
+__all__ = [
+    "CARDS",
+    "Card",
+    "RESERVE",
+    "Setup",
+    "expected_most",
+    "plan",
+    "plan_table",
+    "seat_bytes",
+    "setup",
+    "token_seconds",
+]
