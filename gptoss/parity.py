@@ -1268,13 +1268,11 @@ def table_rows(sides: Mapping[str, Trace | None], excesses: Mapping[str, dict],
     return rows
 
 
-def three_traces(path: Path, tokens: Tensor, against: str,
+def three_traces(model: GptOss, path: Path, tokens: Tensor, against: str,
                  dtype: torch.dtype, contract: str, fault: str | None
                  ) -> dict[str, Trace | None]:
     """ours, theirs and exact (our float64 run; none beside "streamed",
     which is for models that fill the memory); names as in `report`."""
-    model = GptOss.from_pretrained(path, dtype)
-    check_tokens(tokens, None, model.config)
     ours = (trace_faulty(model, tokens, fault, contract) if fault
             else trace_ours(model, tokens, contract))
     theirs = REFERENCES[against][0](path, tokens, dtype)
@@ -1292,18 +1290,21 @@ def too_large(config: GptOssConfig, dtype: torch.dtype) -> bool:
     return bf16_bytes(config) // 2 * dtype.itemsize > 0.6 * memory
 
 
-def written_on(path: Path, tokens: Tensor, dtype: torch.dtype, count: int
-               ) -> Tensor:
+def written_on(model: GptOss, tokens: Tensor, count: int) -> Tensor:
     """tokens (1, T) and the `count` that ours writes after them."""
+    check_tokens(tokens, None, model.config)
     if not count:
         return tokens
-    ids = list(generate(GptOss.from_pretrained(path, dtype),
-                        tokens[0].tolist(), max_new_tokens=count,
+    room = model.config.max_position_embeddings - tokens.shape[1]
+    if count > room:
+        raise ParityError(f"new_tokens: expected at most {room} (what the "
+                          f"context holds after the prompt), found {count}")
+    ids = list(generate(model, tokens[0].tolist(), max_new_tokens=count,
                         sampler=Sampler(temperature=0.0)))
     return torch.cat([tokens, torch.tensor([ids])], 1)
 
 
-def agreement(tokens: Tensor, before: int, theirs: Trace) -> dict:
+def chosen_too(tokens: Tensor, before: int, theirs: Trace) -> dict:
     """Of the tokens from `before` on, those the reference chooses too,
     each after the same tokens; one walk tells it for all of them."""
     ours = tokens[0, before:]
@@ -1340,8 +1341,10 @@ def report(path: str | Path, against: str = "transformers",
         if against == "transformers" and too_large(checkpoint.config, dtype):
             against = "streamed"
         before = tokens.shape[1]
-        tokens = written_on(path, tokens, dtype, new_tokens)
-        traces = three_traces(path, tokens, against, dtype, contract, fault)
+        model = GptOss.from_pretrained(path, dtype)
+        tokens = written_on(model, tokens, new_tokens)
+        traces = three_traces(model, path, tokens, against, dtype, contract,
+                              fault)
         kind = torch.float64 if against == "float64" else dtype
         judged = {side: judge_walk(Judge(checkpoint, *how), traces[side], name)
                   for side, name, how in (
@@ -1354,7 +1357,7 @@ def report(path: str | Path, against: str = "transformers",
     return {"path": str(path), "against": against, "contract": contract,
             "dtype": str(dtype).removeprefix("torch."),
             "tokens": before, "rows": rows,
-            "generated": agreement(tokens, before, traces["theirs"]),
+            "generated": chosen_too(tokens, before, traces["theirs"]),
             "logits": compare_logits(traces["ours"][None, "logits"],
                                      traces["theirs"][None, "logits"]),
             "findings": [vars(finding) for finding in findings],
@@ -1427,12 +1430,12 @@ __all__ = [
     "SUSPECTS",
     "See",
     "Trace",
-    "agreement",
     "attention_fp32",
     "attention_hf",
     "attention_openai",
     "choose_stable",
     "choose_topk",
+    "chosen_too",
     "compare",
     "compare_logits",
     "copying",

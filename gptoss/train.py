@@ -294,16 +294,15 @@ PULL = (8.0, 8.0, 4.0)  # on the score, of the three fastest pairs
 
 
 def rows_of(n: int, size: int) -> slice:
-    """The rows of head `n`."""
+    """The rows of head, or of group, `n`."""
     return slice(n * size, (n + 1) * size)
 
 
-def look_back(attention: Attention, config: GptOssConfig, group: int
-              ) -> None:
-    """Two heads of `group` look one and two tokens back, whatever these
-    are: biases alone decide, in the three fastest pairs of channels."""
+def look_back(attention: Attention, config: GptOssConfig, group: int,
+              head: int) -> None:
+    """`head` of `group` and the next look one and two tokens back, whatever
+    these are: biases alone decide, in the three fastest pairs."""
     C, n = config.head_dim, len(PULL)
-    per = config.num_attention_heads // config.num_key_value_heads
     frequencies, concentration = rope_parameters(config)
     fast = frequencies[:n].float()
     size = (torch.tensor(PULL) * C ** 0.5 / concentration ** 2).sqrt()
@@ -313,36 +312,35 @@ def look_back(attention: Attention, config: GptOssConfig, group: int
         channels = slice(keys.start + start, keys.start + start + n)
         attention.k_proj.weight[channels] = 0
     attention.k_proj.bias[keys.start:keys.start + n] = size
-    for head, offset in ((group * per, 1), (group * per + 1, 2)):
-        queries = attention.q_proj.bias[rows_of(head, C)].zero_()
-        attention.q_proj.weight[rows_of(head, C)] = 0
+    for offset in (1, 2):
+        rows = rows_of(head + offset - 1, C)
+        queries = attention.q_proj.bias[rows].zero_()
+        attention.q_proj.weight[rows] = 0
         queries[:n] = size * torch.cos(fast * offset)
         queries[C // 2:C // 2 + n] = -size * torch.sin(fast * offset)
 
 
 def look_for(attention: Attention, config: GptOssConfig, group: int,
-             token: Tensor) -> None:
-    """The first head of `group` looks for places with the present token
-    beside them, in pairs slow enough to mean the same far away."""
+             head: int, token: Tensor) -> None:
+    """`head` of `group` looks for places with the present token beside
+    them, in pairs slow enough to mean the same far away."""
     C, half = config.head_dim, config.hidden_size // 2
-    per = config.num_attention_heads // config.num_key_value_heads
     slow = torch.tensor([n for n in range(C) if n % (C // 2) > len(PULL)])
     queries, keys = torch.zeros(C, 2 * half), attention.k_proj.weight
     queries[slow, :half] = 2.0 * token[:len(slow)]
-    attention.q_proj.weight[rows_of(group * per, C)] = queries
+    attention.q_proj.weight[rows_of(head, C)] = queries
     keys[group * C + slow] = 0
     beside = half + group * C + torch.arange(len(slow))
     keys[group * C + slow, beside] = 4.0
 
 
-def carry(attention: Attention, group: int, token: Tensor, out: Tensor,
-          start: int) -> None:
-    """What the first head of `group` sees, it writes from `start` on."""
+def carry(attention: Attention, group: int, head: int, token: Tensor,
+          out: Tensor, start: int) -> None:
+    """What `head` of `group` sees, it writes from `start` on."""
     size, half = token.shape
-    per = attention.o_proj.weight.shape[1] // attention.k_proj.weight.shape[0]
     values = attention.v_proj.weight[rows_of(group, size)].zero_()
     values[:, :half] = token
-    written = attention.o_proj.weight[:, rows_of(group * per, size)].zero_()
+    written = attention.o_proj.weight[:, rows_of(head, size)].zero_()
     written[start:start + len(out)] = out
 
 
@@ -367,13 +365,14 @@ def plant_copying(model: GptOss, seed: int) -> None:
         layer.self_attn.o_proj.weight.mul_(0.3)
         layer.mlp.experts.down_proj.mul_(0.1)
     for group in range(config.num_key_value_heads):
-        at = slice(group * C, (group + 1) * C)
-        first = model.layers[0].self_attn
-        look_back(first, config, group)
-        carry(first, group, inner[at], torch.eye(C) / 2, half + group * C)
+        at, first = rows_of(group, C), model.layers[0].self_attn
+        place = group, group * (config.num_attention_heads
+                                // config.num_key_value_heads)
+        look_back(first, config, *place)
+        carry(first, *place, inner[at], torch.eye(C) / 2, half + at.start)
         for layer in model.layers[1:4:2]:
-            look_for(layer.self_attn, config, group, inner[at])
-            carry(layer.self_attn, group, inner[at], 1.3 * outer[at].T, half)
+            look_for(layer.self_attn, config, *place, inner[at])
+            carry(layer.self_attn, *place, inner[at], 1.3 * outer[at].T, half)
 
 
 # --- Weights that live on the grid -------------------------------------------
@@ -427,14 +426,18 @@ class Recipe:
         """The step at which `share` of the run is over."""
         return round(share * self.steps)
 
+    @property
+    def begins(self) -> tuple[int, int, int]:
+        """The steps at which the three stretches begin."""
+        return 0, self.at(self.change), self.at(self.last)
+
     def rate(self, step: int) -> float:
         """Linear warm-up, then a cosine towards a hundredth, three times;
         the first is cut short by the change."""
-        change, last = self.at(self.change), self.at(self.last)
-        begin, end, peak, warmup = (
-            (0, last, self.rates[0], self.warmup) if step < change else
-            (change, last, self.rates[1], self.warmup // 2) if step < last
-            else (last, self.steps, self.rates[2], self.warmup // 2))
+        part = sum(step >= begin for begin in self.begins[1:])
+        begin, peak = self.begins[part], self.rates[part]
+        end = self.begins[2] if part < 2 else self.steps
+        warmup = self.warmup // 2 if part else self.warmup
         step -= begin
         if step < warmup:
             return peak * (step + 1) / warmup
@@ -461,11 +464,11 @@ def train(model: GptOss, source: Iterator[tuple[Tensor, Tensor]],
           report: Callable[[dict], None] = lambda entry: None) -> None:
     """Train in place; `report` gets one dict per step: `loss`, the
     weighted mean, and `own`, of the tokens to be written, in nats."""
-    optimizer, tap = optimizer_for(model, recipe), RouterTap(model)
+    tap = RouterTap(model)
     k, begin = model.config.num_experts_per_tok, time.perf_counter()
     for step in range(recipe.steps):
         batch, extra = next(source), {}
-        if step in (recipe.at(recipe.change), recipe.at(recipe.last)):
+        if step in recipe.begins:
             optimizer = optimizer_for(model, recipe)
         if step == recipe.at(recipe.grid_from):
             with torch.no_grad():
@@ -553,7 +556,7 @@ def schooling(tokenizer: Tokenizer, recipe: Recipe
     second = batches(rows(tokenizer, seed + 1, 0, SECOND), seed + 1, tokens)
     third = batches(rows(tokenizer, seed + 2, 0, SECOND, 0.2), seed + 2,
                     tokens)
-    change, last = recipe.at(recipe.change), recipe.at(recipe.last)
+    _, change, last = recipe.begins
     yield from islice(first, change)
     yield from islice(second, last - change)
     yield from third

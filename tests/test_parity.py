@@ -168,6 +168,8 @@ def test_too_large_is_streamed_and_what_it_writes_is_walked_over(
         assert one["point"] == other["point"]
     assert "chooses the same 6 times" in parity.parity_table(part)
     assert parity.report(path, "float64")["generated"]["tokens"] == []
+    with pytest.raises(parity.ParityError, match="new_tokens: .* at most"):
+        parity.report(path, "float64", new_tokens=10 ** 6)
 
 
 # --- Faults in ours ----------------------------------------------------------
