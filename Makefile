@@ -23,7 +23,7 @@ export PYTHONHASHSEED ?= 0
 # has two tools, a calculator and the date
 SUMS = "What is 347 + 285?" "Take 88 from 403."
 SAID = "Hello!" "My cat is called Zorali." "Tell me a story about a fox." \
-    "What is my cat called?" "What is 12 * 34?"
+    "What is 12 * 34?" "What is my cat called?"
 CHAT = $(BIN)/python -m gptoss chat --temperature 0 --transcript
 
 demo: $(STAMP)

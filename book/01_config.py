@@ -25,9 +25,8 @@
 # 1.35 times as much to read. Where do the parameters live that the second
 # model has and does not use?
 #
-# Everything in this chapter follows from about twenty numbers in a file of
-# two kilobytes, `config.json`. By the end each of the figures above is an
-# `assert`.
+# All of it follows from about twenty numbers in a file of two kilobytes,
+# `config.json`. By the end each of the figures above is an `assert`.
 
 # %% tags=["hide-input"]
 import math
@@ -50,6 +49,10 @@ plt.style.use("_static/book.mplstyle")
 # another third.
 
 # %% tags=["hide-input"]
+# Figure: six bars of shares, three for each model: parameters, bytes on disk,
+# bytes read for a token. Experts fill over nine tenths of the parameters and
+# most of the disk, but a third of what a token of the 20b reads; attention and
+# lm_head are the rest.
 SHARES = {  # parameters, bytes on disk, bytes read for a token; in 1e9
     "20b": ((19.117, 0.637, 0.579, 0.579, 0.002),
             (10.166, 1.274, 1.158, 1.158, 0.005),
@@ -99,10 +102,11 @@ for size, (L, _, parameters, _) in PUBLISHED.items():
           f"published {parameters / 1e9:.1f}: {parameters / dense:.1f} times")
 
 # %% [markdown]
-# It misses by 6 and by 25. Every one of its assumptions is wrong here: the
-# heads do not add up to $D$ (64 heads of 64 are 4096, not 2880), keys and
-# values have 8 heads and not 64, the feed-forward part has three matrices
-# of width 2880 and not two of $4D$, and there are 32 or 128 of it.
+# It is too small by factors of 6 and 25. Each of its assumptions is wrong
+# here: the query heads do not add up to $D$ (64 heads of 64 are 4096, not
+# 2880), keys and values have 8 heads and not 64, the feed-forward part has
+# three matrices of width 2880 and not two of $4D$, and a layer has 32 or
+# 128 such parts.
 #
 # **Counting what the file holds.** Surely the file knows. Its tensors are
 # typed BF16 (one number an element) and U8, and the U8 tensors are of two
@@ -121,12 +125,12 @@ for size, (L, E, parameters, _) in PUBLISHED.items():
           f"published {parameters / 1e9:.1f}")
 
 # %% [markdown]
-# The first is what a tool reports that adds up shapes; the second counts
-# every scale as a parameter, as Hugging Face's JavaScript library did until
-# [#2323](https://github.com/huggingface/huggingface.js/pull/2323). A
-# catalogue that compared the two sources could only note that
-# "both models have different total parameter number from hugging face to
-# the release paper"
+# Both are wrong. The first is what a tool reports that adds up shapes; the
+# second takes every scale for a parameter, as Hugging Face's JavaScript
+# library did until
+# [#2323](https://github.com/huggingface/huggingface.js/pull/2323). One
+# catalogue of models could only note that "both models have different total
+# parameter number from hugging face to the release paper"
 # ([ecologits#173](https://github.com/mlco2/ecologits/pull/173)).
 #
 # **Four bits a parameter.** The bytes, then: half a byte each.
@@ -142,16 +146,16 @@ for size, (*_, parameters, stored) in PUBLISHED.items():
 #
 # ## Derivation
 #
-# Sizes are $L$ layers, width $D$, $H$ query heads and $G$ key/value heads
-# of size $C$, $E$ experts of inner width $F$ of which $K$ are chosen, and
-# $V$ words.
+# The sizes: $L$ layers, width $D$, $H$ query heads and $G$ key/value heads
+# of size $C$, $E$ experts of inner width $F$ of which a token gets $K$, and
+# $V$ words. $P$ counts parameters, $b$ bytes.
 #
 # **Attention.** The query matrix is $D \times HC$, keys and values are
 # $D \times GC$ each, the output matrix is $HC \times D$. All four have a
 # bias, and each query head has one sink, a logit of its own (chapter 5):
 #
 # $$
-# N_{att} = \underbrace{(D + 1)(H + 2G)\,C}_{q,\,k,\,v}
+# P_{att} = \underbrace{(D + 1)(H + 2G)\,C}_{q,\,k,\,v}
 #   + \underbrace{(HC + 1)\,D}_{o} + H
 # $$ (config-attention)
 #
@@ -160,7 +164,7 @@ for size, (*_, parameters, stored) in PUBLISHED.items():
 # with one output an expert:
 #
 # $$
-# N_{exp} = 2F(D + 1) + D(F + 1), \qquad N_{router} = E\,(D + 1)
+# P_{exp} = 2F(D + 1) + D(F + 1), \qquad P_{router} = E\,(D + 1)
 # $$ (config-expert)
 #
 # **All of it.** Each layer has two norms of $D$ weights and there is one
@@ -168,35 +172,42 @@ for size, (*_, parameters, stored) in PUBLISHED.items():
 # ($V \times D$ each, no bias):
 #
 # $$
-# N = L\,(N_{att} + N_{router} + E\,N_{exp} + 2D) + D + 2VD
+# P = L\,(P_{att} + P_{router} + E\,P_{exp} + 2D) + D + 2VD
 # $$ (config-total)
 #
 # **Active.** A token is multiplied with $K$ experts a layer and with
 # everything else but the embedding, of which it *looks up* one row:
 #
 # $$
-# N_{act} = L\,(N_{att} + N_{router} + K\,N_{exp} + 2D) + D + VD
+# P_{act} = L\,(P_{att} + P_{router} + K\,P_{exp} + 2D) + D + VD
 # $$ (config-active)
 #
-# $E$ does not occur in it except for the router. That is the answer to the
-# question: the 120b is the 20b with half as many layers again, and with
-# four times as many experts that mostly wait.
+# $E$ is left in the router alone. That is the answer to the question: the
+# 120b is the 20b with half as many layers again and four times as many
+# experts a layer, most of which wait.
 #
-# **Bytes.** MXFP4 (chapter 2) stores 32 numbers in 16 bytes and one byte
-# of scale: 17 bytes, or 4.25 bits a number. Biases stay in bf16, two bytes
-# each. An expert takes
+# **Bytes.** The matrices of the experts are stored in MXFP4 (chapter 2): 32
+# numbers in 16 bytes and one byte of scale, 17 bytes or 4.25 bits a number.
+# All else is bf16, two bytes each, the experts' biases too. So an expert
+# takes
 #
 # $$
 # b_{exp} = 17 \cdot \frac{3DF}{32} + 2\,(2F + D)
 # $$ (config-bytes)
 #
-# bytes and the file $L E\,b_{exp} + 2\,(N - L E\,N_{exp})$. One token
-# reads $L K\,b_{exp}$ and the active rest, once, at batch size 1.
+# bytes, and the model, and what one token at batch size 1 reads of it,
+#
+# $$
+# b = L E\,b_{exp} + 2\,(P - L E\,P_{exp}), \qquad
+# b_{read} = L K\,b_{exp} + 2\,(P_{act} - L K\,P_{exp} + D).
+# $$ (config-read)
+#
+# The last $D$ is the token's row of the embedding.
 #
 # **Cache.** A layer keeps a key and a value, $2GC$ numbers, for every
-# token: $4GC = 2048$ bytes in bf16. Every second layer slides and never
-# looks back further than $W = 128$ tokens, so it can do with a ring of $W$
-# places. With $L_{full}$ layers of the other kind, $S$ tokens take
+# token: $4GC = 2048$ bytes in bf16. Every second layer slides: it sees the
+# last $W = 128$ tokens (chapter 6), so a ring of $W$ places is enough for it
+# (chapter 9). With $L_{full}$ layers of the other kind, $S$ tokens take
 #
 # $$
 # b_{cache}(S) = 4GC\,\big(L_{full}\,S + (L - L_{full})\,W\big).
@@ -212,7 +223,7 @@ for size, (*_, parameters, stored) in PUBLISHED.items():
 #   \text{full} \end{cases}
 # $$ (config-flops)
 #
-# where $M$ is $N_{act}$ without biases, norms and sinks.
+# where $M$ is $P_{act}$ without biases, norms and sinks.
 #
 # ## Code
 #
@@ -448,8 +459,8 @@ for change in ({"hidden_size": "2880"}, {"num_experts_per_tok": 129},
 # `rope_theta` and an object `rope_scaling`; since transformers 5 both are
 # one object, `rope_parameters`; and OpenAI's own `original/config.json`
 # has names of its own. Two of those are false friends: `rope_ntk_alpha` is
-# YaRN's $\beta_{slow}$ and `rope_ntk_beta` its $\beta_{fast}$. The
-# differences are tables:
+# YaRN's $\beta_{slow}$ and `rope_ntk_beta` its $\beta_{fast}$ (chapter 4).
+# The differences are tables:
 
 # %% tags=["export"]
 SAME = (*COUNTS, "layer_types", "rms_norm_eps", "swiglu_limit",
@@ -515,12 +526,12 @@ print(GptOssConfig(**_from_original(ORIGINAL)) == small)
 # %% [markdown]
 # ### Reading Hugging Face's, rope first
 #
-# Some keys that `transformers` obeys would change the model, and gpt-oss
-# has none of them: a file with `attention_factor` is refused rather than
-# read as if it were not there. A file without any rope object is refused
-# as well, although `transformers` fills in the released YaRN. And where
-# `truncate` is left out its default is *true*, the opposite of what
-# gpt-oss was trained with (chapter 4 shows what that costs).
+# `transformers` obeys some keys that gpt-oss does not have, such as
+# `attention_factor`: a file with one is refused rather than read as if the
+# key were not there. So is a file without any rope object, where
+# `transformers` fills in the released YaRN. And where `truncate` is left
+# out its default is *true*, the opposite of what gpt-oss was trained with
+# (chapter 4 shows what that costs).
 
 # %% tags=["export"]
 # keys of yarn that would change the model, and the value that would not
@@ -563,9 +574,9 @@ print(refusal(lambda: _rope_fields({"rope_theta": 150000})))
 # %% [markdown]
 # ### The other keys
 #
-# Most keys of the file decide nothing (`use_cache`, `initializer_range`,
-# `hidden_act`, which says "silu" although the experts use another function)
-# and are ignored.
+# Keys that decide nothing are ignored: `use_cache`, `initializer_range`, or
+# `hidden_act`, which says "silu" although the experts use another function.
+# A test below finds all of them.
 
 # %% tags=["export"]
 OPTIONAL = ("layer_types", "initial_context_length", "rms_norm_eps",
@@ -771,14 +782,15 @@ def active_parameters(config: GptOssConfig) -> int:
 
 # %%
 for size, config in (("20b", small), ("120b", big)):
-    N = active_parameters(config)
-    print(f"{size}: {N:,} active,",
-          f"{100 * N / total_parameters(config):.1f} %")
+    active = active_parameters(config)
+    print(f"{size}: {active:,} active,",
+          f"{100 * active / total_parameters(config):.1f} %")
 
 # %% [markdown]
-# The naive formula gave 3.55 and 4.74 billion. It is not far from these,
-# by accident: the four experts of a layer have 12 $D^2$ weights together,
-# where the formula has 8, and attention has 3.2, where it has 4.
+# The naive formula gave 3.55 and 4.74 billion, not far from these, by
+# accident. A layer's four experts have $12 D^2$ weights together, where the
+# formula has $8 D^2$, and attention has $3.2 D^2$ instead of $4 D^2$; but the
+# formula also counts the embedding, $VD$, which is 70 layers' worth of $D^2$.
 #
 # ### Bytes
 #
@@ -814,7 +826,7 @@ for size, config in (("20b", small), ("120b", big)):
 
 # %% [markdown]
 # These are the `total_size` of the released index files. A decoding step
-# reads less:
+# reads less, {eq}`config-read`:
 
 # %% tags=["export"]
 def bytes_read_per_token(config: GptOssConfig) -> int:
@@ -833,6 +845,9 @@ def bytes_read_per_token(config: GptOssConfig) -> int:
 # %%
 read = [bytes_read_per_token(config) for config in (small, big)]
 print([f"{n / 1e9:.2f} GB" for n in read], f"ratio {read[1] / read[0]:.2f}")
+times = [count(big) / count(small) for count in (
+    total_parameters, checkpoint_bytes, bytes_read_per_token)]
+assert [round(x, 2) for x in times] == [5.59, 4.74, 1.35]
 
 # %% [markdown]
 # ### The cache
@@ -1051,39 +1066,45 @@ for size, config in (("20b", small), ("120b", big)):
 # $D / H = 45$ until
 # [Automodel#3091](https://github.com/NVIDIA-NeMo/Automodel/pull/3091): the
 # field `head_dim` had another name there, and a quotient was the fallback.
-# Its report gives 87.641 TFLOP for a step of the 20b with 4096 tokens
-# before, and 93.848227282944 after. A step is forward and backward, three
-# times the forward count, and token $n$ sees $n$ keys:
+# Its report gives 87.641 TFLOP for a training step of the 20b with 4096
+# tokens before, and 93.848227282944 after. A step is forward and backward,
+# three times the forward count; token $n$ sees $n$ keys; and routers are
+# left out. We refuse an odd head size, but {eq}`config-flops` is linear in
+# $C$, so two even ones give the value at 45:
 
 # %%
-step = 3 * sum(flops_per_token(small, n) for n in range(1, 4097))
-router = 3 * 4096 * 24 * 2 * small.hidden_size * small.num_local_experts
-print(f"ours {step:,}, of which routers {router:,}")
-assert step - router == 93_848_227_282_944
-wrong = replace(small, head_dim=46)  # 45 is odd and we refuse it
-low = 3 * sum(flops_per_token(wrong, n) for n in range(1, 4097))
-print(f"with heads of 46: {low / step - 1:.1%}")
+def step_flops(config):
+    forward = sum(flops_per_token(config, n) for n in range(1, 4097))
+    router = 4096 * config.num_hidden_layers * 2 * (
+        config.hidden_size * config.num_local_experts)
+    return 3 * (forward - router)
+
+
+right = step_flops(small)
+a_number = (right - step_flops(replace(small, head_dim=32))) // 32
+wrong = right - (64 - 45) * a_number
+print(f"heads of 64: {right:,}\nheads of 45: {wrong:,}")
+assert right == 93_848_227_282_944 and round(wrong / 1e9) == 87_641
 
 # %% [markdown]
-# Without the routers, which it leaves out, its number is ours in all 14
-# digits.
+# Both of its numbers are ours, in all the digits that it gives.
 #
 # **Memory estimators.** For the 120b `hf-mem` reports 65,248,815,744 bytes
-# of weights, which is {eq}`config-bytes`. For the cache of one token it
-# reported 36,864 bytes
-# ([hf-mem#60](https://github.com/alvarobartt/hf-mem/issues/60)): the full
-# layers only, which is `cache_bytes_per_token` and right for a long
-# context. The first 128 tokens fill the rings as well and take twice that.
-# vLLM took 73,728 bytes for *every* token there, as if no layer slid.
+# of weights, which is $b$. For the cache of one token it reported 36,864
+# bytes ([hf-mem#60](https://github.com/alvarobartt/hf-mem/issues/60)): the
+# full layers only, which is `cache_bytes_per_token` and right for a long
+# context. Each of the first 128 tokens takes a place in the rings as well,
+# and twice that. vLLM, in the same report, takes 73,728 bytes for *every*
+# token, as if no layer slid.
 
 # %%
 print(cache_bytes_per_token(big),
       big.num_hidden_layers * layer_cache_bytes(big))
 
 # %% [markdown]
-# **Defaults that differ.** Four files, read by `transformers` (rope type,
-# factor and trained length are shown) and by us. It fills gaps with
-# defaults.
+# **Defaults that differ.** `transformers` fills gaps. Four files, with the
+# rope type, factor and trained length that it reads in them, and what we
+# say:
 
 # %%
 def theirs(values):
@@ -1110,14 +1131,14 @@ for name, values in cases.items():
     print(f"{name}: {theirs(values)}; ours: {ours}")
 
 # %% [markdown]
-# In the third case the context is taken for the trained length, which
-# moves the ramp of chapter 4 and so most of its frequencies. In the last
-# it goes on with one matrix for both ends.
+# In the third case `transformers` takes the longest context for the trained
+# length, which moves the frequencies of chapter 4. In the last it goes on
+# with one matrix for both ends.
 #
 # ## In the 20b and the 120b
 #
-# The whole chapter as one table. The last line is the bits that a stored
-# parameter takes on average.
+# The chapter as one table. The last line is what a stored parameter takes
+# on average.
 
 # %%
 ROWS = (("parameters", total_parameters), ("active", active_parameters),
@@ -1160,9 +1181,9 @@ print("six bars, thirty numbers")
 # ## Cost
 #
 # Is {eq}`config-flops` what a computer does? `FlopCounterMode` counts the
-# matrix products that torch executes. One decoding step of a small random
-# model in `transformers`, over caches of several lengths, with a window of
-# 4 tokens so that the rings matter:
+# matrix products that torch executes. Here it watches one decoding step of
+# a small random model in `transformers`, over caches of several lengths,
+# with a window of 4 tokens so that sliding shows:
 
 # %%
 from torch.utils.flop_counter import FlopCounterMode
@@ -1193,8 +1214,8 @@ for context in (2, 4, 5, 11):
 # So a token of the 20b costs 7.2 GFLOP and 3.7 GB at the start of a
 # context: two operations for each byte that is read. A processor that
 # computes a hundred operations in the time it reads a byte is idle most of
-# the time, and everything in chapter 13 follows from that. Late in a
-# context both grow, arithmetic sooner:
+# the time; chapter 13 starts from that. Late in a context both grow,
+# arithmetic sooner:
 
 # %%
 for size, config in (("20b", small), ("120b", big)):
@@ -1210,13 +1231,16 @@ for size, config in (("20b", small), ("120b", big)):
 
 # %% [markdown]
 # The second number lies beyond 131,072 for both: at batch size 1 the
-# weights are always the larger read. Each byte of the cache gives 8 FLOP,
-# $H/G$, since 8 query heads share a key.
+# weights are always the larger read. The cell also asserts that each byte of
+# the cache gives $H/G = 8$ FLOP, since 8 query heads share a key.
 #
 # What to see: arithmetic (left) leaves its floor at some thousand tokens,
 # and attention dominates it at the end; the bytes (right) do not quite double.
 
 # %% tags=["hide-input"]
+# Figure: arithmetic and bytes of a token over the length of its context, for
+# both models. All four curves are flat up to some thousand tokens and rise
+# steeply towards 128k.
 fig, (left, right) = plt.subplots(1, 2, figsize=(7, 2.9))
 some = [2 ** (n / 4) for n in range(4 * 6, 4 * 17 + 1)]
 for size, config, style in (("20b", small, "-"), ("120b", big, "--")):
@@ -1263,9 +1287,9 @@ assert saved == 2 * parameter_counts(small)["embedding"]
 # %% [markdown]
 # ### Exercise 2
 #
-# The two models take 5.26 and 4.47 bits a parameter. How many would a
-# gpt-oss of the 120b's layers take with 512 experts, and what is the limit
-# for ever more experts? (It is not 4.25.)
+# The two models take 5.26 and 4.47 bits a parameter. How many would the
+# 120b take with 512 experts a layer, and what is the limit for ever more?
+# (It is not 4.25.)
 
 # %% tags=["hide-cell"]
 for E in (32, 128, 512, 10 ** 9):

@@ -19,15 +19,19 @@
 # ## Question
 #
 # The 20b is 13,761,264,768 bytes of numbers in 459 tensors, in three files.
-# How many of those bytes must be read to know every tensor's name, shape,
-# dtype and place, and to be sure that the files are whole and belong to this
-# model? None of the numbers: 52,856 bytes of headers, one byte in 260,000.
-# What is in them, what is in the rest, and how can a file of 65 GB be read,
-# rewritten in another layout, and checked on a machine that has 16?
+# How much must be read to know every tensor's name, shape, dtype and place,
+# and to be sure that the files are whole and belong to this model? None of
+# the numbers, only 53 kB of headers, one byte in 260,000. What is in them,
+# and how can 65 GB be read, checked and rewritten in another layout on a
+# machine with 16 GB of memory?
 #
 # ## Picture
 
 # %% tags=["hide-input"]
+# Figure: left, the file of the 20b as a map of which each line is one layer:
+# the parts form columns, mostly expert blocks, between two tables of the
+# vocabulary. Right, the bytes of each part of a layer, from 265 MB of blocks
+# down to 128 bytes of sinks.
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Patch, Rectangle
@@ -105,7 +109,6 @@ plt.show()
 
 # %%
 import io
-import pickle
 
 import torch
 
@@ -118,32 +121,21 @@ class Weights:
 file = io.BytesIO()
 torch.save({"lm_head.weight": Weights()}, file)
 file.seek(0)
-torch.load(file, weights_only=False)
-file.seek(0)
-try:
-    torch.load(file)
-except pickle.UnpicklingError:
-    print("torch.load, by default, refuses: no plain tensors")
+loaded = torch.load(file, weights_only=False)
 
 # %% [markdown]
+# (By default `torch.load` has refused such a file since torch 2.6.)
 # safetensors holds numbers and a table of contents, nothing that can run.
 # The usual loop over its files still takes far more memory than it should:
 
 # %%
 from safetensors.torch import load, save
 
-
-def naive_load(raw):
-    """Bytes of a file -> fp32 tensors, and the most bytes held at once."""
-    tensors = load(raw)                                   # a second copy
-    wide = {name: t.float() for name, t in tensors.items()}   # and a third
-    held = len(raw) + sum(t.nbytes for d in (tensors, wide)
-                          for t in d.values())
-    return wide, held
-
-
 raw = save({"w": torch.zeros(1000, 1000, dtype=torch.bfloat16)})
-print(f"{naive_load(raw)[1] / len(raw):.1f} times the file")
+tensors = load(raw)                                       # a second copy
+wide = {name: t.float() for name, t in tensors.items()}   # twice as wide
+held = len(raw) + sum(t.nbytes for d in (tensors, wide) for t in d.values())
+print(f"{held / len(raw):.1f} times the file")
 for name, c in (("20b", GptOssConfig.gpt_oss_20b()),
                 ("120b", GptOssConfig.gpt_oss_120b())):
     held = 2 * checkpoint_bytes(c) + bf16_bytes(c)  # experts decoded to bf16
@@ -151,9 +143,9 @@ for name, c in (("20b", GptOssConfig.gpt_oss_20b()),
           f"{held / 1e9:.3g} GB to load it so")
 
 # %% [markdown]
-# This is how it went in practice: one loader took 50.14 GiB of memory for
-# the 20b, and 3.49 GiB after it was made to read a layer at a time
-# (NeMo Automodel#3667).
+# In practice: one loader took 50.14 GiB of memory for the 20b, and 3.49 GiB
+# after it was made to read a layer at a time (NeMo
+# [Automodel#3667](https://github.com/NVIDIA-NeMo/Automodel/issues/3667)).
 #
 # ## Derivation
 #
@@ -175,9 +167,10 @@ begin, end = header["sinks"]["data_offsets"]
 print(raw[8 + n + begin:8 + n + end].hex(" "))
 
 # %% [markdown]
-# `803f 00c0` read backwards in pairs are 3f80 and c000, the upper halves of
+# Low byte first, `80 3f` and `00 c0` are 3f80 and c000, the upper halves of
 # the floats 1.0 and -2.0: bf16. If tensor $t$ has $b_t$ bytes and tensors
-# follow one another without a gap, then in a file of $m$ tensors
+# follow one another without a gap, then in a file of $m$ tensors tensor $t$
+# begins at byte $o_t$:
 #
 # $$
 # o_t = 8 + n + \sum_{s < t} b_s , \qquad
@@ -194,10 +187,10 @@ print(raw[8 + n + begin:8 + n + end].hex(" "))
 # \Big[\, o_t + r\,\frac{b_t}{R},\; o_t + r'\,\frac{b_t}{R} \Big) .
 # $$ (checkpoint-rows)
 #
-# For the experts a row is an expert. Mapped into memory, a run that nobody
-# touches is never read: `mmap` gives addresses, and the first access to a
-# page of 4096 bytes fetches it. A tensor made from such addresses is a view
-# of the file and owns nothing.
+# For the experts a row is an expert. A file that is mapped into memory
+# (`mmap`) gets addresses, and only the first access to a page of 4096 bytes
+# reads it. A tensor made from such addresses is a view of the file; a run
+# that nobody touches is never read.
 #
 # **Two layouts.** OpenAI's `original/` and the Hugging Face layout hold the
 # same bytes under other names, but for one thing: `original/` has one matrix
@@ -213,15 +206,15 @@ print(raw[8 + n + begin:8 + n + end].hex(" "))
 # read from the joined matrix without a copy, and written into it before the
 # other two are there. So each tensor has a *place*: the stored tensor, and
 # its first row in it. One table of names, shapes and places serves reading,
-# checking, writing and converting. A third layout occurs as well, Hugging
-# Face's with the experts decoded to bf16, (E, in, out) instead of
-# (E, out, in): fine-tuned models are often saved like this.
+# checking, writing and converting. Fine-tuned models often come in a third
+# layout, Hugging Face's with the experts decoded to bf16 and transposed,
+# (E, in, out) instead of (E, out, in).
 #
 # **Writing before the numbers are there.** The configuration decides every
-# $b_t$, hence every header and, by {eq}`checkpoint-offset`, every $o_t$. All
-# files can be laid out empty; then tensors may come in any order, a few rows
-# at a time, and each goes to its place. Memory is bounded by the rows in
-# flight, not by a tensor, a shard or the model.
+# $b_t$, hence every header and, by {eq}`checkpoint-offset`, every $o_t$. So
+# all files can be laid out empty; then tensors may come in any order, a few
+# rows at a time. Memory is bounded by the rows in flight, not by a tensor, a
+# shard or the model.
 #
 # ## Code
 #
@@ -261,6 +254,11 @@ from gptoss.mxfp4 import BLOCK, SCALE_NAN, MXFP4Error, decode, encode
 
 class CheckpointError(Exception):
     """A checkpoint that is not what it should be; names file and tensor."""
+
+
+def _wrong(where: object, expected: object, found: object
+           ) -> CheckpointError:
+    return CheckpointError(f"{where}: expected {expected}, found {found}")
 
 # %% tags=["export"]
 # Hugging Face name, original name, shape. `L.` is "model.layers.N." in the
@@ -334,16 +332,12 @@ def _rows(c: GptOssConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     D, F, H = c.hidden_size, c.intermediate_size, c.num_attention_heads
     for key, width in (("hidden_size", D), ("intermediate_size", F)):
         if width % BLOCK:
-            raise CheckpointError(f"{key}: expected a multiple of {BLOCK} "
-                                  f"(MXFP4 blocks), found {width}")
+            raise _wrong(key, f"a multiple of {BLOCK} (MXFP4 blocks)", width)
     sizes = {"V": c.vocab_size, "D": D, "2F": 2 * F, "D/32": D // 32,
              "F/32": F // 32, "16": 16, "H": H, "E": c.num_local_experts,
              "Q": H * c.head_dim, "KV": c.num_key_value_heads * c.head_dim}
-
-    def in_layer(row: tuple[str, str, str]) -> bool:
-        return row[0].startswith("L.")
-
-    for layered, group in itertools.groupby(NAME_MAP, in_layer):
+    for layered, group in itertools.groupby(
+            NAME_MAP, lambda row: row[0].startswith("L.")):
         rows = list(group)
         for n in range(c.num_hidden_layers if layered else 1):
             for hf, original, shape in rows:
@@ -361,8 +355,7 @@ def tensor_table(config: GptOssConfig, layout: str = "hf"
     with decoded experts, (E, in, out). Other layouts: CheckpointError.
     """
     if layout not in LAYOUTS:
-        raise CheckpointError(f"layout: expected one of {LAYOUTS}, found "
-                              f"{layout!r}")
+        raise _wrong("layout", f"one of {LAYOUTS}", repr(layout))
     table: dict[str, TensorSpec] = {}
     for hf, original, shape in _rows(config):
         name = original if layout == "original" else hf
@@ -383,10 +376,7 @@ def tensor_table(config: GptOssConfig, layout: str = "hf"
 SMALL, LARGE = GptOssConfig.gpt_oss_20b(), GptOssConfig.gpt_oss_120b()
 for name in ("block.7.attn.qkv.weight", "block.7.mlp.mlp1_weight.blocks"):
     print(name, tensor_table(SMALL, "original")[name])
-for layout in LAYOUTS:
-    table = tensor_table(SMALL, layout)
-    print(f"{layout:8} {len(table)} tensors, "
-          f"{sum(spec.nbytes for spec in table.values()):,} bytes")
+print([len(tensor_table(SMALL, layout)) for layout in LAYOUTS], "tensors")
 
 # %% [markdown]
 # ### Where a canonical tensor lies
@@ -453,13 +443,11 @@ def read_header(file: Path) -> dict[str, Stored]:
         first = f.read(8)
         length = int.from_bytes(first, "little")
         if first == b"version ":
-            raise CheckpointError(f"{file}: expected safetensors, found a "
-                                  "git-lfs pointer (git lfs pull fetches "
-                                  "the file)")
+            raise _wrong(file, "safetensors", "a git-lfs pointer (git lfs "
+                         "pull fetches the file)")
         if len(first) < 8 or length > min(size - 8, MAX_HEADER):
-            raise CheckpointError(
-                f"{file}: expected safetensors with a header of {length} "
-                f"bytes, found {size} bytes (cut off, or another format)")
+            raise _wrong(file, f"safetensors with a header of {length} bytes",
+                         f"{size} bytes (cut off, or another format)")
         raw = f.read(length)
     try:
         header = json.loads(raw)
@@ -468,8 +456,8 @@ def read_header(file: Path) -> dict[str, Stored]:
                   for name, entry in header.items()]
     except (ValueError, RecursionError, AttributeError, TypeError,
             KeyError) as error:
-        raise CheckpointError(f"{file}: expected a safetensors header, "
-                              f"found {raw[:40]!r}...") from error
+        raise _wrong(file, "a safetensors header",
+                     f"{raw[:40]!r}...") from error
     _check_cover(file, stored, 8 + length, size)
     return {s.spec.name: s for s in stored}
 
@@ -483,8 +471,8 @@ def _stored(file: Path, name: str, entry: dict, base: int) -> Stored:
         raise ValueError(name)
     spec = TensorSpec(name, shape, entry["dtype"])
     if spec.dtype in DTYPES and spec.nbytes != end - begin:
-        raise CheckpointError(f"{file}: {name}: expected {spec.nbytes} bytes "
-                              f"for {spec}, found {end - begin}")
+        raise _wrong(f"{file}: {name}", f"{spec.nbytes} bytes for {spec}",
+                     end - begin)
     return Stored(spec, file, base + begin, end - begin)
 
 
@@ -492,16 +480,15 @@ def _check_cover(file: Path, stored: list[Stored], end: int,
                  size: int) -> None:
     """Tensors must follow one another from the header to the file's end."""
     for s in sorted(stored, key=lambda s: (s.offset, s.nbytes)):
+        where = f"{file}: {s.spec.name}"
         if s.offset != end:
-            raise CheckpointError(f"{file}: {s.spec.name}: expected at byte "
-                                  f"{end}, found at {s.offset}")
+            raise _wrong(where, f"at byte {end}", f"at {s.offset}")
         end += s.nbytes
         if end > size:
-            raise CheckpointError(
-                f"{file}: {s.spec.name}: expected to end at byte {end}, "
-                f"found a file of {size} bytes (cut off?)")
+            raise _wrong(where, f"to end at byte {end}",
+                         f"a file of {size} bytes (cut off?)")
     if end != size:
-        raise CheckpointError(f"{file}: expected {end} bytes, found {size}")
+        raise _wrong(file, f"{end} bytes", size)
 
 # %%
 import tempfile
@@ -535,10 +522,10 @@ file.unlink()
 # ### Which files
 #
 # A large checkpoint is cut into shards, and `model.safetensors.index.json`
-# says which tensor is in which. It is a file from the internet that contains
-# file names. A name that leaves the folder is refused, and index and headers
-# must name exactly the same tensors: a tensor that only one of them knows
-# means that shards of two versions lie side by side.
+# says which tensor is in which. It comes from the internet and contains file
+# names, so a name that leaves the folder is refused. And index and headers
+# must name the same tensors: one that only one of them knows means that
+# shards of two versions lie side by side.
 
 # %% tags=["export"]
 def _read_index(index: Path) -> dict[str, str]:
@@ -549,17 +536,15 @@ def _read_index(index: Path) -> dict[str, str]:
         pairs = list(named.items())
     except (ValueError, RecursionError, KeyError, TypeError,
             AttributeError) as error:
-        raise CheckpointError(f"{index}: expected JSON with a weight_map, "
-                              "found none") from error
+        raise _wrong(index, "JSON with a weight_map", "none") from error
     for name, file in pairs:
+        where = f"{index}: {name}"
         if (not isinstance(file, str) or not file.endswith(".safetensors")
                 or re.search(r"[/\\:\0]", file)):
-            raise CheckpointError(f"{index}: {name}: expected the name of a "
-                                  ".safetensors file in this folder, found "
-                                  f"{file!r}")
+            raise _wrong(where, "the name of a .safetensors file in this "
+                         "folder", repr(file))
         if not (index.parent / file).is_file():
-            raise CheckpointError(f"{index}: {name}: expected in {file}, "
-                                  "found no such file")
+            raise _wrong(where, f"in {file}", "no such file")
     return named
 
 # %% tags=["export"]
@@ -571,18 +556,18 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
     files = sorted(folder.glob("*.safetensors"))
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if len(indexes) > 1:
-        raise CheckpointError(f"{folder}: expected one index, found "
-                              f"{indexes[0].name} and {indexes[1].name}")
+        raise _wrong(folder, "one index",
+                     f"{indexes[0].name} and {indexes[1].name}")
     named = _read_index(indexes[0]) if indexes else None
     found: dict[str, Stored] = {}
     for file in files:
         if named is not None and file.name not in named.values():
-            raise CheckpointError(f"{file}: expected only files that "
-                                  f"{indexes[0].name} names, found this one")
+            raise _wrong(file, f"only files that {indexes[0].name} names",
+                         "this one")
         for name, stored in read_header(file).items():
             if name in found:
-                raise CheckpointError(f"{file}: {name}: expected once, found "
-                                      f"in {found[name].file.name} as well")
+                raise _wrong(f"{file}: {name}", "once",
+                             f"in {found[name].file.name} as well")
             found[name] = stored
     if named is not None:
         _check_index(indexes[0], named, found)
@@ -594,12 +579,11 @@ def _check_index(index: Path, named: dict[str, str],
     for name, file in named.items():
         if name not in found or found[name].file.name != file:
             where = found[name].file.name if name in found else "no file"
-            raise CheckpointError(f"{index}: {name}: expected in {file}, "
-                                  f"found in {where}")
+            raise _wrong(f"{index}: {name}", f"in {file}", f"in {where}")
     for name, stored in found.items():
         if name not in named:
-            raise CheckpointError(f"{stored.file}: {name}: expected in "
-                                  f"{index.name}, found only in the file")
+            raise _wrong(f"{stored.file}: {name}", f"in {index.name}",
+                         "only in the file")
 
 # %% tags=["export"]
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -610,18 +594,16 @@ def weights_folder(path: Path) -> Path:
     if not path.exists():
         raise CheckpointError(f"{path}: no such directory")
     if not path.is_dir():
-        raise CheckpointError(f"{path}: expected a directory, found a file")
+        raise _wrong(path, "a directory", "a file")
     for folder in (path, path / "original"):
         if any(folder.glob("*.safetensors*")):
             return folder
     pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES)
     if pickles:
-        raise CheckpointError(
-            f"{path}: expected *.safetensors, found {pickles[0]}: a pickle "
-            "can run any code, so none is opened")
+        raise _wrong(path, "*.safetensors", f"{pickles[0]}: a pickle can run "
+                     "any code, so none is opened")
     there = "only config.json" if (path / "config.json").exists() else "none"
-    raise CheckpointError(f"{path}: expected config.json and *.safetensors, "
-                          f"found {there}")
+    raise _wrong(path, "config.json and *.safetensors", there)
 
 # %%
 index = here / "model.safetensors.index.json"
@@ -635,6 +617,9 @@ report(weights_folder, here)
 
 # %% [markdown]
 # ### Files against the table
+#
+# The names tell the layout; layout and configuration make the table; and the
+# files must hold what is in it and nothing else.
 
 # %% tags=["export"]
 def find_layout(names: Iterable[str]) -> str:
@@ -653,18 +638,16 @@ def check_tensors(folder: Path, found: dict[str, Stored],
     of another shape or dtype. The bf16 layout may hold any float."""
     for name, spec in table.items():
         if name not in found:
-            raise CheckpointError(f"{folder}: {name}: expected {spec}, found "
-                                  "no such tensor")
+            raise _wrong(f"{folder}: {name}", spec, "no such tensor")
         stored = found[name]
         dtypes = FLOATS if layout == "bf16" else (spec.dtype,)
         if (stored.spec.shape != spec.shape
                 or stored.spec.dtype not in dtypes):
-            raise CheckpointError(f"{stored.file}: {name}: expected {spec}, "
-                                  f"found {stored.spec}")
+            raise _wrong(f"{stored.file}: {name}", spec, stored.spec)
     for name, stored in found.items():
         if name not in table:
-            raise CheckpointError(f"{stored.file}: {name}: expected no such "
-                                  f"tensor, found {stored.spec}")
+            raise _wrong(f"{stored.file}: {name}", "no such tensor",
+                         stored.spec)
 
 # %%
 TINY = GptOssConfig(
@@ -684,6 +667,8 @@ report(check_tensors, here, found, table, "hf")
 
 # %% [markdown]
 # ### Laying out files before writing them
+#
+# A header needs the table and no tensor.
 
 # %% tags=["export"]
 MAX_SHARD_BYTES = 5 * 10 ** 9
@@ -730,6 +715,9 @@ for config in (SMALL, LARGE):
 # Three and fifteen, as many as were released.
 #
 # ### Writing tensors in any order
+#
+# A writer makes all files at full length, puts rows where they belong, and
+# counts and hashes them as they pass.
 
 # %% tags=["export"]
 class _Writer:
@@ -750,8 +738,7 @@ class _Writer:
         need = sum(spec.nbytes for spec in table.values())
         free = shutil.disk_usage(folder).free
         if need > free:
-            raise CheckpointError(f"{folder.parent}: expected {need:,} bytes "
-                                  f"free, found {free:,}")
+            raise _wrong(folder.parent, f"{need:,} bytes free", f"{free:,}")
         self.stored: dict[str, Stored] = {}
         for name, specs in self.shards.items():
             header = make_header(specs)
@@ -766,17 +753,16 @@ def _put(writer: _Writer, name: str, tensor: Tensor,
          start: int | None = None) -> None:
     """Write rows from `start` on; None: the whole tensor at once."""
     if name not in writer.places:
-        raise CheckpointError(f"{name}: expected a canonical name of layout "
-                              f"{writer.layout}, found this")
+        raise _wrong(name, f"a canonical name of layout {writer.layout}",
+                     "this")
     place, shape = writer.places[name], tuple(tensor.shape)
     spec = place.spec
     good = (shape == spec.shape if start is None
             else shape[1:] == spec.shape[1:])
     if not good or tensor.dtype != DTYPES[spec.dtype]:
-        raise CheckpointError(f"{name}: expected {spec}, found "
-                              f"{tensor.dtype} {list(shape)}")
+        raise _wrong(name, spec, f"{tensor.dtype} {list(shape)}")
     if writer.rows[name] != (start or 0):
-        raise CheckpointError(f"{name}: expected once, found again")
+        raise _wrong(name, "once", "again")
     stored = writer.stored[place.stored]
     width = stored.nbytes // stored.spec.shape[0]
     data = tensor.detach().cpu().contiguous()
@@ -800,11 +786,10 @@ def _write_json(file: Path, value: object) -> None:
 def _finish(writer: _Writer, extra_files: Iterable[Path]) -> dict[str, str]:
     """Check that nothing is missing, write the JSON; returns the hashes."""
     for name, place in writer.places.items():
-        if writer.rows[name] != place.spec.shape[0]:
-            raise CheckpointError(f"{name}: expected {place.spec}, found "
-                                  "nothing" if not writer.rows[name] else
-                                  f"{name}: expected {place.spec}, found "
-                                  f"{writer.rows[name]} rows")
+        rows = writer.rows[name]
+        if rows != place.spec.shape[0]:
+            raise _wrong(name, place.spec, f"{rows} rows" if rows
+                         else "nothing")
     for file in map(Path, extra_files):
         if (writer.folder / file.name).exists() or file.name in OUR_FILES:
             raise CheckpointError(f"{file}: expected another name")
@@ -819,8 +804,8 @@ def _finish(writer: _Writer, extra_files: Iterable[Path]) -> dict[str, str]:
     return {name: each.hexdigest() for name, each in writer.hashes.items()}
 
 # %% [markdown]
-# Three biases into one joined vector, in the wrong order; and what is still
-# missing is named:
+# The three biases go into one joined vector, v first, and come to lie in
+# order; what is still missing is named:
 
 # %%
 (here / "draft").mkdir()
@@ -839,9 +824,8 @@ report(_finish, writer, [])
 # %% [markdown]
 # ### All or nothing
 #
-# A folder is made in one step by the only operation on files that is atomic,
-# a rename. Everything is written in a hidden folder beside the target, with
-# config.json near the end, and flushed to the disk; then the folder gets its
+# Renaming a folder is atomic. So everything is written to a hidden folder
+# beside the target and flushed to the disk, and then the folder gets its
 # name. Whatever fails before, a full disk or a killed process included,
 # leaves nothing under that name.
 
@@ -856,8 +840,7 @@ def _new_folder(target: Path) -> Iterator[Path]:
     target = Path(os.path.abspath(target))
     if target.is_symlink() or target.exists() and not (
             target.is_dir() and not any(target.iterdir())):
-        raise CheckpointError(f"{target}: expected a new or empty folder, "
-                              "found something there")
+        raise _wrong(target, "a new or empty folder", "something there")
     draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         draft.mkdir(parents=True)
@@ -894,9 +877,9 @@ def write_checkpoint(path: str | Path, config: GptOssConfig,
 # %% [markdown]
 # ### Random checkpoints
 #
-# To try any of this, weights are needed. These are drawn with the right
-# shapes and sensible sizes; nothing is zero, so that a tensor that goes
-# missing, or a bias that is not added, shows.
+# Something to try it on, of the right shapes and sensible sizes. Nothing is
+# zero, so that a tensor that goes missing, or a bias that is not added,
+# shows.
 
 # %% tags=["export"]
 def random_tensors(config: GptOssConfig, seed: int = 0, layout: str = "hf"
@@ -909,8 +892,7 @@ def random_tensors(config: GptOssConfig, seed: int = 0, layout: str = "hf"
     decoded experts of the same model; "original" is the same as "hf".
     """
     if layout not in LAYOUTS:
-        raise CheckpointError(f"layout: expected one of {LAYOUTS}, found "
-                              f"{layout!r}")
+        raise _wrong("layout", f"one of {LAYOUTS}", repr(layout))
     table = tensor_table(config)
     for name, spec in table.items():
         if layout != "bf16" or not name.endswith(PACKED):
@@ -963,10 +945,9 @@ assert sorted(here.iterdir()) == before
 # ### Reading
 #
 # Opening reads the configuration, the index and the headers, and does all the
-# checks above. Only scales are left: whether one is 255, NaN, is written in
-# the numbers, and looking at all of them takes 0.6 GB of reading for the
-# 20b. `check_scales` does it tensor by tensor for those who read the scales
-# anyway, which are the model's loader and `convert`.
+# checks above. One is left: whether a scale is 255, NaN, only the numbers
+# can tell, 0.6 GB of scales in the 20b. `check_scales` is for those who read
+# them anyway, the model's loader and `convert`.
 
 # %% tags=["export"]
 class Checkpoint:
@@ -1060,9 +1041,8 @@ class Checkpoint:
 
     def _place(self, name: str) -> Place:
         if name not in self._places:
-            raise CheckpointError(f"{self.folder}: {name}: expected a "
-                                  f"tensor's name in layout {self.layout}, "
-                                  "found no such tensor")
+            raise _wrong(f"{self.folder}: {name}", "a tensor's name in "
+                         f"layout {self.layout}", "no such tensor")
         return self._places[name]
 
     def _map(self, file: Path) -> Tensor:
@@ -1078,8 +1058,7 @@ def _view(checkpoint: Checkpoint, place: Place, rows: slice) -> Tensor:
     """Rows of a stored tensor as a view of its mapped file."""
     start, stop, step = rows.indices(place.spec.shape[0])
     if step != 1:
-        raise CheckpointError(f"{place.spec.name}: expected rows with step "
-                              f"1, found {rows}")
+        raise _wrong(place.spec.name, "rows with step 1", rows)
     stored = checkpoint._found[place.stored]
     width = stored.nbytes // stored.spec.shape[0]  # bytes in a row
     count = max(0, stop - start)
@@ -1095,8 +1074,7 @@ def check_scales(name: str, scales: Tensor) -> None:
     """CheckpointError naming `name` if a scale byte is 255, which is NaN."""
     if scales.numel() and scales.max() == SCALE_NAN:
         bad = int((scales == SCALE_NAN).sum())
-        raise CheckpointError(f"{name}: expected scales 0 to 254, found "
-                              f"{bad} of {SCALE_NAN} (NaN)")
+        raise _wrong(name, "scales 0 to 254", f"{bad} of {SCALE_NAN} (NaN)")
 
 # %%
 with Checkpoint.open(here / "hf") as checkpoint:
@@ -1114,9 +1092,8 @@ report(check_scales, "some scales", torch.tensor([[126, 255, 127, 255]]))
 # ### Converting
 #
 # Between the two released layouts rows are copied; to and from bf16 each
-# expert is decoded or encoded alone (chapter 2). The hash of each canonical
-# tensor is taken while its bytes pass, so it costs no second reading, and
-# the same model has the same hashes in both layouts.
+# expert is decoded or encoded alone (chapter 2). The hashes are those of
+# canonical tensors, so one model has the same in both released layouts.
 
 # %% tags=["export"]
 CHUNK = 2 ** 26  # bytes copied at a time
@@ -1259,11 +1236,10 @@ def describe(path: str | Path) -> dict[str, object]:
     than a packed one. Raises as `Checkpoint.open` does.
     """
     with Checkpoint.open(path) as checkpoint:
-        config, specs = checkpoint.config, list(map(checkpoint.spec,
-                                                    checkpoint.names()))
+        config = checkpoint.config
         parts = dict.fromkeys(COMPONENTS.values(), 0)
         dtypes: Counter[str] = Counter()
-        for spec in specs:
+        for spec in map(checkpoint.spec, checkpoint.names()):
             parts[component_of(spec.name)] += spec.nbytes
             dtypes[spec.dtype] += spec.nbytes
         row = parts["embedding"] // config.vocab_size
@@ -1293,12 +1269,11 @@ for key, value in describe(here / "bf16").items():
 # ### From the hub
 #
 # A name like `openai/gpt-oss-20b` is a folder if there is one and otherwise
-# a repository, which `huggingface_hub` fetches: with a bar, into the cache
-# that HF_HOME names, and not at all if HF_HUB_OFFLINE is set. A file whose
-# line drops is resumed where it stopped; after the process has died, whole
-# files are kept and the others begin anew. Anything that is not of the form
-# owner/name can only be a path, and a mistyped path must not travel over the
-# network.
+# a repository, which `huggingface_hub` fetches into the cache that HF_HOME
+# names, or not at all if HF_HUB_OFFLINE is set. A broken download goes on
+# where it stopped; after the process has died, whole files are kept and the
+# others begin anew. What is not of the form owner/name can only be a path,
+# and a mistyped path must not travel over the network.
 
 # %% tags=["export"]
 def is_repo_id(text: str) -> bool:
@@ -1373,8 +1348,8 @@ for config in (TINY, SMALL, LARGE):
         assert filled == {name: s.shape[0] for name, s in table.items()}
 
 # %% [markdown]
-# What is written is read, in every layout, whole and by rows, whatever the
-# order of writing and the size of the shards:
+# What is written is what is read, in every layout, whole and by rows,
+# whatever the order of writing and the size of the shards:
 
 # %%
 import random
@@ -1398,7 +1373,7 @@ print("every tensor, every layout")
 
 # %% [markdown]
 # A file that was cut is noticed wherever it was cut, and the first tensor
-# that is not whole is named. All lengths of one file, one after the other:
+# that is not whole is named. One file at 222 lengths:
 
 # %%
 whole = here / "original" / "model.safetensors"
@@ -1406,10 +1381,9 @@ stored = read_header(whole)
 data = whole.read_bytes()
 start = min(s.offset for s in stored.values())
 cut = here / "cut.safetensors"
-cut.write_bytes(data)
-for length in [*range(len(data) - 1, start, -997), start, start - 1, 9, 7, 0]:
-    with open(cut, "r+b") as f:
-        f.truncate(length)
+lengths = [*range(len(data) - 1, start, -997), start, start - 1, 9, 7, 0]
+for length in lengths:
+    cut.write_bytes(data[:length])
     try:
         read_header(cut)
         raise AssertionError(length)
@@ -1418,12 +1392,11 @@ for length in [*range(len(data) - 1, start, -997), start, start - 1, 9, 7, 0]:
         first = min(lost, key=lambda s: s.offset).spec.name
         assert length < start or first in str(error)
 cut.unlink()
-print("cut in", len(range(len(data) - 1, start, -997)) + 5, "places")
+print("cut in", len(lengths), "places")
 
 # %% [markdown]
 # Decoding to bf16 and encoding again gives equal values, and here even equal
-# bytes, because nearly every random block of 32 contains a 4 or a 6
-# (chapter 2 has the rule and its exceptions):
+# bytes, because each of these random blocks contains a 4 or a 6 (chapter 2):
 
 # %%
 back = convert(here / "bf16", here / "packed-again", "hf")
@@ -1453,47 +1426,31 @@ with safe_open(here / "original" / "model.safetensors", "pt") as f:
     print(f.metadata())
 
 # %% [markdown]
-# OpenAI's model multiplies with the joined matrix and cuts the result into
-# queries, keys and values (gpt_oss/torch/model.py, `AttentionBlock`). Ours
-# multiplies with three matrices read from the same file:
-
-# %%
-x = torch.randn(5, TINY.hidden_size)
-H, G, C = (TINY.num_attention_heads, TINY.num_key_value_heads, TINY.head_dim)
-joined = torch.nn.functional.linear(
-    x, theirs["block.1.attn.qkv.weight"].float(),
-    theirs["block.1.attn.qkv.bias"].float())
-cuts = joined.split([H * C, G * C, G * C], dim=-1)
-with Checkpoint.open(here / "original") as checkpoint:
-    ours = [torch.nn.functional.linear(x, *(
-        checkpoint.read(f"model.layers.1.self_attn.{p}_proj.{w}").float()
-        for w in ("weight", "bias"))) for p in "qkv"]
-worst = max((a - b).abs().max() for a, b in zip(ours, cuts, strict=True))
-print("max |difference| below 1e-5:", bool(worst < 1e-5))
-assert worst < 1e-5
-
-# %% [markdown]
+# The rows of q, k and v that OpenAI's `AttentionBlock` cuts out of its
+# product with the joined matrix are thus the rows of our three products.
+#
 # What has gone wrong elsewhere, and what happens here:
 #
-# - *Memory.* Whole models built on the CPU first: 50.14 GiB for the 20b
-#   (NeMo Automodel#3667). Here one process maps the files and copies a
-#   tensor only to change its dtype; `tests/test_checkpoint.py` holds
-#   converting to less memory than the file has bytes.
-# - *Missing experts.* Load the packed files as if they were bf16, and some
-#   programs take names that they do not know for absent and leave the
-#   experts random (tt-forge-models#443). Here every name that is missing or
-#   superfluous is an error.
+# - *Missing experts.* A program that reads the packed files as if they were
+#   bf16 does not find the experts and leaves them random (tt-forge-models
+#   [#443](https://github.com/tenstorrent/tt-forge-models/pull/443)). Here
+#   every name that is missing or superfluous is an error.
 # - *Orientation.* Packed experts are (E, out, in), decoded ones (E, in, out);
-#   with `down_proj`, which is square, no shape tells (mlx-lm#679,
-#   tpu-inference#992). Here the layout is recognised by the names, and the
-#   table gives the shape.
-# - *`HeaderTooLarge`.* What many report under this name
-#   (transformers#27923, DeepSeek-V3#557) is a git-lfs pointer in place of
-#   the file: its first eight bytes, `version `, announce a header of
-#   $2.3 \cdot 10^{18}$ bytes. Here the message says what it is.
-# - *Floats under packed names.* After a decoded load, transformers'
-#   `save_pretrained` could write floats as `..._blocks`. Here the dtype is
-#   checked:
+#   with `down_proj`, which is square, no shape tells
+#   ([mlx-lm#1079](https://github.com/ml-explore/mlx-lm/issues/1079),
+#   Megatron-Bridge
+#   [#3743](https://github.com/NVIDIA-NeMo/Megatron-Bridge/pull/3743)). Here
+#   the names tell the layout, and the layout the orientation.
+# - *`HeaderTooLarge`.* What many report under this name (transformers
+#   [#27923](https://github.com/huggingface/transformers/issues/27923),
+#   DeepSeek-V3
+#   [#557](https://github.com/deepseek-ai/DeepSeek-V3/issues/557)) is a git-lfs
+#   pointer in place of the file: its first eight bytes, `version `, announce
+#   a header of $2.3 \cdot 10^{18}$ bytes. Here the message says what it is.
+# - *Floats under packed names.* After a decoded load, transformers 5.23
+#   saves floats as `..._blocks` unless `save_original_format=False` is given
+#   ([#44983](https://github.com/huggingface/transformers/pull/44983) made it
+#   save them at all). Here the dtype is checked:
 
 # %%
 bad = here / "floats"
@@ -1525,26 +1482,26 @@ for name, config, size, hf, original in (
           f"{sizes[0]:,} bytes, decoded {sizes[2]:,}")
 
 # %% [markdown]
-# With the files at hand, `python -m gptoss inspect openai/gpt-oss-20b`
-# prints what `describe` finds in 53 kB of headers.
-# `original/` holds one file for the 20b and seven for the 120b, at the
-# repository's `original/` folder; `resolve` fetches the root only, since
-# both together would be twice the bytes for the same numbers.
+# With the files at hand, `python -m gptoss inspect openai/gpt-oss-20b` prints
+# what `describe` finds in the headers. A released repository holds the
+# numbers twice, in `original/` too, one file for the 20b and seven for the
+# 120b; `resolve` fetches the root only.
 #
 # ## Cost
 #
-# Let $B = \sum_t b_t$ be the bytes of the numbers and $n_f$ the length of
-# file $f$'s header.
+# Let $b = \sum_t b_t$ be the bytes of the numbers, $P$ the parameters and
+# $n_f$ the length of file $f$'s header.
 #
 # | operation | reads | writes | memory of its own |
 # |---|---|---|---|
 # | open, describe | $\sum_f (8 + n_f)$ | 0 | the headers |
 # | read rows $[r, r')$ of $t$ | $(r' - r)\, b_t / R$ | 0 | 0 |
 # | check scales | $1/17$ of the experts | 0 | one byte a scale of a tensor |
-# | hf to original and back | $B$ | $B$ | 64 MiB of rows |
-# | to bf16 | $B$ | $2P$, $P$ parameters | one expert |
+# | hf to original, or back | $b$ | $b$ | 64 MiB of rows |
+# | to bf16 | $b$ | $2P$ | one expert |
 #
-# The first and third line, counted:
+# `tests/test_checkpoint.py` holds the memory of converting below the bytes
+# of the file. The first and third line, counted:
 
 # %%
 with Checkpoint.open(here / "hf") as checkpoint:
@@ -1552,11 +1509,9 @@ with Checkpoint.open(here / "hf") as checkpoint:
     headers = sum(8 + int.from_bytes(file.read_bytes()[:8], "little")
                   for file in checkpoint.files)
     assert size == headers + checkpoint.nbytes  # (checkpoint-offset)
-for config in (TINY, SMALL, LARGE):
-    table = tensor_table(config)
-    scales, blocks = (sum(s.nbytes for n, s in table.items()
-                          if n.endswith(part))
-                      for part in ("_scales", "_blocks"))
+for config in (SMALL, LARGE):
+    blocks, scales = (sum(s.nbytes for n, s in tensor_table(config).items()
+                          if n.endswith(part)) for part in PACKED)
     assert blocks == 16 * scales
     print(f"{scales:,} bytes of scales")
 
@@ -1566,17 +1521,17 @@ for config in (TINY, SMALL, LARGE):
 # - A checkpoint is a table of names, shapes and places; the configuration
 #   determines all of it, so a file can be checked before a number is read
 #   and laid out before a number is there.
-# - Rows of the first dimension are runs of bytes. That makes an expert, a
-#   shard of q, k, v, or a range of the vocabulary readable alone and without
-#   a copy.
+# - Rows of the first dimension are runs of bytes: an expert, q, k or v, or a
+#   range of the vocabulary is read alone and without a copy.
 # - Names from a file are claims: no path that leaves the folder, no gap, no
 #   extra tensor, no pickle; and a new folder appears whole or not at all.
 #
 # ## Exercises
 #
-# **Exercise 1** (easy). In a single file of the 20b in the original layout,
-# at which byte do the blocks of expert 17's down projection in layer 12
-# begin, and how many are there?
+# ### Exercise 1
+#
+# In a single file of the 20b in the original layout, at which byte does
+# expert 17's down projection in layer 12 begin, and how many bytes has it?
 
 # %% tags=["hide-cell"]
 table = tensor_table(SMALL, "original")
@@ -1589,9 +1544,11 @@ print(f"byte {offset + 17 * row:,}, {row:,} bytes")
 assert row == 2880 * 90 * 16
 
 # %% [markdown]
-# **Exercise 2** (easy). Write `verify(path)`, which names the tensors that
-# do not have the hash in `manifest.json`. Flip one bit of a file: the header
-# is whole and `Checkpoint.open` is content, but `verify` is not.
+# ### Exercise 2
+#
+# Write `verify(path)`, which names the tensors that do not have the hash in
+# `manifest.json`. Flip one bit of a file: the header is whole and
+# `Checkpoint.open` is content, but `verify` is not.
 
 # %% tags=["hide-cell"]
 def verify(path):
@@ -1612,9 +1569,11 @@ print(*verify(here / "again"))
 assert len(list(verify(here / "again"))) == 1
 
 # %% [markdown]
-# **Exercise 3** (medium). A machine has room for half of each layer's
-# experts. Write a checkpoint that keeps the first half: a legal gpt-oss with
-# fewer experts, made without ever reading the other half.
+# ### Exercise 3
+#
+# A machine has room for half of each layer's experts. Write a checkpoint that
+# keeps the first half: a legal gpt-oss with fewer experts, made without ever
+# reading the other half.
 
 # %% tags=["hide-cell"]
 def keep_experts(source, target, count):
@@ -1634,14 +1593,16 @@ with Checkpoint.open(here / "hf") as old, \
         assert torch.equal(new.read(name), old.read(name)[:rows])
 
 # %% [markdown]
-# **Exercise 4** (hard). Two ranks split every expert's gate_up projection by
-# its output rows, the second dimension. How many runs of bytes does one rank
-# read from a tensor, and of what length in the 20b? Read rank 1's part of a
-# tensor without touching rank 0's.
+# ### Exercise 4
+#
+# Two GPUs split every expert's gate_up projection by its output rows, the
+# second dimension. How many runs of bytes does each read from a tensor of
+# blocks, and of what length in the 20b? Read the second one's part of a
+# tensor without touching the first one's.
 
 # %% tags=["hide-cell"]
 def read_split(checkpoint, name, rank, ranks):
-    """Rank's part of dimension 1, expert by expert: (E, out / ranks, ...)"""
+    """One of `ranks` parts of dimension 1: (E, out / ranks, ...)"""
     experts, out = checkpoint.spec(name).shape[:2]
     part = slice(rank * out // ranks, (rank + 1) * out // ranks)
     return torch.stack([checkpoint.read(name, slice(e, e + 1))[0, part]
@@ -1671,6 +1632,3 @@ folder.cleanup()
 #   `GptOssExperts`.
 # - The released index files, for names, shapes and totals {cite}`gptoss2025`;
 #   the block format {cite}`ocpmx2023`.
-# - Threads: NeMo Automodel#3667, tenstorrent/tt-forge-models#443,
-#   ml-explore/mlx-lm#679, vllm-project/tpu-inference#992,
-#   huggingface/transformers#27923 and #44983, deepseek-ai/DeepSeek-V3#557.

@@ -22,9 +22,9 @@
 # How can a model whose positions were laid out for 4,096 tokens
 # (`initial_context_length`) read 131,072 of them, 32 times as many, when
 # the only thing that changes is a list of 32 numbers and one factor?
-# And what does it cost to get nine of those numbers slightly wrong? One
-# of them is then off by 76 %, the model still writes fluent text, and
-# four well-known inference engines shipped it.
+# And what does it cost to round two numbers on the way to that list? Nine
+# of the 32 come out wrong, one of them by 76 %; no short test shows it,
+# and four well-known inference engines shipped it.
 
 # %% tags=["hide-input"]
 import math
@@ -41,10 +41,10 @@ POSITIONS = 131_072
 # ## Picture
 #
 # Rotary position embedding (RoPE, {cite}`rope2021`) groups the $C = 64$
-# channels of a query or key into 32 pairs and turns pair $i$ by an angle
-# that grows with the token's position. Every pair is the hand of a clock
-# with its own speed. The figure draws how many tokens each hand takes for
-# one turn.
+# channels of a query or key into 32 pairs and turns pair $i$ by
+# $\theta_i$ radians for each token of its position. Every pair is the hand
+# of a clock with its own speed $\theta_i$. The figure draws how many
+# tokens each hand takes for one turn.
 #
 # What to see: hands 0 to 8 went round at least 32 times within the
 # 4,096 tokens and keep their speed. Hands 18 to 31 never completed one
@@ -58,8 +58,8 @@ POSITIONS = 131_072
 pair = torch.arange(C // 2, dtype=torch.float64)
 speed = THETA ** (-2 * pair / C)  # radians a token
 turns = TRAINED * speed / (2 * math.pi)
-keep_d = 1 - ((pair - 8.0928) / (17.3980 - 8.0928)).clamp(0, 1)
-slowed = speed * (keep_d + (1 - keep_d) / FACTOR)
+kept = 1 - ((pair - 8.0928) / (17.3980 - 8.0928)).clamp(0, 1)
+slowed = speed * (kept + (1 - kept) / FACTOR)  # derived below
 
 fig, ax = plt.subplots(figsize=(7, 3.4))
 ax.axvspan(-0.5, 8.09, color="#0072B2", alpha=0.07, lw=0)
@@ -86,7 +86,7 @@ plt.show()
 # %% [markdown]
 # The factor 32 is a setting. A larger one slows the hands of the right side
 # further and leaves those of the left alone; the ramp between them stays
-# where it is, unless its ends are rounded.
+# where it is. Rounding its ends moves it.
 #
 # <div class="live" data-live="rope">In the web book, a slider moves the
 # factor here, and a box rounds the ends of the ramp.</div>
@@ -94,10 +94,11 @@ plt.show()
 # ## The naive version
 #
 # RoPE alone, simply run further. A score between a query and a key that
-# lie $d$ tokens apart is a sum of cosines and sines of $d\theta_i$, with
-# weights that the model learns. We let least squares play the model:
-# find weights for which the score is $e^{-d/512}$, a gentle preference
-# for near tokens, using distances below 4,096 only.
+# lie $d$ tokens apart is a sum of cosines and sines of $d\theta_i$
+# ({eq}`rope-relative` below), with weights that depend on the two vectors.
+# We let least squares play the model: find weights for which the score is
+# $e^{-d/512}$, a gentle preference for near tokens, using distances below
+# 4,096 only.
 
 # %%
 def waves(distance, speed):
@@ -119,17 +120,18 @@ naive = waves(far, speed) @ weights
 print("largest score beyond:", f"{naive[TRAINED:].abs().max().item():.1f}")
 
 # %% [markdown]
-# Fitted to better than a thousandth, and out of range the score of a
-# distant token, which should be 0, reaches 8.5 times the score that a
-# token gives itself. Nothing is wrong with the fit: a hand that covered a
-# fraction of a turn was only ever asked about that fraction, and the
-# weights that are right there say nothing about the rest of the dial.
+# Fitted to better than a thousandth with weights of ordinary size, and out
+# of range the score of a distant token, which should be 0, reaches 8.5
+# times the score that a token gives itself. Nothing is wrong with the fit:
+# a hand that covered a fraction of a turn was only ever asked about that
+# fraction, and the weights that are right there say nothing about the rest
+# of the dial.
 #
 # The obvious repair is **position interpolation**: divide every position
 # by 32, so that no hand passes an angle it has not seen. It does cure the
-# blow-up. It also makes neighbours alike. For a query equal to the key,
-# the score over the distance is the plain mean of $\cos d\theta_i$;
-# watch what the first step does to it.
+# blow-up. It also makes neighbours alike. Take a query equal to its key,
+# all pairs of the same length: up to a factor, the score at distance $d$
+# is the mean of $\cos d\theta_i$. Watch what the first step does to it.
 
 # %%
 def self_score(distance, speed):
@@ -137,21 +139,22 @@ def self_score(distance, speed):
 
 
 interpolated = waves(far, speed / FACTOR) @ weights
-print("interpolated, beyond:", f"{interpolated.abs().max().item():.1f}")
+print("interpolated, largest score at any distance:",
+      f"{interpolated.abs().max().item():.1f}")
 one = torch.tensor([1.0], dtype=torch.float64)
 for name, s in (("RoPE", speed), ("interpolated", speed / FACTOR)):
     print(f"{name:13}1 - score at distance 1:",
           f"{1 - self_score(one, s).item():.1e}")
 
 # %% [markdown]
-# A thousand times smaller: the contrast goes with the square of the speed,
-# and $32^2 = 1024$. The previous word and the one before it stand
-# at almost the same place. Bfloat16 has steps of $4\cdot10^{-3}$ just below 1:
-# what interpolation leaves of the difference drowns in the rounding of
-# the numbers that carry it.
+# A thousand times smaller: $1 - \cos x \approx x^2/2$, so the contrast
+# goes with the square of the speed, and $32^2 = 1024$. The previous token
+# and the one before it stand at almost the same place. Bfloat16 has steps
+# of $4\cdot10^{-3}$ just below 1: what interpolation leaves of the
+# difference drowns in the rounding of the numbers that carry it.
 #
 # What to see: on the left plain RoPE leaves the range it was fitted in
-# and swings; both repairs stay calm, YaRN almost. On the right
+# and swings; interpolation stays calm, YaRN within 2. On the right
 # interpolation flattens the near field; YaRN keeps it.
 
 # %% tags=["hide-input"]
@@ -176,16 +179,18 @@ plt.show()
 # %% [markdown]
 # ## Derivation
 #
-# **A turn for a position.** Write pair $i$ of a query as the complex
-# number $q_i = x_i + \mathrm{i}\,x_{i+C/2}$ and turn it by its position
-# $m$:
+# **A turn for a position.** Write pair $i$ of a query $x$ as the complex
+# number $q_i = x_i + \mathrm{i}\,x_{i+C/2}$ (upright
+# $\mathrm{i} = \sqrt{-1}$) and turn it by its position $m$:
 #
 # $$
 # q_i \;\to\; q_i\,e^{\mathrm{i} m\theta_i}, \qquad
 # \theta_i = \vartheta^{-2i/C}, \quad i = 0 \dots C/2 - 1
 # $$ (rope-turn)
 #
-# with base $\vartheta = 150000$ (`rope_theta`). The score is a real part,
+# with base $\vartheta = 150000$ (`rope_theta`). The dot product of two
+# pairs is $\mathrm{Re}[q_i \overline{k_i}]$, so with the key at position
+# $n$ the score is
 #
 # $$
 # \sum_i \mathrm{Re}\!\left[q_i e^{\mathrm{i} m\theta_i}
@@ -194,24 +199,24 @@ plt.show()
 #   e^{\mathrm{i}(m-n)\theta_i}\right],
 # $$ (rope-relative)
 #
-# so it depends on the positions $m$ and $n$ through their difference
-# alone, though each side is turned without knowledge of the other. That
-# is why keys can be stored turned.
+# which depends on $m$ and $n$ through their difference alone, though each
+# side is turned without knowledge of the other. That is why keys can be
+# stored turned.
 #
-# **Who extrapolates and who does not.** In $N = 4096$ tokens pair $i$
-# makes
+# **Who extrapolates and who does not.** In the $T_0 = 4096$ tokens of
+# training pair $i$ makes
 #
 # $$
-# r_i = \frac{N\theta_i}{2\pi}
+# r_i = \frac{T_0\,\theta_i}{2\pi}
 # $$ (rope-rounds)
 #
 # turns. A hand with many turns has shown every angle in training, and
 # distance 100,000 shows it nothing new; slowing it only costs
 # resolution. A hand with $r_i < 1$ has not been all the way round: its
-# angle beyond $N$ is new, and it must be slowed until 131,072 tokens fit
+# angle beyond $T_0$ is new, and it must be slowed until 131,072 tokens fit
 # on the arc that it knows. That is interpolation by the factor
-# $s = 32$, for this pair only. "NTK by parts", the part of YaRN that
-# makes the list of numbers, does that:
+# $s = 32$, for this pair only. Between 32 turns and one, YaRN blends
+# linearly ("NTK by parts"):
 #
 # $$
 # \theta'_i = \gamma_i\,\theta_i + (1-\gamma_i)\,\frac{\theta_i}{s},
@@ -226,23 +231,24 @@ plt.show()
 # $r_i = \beta$ and solve for $i$:
 #
 # $$
-# i(\beta) = \frac{C\,\ln\!\big(N/(2\pi\beta)\big)}{2\ln\vartheta},
+# i(\beta) = \frac{C\,\ln\!\big(T_0/(2\pi\beta)\big)}{2\ln\vartheta},
 # \qquad \mathrm{low} = i(32) = 8.09\dots,\quad
 # \mathrm{high} = i(1) = 17.40\dots
 # $$ (rope-range)
 #
-# YaRN's published code rounds low down and high up, and most models that
-# use YaRN expect that. gpt-oss was trained without the rounding:
-# `truncate: false`.
+# YaRN's published code rounds low down and high up, and so does
+# `transformers` unless told otherwise. The configuration of gpt-oss tells
+# it: `truncate: false`.
 #
 # One thing the paper and its code do differently: in the paper's text
 # $\gamma$ is linear in the number of turns $r_i$, in every
 # implementation (the authors', OpenAI's, HF's) it is linear in the index
-# $i$, that is in $\log r_i$. The model was trained with the latter;
-# exercise 3 measures the difference.
+# $i$, that is in $\log r_i$. gpt-oss means the latter; exercise 3
+# measures the difference.
 #
 # **Concentration.** Over 32 times as many keys a softmax spreads thinner.
-# YaRN divides the scores by a temperature $t$ with
+# YaRN divides the scores by a temperature $t$, fitted by its authors to
+# perplexities, not derived:
 #
 # $$
 # \sqrt{1/t} = 0.1\,\ln s + 1 = 1.3465735902799727 .
@@ -250,9 +256,9 @@ plt.show()
 #
 # Multiplying cos *and* sin by this number scales every query and every
 # key, so a **score gets its square**, 1.8133. The softmax scale is in
-# effect $0.2267$, not $0.125$. The sink logits of the next chapter are
-# not scaled. The factor does not depend on the length of the prompt: it
-# is there at position 0, and in sliding layers too.
+# effect $0.2267$, not $1/\sqrt C = 0.125$. The sink logits of the next
+# chapter are not scaled. The factor does not depend on the length of the
+# prompt: it is there at position 0, and in sliding layers too.
 
 # %% [markdown]
 # ## Code
@@ -332,7 +338,7 @@ print([round(v, 2) for v in _ramp(low, high, C // 2)[7:20].tolist()])
 
 # %% [markdown]
 # And the blend. The result is fp32 and every operation rounds, so the
-# order matters for the last bit; why the last bit matters is shown below.
+# order decides the last bit. Why the last bit matters, "It holds" shows.
 
 # %% tags=["export"]
 def inverse_frequencies(
@@ -394,6 +400,7 @@ def concentration(factor: float) -> float:
 assert concentration(FACTOR) == 1.3465735902799727
 print(f"on cos and sin {concentration(FACTOR):.4g}")
 print(f"on a score     {concentration(FACTOR) ** 2:.4g}")
+print(f"softmax scale  {C**-0.5 * concentration(FACTOR) ** 2:.4g}")
 
 # %% [markdown]
 # And the one place where a configuration is read:
@@ -555,8 +562,8 @@ print("rotation times concentration")
 # %% [markdown]
 # **How good is fp32 at the far end?** Two roundings touch an angle. The
 # speed $\theta'_i$ is rounded to 24 bits, and so is the product with the
-# position, which at $2^{16}$ radians means steps of $2^{-7} = 0.0078$:
-# at most 0.0039 off. Compare with float64 at position 131,071:
+# position. From $2^{16}$ radians up its steps are $2^{-7} = 0.0078$, so it
+# is at most 0.0039 off. Compare with float64 at position 131,071:
 
 # %%
 e = torch.arange(0, C, 2, dtype=torch.float64)
@@ -576,13 +583,13 @@ assert errors["from rounding the product"].abs().max() <= 2**-8
 # %% [markdown]
 # On the machine that wrote this: 0.0018 from the product, 0.0012 from the
 # speeds, 0.0025 radians together in the worst pair, a seventh of a degree.
-# `truncate` below costs ten thousand times that at the same distance. But
-# note what the second line means.
-# "More exact" speeds in float64 would *not* be the model: the released
-# code computes the list in fp32, and the weights were always used with
-# those 32 fp32 numbers. They are part of the model's definition, and a
-# re-implementation should equal them bit for bit. The first line is
-# shared too by everybody who multiplies in fp32.
+# Rounding the ramp, below, costs ten thousand times that at the same
+# distance.
+#
+# The second line is not an error of this code. The released code computes
+# the list in fp32, so those 32 fp32 numbers define the model, and "more
+# exact" speeds in float64 would be another one. A re-implementation should
+# equal them bit for bit.
 #
 # **One at a time.** The row of a decoding step is the row of the long
 # table, bit for bit, so a cache cannot drift:
@@ -657,8 +664,8 @@ assert all(torch.equal(t, o) for t, o in both)
 # %% [markdown]
 # None: the other order falls on the same fp32 numbers here.
 #
-# **`truncate: true`.** ggml (hence llama.cpp) and mlx-lm 0.32 round the
-# range to 8 and 18. So did vLLM
+# **`truncate: true`.** ggml (hence llama.cpp; `ggml_rope_yarn_corr_dims`)
+# and mlx-lm 0.32 (`YarnRoPE`) round the range to 8 and 18. So did vLLM
 # ([#27722](https://github.com/vllm-project/vllm/issues/27722), found
 # through log-probabilities that did not match in reinforcement learning;
 # fixed in [#28244](https://github.com/vllm-project/vllm/pull/28244)) and
@@ -679,15 +686,16 @@ print(f"at distance 4,096: {phase.abs().max().item():.2f} rad",
       f"at 127: {127 / TRAINED * phase.abs().max().item():.3f} rad")
 
 # %% [markdown]
-# Why nobody notices: by {eq}`rope-relative` only distances count. Within
+# Why short tests pass: by {eq}`rope-relative` only distances count. Within
 # the 128 tokens of a sliding layer the error stays below 0.03 rad; it is
 # the full layers, looking back thousands of tokens, that turn to the
-# wrong places. Short tests pass.
+# wrong places.
 #
 # What to see: left, the error of speed is largest in pair 17; in the
 # middle, the angle error is largest in pair 12, which turns faster. Right
 # is what a head feels: the score of equals, with rounding minus without,
-# quiet up to a hundred tokens and up to 0.3 beyond the 4,096 (dashed).
+# below 0.002 up to a hundred tokens and up to 0.33 beyond the 4,096
+# (dashed).
 
 # %% tags=["hide-input"]
 # Figure: what rounding the ramp changes. Left, the speed of pairs 9 to 17,
@@ -711,8 +719,9 @@ plt.show()
 # **Interleaved.** The paper, GPT-J and Meta's Llama release pair channel
 # $2i$ with $2i + 1$. That is the same operation in another order of
 # channels, so a permutation of the rows of the query and key projections
-# converts one to the other, and scores never tell. Applying the wrong one
-# without permuting is a silent error, again.
+# converts one to the other, with the same scores. Without the permutation
+# it is another silent error: nothing crashes, and at distance 0 the scores
+# are still right.
 
 # %%
 def apply_interleaved(x, cos, sin):
@@ -737,8 +746,11 @@ print("one apart, wrong pairing:", torch.allclose(shifted.sum(-1), right))
 # %% [markdown]
 # ## In the 20b and the 120b
 #
-# Both use the same list. All layers use it, the sliding ones included,
-# though no distance there exceeds 127.
+# Both use the same list, in all layers, the sliding ones included, though
+# no distance there exceeds 127. What to see: the 18 hands that go round in
+# 4,096 tokens are the 18 that do so in 131,072, so YaRN shows no hand an
+# angle it did not know; and the nine that go round within a window are
+# those whose speed is kept.
 
 # %%
 parameters = [
@@ -752,15 +764,16 @@ print("pairs with a full turn in 4,096:", (turns >= 1).sum().item())
 print("pairs with a full turn in 131,072:", (in_all >= 1).sum().item())
 print("pairs with a full turn in 128:",
       (128 * inv_freq.double() >= 2 * math.pi).sum().item())
-reach = (in_all[18:] - turns[18:]).abs() / turns[18:]
-assert reach.max() < 1e-6
-print("slowed pairs end where they ended before:", (reach < 1e-6).all().item())
+moved_end = (in_all[18:] - turns[18:]).abs() / turns[18:]
+assert moved_end.max() < 1e-6
+print("pairs 18..31 at 131,072 stand where RoPE's stood at 4,096:",
+      (moved_end < 1e-6).all().item())
 
 # %% [markdown]
 # ## Cost
 #
-# A pair costs 4 multiplications and 2 additions, so a token pays, in each
-# layer, with $H$ query and $G$ key heads,
+# A pair costs 4 multiplications and 2 additions, a head has $C/2$ pairs,
+# so a token pays, in each layer, with $H$ query and $G$ key heads,
 #
 # $$
 # 3\,C\,(H + G) \quad\text{FLOPs},
@@ -802,7 +815,8 @@ assert building.count == {
 }
 projections = 2 * D * (H + 2 * G) * C
 print(f"a token and layer: {3 * C * (H + G):,} FLOPs,",
-      f"{300 * C * (H + G) / projections:.2f} % of its projections")
+      f"{100 * 3 * C * (H + G) / projections:.2f} % of the projections",
+      "to q, k and v")
 print(f"tables of one token: {2 * C // 2 * 4} bytes in fp32;",
       f"of all positions: {POSITIONS * C * 4 / 1e6:.1f} MB, not kept")
 
@@ -812,7 +826,7 @@ print(f"tables of one token: {2 * C // 2 * 4} bytes in fp32;",
 # - YaRN changes a list of 32 speeds by how often each hand turned in 4,096
 #   tokens: many turns, keep; less than one, slow by 32; a ramp between.
 # - The ramp's ends are 8.09 and 17.40, **not** rounded; the concentration
-#   1.3466 multiplies cos and sin, so scores grow by 1.8133.
+#   1.3466 multiplies cos and sin, so scores are multiplied by 1.8133.
 # - The fp32 list is part of the model. Angles in fp32 are good to some
 #   0.0025 rad at the last position; the same in bf16 is noise.
 
@@ -821,35 +835,37 @@ print(f"tables of one token: {2 * C // 2 * 4} bytes in fp32;",
 #
 # ### Exercise 1
 #
-# Which pair's turn comes closest to the window of 128 tokens, and which
-# pair did plain RoPE leave furthest from a full turn in 4,096?
+# A test is to catch an engine that rounds the range. How far apart must
+# query and key be before the score of equals is off by 0.01, by 0.05, by
+# 0.1? Concentration left aside.
 
 # %% tags=["hide-cell"]
-tokens_a_turn = 2 * math.pi / inv_freq.double()
-nearest = (tokens_a_turn - 128).abs().argmin().item()
-print("nearest to 128:", nearest, f"({tokens_a_turn[nearest].item():.3g})")
-print(f"pair 31 covered {360 * turns[31].item():.2g} degrees of the dial")
-assert nearest == 8
+distance = torch.arange(8192, dtype=torch.float64)
+error = self_score(distance, rounded.double())
+error -= self_score(distance, inv_freq.double())
+for e in (0.01, 0.05, 0.1):
+    print(f"off by {e} from {(error.abs() > e).nonzero()[0].item()} tokens on")
+print(f"within a window by {error[:128].abs().max().item():.1g} at most")
 
 # %% [markdown]
 # ### Exercise 2
 #
 # A model trained on 4,096 tokens should read 8,192 (factor 2). Which pairs
-# change, and by what does a score grow?
+# change, and what is a score multiplied by?
 
 # %% tags=["hide-cell"]
 twice_as_far = inverse_frequencies(C, THETA, 2.0)
 differs = (twice_as_far / plain - 1).abs().gt(1e-6).nonzero().flatten()
 print(f"pairs {differs.min().item()}..{differs.max().item()} change,",
-      f"scores grow by {concentration(2.0) ** 2:.3f}")
+      f"scores are multiplied by {concentration(2.0) ** 2:.3f}")
 assert differs.tolist() == list(range(9, 32))  # the range is the same
 
 # %% [markdown]
 # ### Exercise 3
 #
 # Use the paper's ramp, linear in the number of turns:
-# $\gamma_i = \mathrm{clamp}\big((r_i - 1)/(32 - 1), 0, 1\big)$. Which pair
-# is then furthest from the model, in per cent?
+# $\gamma_i = \mathrm{clamp}\big((r_i - 1)/(32 - 1), 0, 1\big)$. Which
+# pair's speed is then furthest from the model's, in per cent?
 
 # %% tags=["hide-cell"]
 paper_gamma = ((turns - 1) / (32 - 1)).clamp(0, 1)

@@ -22,7 +22,7 @@
 # score is $-20$. How much do the 128 values weigh in what the head adds to
 # the text? In ordinary attention: exactly as much as if every score were
 # $+20$, because softmax sees only differences. With one more logit in the
-# denominator, a learned number per head: $2.6 \cdot 10^{-7}$.
+# denominator, a learned number per head, here $0$: $2.6 \cdot 10^{-7}$.
 #
 # gpt-oss has such a number in every head of every layer, `self_attn.sinks`.
 # In the 20b they weigh 3 kB of 13.8 GB, and most fast attention kernels did
@@ -30,41 +30,76 @@
 # a kernel that does not know them need?
 #
 # ## Picture
+#
+# The finished model of chapter 14, which ships with the package, drew this:
+# three of its 32 heads on the first sentences of a story. A row is a query;
+# the map shows what it gives to each key, the bar what the sink takes, and
+# together they make one.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input", "picture"]
+# Figure: three heads of the shipped model on a text of 43 tokens: the
+# weights as a map, and what the sink takes as a bar beside each row. The
+# first looks at the token before and its bars are empty. The second has
+# dark cells far back. The third is pale, and half of its bars are long.
 import math
+from importlib.resources import files
 
 import matplotlib.pyplot as plt
 import torch
 
+from gptoss.harmony import Tokenizer
+from gptoss.model import GptOss
+from gptoss.parity import trace_ours
+
 plt.style.use("_static/book.mplstyle")
 torch.manual_seed(0)
 
-fig, (left, right) = plt.subplots(1, 2)
-level = torch.linspace(-20, 20, 400)
-left.plot(level, torch.ones(400), label="no sink")
-for sink, color in ((-4, "C3"), (0, "C1"), (4, "C2")):
-    kept = torch.sigmoid(level + math.log(128) - sink)
-    left.plot(level, kept, color=color, label=f"sink {sink}")
-left.set(xlabel="the score of all 128 keys", ylabel="weight of the values",
-         ylim=(-0.03, 1.08))
-left.legend(loc="center right")
-n = 2 ** torch.arange(18)
-for sink, color in ((0, "C1"), (4, "C2"), (8, "C5")):
-    right.plot(n, 1 / (1 + n * math.exp(-sink)), color=color,
-               label=f"sink {sink}")
-right.axvline(128, color="black", lw=0.8, ls=":")
-right.text(150, 0.55, "window")
-right.set(xscale="log", xlabel="keys seen, all of score 0",
-          ylabel="weight of the sink")
-right.legend(loc="upper right", bbox_to_anchor=(1, 0.88))
+text = ("Once upon a time there was a little fox named Mira. Mira lived in "
+        "the cave. For her birthday Mira got a white lamp. One morning she "
+        "went to the park with the lamp.")
+pocket = files("gptoss") / "pocket"
+reader = Tokenizer.from_pretrained(pocket)
+ids = reader.encode(text)
+words = [reader.decode([token]).strip() or "·" for token in ids]
+trace = trace_ours(GptOss.from_pretrained(pocket, dtype=torch.float32),
+                   torch.tensor([ids]))
+every = {(layer, head): trace[layer, "weights"][:, head]
+         for layer in range(4) for head in range(8)}
+at, named = len(words) - 3, [words.index(w) for w in ("Mira", "lamp")]
+measures = {  # the head that is largest in it is drawn
+    "the token before": lambda w: w.diagonal(-1).mean(),
+    "what may come next": lambda w: w[at, named[1]],
+    "often nothing": lambda w: (w.sum(-1) < 0.5).sum() * w.max()}
+fig, axes = plt.subplots(1, 6, figsize=(7.4, 5.2), sharey=True,
+                         width_ratios=[5, 1.1] * 3)
+declined = []
+for (says, measure), left, right in zip(
+        measures.items(), axes[::2], axes[1::2], strict=True):
+    layer, head = max(every, key=lambda key: measure(every[key]).item())
+    left.imshow(every[layer, head], cmap="Blues", vmin=0, vmax=1,
+                aspect="auto")
+    left.set_title(f"layer {layer}, head {head}:\n{says}", fontsize=9)
+    left.set_xticks(named, ["Mira", "lamp"], rotation=90)
+    sink = 1 - every[layer, head].sum(-1)
+    right.barh(range(len(ids)), sink, height=0.9, color="C1")
+    right.set(xlim=(0, 1), xticks=(0, 1), title="sink")
+    for ax in (left, right):
+        ax.grid(False)
+        ax.tick_params(axis="y", length=0)
+    declined.append((sink > 0.5).sum().item())
+axes[0].set_yticks(range(len(ids)), words, fontsize=7)
+axes[0].set(ylabel="query", xlabel="key")
 plt.show()
+print("queries that leave more than half to the sink:", declined)
 
 # %% [markdown]
-# Left: without a sink the weights of the values sum to one, whatever the
-# scores are; with a sink they fall to zero when no key fits. Right: what
-# the sink takes shrinks as more keys are seen. A sliding layer never sees
-# more than 128, so there the sink keeps its force in a long text.
+# What to see: the first head always knows where to look, at the token
+# before, and its sink gets next to nothing. The second fetches a word that
+# may come next: the `the` before the last `lamp` looks at the first `lamp`,
+# a blank (·), after which names come, at the first `Mira`. In the first
+# line there is little to fetch, and the sink takes most. The third has
+# something to say at a few tokens, the dark cells; at half of all tokens it
+# leaves more than half of its weight to the sink.
 #
 # ## The naive version
 #
@@ -89,8 +124,8 @@ print("a hopeless row says what a perfect row says:", torch.equal(*said))
 # here the sink is a parameter: no token, no key, no value, no position, no
 # slot in the cache, and the same number for every query.
 #
-# The second attempt adds the sink's exponential to the denominator, as the
-# formula reads:
+# The second attempt adds the sink's exponential to the denominator and
+# computes the fraction as it stands:
 
 # %%
 def naive(scores, sinks):
@@ -108,7 +143,8 @@ for value, dtype in ((0, torch.float32), (100, torch.float32),
 
 # %% [markdown]
 # `exp(100)` is infinite in fp32, `exp(12)` in fp16. The maximum must be
-# taken off first, and it must be the maximum over the keys and the sink.
+# taken off first, and the sink must take part in it: a row whose keys are
+# all masked has no finite maximum of its own.
 #
 # ## Derivation
 #
@@ -134,8 +170,40 @@ for value, dtype in ((0, torch.float32), (100, torch.float32),
 # $$ (sinks-rescale)
 #
 # $\sigma(x) = 1 / (1 + e^{-x})$. The factor depends on no $j$: it goes in
-# front of the sum. So any kernel of ordinary attention that also returns
-# $\ell$ can serve gpt-oss, and $\sigma(s - \ell)$ is what the sink takes.
+# front of the sum, $o = \sigma(\ell - s)\,\bar o$ with $\bar o$ the output
+# of ordinary attention. So any kernel that returns $\ell$ beside $\bar o$
+# can serve gpt-oss, and $\sigma(s - \ell)$ is what the sink takes.
+# For $n$ keys of one score $a$, $\ell = a + \ln n$:
+
+# %% tags=["hide-input"]
+# Figure: left, the weight of the values over the score of 128 keys: always
+# one without a sink, a step from zero to one with it, further right for a
+# larger sink. Right, the weight of the sink falls as more keys are seen.
+fig, (left, right) = plt.subplots(1, 2)
+level = torch.linspace(-20, 20, 400)
+left.plot(level, torch.ones(400), label="no sink")
+for sink, color in ((-4, "C3"), (0, "C1"), (4, "C2")):
+    kept = torch.sigmoid(level + math.log(128) - sink)
+    left.plot(level, kept, color=color, label=f"sink {sink}")
+left.set(xlabel="the score of all 128 keys", ylabel="weight of the values",
+         ylim=(-0.03, 1.08))
+left.legend(loc="center right")
+n = 2 ** torch.arange(18)
+for sink, color in ((0, "C1"), (4, "C2"), (8, "C5")):
+    right.plot(n, 1 / (1 + n * math.exp(-sink)), color=color,
+               label=f"sink {sink}")
+right.axvline(128, color="black", lw=0.8, ls=":")
+right.text(150, 0.55, "window")
+right.set(xscale="log", xlabel="keys seen, all of score 0",
+          ylabel="weight of the sink")
+right.legend(loc="upper right", bbox_to_anchor=(1, 0.88))
+plt.show()
+
+# %% [markdown]
+# Left, $n = 128$: without a sink the weights of the values sum to one,
+# whatever the scores are; with a sink they fall to zero when no key fits.
+# Right: what the sink takes shrinks as more keys are seen. A sliding layer
+# never sees more than 128, so there the sink keeps its force in a long text.
 #
 # **Form 3, online.** Keys that arrive in chunks are folded into a running
 # maximum $m$, sum $z$ and output $u$ {cite}`flash2022`. For a chunk with
@@ -152,15 +220,18 @@ for value, dtype in ((0, torch.float32), (100, torch.float32),
 # positive; the row without any visible key, $0/0$ in other kernels, comes
 # out as $0$ with no special case.
 #
-# **Gradients.** From {eq}`sinks-rescale`, with
-# $\sigma' = \sigma(\ell - s)\,\sigma(s - \ell)$,
+# **Gradients.** The derivative of $\sigma(x)$ is $\sigma(x)\,\sigma(-x)$,
+# so that of $o = \sigma(\ell - s)\,\bar o$ is
 #
 # $$
-# \frac{\partial o}{\partial s} = -\sigma(s - \ell)\; o .
+# \frac{\partial o}{\partial s}
+#   = -\sigma(\ell - s)\,\sigma(s - \ell)\;\bar o = -\sigma(s - \ell)\; o .
 # $$ (sinks-grad)
 #
 # A sink learns only while it takes a share and the head says something. For
-# the scores, with $g$ the gradient of the loss by $o$,
+# the scores, form 1 is a softmax, with
+# $\partial p_i / \partial a_j = p_i\,([i = j] - p_j)$. With $g$ the
+# gradient of the loss by $o$,
 #
 # $$
 # \frac{\partial \mathcal{L}}{\partial a_j}
@@ -174,7 +245,7 @@ for value, dtype in ((0, torch.float32), (100, torch.float32),
 #
 # ## Code
 #
-# ### The concat form, as written
+# ### A softmax with a sink
 
 # %% tags=["export"]
 import torch
@@ -324,8 +395,8 @@ def attention_rescale(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
 
 # %% [markdown]
 # `rescale` multiplies by $\sigma(\ell - s)$, not by $1 - \sigma(s - \ell)$:
-# the two are equal on paper, but $1 - x$ for $x$ near one keeps no digits,
-# and that is the case in which a head declines.
+# the two are equal on paper, but $1 - x$ for $x$ near one keeps few digits
+# (10 % off below), and that is the case in which a head declines.
 
 # %%
 torch.testing.assert_close(attention_rescale(q, k, v, sinks, seen, 0.25), out)
@@ -448,7 +519,7 @@ def without_the_class(q, k, v, sinks, mask, scale):
     return rescale(out.transpose(1, 2), lse, sinks)
 
 
-seen[..., 0] = True
+seen[..., 0] = True  # no empty rows, which are another matter
 exact = gradients(attention_concat)
 for attention in (attention_flash, without_the_class):
     off = [not torch.allclose(a, b, atol=1e-10)
@@ -579,9 +650,9 @@ for other in (hugging_face, openai):
 # (sinks-rounding)=
 # ### In bf16
 #
-# Here the three differ, and float64 is the judge. Random bf16 inputs; the
-# queries are multiplied so that the scores have standard
-# deviation 1 to 8:
+# Here implementations differ, and float64 is the judge. Random bf16 inputs;
+# the queries are multiplied so that the scores have standard deviation 1
+# to 8:
 
 # %%
 def rms_error(attention, inputs):
@@ -637,30 +708,40 @@ ratio = [h / o for h, o in
 least = 1.5, 2.5, 3.5, 5
 assert all(r > bound for r, bound in zip(ratio, least, strict=True))
 print("HF's error is more than", least, "times ours")
+alone = [a / h for a, h in zip(errors["ours, scores in bf16"],
+                               errors["Hugging Face"], strict=True)]
+print("from rounding the scores alone, more than 75 % of it:",
+      min(alone) > 0.75)
+assert min(alone) > 0.75
 
 # %% [markdown]
 # Ours lies on the dashed line of the exact result rounded once: nothing
-# better fits into bf16. Nearly the whole error of the two others is the
-# rounding of the scores: with it alone, and a softmax in fp32, our code
-# comes close to theirs. A score of 10 in bf16 is off by up to 0.03, which
-# is 3 % of a weight, and no later fp32 brings that back. It is also the
-# faster way on a CPU without bf16 units, where a product in bf16 is several
-# times slower than widening its operands once.
+# better fits into bf16. Most of the error of the two others is the rounding
+# of the scores: with it alone, and a softmax in fp32, our code loses nearly
+# as much. A score of 10 in bf16 is off by up to 0.03, which is 3 % of a
+# weight, and no later fp32 brings that back.
 #
 # ### Known trouble
 #
-# - vllm#22331: `Sinks are only supported in FlashAttention 3`, so gpt-oss
-#   did not start on cards without it; flash-attention#1797 asks for the
-#   sink in that library, and the answer in August 2025 was that no version
-#   had a backward. {eq}`sinks-rescale` and {eq}`sinks-backward` need
-#   neither: only the $\ell$ that these kernels return anyway.
-# - flash-attention#404 and #1137: the gradient of the returned $\ell$ is
-#   dropped. This is the silent error shown above.
-# - torchtitan#2211, an open pull request, calls $\sigma(\ell - s)$
+# - [vllm#22331][v]: `Sinks are only supported in FlashAttention 3`, so
+#   gpt-oss did not start on cards without it. [flash-attention#1797][f1]
+#   asks for the sink in that library; the answer in August 2025 was that
+#   no version had a backward. By {eq}`sinks-rescale` and
+#   {eq}`sinks-backward` a kernel need not know the sink, forward or
+#   backward, if it returns $\ell$, as these do anyway.
+# - [flash-attention#404][f2] and [#1137][f3]: the gradient of the returned
+#   $\ell$ is dropped. This is the silent error shown above.
+# - [torchtitan#2211][t], an open pull request, calls $\sigma(\ell - s)$
 #   "mathematically incorrect" and puts $e^{\ell - \ell'}$ in its place.
 #   By {eq}`sinks-rescale` they are one function; transformers'
 #   `integrations/flex_attention.py` writes the second, torchtitan the
 #   first:
+#
+# [v]: https://github.com/vllm-project/vllm/issues/22331
+# [f1]: https://github.com/Dao-AILab/flash-attention/issues/1797
+# [f2]: https://github.com/Dao-AILab/flash-attention/issues/404
+# [f3]: https://github.com/Dao-AILab/flash-attention/issues/1137
+# [t]: https://github.com/pytorch/torchtitan/pull/2211
 
 # %%
 lse = torch.linspace(-50, 50, 1001).double()
@@ -671,8 +752,8 @@ print("one function at", 61 * 1001, "points")
 
 # %% [markdown]
 # - StreamingLLM's sinks are tokens that stay in the cache. A runtime that
-#   offers "attention sinks" in that sense (MLC's sliding window, for one,
-#   keeps the first $n$ tokens) does not have what gpt-oss needs.
+#   offers "attention sinks" in that sense (MLC's `attention_sink_size`, for
+#   one) does not thereby have what gpt-oss needs.
 #
 # ## In the 20b and the 120b
 
@@ -699,9 +780,9 @@ print(f"its scores, fp32, all at once: {4 * H * tokens ** 2 / 1e12:.1f} TB")
 #
 # Scores and mixing cost $4 B T S H C$ FLOPs (a multiply and an add each);
 # the sink adds one exponential a row, $B T H$ of them, and form 2 the
-# multiplication of $B T H C$ outputs: $1/(4S)$ of the whole. It reads
-# $2H$ bytes. Masked keys cost as much as seen ones here; chapter 9's ring
-# keeps the sliding layers from having many.
+# multiplication of $B T H C$ outputs: $1/(4S)$ of the whole. The sinks
+# themselves are $2H$ bytes a layer. Masked keys cost as much as seen ones
+# here; chapter 9's ring keeps the sliding layers from having many.
 
 # %%
 from torch.utils.flop_counter import FlopCounterMode
@@ -724,15 +805,16 @@ print(4 * B * T * S * H * C, "FLOPs in each form")
 # - $\sigma(\ell - s)$ turns any attention kernel that returns its
 #   log-sum-exp into one with sinks; for training, hand its backward the
 #   rescaled output and $\ln(e^\ell + e^s)$.
-# - Round scores to bf16 and the softmax's precision no longer matters.
+# - In bf16, widen queries and keys before their product: rounding the
+#   scores makes more than three quarters of the others' error.
 #
 # ## Exercises
 #
 # ### Exercise 1
 #
-# "Softmax off by one" puts $1 + \sum_i e^{a_i}$ in the
-# denominator. Which sink is it? And which sink makes a head that sees $n$
-# keys of score 0 keep exactly half of its weight?
+# "Softmax off by one" puts $1 + \sum_i e^{a_i}$ in the denominator. Which
+# sink is it? And which sink makes a head that sees $n$ keys of score 0 give
+# them exactly half of its weight?
 
 # %% tags=["hide-cell"]
 scores = torch.randn(1, 4, 10).double()
@@ -747,10 +829,10 @@ print("s = 0, and s = ln n")
 # %% [markdown]
 # ### Exercise 2
 #
-# A decoder splits the keys among $P$ workers. Each of them
-# returns an output and a log-sum-exp that already contain the sink, and the
-# results are merged with weights $e^{\ell_p}$. The sink now counts $P$
-# times. Which sink must be handed to the workers instead?
+# A decoder splits the keys among $P$ workers. Worker $p$ returns an output
+# and a log-sum-exp $\ell'_p$ that already contain the sink, and the outputs
+# are averaged with weights $e^{\ell'_p}$. The sink now counts $P$ times.
+# Which sink must be handed to the workers instead?
 
 # %% tags=["hide-cell"]
 x = [t.double() for t in draw(0, 1.0, T=48)[:4]] + draw(0, 1.0, T=48)[4:]
@@ -771,10 +853,10 @@ print("s - ln P")
 # %% [markdown]
 # ### Exercise 3
 #
-# Your kernel returns no log-sum-exp. A key row of zeros
-# scores 0, not $s$, and no fixed key row scores $s$ for every query. Find a
-# way that uses `F.scaled_dot_product_attention` alone. (Give $q$, $k$ and
-# $v$ one channel more.)
+# Your kernel returns no log-sum-exp. A key row of zeros scores 0, not $s$,
+# and no fixed key row scores $s$ for every query. Find a way that uses
+# `F.scaled_dot_product_attention` alone. (Give $q$, $k$ and $v$ one channel
+# more.)
 
 # %% tags=["hide-cell"]
 q, k, v, sinks, mask, scale = x
@@ -794,8 +876,9 @@ print("one key and one channel more")
 # %% [markdown]
 # ### Exercise 4
 #
-# At which sink does a head of given $\ell$ learn its sink
-# fastest, and how much slower does it at 10 more? Use {eq}`sinks-grad`.
+# A head's $\ell$ and $\bar o$ are given. At which $s$ does it learn its
+# sink fastest, and how many times slower is it at 10 more? Use
+# {eq}`sinks-grad`.
 
 # %% tags=["hide-cell"]
 # |do/ds| = σ(s - ℓ) σ(ℓ - s) |plain output|: largest, 1/4, at s = ℓ
@@ -815,5 +898,3 @@ print(f"at s = ℓ; 10 above, {0.25 / speed[2200].item():.0f} times slower")
 # - Sinks as tokens, and a learned one: {cite}`sinks2023`. Online softmax
 #   and the backward from $\ell$: {cite}`flash2022`. Grouped heads:
 #   {cite}`gqa2023`.
-# - Threads: vllm-project/vllm#22331, Dao-AILab/flash-attention#404, #1137,
-#   #1797, pytorch/torchtitan#2211.

@@ -23,48 +23,72 @@
 # choice instead of after it: the experts' answer shrinks to a fifth of what
 # it should be. Round the 128 numbers to bf16: in one layer 2 tokens in
 # 100 get another expert, in the 36 layers of the 120b about half of all
-# tokens meet at least one. Both numbers are for standard normal logits, and
-# both are derived below.
+# tokens meet at least one. Both are measured below, on standard normal
+# logits.
 #
 # Which order is right, what happens near a tie, and how many of the experts
 # does a batch have to read?
 #
 # ## Picture
+#
+# The finished model of chapter 14, which ships with the package, drew this:
+# the first sentences of a story, and for each token which two of the eight
+# experts of a layer the router chose, and with what weights.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input", "picture"]
+# Figure: four maps, one a layer, of eight experts by 43 tokens. Each column
+# has two filled cells, on other rows from token to token and from layer to
+# layer, dark where an expert has most of the weight.
 import math
+from importlib.resources import files
 
 import matplotlib.pyplot as plt
 import torch
 
+from gptoss.harmony import Tokenizer
+from gptoss.model import GptOss
+from gptoss.parity import trace_ours
+
 plt.style.use("_static/book.mplstyle")
 torch.manual_seed(0)
 
-token = torch.randn(32)
-best = token.topk(4).indices
-after = torch.zeros(32)
-after[best] = token[best].softmax(0)
-fig, (left, right) = plt.subplots(1, 2)
-left.bar(torch.arange(32), after, color="C0", label="choose, then softmax")
-left.bar(torch.arange(32), token.softmax(0), color="C1",
-         label="softmax over all 32")
-left.set(xlabel="expert", ylabel="weight", ylim=(0, 0.48))
-left.legend(loc="upper left")
-for E, color in ((32, "C1"), (128, "C2")):
-    mass = torch.randn(5000, E).softmax(-1).topk(4).values.sum(-1)
-    right.hist(mass, bins=40, range=(0, 1), color=color, alpha=0.8,
-               label=f"{E} experts")
-right.axvline(1, color="C0", lw=2)
-right.text(0.97, 300, "choose,\nthen softmax", ha="right")
-right.set(xlabel="sum of a token's four weights", ylabel="tokens of 5000")
-right.legend(loc="upper right", bbox_to_anchor=(0.96, 1))
+text = ("Once upon a time there was a little fox named Mira. Mira lived in "
+        "the cave. For her birthday Mira got a white lamp. One morning she "
+        "went to the park with the lamp.")
+pocket = files("gptoss") / "pocket"
+reader = Tokenizer.from_pretrained(pocket)
+ids = reader.encode(text)
+words = [reader.decode([token]).strip() or "·" for token in ids]
+trace = trace_ours(GptOss.from_pretrained(pocket, dtype=torch.float32),
+                   torch.tensor([ids]))
+fig, axes = plt.subplots(4, 1, figsize=(7.4, 5.4), sharex=True)
+for layer, ax in enumerate(axes):
+    shares = trace[layer, "shares"].T  # (E, T), 0 for the experts not chosen
+    image = ax.imshow(torch.where(shares > 0, shares, torch.nan), vmin=-0.25,
+                      vmax=1, cmap="Blues", aspect="auto")
+    ax.set(ylabel=f"layer {layer}\nexpert", yticks=(0, 7))
+    ax.set_yticks(torch.arange(9) - 0.5, minor=True)
+    ax.set_xticks(torch.arange(len(ids) + 1) - 0.5, minor=True)
+    ax.grid(False)
+    ax.grid(which="minor")
+    ax.tick_params(which="both", length=0)
+axes[-1].set_xticks(range(len(ids)), words, rotation=90, fontsize=7)
+bar = fig.colorbar(image, ax=axes, label="weight of the expert", aspect=40)
+bar.ax.set_ylim(0, 1)
 plt.show()
+again = sorted({word for word in words if words.count(word) > 1})
+same = [sum(len({tuple(trace[layer, "chosen"][t].tolist())
+                 for t, word in enumerate(words) if word == one}) == 1
+            for one in again) for layer in range(4)]
+print(f"of {len(again)} tokens that recur, with the same two experts each "
+      f"time: {same}")
 
 # %% [markdown]
-# Left, one token: the same four experts lead, but a softmax over all 32
-# gives most of the weight to experts that are not asked. Right, what is
-# left for the four: a different fraction for each token, and less with more
-# experts.
+# What to see: two cells in every column, which sum to one. Neighbours go to
+# different experts, and each layer divides the tokens in its own way, among
+# experts of its own. A token that comes again, like `Mira`, mostly meets
+# others than the first time, since the router sees what attention and the
+# layers below have made of it, not the token itself.
 #
 # ## The naive version
 #
@@ -84,7 +108,38 @@ for E in (32, 128):
 
 # %% [markdown]
 # Nothing crashes. The output of every expert layer is too small, by a
-# factor that changes from token to token, so no constant repairs it.
+# factor that changes from token to token, so no constant repairs it:
+
+# %% tags=["hide-input"]
+# Figure: left, the weights of 32 experts for one token: four tall bars, and
+# under them the low bars of a softmax over all. Right, the sum of the four
+# weights: one if chosen first, else spread about 0.4 for 32 experts and
+# about 0.2 for 128.
+token = torch.randn(32)
+best = token.topk(4).indices
+after = torch.zeros(32)
+after[best] = token[best].softmax(0)
+fig, (left, right) = plt.subplots(1, 2)
+left.bar(torch.arange(32), after, color="C0", label="choose, then softmax")
+left.bar(torch.arange(32), token.softmax(0), color="C1",
+         label="softmax over all 32")
+left.set(xlabel="expert", ylabel="weight", ylim=(0, 0.56))
+left.legend(loc="upper left")
+for E, color in ((32, "C1"), (128, "C2")):
+    mass = torch.randn(5000, E).softmax(-1).topk(4).values.sum(-1)
+    right.hist(mass, bins=40, range=(0, 1), color=color, alpha=0.8,
+               label=f"{E} experts")
+right.axvline(1, color="C0", lw=2)
+right.text(0.97, 300, "choose,\nthen softmax", ha="right")
+right.set(xlabel="sum of a token's four weights", ylabel="tokens of 5000")
+right.legend(loc="upper right", bbox_to_anchor=(0.96, 1))
+plt.show()
+
+# %% [markdown]
+# Left, one token: the same four experts lead, but a softmax over all 32
+# gives most of the weight to experts that are not asked. Right, what is
+# left for the four: a different fraction for each token, and less with more
+# experts.
 #
 # ## Derivation
 #
@@ -106,19 +161,20 @@ for E in (32, 128):
 # $$ (routing-order)
 #
 # The orders agree once the chosen weights are divided by their sum. Without
-# the division they differ by $\sum_{c \in \mathcal{C}} p_c < 1$. Models of
-# both kinds exist (`norm_topk_prob` in other configurations), which is why
-# the mistake is made in both directions.
+# the division they differ by the factor $\sum_{c \in \mathcal{C}} p_c < 1$.
+# Models of both kinds exist (`norm_topk_prob` in other configurations),
+# which is why the mistake is made in both directions.
 #
 # **Rounding.** Rounding to bf16 is monotone: if $a > b$, the rounded $a$ is
 # at least the rounded $b$. It never swaps two logits, it can only merge
 # them. So the chosen set changes only where the $K$-th and the $(K+1)$-th
 # largest logit become equal, and then only if the tie is broken the wrong
 # way, half of the time. For standard normal logits the threshold lies near
-# $t = \Phi^{-1}(1 - K/E)$, where logits have the density
-# $\lambda = E \varphi(t)$; the gap between the two is then about
-# exponential with mean $1/\lambda$, and a gap $g$ below the step $u$ of
-# bf16 is merged with probability $1 - g/u$. Hence
+# $t = \Phi^{-1}(1 - K/E)$, where there are $\lambda = E \varphi(t)$ logits
+# to the unit; the gap between the two is then about exponential with mean
+# $1/\lambda$. bf16 is a grid of step $u$ there, and two numbers a gap
+# $g < u$ apart round to the same point with probability $1 - g/u$. Hence,
+# for $\lambda u$ well below one,
 #
 # $$
 # P(\text{flip}) \approx \frac12 \int_0^u \lambda e^{-\lambda g}
@@ -126,9 +182,10 @@ for E in (32, 128):
 # $$ (routing-flip)
 #
 # ($\Phi$, $\varphi$: distribution and density of the standard normal.
-# $u = 2^{-7}$ for logits between 1 and 2; the step grows with the logit, so
-# twice as large logits give the same.) With more experts $\lambda$ grows,
-# and with it the flips.
+# $u = 2^{-7}$ for logits between 1 and 2. The step grows with the logit:
+# logits twice as large have half the $\lambda$ and twice the $u$.) For 128
+# experts $t = 1.86$, $\lambda = 9.0$ and the estimate is 1.8 %; with more
+# experts $\lambda$ grows, and with it the flips.
 #
 # **Load.** If all experts are equally likely and tokens independent, an
 # expert's count among $N$ tokens is binomial with probability $K/E$. Its
@@ -142,16 +199,18 @@ for E in (32, 128):
 #
 # Weights are read from memory once per expert that is hit, whatever the
 # number of tokens, so the second number is what batched decoding pays. An
-# expert with probability $q_e$ is hit with $1 - (1 - q_e)^N$, which is
-# concave in $q_e$: an unbalanced router hits fewer.
+# expert that a token chooses with probability $q_e$ is hit with probability
+# $1 - (1 - q_e)^N$. That is concave in $q_e$ and the $q_e$ sum to $K$, so
+# an unbalanced router hits fewer.
 #
 # ## Code
 #
 # ### Choose, then weigh
 #
 # `torch.topk` leaves open which of two equal values it returns. A stable
-# sort does not: equal logits keep the order of their experts. For $E$ up to
-# 128 the sort costs nothing beside the experts.
+# sort does not: equal logits keep the order of their experts. Sorting 128
+# numbers takes about a thousand comparisons, the four experts 200 million
+# FLOPs.
 
 # %% tags=["export"]
 import torch
@@ -215,10 +274,10 @@ for ours, other in zip(route(logits, 4), softmax_then_topk(logits, 4),
 print("choose then softmax = softmax, choose, renormalise")
 
 # %% [markdown]
-# In few bits the equality is one of paper: the softmax over all is a second
-# rounding before the choice. A bf16 logit near 0 has steps far below 0.01,
-# while a probability keeps 8 significant bits, so that neighbours less than
-# half a percent apart merge.
+# In few bits the equality holds on paper only: the softmax over all is a
+# second rounding before the choice. Near 0 the bf16 grid of logits is fine,
+# at 0.1 its step is 0.0005. A probability keeps 8 significant bits wherever
+# it lies, a step of 0.4 to 0.8 %, which is 0.004 to 0.008 in the logit.
 
 # %%
 low = logits[:, :32].bfloat16()
@@ -290,14 +349,15 @@ for k in range(1, 7):
     weights, ids = route(rows, k)
     assert torch.equal(ids, wanted)
     torch.testing.assert_close(weights.sum(-1), torch.ones(len(rows)))
-print(len(rows), "rows,", 6, "sizes")
+print(len(rows), "rows, K = 1 to 6")
 
 # %% [markdown]
-# **A tie among the chosen does not matter, a tie at the border does.** With
-# $y = \sum_{e \in \mathcal{C}} w_e f_e$, exchanging two chosen experts of
-# equal logits exchanges equal weights. Exchanging the last chosen with the
-# first refused replaces one expert's answer by another's, as good in the
-# router's eyes and entirely different in value:
+# **A tie among the chosen does not matter, a tie at the border does.** The
+# layer's answer is $\sum_{e \in \mathcal{C}} w_e f_e$, with $f_e$ the
+# answer of expert $e$, so exchanging two chosen experts of equal logits
+# exchanges equal weights. Exchanging the last chosen with the first refused
+# replaces one expert's answer by another's, as good in the router's eyes
+# and entirely different in value:
 
 # %%
 answers = torch.randn(6, 16)  # f_e of six experts
@@ -350,6 +410,7 @@ measured = {E: flips(E) for E in sizes}
 for E in sizes:
     assert 0.5 < measured[E][0] / estimate(E, 7) < 2
     assert 0.35 < measured[E][0] / measured[E][1] < 0.65
+assert f"{100 * estimate(128, 7):.1f}" == "1.8"  # per cent
 print("flips happen at ties only; about half of the ties flip")
 
 # %% tags=["hide-input"]
@@ -374,10 +435,10 @@ ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
 
 # %% [markdown]
-# The fraction grows with $E$ and is eight times smaller in fp16, which has
-# three bits more. The corner between 128 and 256 is the step of bf16
-# doubling as the threshold passes 2. Over all layers, if they were
-# independent, and what one flip changes:
+# The fraction grows with $E$ and is about eight times smaller in fp16,
+# which has three bits more. It grows fastest from 16 to 32 and from 128 to
+# 256, where the threshold passes 1 and 2 and the step of bf16 doubles. Over
+# all layers, if they were independent, and what one flip changes:
 
 # %%
 for E, L in ((32, 24), (128, 36)):
@@ -389,13 +450,16 @@ for E, L in ((32, 24), (128, 36)):
 assert 0.4 < 1 - (1 - f) ** L < 0.6  # about half, says the question
 
 # %% [markdown]
-# A near tie is thus not a small change: more than a sixth of the layer's
+# A near tie is thus not a small change: about a sixth of the layer's
 # answer comes from another expert. That is one reason not to judge a bf16
 # implementation by whether its top token equals another's: each is a fair
 # rounding of the model, and they part where the router was undecided. Judge
 # both against float64 and report the chosen experts.
 #
-# **Load and hits**, against simulation with random routers:
+# **Load and hits**, against simulation. With independent logits
+# {eq}`routing-load` holds. In a random router the logits are products of a
+# weight matrix and hidden states, here noise plus a part common to all
+# tokens, 0, 0.5 or 1 times as long as the noise:
 
 # %%
 def random_router(E, tokens, common=0.0, D=64):
@@ -419,8 +483,8 @@ for E in (32, 128):
     print(f"E = {E:3}: CV {fair:.2f} if fair; random router, common part "
           "0, 0.5, 1:", [f"{x:.1f}" for x in row])
     shares = expert_load(random_router(E, 8192, 1.0), E) * E / 4 / 8192
-    print(f"         of the last: the busiest has {shares.max():.1f} fair "
-          f"shares, {(shares < 0.1).sum()} experts under a tenth of one")
+    print(f"         with 1: the busiest expert has {shares.max():.1f} times "
+          f"its fair share, {(shares < 0.1).sum()} have less than a tenth")
 
 # %%
 for E in (32, 128):
@@ -434,12 +498,10 @@ print(f"16 tokens hit {expected_hits(32, 4, 16):.0f} of 32 if fair, "
       f"{hit:.0f} with a common part of 1")
 
 # %% [markdown]
-# An untrained router is not fair. Independent logits for each token would
-# be; but the tokens share one weight matrix, whose rows differ in length,
-# and hidden states share a common direction. With a common part as large as
-# the rest, the busiest expert does the work of several and many do next to
-# nothing. Balance has to be trained, and the gradient does not do it by
-# itself: experts that were not chosen get none.
+# An untrained router is not fair: its rows differ in length, and what the
+# tokens have in common favours the same experts in all of them. Balance has
+# to be trained, and the gradient does not do it by itself: experts that
+# were not chosen get none.
 
 # %%
 logits = torch.randn(1, 32, requires_grad=True)
@@ -492,8 +554,8 @@ for E, K, D in ((4, 1, 32), (8, 2, 96), (32, 4, 64), (128, 4, 64)):
 print("weights equal bit for bit; experts too, wherever there is no tie")
 
 # %% [markdown]
-# On exact ties the two may name other experts. On a row of equal logits
-# `torch.topk` does not take them in order:
+# On exact ties our sort and their `topk` may name different experts. On a
+# row of equal logits `torch.topk` does not take them in order:
 
 # %%
 for E in (8, 32, 128):
@@ -504,16 +566,24 @@ for E in (8, 32, 128):
 # %% [markdown]
 # ### Known trouble
 #
-# - torchtitan#2258, mended in #2319: `route_norm=False` for gpt-oss, the
-#   naive version above; the same change added the router's bias, whose
-#   checkpoint tensor had been loaded into nothing.
-# - lablup/mlxcel#391: the mirror image, a softmax over the chosen for
+# - [torchtitan#2258][t1], mended in [#2319][t2]: `route_norm=False` for
+#   gpt-oss, the naive version above; the same change added the router's
+#   bias, whose checkpoint tensor had been loaded into nothing.
+# - [mlxcel#391][m]: the mirror image, a softmax over the chosen for
 #   OLMoE, which wants the softmax over all; the text was fluent at first
 #   and drifted later.
-# - pytorch#27542 and #88227: the order of ties in `topk` differs between
-#   devices and with $k$; a `stable` option is asked for since 2022.
-# - torchtitan#2212, closed, "corrects" the 120b to 8 experts a token. The
-#   released configuration says 4.
+# - [pytorch#27542][p1] and [#88227][p2]: the order of ties in `topk` differs
+#   between devices and with $k$; a `stable` option has been asked for since
+#   2022.
+# - [torchtitan#2212][t3], closed, "corrects" the 120b to 8 experts a token.
+#   The released configuration says 4.
+#
+# [t1]: https://github.com/pytorch/torchtitan/issues/2258
+# [t2]: https://github.com/pytorch/torchtitan/pull/2319
+# [t3]: https://github.com/pytorch/torchtitan/pull/2212
+# [m]: https://github.com/lablup/mlxcel/pull/391
+# [p1]: https://github.com/pytorch/pytorch/issues/27542
+# [p2]: https://github.com/pytorch/pytorch/issues/88227
 #
 # ## In the 20b and the 120b
 
@@ -533,7 +603,7 @@ for name, c in configs.items():
     count = sum(p.numel() for p in router.parameters())
     assert count == E * D + E
     four = c.num_experts_per_tok * expert_bytes(c)
-    print(f"{name:4}: routers {L * count} parameters; four experts "
+    print(f"{name:4}: routers {L * count:,} parameters; four experts "
           f"{four / 1e6:.1f} MB of a layer's {E * four / 4e6:.0f} MB")
 
 # %% [markdown]
@@ -582,8 +652,8 @@ for name, c in configs.items():
 #
 # The router needs $2 N D E$ FLOPs and reads $2 D E + 2 E$ bytes; the chosen
 # experts need $6 N K D F$. The ratio $E / (3 K F)$ is 0.09 % in the 20b
-# and 0.37 % in the 120b. The choice itself compares and multiplies nothing
-# that torch counts.
+# and 0.37 % in the 120b. Torch's counter sees matrix products only, so the
+# sort and the softmax of four are not in it.
 
 # %%
 from torch.utils.flop_counter import FlopCounterMode
@@ -601,17 +671,18 @@ for c in configs.values():
 #
 # - Choose first, then softmax over the chosen; the other order is the same
 #   only after dividing by the sum of the chosen.
-# - Rounding cannot swap two logits, only tie them; ties at the border
-#   change a sixth of the layer's answer, and they are not rare.
+# - Rounding cannot swap two logits, only tie them. In bf16, with 128
+#   experts, that changes the choice of 2 tokens in 100 in each layer, and
+#   with it a sixth of the layer's answer.
 # - $N$ tokens read $E(1 - (1 - K/E)^N)$ experts, not $4N$ and not $E$.
 #
 # ## Exercises
 #
 # ### Exercise 1
 #
-# A colleague adds the same constant to all logits of a
-# token, another one to all logits of an expert. Which of them changes the
-# weights, and which the choice?
+# One change adds the same constant to all logits of a token, another adds
+# one to an expert's logit in every token. Which of them can change the
+# choice, and which the weights?
 
 # %% tags=["hide-cell"]
 logits = torch.randn(500, 32).double()
@@ -626,9 +697,8 @@ print("a constant for a token: neither; for an expert (a bias): both")
 # %% [markdown]
 # ### Exercise 2
 #
-# How many tokens must be decoded together until the 120b
-# reads 90 % of its experts in a layer? Solve {eq}`routing-load`, then
-# check.
+# How many tokens must be decoded together until the 120b reads 90 % of a
+# layer's experts, on average? Solve {eq}`routing-load` for $N$, then check.
 
 # %% tags=["hide-cell"]
 need = math.ceil(math.log(0.1) / math.log(1 - 4 / 128))
@@ -639,9 +709,10 @@ print(need, "tokens")
 # %% [markdown]
 # ### Exercise 3
 #
-# Show that a skewed router hits fewer experts: let half of
-# the experts be three times as likely as the others, one choice a token,
-# and compare $\sum_e 1 - (1 - q_e)^N$ with the fair value.
+# A skewed router hits fewer experts. Of 32 experts let half be three times
+# as likely as the others, one choice a token, 16 tokens. Compare
+# $\sum_e \bigl(1 - (1 - q_e)^N\bigr)$ with the fair value, and both with a
+# simulation.
 
 # %% tags=["hide-cell"]
 E, N = 32, 16
@@ -656,9 +727,9 @@ print(f"{skewed:.1f} instead of {expected_hits(E, 1, N):.1f}")
 # %% [markdown]
 # ### Exercise 4
 #
-# bf16 inputs and weights, but the product and the choice in
-# fp32: how many flips are left against float64 on the same rounded inputs?
-# What would it cost to route this way?
+# bf16 inputs and weights, but the product and the choice in fp32: how many
+# flips are left against float64 on the same rounded inputs? What would it
+# cost to route this way?
 
 # %% tags=["hide-cell"]
 x = torch.randn(4000, 256).bfloat16()
@@ -686,5 +757,3 @@ print("fp32: almost none, bf16: more than 1 %:", narrow > 40)
 # - transformers: `models/gpt_oss/modeling_gpt_oss.py`, `GptOssTopKRouter`.
 # - Sparse mixtures of experts: {cite}`moe2017`; one expert and the balance
 #   loss: {cite}`switch2021`.
-# - Threads: pytorch/torchtitan#2212, #2258, #2319, lablup/mlxcel#391,
-#   pytorch/pytorch#27542, #88227.

@@ -24,7 +24,7 @@
 # The experts are the model: of the 20.9 billion parameters of gpt-oss-20b,
 # 19.1 billion, 91 %, are experts. A token uses an eighth of them. The
 # shortest correct program copies each token's four experts to that token and
-# multiplies. For a prompt of 512 tokens that is a tensor of 102 GB in every
+# multiplies. For a prompt of 512 tokens these copies take 102 GB in every
 # layer, for a model whose file has 13.8 GB.
 
 # %% tags=["hide-input"]
@@ -113,9 +113,9 @@ print("correlated:", bool(torch.corrcoef(pair)[0, 1].abs() > 0.05))
 # The guess has nothing to do with the truth. The trap is not hypothetical:
 # vLLM's CPU path assumed gates first and wrote garbage until vllm#29273.
 #
-# The second naive thing is the loop over tokens and choices. It is correct,
-# and we keep it as the reference, but it fetches an expert for every one of
-# the NK pairs, where at most E fetches are needed.
+# The second naive thing is the loop over N tokens and their K choices. It is
+# correct, and we keep it as the reference, but it fetches an expert for each
+# of the NK choices, where at most E fetches are needed.
 
 # %%
 N, K = 512, small.num_experts_per_tok
@@ -129,10 +129,10 @@ print("different experts among them:", len(chosen.unique()))
 # ### What an expert computes
 #
 # The router of chapter 7 gives a token $x_n$ of D numbers K experts
-# $e_{n1}, …, e_{nK}$ and as many positive weights $w_{nk}$ with sum 1. The
-# layer answers
+# $e_{nk}$, $k = 0, …, K - 1$, and as many positive weights $w_{nk}$ with sum
+# 1. The layer answers
 #
-# $$ y_n = \sum_{k=1}^{K} w_{nk}\, f_{e_{nk}}(x_n), \qquad
+# $$ y_n = \sum_{k=0}^{K-1} w_{nk}\, f_{e_{nk}}(x_n), \qquad
 #    f_e(x) = W^\mathrm{down}_e\, a(W^\mathrm{up}_e x + b^\mathrm{up}_e)
 #             + b^\mathrm{down}_e $$ (eq-experts-sum)
 #
@@ -145,18 +145,17 @@ print("different experts among them:", len(chosen.unique()))
 #    u_i = \max(-\ell, \min(z_{2i+1}, \ell)), \quad
 #    a_i(z) = (u_i + 1)\; g_i\, \sigma(\alpha g_i) $$ (eq-experts-swiglu)
 #
-# where $\sigma$ is the logistic function. Each piece has a reason.
+# where $\sigma$ is the logistic function. What each piece does:
 #
 # *Interleaved* rows keep a gate beside its up. Cut the rows of
-# $W^\mathrm{up}_e$ anywhere at an even row and both halves are complete
-# experts of fewer units: that is how chapter 15 splits an expert over
-# devices, with slices and without a permutation.
+# $W^\mathrm{up}_e$ before any even row and both parts are complete experts
+# of fewer units (exercise 2): so chapter 15 splits an expert over devices,
+# with slices and without a permutation.
 #
-# *1.702*: $g\,\sigma(1.702 g)$ differs from the GELU by at most 0.021.
+# *1.702* makes $g\,\sigma(1.702 g)$ the GELU, to within 0.021.
 #
-# *The 1*: the ups of a fresh model are near 0. With the textbook's
-# $u\,g\,\sigma$ its units would be near 0 as well, and so would their
-# gradient; with $u + 1$ they start as plain GELU units.
+# *The 1*: at $u = 0$ a unit is this near-GELU of its gate. In the textbook's
+# $u\,g\,\sigma(g)$ it would be off there, and so would its gate's gradient.
 #
 # *The clamps* bound the unit. The factor $g\,\sigma(\alpha g)$ lies between
 # -0.164 and 7, the factor $u + 1$ between -6 and 8, so
@@ -186,20 +185,19 @@ print(f"a lower clamp of the gate changes at most {change.abs().max():.1e}")
 # ### From tokens to experts
 #
 # Nothing in {eq}`eq-experts-sum` says in which order the NK terms are added.
-# Number the pairs (n, k) as *slots* $s = nK + k$ and collect those of one
+# Number the choices (n, k) as *slots* $s = nK + k$ and collect those of one
 # expert:
 #
-# $$ y_n = \sum_{e=1}^{E} \; \sum_{s \in S_e,\ \lfloor s/K \rfloor = n}
-#    w_s\, f_e(x_n), \qquad S_e = \{ s : e_s = e \} $$ (eq-experts-swap)
+# $$ y_n = \sum_{e=0}^{E-1} \; \sum_{s \in P_e,\ \lfloor s/K \rfloor = n}
+#    w_s\, f_e(x_n), \qquad P_e = \{ s : e_s = e \} $$ (eq-experts-swap)
 #
-# The inner function now belongs to one expert and many tokens: one matrix
-# product of $|S_e|$ rows instead of $|S_e|$ products of one row. A stable
-# sort of the NK ids yields all the sets $S_e$ at once, one behind the other;
-# experts with an empty set are skipped. A token chooses an expert at most
-# once, so within one $S_e$ no token occurs twice.
+# Each $f_e$ is now called once, with the rows of all its tokens: one matrix
+# product of $|P_e|$ rows instead of $|P_e|$ products of one row. A stable
+# sort of the NK ids yields all the sets $P_e$ at once, one behind the other;
+# experts with an empty set are skipped.
 #
-# The sum over e is taken in fp32 and rounded once at the end. In bf16 this
-# matters: a bf16 accumulator rounds K times.
+# The sum is taken in fp32 and rounded once at the end. A bf16 accumulator
+# would round K times.
 
 # %% [markdown]
 # ## Code
@@ -420,26 +418,27 @@ define_operator(f"gptoss::packed_experts{_PACKED} -> Tensor",
 # An operator is opaque to autograd, so we say what its gradient is. The
 # packed weights are constants; the tokens, the router's weights and the
 # biases are not: fine-tuning adapters around frozen experts needs exactly
-# these. Differentiate {eq}`eq-experts-swiglu`, with
-# $s = \sigma(\alpha g)$:
+# these. Differentiate {eq}`eq-experts-swiglu`, with $\sigma$ short for
+# $\sigma(\alpha g_i)$:
 #
-# $$ \frac{\partial a}{\partial z_{2i}} = (u+1)\,
-#    \bigl(s + \alpha g\, s (1 - s)\bigr)\,[z_{2i} \le \ell], \qquad
-#    \frac{\partial a}{\partial z_{2i+1}} = g\, s\,
+# $$ \frac{\partial a_i}{\partial z_{2i}} = (u_i + 1)
+#    \bigl(\sigma + \alpha g_i \sigma (1 - \sigma)\bigr)
+#    [z_{2i} \le \ell], \qquad
+#    \frac{\partial a_i}{\partial z_{2i+1}} = g_i \sigma
 #    [\,|z_{2i+1}| \le \ell\,] $$ (eq-experts-gradient)
 #
-# where the bracket is 1 if the condition holds and 0 if not: a clamped unit
-# learns nothing.
+# where the bracket is 1 if the condition holds and 0 if not: nothing flows
+# back through a clamp that is at work.
 
 # %% tags=["export"]
 def swiglu_backward(gate_up: Tensor, grad: Tensor, limit: float) -> Tensor:
     """Gradient of `clamped_swiglu` at gate_up (…, 2F) for grad (…, F)."""
     gate, up = gate_up[..., ::2], gate_up[..., 1::2]
-    z, u = gate.clamp(max=limit), up.clamp(-limit, limit)
-    s = torch.sigmoid(ALPHA * z)
-    slope = s + ALPHA * z * s * (1 - s)  # of z * sigmoid(ALPHA * z)
+    g, u = gate.clamp(max=limit), up.clamp(-limit, limit)
+    s = torch.sigmoid(ALPHA * g)
+    slope = s + ALPHA * g * s * (1 - s)  # of g * sigmoid(ALPHA * g)
     d_gate = grad * (u + 1) * slope * (gate <= limit)
-    d_up = grad * z * s * (up.abs() <= limit)
+    d_up = grad * g * s * (up.abs() <= limit)
     return torch.stack([d_gate, d_up], dim=-1).flatten(-2)
 
 # %%
@@ -450,9 +449,21 @@ assert torch.allclose(swiglu_backward(z.detach(), ones, 7.0), wanted)
 print("entries without gradient:", int((wanted == 0).sum()), "of", z.numel())
 
 # %% [markdown]
-# The rest is the chain rule for two matrix products, again with one decoded
-# expert in memory at a time. Storing what the forward decoded would be
-# faster and would keep 1.59 GB a layer alive until the backward pass.
+# The rest is the chain rule. Write $\bar v$ for the gradient of the loss by
+# $v$. A choice (n, k) of expert e gives
+#
+# $$ \bar w_{nk} = \bar y_n \cdot f_e(x_n), \qquad
+#    \bar z_{2i}, \bar z_{2i+1} = \bar a_i
+#    \Bigl(\frac{\partial a_i}{\partial z_{2i}},
+#    \frac{\partial a_i}{\partial z_{2i+1}}\Bigr), \qquad
+#    \bar a = (W^\mathrm{down}_e)^\top (w_{nk} \bar y_n)
+# $$ (eq-experts-chain)
+#
+# and adds $(W^\mathrm{up}_e)^\top \bar z$ to $\bar x_n$, $\bar z$ to the
+# gradient of $b^\mathrm{up}_e$ and $w_{nk} \bar y_n$ to that of
+# $b^\mathrm{down}_e$. Again one decoded expert is in memory at a time: to keep
+# what the forward decoded would be faster, and hold up to 1.59 GB a layer
+# until the backward pass.
 
 # %% tags=["export"]
 def packed_backward(grad: Tensor, x: Tensor, ids: Tensor, weights: Tensor,
@@ -536,9 +547,10 @@ print("gradients agree:", torch.allclose(got, wanted, atol=1e-4))
 # %% [markdown]
 # ### The module
 #
-# Names and shapes are those of the released files: packed, four tensors of
-# bytes; dense, two matrices an expert, [E, out, in]. Fresh dense weights are
-# drawn from N(0, 0.02²), packed ones are zero until a file fills them.
+# Packed, it holds what the released files hold, names and shapes included:
+# four tensors of bytes and two biases. Dense, two tensors [E, out, in] take
+# the place of the four, drawn from N(0, 0.02²); packed ones are zero until a
+# file fills them.
 
 # %% tags=["export"]
 class Experts(nn.Module):
@@ -559,7 +571,9 @@ class Experts(nn.Module):
 
     def _make_dense(self, name, E, rows, columns, dtype, device) -> None:
         weight = torch.empty(E, rows, columns, dtype=dtype, device=device)
-        setattr(self, name, nn.Parameter(nn.init.normal_(weight, std=0.02)))
+        if not weight.is_meta:  # there is nothing to draw there
+            nn.init.normal_(weight, std=0.02)
+        setattr(self, name, nn.Parameter(weight))
 
     def _make_packed(self, name, E, rows, columns, dtype, device) -> None:
         if columns % BLOCK:
@@ -597,8 +611,8 @@ assert layer(x, ids, weights).shape == x.shape
 # %% [markdown]
 # ## It holds
 #
-# The four forms agree for every small N, E and K, no token and one token
-# included; `tests/test_experts.py` draws D and F as well.
+# The four forms agree for E up to 6, every K, and 0, 1, 2 and 5 tokens;
+# `tests/test_experts.py` draws D and F as well.
 
 # %%
 cases = 0
@@ -688,12 +702,13 @@ for name, theirs in (("transformers", hf_experts(*case)),
     assert gap < 1e-5
 
 # %% [markdown]
-# In bf16 no two of them agree to the bit, and comparing them with each other
-# decides nothing. Compare each with float64 on the same bf16 inputs: root
-# mean square error, median of 20 draws, in units of what the single last
-# rounding to bf16 costs by itself. Transformers adds the K results one by one
-# into a bf16 accumulator, OpenAI rounds between the products and the biases:
-# 2.4 for ours, 2.7 for OpenAI, 3.1 for transformers.
+# In bf16 each rounds in other places, and comparing them with each other
+# decides nothing. Compare each with float64 on the same bf16 inputs (root
+# mean square error, median of 20 draws), in units of what rounding the exact
+# answer to bf16 costs. All three round $z$, the steps of the activation and
+# $f_e(x)$; ours rounds nothing else: 2.4. OpenAI's formula rounds between
+# products and biases, too: 2.7. So does transformers, and it adds the K
+# results into a bf16 accumulator: 3.1.
 
 # %%
 errors = []
@@ -711,8 +726,8 @@ assert least < ours < openai < hf
 assert 2 < ours / least < 2.6 < openai / least < 2.9 < hf / least < 3.4
 
 # %% [markdown]
-# Known to be wrong, or to have been, elsewhere: gates first instead of
-# interleaved (vllm#29273, "gpt-oss generates garbage"); a missing
+# Known to have been wrong elsewhere: gates first instead of interleaved
+# (vllm#29273, above); in onnxruntime's WebGPU kernel, a missing
 # `swiglu_limit` read as 0, which clamps everything to nothing
 # (onnxruntime#27220, fixed in #27221).
 #
@@ -731,26 +746,16 @@ for name, config in (("20b", small), ("120b", large)):
 assert part == 3 * 2880 * 2880 * 17 // 32 + 2 * (2 * 2880 + 2880)
 
 # %% [markdown]
-# How many of them does a batch of N tokens hit? If each token chose its 4
-# uniformly, $E\,(1 - (1 - K/E)^N)$ on average. The picture shows the two
-# regimes: one token reads an eighth (or a thirty-second) of the layer, and
-# from about 64 (or 256) tokens on there is hardly an expert left to skip.
+# How many of them must be decoded for N tokens was found in chapter 7
+# ({eq}`routing-load`): one token needs 4, and from 2E tokens on hardly any
+# can be skipped.
 
-# %% tags=["hide-input"]
-# Figure: the share of experts hit over the tokens in the batch. It starts at
-# an eighth for the 20b and a thirty-second for the 120b and reaches nearly
-# all at about 64 and 256 tokens.
-tokens = torch.logspace(0, 3, 60)
-figure, axes = plt.subplots(figsize=(7, 2.6))
-for name, config, style in (("20b, E = 32", small, "-"),
-                            ("120b, E = 128", large, "--")):
-    E = config.num_local_experts
-    axes.plot(tokens, 100 * (1 - (1 - 4 / E) ** tokens), style, label=name)
-axes.set(xscale="log", xlabel="tokens in the batch, N",
-         ylabel="experts hit (%)", title="Experts that must be read",
-         ylim=(0, 104))
-axes.legend(loc="lower right")
-plt.show()
+# %%
+from gptoss.routing import expected_hits
+
+for E in (32, 128):
+    print(f"E = {E:3}:", *(f"{N} tokens hit {expected_hits(E, 4, N):.1f}"
+                           for N in (1, 8, 2 * E)), sep="  ")
 
 # %% [markdown]
 # ## Cost
@@ -762,8 +767,8 @@ plt.show()
 #    \text{bytes} = \min(NK, E)\,\bigl(3FD \cdot \tfrac{17}{32}
 #    + 2(2F + D)\bigr) $$ (eq-experts-cost)
 #
-# (the bytes for packed weights and bf16 biases, an upper bound once experts
-# repeat). Torch counts the same, however the tokens are distributed.
+# (17/32 bytes a packed weight, 2 a bias; an upper bound, since choices
+# repeat). Torch counts the same FLOPs, however the tokens are distributed.
 
 # %%
 from torch.utils.flop_counter import FlopCounterMode
@@ -787,8 +792,8 @@ print(f"one token reads {token:,} bytes of experts a layer for "
 # ## Takeaways
 #
 # - An expert is two matrices with biases around
-#   $(u+1)\,g\,\sigma(1.702\,g)$; gate and up alternate in the rows; the gate
-#   is clamped from above only.
+#   $(u+1)\,g\,\sigma(1.702\,g)$; gate and up alternate in the rows; up is
+#   clamped to ±7, the gate from above only.
 # - Sorting the NK choices by expert turns NK matrix-vector products into at
 #   most E matrix products, without copying a weight.
 # - Packed experts are decoded one at a time and only if hit; the K results
@@ -818,26 +823,30 @@ for e in range(2):
 # %% [markdown]
 # ### Exercise 2
 #
-# Check the average number of experts hit,
-# $E\,(1 - (1 - K/E)^N)$, by drawing; and say what it means for decoding one
-# token of each of 32 conversations on the 20b.
+# Cut an expert into two of fewer units whose outputs add up to
+# its own. Which of its four tensors is not to be cut, and what becomes of
+# it? Where may a *packed* expert be cut?
 
 # %% tags=["hide-cell"]
-E, K, N = 32, 4, 32
-hit = [len(torch.rand(N, E).topk(K).indices.unique()) for _ in range(300)]
-expected = E * (1 - (1 - K / E) ** N)
-assert abs(sum(hit) / 300 - expected) < 0.2
-# 31.6 of 32: a step for 32 conversations reads 8 times the experts of a step
-# for one, and so costs a quarter a conversation
-assert round(expected, 1) == 31.6
+x, up, up_bias, down, down_bias = (torch.randn(*shape) for shape in (
+    (3, 64), (64, 64), (64,), (64, 32), (64,)))
+cut = 10  # units in the first part: rows 0 to 19 of up, columns 0 to 9 of down
+parts = (one_expert(x, up[:2 * cut], up_bias[:2 * cut],
+                    down[:, :cut], down_bias)
+         + one_expert(x, up[2 * cut:], up_bias[2 * cut:],
+                      down[:, cut:], 0 * down_bias))
+assert torch.allclose(parts, one_expert(x, up, up_bias, down, down_bias),
+                      rtol=1e-4, atol=1e-3)
+# the bias of down has no units: one part keeps it, or it is added twice.
+# Packed, the columns of down come in blocks of 32: cut at multiples of 32
 
 # %% [markdown]
 # ### Exercise 3
 #
 # In fp16 the largest number is 65504. Use
 # {eq}`eq-experts-range` to say how large the entries of `down_proj` may be
-# in the worst case before one expert's output can overflow (F = 2880), and
-# compare with the clamps left out.
+# in the worst case before one expert's output, without its bias, can
+# overflow (F = 2880), and compare with the clamps left out.
 
 # %% tags=["hide-cell"]
 worst = 65504 / (2880 * 56)

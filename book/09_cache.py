@@ -60,6 +60,9 @@ print(f"replay: {sliding * (small.sliding_window - 1)} tokens")
 # and the white area under the line is memory reserved but not yet used.
 
 # %% tags=["hide-input"]
+# Figure: the position held by each slot over the tokens taken in. Left, a ring
+# of 8 slots: each is overwritten every 8 tokens. Right, a tape: each slot
+# keeps its first position, and the capacity doubles when it is full.
 R, steps = 8, 40
 time = torch.arange(1, steps + 1)[None, :]
 slot = torch.arange(R)[:, None]
@@ -118,8 +121,9 @@ for name, out in (("triangle", wrong), ("by position", honest)):
 
 # %% [markdown]
 # A mask made of true positions stops the look into the future and nothing
-# else: queries 0 to 8 still miss keys. Below, what each query may see of the
-# ten keys, and what it finds of them in the ring.
+# else: queries 0 to 8 still miss keys. Below, a row a query: left, which of
+# the ten keys it may see; right, which of the ring's four slots, now holding
+# positions 8, 9, 6 and 7, it may look at. Only query 9 finds all of its keys.
 
 # %%
 found = visible(where, ring_at, W)
@@ -143,11 +147,11 @@ for full, part in zip(picture(truth[0]).split(), picture(found[0]).split(),
 #
 # ### Reading before or after writing
 #
-# A ring of $R = W + s$ slots has position p in slot $p \bmod R$. Let a chunk
-# hold positions $p, …, p + T - 1$. Writing it overwrites positions up to
-# $p + T - 1 - R$. The first query still needs $p - W + 1$. So the ring may be
-# written first and then read, in place, exactly if
-# $p + T - 1 - R < p - W + 1$, that is
+# A ring of $R = W + s$ slots has position p in slot $p \bmod R$. After $t$
+# tokens a chunk brings positions $t, …, t + T - 1$. Writing it overwrites
+# positions up to $t + T - 1 - R$; its first query still needs $t - W + 1$. So
+# the ring may be written first and then read, in place, exactly if
+# $t + T - 1 - R < t - W + 1$, that is
 #
 # $$ T \le s + 1 . $$ (eq-cache-inplace)
 #
@@ -164,41 +168,40 @@ for full, part in zip(picture(truth[0]).split(), picture(found[0]).split(),
 #
 # $$ t - \ell \le s + 1 . $$ (eq-cache-slack)
 #
-# The same number twice: a ring with slack s can verify $s + 1$ speculated
-# tokens in place and take all of them back.
+# The same number twice: with slack s a forward of $s + 1$ tokens, say guesses
+# of a smaller model (exercise 3), runs in place, and all can be taken back.
 #
 # ### Taking back more: replay
 #
-# Beyond the slack the rings are useless; the tapes are not, since a full
+# Beyond the slack the rings have lost keys. The tapes have not: a full
 # layer's keys of positions below $\ell$ are still there and still right.
 # Clear the rings and feed positions $r, …, \ell - 1$ again. From where on is
 # what the layers compute right?
 #
 # Number the sliding layers $j = 0, …, n-1$ from below and let layer j's
-# input be right from position $c_j$ on. Its keys, too, are then right from
-# $c_j$ on. Its output at p mixes values of $p - W + 1, …, p$ and is right
-# from $c_j + W - 1$ on. A full layer adds no error: its query at p is right
-# whenever its input is, and the keys it looks at are those on the tape.
-# Embeddings know nothing of the past, so $c_0 = r$ and
+# input, and so its keys, be right from position $c_j$ on. Its output at p
+# mixes values of $p - W + 1, …, p$ and is right from $c_j + W - 1$ on. A full
+# layer delays nothing: where its input is right its query is, and the keys
+# it looks at are those on the tape. Nor do norms and experts, which see one
+# token at a time. Embeddings know nothing of the past, so $c_0 = r$ and
 #
 # $$ c_{j+1} = c_j + (W - 1) \quad\Rightarrow\quad
 #    c_j = r + j\,(W - 1) . $$ (eq-cache-front)
 #
 # A replayed token must therefore **not** be written to a tape that already
-# holds its position: for $p < c_j$ the new key is wrong and the old one
-# right. The next query, at $\ell$, needs all rings right from
-# $\ell - W + 1$ on. The last one, $j = n - 1$, is the hardest:
+# holds its position: where the layer's input is not right yet, the new key is
+# wrong and the old one right. The next query, at $\ell$, needs all rings
+# right from $\ell - W + 1$ on. The last one, $j = n - 1$, is the hardest:
 # $r + (n-1)(W-1) \le \ell - W + 1$, or
 #
 # $$ r = \max\bigl(0,\; \ell - n\,(W - 1)\bigr) . $$ (eq-cache-replay)
 #
-# If the maximum is 0 nothing is missing anyway. From $\ell$ on outputs are
-# exact; those of the replayed tokens, $\ell - 1$ included, are not: to draw
-# the token at $\ell$ anew, roll back to $\ell - 1$ and feed that token. The
-# price does not depend on the length of the conversation. In the picture (n
-# = 3, W = 4, $\ell$ = 20, so r = 11) the wrong keys form a staircase from
-# below that ends just where the framed keys, those the next query needs,
-# begin.
+# From r = 0 everything is computed anew, and right. Otherwise outputs are
+# exact from $\ell$ on; those of the replayed tokens, $\ell - 1$ included, are
+# not: to draw the token at $\ell$ anew, roll back to $\ell - 1$ and feed the
+# token at $\ell - 1$ after the replay. In the picture (n = 3, W = 4,
+# $\ell$ = 20, so r = 11) the wrong keys form a staircase from below that ends
+# just where the framed keys, those the next query needs, begin.
 
 # %% tags=["hide-input"]
 # Figure: six layers by position after the replay of nine tokens. Tapes keep
@@ -322,8 +325,8 @@ for case, limit in ((chunk + 1, 9), (chunk, 3)):
 # ### One plan for all layers
 #
 # Which column of the chunk goes into which slot is the same for all rings
-# and the same for all tapes. So it is computed once, with one look at the
-# device, and every layer only copies.
+# and the same for all tapes. So it is computed once, and every layer only
+# copies.
 
 # %% tags=["export"]
 @dataclass
@@ -753,9 +756,9 @@ def same(a, b):
     return bool((a - b).abs().max() < 1e-10)
 
 # %% [markdown]
-# Every split into a prefill and a decode of one token at a time, 81 splits of
-# 80 tokens (the tests do 300 tokens and windows of 16 and 128), and chunks of
-# 1 to 34 tokens with three slacks.
+# Every split of 80 tokens into a prefill and up to 12 single tokens after it
+# (the tests do 300 tokens and windows of 16 and 128), and chunks of 1 to 34
+# tokens with three slacks.
 
 # %%
 for split in range(81):
@@ -853,9 +856,9 @@ for T in (5, 1, 1, 20, 1, 9):
 print(f"{first} tokens, 4 layers: the same keys")
 
 # %% [markdown]
-# Going back is where they part. transformers can take back what a forward
-# brought if recording was switched on before that forward (added in
-# transformers#47447, mended in #48280), and cannot take back more.
+# Going back is where they part. transformers can take back what it was fed
+# since recording was switched on (`activate_past_recording`, added in
+# transformers#47447, mended in #48280) or since the last `crop`, and no more.
 
 # %%
 try:
@@ -865,10 +868,10 @@ except RuntimeError as error:
 print("ours: feed again from", ours.rollback(first - 20))
 
 # %% [markdown]
-# OpenAI's torch code has no cache. Known elsewhere: a prefill longer than the
-# ring that sees the future (litgpt#2182); chunks longer than the ring can
-# serve, whose first queries lose the keys before the chunk
-# (executorch#20346, where the rule is {eq}`eq-cache-inplace` with s = W).
+# OpenAI's torch code has no cache. Known elsewhere, besides litgpt#2182 above:
+# chunks longer than the ring can serve, whose first queries lose the keys
+# before the chunk (executorch#20346: a ring of 2W slots, so
+# {eq}`eq-cache-inplace` with s = W, and chunks of 2W tokens).
 #
 # ## In the 20b and the 120b
 #
@@ -919,9 +922,9 @@ assert read == cache.nbytes
 print(f"{flops:,} FLOPs, {read:,} bytes")
 
 # %% [markdown]
-# A replay costs $n(W-1)$ tokens once, 1524 for the 20b, whatever the length
-# of the chat; without it, taking back the last answer of a conversation of
-# 100,000 tokens costs 100,000.
+# A replay costs $n(W-1)$ tokens, 1524 for the 20b, whatever the length of the
+# chat; without it, taking back the last answer in one of 100,000 tokens costs
+# nearly 100,000.
 #
 # ## Takeaways
 #

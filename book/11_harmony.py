@@ -24,16 +24,20 @@
 # messages again, also when the model gets the form wrong?
 #
 # Both halves fail in practice. The control token that ends a message is
-# written `<|end|>`; the library that reads the released tokenizer.json turns
-# a user's seven characters into that token unless told otherwise. And the
-# model errs: a log of llama.cpp with gpt-oss-20b counts 9 of 850 turns whose
-# first header was garbled (ggml-org/llama.cpp#27720), and each lost the whole
-# turn to a parser that expected none.
+# written `<|end|>`; Hugging Face's `tokenizers`, the library that reads the
+# released tokenizer.json, turns a user's seven characters into that token
+# unless told otherwise. And the model errs: a log of llama.cpp with
+# gpt-oss-20b counts 9 of 850 turns whose first header was garbled
+# (ggml-org/llama.cpp#27720). The parser expected none, and each time the
+# whole turn was lost.
 
 # %% [markdown]
 # ## Picture
 
 # %% tags=["hide-input"]
+# Figure: a sentence in three rows of boxes: characters, bytes, tokens. The é
+# is one character and two bytes; a frequent word with the space before it is
+# one token.
 import hashlib
 from importlib.resources import files
 
@@ -66,11 +70,14 @@ plt.show()
 
 # %% [markdown]
 # One sentence as characters, as UTF-8 bytes (hexadecimal) and as the ids of
-# the shipped tokenizer. The é is two bytes, which need not share a token
-# with each other or with anything that makes a character. Frequent words,
-# with the space before them, are one token.
+# the shipped tokenizer. A token is a run of bytes, not of characters: the é
+# is two bytes, and a token may end between them. Frequent words, with the
+# space before them, are one token.
 
 # %% tags=["hide-input"]
+# Figure: seven messages as rows of boxes, coloured by who wrote them:
+# provider, application, user, model, tool. Dark boxes are control tokens;
+# between start and message stands the header.
 WRITTEN = [  # one row a message: (control tokens and text), who writes it
     (("<|start|>", "system", "<|message|>", "You are ... Reasoning: low ...",
       "<|end|>"), "provider"),
@@ -168,36 +175,40 @@ print("channel:", header.removeprefix("<|channel|>"))
 # and U+0100, U+0101, … for the other 68. So a space is spelt Ġ (U+0120).
 #
 # **Merges.** Let $\rho$ be the rank of a token: its id. A piece of text
-# starts as its bytes $s_1 \dots s_n$ and is merged {cite}`bpe2016` at
+# starts as a row of parts $p_1 \dots p_n$, its single bytes. Two neighbours
+# whose union is a token may be joined, and byte-pair encoding
+# {cite}`bpe2016` joins again and again those of the lowest rank, the leftmost
+# of equals,
 #
-# $$ i^\ast = \min \operatorname{argmin}_i \rho(s_i s_{i+1}) $$ (harmony-merge)
+# $$ i^\ast = \min \operatorname{argmin}_i \rho(p_i p_{i+1}) ,
+#    $$ (harmony-merge)
 #
-# over the neighbours whose union is a token, until none is left. A piece
-# that is a token as a whole is taken as it is. Merges never cross the cuts
-# that a regular expression makes first: they separate words, runs of up to
-# three digits, punctuation and line ends.
+# until no union is a token. A piece that is a token as a whole is taken as
+# it is. Merges never cross the cuts that a regular expression makes first:
+# they separate words, runs of up to three digits, punctuation and line ends.
 #
 # **The file lists merges, not ranks.** OpenAI publishes $\rho$ alone; the
-# library wants pairs $(l, r)$ in order of precedence. The released file
-# holds every way of splitting a token into two tokens,
+# library wants pairs $(u, v)$ in order of precedence. The released file
+# holds every way of splitting a token of the vocabulary $\mathcal{V}$ into
+# two tokens,
 #
-# $$ M = \{(l, r) : l, r, lr \in V\} \quad\text{ordered by}\quad
-#    \big(\rho(lr),\, \rho(l),\, \rho(r)\big), $$ (harmony-merges)
+# $$ \{(u, v) : u, v, uv \in \mathcal{V}\} \quad\text{ordered by}\quad
+#    \big(\rho(uv),\, \rho(u),\, \rho(v)\big), $$ (harmony-merges)
 #
-# so the first merge that applies has the smallest $\rho(lr)$, as in
-# {eq}`harmony-merge`. Whether the tie rules agree too (leftmost there, order
-# of $M$ here) is not obvious, and is tested below.
+# so the first merge that applies has the smallest $\rho(uv)$, as in
+# {eq}`harmony-merge`. Whether ties end alike too (the leftmost there, here
+# first the order of the pairs) is not obvious, and is tested below.
 #
-# **Control tokens.** Ids below $R = |V|$ stand for bytes; ids from $R$ on are
-# control tokens. If the encoder is a function
+# **Control tokens.** Ids below $R = |\mathcal{V}|$ stand for bytes; ids from
+# $R$ on are control tokens. If the encoder is a function
 #
 # $$ \operatorname{encode} : \text{text} \to
 #    \{0, \dots, R-1\}^\ast $$ (harmony-safe)
 #
-# then no text whatever can contain a control token. That is a property of
-# the codomain: it needs no list of strings to search for or to escape. It is
-# had by building the encoder from a file without control tokens, and keeping
-# those in a table on the side.
+# then no text whatever gives a control token. That is a property of the
+# codomain: there is no list of strings to search for or to escape. The
+# encoder is built from the file without its control tokens; those are kept
+# in a table on the side.
 #
 # **A message** is, with brackets around what may be absent,
 #
@@ -210,8 +221,8 @@ print("channel:", header.removeprefix("<|channel|>"))
 #
 # with an author $a$, a recipient $r$, a channel $c$, the format $f$ and the
 # content $x$, all of them text and so all of them through
-# {eq}`harmony-safe`, and a stop token $s$. Only the program writes the rest,
-# by id. Who uses what:
+# {eq}`harmony-safe`, and a stop token $s$. The rest of a prompt is written
+# by the program, by id. Who uses what:
 #
 # | author | content | channel | recipient | stop |
 # |---|---|---|---|---|
@@ -233,24 +244,27 @@ print("channel:", header.removeprefix("<|channel|>"))
 # **Old reasoning is dropped.** OpenAI's documentation asks to leave out the
 # reasoning of turns that ended in an answer, and to keep that of the turn in
 # progress, across its tool calls. A turn begins at a user's message, so with
-# $u$ the index of the last one, message $i$ is shown unless
+# $j$ the index of the last one, message $i$ is shown unless
 #
-# $$ c_i = \text{analysis} \quad\text{and}\quad i < u.
+# $$ c_i = \text{analysis} \quad\text{and}\quad i < j.
 #    $$ (harmony-drop)
 #
-# This is the rule "turns". openai-harmony has another: if the assistant's
+# This is the rule "turns"; openai-harmony has another. If the assistant's
 # last message is on the final channel, it drops the reasoning before the
 # *first* final message of the conversation, else nothing. The two agree when
 # a second turn starts. In the third, the second's reasoning stays; and when
 # the second calls a tool, the first's reasoning comes back, since the
 # assistant's last message is now the call. A cache notices: under
-# {eq}`harmony-drop` a turn only ever appends to its prompt, and state is
-# rolled back once a turn (chapter 9), at the user's message.
+# {eq}`harmony-drop` a turn only appends to its prompt, and the cache is
+# rolled back (chapter 9) once a turn, when the user has spoken.
 #
-# **Reading is an automaton** over single tokens with three states. Text is
-# the same in all of them; a control token moves along the arrows below.
+# **Reading is an automaton** over single tokens with three states. Text
+# leaves the state as it is; a control token moves along the arrows below.
 
 # %% tags=["hide-input"]
+# Figure: three states: between, header, content. Solid arrows, the expected
+# way: start, message, then end, return or call. Dashed arrows: the same tokens
+# in the wrong state, each leading to a state too.
 fig, ax = plt.subplots(figsize=(7, 3.0))
 PLACES = {"between": (0, 0), "header": (4, 0), "content": (8, 0)}
 for name, (x, y) in PLACES.items():
@@ -279,10 +293,10 @@ plt.show()
 # %% [markdown]
 # Solid: the form {eq}`harmony-message`. Dashed: what a model does instead.
 # Each dashed arrow is reported and leads to a state from which the next
-# header is read as usual. A `<|start|>` within a header begins it anew; any
-# other control token is reported and skipped.
-# As every token has a place to go from every state, there is nothing to
-# raise.
+# header is read as usual. Not drawn: `<|channel|>` and `<|constrain|>` are
+# part of a header, a `<|start|>` within one begins it anew, and any other
+# control token is reported and skipped. So every token has an answer in
+# every state, and there is nothing to raise.
 
 # %% [markdown]
 # ## Code
@@ -423,8 +437,8 @@ print([piece for piece, _ in cut.pre_tokenize_str(
     "Don't pay 12345 <|end|>\n\n  now")])
 
 # %% [markdown]
-# A control token's name is cut into three pieces, so that nothing longer
-# than `<|` can come of it.
+# The name of a control token is cut around its word, so no token of a text
+# can hold the whole of it.
 #
 # ### Writing tokenizer.json
 
@@ -799,10 +813,10 @@ def _union(variants: list, indent: str, about: str | None = None,
 # %% tags=["export"]
 def _property(name: str, schema: object, indent: str) -> list[str]:
     """The lines of one property: comments, name, type."""
+    if not isinstance(schema, Mapping):
+        schema = {}
     title, about = (_get(schema, key, str) for key in ("title", "description"))
-    union = _get(schema, "oneOf", list)
-    alone = union is None and "oneOf" not in (
-        schema if isinstance(schema, Mapping) else ())
+    union, alone = _get(schema, "oneOf", list), "oneOf" not in schema
     notes = [] if title is None else [f" {title}", ""]
     notes += [f" {about}"] * (alone and about is not None)
     if examples := _get(schema, "examples", list):
@@ -979,25 +993,21 @@ print(system_message("low", date="2026-11-24", functions=True).content)
 # ### A conversation
 
 # %% tags=["export"]
-def _last(messages: list[Message], role: str) -> int:
-    """Index of the last message of `role`, -1 if there is none."""
-    return max((n for n, message in enumerate(messages)
-                if message.role == role), default=-1)
-
-
 def _forgotten(messages: list[Message], drop: str) -> int:
     """Reasoning before this index is dropped."""
     if drop == "none":
         return 0
     if drop == "turns":
-        return max(0, _last(messages, "user"))
+        return max((n for n, message in enumerate(messages)
+                    if message.role == "user"), default=0)
     if drop != "official":
         raise HarmonyError(f"drop: expected 'official', 'turns' or 'none', "
                            f"found {drop!r}")
-    channels = [message.channel for message in messages]
-    last = _last(messages, "assistant")
-    answered = last >= 0 and channels[last] == "final"
-    return channels.index("final") if answered else 0
+    said = [message.channel for message in messages
+            if message.role == "assistant"]
+    if said[-1:] != ["final"]:
+        return 0
+    return [message.channel for message in messages].index("final")
 
 
 # %% tags=["export"]
@@ -1020,6 +1030,7 @@ def render(tokenizer: Tokenizer, messages: Iterable[Message],
     return ids + begin if reply else ids
 
 
+# %% tags=["export"]
 def render_training(tokenizer: Tokenizer, messages: Iterable[Message],
                     drop: str = "official") -> list[int]:
     """As render(reply=False), but a final message at the end ends in
@@ -1040,15 +1051,16 @@ talk = turn * 3
 for drop in ("official", "turns"):
     kept = [tokenizer.decode(render(tokenizer, talk[:n], drop=drop)
                              ).count("<|channel|>analysis")
-            for n in range(1, len(talk)) if talk[n].role == "assistant"]
+            for n in range(1, len(talk)) if talk[n - 1].role != "assistant"]
     print(f"{drop:8}", kept)
 
 # %% [markdown]
-# Three turns of the same form, and before each message of the assistant the
-# number of reasoning messages that it is shown. Under {eq}`harmony-drop`
-# every turn is like the first. Under the official rule the first turn's
-# reasoning is gone when the second begins, is back as soon as the second
-# has called its tool, and the second's stays for good.
+# Three turns of the same form, each with two prompts: after the question and
+# after the tool's result. The numbers say how many messages of reasoning
+# each prompt shows. Under {eq}`harmony-drop` every turn is like the first.
+# Under the official rule the first turn's two are gone when the second
+# begins, are back when it has called its tool, and the second's own two stay
+# for good.
 
 # %% [markdown]
 # ### What a parser reports
@@ -1202,9 +1214,8 @@ print(wrong)
 
 # %% [markdown]
 # A header that a stop token ends instead of `<|message|>` may still hold an
-# answer: refusals are written as bare text (openai/harmony#80), and
-# `<|message|>` is forgotten behind the channel (ai-dynamo/frontend-crates
-# #237).
+# answer: refusals are written as bare text (openai/harmony#80), and behind
+# the channel `<|message|>` is forgotten (ai-dynamo/frontend-crates#237).
 
 # %% tags=["export"]
 def _rescue(pieces: _Pieces) -> Message | None:
@@ -1448,9 +1459,9 @@ print(f"{len(text):,} characters, each of them and in a row: unchanged")
 
 # %% [markdown]
 # The library's merges by {eq}`harmony-merges` against
-# {eq}`harmony-merge`: all strings of up to 8 letters over two letters,
-# under 40 random vocabularies. Two letters make ties and overlaps as
-# frequent as they can be.
+# {eq}`harmony-merge`: all strings of up to eight letters a and b, under 40
+# random vocabularies. Two letters make ties and overlaps as frequent as they
+# can be.
 
 # %%
 import itertools
@@ -1491,10 +1502,9 @@ print(controls)
 assert controls == ["<|start|>", "<|channel|>", "<|message|>", "<|end|>"]
 
 # %% [markdown]
-# The parser on 3000 random runs of control tokens, header words, halves of
-# characters and ids that do not exist: it raises nothing; every message that
-# is opened is done; the deltas of a message make its content, and only half
-# a character becomes U+FFFD.
+# The parser on 3,000 random runs of control tokens, header words, halves of
+# characters and ids that do not exist: it raises nothing, every message that
+# is opened is done, and the deltas of a message make its content.
 
 # %%
 pool = [*map(tokenizer.special.get, ("<|start|>", "<|message|>", "<|end|>",
@@ -1631,8 +1641,8 @@ for thread, text in REPORTED:
     events = [*itertools.chain(*map(parser.feed, ids)), *parser.close()]
     print(f"{thread}\n  official:  {found}\n  ours:     ", "\n             "
           .join(map(brief, parser.messages)))
-    print("  reported: ", *(event.reason for event in events
-                            if isinstance(event, Malformed)))
+    print("  reported: ", "\n             ".join(
+        event.reason for event in events if isinstance(event, Malformed)))
 
 # %% [markdown]
 # An error ends a request: the official parser has no way on after one. The
@@ -1650,36 +1660,39 @@ print(f"{len(cases)} replies: the official parser raises on {raised}, agrees "
       f"on {same}, finds other messages in {len(cases) - raised - same}")
 
 # %% [markdown]
-# Where the official parser succeeds, ours finds the same messages, except
-# where it is wrong: it takes control tokens in a content or a name for text,
-# and text that spells one in a header for the token; a word without `to=`
-# for a recipient, so that `<|channel|>final <|constrain|>json`, which its own
-# renderer writes, comes back as a call; a name behind a role, as in
-# `user:ada`, for a tool's; a channel without `<|channel|>` for a tool or a
-# content type. Beyond ASCII the two split words at different white space,
-# and ids that no vocabulary has make it lose the rest. On random tokens the
-# tests find no other difference. `parse` is stricter than the official
-# parser: it raises on all that `StreamParser` reports, a channel missing or
-# unknown among it.
+# Where the official parser raises nothing, ours finds the same messages but
+# for a few kinds of error, and on random tokens the tests find no other. The
+# official parser takes
+#
+# - control tokens in a content or a name for text, and text that spells one
+#   in a header for the token;
+# - a word without `to=` for a recipient: `<|channel|>final
+#   <|constrain|>json`, which its own renderer writes, comes back as a call;
+# - a name behind a role, as in `user:ada`, for a tool's;
+# - a channel without `<|channel|>` for a tool or a content type.
+#
+# It loses what follows an id that no vocabulary has, and beyond ASCII it
+# splits words at other white space. `parse` is stricter: it raises on all
+# that `StreamParser` reports, a channel missing or unknown among it.
 
 # %% [markdown]
 # ## In the 20b and the 120b
 #
 # Both use one vocabulary, o200k_harmony, of 199,998 ranks and 21 control
-# tokens.
+# tokens. `<|end|>` is one token if the program writes it, and five if it is
+# typed:
 
 # %%
 merges = json.loads(released)["model"]["merges"]
 print(f"{len(o200k):,} ranks, {len(merges):,} merges, "
       f"{len(released.encode()):,} bytes")
-print(real.special["<|end|>"], real.encode("<|end|>"))
-print([real.decode([n]) for n in real.encode("<|end|>")])
-print([(n, real.decode([n])) for n in (200_012, 201_087)])
+typed = real.encode("<|end|>")
+print(real.special["<|end|>"], typed, [real.decode([n]) for n in typed])
 
 # %% [markdown]
-# The embedding has 201,088 rows. What is neither text nor named in the file
-# pads the number to a multiple of 128 and has rows in both the embedding and
-# `lm_head`.
+# The embedding has 201,088 rows, a multiple of 128. Those that belong to no
+# token of the file are stored twice, in the embedding and in `lm_head`, and
+# are read as reserved control tokens:
 
 # %%
 config = GptOssConfig()
@@ -1687,6 +1700,7 @@ unused = config.vocab_size - RANKS - len(real.special)
 megabytes = unused * config.hidden_size * 2 * 2 / 1e6
 assert config.vocab_size % 128 == 0
 print(f"{unused:,} rows that no token uses: {megabytes:.1f} MB of bf16")
+print([(n, real.decode([n])) for n in (200_012, 201_087)])
 
 # %% [markdown]
 # ## Cost
@@ -1715,13 +1729,15 @@ for n in (40, 80, 160):
     print(n, "bytes:", counted.asked, "look-ups")
 
 # %% [markdown]
-# The form costs tokens in every prompt. With $|t|$ for the tokens of a text
-# and $[\cdot]$ for 1 where a part is present, a message costs
+# The form costs tokens in every prompt. With $|\cdot|$ for the tokens of a
+# text, in the letters of {eq}`harmony-message`, and $[\cdot]$ for 1 where a
+# part is present, else 0, a message costs
 #
 # $$ 3 + |a| + |{\texttt{ to=}r}| + [c]\,(1 + |c|) + [f]\,(2 + |f|) + |x|
 #    $$ (harmony-cost)
 #
-# (the 2 of the format are a space and `<|constrain|>`). On o200k:
+# (3 for start, message and stop; the 2 of the format are a space and
+# `<|constrain|>`). On o200k:
 
 # %%
 def cost(message: Message) -> int:
@@ -1796,16 +1812,17 @@ print(merge_by_rank(b"bbaba", table), merged_only(b"bbaba"))
 assert merge_by_rank(b"bbaba", table) == [5] != merged_only(b"bbaba")
 
 # %% [markdown]
-# **Exercise 3.** Show that under {eq}`harmony-drop` each prompt of a turn
-# begins with the prompt before it, and count for both rules how many tokens
-# of `talk` have to be computed if the state of a common beginning is kept.
+# **Exercise 3.** Show that under {eq}`harmony-drop` the second prompt of a
+# turn begins with the first, and count for both rules how many tokens of
+# the prompts of `talk` have to be read if the state of a common beginning is
+# kept from each to the next.
 
 # %% tags=["hide-cell"]
 def computed(drop: str) -> tuple[int, int]:
-    """Tokens computed over all prompts, and prompts that were cut back."""
+    """Tokens read over all prompts, and prompts that were cut back."""
     before, total, cuts = [], 0, 0
     for n in range(1, len(talk)):
-        if talk[n].role != "assistant":
+        if talk[n - 1].role == "assistant":
             continue
         prompt = render(real, talk[:n], drop=drop)
         shared = sum(1 for _ in itertools.takewhile(
@@ -1818,8 +1835,8 @@ def computed(drop: str) -> tuple[int, int]:
 
 turns, rule = computed("turns"), computed("official")
 print("turns:", turns, " official:", rule)
-# one cut at each of the two later turns; the official rule cuts twice more,
-# when a later turn's call brings the dropped reasoning back
+# one cut at the start of each of the two later turns, none within a turn; the
+# official rule cuts twice more, when a call brings dropped reasoning back
 assert turns[1] == 2 and turns[0] < rule[0] and turns[1] < rule[1]
 
 # %% [markdown]

@@ -20,19 +20,24 @@
 # ## Question
 #
 # The model of chapter 10 returns 201,088 numbers. How does one of them
-# become the next word, and when is the text over? In bf16 those 201,088
-# logits take only about 3,000 different values, so "the 50 largest" is
-# usually not a set of 50: the rule that most code uses keeps more.
+# become the next word, and when is the text over? Rounded to bf16, so many
+# random logits take only about 3,000 different values, and "the 50 largest"
+# are mostly not 50: the rule that most code uses keeps more.
 #
 # And when the model has answered, how much of the conversation must it read
 # again for the next question? Its old reasoning leaves the prompt, from the
-# middle. Common programs then start from nothing; at most 1,524 tokens of
-# the 20b need a second look, however long the conversation is.
+# middle. Common programs then start from nothing; the 20b has to look again
+# at what follows the reasoning and at no more than 1,524 tokens before it,
+# however long the conversation is.
 
 # %% [markdown]
 # ## Picture
 
 # %% tags=["hide-input"]
+# Figure: four bar charts of the eight likeliest next tokens, and of all
+# others together. As it is, She, The and Mira lead. At temperature 1.3 the
+# bars are flatter and the others the largest. Top-k leaves four bars and no
+# others; top-p leaves all eight and half of the others.
 import collections
 import contextlib
 from importlib.resources import files
@@ -49,16 +54,18 @@ POCKET = files("gptoss") / "pocket"
 model = GptOss.from_pretrained(POCKET, dtype=torch.float32)
 tokenizer = Tokenizer.from_pretrained(POCKET)
 opening = "Once upon a time there was a little fox named Mira."
+lost = (" For her birthday she got a white lamp. One morning she went to the "
+        "park with the lamp. But on the way from the cave she lost the lamp. ")
 with torch.no_grad():
-    logits = model(torch.tensor([tokenizer.encode(opening)]))[0, -1]
+    logits = model(torch.tensor([tokenizer.encode(opening + lost)]))[0, -1]
 
 order = logits.sort(descending=True, stable=True).indices
-hot = (logits / 2).softmax(-1)[order]
+hot = (logits / 1.3).softmax(-1)[order]
 four = torch.where(torch.arange(len(hot)) < 4, hot, 0)
 few = torch.where(hot.cumsum(0) - hot < 0.8, hot, 0)
-panels = {"as it is": logits.softmax(-1)[order], "temperature 2": hot,
-          "temperature 2, top-k 4": four / four.sum(),
-          "temperature 2, top-p 0.8": few / few.sum()}
+panels = {"as it is": logits.softmax(-1)[order], "temperature 1.3": hot,
+          "temperature 1.3, top-k 4": four / four.sum(),
+          "temperature 1.3, top-p 0.8": few / few.sum()}
 words = [repr(tokenizer.decode([n]))[1:-1] for n in order[:8].tolist()]
 fig, axes = plt.subplots(1, 4, figsize=(7.4, 2.6), sharey=True)
 for ax, (title, probs) in zip(axes, panels.items(), strict=True):
@@ -71,13 +78,17 @@ axes[0].set_ylabel("probability")
 plt.show()
 
 # %% [markdown]
-# What the shipped model thinks may follow the first sentence of a story: its
-# eight likeliest tokens, and all the others together (orange). At
-# temperature 2 the thousand unlikely tokens together gain much of what the
-# likely ones lose. Top-k and top-p cut that tail: one at a fixed number of
-# tokens, the other at a share of the probability.
+# How the shipped model may begin the sentence after "…she lost the lamp.":
+# its eight likeliest tokens, and all the others together (orange). At
+# temperature 1.3 the 1,528 others gain what the likely ones lose, and one
+# token in three would come from among them. Top-k cuts that tail after a
+# fixed number of tokens, here four, good ones too; top-p after a share of
+# the probability, which keeps all eight here and halves the tail.
 
 # %% tags=["hide-input"]
+# Figure: three turns as bars of tokens. In the second and third most is kept
+# in the cache; only the last answer and the new question are fed anew, then
+# come the analysis and the answer.
 import os
 
 from gptoss.harmony import Message, render, render_training, system_message
@@ -150,8 +161,8 @@ except RuntimeError as error:
 # %% [markdown]
 # Four faults: the work grows with the square of the length; nothing stops at
 # the end of the story; a letter of two bytes becomes two replacement
-# characters; temperature 0, which everybody types for "the likeliest", is
-# 0/0.
+# characters; temperature 0, which everybody types for "the likeliest",
+# divides by zero and leaves no probabilities.
 
 # %% [markdown]
 # ## Derivation
@@ -164,32 +175,34 @@ except RuntimeError as error:
 # As $\tau \to 0$ every exponent but the maximum's goes to $-\infty$: all
 # probability on the largest logit, greedy decoding. Subtracting the maximum
 # *before* dividing keeps this true in floating point down to the smallest
-# $\tau$ there is: $z_i/\tau$ alone would be $\infty - \infty$.
+# $\tau$ there is: $z_i/\tau$ alone would overflow, and $\infty - \infty$ is no
+# number.
 #
 # **Top-k.** Sort so that $z_{(1)} \ge z_{(2)} \ge \dots$, equal logits by id;
 # keep $(1) \dots (k)$ and renormalise. The order among equals is what makes
 # the set well defined.
 #
-# **Top-p** {cite}`nucleus2019`. Keep the smallest $n$ with
+# **Top-p** {cite}`nucleus2019`. Keep $(1) \dots (m)$ with the smallest $m$ for
+# which
 #
-# $$ \sum_{j=1}^{n} p_{(j)} \ge P , $$ (generate-nucleus)
+# $$ \sum_{j=1}^{m} p_{(j)} \ge \texttt{top\_p} , $$ (generate-nucleus)
 #
-# that is: token $(j)$ goes if the tokens before it already reach $P$. At
-# least one stays for every $P > 0$. It acts on the probabilities that top-k
+# that is: a token goes if the tokens before it already reach top_p. At least
+# one stays for every top_p above 0. It acts on the probabilities that top-k
 # left, renormalised.
 #
-# **Drawing.** With $F_n = p_1 + \dots + p_n$ and one uniform $u \in (0, 1]$,
+# **Drawing.** With $c_j = p_1 + \dots + p_j$ and one uniform $u \in (0, 1]$,
 #
-# $$ i = \min \{ n : F_n \ge u \}, \qquad
-#    \Pr(i = n) = F_n - F_{n-1} = p_n . $$ (generate-cdf)
+# $$ i = \min \{ j : c_j \ge u \}, \qquad
+#    \Pr(i = j) = c_j - c_{j-1} = p_j . $$ (generate-cdf)
 #
 # With $u > 0$ a token of probability 0 is never the first to reach $u$.
 # `torch.rand` gives $[0, 1)$, so $u$ is one minus that. One number a token
 # from a CPU generator makes a seed mean the same on every device.
 #
-# **How many tokens.** Positions $0 \dots N-1$ exist. A prompt of $P$ tokens
-# after $c$ cached ones uses $c + P$ of them; each new token is predicted
-# *before* it needs a position, so $N - c - P + 1$ can be produced.
+# **How many tokens.** Of $M$ positions, a prompt of $P$ tokens after $n$
+# cached ones uses $n + P$. The last new token needs none, since nothing is
+# fed after it, so $M - n - P + 1$ can be produced.
 #
 # **UTF-8.** The first byte of a character says how many follow: `0…` none,
 # `110…` one, `1110…` two, `11110…` three; those that follow begin with `10`.
@@ -201,15 +214,14 @@ except RuntimeError as error:
 # logits are the only ones needed. Padding has position $-1$, sees nothing,
 # is seen by nothing and never enters the cache (chapters 6 and 9), so row
 # $r$ counts its positions from 0 as it would alone.
-
 #
 # **Turns.** Let the cache hold $n$ tokens, let the next prompt have $P$, and
 # let the two agree in their first $m$. At least one token must be fed, since
 # the answer begins with the logits of the last one. So feeding starts at
 # $f = \min(m, P - 1)$, if the cache can be rolled back to there. Full layers
 # always can. A sliding layer whose ring has $W + s$ slots holds positions
-# $n - W - s \dots n - 1$; the query at $f$ looks at $f - W + 1 \dots f - 1$,
-# so nothing is missing if
+# $n - W - s \dots n - 1$; the query at $f$ looks at itself and at
+# $f - W + 1 \dots f - 1$, so nothing is missing if
 #
 # $$ n - W - s \le f - W + 1, \quad\text{that is}\quad
 #    n - f \le s + 1 . $$ (generate-slack)
@@ -220,13 +232,13 @@ except RuntimeError as error:
 # $$ P - f + \begin{cases} 0 & n - f \le s + 1 \\
 #    \min(f, J (W - 1)) & \text{else.} \end{cases} $$ (generate-turn)
 #
-# A turn that has added $a$ tokens is undone by going back fewer than $a$: its
-# prompt is part of the next one. So with slack for the longest turn a replay
-# never happens. What follows the analysis cannot be kept. Its keys were
-# computed at other positions, by layers that had seen the analysis. After a
-# *call* nothing is dropped and the tool's answer is all that must be read:
-# the tokens that the model wrote stay as they are, even where a renderer
-# would spell them in another way.
+# The next prompt begins with the prompt of the turn before, so of the $a$
+# tokens that a turn has added fewer than $a$ are taken back, and with slack
+# for the longest turn a replay never happens. What follows the analysis
+# cannot be kept: its keys were computed at other positions, by layers that
+# had seen the analysis. After a *call* nothing is dropped, and the tool's
+# answer is all that must be read: the tokens that the model wrote stay as
+# they are, even where a renderer would spell them in another way.
 
 # %% [markdown]
 # ## Code
@@ -280,13 +292,14 @@ except GenerateError as error:
 def best(logits: Tensor, k: int) -> Tensor:
     """Ids (B, k) of the k largest of (B, V), largest first.
 
-    Of equals the lower id comes first. A full stable sort gives the same,
-    ten times slower for V = 201088.
+    Of equals the lower id comes first; torch.topk breaks ties at will, so
+    only its k-th value is used. A full stable sort gives the same, ten
+    times slower for V = 201088.
     """
     if k < logits.shape[-1]:
-        edge = logits.topk(k).values[..., -1:]  # torch.topk breaks ties at
-        above, at = logits > edge, logits == edge  # will: only its k-th
-        room = k - above.sum(-1, keepdim=True)     # value is of use
+        edge = logits.topk(k).values[..., -1:]
+        above, at = logits > edge, logits == edge
+        room = k - above.sum(-1, keepdim=True)
         kept = above | (at & (at.cumsum(-1) <= room))
         ids = kept.nonzero()[:, 1].view(-1, k)  # ascending in each row
     else:
@@ -302,7 +315,7 @@ print(best(torch.tensor([[1.0, 3.0, 2.0, 3.0, 2.0, 2.0]]), 3))
 
 # %% tags=["export"]
 def nucleus(probs: Tensor, top_p: float) -> Tensor:
-    """`probs` (B, N), largest first, cut to the fewest that reach top_p."""
+    """`probs` (B, n), largest first, cut to the fewest that reach top_p."""
     mass = probs.cumsum(-1)
     probs = probs.clone()  # a token goes if those before it suffice
     probs[..., 1:].masked_fill_(mass[..., :-1] >= top_p, 0.0)
@@ -317,9 +330,9 @@ NUCLEUS = 1024  # top-p looks at so many tokens before it sorts all of them
 
 def ranked(logits: Tensor, temperature: float, top_k: int,
            top_p: float) -> tuple[Tensor, Tensor | None]:
-    """What `Sampler` draws from: probabilities (B, N) and ids (B, N).
+    """What `Sampler` draws from: probabilities (B, n) and ids (B, n).
 
-    Probabilities in float64, likeliest first; ids None: N = V, in order of
+    Probabilities in float64, likeliest first; ids None: n = V, in order of
     id. `temperature` > 0. What top-k drops is absent, what top-p drops has
     probability 0.
     """
@@ -341,9 +354,9 @@ def ranked(logits: Tensor, temperature: float, top_k: int,
     return (nucleus(probs, top_p) if top_p < 1 else probs), ids
 
 # %%
-probs, ids = ranked(logits[None], 2.0, 0, 0.8)
+probs, ids = ranked(logits[None], 1.3, 0, 0.8)
 kept = int((probs > 0).sum())
-print("kept by top-p 0.8 at temperature 2:", kept)
+print("kept by top-p 0.8 at temperature 1.3:", kept)
 assert ids[0, :8].tolist() == order[:8].tolist()
 
 # %% [markdown]
@@ -352,9 +365,9 @@ assert ids[0, :8].tolist() == order[:8].tolist()
 # %% tags=["export"]
 def draw(probs: Tensor, ids: Tensor | None = None,
          generator: torch.Generator | None = None) -> Tensor:
-    """One token a row (B,) from `probs` (B, N), by inverting the CDF.
+    """One token a row (B,) from `probs` (B, n), by inverting the CDF.
 
-    `ids` (B, N) names the columns (None: the column is the id). A token
+    `ids` (B, n) names the columns (None: the column is the id). A token
     of probability 0 is never drawn.
     """
     # 1 - u lies in (0, 1]: the first column whose running sum reaches it has
@@ -371,14 +384,14 @@ def draw(probs: Tensor, ids: Tensor | None = None,
 # %%
 quarter = torch.tensor([[0.0, 0.25, 0.75]], dtype=torch.float64)
 drawn = draw(quarter.expand(4000, -1), generator=torch.Generator())
-print((drawn.bincount(minlength=3) / 4000).round(decimals=1))
+print(drawn.bincount(minlength=3).tolist())
 
 # %% [markdown]
 # ### The sampler
 #
-# Logits that are not finite must not give a token. In float16 activations
-# of gpt-oss can exceed 65,504, the largest number there is, and what comes
-# out is NaN (unsloth#3152): the error names the dtype.
+# Logits that are not finite must not give a token. The activations of
+# gpt-oss can exceed 65,504, the largest number of float16, and what comes
+# out then is NaN (unsloth#3152): the error names the dtype.
 
 # %% tags=["export"]
 def _check_finite(logits: Tensor) -> None:
@@ -393,6 +406,7 @@ def _check_finite(logits: Tensor) -> None:
                if logits.dtype == torch.float16 else ""))
 
 
+# %% tags=["export"]
 @dataclass(frozen=True)
 class Sampler:
     """Draws the next token: temperature, then top-k, then top-p.
@@ -452,7 +466,7 @@ for wrong in ({"temperature": -1}, {"top_k": 2.5}, {"top_p": 0}):
 try:
     Sampler()(torch.tensor([[1.0, torch.nan]], dtype=torch.float16))
 except GenerateError as error:
-    print(str(error)[-54:])
+    print(str(error).partition("; ")[2])
 
 # %% [markdown]
 # ### When to stop
@@ -721,6 +735,7 @@ class Completion:
     seconds: float = 0.0
 
 
+# %% tags=["export"]
 def complete(model: GptOss, tokenizer: Tokenizer, prompt: str | list[int], *,
              stop: Iterable[int] = (),
              on_text: Callable[[str], object] | None = None,
@@ -731,24 +746,26 @@ def complete(model: GptOss, tokenizer: Tokenizer, prompt: str | list[int], *,
     """
     stop = frozenset(stop)
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-    done, pieces = Completion(list(ids)), []
-    stream, began = TextStream(tokenizer), time.perf_counter()
+    done, stream = Completion(list(ids)), TextStream(tokenizer)
+
+    def add(text: str) -> None:
+        done.text += text
+        if on_text and text:
+            on_text(text)
+
+    began = time.perf_counter()
     for token in generate(model, ids, stop=stop, **options):
         done.tokens.append(token)
         if token in stop:
             done.finish_reason = "stop"
             break
-        pieces.append(stream.feed(token))
-        if on_text and pieces[-1]:
-            on_text(pieces[-1])
-    pieces.append(stream.flush())
-    if on_text and pieces[-1]:
-        on_text(pieces[-1])
-    done.text = "".join(pieces)
+        add(stream.feed(token))
+    add(stream.flush())
     done.seconds = time.perf_counter() - began
     return done
 
 
+# %% tags=["export"]
 def peak_rss_bytes() -> int:
     """The most memory this process has held so far, in bytes."""
     import resource  # not on Windows
@@ -792,7 +809,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from decimal import Decimal
+from decimal import Context, Decimal, Inexact
 from fractions import Fraction
 from importlib.resources import files
 from pathlib import Path
@@ -820,6 +837,7 @@ from gptoss.harmony import (
 from gptoss.model import GptOss
 
 
+# %% tags=["export:chat"]
 class ChatError(ValueError):
     """A message, a tool or an option that a chat cannot use."""
 
@@ -876,6 +894,7 @@ def _call(call: object, where: str) -> Message:
                    "commentary", f"functions.{name}", "<|constrain|>json")
 
 
+# %% tags=["export:chat"]
 def _assistant(message: Mapping, where: str) -> list[Message]:
     """What the assistant thought, said and called, in this order."""
     calls = message.get("tool_calls") or []
@@ -893,10 +912,10 @@ def _assistant(message: Mapping, where: str) -> list[Message]:
     return out + made
 
 # %%
-asked = {"role": "assistant", "reasoning": "Multiply.", "tool_calls": [
+calling = {"role": "assistant", "reasoning": "Multiply.", "tool_calls": [
     {"id": "call_1", "type": "function", "function": {
         "name": "calculator", "arguments": '{"expression": "6*7"}'}}]}
-for message in _assistant(asked, "messages[1]"):
+for message in _assistant(calling, "messages[1]"):
     print(message.channel, message.recipient, message.content)
 
 # %% tags=["export:chat"]
@@ -912,6 +931,7 @@ def _result(message: Mapping, where: str, open_calls: dict[str, str]
                    name=f"functions.{open_calls.pop(found)}")
 
 
+# %% tags=["export:chat"]
 _SPEAKERS = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -958,7 +978,7 @@ def read_messages(messages: Sequence[Mapping]) -> tuple[str, list[Message]]:
 
 # %%
 talk = [{"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Six times seven?"}, asked,
+        {"role": "user", "content": "Six times seven?"}, calling,
         {"role": "tool", "tool_call_id": "call_1", "content": "42"}]
 print(read_messages(talk)[0], [m.role for m in read_messages(talk)[1]])
 for wrong in ([*talk[:3], talk[1]], [*talk[:2], talk[3]], talk[:1],
@@ -1140,6 +1160,7 @@ def fit(value: object, hint: object, where: str = "arguments") -> object:
     return value
 
 
+# %% tags=["export:chat"]
 def _fit_either(value: object, hints: Sequence[object],
                 where: str) -> object:
     """`value` as the first of `hints` that it fits, its own type first."""
@@ -1182,6 +1203,7 @@ class Offer:
     run: Callable[[str], str] | None = None
 
 
+# %% tags=["export:chat"]
 def _docs(function: Callable) -> tuple[str, dict[str, str]]:
     """What a docstring says of the function and, under Args, of each."""
     about, *rest = _SECTION.split(inspect.getdoc(function) or "")
@@ -1341,6 +1363,7 @@ def _power(base: Fraction, exponent: Fraction) -> Fraction:
     return base ** exponent.numerator
 
 
+# %% tags=["export:chat"]
 def _evaluate(node: ast.expr, source: str) -> Fraction:
     """The exact value of a syntax tree of numbers and operators."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
@@ -1367,21 +1390,15 @@ print(_evaluate(ast.parse("0.1 + 0.2", mode="eval").body, "0.1 + 0.2"))
 # %% tags=["export:chat"]
 def _decimal(value: Fraction) -> str:
     """Exact if that ends within 300 digits, else 15 digits and "..."."""
-    rest, places = value.denominator, 0
-    for prime in (2, 5):
-        count = 0
-        while rest % prime == 0:
-            rest, count = rest // prime, count + 1
-        places = max(places, count)
-    if rest == 1 and places <= 300:
-        digits = str(abs(value.numerator) * 10 ** places
-                     // value.denominator).zfill(places + 1)
-        sign = "-" * (value < 0)
-        whole, part = digits[:len(digits) - places], digits[-places:]
-        return sign + (f"{whole}.{part}" if places else whole)
-    return f"{float(value):.15g}..."
+    context = Context(prec=700)  # 309 digits before the point, 300 behind
+    exact = context.divide(Decimal(value.numerator),
+                           Decimal(value.denominator))
+    if context.flags[Inexact] or exact.as_tuple().exponent < -300:
+        return f"{float(value):.15g}..."
+    return f"{exact:f}"
 
 
+# %% tags=["export:chat"]
 def calculator(expression: str) -> str:
     """Work out an arithmetic expression.
 
@@ -1434,6 +1451,7 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return min(len(a), len(b))
 
 
+# %% tags=["export:chat"]
 class Memory:
     """A cache of batch 1 and the tokens whose keys and values it holds.
 
@@ -1470,8 +1488,8 @@ class Memory:
 # %%
 memory, prompt = Memory(model), tokenizer.encode(opening)
 first = list(memory.write(prompt, max_new_tokens=30, sampler=Sampler(0)))
-print(memory.resume(prompt + first), "of", len(prompt + first), "kept")
-print(memory.resume(prompt + first[:9]), "of", len(prompt + first[:9]))
+for written in (first, first[:9]):  # nothing is new; only the end is gone
+    print(memory.resume(prompt + written), "of", len(prompt + written), "kept")
 
 # %% [markdown]
 # ### What happened
@@ -1497,6 +1515,7 @@ class Usage:
     seconds: float
 
 
+# %% tags=["export:chat"]
 @dataclasses.dataclass(frozen=True)
 class ChatEvent:
     """One thing that happened in a turn.
@@ -1515,9 +1534,9 @@ class ChatEvent:
 # %% [markdown]
 # ### A round
 #
-# A turn has one round of writing more than it has calls. A round ends with a
-# call, with the answer, or where the tokens do. If the model begins to write
-# the user's next message, that is not part of it.
+# A turn with a call has two rounds of writing, before and after its result.
+# A round ends with a call, with the answer, or where the tokens do. If the
+# model begins to write the user's next message, that is not part of it.
 
 # %% tags=["export:chat"]
 class Round:
@@ -1601,10 +1620,10 @@ print(round_messages(reply))
 # ### Settings
 #
 # Model and tokenizer come from a folder, shipped or released, with no special
-# case for any of them. The three stop tokens are found by name.
+# case for either. The three stop tokens are found by name.
 
 # %% tags=["export:chat"]
-SLACK = 1024  # ring slots beyond the window: as long a turn costs no replay
+SLACK = 1024  # ring slots beyond the window; no longer turn needs a replay
 STOPS = ("<|return|>", "<|call|>", "<|endoftext|>")
 
 
@@ -1846,8 +1865,8 @@ def show(chat: Chat, messages: list[dict]) -> None:
                                           lambda event: event.kind):
         print(f"[{kind}]", "".join(event.text for event in events))
     used = chat.usage
-    print(f"fed {used.prefilled_tokens} of {used.prompt_tokens}, wrote "
-          f"{used.generated_tokens}")
+    print(f"prompt of {used.prompt_tokens} tokens, fed "
+          f"{used.prefilled_tokens}, wrote {used.generated_tokens}")
 
 
 fixed = {"temperature": 0, "date": "2025-06-28"}
@@ -1858,9 +1877,9 @@ for question in ("What is 347 + 285?", "Take 88 from 403."):
     talk += chat.turn
 
 # %% [markdown]
-# The shipped model has not learnt to read the definition of a tool (chapter
-# 14), and what any model writes is chance. To see calls at work, let a
-# sampler say what was written beforehand, whatever the logits are:
+# What a model calls, and with what, is its own choice. To see a call go wrong
+# and be mended, let a sampler say what was written beforehand, whatever the
+# logits are:
 
 # %%
 def dictated(*rounds: str, **more) -> Chat:
@@ -1884,8 +1903,10 @@ talk = [{"role": "user", "content": "How warm is it in Oslo?"}]
 show(chat, talk)
 
 # %% [markdown]
-# The model's first call had a wrong argument, was told so, and the second
-# one was right. `turn` holds these messages for the next prompt:
+# The first call had a wrong argument, the model was told so, and the second
+# one was right. More was fed than the prompt has: after each call its last
+# token, the result and `<|start|>assistant`. `turn` holds the messages for
+# the next prompt:
 
 # %%
 for message in chat.turn:
@@ -1917,8 +1938,8 @@ for _ in range(300):
 
 # %% [markdown]
 # **What is drawn is what is stated.** Pearson's statistic over $m$ kept
-# tokens has mean $m - 1$ and variance $2(m - 1)$ if it is; five standard
-# deviations are allowed.
+# tokens has a mean of at most $m$ and a variance of about $2m$ if it is; five
+# standard deviations are allowed.
 
 # %%
 for sampler in (Sampler(), Sampler(2.0, top_k=9), Sampler(1.5, top_p=0.9)):
@@ -2029,7 +2050,7 @@ for slack in (0, 60):
     print(f"slack {slack}: {count} tokens fed")
 
 # %% [markdown]
-# **Greedy answers do not depend on it**, turn after turn:
+# **Greedy answers do not depend on what is kept**, turn after turn:
 
 # %%
 kept, talk = Chat((model, tokenizer), max_new_tokens=30, **fixed), []
@@ -2109,8 +2130,8 @@ print("top_k if nothing says otherwise:",
 #
 # Known errors elsewhere: stopping at 200002 alone, so that a tool call,
 # which ends with 200012, runs on into the reasoning
-# (mlx-openai-server#178); characters cut between tokens, fixed in
-# llama.cpp#4446 and met again in servers ever since.
+# (mlx-openai-server#178); characters cut between tokens (llama.cpp#4446
+# mended it).
 #
 # For a function's schema, transformers reads the same hints and docstring:
 
@@ -2186,10 +2207,10 @@ print(f"{4096 * V * 2 / 1e9:.2f} GB in bf16, instead of {V * 2 / 1e3:.0f} kB")
 # %% [markdown]
 # ## Cost
 #
-# For a prompt of $P$ tokens and $N$ new ones the naive loop feeds
+# For a prompt of $P$ tokens and $a$ new ones the naive loop feeds
 #
-# $$ \sum_{n=0}^{N-1} (P + n) = NP + \tfrac12 N(N-1)
-#    \quad\text{tokens, the cached loop}\quad P + N - 1 . $$ (generate-fed)
+# $$ \sum_{i=0}^{a-1} (P + i) = aP + \tfrac12 a(a-1)
+#    \quad\text{tokens, the cached loop}\quad P + a - 1 . $$ (generate-fed)
 
 # %%
 P = len(prompts[0])
@@ -2197,16 +2218,16 @@ assert sum(fed) == 210 * P + 210 * 209 // 2
 fed.clear()
 hook = model.register_forward_pre_hook(
     lambda module, inputs: fed.append(inputs[0].numel()))
-N = len(list(generate(model, prompts[0], max_new_tokens=210)))
+a = len(list(generate(model, prompts[0], max_new_tokens=210)))
 hook.remove()
-assert sum(fed) == P + N - 1
-print(f"{210 * P + 210 * 209 // 2:,} against {P + N - 1:,}")
+assert sum(fed) == P + a - 1
+print(f"{210 * P + 210 * 209 // 2:,} against {P + a - 1:,} tokens")
 
 # %% [markdown]
-# Sampling costs one pass over $V$ numbers in float64 (8 bytes each), three
-# with top-k or top-p. A full sort of 201,088 numbers takes tens of
-# milliseconds on a CPU core, as long as some tokens take; `best` avoids it
-# for top-k always, and for top-p whenever 1,024 tokens reach the mass.
+# Sampling is a fixed number of passes over $V$ numbers in float64: for
+# 201,088 of them about a millisecond on a CPU core. A full sort takes fifteen
+# or more; `best` avoids it for top-k always, and for top-p whenever 1,024
+# tokens reach the mass.
 
 # %%
 print(f"{V * 8 / 1e6:.1f} MB of float64 a row")
@@ -2264,7 +2285,7 @@ assert kept == sorted(kept) and kept[-1] > 5 * kept[0]
 
 # %% [markdown]
 # **Exercise 2.** min-p keeps tokens with at least a share of the likeliest
-# token's probability. Write it, and show that it needs no sort and that
+# token's probability. Write it. Show that it needs no sort, and that the
 # temperature must come before it.
 
 # %% tags=["hide-cell"]
@@ -2274,11 +2295,14 @@ def min_p(logits: Tensor, temperature: float, share: float) -> Tensor:
     return kept / kept.sum(-1, keepdim=True)
 
 
-sizes = [int((min_p(logits[None], t, 0.1) > 0).sum()) for t in (0.5, 1, 2)]
+z = 3 * torch.randn(1, 1000, generator=torch.Generator().manual_seed(0))
+sizes = [int((min_p(z, t, 0.1) > 0).sum()) for t in (0.5, 1, 2)]
 print(sizes)
-# p_i / p_max = exp((z_i - max z) / t): the cut is max z + t log(share)
-assert all(size == int((logits >= logits.max() + t * math.log(0.1)).sum())
-           for size, t in zip(sizes, (0.5, 1, 2), strict=True))
+# p_i / p_max = exp((z_i - max z) / t), so a comparison with max z + t log 0.1
+# does: no sort. The cut moves with t; before the temperature min-p would
+# keep the set of t = 1 at all of them.
+assert sizes == [int((z >= z.max() + t * math.log(0.1)).sum())
+                 for t in (0.5, 1, 2)]
 
 # %% [markdown]
 # **Exercise 3.** If every $g_i$ is $-\log(-\log u_i)$ with uniform $u_i$,

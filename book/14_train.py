@@ -22,7 +22,7 @@
 # How small can a gpt-oss be and still think before it answers?
 #
 # The checkpoint in `gptoss/pocket/` has a ten-thousandth of the 20b's
-# parameters. One processor core trained it in an hour and a half. It speaks
+# parameters. One processor core trained it in 78 minutes. It speaks
 # harmony: asked for a sum of three-digit numbers it works it out column by
 # column in its analysis channel, longer or shorter as the system message
 # says, and then answers. It reads the definitions of tools it has never seen
@@ -53,6 +53,9 @@ POCKET = Path(gptoss.model.__file__).parent / "pocket"
 # ## Picture
 
 # %% tags=["hide-input"]
+# Figure: left, the loss over the steps, falling with spikes, with lines where
+# the recipe changes; right, the share of questions right at every thousandth
+# step: stories and far facts come first, then tools, sums last.
 saved = json.loads((POCKET / "train_log.json").read_text())
 log, recipe = saved["log"], saved["recipe"]
 steps = [entry["step"] for entry in log]
@@ -83,8 +86,9 @@ print(f"{log[-1]['seconds'] / 60:.0f} minutes on one core, "
 # %% [markdown]
 # Left the loss, from the saved log; right, what the weights at every
 # thousandth step could do with 40 questions of each kind that training never
-# shows. The loss falls and says little (its spikes are batches of senseless
-# drills). The abilities come one after another: stories and facts from far
+# shows. (Dotted: where the recipe changes; see the training loop.) The loss
+# falls and says little (its spikes are batches of senseless drills). The
+# abilities come one after another: stories and facts from far
 # above, which are copying, then tools, which are copying the right thing, and
 # arithmetic last. While the rate is high a few steps can undo one of them for
 # a while.
@@ -94,13 +98,13 @@ print(f"{log[-1]['seconds'] / 60:.0f} minutes on one core, "
 #
 # Why think at all? Here is the trained model with its analysis cut off: the
 # prompt already ends in the header of the final channel, so the first thing
-# it may write is the answer.
+# it may write is the answer. What it makes of sums when it may think stands
+# in the log.
 
 # %%
 import random
 
 from gptoss.chat import STOPS
-from gptoss.exams import examine, grade
 from gptoss.generate import Sampler, generate_batch
 from gptoss.harmony import Message, Tokenizer, render, system_message
 from gptoss.lessons import lesson_stream
@@ -121,7 +125,7 @@ right = sum(reader.decode(ids, skip_special=True) == lesson.facts["answer"]
             for ids, lesson in zip(said, sums, strict=True))
 print("at once, at most a quarter right:", right <= 10)
 print("with analysis, more than three quarters:",
-      grade(examine(pocket, reader, "sum", 40)) > 0.75)
+      saved["exam"]["sum"]["right"] > 0.75)
 
 # %% [markdown]
 # A second naive plan concerns the weights: train in full precision and round
@@ -134,6 +138,9 @@ print(f"step {price['step']}: {price['unrounded']:.4f} nats, "
       f"rounded at once {price['loss']:.4f}")
 
 # %% [markdown]
+# Small on one batch, but never paid back: what is shipped is then a copy near
+# the model that was trained, and nobody has examined the copy.
+#
 # A third is to let the loss be the judge. It cannot be: it rewards a story
 # in which the kite changes colour nearly as much as one in which it doesn't.
 # Looking for words that should occur fares no better:
@@ -192,9 +199,10 @@ for text in (straight, crooked):
 # present token and the copy beside an earlier one, both projected by the same
 # matrix, so that their product is large where the two are the same. RoPE
 # turns them apart, but at very different speeds: over a hundred tokens the
-# fastest pair of this model turns sixteen times round, and from the sixth on
-# each turns by less than a third of a radian, for YaRN has slowed them down.
-# So the fast pairs keep the clock and the slow ones compare.
+# fastest pair of this model turns sixteen times round, the fifth a quarter,
+# and from the sixth on each turns by less than a third of a radian, for YaRN
+# has slowed them down. So the three fastest pairs keep the clock, and those
+# from the fifth on compare.
 #
 # **Whose tokens count.** A conversation is system, developer, user, tool and
 # assistant text in one row, and only the assistant's is the model's to write.
@@ -206,7 +214,7 @@ for text in (straight, crooked):
 #
 # The obvious choice is $w_t = 1$ for the model's own tokens and 0 elsewhere.
 # It wastes most of every row: the text that is only read holds the same
-# words, and guessing them teaches what they mean. They count a fifth.
+# words, and guessing them teaches what they mean. So it counts a fifth.
 #
 # **The floor.** For stories the smallest loss is known in advance. A story is
 # made by independent uniform choices: a cast (hero, friend, their kinds,
@@ -214,7 +222,7 @@ for text in (straight, crooked):
 # free slot of the template. If choice $i$ has $n_i$ equally likely outcomes,
 # no model can predict a story with fewer than
 #
-# $$ H = \sum_{\text{fixed slots}} \log n
+# $$ \mathcal{L}_{\min} = \sum_{\text{fixed slots}} \log n
 #      + \sum_{\text{beats}} \Big( \log m + \frac1m \sum_{j=1}^{m}
 #        \sum_{\text{free slots of } j} \log n \Big) $$ (train-floor)
 #
@@ -296,9 +304,8 @@ PRONOUNS |= {name: ("he", "his") for name in BOYS}
 
 # %% [markdown]
 # Slots without an underscore are *fixed*: drawn once, and the same wherever
-# the story mentions them. Slots with one are *free*. All words begin with a
-# consonant where an article stands before them, so the grammar needs no
-# exception.
+# the story mentions them. Slots with one are *free*. Where an article stands
+# before a word it is "a": all of them but "oak" begin with a consonant.
 
 # %%
 casts = math.prod(len(WORDS[slot]) for slot in CAST_SLOTS)
@@ -1410,6 +1417,9 @@ MIX = {"story": 12, "sum": 27, "tool": 29, "recall": 8, "far": 13,
 SECOND = {"story": 8, "sum": 44, "tool": 26, "recall": 6, "far": 7,
           "unknown": 2, "telling": 1, "talk": 1, "beyond": 1, "missing": 3,
           "date": 1}    # when sums are what is left to learn
+THIRD = {"story": 6, "sum": 32, "tool": 34, "recall": 5, "far": 13,
+         "unknown": 1, "telling": 1, "talk": 1, "beyond": 1, "missing": 4,
+         "date": 2}     # beside columns of digits, which are sums too
 NEVER_HELD = ("telling", "talk", "beyond", "unknown", "missing", "date")
 
 
@@ -1545,8 +1555,9 @@ for name in (made_up(rng) for _ in range(100)):
 # %% [markdown]
 # ### Rows, and what counts in them
 #
-# A row is a whole conversation, a plain story or a drill: tokens without any
-# sense, in pieces that come again and again, of which each repetition counts.
+# A row is a whole conversation, a plain story, a drill or a table. A drill is
+# tokens without any sense, in pieces that come again and again, of which each
+# repetition counts; a table is columns of digits, of which the answers count.
 # In a conversation what the model itself has to write counts fully:
 # everything after the `<|start|>assistant` with which the prompt ends. The
 # rest, which it only reads, counts a fifth.
@@ -1655,6 +1666,8 @@ ids, weights = lesson_row(vocabulary, shown)
 own = [t for t, weight in zip(ids, weights, strict=True) if weight == 1]
 print(len(ids), "tokens, of these to be written:")
 print(vocabulary.decode(own))
+print("a table:", vocabulary.decode(table_row(
+    vocabulary, random.Random(0))[0][:40]))
 
 # %% [markdown]
 # Rows of like length go into a batch together, so that little of it is
@@ -1801,11 +1814,11 @@ def start_at_random(model: GptOss, seed: int) -> None:
 
 
 # %% [markdown]
-# And now the two heads of the derivation. The first half of the residual
-# stream belongs to the token itself, the second to what stands beside it;
-# there the output is read too, in another rotation. `look_back` is step 1,
-# `look_for` the attention of step 2, and `carry` says what a head takes along
-# and where it puts it.
+# And now the two heads of the derivation, once for each of the two key/value
+# heads. The first half of the residual stream belongs to the token itself,
+# the second to what stands beside it; from there the output is read too, in
+# another rotation. `look_back` is step 1, `look_for` the attention of step 2,
+# and `carry` says what a head takes along and where it puts it.
 
 # %% tags=["export"]
 from gptoss.model import Attention
@@ -2003,11 +2016,11 @@ print(torch.equal(weight.grad, torch.arange(64.0).expand(4, 64)))
 # mostly right, and sums are not: the columns are found, but a digit in them
 # comes out beside the right one. So in the second nearly half of the lessons
 # are sums. A lesson holds three columns among two hundred tokens, though. In
-# the third, a fifth of the rows is columns alone, twenty-odd in a row of the
-# same length.
+# the third, 15 % of the rows are tables: twenty-odd columns in a row of the
+# same length. From the middle of the second on, the experts are on the grid.
 #
-# (The shipped file was made stretch by stretch, each from the weights that
-# the one before had saved, with the command's batches and rates.)
+# (The shipped file's last stretch began from the weights that the two before
+# had saved, with the command's batches and rates.)
 
 # %% tags=["export"]
 import math
@@ -2023,23 +2036,24 @@ class Recipe:
 
     `tokens`: of a batch, with its padding. `easy`: share of the steps with
     short rows and many plain stories. `change`: share after which the mix
-    of lessons is `SECOND`; `last`: after which a fifth of the rows is
-    digits alone. At both the optimiser begins afresh, and the rate rises
-    to the next of `rates`. `grid_from`: share after which the experts
-    compute with four bits.
+    of lessons is `SECOND`; `last`: after which it is `THIRD` and `table` of
+    the rows are digits alone. At both the optimiser begins afresh, and the
+    rate rises to the next of `rates`. `grid_from`: share after which the
+    experts compute with four bits.
     """
 
     seed: int = 0
-    steps: int = 13000
+    steps: int = 16000
     tokens: int = 1250
-    rates: tuple[float, ...] = (2e-3, 1.2e-3, 1e-3)
+    rates: tuple[float, ...] = (2e-3, 1.2e-3, 8e-4)
     warmup: int = 100
     weight_decay: float = 0.05
     balance: float = 0.01
-    easy: float = 0.1327
-    change: float = 15 / 26
-    grid_from: float = 19 / 26
-    last: float = 23 / 26
+    easy: float = 0.1079
+    change: float = 15 / 32
+    grid_from: float = 19 / 32
+    last: float = 23 / 32
+    table: float = 0.15
     clip: float = 1.0
 
     def at(self, share: float) -> int:
@@ -2134,6 +2148,9 @@ print([entry["step"] for entry in entries if "unrounded" in entry])
 assert entries[-1]["loss"] < entries[0]["loss"] - 1
 
 # %% tags=["hide-input"]
+# Figure: the balance loss over the steps, 1 being even shares. Both curves
+# rise at first; with the push one turns and falls again, without it the other
+# stays high.
 fig, ax = plt.subplots(figsize=(6, 2.6))
 for balance, entries in history.items():
     ax.plot([entry["balance"] for entry in entries],
@@ -2146,6 +2163,9 @@ plt.show()
 
 # %% [markdown]
 # ### From parameters to a file
+#
+# Training holds every weight in fp32, experts as $w$ and not as $Q(w)$. The
+# file gets the released layout: $Q(w)$ in four bits, the rest in bf16.
 
 # %% tags=["export"]
 def released_tensors(model: GptOss) -> Iterator[tuple[str, Tensor]]:
@@ -2180,10 +2200,10 @@ for name in ("model.layers.0.mlp.experts.down_proj_blocks",
 # %% [markdown]
 # ### Examination by programs
 #
-# Every question has one right answer, known to the program that made it. The
+# The program that made a question can tell whether an answer is right. The
 # examiner plays the user and the tool: it runs the model until it stops,
 # reads the tokens with chapter 11's parser, hands back the tool's result if
-# the call was right, and compares the final text.
+# the call was right, and judges the final text.
 
 # %% tags=["export:exams"]
 import json
@@ -2353,6 +2373,10 @@ for kind in ("story", "sum", "tool", "far", "talk"):
 
 # %% [markdown]
 # ### One command
+#
+# All of it in order: tokenizer, starting weights, planted heads, the three
+# stretches with a short examination at each thousandth step, the files, and
+# a long examination of the files.
 
 # %% tags=["export"]
 import json
@@ -2361,7 +2385,7 @@ from pathlib import Path
 
 from gptoss.checkpoint import write_checkpoint
 from gptoss.exams import report_card
-from gptoss.lessons import SECOND
+from gptoss.lessons import SECOND, THIRD
 
 
 MILESTONES = ("story", "sum", "tool", "far")
@@ -2397,13 +2421,13 @@ def make_pocket(out: Path, recipe: Recipe,
 def schooling(tokenizer: Tokenizer, recipe: Recipe
               ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of a run: easy ones, all, those of `SECOND`, and at last
-    those and columns of digits."""
+    those of `THIRD` with columns of digits."""
     seed, tokens = recipe.seed + 1, recipe.tokens
     easy = int(recipe.easy * recipe.steps) * tokens // 230  # 230: such a row
     first = batches(rows(tokenizer, seed, easy), seed, tokens)
     second = batches(rows(tokenizer, seed + 1, 0, SECOND), seed + 1, tokens)
-    third = batches(rows(tokenizer, seed + 2, 0, SECOND, 0.2), seed + 2,
-                    tokens)
+    third = batches(rows(tokenizer, seed + 2, 0, THIRD, recipe.table),
+                    seed + 2, tokens)
     _, change, last = recipe.begins
     yield from islice(first, change)
     yield from islice(second, last - change)
@@ -2457,12 +2481,13 @@ def write_json(path: Path, value: object, indent: int | None = None
 # %% [markdown]
 # ## It holds
 #
-# The checker and the generator of stories are each other's inverse, and
-# replacing a single fixed word anywhere is always noticed.
+# The checker and the generator of stories are each other's inverse, and one
+# fixed word replaced anywhere is always noticed, provided that it occurs
+# twice.
 
 # %%
 rng = random.Random(7)
-for _ in range(300):
+for _ in range(200):
     cast = draw_cast(rng)
     story = tell(rng, cast)
     reading = read_story(story)
@@ -2495,17 +2520,22 @@ print(f"{len(pairs):,} pairs")
 
 # %% [markdown]
 # Now the shipped file, read as any gpt-oss is, in the released layout, with
-# its experts packed. Held-out questions of each kind, greedily.
+# its experts packed: what the long examination in the log says, and a few
+# held-out questions of four kinds asked here, greedily.
 
 # %%
+shipped, results = saved["exam"], {}
 bars = {"story": 0.9, "sum": 0.75, "tool": 0.75, "far": 0.75, "talk": 0.9}
-results = {kind: examine(pocket, reader, kind, 20, seed=3) for kind in bars}
-for kind, bar in bars.items():
-    print(f"{kind:>7}: at least {bar:.0%}: {grade(results[kind]) >= bar}")
-assert all(grade(results[kind]) >= bar for kind, bar in bars.items())
+assert all(shipped[kind]["right"] >= bar for kind, bar in bars.items())
+for kind, count in (("story", 3), ("sum", 6), ("tool", 6), ("far", 6)):
+    results[kind] = examine(pocket, reader, kind, count, seed=3)
+    print(f"{kind:>5}: in the log at least {bars[kind]:.0%}; "
+          f"here more than half: {grade(results[kind]) > 0.5}")
+    assert grade(results[kind]) > 0.5
 
 # %% tags=["hide-input"]
-shipped = saved["exam"]
+# Figure: one bar for each kind of question, with the share that the shipped
+# file gets right, beside it the percentage and the count.
 rules = {"story": "story: coherent, and about what was asked",
          "talk": "greetings and the like",
          "beyond": "beyond its world: says so",
@@ -2526,22 +2556,19 @@ ax.grid(False)
 plt.show()
 
 # %% [markdown]
-# The figure is the long examination of the shipped file, from the log; the
-# cell before it is a short one, run here. "Held out" is meant strictly:
-# a cast, a pair of numbers, a combination of tool name, parameter names and
-# arguments, or a fact that a checksum keeps out of every training answer.
+# The figure is the long examination. "Held out" is meant strictly: a cast, a
+# pair of numbers, a combination of tool name, parameter names and arguments,
+# or a fact that a checksum keeps out of every training answer. (Small talk,
+# what is beyond the model and what it has no tool for have nothing to hold
+# out; there only the conversation is new.)
 #
 # Effort changes how long it thinks. The mean number of tokens of analysis for
-# a sum, here compared, below it from the long examination:
+# a sum at low, medium and high, from the log:
 
 # %%
-means = []
-for effort in ("low", "medium", "high"):
-    lengths = [mark.thought for mark in results["sum"]
-               if mark.lesson.facts["effort"] == effort]
-    means.append(sum(lengths) / len(lengths))
-print("low < medium < high:", means == sorted(means))
-print([shipped["sum"][effort] for effort in ("low", "medium", "high")])
+means = [shipped["sum"][effort] for effort in ("low", "medium", "high")]
+assert means == sorted(means)
+print(means)
 
 # %% [markdown]
 # One of each kind, as it is written:
@@ -2570,12 +2597,14 @@ with torch.inference_mode():
 print("packed = dense within 1e-4:", gap < 1e-4)
 
 # %% [markdown]
-# And every expert works. Below, the share of assignments per layer and
-# expert over the prompts of forty sums and forty stories.
+# And every expert works: the share of assignments per layer and expert, over
+# the prompts of twenty sums and twenty stories.
 
 # %% tags=["hide-input"]
+# Figure: a table of shares of assignments, four layers by eight experts,
+# coloured by size: uneven, but no cell is empty.
 told = story_stream(seed=5, hold_out=True)
-texts = at_once + [reader.encode(next(told)) for _ in range(40)]
+texts = at_once[:20] + [reader.encode(next(told)) for _ in range(20)]
 experts = pocket.config.num_local_experts
 tap, shares = RouterTap(pocket), torch.zeros(pocket.config.num_hidden_layers,
                                              experts)
@@ -2603,11 +2632,12 @@ print("every expert is used in every layer:", bool((shares > 0.01).all()))
 # %% [markdown]
 # ### What it cannot do
 #
-# Of 100 far facts it finds 94; in a longer examination, of 200, it was right
-# in 94.5 % of them and in 94 % of the tool calls. Calls that go wrong often
-# copy another word of the same kind: a colour for a colour. Where no tool
-# serves it should say so; in one case of nine it calls the nearest one all
-# the same. Of the questions for the date it gets 88 of 100.
+# Of 200 far facts it misses 8, of 200 tool calls 10. Calls that go wrong
+# often copy another word of the same kind: a colour for a colour. Where no
+# tool serves it should say so; 13 times of 200 it calls the nearest one all
+# the same. Of the questions for the date it gets 184 of 200. And a question
+# about something told may stick: asked for a sum right after one, it has been
+# seen to answer the question again.
 #
 # It also knows nothing outside of its lessons. Asked in other words, or for
 # something that only looks like a lesson, it answers what it would have
@@ -2628,8 +2658,9 @@ for text, ids in zip(strange, said, strict=True):
 #
 # Transformers has the same auxiliary loss, `load_balancing_loss_func` in
 # `models/gpt_oss/modeling_gpt_oss.py`. It counts each of the K choices as a
-# full token, so its value is K times ours, and it lumps all layers together
-# before multiplying; for one layer the two agree.
+# full token, so for one layer its value is K times ours. Of several layers it
+# averages $f_e$ and $p_e$ first and multiplies then, so an expert that is
+# overloaded in one layer may make up for being idle in another.
 
 # %%
 import os
@@ -2672,23 +2703,24 @@ for name, config in (("pocket", pocket.config),
 #
 # ## Cost
 #
-# A token of training costs about $6 N$ floating-point operations, $N$ the
+# A token of training costs about $6 P$ floating-point operations, $P$ the
 # active parameters: two for each weight forwards, four backwards. Attention
-# over T keys has no weights and comes on top:
+# over T keys has no weights and comes on top, $4 H C$ for each key and layer
+# forwards and twice that backwards:
 #
-# $$ C_{\text{step}} = B T \, \Big( 6 N + 12 \, L H C \, T \Big).
+# $$ \text{FLOPs} = B T \, \Big( 6 P + 12 \, L H C \, T \Big).
 #    $$ (train-flops)
 #
 # Sliding layers count in full, because the plain implementation computes
 # all T keys and masks them. PyTorch's counter sees the products with
-# weights, the first term, and asserts it below; the attention kernel works
-# outside of its sight.
+# weights, the first term; attention is an operator of our own, which it does
+# not look into.
 
 # %%
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 B, T = 2, 256
-config = replace(pocket_config())
+config = pocket_config()
 model = GptOss(config, dtype=torch.float32, packed=False)
 tokens = torch.randint(0, 1000, (B, T + 1))
 with FlopCounterMode(display=False) as counter:
@@ -2708,9 +2740,8 @@ assert 0.95 < ratio < 1.05
 #   every answer, and a strict line between what was seen and what was not.
 # - Without a balance loss routers collapse, since whoever is chosen learns;
 #   $E \sum_e f_e p_e$ is 1 when nobody is preferred.
-# - What a circuit does can be given instead of found: two heads planted by
-#   hand copy before the first step, and what rests on copying is learnt in
-#   minutes.
+# - A circuit that is understood can be given instead of found: heads planted
+#   by hand copy before the first step.
 # - Train the last part on the MXFP4 grid and the four-bit file *is* the
 #   model that was trained and examined, not a copy near it.
 #
@@ -2734,23 +2765,30 @@ assert 0.9 < ratio < 1.1
 # %% [markdown]
 # ### Exercise 2
 #
-# Which value of {eq}`train-balance` do K chosen experts out of E reach when
-# they take everything? Show it for E = 32, K = 4.
+# {eq}`train-balance` is 1 when nobody is preferred. Is that its minimum? Find
+# router logits for E = 2, K = 1 that give less, and say why this does no
+# harm.
 
 # %% tags=["hide-cell"]
-logits = torch.full((100, 32), -30.0)
-logits[:, :4] = 0.0
-collapsed = load_balance(logits, 4).item()
-print(f"{collapsed:.1f}")
-assert abs(collapsed - 32 / 4) < 1e-3
+# Two tokens in three choose expert 0, but only just; the third is sure of
+# expert 1. So the expert that is chosen more is liked less.
+logits = torch.tensor([[0.02, 0.0]] * 200 + [[0.0, 5.0]] * 100)
+value = load_balance(logits, 1).item()
+print(f"{value:.2f}")
+assert value < 0.95
+# The gradient sees f as constants: it goes on pushing p away from expert 0,
+# and tokens that chose it "only just" change over.
 
 # %% [markdown]
 # ### Exercise 3
 #
-# Why is the embedding's gradient not affected by `OnGrid`, and what would it
-# cost in bytes to leave the experts in bf16?
+# What would training do if `OnGrid` returned the rounded weight itself? And
+# how many times the bytes would the experts take in bf16?
 
 # %% tags=["hide-cell"]
+weight = torch.randn(4, 64, requires_grad=True)
+rounded = mxfp4.decode(*mxfp4.encode(weight.detach()), torch.float32)
+assert not rounded.requires_grad  # experts would stay, the rest would learn
 experts = sum(p.numel() for name, p in dense.named_parameters()
               if name.endswith(("gate_up_proj", "down_proj")))
 packed_bytes = experts * 17 // 32
@@ -2760,15 +2798,12 @@ assert packed_bytes == sum(
     if name.endswith(("_blocks", "_scales")))
 
 # %% [markdown]
-# Only the experts are parametrised, so the embedding sees the ordinary
-# gradient of a loss that was computed with rounded experts.
-#
 # ### Exercise 4
 #
-# In the far lessons the fact lies more than 128 tokens back. Show that the
-# sliding layers alone cannot carry it: how far does information travel
-# through two of them with a window of 64? (Chapter 6.) Then check the
-# distance in the lessons themselves.
+# In the far lessons the fact lies more than two windows of 64 tokens back.
+# Show that the sliding layers alone cannot carry it: how far does information
+# travel through two of them? (Chapter 6.) Then measure the distance in the
+# lessons themselves.
 
 # %% tags=["hide-cell"]
 window = pocket.config.sliding_window

@@ -23,12 +23,15 @@
 # tell by itself: a notebook whose every run prints something else passes it
 # with 0 failures, as long as nobody stored a first run.
 #
-# This appendix exports `gptoss/tangle.py`, the program that made every other
-# file of the package, and this one.
+# This appendix exports `gptoss/tangle.py`, the program that wrote every module
+# of the package, itself included.
 #
 # ## Picture
 
 # %% tags=["hide-input"]
+# Figure: five boxes: the chapter, edited by hand; made from it by tangling the
+# module, by freezing the notebook; and from those the import and the web book.
+# Dashed arrows back to the chapter are the checks.
 import matplotlib.pyplot as plt
 
 plt.style.use("_static/book.mplstyle")
@@ -69,9 +72,10 @@ arrow(ax, (4.6, 0.3), (5.8, 0.3), "nbval: run again, compare", (5.2, -0.45),
 plt.show()
 
 # %% [markdown]
-# One file is written by hand, two are made from it (solid arrows), and three
-# checks (dashed) hold the copies to the original. Everything that is read on
-# the web or imported by a program lies downstream of the hand-written file.
+# One file is written by hand, two are made from it (solid arrows): *tangling*
+# collects a chapter's exported cells into a module, *freezing* runs all its
+# cells and stores what they print. Three checks (dashed) hold the copies to
+# the original.
 #
 # ## The naive version
 #
@@ -232,7 +236,10 @@ print(*nbval("executed.ipynb", "not.ipynb"), sep="\n")
 # finds an $a$ that something else bound, another statement or Python itself.
 # So one test covers both: a name that is imported may not be a builtin, and
 # may not be bound at the top level by anything but imports. $M$ refuses such
-# a chapter.
+# a chapter. Two things it leaves to others. One name imported from two places
+# is the linter's to find (F811). And an import that reads what a statement
+# *does*, say an environment variable that it sets, is the author's to avoid:
+# no syntax tree shows it.
 #
 # The last rule makes the order of reading an order of execution. If $D(k)$
 # are the chapters that the module of chapter $k$ imports from,
@@ -991,9 +998,9 @@ assert counted.call_count == X + 2 * Y
 print("parses:", counted.call_count)
 
 # %% [markdown]
-# For the whole book that is a few seconds, most of them jupytext reading.
-# Freezing costs what the chapters cost, so it skips what did not change, and
-# checking a frozen notebook costs no execution at all.
+# For the whole book that is a few seconds. Freezing costs what the chapters
+# cost, so it skips what did not change, and checking a frozen notebook
+# executes nothing.
 #
 # ## Takeaways
 #
@@ -1001,8 +1008,8 @@ print("parses:", counted.call_count)
 #   three equalities, {eq}`tangle-checks`, are checked on every change.
 # - A stored output proves something only if its cell was executed, and nbval
 #   does not ask. The freeze check does.
-# - Imports may move to the top because no name is bound twice; that is
-#   tested, not hoped.
+# - Imports may move to the top because no imported name is bound a second
+#   time; that is tested, not hoped.
 #
 # ## Exercises
 #

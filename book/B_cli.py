@@ -20,8 +20,8 @@
 # ## Question
 #
 # What does a program owe to somebody who mistypes a path? The Python
-# interface of chapter 10 answers with a traceback, of which one line in ten
-# is of use. And what does it owe to a terminal? Four characters, `ESC [ 2 J`,
+# interface of chapter 10 answers with a traceback, of which one line is of
+# use. And what does it owe to a terminal? Four characters, `ESC [ 2 J`,
 # clear the screen, and a model is free to write them.
 #
 # Two files come out of this appendix: `gptoss/__init__.py`, the names that
@@ -31,6 +31,9 @@
 # ## Picture
 
 # %% tags=["hide-input"]
+# Figure: a table of dots, commands by modules in the order of the book: blue
+# where a command loads a module. --help loads none, convert few, the commands
+# that run a model most.
 import ast
 import os
 from importlib.resources import files
@@ -78,11 +81,11 @@ ax.grid(visible=False)
 plt.show()
 
 # %% [markdown]
-# Which chapters' modules a command loads (blue), from the import statements
-# themselves. `--help` and a mistyped option load none, so they answer in
-# the time Python takes to start; `convert` needs no model, and `inspect` only
-# for its line on which kernels a model would use. Chapter 15's modules come
-# in only under `torchrun` and with `inspect --plan`.
+# Which modules, in the book's order, a command loads (blue), read off the
+# import statements. `--help` and a mistyped option load none, so they answer
+# in the time Python takes to start; `convert` needs no model, and `inspect`
+# only for its line on which kernels a model would use. Chapter 15's modules
+# come in only under `torchrun` and with `inspect --plan`.
 
 # %% [markdown]
 # ## The naive version
@@ -101,7 +104,7 @@ try:
     GptOss.from_pretrained("./no-such-folder")
 except Exception:
     report = traceback.format_exc().splitlines()
-print("lines besides the useful one:", len(report) - 1 > 4)
+print("more than four lines, and then:", len(report) - 1 > 4)
 print(report[-1].partition(": ")[2])
 story = "Once \x1b[2Jupon a time"
 print("ESC reaches the terminal:", "\x1b" in story)
@@ -121,15 +124,16 @@ print("ESC reaches the terminal:", "\x1b" in story)
 # plus their number, so
 #
 # $$ \text{code} = \begin{cases} 0 & \text{done} \\
-#    1 & \text{\texttt{parity} or \texttt{vectors} found a fault} \\
+#    1 & \texttt{parity}\text{ or }\texttt{vectors}\text{ found a fault} \\
 #    2 & \text{wrong argument or file} \\
 #    128 + 2 = 130 & \text{Ctrl-C (SIGINT)} \\
 #    128 + 13 = 141 & \text{nobody reads stdout (SIGPIPE)}
 #    \end{cases} $$ (cli-codes)
 #
-# With 2 goes one line on stderr. An exception that no module of this package
-# declares as its own is a bug. It keeps its traceback and gives 1 as well:
-# hiding it would only make it harder to report.
+# With 2 goes one line on stderr. What is neither an error that a module of
+# this package declares nor one of the machine's (a file, memory) is a bug. It
+# keeps its traceback, with which Python gives 1: hiding it would only make it
+# harder to report.
 #
 # **Harmless text.** A terminal obeys characters of Unicode category Cc:
 # 32 below the space, DEL, and 32 more from U+0080 on. Nine others, U+202A to
@@ -142,8 +146,9 @@ print("ESC reaches the terminal:", "\x1b" in story)
 #    \text{U+FFFD} & \text{C1, direction} \\ c & \text{else} \end{cases}
 #    $$ (cli-visible)
 #
-# acts on characters one at a time. So it can be applied to a stream in any
-# cuts, which removing whole escape sequences cannot.
+# acts on characters one at a time (C1 are the 32 from U+0080 on). So it can be
+# applied to a stream however that is cut; a filter that removes whole escape
+# sequences cannot.
 #
 # **Ctrl-C in a conversation.** It means "stop", and what is to stop depends
 # on when it comes:
@@ -811,6 +816,9 @@ print("".join(screen), end="")
 
 # %% [markdown]
 # ### inspect
+#
+# `inspect` reads headers, not weights. With `--plan` it answers, from chapter
+# 15's formulas, which cards a model fits on and how fast they could be.
 
 # %% tags=["export:__main__"]
 def show_plan(args: argparse.Namespace) -> None:
@@ -838,6 +846,11 @@ def show_plan(args: argparse.Namespace) -> None:
 
 # %%
 show_plan(argparse.Namespace(path="20b", context=131072, json=False))
+
+# %% [markdown]
+# One card of 24 GB holds the 20b with its whole context. More cards make it
+# faster when they share each matrix (`tensor`), not when they take turns
+# (`stages`).
 
 # %% tags=["export:__main__"]
 SIZES = {"bytes": "bytes in the file",
@@ -928,6 +941,8 @@ print(*map(str.rstrip, page.getvalue().splitlines()[:15]), sep="\n")
 
 # %% [markdown]
 # ### convert
+#
+# Chapter 3 does the work; the command adds a bar, on a terminal only.
 
 # %% tags=["export:__main__"]
 def run_convert(args: argparse.Namespace) -> None:
@@ -963,6 +978,8 @@ with tempfile.TemporaryDirectory() as folder:
 
 # %% [markdown]
 # ### bench
+#
+# Chapter 13 measures; here a median stands with its spread beside it.
 
 # %% tags=["export"]
 def figures(found: dict) -> str:
@@ -1014,31 +1031,50 @@ print(figures({"kernels": "C++ with AVX2", "bytes_per_token": 3714085888,
 
 # %% [markdown]
 # ### parity and vectors
+#
+# Chapter 16's walk and vectors. A fault that they find is no mistake of the
+# user: it goes to stdout, and the exit code is 1.
 
 # %% tags=["export"]
+def _walked(folder: Path, prompts: list[str] | None) -> list:
+    """Tokens (1, T) of each prompt; [None], the report's own, for none."""
+    if prompts is None:
+        return [None]
+    import torch
+
+    from gptoss.harmony import Tokenizer
+
+    encode = Tokenizer.from_pretrained(folder).encode
+    found = [encode(prompt) for prompt in prompts]
+    if not all(found):
+        raise UsageError("--prompt: expected at least one token")
+    return [torch.tensor([ids]) for ids in found]
+
+
 def run_parity(args: argparse.Namespace) -> None:
     """Walks ours and a reference and names the first that goes wrong."""
     from gptoss.checkpoint import resolve
     from gptoss.parity import parity_table, report
 
-    folder, tokens = resolve(args.path), None
-    if args.prompt is not None:
-        import torch
-
-        from gptoss.harmony import Tokenizer
-
-        ids = Tokenizer.from_pretrained(folder).encode(args.prompt)
-        if not ids:
-            raise UsageError("--prompt: expected at least one token")
-        tokens = torch.tensor([ids])
+    folder = resolve(args.path)
     if args.new_tokens < 0:
         raise UsageError(f"--new-tokens: expected at least 0, found "
                          f"{args.new_tokens}")
-    result = report(folder, args.against, tokens, _dtype(args.dtype),
-                    args.contract, args.plant, args.new_tokens)
-    strict = json.loads(json.dumps(result), parse_constant=lambda name: None)
-    print(json.dumps(strict) if args.json else visible(parity_table(result)))
-    if result["findings"]:
+    results = [report(folder, args.against, tokens, _dtype(args.dtype),
+                      args.contract, args.plant, args.new_tokens)
+               for tokens in _walked(folder, args.prompt)]
+    if args.json:
+        whole = results[0] if len(results) == 1 else {
+            "prompts": args.prompt, "reports": results}
+        print(json.dumps(json.loads(json.dumps(whole),
+                                    parse_constant=lambda name: None)))
+    else:
+        heads = [f"{prompt!r}\n" if len(results) > 1 else ""
+                 for prompt in args.prompt or [""]]
+        print("\n\n".join(visible(head + parity_table(result))
+                          for head, result in zip(heads, results,
+                                                  strict=True)))
+    if any(result["findings"] for result in results):
         raise SystemExit(1)
 
 
@@ -1161,7 +1197,8 @@ COMMANDS = {
         "--dtype": dict(default="float32", choices=("float32", "bfloat16")),
         "--contract": dict(default="fp32", choices=(
             "fp32", "hf-eager", "openai-torch"), help="how ours rounds"),
-        "--prompt": dict(help="text to walk over (default: random tokens)"),
+        "--prompt": dict(action="append", help="text to walk over, once or "
+                         "more (default: random tokens)"),
         "--new-tokens": dict(type=int, default=0, metavar="N",
                              help="written first, and walked over too"),
         "--plant": dict(metavar="FAULT", help="break ours first: window ..."),
@@ -1391,8 +1428,8 @@ print(subprocess.run([sys.executable, "-c", script], capture_output=True,
                      text=True).stdout)
 
 # %% [markdown]
-# Making text visible costs one look at each character, $O(n)$, and no state:
-# it can be done to each piece of a stream as it comes.
+# Making text visible costs one look at each character and keeps no state, so
+# the pieces of a stream give what the whole would:
 
 # %%
 pieces = ["a\x1b", "[2", "Jb"]
@@ -1437,10 +1474,9 @@ print(visible(name))
 assert name.replace("\u202etxt.exe", "exe.txt") == "reportexe.txt"
 
 # %% [markdown]
-# **Exercise 3.** A program that ignores SIGPIPE sees an error when it
-# writes; one that does not is killed. What does `main` return when the
-# reader has gone, and why must it point stdout at the null device before
-# that?
+# **Exercise 3.** Python ignores SIGPIPE, so a program whose reader has gone
+# is not killed but sees an error when it writes. What does `main` return
+# then, and why must it point stdout at the null device first?
 
 # %% tags=["hide-cell"]
 script = ("import sys; from gptoss import __main__ as program\n"

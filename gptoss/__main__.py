@@ -635,29 +635,45 @@ def run_bench(args: argparse.Namespace) -> None:
 
 # --- parity and vectors ------------------------------------------------------
 
+def _walked(folder: Path, prompts: list[str] | None) -> list:
+    """Tokens (1, T) of each prompt; [None], the report's own, for none."""
+    if prompts is None:
+        return [None]
+    import torch
+
+    from gptoss.harmony import Tokenizer
+
+    encode = Tokenizer.from_pretrained(folder).encode
+    found = [encode(prompt) for prompt in prompts]
+    if not all(found):
+        raise UsageError("--prompt: expected at least one token")
+    return [torch.tensor([ids]) for ids in found]
+
+
 def run_parity(args: argparse.Namespace) -> None:
     """Walks ours and a reference and names the first that goes wrong."""
     from gptoss.checkpoint import resolve
     from gptoss.parity import parity_table, report
 
-    folder, tokens = resolve(args.path), None
-    if args.prompt is not None:
-        import torch
-
-        from gptoss.harmony import Tokenizer
-
-        ids = Tokenizer.from_pretrained(folder).encode(args.prompt)
-        if not ids:
-            raise UsageError("--prompt: expected at least one token")
-        tokens = torch.tensor([ids])
+    folder = resolve(args.path)
     if args.new_tokens < 0:
         raise UsageError(f"--new-tokens: expected at least 0, found "
                          f"{args.new_tokens}")
-    result = report(folder, args.against, tokens, _dtype(args.dtype),
-                    args.contract, args.plant, args.new_tokens)
-    strict = json.loads(json.dumps(result), parse_constant=lambda name: None)
-    print(json.dumps(strict) if args.json else visible(parity_table(result)))
-    if result["findings"]:
+    results = [report(folder, args.against, tokens, _dtype(args.dtype),
+                      args.contract, args.plant, args.new_tokens)
+               for tokens in _walked(folder, args.prompt)]
+    if args.json:
+        whole = results[0] if len(results) == 1 else {
+            "prompts": args.prompt, "reports": results}
+        print(json.dumps(json.loads(json.dumps(whole),
+                                    parse_constant=lambda name: None)))
+    else:
+        heads = [f"{prompt!r}\n" if len(results) > 1 else ""
+                 for prompt in args.prompt or [""]]
+        print("\n\n".join(visible(head + parity_table(result))
+                          for head, result in zip(heads, results,
+                                                  strict=True)))
+    if any(result["findings"] for result in results):
         raise SystemExit(1)
 
 
@@ -766,7 +782,8 @@ COMMANDS = {
         "--dtype": dict(default="float32", choices=("float32", "bfloat16")),
         "--contract": dict(default="fp32", choices=(
             "fp32", "hf-eager", "openai-torch"), help="how ours rounds"),
-        "--prompt": dict(help="text to walk over (default: random tokens)"),
+        "--prompt": dict(action="append", help="text to walk over, once or "
+                         "more (default: random tokens)"),
         "--new-tokens": dict(type=int, default=0, metavar="N",
                              help="written first, and walked over too"),
         "--plant": dict(metavar="FAULT", help="break ours first: window ..."),

@@ -24,7 +24,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from decimal import Decimal
+from decimal import Context, Decimal, Inexact
 from fractions import Fraction
 from importlib.resources import files
 from pathlib import Path
@@ -494,19 +494,12 @@ def _evaluate(node: ast.expr, source: str) -> Fraction:
 
 def _decimal(value: Fraction) -> str:
     """Exact if that ends within 300 digits, else 15 digits and "..."."""
-    rest, places = value.denominator, 0
-    for prime in (2, 5):
-        count = 0
-        while rest % prime == 0:
-            rest, count = rest // prime, count + 1
-        places = max(places, count)
-    if rest == 1 and places <= 300:
-        digits = str(abs(value.numerator) * 10 ** places
-                     // value.denominator).zfill(places + 1)
-        sign = "-" * (value < 0)
-        whole, part = digits[:len(digits) - places], digits[-places:]
-        return sign + (f"{whole}.{part}" if places else whole)
-    return f"{float(value):.15g}..."
+    context = Context(prec=700)  # 309 digits before the point, 300 behind
+    exact = context.divide(Decimal(value.numerator),
+                           Decimal(value.denominator))
+    if context.flags[Inexact] or exact.as_tuple().exponent < -300:
+        return f"{float(value):.15g}..."
+    return f"{exact:f}"
 
 
 def calculator(expression: str) -> str:
@@ -689,7 +682,7 @@ def round_messages(round_: Round) -> list[dict]:
 
 # --- Settings ----------------------------------------------------------------
 
-SLACK = 1024  # ring slots beyond the window: as long a turn costs no replay
+SLACK = 1024  # ring slots beyond the window; no longer turn needs a replay
 STOPS = ("<|return|>", "<|call|>", "<|endoftext|>")
 
 

@@ -39,6 +39,11 @@ class CheckpointError(Exception):
     """A checkpoint that is not what it should be; names file and tensor."""
 
 
+def _wrong(where: object, expected: object, found: object
+           ) -> CheckpointError:
+    return CheckpointError(f"{where}: expected {expected}, found {found}")
+
+
 # Hugging Face name, original name, shape. `L.` is "model.layers.N." in the
 # one, "block.N." in the other. Q = H C, KV = G C. The three rows of the
 # original qkv stand one under the other. blocks and scales are U8.
@@ -101,16 +106,12 @@ def _rows(c: GptOssConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     D, F, H = c.hidden_size, c.intermediate_size, c.num_attention_heads
     for key, width in (("hidden_size", D), ("intermediate_size", F)):
         if width % BLOCK:
-            raise CheckpointError(f"{key}: expected a multiple of {BLOCK} "
-                                  f"(MXFP4 blocks), found {width}")
+            raise _wrong(key, f"a multiple of {BLOCK} (MXFP4 blocks)", width)
     sizes = {"V": c.vocab_size, "D": D, "2F": 2 * F, "D/32": D // 32,
              "F/32": F // 32, "16": 16, "H": H, "E": c.num_local_experts,
              "Q": H * c.head_dim, "KV": c.num_key_value_heads * c.head_dim}
-
-    def in_layer(row: tuple[str, str, str]) -> bool:
-        return row[0].startswith("L.")
-
-    for layered, group in itertools.groupby(NAME_MAP, in_layer):
+    for layered, group in itertools.groupby(
+            NAME_MAP, lambda row: row[0].startswith("L.")):
         rows = list(group)
         for n in range(c.num_hidden_layers if layered else 1):
             for hf, original, shape in rows:
@@ -128,8 +129,7 @@ def tensor_table(config: GptOssConfig, layout: str = "hf"
     with decoded experts, (E, in, out). Other layouts: CheckpointError.
     """
     if layout not in LAYOUTS:
-        raise CheckpointError(f"layout: expected one of {LAYOUTS}, found "
-                              f"{layout!r}")
+        raise _wrong("layout", f"one of {LAYOUTS}", repr(layout))
     table: dict[str, TensorSpec] = {}
     for hf, original, shape in _rows(config):
         name = original if layout == "original" else hf
@@ -196,13 +196,11 @@ def read_header(file: Path) -> dict[str, Stored]:
         first = f.read(8)
         length = int.from_bytes(first, "little")
         if first == b"version ":
-            raise CheckpointError(f"{file}: expected safetensors, found a "
-                                  "git-lfs pointer (git lfs pull fetches "
-                                  "the file)")
+            raise _wrong(file, "safetensors", "a git-lfs pointer (git lfs "
+                         "pull fetches the file)")
         if len(first) < 8 or length > min(size - 8, MAX_HEADER):
-            raise CheckpointError(
-                f"{file}: expected safetensors with a header of {length} "
-                f"bytes, found {size} bytes (cut off, or another format)")
+            raise _wrong(file, f"safetensors with a header of {length} bytes",
+                         f"{size} bytes (cut off, or another format)")
         raw = f.read(length)
     try:
         header = json.loads(raw)
@@ -211,8 +209,8 @@ def read_header(file: Path) -> dict[str, Stored]:
                   for name, entry in header.items()]
     except (ValueError, RecursionError, AttributeError, TypeError,
             KeyError) as error:
-        raise CheckpointError(f"{file}: expected a safetensors header, "
-                              f"found {raw[:40]!r}...") from error
+        raise _wrong(file, "a safetensors header",
+                     f"{raw[:40]!r}...") from error
     _check_cover(file, stored, 8 + length, size)
     return {s.spec.name: s for s in stored}
 
@@ -226,8 +224,8 @@ def _stored(file: Path, name: str, entry: dict, base: int) -> Stored:
         raise ValueError(name)
     spec = TensorSpec(name, shape, entry["dtype"])
     if spec.dtype in DTYPES and spec.nbytes != end - begin:
-        raise CheckpointError(f"{file}: {name}: expected {spec.nbytes} bytes "
-                              f"for {spec}, found {end - begin}")
+        raise _wrong(f"{file}: {name}", f"{spec.nbytes} bytes for {spec}",
+                     end - begin)
     return Stored(spec, file, base + begin, end - begin)
 
 
@@ -235,16 +233,15 @@ def _check_cover(file: Path, stored: list[Stored], end: int,
                  size: int) -> None:
     """Tensors must follow one another from the header to the file's end."""
     for s in sorted(stored, key=lambda s: (s.offset, s.nbytes)):
+        where = f"{file}: {s.spec.name}"
         if s.offset != end:
-            raise CheckpointError(f"{file}: {s.spec.name}: expected at byte "
-                                  f"{end}, found at {s.offset}")
+            raise _wrong(where, f"at byte {end}", f"at {s.offset}")
         end += s.nbytes
         if end > size:
-            raise CheckpointError(
-                f"{file}: {s.spec.name}: expected to end at byte {end}, "
-                f"found a file of {size} bytes (cut off?)")
+            raise _wrong(where, f"to end at byte {end}",
+                         f"a file of {size} bytes (cut off?)")
     if end != size:
-        raise CheckpointError(f"{file}: expected {end} bytes, found {size}")
+        raise _wrong(file, f"{end} bytes", size)
 
 
 # --- Which files -------------------------------------------------------------
@@ -257,17 +254,15 @@ def _read_index(index: Path) -> dict[str, str]:
         pairs = list(named.items())
     except (ValueError, RecursionError, KeyError, TypeError,
             AttributeError) as error:
-        raise CheckpointError(f"{index}: expected JSON with a weight_map, "
-                              "found none") from error
+        raise _wrong(index, "JSON with a weight_map", "none") from error
     for name, file in pairs:
+        where = f"{index}: {name}"
         if (not isinstance(file, str) or not file.endswith(".safetensors")
                 or re.search(r"[/\\:\0]", file)):
-            raise CheckpointError(f"{index}: {name}: expected the name of a "
-                                  ".safetensors file in this folder, found "
-                                  f"{file!r}")
+            raise _wrong(where, "the name of a .safetensors file in this "
+                         "folder", repr(file))
         if not (index.parent / file).is_file():
-            raise CheckpointError(f"{index}: {name}: expected in {file}, "
-                                  "found no such file")
+            raise _wrong(where, f"in {file}", "no such file")
     return named
 
 
@@ -279,18 +274,18 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
     files = sorted(folder.glob("*.safetensors"))
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if len(indexes) > 1:
-        raise CheckpointError(f"{folder}: expected one index, found "
-                              f"{indexes[0].name} and {indexes[1].name}")
+        raise _wrong(folder, "one index",
+                     f"{indexes[0].name} and {indexes[1].name}")
     named = _read_index(indexes[0]) if indexes else None
     found: dict[str, Stored] = {}
     for file in files:
         if named is not None and file.name not in named.values():
-            raise CheckpointError(f"{file}: expected only files that "
-                                  f"{indexes[0].name} names, found this one")
+            raise _wrong(file, f"only files that {indexes[0].name} names",
+                         "this one")
         for name, stored in read_header(file).items():
             if name in found:
-                raise CheckpointError(f"{file}: {name}: expected once, found "
-                                      f"in {found[name].file.name} as well")
+                raise _wrong(f"{file}: {name}", "once",
+                             f"in {found[name].file.name} as well")
             found[name] = stored
     if named is not None:
         _check_index(indexes[0], named, found)
@@ -302,12 +297,11 @@ def _check_index(index: Path, named: dict[str, str],
     for name, file in named.items():
         if name not in found or found[name].file.name != file:
             where = found[name].file.name if name in found else "no file"
-            raise CheckpointError(f"{index}: {name}: expected in {file}, "
-                                  f"found in {where}")
+            raise _wrong(f"{index}: {name}", f"in {file}", f"in {where}")
     for name, stored in found.items():
         if name not in named:
-            raise CheckpointError(f"{stored.file}: {name}: expected in "
-                                  f"{index.name}, found only in the file")
+            raise _wrong(f"{stored.file}: {name}", f"in {index.name}",
+                         "only in the file")
 
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -318,18 +312,16 @@ def weights_folder(path: Path) -> Path:
     if not path.exists():
         raise CheckpointError(f"{path}: no such directory")
     if not path.is_dir():
-        raise CheckpointError(f"{path}: expected a directory, found a file")
+        raise _wrong(path, "a directory", "a file")
     for folder in (path, path / "original"):
         if any(folder.glob("*.safetensors*")):
             return folder
     pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES)
     if pickles:
-        raise CheckpointError(
-            f"{path}: expected *.safetensors, found {pickles[0]}: a pickle "
-            "can run any code, so none is opened")
+        raise _wrong(path, "*.safetensors", f"{pickles[0]}: a pickle can run "
+                     "any code, so none is opened")
     there = "only config.json" if (path / "config.json").exists() else "none"
-    raise CheckpointError(f"{path}: expected config.json and *.safetensors, "
-                          f"found {there}")
+    raise _wrong(path, "config.json and *.safetensors", there)
 
 
 # --- Files against the table -------------------------------------------------
@@ -350,18 +342,16 @@ def check_tensors(folder: Path, found: dict[str, Stored],
     of another shape or dtype. The bf16 layout may hold any float."""
     for name, spec in table.items():
         if name not in found:
-            raise CheckpointError(f"{folder}: {name}: expected {spec}, found "
-                                  "no such tensor")
+            raise _wrong(f"{folder}: {name}", spec, "no such tensor")
         stored = found[name]
         dtypes = FLOATS if layout == "bf16" else (spec.dtype,)
         if (stored.spec.shape != spec.shape
                 or stored.spec.dtype not in dtypes):
-            raise CheckpointError(f"{stored.file}: {name}: expected {spec}, "
-                                  f"found {stored.spec}")
+            raise _wrong(f"{stored.file}: {name}", spec, stored.spec)
     for name, stored in found.items():
         if name not in table:
-            raise CheckpointError(f"{stored.file}: {name}: expected no such "
-                                  f"tensor, found {stored.spec}")
+            raise _wrong(f"{stored.file}: {name}", "no such tensor",
+                         stored.spec)
 
 
 # --- Laying out files before writing them ------------------------------------
@@ -420,8 +410,7 @@ class _Writer:
         need = sum(spec.nbytes for spec in table.values())
         free = shutil.disk_usage(folder).free
         if need > free:
-            raise CheckpointError(f"{folder.parent}: expected {need:,} bytes "
-                                  f"free, found {free:,}")
+            raise _wrong(folder.parent, f"{need:,} bytes free", f"{free:,}")
         self.stored: dict[str, Stored] = {}
         for name, specs in self.shards.items():
             header = make_header(specs)
@@ -436,17 +425,16 @@ def _put(writer: _Writer, name: str, tensor: Tensor,
          start: int | None = None) -> None:
     """Write rows from `start` on; None: the whole tensor at once."""
     if name not in writer.places:
-        raise CheckpointError(f"{name}: expected a canonical name of layout "
-                              f"{writer.layout}, found this")
+        raise _wrong(name, f"a canonical name of layout {writer.layout}",
+                     "this")
     place, shape = writer.places[name], tuple(tensor.shape)
     spec = place.spec
     good = (shape == spec.shape if start is None
             else shape[1:] == spec.shape[1:])
     if not good or tensor.dtype != DTYPES[spec.dtype]:
-        raise CheckpointError(f"{name}: expected {spec}, found "
-                              f"{tensor.dtype} {list(shape)}")
+        raise _wrong(name, spec, f"{tensor.dtype} {list(shape)}")
     if writer.rows[name] != (start or 0):
-        raise CheckpointError(f"{name}: expected once, found again")
+        raise _wrong(name, "once", "again")
     stored = writer.stored[place.stored]
     width = stored.nbytes // stored.spec.shape[0]
     data = tensor.detach().cpu().contiguous()
@@ -470,11 +458,10 @@ def _write_json(file: Path, value: object) -> None:
 def _finish(writer: _Writer, extra_files: Iterable[Path]) -> dict[str, str]:
     """Check that nothing is missing, write the JSON; returns the hashes."""
     for name, place in writer.places.items():
-        if writer.rows[name] != place.spec.shape[0]:
-            raise CheckpointError(f"{name}: expected {place.spec}, found "
-                                  "nothing" if not writer.rows[name] else
-                                  f"{name}: expected {place.spec}, found "
-                                  f"{writer.rows[name]} rows")
+        rows = writer.rows[name]
+        if rows != place.spec.shape[0]:
+            raise _wrong(name, place.spec, f"{rows} rows" if rows
+                         else "nothing")
     for file in map(Path, extra_files):
         if (writer.folder / file.name).exists() or file.name in OUR_FILES:
             raise CheckpointError(f"{file}: expected another name")
@@ -501,8 +488,7 @@ def _new_folder(target: Path) -> Iterator[Path]:
     target = Path(os.path.abspath(target))
     if target.is_symlink() or target.exists() and not (
             target.is_dir() and not any(target.iterdir())):
-        raise CheckpointError(f"{target}: expected a new or empty folder, "
-                              "found something there")
+        raise _wrong(target, "a new or empty folder", "something there")
     draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         draft.mkdir(parents=True)
@@ -549,8 +535,7 @@ def random_tensors(config: GptOssConfig, seed: int = 0, layout: str = "hf"
     decoded experts of the same model; "original" is the same as "hf".
     """
     if layout not in LAYOUTS:
-        raise CheckpointError(f"layout: expected one of {LAYOUTS}, found "
-                              f"{layout!r}")
+        raise _wrong("layout", f"one of {LAYOUTS}", repr(layout))
     table = tensor_table(config)
     for name, spec in table.items():
         if layout != "bf16" or not name.endswith(PACKED):
@@ -673,9 +658,8 @@ class Checkpoint:
 
     def _place(self, name: str) -> Place:
         if name not in self._places:
-            raise CheckpointError(f"{self.folder}: {name}: expected a "
-                                  f"tensor's name in layout {self.layout}, "
-                                  "found no such tensor")
+            raise _wrong(f"{self.folder}: {name}", "a tensor's name in "
+                         f"layout {self.layout}", "no such tensor")
         return self._places[name]
 
     def _map(self, file: Path) -> Tensor:
@@ -691,8 +675,7 @@ def _view(checkpoint: Checkpoint, place: Place, rows: slice) -> Tensor:
     """Rows of a stored tensor as a view of its mapped file."""
     start, stop, step = rows.indices(place.spec.shape[0])
     if step != 1:
-        raise CheckpointError(f"{place.spec.name}: expected rows with step "
-                              f"1, found {rows}")
+        raise _wrong(place.spec.name, "rows with step 1", rows)
     stored = checkpoint._found[place.stored]
     width = stored.nbytes // stored.spec.shape[0]  # bytes in a row
     count = max(0, stop - start)
@@ -708,8 +691,7 @@ def check_scales(name: str, scales: Tensor) -> None:
     """CheckpointError naming `name` if a scale byte is 255, which is NaN."""
     if scales.numel() and scales.max() == SCALE_NAN:
         bad = int((scales == SCALE_NAN).sum())
-        raise CheckpointError(f"{name}: expected scales 0 to 254, found "
-                              f"{bad} of {SCALE_NAN} (NaN)")
+        raise _wrong(name, "scales 0 to 254", f"{bad} of {SCALE_NAN} (NaN)")
 
 
 # --- Converting --------------------------------------------------------------
@@ -844,11 +826,10 @@ def describe(path: str | Path) -> dict[str, object]:
     than a packed one. Raises as `Checkpoint.open` does.
     """
     with Checkpoint.open(path) as checkpoint:
-        config, specs = checkpoint.config, list(map(checkpoint.spec,
-                                                    checkpoint.names()))
+        config = checkpoint.config
         parts = dict.fromkeys(COMPONENTS.values(), 0)
         dtypes: Counter[str] = Counter()
-        for spec in specs:
+        for spec in map(checkpoint.spec, checkpoint.names()):
             parts[component_of(spec.name)] += spec.nbytes
             dtypes[spec.dtype] += spec.nbytes
         row = parts["embedding"] // config.vocab_size

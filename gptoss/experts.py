@@ -151,11 +151,11 @@ define_operator(f"gptoss::packed_experts{_PACKED} -> Tensor",
 def swiglu_backward(gate_up: Tensor, grad: Tensor, limit: float) -> Tensor:
     """Gradient of `clamped_swiglu` at gate_up (…, 2F) for grad (…, F)."""
     gate, up = gate_up[..., ::2], gate_up[..., 1::2]
-    z, u = gate.clamp(max=limit), up.clamp(-limit, limit)
-    s = torch.sigmoid(ALPHA * z)
-    slope = s + ALPHA * z * s * (1 - s)  # of z * sigmoid(ALPHA * z)
+    g, u = gate.clamp(max=limit), up.clamp(-limit, limit)
+    s = torch.sigmoid(ALPHA * g)
+    slope = s + ALPHA * g * s * (1 - s)  # of g * sigmoid(ALPHA * g)
     d_gate = grad * (u + 1) * slope * (gate <= limit)
-    d_up = grad * z * s * (up.abs() <= limit)
+    d_up = grad * g * s * (up.abs() <= limit)
     return torch.stack([d_gate, d_up], dim=-1).flatten(-2)
 
 
@@ -243,7 +243,9 @@ class Experts(nn.Module):
 
     def _make_dense(self, name, E, rows, columns, dtype, device) -> None:
         weight = torch.empty(E, rows, columns, dtype=dtype, device=device)
-        setattr(self, name, nn.Parameter(nn.init.normal_(weight, std=0.02)))
+        if not weight.is_meta:  # there is nothing to draw there
+            nn.init.normal_(weight, std=0.02)
+        setattr(self, name, nn.Parameter(weight))
 
     def _make_packed(self, name, E, rows, columns, dtype, device) -> None:
         if columns % BLOCK:

@@ -40,13 +40,14 @@ def _is_number(value: object, kind: type | tuple[type, ...]) -> bool:
 def best(logits: Tensor, k: int) -> Tensor:
     """Ids (B, k) of the k largest of (B, V), largest first.
 
-    Of equals the lower id comes first. A full stable sort gives the same,
-    ten times slower for V = 201088.
+    Of equals the lower id comes first; torch.topk breaks ties at will, so
+    only its k-th value is used. A full stable sort gives the same, ten
+    times slower for V = 201088.
     """
     if k < logits.shape[-1]:
-        edge = logits.topk(k).values[..., -1:]  # torch.topk breaks ties at
-        above, at = logits > edge, logits == edge  # will: only its k-th
-        room = k - above.sum(-1, keepdim=True)     # value is of use
+        edge = logits.topk(k).values[..., -1:]
+        above, at = logits > edge, logits == edge
+        room = k - above.sum(-1, keepdim=True)
         kept = above | (at & (at.cumsum(-1) <= room))
         ids = kept.nonzero()[:, 1].view(-1, k)  # ascending in each row
     else:
@@ -58,7 +59,7 @@ def best(logits: Tensor, k: int) -> Tensor:
 # --- Temperature, top-k, top-p -----------------------------------------------
 
 def nucleus(probs: Tensor, top_p: float) -> Tensor:
-    """`probs` (B, N), largest first, cut to the fewest that reach top_p."""
+    """`probs` (B, n), largest first, cut to the fewest that reach top_p."""
     mass = probs.cumsum(-1)
     probs = probs.clone()  # a token goes if those before it suffice
     probs[..., 1:].masked_fill_(mass[..., :-1] >= top_p, 0.0)
@@ -70,9 +71,9 @@ NUCLEUS = 1024  # top-p looks at so many tokens before it sorts all of them
 
 def ranked(logits: Tensor, temperature: float, top_k: int,
            top_p: float) -> tuple[Tensor, Tensor | None]:
-    """What `Sampler` draws from: probabilities (B, N) and ids (B, N).
+    """What `Sampler` draws from: probabilities (B, n) and ids (B, n).
 
-    Probabilities in float64, likeliest first; ids None: N = V, in order of
+    Probabilities in float64, likeliest first; ids None: n = V, in order of
     id. `temperature` > 0. What top-k drops is absent, what top-p drops has
     probability 0.
     """
@@ -98,9 +99,9 @@ def ranked(logits: Tensor, temperature: float, top_k: int,
 
 def draw(probs: Tensor, ids: Tensor | None = None,
          generator: torch.Generator | None = None) -> Tensor:
-    """One token a row (B,) from `probs` (B, N), by inverting the CDF.
+    """One token a row (B,) from `probs` (B, n), by inverting the CDF.
 
-    `ids` (B, N) names the columns (None: the column is the id). A token
+    `ids` (B, n) names the columns (None: the column is the id). A token
     of probability 0 is never drawn.
     """
     # 1 - u lies in (0, 1]: the first column whose running sum reaches it has
@@ -414,20 +415,21 @@ def complete(model: GptOss, tokenizer: Tokenizer, prompt: str | list[int], *,
     """
     stop = frozenset(stop)
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-    done, pieces = Completion(list(ids)), []
-    stream, began = TextStream(tokenizer), time.perf_counter()
+    done, stream = Completion(list(ids)), TextStream(tokenizer)
+
+    def add(text: str) -> None:
+        done.text += text
+        if on_text and text:
+            on_text(text)
+
+    began = time.perf_counter()
     for token in generate(model, ids, stop=stop, **options):
         done.tokens.append(token)
         if token in stop:
             done.finish_reason = "stop"
             break
-        pieces.append(stream.feed(token))
-        if on_text and pieces[-1]:
-            on_text(pieces[-1])
-    pieces.append(stream.flush())
-    if on_text and pieces[-1]:
-        on_text(pieces[-1])
-    done.text = "".join(pieces)
+        add(stream.feed(token))
+    add(stream.flush())
     done.seconds = time.perf_counter() - began
     return done
 

@@ -418,10 +418,10 @@ def _union(variants: list, indent: str, about: str | None = None,
 
 def _property(name: str, schema: object, indent: str) -> list[str]:
     """The lines of one property: comments, name, type."""
+    if not isinstance(schema, Mapping):
+        schema = {}
     title, about = (_get(schema, key, str) for key in ("title", "description"))
-    union = _get(schema, "oneOf", list)
-    alone = union is None and "oneOf" not in (
-        schema if isinstance(schema, Mapping) else ())
+    union, alone = _get(schema, "oneOf", list), "oneOf" not in schema
     notes = [] if title is None else [f" {title}", ""]
     notes += [f" {about}"] * (alone and about is not None)
     if examples := _get(schema, "examples", list):
@@ -578,25 +578,21 @@ def developer_message(instructions: str = "",
 
 # --- A conversation ----------------------------------------------------------
 
-def _last(messages: list[Message], role: str) -> int:
-    """Index of the last message of `role`, -1 if there is none."""
-    return max((n for n, message in enumerate(messages)
-                if message.role == role), default=-1)
-
-
 def _forgotten(messages: list[Message], drop: str) -> int:
     """Reasoning before this index is dropped."""
     if drop == "none":
         return 0
     if drop == "turns":
-        return max(0, _last(messages, "user"))
+        return max((n for n, message in enumerate(messages)
+                    if message.role == "user"), default=0)
     if drop != "official":
         raise HarmonyError(f"drop: expected 'official', 'turns' or 'none', "
                            f"found {drop!r}")
-    channels = [message.channel for message in messages]
-    last = _last(messages, "assistant")
-    answered = last >= 0 and channels[last] == "final"
-    return channels.index("final") if answered else 0
+    said = [message.channel for message in messages
+            if message.role == "assistant"]
+    if said[-1:] != ["final"]:
+        return 0
+    return [message.channel for message in messages].index("final")
 
 
 def render(tokenizer: Tokenizer, messages: Iterable[Message],

@@ -690,6 +690,9 @@ MIX = {"story": 12, "sum": 27, "tool": 29, "recall": 8, "far": 13,
 SECOND = {"story": 8, "sum": 44, "tool": 26, "recall": 6, "far": 7,
           "unknown": 2, "telling": 1, "talk": 1, "beyond": 1, "missing": 3,
           "date": 1}    # when sums are what is left to learn
+THIRD = {"story": 6, "sum": 32, "tool": 34, "recall": 5, "far": 13,
+         "unknown": 1, "telling": 1, "talk": 1, "beyond": 1, "missing": 4,
+         "date": 2}     # beside columns of digits, which are sums too
 NEVER_HELD = ("telling", "talk", "beyond", "unknown", "missing", "date")
 
 
@@ -743,6 +746,7 @@ __all__ = [
     "TALK",
     "TEXT",
     "THINGS",
+    "THIRD",
     "TROUBLE",
     "Turn",
     "VERBS",

@@ -187,6 +187,14 @@ def _frequencies(config: GptOssConfig, device: torch.device,
         return inv_freq.to(device, wide), concentration
 
 
+class _Embedding(nn.Embedding):
+    """torch's embedding; on the meta device there is nothing to draw."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Stack(nn.Module):
     """Embedding, L blocks, norm and head: arithmetic, and no checks."""
 
@@ -196,7 +204,7 @@ class Stack(nn.Module):
         self.config = config
         D, V = config.hidden_size, config.vocab_size
         like = {"dtype": dtype, "device": device}
-        self.embed_tokens = nn.Embedding(V, D, **like)
+        self.embed_tokens = _Embedding(V, D, **like)
         self.layers = nn.ModuleList(
             Block(config, n, dtype, device, packed)
             for n in range(config.num_hidden_layers))
@@ -218,7 +226,8 @@ class Stack(nn.Module):
 def initialise(model: nn.Module) -> None:
     """Linear and embedding weights normal(0, 0.02), biases 0, in place."""
     for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if (isinstance(module, nn.Linear | nn.Embedding)
+                and not module.weight.is_meta):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -44,8 +44,8 @@ class ParallelError(RuntimeError):
 
 @dataclass(frozen=True)
 class Seat:
-    """Where a rank sits: in a stage of the pipeline, at one of its tensors'
-    parts. The `tensors` ranks of a stage are `groups` with different
+    """Where a rank sits: in which stage, and there with which part of the
+    tensors. The `tensors` ranks of a stage are `groups` with different
     experts, each of `slices` ranks with different slices of F.
     """
 

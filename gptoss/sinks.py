@@ -6,7 +6,7 @@ Generated from book/05_sinks.py; edit the chapter, not this file.
 import torch
 from torch import Tensor
 
-# --- The concat form, as written ---------------------------------------------
+# --- A softmax with a sink ---------------------------------------------------
 
 def _column(sinks: Tensor, like: Tensor) -> Tensor:
     """Sinks (H,) -> (H, 1) in like.dtype, never below its lowest number.

@@ -31,7 +31,7 @@ from gptoss.harmony import (
     render_message,
     tokenizer_json,
 )
-from gptoss.lessons import SECOND, Lesson, column, lesson_stream
+from gptoss.lessons import SECOND, THIRD, Lesson, column, lesson_stream
 from gptoss.model import Attention, GptOss
 from gptoss.rope import rope_parameters
 from gptoss.routing import expert_load, top_logits
@@ -403,23 +403,24 @@ class Recipe:
 
     `tokens`: of a batch, with its padding. `easy`: share of the steps with
     short rows and many plain stories. `change`: share after which the mix
-    of lessons is `SECOND`; `last`: after which a fifth of the rows is
-    digits alone. At both the optimiser begins afresh, and the rate rises
-    to the next of `rates`. `grid_from`: share after which the experts
-    compute with four bits.
+    of lessons is `SECOND`; `last`: after which it is `THIRD` and `table` of
+    the rows are digits alone. At both the optimiser begins afresh, and the
+    rate rises to the next of `rates`. `grid_from`: share after which the
+    experts compute with four bits.
     """
 
     seed: int = 0
-    steps: int = 13000
+    steps: int = 16000
     tokens: int = 1250
-    rates: tuple[float, ...] = (2e-3, 1.2e-3, 1e-3)
+    rates: tuple[float, ...] = (2e-3, 1.2e-3, 8e-4)
     warmup: int = 100
     weight_decay: float = 0.05
     balance: float = 0.01
-    easy: float = 0.1327
-    change: float = 15 / 26
-    grid_from: float = 19 / 26
-    last: float = 23 / 26
+    easy: float = 0.1079
+    change: float = 15 / 32
+    grid_from: float = 19 / 32
+    last: float = 23 / 32
+    table: float = 0.15
     clip: float = 1.0
 
     def at(self, share: float) -> int:
@@ -549,13 +550,13 @@ def make_pocket(out: Path, recipe: Recipe,
 def schooling(tokenizer: Tokenizer, recipe: Recipe
               ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of a run: easy ones, all, those of `SECOND`, and at last
-    those and columns of digits."""
+    those of `THIRD` with columns of digits."""
     seed, tokens = recipe.seed + 1, recipe.tokens
     easy = int(recipe.easy * recipe.steps) * tokens // 230  # 230: such a row
     first = batches(rows(tokenizer, seed, easy), seed, tokens)
     second = batches(rows(tokenizer, seed + 1, 0, SECOND), seed + 1, tokens)
-    third = batches(rows(tokenizer, seed + 2, 0, SECOND, 0.2), seed + 2,
-                    tokens)
+    third = batches(rows(tokenizer, seed + 2, 0, THIRD, recipe.table),
+                    seed + 2, tokens)
     _, change, last = recipe.begins
     yield from islice(first, change)
     yield from islice(second, last - change)

@@ -1,4 +1,4 @@
-"""The form of chapters: references, asserts, exercises, imports, outputs.
+"""The form of chapters: sections, references, exercises, imports, outputs.
 
 `test_book.py` holds what is made to what is written; this file looks at what
 is written.
@@ -48,6 +48,106 @@ def tags(cell: nbformat.NotebookNode) -> list[str]:
     return cell.metadata.get("tags", [])
 
 
+# --- The anatomy -------------------------------------------------------------
+
+SECTIONS = ["Question", "Picture", "The naive version", "Derivation", "Code",
+            "It holds", "Against the others", "In the 20b and the 120b",
+            "Cost", "Takeaways", "Exercises", "Sources"]
+
+
+def parts(notebook: nbformat.NotebookNode) -> dict[str, list]:
+    """Heading of a section -> its cells; a markdown cell without the lines
+    that belong to another section."""
+    found, heading = {}, ""
+    for cell in notebook.cells:
+        if cell.cell_type != "markdown":
+            found.setdefault(heading, []).append(cell)
+            continue
+        text = re.sub(r"^```.*?^```", "", cell.source,
+                      flags=re.MULTILINE | re.DOTALL)
+        before, *rest = re.split(r"^## (.*)$", text, flags=re.MULTILINE)
+        for title, body in [(heading, before),
+                            *zip(rest[::2], rest[1::2], strict=True)]:
+            heading = title
+            found.setdefault(heading, []).append(
+                nbformat.v4.new_markdown_cell(body))
+    return found
+
+
+def frozen(chapter: Path) -> nbformat.NotebookNode:
+    return nbformat.read(chapter.with_suffix(".ipynb"), 4)
+
+
+def faults_of_form(notebook: nbformat.NotebookNode) -> list[str]:
+    """What a frozen chapter lacks of what CONTRIBUTING.md asks for."""
+    part, found = parts(notebook), []
+    if [title for title in part if title] != SECTIONS:
+        return ["sections"]
+    if not any(kind.startswith("image/") for cell in part["Picture"]
+               for output in cell.get("outputs", [])
+               for kind in output.get("data", {})):
+        found.append("Picture: no figure")
+    if not any(isinstance(node, ast.Assert) for cell in part["It holds"]
+               if cell.cell_type == "code"
+               for node in ast.walk(ast.parse(cell.source))):
+        found.append("It holds: no assert")
+    for cell in part["Exercises"]:
+        if cell.cell_type == "code" and cell.execution_count is None:
+            found.append("Exercises: a solution that was not run")
+    if not any(re.search(r"\{cite|https?://|\w/\w", cell.source)
+               for cell in part["Sources"]):
+        found.append("Sources: nothing that can be followed")
+    return found
+
+
+def test_faults_of_form() -> None:
+    new = nbformat.v4
+    picture = new.new_output("display_data", {"image/png": "abcd"})
+    fit = {"Picture": [new.new_code_cell("1", outputs=[picture])],
+           "It holds": [new.new_code_cell("if 1:\n    assert True")],
+           "Exercises": [new.new_code_cell("1", execution_count=1)],
+           "Sources": [new.new_markdown_cell("- A file in owner/name.")]}
+
+    def made(but: str = "", cell: nbformat.NotebookNode | None = None,
+             ) -> nbformat.NotebookNode:
+        whole = [new.new_markdown_cell("# A chapter")]
+        for title in SECTIONS:
+            whole.append(new.new_markdown_cell(f"## {title}\n\n"))
+            whole += [cell] if title == but else fit.get(title, [])
+        return new.new_notebook(cells=whole)
+
+    assert faults_of_form(made()) == []
+    code, words = new.new_code_cell("1"), new.new_markdown_cell("- A book")
+    assert faults_of_form(made("Picture", words)) == ["Picture: no figure"]
+    assert faults_of_form(made("It holds", code)) == ["It holds: no assert"]
+    assert faults_of_form(made("Exercises", code)) == [
+        "Exercises: a solution that was not run"]
+    assert faults_of_form(made("Sources", words)) == [
+        "Sources: nothing that can be followed"]
+    twice = new.new_markdown_cell("more\n## Cost\n")
+    assert faults_of_form(made("Code", twice)) == ["sections"]
+
+
+@each_chapter
+def test_form(chapter: Path) -> None:
+    assert faults_of_form(frozen(chapter)) == []
+
+
+@each_chapter
+def test_sections(chapter: Path) -> None:
+    lines = prose(chapter).splitlines()
+    assert [line[3:] for line in lines if line.startswith("## ")] == SECTIONS
+    assert sum(line.startswith("# ") for line in lines) == 1
+
+
+@pytest.mark.parametrize("file", [*CHAPTERS, *sorted(
+    (ROOT / "gptoss").glob("*.py"))], ids=lambda path: path.name)
+def test_lines_fit_the_page(file: Path) -> None:
+    long = [number for number, line in enumerate(
+        file.read_text("utf-8").splitlines(), 1) if len(line) > 79]
+    assert not long
+
+
 # --- References --------------------------------------------------------------
 
 KEYS = re.findall(r"^@\w+\{([^,\s]+)",
@@ -80,16 +180,7 @@ def test_equations(page: Path) -> None:
             if label not in every] == []
 
 
-# --- Asserts and exercises ---------------------------------------------------
-
-@each_chapter
-def test_asserts(chapter: Path) -> None:
-    shown = [ast.parse(cell.source) for cell in cells(chapter)
-             if cell.cell_type == "code"
-             and not any(tag.startswith("export") for tag in tags(cell))]
-    assert any(isinstance(node, ast.Assert)
-               for tree in shown for node in ast.walk(tree))
-
+# --- Exercises ---------------------------------------------------------------
 
 @each_chapter
 def test_exercises_are_numbered_and_solved(chapter: Path) -> None:
@@ -146,14 +237,20 @@ def test_imported(source: str, names: set[str]) -> None:
     assert imported(ast.parse(source)) == names
 
 
+@cache
+def imports(name: str) -> set[str]:
+    """Modules that a module imports itself."""
+    return imported(ast.parse((ROOT / "gptoss" / f"{name}.py").read_text(
+        "utf-8")))
+
+
 def needs(name: str) -> set[str]:
     """Modules that a module imports, directly or not."""
     found, todo = set(), [name]
     while todo:
-        tree = ast.parse((ROOT / "gptoss" / f"{todo.pop()}.py").read_text(
-            "utf-8"))
-        todo += sorted(imported(tree) - found)
-        found |= imported(tree)
+        new = imports(todo.pop()) - found
+        todo += new
+        found |= new
     return found
 
 
@@ -166,14 +263,75 @@ def test_modules_import_only_earlier_ones(name: str) -> None:
 
 @each_chapter
 def test_chapters_import_only_earlier_modules(chapter: Path) -> None:
-    """A chapter of several modules may import those that it has made."""
+    """A chapter of several modules may import those that it has made. A
+    cell tagged `picture` may import the finished package."""
     own = {name for name, home in HOME.items() if home == chapter}
     allowed = {name for name, home in HOME.items() if home < chapter}
     if len(own) > 1:
         allowed |= own - {"__main__"}
     for cell in cells(chapter):
-        if cell.cell_type == "code":
+        if cell.cell_type == "code" and "picture" not in tags(cell):
             assert imported(ast.parse(cell.source)) <= allowed
+
+
+def stray_pictures(found: list[nbformat.NotebookNode]) -> list[int]:
+    """Cells tagged `picture` that may not be: not the first code cell under
+    `## Picture`, not hidden, exported, or without a figure."""
+    stray, first = [], False
+    for place, cell in enumerate(found):
+        if cell.cell_type == "markdown":
+            for line in re.findall(r"^## .*", cell.source, re.MULTILINE):
+                first = line == "## Picture"
+        elif "picture" in tags(cell) and not (
+                first and "hide-input" in tags(cell)
+                and not any(tag.startswith("export") for tag in tags(cell))
+                and "plt.show()" in cell.source):
+            stray.append(place)
+        if cell.cell_type == "code":
+            first = False
+    return stray
+
+
+def test_stray_pictures() -> None:
+    new, text = nbformat.v4.new_code_cell, nbformat.v4.new_markdown_cell
+    good = new("plt.show()", metadata={"tags": ["hide-input", "picture"]})
+    bare = new("plt.show()", metadata={"tags": ["picture"]})
+    made = new("plt.show()",
+               metadata={"tags": ["hide-input", "picture", "export"]})
+    blind = new("f()", metadata={"tags": ["hide-input", "picture"]})
+    under, other = text("## Picture\n\nWords."), text("## Picture\n## Code")
+    assert stray_pictures([under, good]) == []
+    for wrong in ([under, bare], [under, made], [under, blind],
+                  [other, good], [text("## Code"), good]):
+        assert stray_pictures(wrong) == [1]
+    assert stray_pictures([under, new("1"), good]) == [2]
+
+
+@each_chapter
+def test_the_finished_package_only_in_the_opening_picture(
+        chapter: Path) -> None:
+    assert stray_pictures(cells(chapter)) == []
+
+
+# --- Figures -----------------------------------------------------------------
+
+def without_text(found: list[nbformat.NotebookNode]) -> list[str]:
+    """Cells that show a figure and do not begin with its text."""
+    return [cell.source[:60] for cell in found
+            if cell.cell_type == "code"
+            and re.search(r"^\s*plt\.show\(\)", cell.source, re.MULTILINE)
+            and not re.match(r"# Figure: \w", cell.source)]
+
+
+def test_without_text() -> None:
+    new = nbformat.v4.new_code_cell
+    good, bad = "# Figure: two lines.\nplt.show()", "f()\n    plt.show()"
+    assert without_text([new(good), new("# plt.show()"), new(bad)]) == [bad]
+
+
+@each_chapter
+def test_every_figure_has_a_text(chapter: Path) -> None:
+    assert without_text(cells(chapter)) == []
 
 
 # --- Outputs -----------------------------------------------------------------

@@ -544,29 +544,41 @@ def test_closed_pipe_ends_141_without_a_word(endless):
     assert process.returncode == 141 and err == b""
 
 
-def run_main(*argv):
-    return subprocess.run([sys.executable, "-m", "gptoss", *argv],
-                          capture_output=True, text=True, timeout=120)
-
-
-def test_vectors_are_written_and_checked(tmp_path):
+def test_vectors_are_written_and_checked(tmp_path, capsys):
     folder = tmp_path / "set"
-    assert run_main("vectors", "write", str(folder)).returncode == 0
-    done = run_main("vectors", "check", str(folder))
-    assert (done.returncode, done.stdout) == (0, "every case passes\n")
-    file = next(folder.glob("*.safetensors"))
-    file.unlink()
-    done = run_main("vectors", "check", str(folder))
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert main(["vectors", "write", str(folder)]) == 0
+    capsys.readouterr()
+    assert main(["vectors", "check", str(folder)]) == 0
+    assert capsys.readouterr() == ("every case passes\n", "")
+    next(folder.glob("*.safetensors")).unlink()
+    assert main(["vectors", "check", str(folder)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
 
 
-def test_parity_finds_nothing_until_something_is_planted():
-    argv = ("parity", "--against", "float64", "--json")
-    done = run_main(*argv)
-    assert done.returncode == 0 and json.loads(done.stdout)["findings"] == []
-    done = run_main(*argv, "--plant", "window")
-    assert done.returncode == 1 and json.loads(done.stdout)["findings"]
-    assert run_main(*argv, "--plant", "nonsense").returncode == 2
+def test_parity_finds_nothing_until_something_is_planted(capsys):
+    argv = ["parity", "--against", "float64", "--json"]
+    assert main(argv) == 0
+    assert json.loads(capsys.readouterr().out)["findings"] == []
+    with pytest.raises(SystemExit) as ended:
+        main([*argv, "--plant", "window"])
+    assert ended.value.code == 1
+    assert json.loads(capsys.readouterr().out)["findings"]
+    assert main([*argv, "--plant", "nonsense"]) == 2
+
+
+def test_parity_walks_each_prompt(capsys):
+    argv = ["parity", "--against", "float64", "--new-tokens", "2",
+            "--prompt", "Once upon a time", "--prompt", "The \x1b fox saw it"]
+    assert main([*argv, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["prompts"] == ["Once upon a time", "The \x1b fox saw it"]
+    one, two = found["reports"]
+    assert one["tokens"] != two["tokens"] and one["rows"] != two["rows"]
+    assert main(argv) == 0
+    text = capsys.readouterr().out
+    assert text.count("2 tokens written") == 2 and "\x1b" not in text
+    assert main([*argv, "--prompt", ""]) == 2
 
 
 def test_bench_measures_what_it_says(capsys):
@@ -634,10 +646,14 @@ def test_the_first_use_says_on_stderr_that_it_compiles(tmp_path):
 
 
 def test_a_mistake_is_told_before_anything_is_compiled(tmp_path):
-    for argv in (("generate", "--model", "./nothing", "--prompt", "a"),
-                 ("chat", "--model", "./nothing", "--prompt", "a"),
-                 ("bench", "./nothing")):
-        done = with_kernels(*argv, GPTOSS_KERNELS="auto", CXX="false",
-                            XDG_CACHE_HOME=str(tmp_path))
-        assert done.returncode == 2 and done.stderr.count("\n") == 1
-        assert "compiling" not in done.stderr
+    argvs = [[*command, "./nothing"] for command in (
+        ("generate", "--prompt", "a", "--model"),
+        ("chat", "--prompt", "a", "--model"), ("bench",))]
+    done = subprocess.run(
+        [sys.executable, "-c", "from gptoss.__main__ import main\n"
+         f"print([main(argv) for argv in {argvs}])"],
+        capture_output=True, text=True, timeout=280,
+        env=os.environ | {"GPTOSS_KERNELS": "auto", "CXX": "false",
+                          "XDG_CACHE_HOME": str(tmp_path)})
+    assert done.stdout == "[2, 2, 2]\n" and done.stderr.count("\n") == 3
+    assert "compiling" not in done.stderr

@@ -1,6 +1,7 @@
 """Chapter 13: kernels against plain torch and float64, how they are built,
 what happens without a compiler, and the measurements of `measure`."""
 
+import functools
 import os
 import shlex
 import shutil
@@ -319,7 +320,7 @@ def test_experts_are_nearer_on_the_inputs_of_each_layer(model, wide, stories):
 @torch.inference_mode()
 def test_the_shipped_model_is_nearer_and_chooses_the_same(model, wide,
                                                           stories):
-    """Logits at some 2,000 positions. Means would be ruled by the few where
+    """Logits at some 2,500 positions. Means would be ruled by the few where
     a router takes another expert, on either path: so medians."""
     distance, agree, count = {"fast": [], "slow": []}, 0, 0
     for story in stories:
@@ -341,7 +342,7 @@ def test_the_shipped_model_is_nearer_and_chooses_the_same(model, wide,
     fast, slow = (torch.cat(distance[name]).median().item()
                   for name in ("fast", "slow"))
     assert fast < slow if COMPILED else fast == slow
-    assert agree > 0.97 * count  # of 3,021 positions, 38 differed
+    assert agree > 0.97 * count  # of 2,482 positions, 9 differed
 
 
 def greedy(model, prompt, count):
@@ -408,6 +409,7 @@ print(y.float().sum().item())
 """
 
 
+@functools.cache  # the same words from the same process
 def child(**changes: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", CHILD], text=True,
                           capture_output=True, timeout=280,
@@ -572,6 +574,7 @@ from gptoss import kernels
 model = Bare.from_pretrained(sys.argv[1])
 assert not kernels._path  # nothing is built before something is computed
 model(torch.tensor([[1, 2, 3]]))
+assert "torch._dynamo" not in sys.modules  # 1 to 2 seconds of importing
 print(kernels._path)
 """
 

@@ -376,6 +376,7 @@ def attend(rank: int, world: int, ports: list[int], folder: Path) -> None:
             "tokens": tokens, "logits": exercise(model), "seat": seat,
             "tally": dict(tally.counts), "bytes": model.bytes_read,
             "random": torch.rand(1), "same": joined.same(lambda: rank)}
+    torch.distributed.barrier()  # rank 0 takes the store with it
     parallel.leave()
     if world == 2:
         found["commands"] = [run(rank, port, *command) for port, command

@@ -16,7 +16,7 @@ from gptoss import mxfp4
 from gptoss.checkpoint import Checkpoint
 from gptoss.generate import stop_ids
 from gptoss.harmony import Tokenizer, render_message, render_training
-from gptoss.lessons import SECOND, lesson_stream, made_up
+from gptoss.lessons import SECOND, THIRD, lesson_stream, made_up
 from gptoss.model import GptOss
 from gptoss.rope import apply_rope, rope_parameters, rope_tables
 from gptoss.sinks import softmax_with_sink
@@ -236,13 +236,14 @@ def test_training_learns_and_repeats_itself(tokenizer):
 
 
 def test_schooling_changes_to_the_second_mix(tokenizer):
-    recipe = t.Recipe(steps=26)
+    recipe = t.Recipe(steps=32)
     shares = recipe.change, recipe.grid_from, recipe.last
     assert [recipe.at(share) for share in shares] == [15, 19, 23]
     assert [t.Recipe().at(share) for share in shares] == [7500, 9500, 11500]
     found = list(itertools.islice(t.schooling(tokenizer, recipe), 25))
-    for begin, seed, table in ((15, 2, 0.0), (23, 3, 0.2)):
-        later = t.batches(t.rows(tokenizer, seed, 0, SECOND, table), seed,
+    stretches = (15, 2, SECOND, 0.0), (23, 3, THIRD, recipe.table)
+    for begin, seed, mix, table in stretches:
+        later = t.batches(t.rows(tokenizer, seed, 0, mix, table), seed,
                           recipe.tokens)
         for (ids, weights), (other, same) in zip(
                 found[begin:begin + 2], later, strict=False):

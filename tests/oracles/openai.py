@@ -3,8 +3,7 @@
 Reads the original layout on a CPU. Its code fixes bfloat16 for the
 parameters it creates; `load` converts them after loading with `.to(dtype)`,
 which is exact towards fp32. Nothing else is patched: its norms compute in
-fp32, and everything else in the dtype of the parameters. It has no cache, so
-a greedy step is a whole forward.
+fp32, and everything else in the dtype of the parameters. It has no cache.
 """
 
 from pathlib import Path
@@ -27,12 +26,3 @@ def load(path: Path, dtype: torch.dtype = torch.float32) -> Transformer:
 def logits(model: Transformer, tokens: Tensor) -> Tensor:
     """(1, T) -> (1, T, V)."""
     return model(tokens[0])[None]
-
-
-@torch.inference_mode()
-def greedy(model: Transformer, tokens: Tensor, count: int) -> list[int]:
-    """The `count` likeliest tokens after tokens (1, T), without a cache."""
-    row = tokens[0].tolist()
-    for _ in range(count):
-        row.append(model(torch.tensor(row))[-1].argmax().item())
-    return row[tokens.shape[1]:]
