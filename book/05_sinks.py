@@ -98,8 +98,8 @@ print("queries that leave more than half to the sink:", declined)
 # may come next: the `the` before the last `lamp` looks at the first `lamp`,
 # a blank (·), after which names come, at the first `Mira`. In the first
 # line there is little to fetch, and the sink takes most. The third has
-# something to say at a few tokens, the dark cells; at half of all tokens it
-# leaves more than half of its weight to the sink.
+# something to say at a few tokens, the dark cells; at three tokens of
+# four it leaves more than half of its weight to the sink.
 #
 # ## The naive version
 #

@@ -81,9 +81,9 @@ plt.show()
 # How the shipped model may begin the sentence after "…she lost the lamp.":
 # its eight likeliest tokens, and all the others together (orange). At
 # temperature 1.3 the 1,528 others gain what the likely ones lose, and one
-# token in three would come from among them. Top-k cuts that tail after a
+# token in four would come from among them. Top-k cuts that tail after a
 # fixed number of tokens, here four, good ones too; top-p after a share of
-# the probability, which keeps all eight here and halves the tail.
+# the probability, which keeps all eight here and a third of the tail.
 
 # %% tags=["hide-input"]
 # Figure: three turns as bars of tokens. In the second and third most is kept
