@@ -40,7 +40,7 @@
 # Figure: three heads of the shipped model on a text of 43 tokens: the
 # weights as a map, and what the sink takes as a bar beside each row. The
 # first looks at the token before and its bars are empty. The second has
-# dark cells far back. The third is pale, and half of its bars are long.
+# dark cells far back. The third is pale, and most of its bars are long.
 import math
 from importlib.resources import files
 

@@ -668,11 +668,11 @@ def run_parity(args: argparse.Namespace) -> None:
         print(json.dumps(json.loads(json.dumps(whole),
                                     parse_constant=lambda name: None)))
     else:
-        heads = [f"{prompt!r}\n" if len(results) > 1 else ""
-                 for prompt in args.prompt or [""]]
-        print("\n\n".join(visible(head + parity_table(result))
-                          for head, result in zip(heads, results,
-                                                  strict=True)))
+        tables = [parity_table(result) for result in results]
+        if len(tables) > 1:
+            tables = [f"{prompt!r}\n{table}" for prompt, table
+                      in zip(args.prompt, tables, strict=True)]
+        print(visible("\n\n".join(tables)))
     if any(result["findings"] for result in results):
         raise SystemExit(1)
 
