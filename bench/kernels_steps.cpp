@@ -13,13 +13,15 @@
 #include <vector>
 
 constexpr int64_t BLOCKS = 90, ROWS = 8640 * 16;  // 211 MB: no cache holds it
+constexpr int64_t STEP = 64;
 constexpr int8_t TWICE[16] = {0, 1, 2, 3, 4, 6, 8, 12,
                               0, -1, -2, -3, -4, -6, -8, -12};
 
 struct Input {
   std::vector<float> x, scale;   // (2880,), one a block
   std::vector<int16_t> natural;  // x in 16 bits, in order
-  std::vector<int16_t> paired;   // as kernels.cpp keeps it
+  std::vector<int16_t> paired;   // two blocks interleaved, for AVX2
+  std::vector<int16_t> fours;    // four blocks, for AVX-512
 };
 
 float sum(__m256 v) {
@@ -100,13 +102,33 @@ float in_integers(const uint8_t* w, const uint8_t* s, const Input& in) {
   return sum(total);
 }
 
+// the factors of a row, eight at a time, and four zeros behind them
+void factors(const uint8_t* s, const Input& in, float* to) {
+  int64_t b = 0;
+  for (; b + 8 <= BLOCKS; b += 8) {
+    const __m256i bits = _mm256_slli_epi32(_mm256_cvtepu8_epi32(
+        _mm_loadl_epi64(reinterpret_cast<const __m128i*>(s + b))), 23);
+    _mm256_storeu_ps(to + b, _mm256_mul_ps(_mm256_castsi256_ps(bits),
+                                           _mm256_loadu_ps(&in.scale[b])));
+  }
+  for (; b < BLOCKS; ++b) to[b] = power(s[b]) * in.scale[b];
+  std::fill_n(to + BLOCKS, 4, 0.0f);
+}
+
+__m256 spread(const float* two) {  // each over four places
+  const __m256i place = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+  double both;
+  std::memcpy(&both, two, 8);
+  return _mm256_permutevar_ps(_mm256_castpd_ps(_mm256_set1_pd(both)), place);
+}
+
 // 4: two blocks at a time; shifts and masks instead of sign extension
 float in_pairs(const uint8_t* w, const uint8_t* s, const Input& in) {
   const __m256i table = both(load16(TWICE)), low = _mm256_set1_epi8(15);
   const __m256i high = _mm256_set1_epi16(short(0xff00));
   __m256 total = _mm256_setzero_ps();
-  float f[BLOCKS];
-  for (int64_t b = 0; b < BLOCKS; ++b) f[b] = power(s[b]) * in.scale[b];
+  float f[BLOCKS + 4];
+  factors(s, in, f);
   for (int64_t b = 0; b < BLOCKS; b += 2) {
     const __m256i bytes = load32(w + 16 * b);
     const int16_t* q = &in.paired[32 * b];
@@ -120,28 +142,23 @@ float in_pairs(const uint8_t* w, const uint8_t* s, const Input& in) {
         _mm256_add_epi32(
             _mm256_madd_epi16(_mm256_slli_epi16(c, 8), load32(q + 32)),
             _mm256_madd_epi16(_mm256_and_si256(c, high), load32(q + 48))));
-    const __m256 two = _mm256_blend_ps(_mm256_broadcast_ss(f + b),
-                                       _mm256_broadcast_ss(f + b + 1), 0xf0);
-    total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(part), two, total);
+    total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(part), spread(f + b), total);
   }
   return sum(total) / 256;
 }
 
-// 5: four rows at a time, 64 rows apart, asking memory a kilobyte ahead
+// 5: four rows at a time, STEP rows apart, asking memory half a KiB ahead
 void in_streams(const uint8_t* w, const uint8_t* s, const Input& in,
                 float* y) {
-  constexpr int64_t STEP = 64;
   const __m256i table = both(load16(TWICE)), low = _mm256_set1_epi8(15);
   const __m256i high = _mm256_set1_epi16(short(0xff00));
   __m256 total[4] = {};
-  float f[4][BLOCKS];
-  for (int r = 0; r < 4; ++r)
-    for (int64_t b = 0; b < BLOCKS; ++b)
-      f[r][b] = power(s[r * STEP * BLOCKS + b]) * in.scale[b];
+  float f[4][BLOCKS + 4];
+  for (int r = 0; r < 4; ++r) factors(s + r * STEP * BLOCKS, in, f[r]);
   for (int64_t b = 0; b < BLOCKS; b += 2)
     for (int r = 0; r < 4; ++r) {
       const uint8_t* from = w + (r * STEP * BLOCKS + b) * 16;
-      __builtin_prefetch(from + 1024);
+      __builtin_prefetch(from + 512);
       const __m256i bytes = load32(from);
       const int16_t* q = &in.paired[32 * b];
       const __m256i a =
@@ -156,15 +173,48 @@ void in_streams(const uint8_t* w, const uint8_t* s, const Input& in,
               _mm256_madd_epi16(_mm256_slli_epi16(c, 8), load32(q + 32)),
               _mm256_madd_epi16(_mm256_and_si256(c, high),
                                 load32(q + 48))));
-      const __m256 two = _mm256_blend_ps(_mm256_broadcast_ss(f[r] + b),
-                                         _mm256_broadcast_ss(f[r] + b + 1),
-                                         0xf0);
-      total[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(part), two, total[r]);
+      total[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(part), spread(f[r] + b),
+                                 total[r]);
     }
   for (int r = 0; r < 4; ++r) y[r * STEP] = sum(total[r]) / 256;
 }
 
+#if defined(__AVX512BW__) && defined(__AVX512VNNI__)
+// 6: four blocks at a time, 16-bit numbers looked up by 16-bit indices
+void in_wide_streams(const uint8_t* w, const uint8_t* s, const Input& in,
+                     float* y) {
+  const __m512i table = _mm512_broadcast_i64x4(
+      _mm256_cvtepi8_epi16(load16(TWICE)));
+  const __m512i place = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2,
+                                         1, 1, 1, 1, 0, 0, 0, 0);
+  __m512 total[4] = {};
+  float f[4][BLOCKS + 4];
+  for (int r = 0; r < 4; ++r) factors(s + r * STEP * BLOCKS, in, f[r]);
+  for (int64_t b = 0; b < BLOCKS; b += 4)
+    for (int r = 0; r < 4; ++r) {
+      const uint8_t* from = w + (r * STEP * BLOCKS + b) * 16;
+      __builtin_prefetch(from + 512);
+      const __m512i bytes = _mm512_maskz_loadu_epi64(
+          b + 4 <= BLOCKS ? 255 : 15, from);
+      auto add = [&](__m512i sums, int shift, int group) {
+        const __m512i values = _mm512_permutexvar_epi16(
+            _mm512_srli_epi16(bytes, shift), table);
+        return _mm512_dpwssd_epi32(sums, values, _mm512_loadu_si512(
+            &in.fours[32 * b + 32 * group]));
+      };
+      const __m512i part = _mm512_add_epi32(
+          add(add(__m512i{}, 0, 0), 4, 2), add(add(__m512i{}, 8, 1), 12, 3));
+      const __m512 four = _mm512_permutevar_ps(
+          _mm512_broadcast_f32x4(_mm_loadu_ps(f[r] + b)), place);
+      total[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(part), four, total[r]);
+    }
+  for (int r = 0; r < 4; ++r) y[r * STEP] = _mm512_reduce_add_ps(total[r]);
+}
+#endif
+
 using Dot = float (*)(const uint8_t*, const uint8_t*, const Input&);
+using Streams = void (*)(const uint8_t*, const uint8_t*, const Input&,
+                         float*);
 
 double seconds() {
   return std::chrono::duration<double>(
@@ -195,6 +245,7 @@ int main(int argc, char** argv) {
   Input in;
   in.x.resize(32 * BLOCKS), in.scale.assign(BLOCKS, 0);
   in.natural.resize(32 * BLOCKS), in.paired.resize(32 * BLOCKS);
+  in.fours.resize(32 * (BLOCKS + 3));
   for (auto& value : in.x) value = int32_t(random()) / 2147483648.0f;
   for (int64_t k = 0; k < 32 * BLOCKS; ++k) {
     float top = 0;
@@ -205,13 +256,19 @@ int main(int argc, char** argv) {
     const int group[4] = {0, 2, 1, 3};
     in.paired[k / 64 * 64 + 16 * group[k % 4] + k / 32 % 2 * 8
               + k % 32 / 4] = in.natural[k];
+    in.fours[k / 128 * 128 + 32 * group[k % 4] + k / 32 % 4 * 8
+             + k % 32 / 4] = in.natural[k];
   }
-  const struct { const char* name; Dot dot; } steps[] = {
-      {"portable C++ loop", portable},
-      {"table in a register, fp32", in_fp32},
-      {"16-bit integers", in_integers},
-      {"two blocks at a time", in_pairs},
-      {"four streams of rows", nullptr}};
+  const struct { const char* name; Dot dot; Streams streams; } steps[] = {
+      {"portable C++ loop", portable, nullptr},
+      {"table in a register, fp32", in_fp32, nullptr},
+      {"16-bit integers", in_integers, nullptr},
+      {"two blocks at a time", in_pairs, nullptr},
+      {"four streams of rows", nullptr, in_streams},
+#if defined(__AVX512BW__) && defined(__AVX512VNNI__)
+      {"AVX-512, four blocks at a time", nullptr, in_wide_streams},
+#endif
+  };
   std::vector<float> y(ROWS);
   std::printf("[");
   for (const auto& step : steps)
@@ -220,7 +277,7 @@ int main(int argc, char** argv) {
         for (int64_t r = a; step.dot && r < b; ++r)
           y[r] = step.dot(&w[r * BLOCKS * 16], &s[r * BLOCKS], in);
         for (int64_t r = a; !step.dot && r < b; r += r % 64 == 63 ? 193 : 1)
-          in_streams(&w[r * BLOCKS * 16], &s[r * BLOCKS], in, &y[r]);
+          step.streams(&w[r * BLOCKS * 16], &s[r * BLOCKS], in, &y[r]);
       });
       std::printf("{\"name\": \"%s\", \"threads\": %d, \"gb_per_s\": %.2f},\n",
                   step.name, threads, 17.0 * ROWS * BLOCKS / time / 1e9);

@@ -1036,7 +1036,7 @@ print("scale 255 elsewhere:", theirs[255, 0:2].tolist(),
 #
 # * Memory. OpenAI's reader makes two int64 indices for chunks of 8 million
 #   blocks: a peak of 11.4 GB in
-#   [gpt-oss#149](https://github.com/openai/gpt-oss/issues/149). transformers
+#   [gpt-oss#149](https://github.com/openai/gpt-oss/pull/149). transformers
 #   makes one int32 index at a time for 33 million: out of memory on an A100
 #   when the 120b was merged,
 #   [unsloth-zoo#266](https://github.com/unslothai/unsloth-zoo/pull/266).

@@ -482,11 +482,14 @@ wrong = last * inv_freq.bfloat16().double() - last * inv_freq.double()
 print(f"largest angle error: {wrong.abs().max().item():.0f} rad")
 
 # %% [markdown]
-# Thirty-two turns: noise. Angles in half precision are an old mistake:
-# [gpt-neox#1003](https://github.com/EleutherAI/gpt-neox/issues/1003),
-# [transformers#29285](https://github.com/huggingface/transformers/pull/29285).
+# Thirty-two turns: noise. Angles in half precision are an old mistake
+# ([transformers#29285][r1]) and a new one: [sglang-jax#1473][r2] found
+# frequencies rounded to bf16, and outputs off by 0.8 at position 4095.
 # Rounding cos and sin afterwards, as `dtype=torch.bfloat16` does here, is
 # another matter: an error of at most $2^{-8}$ at any position.
+#
+# [r1]: https://github.com/huggingface/transformers/pull/29285
+# [r2]: https://github.com/sgl-project/sglang-jax/pull/1473
 #
 # ### Turning queries and keys
 #

@@ -214,7 +214,6 @@ plt.show()
 
 # %% tags=["export"]
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptoss.config import GptOssConfig
@@ -301,7 +300,7 @@ class Router(nn.Linear):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (N, D) -> weights (N, K) in x.dtype, ids (N, K) int64."""
-        return route(F.linear(x, self.weight, self.bias), self.k)
+        return route(super().forward(x), self.k)
 
 # %%
 small = GptOssConfig(num_hidden_layers=2, hidden_size=96,
@@ -538,7 +537,7 @@ def compare(E, K, D, dtype, tokens=2000):
         weights, ids = ours(x)
     value, chosen = torch.topk(logits, k=K, dim=-1, sorted=True)
     assert torch.equal(weights, hf_weights)
-    assert torch.equal(weights, F.softmax(value, dim=1))
+    assert torch.equal(weights, value.softmax(dim=1))
     edge = top_logits(logits, K + 1)[0]
     tied = (edge[:, 1:] == edge[:, :-1]).any(-1)
     for other in (hf_ids, chosen):

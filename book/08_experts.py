@@ -185,7 +185,7 @@ print(f"a lower clamp of the gate changes at most {change.abs().max():.1e}")
 # ### From tokens to experts
 #
 # Nothing in {eq}`eq-experts-sum` says in which order the NK terms are added.
-# Number the choices (n, k) as *slots* $s = nK + k$ and collect those of one
+# Number the choices (n, k) as *picks* $s = nK + k$ and collect those of one
 # expert:
 #
 # $$ y_n = \sum_{e=0}^{E-1} \; \sum_{s \in P_e,\ \lfloor s/K \rfloor = n}
@@ -335,7 +335,7 @@ def by_expert(x: Tensor, ids: Tensor, weights: Tensor, experts: int,
     apply(e, rows (M, D)) -> (M, D) is called in ascending order of e and
     only for the experts hit. Arguments and result as in `experts_loop`.
     """
-    order = ids.flatten().argsort(stable=True)  # slot n * K + k, by expert
+    order = ids.flatten().argsort(stable=True)  # pick n * K + k, by expert
     counts = torch.bincount(ids.flatten(), minlength=experts).tolist()
     tokens = order // ids.shape[1]
     rows = x.index_select(0, tokens).split(counts)
@@ -869,14 +869,14 @@ def experts_bmm(x, ids, weights, up, up_bias, down, down_bias, capacity):
     E, K = len(up), ids.shape[1]
     one_hot = F.one_hot(ids.flatten(), E)
     place = (one_hot.cumsum(0) - 1).gather(1, ids.flatten()[:, None])[:, 0]
-    slots = (place < capacity).nonzero()[:, 0]  # the others are dropped
-    e, place, n = ids.flatten()[slots], place[slots], slots // K
+    picks = (place < capacity).nonzero()[:, 0]  # the others are dropped
+    e, place, n = ids.flatten()[picks], place[picks], picks // K
     rows = x.new_zeros(E, capacity, x.shape[1])
     rows[e, place] = x[n]
     hidden = clamped_swiglu(rows @ up.mT + up_bias[:, None])
     out = (hidden @ down.mT + down_bias[:, None])[e, place]
     return torch.zeros_like(x).index_add_(
-        0, n, out * weights.flatten()[slots, None])
+        0, n, out * weights.flatten()[picks, None])
 
 
 case = draw(torch.float32, 3, N=64)

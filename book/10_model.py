@@ -400,6 +400,10 @@ class Linear(nn.Linear):
         return torch.ops.gptoss.linear(x, self.weight, self.bias)
 
 
+class _Router(Router, Linear):
+    """Chapter 7's router, whose product is the operator's, too."""
+
+
 # %%
 layer, row = Linear(16, 3), torch.randn(2, 16)
 assert torch.equal(layer(row), F.linear(row, layer.weight, layer.bias))
@@ -473,7 +477,7 @@ class MLP(nn.Module):
     def __init__(self, config: GptOssConfig, dtype: torch.dtype,
                  device=None, packed: bool = True) -> None:
         super().__init__()
-        self.router = Router(config, dtype=dtype, device=device)
+        self.router = _Router(config, dtype=dtype, device=device)
         self.experts = Experts(config, packed, dtype, device)
 
     def forward(self, x: Tensor) -> Tensor:

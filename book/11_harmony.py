@@ -1781,8 +1781,10 @@ for label, message in (
 # %% [markdown]
 # ## Exercises
 #
-# **Exercise 1.** Some of the 256 byte tokens can never come out of `encode`.
-# Which, and why does the vocabulary hold them all the same?
+# ### Exercise 1
+#
+# Some of the 256 byte tokens can never come out of `encode`. Which, and why
+# does the vocabulary hold them all the same?
 
 # %% tags=["hide-cell"]
 every = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
@@ -1793,8 +1795,10 @@ print([f"{byte:02X}" for byte in never])
 assert len(never) == 13
 
 # %% [markdown]
-# **Exercise 2.** Find a vocabulary and a piece for which the rule "a piece
-# that is a token is taken as it is" changes the result.
+# ### Exercise 2
+#
+# Find a vocabulary and a piece for which the rule "a piece that is a token is
+# taken as it is" changes the result.
 
 # %% tags=["hide-cell"]
 table = {word: rank for rank, word in enumerate(
@@ -1812,10 +1816,12 @@ print(merge_by_rank(b"bbaba", table), merged_only(b"bbaba"))
 assert merge_by_rank(b"bbaba", table) == [5] != merged_only(b"bbaba")
 
 # %% [markdown]
-# **Exercise 3.** Show that under {eq}`harmony-drop` the second prompt of a
-# turn begins with the first, and count for both rules how many tokens of
-# the prompts of `talk` have to be read if the state of a common beginning is
-# kept from each to the next.
+# ### Exercise 3
+#
+# Show that under {eq}`harmony-drop` the second prompt of a turn begins with
+# the first, and count for both rules how many tokens of the prompts of `talk`
+# have to be read if the state of a common beginning is kept from each to the
+# next.
 
 # %% tags=["hide-cell"]
 def computed(drop: str) -> tuple[int, int]:
@@ -1840,8 +1846,10 @@ print("turns:", turns, " official:", rule)
 assert turns[1] == 2 and turns[0] < rule[0] and turns[1] < rule[1]
 
 # %% [markdown]
-# **Exercise 4.** Find a message that openai-harmony renders and cannot read
-# back, without any control token's name in its text.
+# ### Exercise 4
+#
+# Find a message that openai-harmony renders and cannot read back, without any
+# control token's name in its text.
 
 # %% tags=["hide-cell"]
 for message in (Message("user", "hi", name="ada"),

@@ -2273,8 +2273,10 @@ assert spent["no slack"] == [
 # %% [markdown]
 # ## Exercises
 #
-# **Exercise 1.** How many tokens does top-p 0.9 keep as the temperature
-# rises from 0.5 to 3? Why is top-p alone a weak guard at high temperature?
+# ### Exercise 1
+#
+# How many tokens does top-p 0.9 keep as the temperature rises from 0.5 to 3?
+# Why is top-p alone a weak guard at high temperature?
 
 # %% tags=["hide-cell"]
 kept = [int((Sampler(t, top_p=0.9).probabilities(logits[None]) > 0).sum())
@@ -2284,9 +2286,11 @@ print(kept)
 assert kept == sorted(kept) and kept[-1] > 5 * kept[0]
 
 # %% [markdown]
-# **Exercise 2.** min-p keeps tokens with at least a share of the likeliest
-# token's probability. Write it. Show that it needs no sort, and that the
-# temperature must come before it.
+# ### Exercise 2
+#
+# min-p keeps tokens with at least a share of the likeliest token's
+# probability. Write it. Show that it needs no sort, and that the temperature
+# must come before it.
 
 # %% tags=["hide-cell"]
 def min_p(logits: Tensor, temperature: float, share: float) -> Tensor:
@@ -2305,8 +2309,10 @@ assert sizes == [int((z >= z.max() + t * math.log(0.1)).sum())
                  for t in (0.5, 1, 2)]
 
 # %% [markdown]
-# **Exercise 3.** If every $g_i$ is $-\log(-\log u_i)$ with uniform $u_i$,
-# then $\operatorname{argmax}_i (z_i/\tau + g_i)$ is distributed as in
+# ### Exercise 3
+#
+# If every $g_i$ is $-\log(-\log u_i)$ with uniform $u_i$, then
+# $\operatorname{argmax}_i (z_i/\tau + g_i)$ is distributed as in
 # {eq}`generate-temperature`. Check it. Why is {eq}`generate-cdf` used here?
 
 # %% tags=["hide-cell"]
@@ -2321,9 +2327,11 @@ assert chi < 7 + 5 * 14 ** 0.5
 # another text when the vocabulary is cut or padded.
 
 # %% [markdown]
-# **Exercise 4.** A server writes the time of day into the system message.
-# What does each turn cost then? Measure it, and say where the time should
-# stand instead. (A dictated answer will do.)
+# ### Exercise 4
+#
+# A server writes the time of day into the system message. What does each turn
+# cost then? Measure it, and say where the time should stand instead. (A
+# dictated answer will do.)
 
 # %% tags=["hide-cell"]
 chat = dictated(*[FINAL.format("Yes.")] * 6)

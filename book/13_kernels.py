@@ -292,6 +292,15 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 # #if defined(__AVX2__) && defined(__FMA__) && !defined(GPTOSS_PORTABLE)
 # #include <immintrin.h>
 # #define GPTOSS_AVX2 1
+# #if !defined(GPTOSS_NARROW) && defined(__AVX512VNNI__) \
+#     && defined(__AVX512BW__) && defined(__AVX512VL__)
+# #define GPTOSS_AVX512 1
+# #elif !defined(GPTOSS_NARROW) && defined(__AVXVNNI__)
+# #define GPTOSS_VNNI 1
+# #endif
+# #elif defined(__aarch64__) && !defined(GPTOSS_PORTABLE)
+# #include <arm_neon.h>
+# #define GPTOSS_NEON 1
 # #endif
 #
 # namespace {
@@ -310,6 +319,17 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 # }
 #
 # inline void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
+#
+# // v stands in a register here: the compiler may not read it again from
+# // memory later, nor compute ahead what follows
+# template <class Vector>
+# inline void hold(Vector& v) {
+# #ifdef __AVX512VL__
+#   asm("" : "+v"(v));
+# #elif defined(__x86_64__)
+#   asm("" : "+x"(v));
+# #endif
+# }
 #
 # inline float sum(Floats v) {
 #   return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
@@ -366,11 +386,21 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 # for the product below, which takes two blocks at once and of their bytes
 # first the low nibbles (the even elements), then the high ones, each time the
 # even bytes apart from the odd. So two blocks lie interleaved, and in each the
-# elements $4i$, $4i+2$, $4i+1$ and $4i+3$ form groups of eight.
+# elements $4i$, $4i+2$, $4i+1$ and $4i+3$ form groups of eight. Registers of
+# 512 bits take four blocks at once, those of 128 bits one: `SIDE` says how
+# many.
 
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
 # constexpr int64_t BLOCK = 32;
+# #ifdef GPTOSS_AVX512
+# constexpr int64_t SIDE = 4;  // blocks that lie interleaved
+# #elif defined(GPTOSS_AVX2)
+# constexpr int64_t SIDE = 2;
+# #else
+# constexpr int64_t SIDE = 1;
+# #endif
+# constexpr int64_t GROUP = 8 * SIDE;  // a quarter of each of them
 #
 # struct Quantised {  // rows of 16-bit integers, one factor for each block
 #   int64_t blocks, padded;
@@ -378,15 +408,17 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 #   Buffer factors;
 #
 #   Quantised(int64_t rows, int64_t blocks)
-#       : blocks(blocks), padded((blocks + 1) / 2 * 2 * BLOCK),
+#       : blocks(blocks), padded((blocks + SIDE - 1) / SIDE * 4 * GROUP),
 #         values(rows * padded), factors(rows * blocks) {}
 #
 #   const int16_t* row(int64_t n) const { return &values[n * padded]; }
 #   const float* scale(int64_t n) const { return &factors[n * blocks]; }
 # };
 #
-# // where block b of a row begins: two blocks lie interleaved
-# inline int64_t start(int64_t b) { return b / 2 * 64 + b % 2 * 8; }
+# // where block b of a row begins
+# inline int64_t start(int64_t b) {
+#   return b / SIDE * 4 * GROUP + b % SIDE * 8;
+# }
 # ```
 
 # %% [markdown]
@@ -416,7 +448,7 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 # }
 #
 # void quantise(const float* x, bool stored, int64_t n, Quantised& to) {
-#   static constexpr int group[4] = {0, 32, 16, 48};  // of element 4 i + j
+#   static constexpr int group[4] = {0, 2, 1, 3};  // of element 4 i + j
 #   for (int64_t b = 0; b < to.blocks; ++b) {
 #     int16_t* at = &to.values[n * to.padded + start(b)];
 #     Floats part[4], odd = {};
@@ -430,7 +462,7 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 #       // adding 1.5 * 2**23 leaves the nearest integer in the low bits
 #       Ints whole = (Ints)(part[i] * up + 12582912.0f) - 0x4b400000;
 #       for (int j = 0; j < 8; ++j)
-#         at[group[j % 4] + 2 * i + j / 4] = int16_t(whole[j]);
+#         at[group[j % 4] * GROUP + 2 * i + j / 4] = int16_t(whole[j]);
 #     }
 #     to.factors[n * to.blocks + b] = scale / 2 + sum(odd);
 #   }
@@ -484,7 +516,7 @@ print(f"kept: {kept.double().mean():.0%} with a power of two, "
 # constexpr int8_t TWICE[16] = {0, 1, 2, 3, 4, 6, 8, 12,
 #                               0, -1, -2, -3, -4, -6, -8, -12};
 #
-# #ifndef GPTOSS_AVX2
+# #if !defined(GPTOSS_AVX2) && !defined(GPTOSS_NEON)
 # // out[0], out[step] ...: R rows of a weight, `step` rows apart, times x
 # template <int R>
 # void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
@@ -498,9 +530,9 @@ print(f"kept: {kept.double().mean():.0%} with a power of two, "
 #       int32_t s = 0;
 #       for (int i = 0; i < 16; i += 2)
 #         s += TWICE[bytes[i] & 15] * x[i / 2]
-#              + TWICE[bytes[i] >> 4] * x[i / 2 + 32]
-#              + TWICE[bytes[i + 1] & 15] * x[i / 2 + 16]
-#              + TWICE[bytes[i + 1] >> 4] * x[i / 2 + 48];
+#              + TWICE[bytes[i] >> 4] * x[i / 2 + 2 * GROUP]
+#              + TWICE[bytes[i + 1] & 15] * x[i / 2 + GROUP]
+#              + TWICE[bytes[i + 1] >> 4] * x[i / 2 + 3 * GROUP];
 #       *out += s * (power(scales[r * step * blocks + b]) * xs[b]);
 #     }
 #   }
@@ -528,11 +560,7 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
 # #ifdef GPTOSS_AVX2
-# inline __m256i table() {
-#   return _mm256_broadcastsi128_si256(load<__m128i>(TWICE));
-# }
-#
-# // the factors of a row's blocks, scale times activation's; one 0 behind them
+# // the factors of a row's blocks, scale times activation's; zeros behind them
 # inline void factors(const uint8_t* scales, const float* xs, int64_t blocks,
 #                     float* to) {
 #   int64_t b = 0;
@@ -545,7 +573,7 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 #     store(to + b, (value + 0 * value) * load<Floats>(xs + b));
 #   }
 #   for (; b < blocks; ++b) to[b] = power(scales[b]) * xs[b];
-#   to[blocks] = 0;
+#   std::fill_n(to + blocks, SIDE, 0.0f);
 # }
 # ```
 
@@ -563,28 +591,40 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 # one multiply-add serve 64 weights. Newer processors multiply, add neighbours
 # and add to a sum in one instruction, `vpdpwssd` of AVX-512 VNNI or AVX-VNNI,
 # with the same integers as result. Where the compiler finds it, it is used.
-#
-# Four rows are read at the same time, and not neighbours but rows far apart.
-# Processors fetch ahead along a stream of addresses, each stream for itself
-# and only to the end of a 4 KiB page: with one stream everything waits at
-# every page, with four the others go on. The prefetch asks for the bytes that
-# the same row needs 1 KiB later.
 
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
 # // sums, plus sixteen products added in pairs
 # inline __m256i add_products(__m256i sums, __m256i a, __m256i b) {
-# #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+# #ifdef GPTOSS_AVX512
 #   return _mm256_dpwssd_epi32(sums, a, b);
-# #elif defined(__AVXVNNI__)
+# #elif defined(GPTOSS_VNNI)
 #   return _mm256_dpwssd_avx_epi32(sums, a, b);
 # #else
 #   return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
 # #endif
 # }
 #
+# #ifndef GPTOSS_AVX512
+# using Bytes = __m256i;
+# using Sums = __m256;
+#
+# inline Bytes table() {
+#   return _mm256_broadcastsi128_si256(load<__m128i>(TWICE));
+# }
+#
+# inline Bytes last(const uint8_t* from, int64_t) {  // one block, and zeros
+#   return _mm256_zextsi128_si256(load<__m128i>(from));
+# }
+#
+# inline Sums spread(const float* factors) {  // each over four places
+#   const Ints place = {0, 0, 0, 0, 1, 1, 1, 1};
+#   const __m256d both = _mm256_set1_pd(load<double>(factors));
+#   return _mm256_permutevar_ps((Sums)both, (__m256i)place);
+# }
+#
 # // 32 bytes of weights times 64 activations; each half is one block's sum
-# inline __m256 dot_pair(__m256i bytes, const int16_t* q, __m256i values) {
+# inline Sums dots(Bytes bytes, const int16_t* q, Bytes values) {
 #   const __m256i low = _mm256_set1_epi8(15);
 #   const __m256i high = _mm256_set1_epi16(short(0xff00));
 #   const __m256i next = _mm256_srli_epi16(bytes, 4);
@@ -592,43 +632,155 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 #     return _mm256_shuffle_epi8(values, _mm256_and_si256(nibbles, low));
 #   };
 #   const __m256i a = look_up(bytes), b = look_up(next);
-#   auto add = [q](__m256i sums, __m256i w, int at) {
-#     return add_products(sums, w, load<__m256i>(q + at));
+#   auto add = [q](__m256i sums, __m256i w, int group) {
+#     return add_products(sums, w, load<__m256i>(q + group * GROUP));
 #   };
 #   // a byte in the upper half of 16 bits is 256 times its value
 #   __m256i s = add(__m256i{}, _mm256_slli_epi16(a, 8), 0);
-#   __m256i t = add(__m256i{}, _mm256_and_si256(a, high), 16);
-#   s = add(s, _mm256_slli_epi16(b, 8), 32);
-#   t = add(t, _mm256_and_si256(b, high), 48);
+#   __m256i t = add(__m256i{}, _mm256_and_si256(a, high), 1);
+#   s = add(s, _mm256_slli_epi16(b, 8), 2);
+#   t = add(t, _mm256_and_si256(b, high), 3);
 #   return _mm256_cvtepi32_ps(_mm256_add_epi32(s, t));
 # }
+# #endif
+# ```
+
+# %% [markdown]
+# With AVX-512 the detour over bytes ends. `vpermw` looks up 16-bit numbers by
+# the low five bits of 16-bit indices. The fifth bit belongs to the next
+# nibble, so the table holds its sixteen values twice, and no mask is needed:
+# shifted by 0, 4, 8 and 12, the same register selects its four nibbles, each
+# ready to be multiplied. What took fourteen instructions for 64 weights, the
+# sum of products included, takes eleven, and each works on 128.
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
+# #ifdef GPTOSS_AVX512
+# using Bytes = __m512i;
+# using Sums = __m512;
 #
+# inline Bytes table() {  // 256 times the value, as with AVX2
+#   const __m256i values = _mm256_cvtepi8_epi16(load<__m128i>(TWICE));
+#   return _mm512_broadcast_i64x4(_mm256_slli_epi16(values, 8));
+# }
+#
+# inline Bytes last(const uint8_t* from, int64_t blocks) {  // and zeros
+#   return _mm512_maskz_loadu_epi64((1 << 2 * blocks) - 1, from);
+# }
+#
+# inline Sums spread(const float* factors) {  // each over four places
+#   const __m512i place = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2,
+#                                          1, 1, 1, 1, 0, 0, 0, 0);
+#   return _mm512_permutevar_ps(
+#       _mm512_broadcast_f32x4(_mm_loadu_ps(factors)), place);
+# }
+#
+# // 64 bytes of weights times 128 activations; each quarter is a block's sum
+# inline Sums dots(Bytes bytes, const int16_t* q, Bytes values) {
+#   auto add = [&](Bytes sums, int shift, int group) {
+#     const Bytes w = _mm512_permutexvar_epi16(
+#         _mm512_srli_epi16(bytes, shift), values);
+#     return _mm512_dpwssd_epi32(sums, w, load<Bytes>(q + group * GROUP));
+#   };
+#   const Bytes s = add(add(Bytes{}, 0, 0), 4, 2);
+#   const Bytes t = add(add(Bytes{}, 8, 1), 12, 3);
+#   return _mm512_cvtepi32_ps(_mm512_add_epi32(s, t));
+# }
+#
+# inline float sum(Sums v) {
+#   const __m512d both = _mm512_castps_pd(v);
+#   return sum((Floats)_mm512_castpd512_pd256(both)
+#              + (Floats)_mm512_extractf64x4_pd(both, 1));
+# }
+# #endif
+# ```
+
+# %% [markdown]
+# A few rows. Four are read at the same time, and not neighbours but rows far
+# apart. Processors fetch ahead along a stream of addresses, each stream for
+# itself and only to the end of a 4 KiB page: with one stream everything waits
+# at every page, with four the others go on. The prefetch asks for the bytes
+# that the same row needs half a KiB later.
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
 # // out[0], out[step] ...: R rows of a weight, `step` rows apart, times x
 # template <int R>
 # void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
 #                  const int16_t* q, const float* xs, int64_t blocks,
 #                  float* out) {
 #   thread_local Buffer buffer;
-#   buffer.resize(R * (blocks + 1));
+#   const int64_t width = blocks + SIDE;
+#   buffer.resize(R * width);
 #   float* f = buffer.data();
 #   for (int r = 0; r < R; ++r)
-#     factors(scales + r * step * blocks, xs, blocks, f + r * (blocks + 1));
-#   const __m256i values = table();
-#   __m256 total[R] = {};
-#   for (int64_t b = 0; b < blocks; b += 2, q += 64, w += 32)
+#     factors(scales + r * step * blocks, xs, blocks, f + r * width);
+#   const Bytes values = table();
+#   Sums total[R] = {};
+#   auto add = [&](int64_t b, auto read) {
 #     for (int r = 0; r < R; ++r) {
-#       const uint8_t* from = w + r * step * blocks * 16;
-#       __builtin_prefetch(from + 1024);
-#       const __m256i bytes = b + 1 < blocks  // or the last block alone
-#           ? load<__m256i>(from)
-#           : _mm256_zextsi128_si256(load<__m128i>(from));
-#       const float* both = f + r * (blocks + 1) + b;
-#       const __m256 two = _mm256_blend_ps(
-#           _mm256_broadcast_ss(both), _mm256_broadcast_ss(both + 1), 0xf0);
-#       total[r] = _mm256_fmadd_ps(dot_pair(bytes, q, values), two, total[r]);
+#       const uint8_t* from = w + (r * step * blocks + b) * 16;
+#       __builtin_prefetch(from + 512);
+#       total[r] += dots(read(from), q + b * BLOCK, values)
+#                   * spread(f + r * width + b);
 #     }
-#   for (int r = 0; r < R; ++r) out[r * step] = sum((Floats)total[r]) / 256;
+#   };
+#   int64_t b = 0;
+#   for (; b + SIDE <= blocks; b += SIDE)
+#     add(b, [](const uint8_t* from) { return load<Bytes>(from); });
+#   if (b < blocks)
+#     add(b, [=](const uint8_t* from) { return last(from, blocks - b); });
+#   for (int r = 0; r < R; ++r) out[r * step] = sum((Sums)total[r]) / 256;
 # }
+# #endif
+# ```
+
+# %% [markdown]
+# The same for ARM, whose registers hold 16 bytes: one block at a time, `tbl`
+# for the lookup, and `smlal`, which multiplies 16-bit numbers and adds to
+# 32-bit sums. The factor of a block is made where it is used. Tokens that
+# share an expert go through it one by one; the tiles below are x86 only.
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
+# #ifdef GPTOSS_NEON
+# inline int32x4_t dots(uint8x16_t bytes, const int16_t* q, int8x16_t values) {
+#   const int16x8_t high = vdupq_n_s16(int16_t(0xff00));
+#   auto look_up = [&](uint8x16_t nibbles) {
+#     return vreinterpretq_s16_s8(vqtbl1q_s8(values, nibbles));
+#   };
+#   const int16x8_t a = look_up(vandq_u8(bytes, vdupq_n_u8(15)));
+#   const int16x8_t b = look_up(vshrq_n_u8(bytes, 4));
+#   int32x4_t s = {}, t = {};
+#   auto add = [&](int16x8_t w, int group) {
+#     const int16x8_t x = vld1q_s16(q + group * GROUP);
+#     s = vmlal_s16(s, vget_low_s16(w), vget_low_s16(x));
+#     t = vmlal_high_s16(t, w, x);
+#   };
+#   add(vshlq_n_s16(a, 8), 0);
+#   add(vandq_s16(a, high), 1);
+#   add(vshlq_n_s16(b, 8), 2);
+#   add(vandq_s16(b, high), 3);
+#   return vaddq_s32(s, t);
+# }
+#
+# template <int R>
+# void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
+#                  const int16_t* q, const float* xs, int64_t blocks,
+#                  float* out) {
+#   const int8x16_t values = vld1q_s8(TWICE);
+#   float32x4_t total[R] = {};
+#   for (int64_t b = 0; b < blocks; ++b, q += 4 * GROUP)
+#     for (int r = 0; r < R; ++r) {
+#       const int64_t at = r * step * blocks + b;
+#       __builtin_prefetch(w + 16 * at + 512);
+#       total[r] = vfmaq_n_f32(
+#           total[r], vcvtq_f32_s32(dots(vld1q_u8(w + 16 * at), q, values)),
+#           power(scales[at]) * xs[b]);
+#     }
+#   for (int r = 0; r < R; ++r) out[r * step] = vaddvq_f32(total[r]) / 256;
+# }
+# #endif
 # ```
 
 # %% [markdown]
@@ -662,11 +814,12 @@ if {"plain torch", "the chapter's kernel", "only reading"} <= set(names):
 # For a tile, pairs of columns must lie side by side, row after row, so that
 # one activation pair, broadcast, meets eight rows in one instruction:
 # `values[b][u][m]` holds, for 16 rows, the two columns of block b that meet
-# the activations at `start(b) + 16 * u + 2 * m`. Rows become columns by four
-# rounds of interleaving, like riffling a deck.
+# the activations at `start(b) + GROUP * u + 2 * m`. Rows become columns by
+# four rounds of interleaving, like riffling a deck.
 
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
+# #ifdef GPTOSS_AVX2
 # constexpr int64_t CHUNK = 10;  // blocks: 10 KiB of integers, a third of L1
 #
 # struct Tile {  // 16 rows of a weight, pairs of columns side by side
@@ -752,12 +905,10 @@ print(deck[3][:3])
 #         const __m256i w0 = w[0], w1 = w[1];
 #         for (int t = 0; t < TOKENS; ++t) {
 #           const __m256i x = _mm256_set1_epi32(
-#               load<int32_t>(few.q[t] + at + 16 * u + 2 * m));
+#               load<int32_t>(few.q[t] + at + GROUP * u + 2 * m));
 #           s[t][0] = add_products(s[t][0], w0, x);
 #           s[t][1] = add_products(s[t][1], w1, x);
-#           // here, not later: or the compiler makes many products first
-#           // and has to put them aside in memory
-#           asm("" : "+x"(s[t][0]), "+x"(s[t][1]));
+#           hold(s[t][0]), hold(s[t][1]);
 #         }
 #       }
 #     for (int t = 0; t < TOKENS; ++t)
@@ -777,7 +928,7 @@ print(deck[3][:3])
 # ### Tokens by expert
 #
 # Chapter 8 sorts tokens by expert with `argsort`. Here a counting sort does
-# it. A *slot* is one choice of one token: token $n$, choice $k$ is slot
+# it. A *pick* is one choice of one token: token $n$, choice $k$ is pick
 # $nK + k$.
 
 # %% [markdown] tags=["export:kernels.cpp"]
@@ -792,14 +943,14 @@ print(deck[3][:3])
 #         blocks(s.size(-1)) {}
 # };
 #
-# // a slot is one choice of one token; those of expert e are
+# // a pick is one choice of one token; those of expert e are
 # // order[begin[e]] ... order[begin[e + 1] - 1]
 # struct Groups {
 #   std::vector<int64_t> order, begin, hit;
 #
-#   Groups(const int64_t* ids, int64_t slots, int64_t experts)
-#       : order(slots), begin(experts + 1) {
-#     for (int64_t i = 0; i < slots; ++i) {
+#   Groups(const int64_t* ids, int64_t picks, int64_t experts)
+#       : order(picks), begin(experts + 1) {
+#     for (int64_t i = 0; i < picks; ++i) {
 #       TORCH_CHECK_INDEX(0 <= ids[i] && ids[i] < experts, "expert: expected "
 #                         "0 to ", experts - 1, ", found ", ids[i]);
 #       ++begin[ids[i] + 1];
@@ -809,7 +960,7 @@ print(deck[3][:3])
 #       begin[e + 1] += begin[e];
 #     }
 #     std::vector<int64_t> next(begin.begin(), begin.end() - 1);
-#     for (int64_t i = 0; i < slots; ++i) order[next[ids[i]]++] = i;
+#     for (int64_t i = 0; i < picks; ++i) order[next[ids[i]]++] = i;
 #   }
 # };
 # ```
@@ -885,20 +1036,20 @@ print(deck[3][:3])
 #   return all;
 # }
 #
-# // emit(slot, expert, first row, rows, sums) for every slot and piece;
-# // K slots in a row share one row of x
+# // emit(pick, expert, first row, rows, sums) for every pick and piece;
+# // K picks in a row share one row of x
 # template <class Emit>
 # void grouped_linear(const Packed& weight, const Groups& groups,
 #                     const Quantised& x, int64_t K, const Emit& emit) {
 #   const std::vector<Piece> all = pieces(weight, groups);
 #   share(all.size(), 1, [&](int64_t item) {
 #     const auto [e, row0, rows] = all[item];
-#     const int64_t* slots = &groups.order[groups.begin[e]];
+#     const int64_t* picks = &groups.order[groups.begin[e]];
 #     const int64_t count = groups.begin[e + 1] - groups.begin[e];
 #     thread_local std::vector<int64_t> inputs;
 #     thread_local Buffer out;
 #     inputs.resize(count);
-#     for (int64_t i = 0; i < count; ++i) inputs[i] = slots[i] / K;
+#     for (int64_t i = 0; i < count; ++i) inputs[i] = picks[i] / K;
 #     out.resize(count * rows);
 #     const int64_t at = (e * weight.rows + row0) * weight.blocks;
 #     const uint8_t *w = weight.bytes + 16 * at, *s = weight.scales + at;
@@ -909,7 +1060,7 @@ print(deck[3][:3])
 # #endif
 #       rows_for_few(w, s, rows, x, inputs, out.data());
 #     for (int64_t i = 0; i < count; ++i)
-#       emit(slots[i], e, row0, rows, &out[i * rows]);
+#       emit(picks[i], e, row0, rows, &out[i * rows]);
 #   });
 # }
 # ```
@@ -919,7 +1070,7 @@ print(deck[3][:3])
 #
 # Both layers of all chosen experts in one call. Between them the hidden
 # vector stays in fp32; the plain path rounds to bf16 before the SwiGLU and
-# five times inside it. Each slot writes a row of its own, so threads never
+# five times inside it. Each pick writes a row of its own, so threads never
 # add to the same number and the sum over $K$ has one fixed order: the same
 # bits whatever the number of threads.
 
@@ -931,15 +1082,15 @@ print(deck[3][:3])
 #   return (up + 1) * (gate / (1 + std::exp(-1.702f * gate)));
 # }
 #
-# // hidden (slots, F) of the experts' first layer
+# // hidden (picks, F) of the experts' first layer
 # Buffer run_gate_up(const Packed& weight, const Number* bias, float limit,
 #                    const Groups& groups, const Quantised& x, int64_t K) {
 #   const int64_t F = weight.rows / 2;
 #   Buffer hidden(groups.order.size() * F);
-#   grouped_linear(weight, groups, x, K, [&](int64_t slot, int64_t e,
+#   grouped_linear(weight, groups, x, K, [&](int64_t pick, int64_t e,
 #       int64_t row0, int64_t rows, const float* v) {
 #     const Number* b = bias + e * weight.rows + row0;
-#     float* to = &hidden[slot * F + row0 / 2];
+#     float* to = &hidden[pick * F + row0 / 2];
 #     for (int64_t r = 0; r < rows; r += 2)
 #       to[r / 2] = clamped_swiglu(v[r] + b[r], v[r + 1] + b[r + 1], limit);
 #   });
@@ -952,16 +1103,16 @@ print(deck[3][:3])
 #                 const Quantised& hidden, int64_t K) {
 #   const int64_t D = weight.rows, tokens = groups.order.size() / K;
 #   Buffer out(tokens * K * D), y(tokens * D);
-#   grouped_linear(weight, groups, hidden, 1, [&](int64_t slot, int64_t e,
+#   grouped_linear(weight, groups, hidden, 1, [&](int64_t pick, int64_t e,
 #       int64_t row0, int64_t rows, const float* v) {
 #     const Number* b = bias + e * D + row0;
-#     float* to = &out[slot * D + row0];
-#     for (int64_t r = 0; r < rows; ++r) to[r] = shares[slot] * (v[r] + b[r]);
+#     float* to = &out[pick * D + row0];
+#     for (int64_t r = 0; r < rows; ++r) to[r] = shares[pick] * (v[r] + b[r]);
 #   });
 #   at::parallel_for(0, tokens, 8, [&](int64_t begin, int64_t end) {
-#     for (int64_t slot = begin * K; slot < end * K; ++slot)
+#     for (int64_t pick = begin * K; pick < end * K; ++pick)
 #       for (int64_t d = 0; d < D; ++d)
-#         y[slot / K * D + d] += out[slot * D + d];
+#         y[pick / K * D + d] += out[pick * D + d];
 #   });
 #   return y;
 # }
@@ -982,8 +1133,12 @@ print(deck[3][:3])
 # }
 #
 # inline Floats widen(const Number* eight) {
+# #ifdef GPTOSS_AVX2  // GCC makes six instructions of what stands below
+#   return (Floats)((Ints)_mm256_cvtepu16_epi32(load<__m128i>(eight)) << 16);
+# #else
 #   using Halves = uint16_t __attribute__((vector_size(16)));
 #   return (Floats)(__builtin_convertvector(load<Halves>(eight), Ints) << 16);
+# #endif
 # }
 #
 # // sixteen at a time, first the eight even ones, then the eight odd ones
@@ -1039,9 +1194,10 @@ print((pair << 16).view(torch.float32).item(),
 #                 float* to) {
 #   for (int64_t half = 0; half < ROWS; half += 8)
 #     for (int64_t k = 0; k < n; k += 16) {
-#       Ints v[8] = {};
-#       for (int64_t r = half; r < std::min(half + 8, rows); ++r)
-#         v[r - half] = load<Ints>(w + r * stride + k);
+#       Ints v[8];
+#       for (int64_t r = 0; r < 8; ++r)
+#         v[r] = half + r < rows ? load<Ints>(w + (half + r) * stride + k)
+#                                : Ints{};
 #       transpose(v);
 #       for (int64_t j = 0; j < 8; ++j) {
 #         store(to + (k + 2 * j) * ROWS + half, even(v[j]));
@@ -1074,7 +1230,8 @@ print((pair << 16).view(torch.float32).item(),
 #     for (int h = 0; h < 2; ++h)
 #       s[t][h] = load<Floats>(out.at + t * out.stride + 8 * h);
 #   for (int64_t k = 0; k < n; ++k, w += stride) {
-#     const Floats w0 = load<Floats>(w), w1 = load<Floats>(w + 8);
+#     Floats w0 = load<Floats>(w), w1 = load<Floats>(w + 8);
+#     hold(w0), hold(w1);
 #     for (int t = 0; t < COUNT; ++t) {
 #       const float value = x.at[t * x.stride + k];
 #       s[t][0] += w0 * value;
@@ -1113,14 +1270,14 @@ print((pair << 16).view(torch.float32).item(),
 #   const Buffer split = split_pairs(x);
 #   share((m + HEIGHT - 1) / HEIGHT, 1, [&](int64_t item) {
 #     const int64_t row0 = item * HEIGHT, rows = std::min(HEIGHT, m - row0);
-#     const int64_t step = rows / 4;
+#     const int64_t step = rows / 2;
 #     auto run = [&](auto dots, int64_t r) {
 #       for (int64_t t = 0; t < N; ++t)
 #         dots(w + (row0 + r) * n, step, &split[t * n], n,
 #              &y[t * m + row0 + r]);
 #     };
-#     for (int64_t r = 0; r < step; ++r) run(dense_dots<4>, r);
-#     for (int64_t r = 4 * step; r < rows; ++r) run(dense_dots<1>, r);
+#     for (int64_t r = 0; r < step; ++r) run(dense_dots<2>, r);
+#     for (int64_t r = 2 * step; r < rows; ++r) run(dense_dots<1>, r);
 #   });
 # }
 #
@@ -1320,9 +1477,7 @@ print("relative error below 1e-6:", worst < 1e-6)
 # %% [markdown]
 # Keys may lie in any order, as a ring leaves them: visibility is decided by
 # positions alone. A chunk that no row may see is skipped, so prefill does half
-# the work in full layers and a window's worth in sliding ones. The keys of one
-# head lie 1 KiB apart in the cache, four to a page, so what fetches ahead
-# would stop all the time; the next chunk is asked for by hand.
+# the work in full layers and a window's worth in sliding ones.
 
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
@@ -1345,12 +1500,6 @@ print("relative error below 1e-6:", worst < 1e-6)
 #     }
 #     const int64_t at = b * k.stride(0) + s0 * row + g * k.stride(2);
 #     const Number *key = numbers(k) + at, *value = numbers(v) + at;
-#     const int64_t next = std::min(2 * KEYS, s1 - s0) * row, C = a.C;
-#     for (int64_t s = KEYS * row; s < next; s += row)
-#       for (int64_t c = 0; c < C; c += 32) {  // one cache line
-#         __builtin_prefetch(key + s + c);
-#         __builtin_prefetch(value + s + c);
-#       }
 #     if (any) a.chunk(key, value, row, count);
 #   }
 # }
@@ -1512,9 +1661,9 @@ print("relative error below 1e-6:", worst < 1e-6)
 #   const std::vector<int64_t> ids(N, 0);
 #   grouped_linear(weight, Groups(ids.data(), N, 1),
 #                  quantised(floats(x), true, N, weight.blocks), 1,
-#                  [&](int64_t slot, int64_t, int64_t row0, int64_t rows,
+#                  [&](int64_t pick, int64_t, int64_t row0, int64_t rows,
 #                      const float* v) {
-#     std::copy_n(v, rows, &y[slot * m + row0]);
+#     std::copy_n(v, rows, &y[pick * m + row0]);
 #   });
 #   add_bias(y, bias);
 #   return result(x, m, y);
@@ -1552,15 +1701,15 @@ print("relative error below 1e-6:", worst < 1e-6)
 #   const Packed gate_up(gate_up_blocks, gate_up_scales);
 #   const Packed down(down_blocks, down_scales);
 #   const Tensor chosen = ids.contiguous(), shares = weights.contiguous();
-#   const int64_t K = ids.size(1), slots = ids.numel();
-#   const Groups groups(chosen.const_data_ptr<int64_t>(), slots,
+#   const int64_t K = ids.size(1), picks = ids.numel();
+#   const Groups groups(chosen.const_data_ptr<int64_t>(), picks,
 #                       gate_up_scales.size(0));
 #   const Buffer hidden = run_gate_up(
 #       gate_up, numbers(gate_up_bias), limit, groups,
-#       quantised(floats(x), true, slots / K, gate_up.blocks), K);
+#       quantised(floats(x), true, picks / K, gate_up.blocks), K);
 #   const Buffer y = run_down(
 #       down, numbers(down_bias), numbers(shares), groups,
-#       quantised(hidden, false, slots, down.blocks), K);
+#       quantised(hidden, false, picks, down.blocks), K);
 #   return result(x, down.rows, y);
 # }
 # ```
@@ -1645,11 +1794,14 @@ print("relative error below 1e-6:", worst < 1e-6)
 #   m.impl("packed_experts", packed_experts);
 # }
 #
-# #if defined(GPTOSS_AVX2) && (defined(__AVXVNNI__) \
-#     || (defined(__AVX512VNNI__) && defined(__AVX512VL__)))
+# #if defined(GPTOSS_AVX512)
+# constexpr char NAME[] = "C++ with AVX-512 and VNNI";
+# #elif defined(GPTOSS_VNNI)
 # constexpr char NAME[] = "C++ with AVX2 and VNNI";
 # #elif defined(GPTOSS_AVX2)
 # constexpr char NAME[] = "C++ with AVX2";
+# #elif defined(GPTOSS_NEON)
+# constexpr char NAME[] = "C++ with NEON";
 # #else
 # constexpr char NAME[] = "portable C++";
 # #endif
@@ -1694,6 +1846,10 @@ OPTIONS = ("-O3", "-march=native", "-std=c++20", "-ffp-contract=fast",
            "-fopenmp", "-fPIC", "-shared", "-w")
 
 
+VARIANTS = {"auto": (), "avx2": ("-DGPTOSS_NARROW",),
+            "portable": ("-DGPTOSS_PORTABLE",)}
+
+
 class KernelError(RuntimeError):
     """The kernels cannot be compiled or loaded here."""
 
@@ -1702,15 +1858,16 @@ def _compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX", "")) or ["c++"]
 
 
-def compile_command(target: Path, portable: bool = False) -> list[str]:
+def compile_command(target: Path, variant: str = "auto") -> list[str]:
     """The compiler's command line that makes `target` from kernels.cpp.
 
-    The compiler is $CXX or c++. portable: without vector instructions.
+    The compiler is $CXX or c++. variant: one of VARIANTS; "avx2" leaves out
+    AVX-512 and VNNI, "portable" every instruction named in the source.
     """
     from torch.utils.cpp_extension import include_paths, library_paths
 
     return [*_compiler(), *OPTIONS,
-            *(["-DGPTOSS_PORTABLE"] if portable else []),
+            *VARIANTS[variant],
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
             *(f"-I{folder}" for folder in include_paths()), str(SOURCE),
             "-o", str(target), *(f"-L{path}" for path in library_paths()),
@@ -1732,13 +1889,14 @@ except ImportError:  # Windows: two processes may both compile
     fcntl = None
 
 
-def library_path(portable: bool = False) -> Path:
+def library_path(variant: str = "auto") -> Path:
     """Where the compiled kernels lie: $XDG_CACHE_HOME or ~/.cache."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     able = [line for line in lines if line.startswith(("flags", "Features"))]
-    parts = (SOURCE.read_text("utf-8"), OPTIONS, portable, torch.__version__,
-             platform.machine(), able[:1], os.environ.get("CXX"))
+    parts = (SOURCE.read_text("utf-8"), OPTIONS, VARIANTS[variant],
+             torch.__version__, platform.machine(), able[:1],
+             os.environ.get("CXX"))
     name = hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "gptoss" / f"kernels-{name}.so"
@@ -1758,12 +1916,12 @@ def _alone_in(folder: Path) -> Iterator[None]:
         os.close(held)
 
 
-def _compile(path: Path, portable: bool) -> None:
+def _compile(path: Path, variant: str) -> None:
     _log.warning("gptoss: compiling the kernels, once; it takes about half "
                  "a minute")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        done = subprocess.run(compile_command(made, portable),
+        done = subprocess.run(compile_command(made, variant),
                               capture_output=True, text=True)
         if done.returncode:
             lines = [*done.stderr.splitlines(), "no message"]
@@ -1773,13 +1931,13 @@ def _compile(path: Path, portable: bool) -> None:
 
 
 # %% tags=["export"]
-def build(portable: bool = False) -> Path:
+def build(variant: str = "auto") -> Path:
     """The compiled kernels; compiles them if they are not there yet.
 
     That is told in one line on the logger "gptoss". KernelError, with the
     compiler's own first complaint, if it fails.
     """
-    path = library_path(portable)
+    path = library_path(variant)
     if path.exists():
         return path
     if shutil.which(_compiler()[0]) is None:
@@ -1788,7 +1946,7 @@ def build(portable: bool = False) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _alone_in(path.parent):
             if not path.exists():  # else another process was first
-                _compile(path, portable)
+                _compile(path, variant)
     except OSError as error:
         raise KernelError(f"cannot compile: {error}") from error
     return path
@@ -1798,7 +1956,7 @@ def build(portable: bool = False) -> Path:
 # What the hash is for: another option, another file.
 
 # %%
-assert library_path() != library_path(portable=True)
+assert len(set(map(library_path, VARIANTS))) == 3
 print(library_path().name.startswith("kernels-"), library_path().suffix)
 
 # %% [markdown]
@@ -1846,10 +2004,10 @@ def _load(choice: str) -> str:
     if choice == "torch":
         return "torch (GPTOSS_KERNELS=torch)"
     try:
-        if choice not in ("auto", "portable"):
-            raise KernelError("GPTOSS_KERNELS: expected auto, portable or "
-                              f"torch, found {choice!r}")
-        library = build(choice == "portable")
+        if choice not in VARIANTS:
+            raise KernelError(f"GPTOSS_KERNELS: expected {', '.join(VARIANTS)}"
+                              f" or torch, found {choice!r}")
+        library = build(choice)
         _define_plain()
         torch.ops.load_library(str(library))
     except (KernelError, OSError) as error:
@@ -1863,9 +2021,9 @@ def _load(choice: str) -> str:
 def load_kernels() -> str:
     """Register the kernels, compiled if need be; which path is in use.
 
-    $GPTOSS_KERNELS chooses: auto (default), portable (C++ without vector
-    instructions) or torch. What fails is told in one line on the logger
-    "gptoss", and plain torch goes on computing. Later calls do nothing.
+    $GPTOSS_KERNELS chooses: auto (default) or another of VARIANTS, or torch.
+    What fails is told in one line on the logger "gptoss", and plain torch
+    goes on computing. Later calls do nothing.
     """
     global _path
     _path = _path or _load(os.environ.get("GPTOSS_KERNELS", "auto"))
@@ -1875,8 +2033,8 @@ def load_kernels() -> str:
 def kernel_path() -> str:
     """Which path the operators take on the CPU, in words; never compiles."""
     choice = os.environ.get("GPTOSS_KERNELS", "auto")
-    waits = (not _path and choice in ("auto", "portable")
-             and not library_path(choice == "portable").exists()
+    waits = (not _path and choice in VARIANTS
+             and not library_path(choice).exists()
              and shutil.which(_compiler()[0]))
     return "C++, to be compiled when first used" if waits else load_kernels()
 
@@ -1945,7 +2103,7 @@ def decode_fp4(code, scale):
     return value * (power + 0.0 * power)
 
 # %% [markdown]
-# A program computes 32 rows for one tile of slots. The tile's weights are
+# A program computes 32 rows for one tile of picks. The tile's weights are
 # exact in bf16 (three bits and a power of two), so a tensor core may multiply
 # them. Low and high nibbles meet even and odd activations in two products:
 # nothing needs to be interleaved.
@@ -1955,13 +2113,13 @@ def decode_fp4(code, scale):
 def packed_rows(x, w, s, y, order, tile_expert, tile_begin, tile_end, rows,
                 blocks, K: tl.constexpr, M: tl.constexpr,
                 N: tl.constexpr, STEP: tl.constexpr):
-    """y[slot] = rows of the slot's expert times x[slot // K], a tile."""
+    """y[pick] = rows of the pick's expert times x[pick // K], a tile."""
     row = tl.program_id(0) * M + tl.arange(0, M)
     tile = tl.program_id(1)
     expert = tl.load(tile_expert + tile).to(tl.int64)
     place = tl.load(tile_begin + tile) + tl.arange(0, N)
     real = place < tl.load(tile_end + tile)
-    slot = tl.load(order + place, real, 0)
+    pick = tl.load(order + place, real, 0)
     width = blocks * 16
     line = expert * rows + row
     total = tl.zeros((M, N), tl.float32)
@@ -1972,7 +2130,7 @@ def packed_rows(x, w, s, y, order, tile_expert, tile_begin, tile_end, rows,
                        0).to(tl.int32)
         scale = tl.load(s + line[:, None] * blocks + column[None] // 16,
                         inside, 0).to(tl.int32)
-        at = (slot // K)[None] * width * 2 + column[:, None] * 2
+        at = (pick // K)[None] * width * 2 + column[:, None] * 2
         seen = real[None] & (column < width)[:, None]
         even = tl.load(x + at, seen, 0.0)
         odd = tl.load(x + at + 1, seen, 0.0)
@@ -1980,7 +2138,7 @@ def packed_rows(x, w, s, y, order, tile_expert, tile_begin, tile_end, rows,
                        total)
         total = tl.dot(decode_fp4(code >> 4, scale).to(odd.dtype), odd,
                        total)
-    tl.store(y + slot[None] * rows + row[:, None], total,
+    tl.store(y + pick[None] * rows + row[:, None], total,
              (row < rows)[:, None] & real[None])
 
 # %% [markdown]
@@ -1992,7 +2150,7 @@ def token_tiles(ids: Tensor, experts: int, size: int) -> tuple[Tensor, ...]:
     """Slots sorted by expert, cut into tiles of one expert each.
 
     ids (N, K) -> order (N K,), and for every tile its expert, and where its
-    slots begin and the expert's end in order; int32.
+    picks begin and the expert's end in order; int32.
     """
     flat = ids.flatten()
     order = flat.argsort(stable=True)
@@ -2008,7 +2166,7 @@ def token_tiles(ids: Tensor, experts: int, size: int) -> tuple[Tensor, ...]:
 # %%
 order, *tiles = token_tiles(torch.tensor([[2, 0], [2, 1], [2, 0]]), 4, 2)
 print(order.tolist(), *(tile.tolist() for tile in tiles), sep="\n")
-assert tiles[0].tolist() == [0, 1, 2, 2]  # three slots chose expert 2
+assert tiles[0].tolist() == [0, 1, 2, 2]  # three picks chose expert 2
 
 # %% tags=["export:triton_kernels"]
 from gptoss.experts import clamped_swiglu
@@ -2016,9 +2174,9 @@ from gptoss.experts import clamped_swiglu
 
 def packed_linear_tiles(x: Tensor, ids: Tensor, blocks: Tensor,
                         scales: Tensor, shared: int = 1) -> Tensor:
-    """(slots, rows) fp32: row slot // shared of x times the slot's expert.
+    """(picks, rows) fp32: row pick // shared of x times the pick's expert.
 
-    x (…, n); ids (slots,); blocks (E, rows, n/32, 16). Few slots make
+    x (…, n); ids (picks,); blocks (E, rows, n/32, 16). Few picks make
     narrow tiles (decode), many wide ones (prefill).
     """
     E, rows, width = scales.shape
@@ -2507,7 +2665,7 @@ for name, config in (("20b", big), ("120b", GptOssConfig.gpt_oss_120b())):
 # %% [markdown]
 # ## Cost
 #
-# In prefill, $N$ tokens choose $NK$ slots; with enough of them every expert is
+# In prefill, $N$ tokens make $NK$ picks; with enough of them every expert is
 # hit, and its weights are decoded once whatever $N$ is. Arithmetic per byte
 # then grows with $N$, until the processor, not memory, is the limit. With
 # $\beta$ bytes and $\pi$ operations a second, the $2NK/E$ operations for a

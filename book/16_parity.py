@@ -2897,8 +2897,10 @@ print(len(index["cases"]), "cases in less than 200 kB:", size < 200_000)
 # %% [markdown]
 # ## Exercises
 #
-# **Exercise 1** (easy). Which of the planted faults move the fewest top-1
-# tokens in fp32? Print, for each, the share of 144 tokens that keep theirs.
+# ### Exercise 1
+#
+# Which of the planted faults move the fewest top-1 tokens in fp32? Print, for
+# each, the share of 144 tokens that keep theirs.
 
 # %% tags=["hide-cell"]
 shares = {}
@@ -2913,9 +2915,11 @@ for fault, share in sorted(shares.items(), key=lambda item: -item[1]):
 assert min(shares["window"], shares["truncate"]) > 0.9 > shares["nibbles"]
 
 # %% [markdown]
-# **Exercise 2** (medium). A mistake that no suspect knows: Llama's norm,
-# which rounds before it multiplies by the weight (chapter 10). Plant it in a
-# bf16 model. What does the walk say?
+# ### Exercise 2
+#
+# A mistake that no suspect knows: Llama's norm, which rounds before it
+# multiplies by the weight (chapter 10). Plant it in a bf16 model. What does
+# the walk say?
 
 # %% tags=["hide-cell"]
 class TwiceRounded(nn.Module):
@@ -2943,8 +2947,10 @@ assert 1 < finding.excess < 2.1  # two roundings where one is explained
 print("layer 0, norm: more than one rounding, less than 2.1")
 
 # %% [markdown]
-# **Exercise 3** (medium). Hold a port that rounds YaRN's range to the
-# vectors: compute its frequencies and see which case tells.
+# ### Exercise 3
+#
+# Hold a port that rounds YaRN's range to the vectors: compute its frequencies
+# and see which case tells.
 
 # %% tags=["hide-cell"]
 vector_files = write(vector_folder)  # the file above was damaged
@@ -2960,9 +2966,11 @@ assert len(told) == 1 and told[0].startswith("frequencies/out/inv_freq")
 print(told[0].split(":")[0])
 
 # %% [markdown]
-# **Exercise 4** (hard). How small can $\lambda$ be before clean fp32 walks
-# over two prompts raise an alarm? Try 5, 2, 1, 0.5 and 0.2 (the answer
-# depends on your BLAS), and explain why it is so far below 5.
+# ### Exercise 4
+#
+# How small can $\lambda$ be before clean fp32 walks over two prompts raise an
+# alarm? Try 5, 2, 1, 0.5 and 0.2 (the answer depends on your BLAS), and
+# explain why it is so far below 5.
 
 # %% tags=["hide-cell"]
 # Most roundings are far smaller than w: products and partial sums spread

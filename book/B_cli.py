@@ -1446,8 +1446,10 @@ assert "".join(map(visible, pieces)) == visible("".join(pieces))
 # %% [markdown]
 # ## Exercises
 #
-# **Exercise 1.** Add a command `count` that prints how many tokens a text
-# has, as a row of the table.
+# ### Exercise 1
+#
+# Add a command `count` that prints how many tokens a text has, as a row of the
+# table.
 
 # %% tags=["hide-cell"]
 def run_count(args: argparse.Namespace) -> None:
@@ -1464,8 +1466,10 @@ assert code == 0 and int(out) > 0
 assert run("count", "--model", "./no-such", "a")[0] == 2  # errors come along
 
 # %% [markdown]
-# **Exercise 2.** Why does `visible` also act on U+202E? Show a file name
-# that reads as a text file and is not one.
+# ### Exercise 2
+#
+# Why does `visible` also act on U+202E? Show a file name that reads as a text
+# file and is not one.
 
 # %% tags=["hide-cell"]
 name = "report\u202etxt.exe"
@@ -1474,9 +1478,11 @@ print(visible(name))
 assert name.replace("\u202etxt.exe", "exe.txt") == "reportexe.txt"
 
 # %% [markdown]
-# **Exercise 3.** Python ignores SIGPIPE, so a program whose reader has gone
-# is not killed but sees an error when it writes. What does `main` return
-# then, and why must it point stdout at the null device first?
+# ### Exercise 3
+#
+# Python ignores SIGPIPE, so a program whose reader has gone is not killed but
+# sees an error when it writes. What does `main` return then, and why must it
+# point stdout at the null device first?
 
 # %% tags=["hide-cell"]
 script = ("import sys; from gptoss import __main__ as program\n"

@@ -96,7 +96,7 @@ def by_expert(x: Tensor, ids: Tensor, weights: Tensor, experts: int,
     apply(e, rows (M, D)) -> (M, D) is called in ascending order of e and
     only for the experts hit. Arguments and result as in `experts_loop`.
     """
-    order = ids.flatten().argsort(stable=True)  # slot n * K + k, by expert
+    order = ids.flatten().argsort(stable=True)  # pick n * K + k, by expert
     counts = torch.bincount(ids.flatten(), minlength=experts).tolist()
     tokens = order // ids.shape[1]
     rows = x.index_select(0, tokens).split(counts)

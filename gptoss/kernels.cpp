@@ -21,6 +21,15 @@
 #if defined(__AVX2__) && defined(__FMA__) && !defined(GPTOSS_PORTABLE)
 #include <immintrin.h>
 #define GPTOSS_AVX2 1
+#if !defined(GPTOSS_NARROW) && defined(__AVX512VNNI__) \
+    && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define GPTOSS_AVX512 1
+#elif !defined(GPTOSS_NARROW) && defined(__AVXVNNI__)
+#define GPTOSS_VNNI 1
+#endif
+#elif defined(__aarch64__) && !defined(GPTOSS_PORTABLE)
+#include <arm_neon.h>
+#define GPTOSS_NEON 1
 #endif
 
 namespace {
@@ -39,6 +48,17 @@ inline Vector load(const void* from) {
 }
 
 inline void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
+
+// v stands in a register here: the compiler may not read it again from
+// memory later, nor compute ahead what follows
+template <class Vector>
+inline void hold(Vector& v) {
+#ifdef __AVX512VL__
+  asm("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(v));
+#endif
+}
 
 inline float sum(Floats v) {
   return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
@@ -74,6 +94,14 @@ Buffer floats(const Tensor& x) {
 }
 
 constexpr int64_t BLOCK = 32;
+#ifdef GPTOSS_AVX512
+constexpr int64_t SIDE = 4;  // blocks that lie interleaved
+#elif defined(GPTOSS_AVX2)
+constexpr int64_t SIDE = 2;
+#else
+constexpr int64_t SIDE = 1;
+#endif
+constexpr int64_t GROUP = 8 * SIDE;  // a quarter of each of them
 
 struct Quantised {  // rows of 16-bit integers, one factor for each block
   int64_t blocks, padded;
@@ -81,15 +109,17 @@ struct Quantised {  // rows of 16-bit integers, one factor for each block
   Buffer factors;
 
   Quantised(int64_t rows, int64_t blocks)
-      : blocks(blocks), padded((blocks + 1) / 2 * 2 * BLOCK),
+      : blocks(blocks), padded((blocks + SIDE - 1) / SIDE * 4 * GROUP),
         values(rows * padded), factors(rows * blocks) {}
 
   const int16_t* row(int64_t n) const { return &values[n * padded]; }
   const float* scale(int64_t n) const { return &factors[n * blocks]; }
 };
 
-// where block b of a row begins: two blocks lie interleaved
-inline int64_t start(int64_t b) { return b / 2 * 64 + b % 2 * 8; }
+// where block b of a row begins
+inline int64_t start(int64_t b) {
+  return b / SIDE * 4 * GROUP + b % SIDE * 8;
+}
 
 inline float largest(const Floats (&part)[4]) {
   Floats top = {};
@@ -111,7 +141,7 @@ inline float step(float largest, bool stored) {
 }
 
 void quantise(const float* x, bool stored, int64_t n, Quantised& to) {
-  static constexpr int group[4] = {0, 32, 16, 48};  // of element 4 i + j
+  static constexpr int group[4] = {0, 2, 1, 3};  // of element 4 i + j
   for (int64_t b = 0; b < to.blocks; ++b) {
     int16_t* at = &to.values[n * to.padded + start(b)];
     Floats part[4], odd = {};
@@ -125,7 +155,7 @@ void quantise(const float* x, bool stored, int64_t n, Quantised& to) {
       // adding 1.5 * 2**23 leaves the nearest integer in the low bits
       Ints whole = (Ints)(part[i] * up + 12582912.0f) - 0x4b400000;
       for (int j = 0; j < 8; ++j)
-        at[group[j % 4] + 2 * i + j / 4] = int16_t(whole[j]);
+        at[group[j % 4] * GROUP + 2 * i + j / 4] = int16_t(whole[j]);
     }
     to.factors[n * to.blocks + b] = scale / 2 + sum(odd);
   }
@@ -151,7 +181,7 @@ inline float power(uint8_t scale) {  // 2 ** (scale - 127); NaN for 255
 constexpr int8_t TWICE[16] = {0, 1, 2, 3, 4, 6, 8, 12,
                               0, -1, -2, -3, -4, -6, -8, -12};
 
-#ifndef GPTOSS_AVX2
+#if !defined(GPTOSS_AVX2) && !defined(GPTOSS_NEON)
 // out[0], out[step] ...: R rows of a weight, `step` rows apart, times x
 template <int R>
 void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
@@ -165,9 +195,9 @@ void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
       int32_t s = 0;
       for (int i = 0; i < 16; i += 2)
         s += TWICE[bytes[i] & 15] * x[i / 2]
-             + TWICE[bytes[i] >> 4] * x[i / 2 + 32]
-             + TWICE[bytes[i + 1] & 15] * x[i / 2 + 16]
-             + TWICE[bytes[i + 1] >> 4] * x[i / 2 + 48];
+             + TWICE[bytes[i] >> 4] * x[i / 2 + 2 * GROUP]
+             + TWICE[bytes[i + 1] & 15] * x[i / 2 + GROUP]
+             + TWICE[bytes[i + 1] >> 4] * x[i / 2 + 3 * GROUP];
       *out += s * (power(scales[r * step * blocks + b]) * xs[b]);
     }
   }
@@ -175,11 +205,7 @@ void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
 #endif
 
 #ifdef GPTOSS_AVX2
-inline __m256i table() {
-  return _mm256_broadcastsi128_si256(load<__m128i>(TWICE));
-}
-
-// the factors of a row's blocks, scale times activation's; one 0 behind them
+// the factors of a row's blocks, scale times activation's; zeros behind them
 inline void factors(const uint8_t* scales, const float* xs, int64_t blocks,
                     float* to) {
   int64_t b = 0;
@@ -192,22 +218,40 @@ inline void factors(const uint8_t* scales, const float* xs, int64_t blocks,
     store(to + b, (value + 0 * value) * load<Floats>(xs + b));
   }
   for (; b < blocks; ++b) to[b] = power(scales[b]) * xs[b];
-  to[blocks] = 0;
+  std::fill_n(to + blocks, SIDE, 0.0f);
 }
 
 // sums, plus sixteen products added in pairs
 inline __m256i add_products(__m256i sums, __m256i a, __m256i b) {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#ifdef GPTOSS_AVX512
   return _mm256_dpwssd_epi32(sums, a, b);
-#elif defined(__AVXVNNI__)
+#elif defined(GPTOSS_VNNI)
   return _mm256_dpwssd_avx_epi32(sums, a, b);
 #else
   return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
 #endif
 }
 
+#ifndef GPTOSS_AVX512
+using Bytes = __m256i;
+using Sums = __m256;
+
+inline Bytes table() {
+  return _mm256_broadcastsi128_si256(load<__m128i>(TWICE));
+}
+
+inline Bytes last(const uint8_t* from, int64_t) {  // one block, and zeros
+  return _mm256_zextsi128_si256(load<__m128i>(from));
+}
+
+inline Sums spread(const float* factors) {  // each over four places
+  const Ints place = {0, 0, 0, 0, 1, 1, 1, 1};
+  const __m256d both = _mm256_set1_pd(load<double>(factors));
+  return _mm256_permutevar_ps((Sums)both, (__m256i)place);
+}
+
 // 32 bytes of weights times 64 activations; each half is one block's sum
-inline __m256 dot_pair(__m256i bytes, const int16_t* q, __m256i values) {
+inline Sums dots(Bytes bytes, const int16_t* q, Bytes values) {
   const __m256i low = _mm256_set1_epi8(15);
   const __m256i high = _mm256_set1_epi16(short(0xff00));
   const __m256i next = _mm256_srli_epi16(bytes, 4);
@@ -215,16 +259,56 @@ inline __m256 dot_pair(__m256i bytes, const int16_t* q, __m256i values) {
     return _mm256_shuffle_epi8(values, _mm256_and_si256(nibbles, low));
   };
   const __m256i a = look_up(bytes), b = look_up(next);
-  auto add = [q](__m256i sums, __m256i w, int at) {
-    return add_products(sums, w, load<__m256i>(q + at));
+  auto add = [q](__m256i sums, __m256i w, int group) {
+    return add_products(sums, w, load<__m256i>(q + group * GROUP));
   };
   // a byte in the upper half of 16 bits is 256 times its value
   __m256i s = add(__m256i{}, _mm256_slli_epi16(a, 8), 0);
-  __m256i t = add(__m256i{}, _mm256_and_si256(a, high), 16);
-  s = add(s, _mm256_slli_epi16(b, 8), 32);
-  t = add(t, _mm256_and_si256(b, high), 48);
+  __m256i t = add(__m256i{}, _mm256_and_si256(a, high), 1);
+  s = add(s, _mm256_slli_epi16(b, 8), 2);
+  t = add(t, _mm256_and_si256(b, high), 3);
   return _mm256_cvtepi32_ps(_mm256_add_epi32(s, t));
 }
+#endif
+
+#ifdef GPTOSS_AVX512
+using Bytes = __m512i;
+using Sums = __m512;
+
+inline Bytes table() {  // 256 times the value, as with AVX2
+  const __m256i values = _mm256_cvtepi8_epi16(load<__m128i>(TWICE));
+  return _mm512_broadcast_i64x4(_mm256_slli_epi16(values, 8));
+}
+
+inline Bytes last(const uint8_t* from, int64_t blocks) {  // and zeros
+  return _mm512_maskz_loadu_epi64((1 << 2 * blocks) - 1, from);
+}
+
+inline Sums spread(const float* factors) {  // each over four places
+  const __m512i place = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2,
+                                         1, 1, 1, 1, 0, 0, 0, 0);
+  return _mm512_permutevar_ps(
+      _mm512_broadcast_f32x4(_mm_loadu_ps(factors)), place);
+}
+
+// 64 bytes of weights times 128 activations; each quarter is a block's sum
+inline Sums dots(Bytes bytes, const int16_t* q, Bytes values) {
+  auto add = [&](Bytes sums, int shift, int group) {
+    const Bytes w = _mm512_permutexvar_epi16(
+        _mm512_srli_epi16(bytes, shift), values);
+    return _mm512_dpwssd_epi32(sums, w, load<Bytes>(q + group * GROUP));
+  };
+  const Bytes s = add(add(Bytes{}, 0, 0), 4, 2);
+  const Bytes t = add(add(Bytes{}, 8, 1), 12, 3);
+  return _mm512_cvtepi32_ps(_mm512_add_epi32(s, t));
+}
+
+inline float sum(Sums v) {
+  const __m512d both = _mm512_castps_pd(v);
+  return sum((Floats)_mm512_castpd512_pd256(both)
+             + (Floats)_mm512_extractf64x4_pd(both, 1));
+}
+#endif
 
 // out[0], out[step] ...: R rows of a weight, `step` rows apart, times x
 template <int R>
@@ -232,27 +316,70 @@ void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
                  const int16_t* q, const float* xs, int64_t blocks,
                  float* out) {
   thread_local Buffer buffer;
-  buffer.resize(R * (blocks + 1));
+  const int64_t width = blocks + SIDE;
+  buffer.resize(R * width);
   float* f = buffer.data();
   for (int r = 0; r < R; ++r)
-    factors(scales + r * step * blocks, xs, blocks, f + r * (blocks + 1));
-  const __m256i values = table();
-  __m256 total[R] = {};
-  for (int64_t b = 0; b < blocks; b += 2, q += 64, w += 32)
+    factors(scales + r * step * blocks, xs, blocks, f + r * width);
+  const Bytes values = table();
+  Sums total[R] = {};
+  auto add = [&](int64_t b, auto read) {
     for (int r = 0; r < R; ++r) {
-      const uint8_t* from = w + r * step * blocks * 16;
-      __builtin_prefetch(from + 1024);
-      const __m256i bytes = b + 1 < blocks  // or the last block alone
-          ? load<__m256i>(from)
-          : _mm256_zextsi128_si256(load<__m128i>(from));
-      const float* both = f + r * (blocks + 1) + b;
-      const __m256 two = _mm256_blend_ps(
-          _mm256_broadcast_ss(both), _mm256_broadcast_ss(both + 1), 0xf0);
-      total[r] = _mm256_fmadd_ps(dot_pair(bytes, q, values), two, total[r]);
+      const uint8_t* from = w + (r * step * blocks + b) * 16;
+      __builtin_prefetch(from + 512);
+      total[r] += dots(read(from), q + b * BLOCK, values)
+                  * spread(f + r * width + b);
     }
-  for (int r = 0; r < R; ++r) out[r * step] = sum((Floats)total[r]) / 256;
+  };
+  int64_t b = 0;
+  for (; b + SIDE <= blocks; b += SIDE)
+    add(b, [](const uint8_t* from) { return load<Bytes>(from); });
+  if (b < blocks)
+    add(b, [=](const uint8_t* from) { return last(from, blocks - b); });
+  for (int r = 0; r < R; ++r) out[r * step] = sum((Sums)total[r]) / 256;
+}
+#endif
+
+#ifdef GPTOSS_NEON
+inline int32x4_t dots(uint8x16_t bytes, const int16_t* q, int8x16_t values) {
+  const int16x8_t high = vdupq_n_s16(int16_t(0xff00));
+  auto look_up = [&](uint8x16_t nibbles) {
+    return vreinterpretq_s16_s8(vqtbl1q_s8(values, nibbles));
+  };
+  const int16x8_t a = look_up(vandq_u8(bytes, vdupq_n_u8(15)));
+  const int16x8_t b = look_up(vshrq_n_u8(bytes, 4));
+  int32x4_t s = {}, t = {};
+  auto add = [&](int16x8_t w, int group) {
+    const int16x8_t x = vld1q_s16(q + group * GROUP);
+    s = vmlal_s16(s, vget_low_s16(w), vget_low_s16(x));
+    t = vmlal_high_s16(t, w, x);
+  };
+  add(vshlq_n_s16(a, 8), 0);
+  add(vandq_s16(a, high), 1);
+  add(vshlq_n_s16(b, 8), 2);
+  add(vandq_s16(b, high), 3);
+  return vaddq_s32(s, t);
 }
 
+template <int R>
+void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
+                 const int16_t* q, const float* xs, int64_t blocks,
+                 float* out) {
+  const int8x16_t values = vld1q_s8(TWICE);
+  float32x4_t total[R] = {};
+  for (int64_t b = 0; b < blocks; ++b, q += 4 * GROUP)
+    for (int r = 0; r < R; ++r) {
+      const int64_t at = r * step * blocks + b;
+      __builtin_prefetch(w + 16 * at + 512);
+      total[r] = vfmaq_n_f32(
+          total[r], vcvtq_f32_s32(dots(vld1q_u8(w + 16 * at), q, values)),
+          power(scales[at]) * xs[b]);
+    }
+  for (int r = 0; r < R; ++r) out[r * step] = vaddvq_f32(total[r]) / 256;
+}
+#endif
+
+#ifdef GPTOSS_AVX2
 constexpr int64_t CHUNK = 10;  // blocks: 10 KiB of integers, a third of L1
 
 struct Tile {  // 16 rows of a weight, pairs of columns side by side
@@ -317,12 +444,10 @@ void multiply_tile(const Tile& tile, const Few& few, int64_t first,
         const __m256i w0 = w[0], w1 = w[1];
         for (int t = 0; t < TOKENS; ++t) {
           const __m256i x = _mm256_set1_epi32(
-              load<int32_t>(few.q[t] + at + 16 * u + 2 * m));
+              load<int32_t>(few.q[t] + at + GROUP * u + 2 * m));
           s[t][0] = add_products(s[t][0], w0, x);
           s[t][1] = add_products(s[t][1], w1, x);
-          // here, not later: or the compiler makes many products first
-          // and has to put them aside in memory
-          asm("" : "+x"(s[t][0]), "+x"(s[t][1]));
+          hold(s[t][0]), hold(s[t][1]);
         }
       }
     for (int t = 0; t < TOKENS; ++t)
@@ -347,14 +472,14 @@ struct Packed {  // (E, rows, blocks, 16) bytes and (E, rows, blocks) scales
         blocks(s.size(-1)) {}
 };
 
-// a slot is one choice of one token; those of expert e are
+// a pick is one choice of one token; those of expert e are
 // order[begin[e]] ... order[begin[e + 1] - 1]
 struct Groups {
   std::vector<int64_t> order, begin, hit;
 
-  Groups(const int64_t* ids, int64_t slots, int64_t experts)
-      : order(slots), begin(experts + 1) {
-    for (int64_t i = 0; i < slots; ++i) {
+  Groups(const int64_t* ids, int64_t picks, int64_t experts)
+      : order(picks), begin(experts + 1) {
+    for (int64_t i = 0; i < picks; ++i) {
       TORCH_CHECK_INDEX(0 <= ids[i] && ids[i] < experts, "expert: expected "
                         "0 to ", experts - 1, ", found ", ids[i]);
       ++begin[ids[i] + 1];
@@ -364,7 +489,7 @@ struct Groups {
       begin[e + 1] += begin[e];
     }
     std::vector<int64_t> next(begin.begin(), begin.end() - 1);
-    for (int64_t i = 0; i < slots; ++i) order[next[ids[i]]++] = i;
+    for (int64_t i = 0; i < picks; ++i) order[next[ids[i]]++] = i;
   }
 };
 
@@ -429,20 +554,20 @@ std::vector<Piece> pieces(const Packed& weight, const Groups& groups) {
   return all;
 }
 
-// emit(slot, expert, first row, rows, sums) for every slot and piece;
-// K slots in a row share one row of x
+// emit(pick, expert, first row, rows, sums) for every pick and piece;
+// K picks in a row share one row of x
 template <class Emit>
 void grouped_linear(const Packed& weight, const Groups& groups,
                     const Quantised& x, int64_t K, const Emit& emit) {
   const std::vector<Piece> all = pieces(weight, groups);
   share(all.size(), 1, [&](int64_t item) {
     const auto [e, row0, rows] = all[item];
-    const int64_t* slots = &groups.order[groups.begin[e]];
+    const int64_t* picks = &groups.order[groups.begin[e]];
     const int64_t count = groups.begin[e + 1] - groups.begin[e];
     thread_local std::vector<int64_t> inputs;
     thread_local Buffer out;
     inputs.resize(count);
-    for (int64_t i = 0; i < count; ++i) inputs[i] = slots[i] / K;
+    for (int64_t i = 0; i < count; ++i) inputs[i] = picks[i] / K;
     out.resize(count * rows);
     const int64_t at = (e * weight.rows + row0) * weight.blocks;
     const uint8_t *w = weight.bytes + 16 * at, *s = weight.scales + at;
@@ -453,7 +578,7 @@ void grouped_linear(const Packed& weight, const Groups& groups,
 #endif
       rows_for_few(w, s, rows, x, inputs, out.data());
     for (int64_t i = 0; i < count; ++i)
-      emit(slots[i], e, row0, rows, &out[i * rows]);
+      emit(picks[i], e, row0, rows, &out[i * rows]);
   });
 }
 
@@ -463,15 +588,15 @@ inline float clamped_swiglu(float gate, float up, float limit) {
   return (up + 1) * (gate / (1 + std::exp(-1.702f * gate)));
 }
 
-// hidden (slots, F) of the experts' first layer
+// hidden (picks, F) of the experts' first layer
 Buffer run_gate_up(const Packed& weight, const Number* bias, float limit,
                    const Groups& groups, const Quantised& x, int64_t K) {
   const int64_t F = weight.rows / 2;
   Buffer hidden(groups.order.size() * F);
-  grouped_linear(weight, groups, x, K, [&](int64_t slot, int64_t e,
+  grouped_linear(weight, groups, x, K, [&](int64_t pick, int64_t e,
       int64_t row0, int64_t rows, const float* v) {
     const Number* b = bias + e * weight.rows + row0;
-    float* to = &hidden[slot * F + row0 / 2];
+    float* to = &hidden[pick * F + row0 / 2];
     for (int64_t r = 0; r < rows; r += 2)
       to[r / 2] = clamped_swiglu(v[r] + b[r], v[r + 1] + b[r + 1], limit);
   });
@@ -484,16 +609,16 @@ Buffer run_down(const Packed& weight, const Number* bias,
                 const Quantised& hidden, int64_t K) {
   const int64_t D = weight.rows, tokens = groups.order.size() / K;
   Buffer out(tokens * K * D), y(tokens * D);
-  grouped_linear(weight, groups, hidden, 1, [&](int64_t slot, int64_t e,
+  grouped_linear(weight, groups, hidden, 1, [&](int64_t pick, int64_t e,
       int64_t row0, int64_t rows, const float* v) {
     const Number* b = bias + e * D + row0;
-    float* to = &out[slot * D + row0];
-    for (int64_t r = 0; r < rows; ++r) to[r] = shares[slot] * (v[r] + b[r]);
+    float* to = &out[pick * D + row0];
+    for (int64_t r = 0; r < rows; ++r) to[r] = shares[pick] * (v[r] + b[r]);
   });
   at::parallel_for(0, tokens, 8, [&](int64_t begin, int64_t end) {
-    for (int64_t slot = begin * K; slot < end * K; ++slot)
+    for (int64_t pick = begin * K; pick < end * K; ++pick)
       for (int64_t d = 0; d < D; ++d)
-        y[slot / K * D + d] += out[slot * D + d];
+        y[pick / K * D + d] += out[pick * D + d];
   });
   return y;
 }
@@ -504,8 +629,12 @@ inline Floats odd(Ints pairs) {
 }
 
 inline Floats widen(const Number* eight) {
+#ifdef GPTOSS_AVX2  // GCC makes six instructions of what stands below
+  return (Floats)((Ints)_mm256_cvtepu16_epi32(load<__m128i>(eight)) << 16);
+#else
   using Halves = uint16_t __attribute__((vector_size(16)));
   return (Floats)(__builtin_convertvector(load<Halves>(eight), Ints) << 16);
+#endif
 }
 
 // sixteen at a time, first the eight even ones, then the eight odd ones
@@ -549,9 +678,10 @@ void widen_tile(const Number* w, int64_t stride, int64_t rows, int64_t n,
                 float* to) {
   for (int64_t half = 0; half < ROWS; half += 8)
     for (int64_t k = 0; k < n; k += 16) {
-      Ints v[8] = {};
-      for (int64_t r = half; r < std::min(half + 8, rows); ++r)
-        v[r - half] = load<Ints>(w + r * stride + k);
+      Ints v[8];
+      for (int64_t r = 0; r < 8; ++r)
+        v[r] = half + r < rows ? load<Ints>(w + (half + r) * stride + k)
+                               : Ints{};
       transpose(v);
       for (int64_t j = 0; j < 8; ++j) {
         store(to + (k + 2 * j) * ROWS + half, even(v[j]));
@@ -577,7 +707,8 @@ void multiply_some(const float* w, int64_t stride, int64_t n, Source x,
     for (int h = 0; h < 2; ++h)
       s[t][h] = load<Floats>(out.at + t * out.stride + 8 * h);
   for (int64_t k = 0; k < n; ++k, w += stride) {
-    const Floats w0 = load<Floats>(w), w1 = load<Floats>(w + 8);
+    Floats w0 = load<Floats>(w), w1 = load<Floats>(w + 8);
+    hold(w0), hold(w1);
     for (int t = 0; t < COUNT; ++t) {
       const float value = x.at[t * x.stride + k];
       s[t][0] += w0 * value;
@@ -613,14 +744,14 @@ void dense_few(const Buffer& x, int64_t N, const Number* w, int64_t m,
   const Buffer split = split_pairs(x);
   share((m + HEIGHT - 1) / HEIGHT, 1, [&](int64_t item) {
     const int64_t row0 = item * HEIGHT, rows = std::min(HEIGHT, m - row0);
-    const int64_t step = rows / 4;
+    const int64_t step = rows / 2;
     auto run = [&](auto dots, int64_t r) {
       for (int64_t t = 0; t < N; ++t)
         dots(w + (row0 + r) * n, step, &split[t * n], n,
              &y[t * m + row0 + r]);
     };
-    for (int64_t r = 0; r < step; ++r) run(dense_dots<4>, r);
-    for (int64_t r = 4 * step; r < rows; ++r) run(dense_dots<1>, r);
+    for (int64_t r = 0; r < step; ++r) run(dense_dots<2>, r);
+    for (int64_t r = 2 * step; r < rows; ++r) run(dense_dots<1>, r);
   });
 }
 
@@ -790,12 +921,6 @@ void Heads::attend(Attention& a, int64_t b, int64_t g, int64_t s0,
     }
     const int64_t at = b * k.stride(0) + s0 * row + g * k.stride(2);
     const Number *key = numbers(k) + at, *value = numbers(v) + at;
-    const int64_t next = std::min(2 * KEYS, s1 - s0) * row, C = a.C;
-    for (int64_t s = KEYS * row; s < next; s += row)
-      for (int64_t c = 0; c < C; c += 32) {  // one cache line
-        __builtin_prefetch(key + s + c);
-        __builtin_prefetch(value + s + c);
-      }
     if (any) a.chunk(key, value, row, count);
   }
 }
@@ -932,9 +1057,9 @@ Tensor mxfp4_linear(const Tensor& x, const Tensor& blocks,
   const std::vector<int64_t> ids(N, 0);
   grouped_linear(weight, Groups(ids.data(), N, 1),
                  quantised(floats(x), true, N, weight.blocks), 1,
-                 [&](int64_t slot, int64_t, int64_t row0, int64_t rows,
+                 [&](int64_t pick, int64_t, int64_t row0, int64_t rows,
                      const float* v) {
-    std::copy_n(v, rows, &y[slot * m + row0]);
+    std::copy_n(v, rows, &y[pick * m + row0]);
   });
   add_bias(y, bias);
   return result(x, m, y);
@@ -969,15 +1094,15 @@ Tensor packed_experts(const Tensor& x, const Tensor& ids,
   const Packed gate_up(gate_up_blocks, gate_up_scales);
   const Packed down(down_blocks, down_scales);
   const Tensor chosen = ids.contiguous(), shares = weights.contiguous();
-  const int64_t K = ids.size(1), slots = ids.numel();
-  const Groups groups(chosen.const_data_ptr<int64_t>(), slots,
+  const int64_t K = ids.size(1), picks = ids.numel();
+  const Groups groups(chosen.const_data_ptr<int64_t>(), picks,
                       gate_up_scales.size(0));
   const Buffer hidden = run_gate_up(
       gate_up, numbers(gate_up_bias), limit, groups,
-      quantised(floats(x), true, slots / K, gate_up.blocks), K);
+      quantised(floats(x), true, picks / K, gate_up.blocks), K);
   const Buffer y = run_down(
       down, numbers(down_bias), numbers(shares), groups,
-      quantised(hidden, false, slots, down.blocks), K);
+      quantised(hidden, false, picks, down.blocks), K);
   return result(x, down.rows, y);
 }
 
@@ -1050,11 +1175,14 @@ TORCH_LIBRARY_IMPL(gptoss, CPU, m) {
   m.impl("packed_experts", packed_experts);
 }
 
-#if defined(GPTOSS_AVX2) && (defined(__AVXVNNI__) \
-    || (defined(__AVX512VNNI__) && defined(__AVX512VL__)))
+#if defined(GPTOSS_AVX512)
+constexpr char NAME[] = "C++ with AVX-512 and VNNI";
+#elif defined(GPTOSS_VNNI)
 constexpr char NAME[] = "C++ with AVX2 and VNNI";
 #elif defined(GPTOSS_AVX2)
 constexpr char NAME[] = "C++ with AVX2";
+#elif defined(GPTOSS_NEON)
+constexpr char NAME[] = "C++ with NEON";
 #else
 constexpr char NAME[] = "portable C++";
 #endif

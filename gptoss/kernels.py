@@ -36,6 +36,10 @@ OPTIONS = ("-O3", "-march=native", "-std=c++20", "-ffp-contract=fast",
            "-fopenmp", "-fPIC", "-shared", "-w")
 
 
+VARIANTS = {"auto": (), "avx2": ("-DGPTOSS_NARROW",),
+            "portable": ("-DGPTOSS_PORTABLE",)}
+
+
 class KernelError(RuntimeError):
     """The kernels cannot be compiled or loaded here."""
 
@@ -44,15 +48,16 @@ def _compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX", "")) or ["c++"]
 
 
-def compile_command(target: Path, portable: bool = False) -> list[str]:
+def compile_command(target: Path, variant: str = "auto") -> list[str]:
     """The compiler's command line that makes `target` from kernels.cpp.
 
-    The compiler is $CXX or c++. portable: without vector instructions.
+    The compiler is $CXX or c++. variant: one of VARIANTS; "avx2" leaves out
+    AVX-512 and VNNI, "portable" every instruction named in the source.
     """
     from torch.utils.cpp_extension import include_paths, library_paths
 
     return [*_compiler(), *OPTIONS,
-            *(["-DGPTOSS_PORTABLE"] if portable else []),
+            *VARIANTS[variant],
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
             *(f"-I{folder}" for folder in include_paths()), str(SOURCE),
             "-o", str(target), *(f"-L{path}" for path in library_paths()),
@@ -65,13 +70,14 @@ except ImportError:  # Windows: two processes may both compile
     fcntl = None
 
 
-def library_path(portable: bool = False) -> Path:
+def library_path(variant: str = "auto") -> Path:
     """Where the compiled kernels lie: $XDG_CACHE_HOME or ~/.cache."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     able = [line for line in lines if line.startswith(("flags", "Features"))]
-    parts = (SOURCE.read_text("utf-8"), OPTIONS, portable, torch.__version__,
-             platform.machine(), able[:1], os.environ.get("CXX"))
+    parts = (SOURCE.read_text("utf-8"), OPTIONS, VARIANTS[variant],
+             torch.__version__, platform.machine(), able[:1],
+             os.environ.get("CXX"))
     name = hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "gptoss" / f"kernels-{name}.so"
@@ -90,12 +96,12 @@ def _alone_in(folder: Path) -> Iterator[None]:
         os.close(held)
 
 
-def _compile(path: Path, portable: bool) -> None:
+def _compile(path: Path, variant: str) -> None:
     _log.warning("gptoss: compiling the kernels, once; it takes about half "
                  "a minute")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        done = subprocess.run(compile_command(made, portable),
+        done = subprocess.run(compile_command(made, variant),
                               capture_output=True, text=True)
         if done.returncode:
             lines = [*done.stderr.splitlines(), "no message"]
@@ -104,13 +110,13 @@ def _compile(path: Path, portable: bool) -> None:
         os.replace(made, path)
 
 
-def build(portable: bool = False) -> Path:
+def build(variant: str = "auto") -> Path:
     """The compiled kernels; compiles them if they are not there yet.
 
     That is told in one line on the logger "gptoss". KernelError, with the
     compiler's own first complaint, if it fails.
     """
-    path = library_path(portable)
+    path = library_path(variant)
     if path.exists():
         return path
     if shutil.which(_compiler()[0]) is None:
@@ -119,7 +125,7 @@ def build(portable: bool = False) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _alone_in(path.parent):
             if not path.exists():  # else another process was first
-                _compile(path, portable)
+                _compile(path, variant)
     except OSError as error:
         raise KernelError(f"cannot compile: {error}") from error
     return path
@@ -149,10 +155,10 @@ def _load(choice: str) -> str:
     if choice == "torch":
         return "torch (GPTOSS_KERNELS=torch)"
     try:
-        if choice not in ("auto", "portable"):
-            raise KernelError("GPTOSS_KERNELS: expected auto, portable or "
-                              f"torch, found {choice!r}")
-        library = build(choice == "portable")
+        if choice not in VARIANTS:
+            raise KernelError(f"GPTOSS_KERNELS: expected {', '.join(VARIANTS)}"
+                              f" or torch, found {choice!r}")
+        library = build(choice)
         _define_plain()
         torch.ops.load_library(str(library))
     except (KernelError, OSError) as error:
@@ -166,9 +172,9 @@ def _load(choice: str) -> str:
 def load_kernels() -> str:
     """Register the kernels, compiled if need be; which path is in use.
 
-    $GPTOSS_KERNELS chooses: auto (default), portable (C++ without vector
-    instructions) or torch. What fails is told in one line on the logger
-    "gptoss", and plain torch goes on computing. Later calls do nothing.
+    $GPTOSS_KERNELS chooses: auto (default) or another of VARIANTS, or torch.
+    What fails is told in one line on the logger "gptoss", and plain torch
+    goes on computing. Later calls do nothing.
     """
     global _path
     _path = _path or _load(os.environ.get("GPTOSS_KERNELS", "auto"))
@@ -178,8 +184,8 @@ def load_kernels() -> str:
 def kernel_path() -> str:
     """Which path the operators take on the CPU, in words; never compiles."""
     choice = os.environ.get("GPTOSS_KERNELS", "auto")
-    waits = (not _path and choice in ("auto", "portable")
-             and not library_path(choice == "portable").exists()
+    waits = (not _path and choice in VARIANTS
+             and not library_path(choice).exists()
              and shutil.which(_compiler()[0]))
     return "C++, to be compiled when first used" if waits else load_kernels()
 
@@ -291,6 +297,7 @@ __all__ = [
     "OPTIONS",
     "PLAIN",
     "SOURCE",
+    "VARIANTS",
     "build",
     "compile_command",
     "kernel_path",

@@ -102,6 +102,10 @@ class Linear(nn.Linear):
         return torch.ops.gptoss.linear(x, self.weight, self.bias)
 
 
+class _Router(Router, Linear):
+    """Chapter 7's router, whose product is the operator's, too."""
+
+
 # --- The attention layer -----------------------------------------------------
 
 class Attention(nn.Module):
@@ -145,7 +149,7 @@ class MLP(nn.Module):
     def __init__(self, config: GptOssConfig, dtype: torch.dtype,
                  device=None, packed: bool = True) -> None:
         super().__init__()
-        self.router = Router(config, dtype=dtype, device=device)
+        self.router = _Router(config, dtype=dtype, device=device)
         self.experts = Experts(config, packed, dtype, device)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ Generated from book/07_routing.py; edit the chapter, not this file.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptoss.config import GptOssConfig
@@ -63,7 +62,7 @@ class Router(nn.Linear):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (N, D) -> weights (N, K) in x.dtype, ids (N, K) int64."""
-        return route(F.linear(x, self.weight, self.bias), self.k)
+        return route(super().forward(x), self.k)
 
 
 # --- Load --------------------------------------------------------------------

@@ -38,13 +38,13 @@ def decode_fp4(code, scale):
 def packed_rows(x, w, s, y, order, tile_expert, tile_begin, tile_end, rows,
                 blocks, K: tl.constexpr, M: tl.constexpr,
                 N: tl.constexpr, STEP: tl.constexpr):
-    """y[slot] = rows of the slot's expert times x[slot // K], a tile."""
+    """y[pick] = rows of the pick's expert times x[pick // K], a tile."""
     row = tl.program_id(0) * M + tl.arange(0, M)
     tile = tl.program_id(1)
     expert = tl.load(tile_expert + tile).to(tl.int64)
     place = tl.load(tile_begin + tile) + tl.arange(0, N)
     real = place < tl.load(tile_end + tile)
-    slot = tl.load(order + place, real, 0)
+    pick = tl.load(order + place, real, 0)
     width = blocks * 16
     line = expert * rows + row
     total = tl.zeros((M, N), tl.float32)
@@ -55,7 +55,7 @@ def packed_rows(x, w, s, y, order, tile_expert, tile_begin, tile_end, rows,
                        0).to(tl.int32)
         scale = tl.load(s + line[:, None] * blocks + column[None] // 16,
                         inside, 0).to(tl.int32)
-        at = (slot // K)[None] * width * 2 + column[:, None] * 2
+        at = (pick // K)[None] * width * 2 + column[:, None] * 2
         seen = real[None] & (column < width)[:, None]
         even = tl.load(x + at, seen, 0.0)
         odd = tl.load(x + at + 1, seen, 0.0)
@@ -63,7 +63,7 @@ def packed_rows(x, w, s, y, order, tile_expert, tile_begin, tile_end, rows,
                        total)
         total = tl.dot(decode_fp4(code >> 4, scale).to(odd.dtype), odd,
                        total)
-    tl.store(y + slot[None] * rows + row[:, None], total,
+    tl.store(y + pick[None] * rows + row[:, None], total,
              (row < rows)[:, None] & real[None])
 
 
@@ -71,7 +71,7 @@ def token_tiles(ids: Tensor, experts: int, size: int) -> tuple[Tensor, ...]:
     """Slots sorted by expert, cut into tiles of one expert each.
 
     ids (N, K) -> order (N K,), and for every tile its expert, and where its
-    slots begin and the expert's end in order; int32.
+    picks begin and the expert's end in order; int32.
     """
     flat = ids.flatten()
     order = flat.argsort(stable=True)
@@ -87,9 +87,9 @@ def token_tiles(ids: Tensor, experts: int, size: int) -> tuple[Tensor, ...]:
 
 def packed_linear_tiles(x: Tensor, ids: Tensor, blocks: Tensor,
                         scales: Tensor, shared: int = 1) -> Tensor:
-    """(slots, rows) fp32: row slot // shared of x times the slot's expert.
+    """(picks, rows) fp32: row pick // shared of x times the pick's expert.
 
-    x (…, n); ids (slots,); blocks (E, rows, n/32, 16). Few slots make
+    x (…, n); ids (picks,); blocks (E, rows, n/32, 16). Few picks make
     narrow tiles (decode), many wide ones (prefill).
     """
     E, rows, width = scales.shape

@@ -187,7 +187,7 @@ def test_exercises_are_numbered_and_solved(chapter: Path) -> None:
     found, solved = [], set()
     for cell in cells(chapter):
         if cell.cell_type == "markdown":
-            found += re.findall(r"^(?:#+ |\*\*)Exercise (\d+)", cell.source,
+            found += re.findall(r"^### Exercise (\d+)$", cell.source,
                                 re.MULTILINE)
         elif "hide-cell" in tags(cell) and found:
             solved.add(found[-1])
