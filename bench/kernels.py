@@ -2,7 +2,7 @@
 
     python bench/kernels.py [--words "2 cores of ..."]
 
-Builds and runs bench/kernels_steps.cpp (AVX2 or more) with 1, 2, 4 ... threads,
+Builds and runs bench/kernels_steps.cpp (for AVX2) with 1, 2, 4 ... threads,
 then chapter 2's plain operator and the kernel of chapter 13 on a matrix of
 the same size, and writes "steps" and "machine" into
 book/_static/kernels_bench.json, which chapter 13 shows. Takes about a minute;
