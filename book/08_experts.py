@@ -18,8 +18,8 @@
 #
 # ## Question
 #
-# *How does a token pass through 4 experts of 32 without anybody touching, or
-# copying, the other 28?*
+# How does a token pass through 4 experts of 32 without anybody touching, or
+# copying, the other 28?
 #
 # The experts are the model: of the 20.9 billion parameters of gpt-oss-20b,
 # 19.1 billion, 91 %, are experts. A token uses an eighth of them. The

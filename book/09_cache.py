@@ -18,8 +18,8 @@
 #
 # ## Question
 #
-# *What must be kept of the tokens already read, and what does it take to
-# forget some of them again?*
+# What must be kept of the tokens already read, and what does it take to
+# forget some of them again?
 #
 # A token leaves 2048 bytes in each layer: 8 key heads and 8 value heads of
 # 64 bf16 numbers. Kept in all 24 layers of the 20b, a conversation of

@@ -111,9 +111,9 @@ plt.show()
 # matrices. k and v are judged like q, k's rotation like q's; embedding, last
 # norm and logits stand outside the layers.
 #
-# What to see below: the fault has changed everything that follows it, but
-# only the weights and the heads, which the sliding layers computed wrongly
-# from right inputs, exceed their bound.
+# What to see in the lower plot: the fault has changed everything that follows
+# it, but only the weights and the heads, which the sliding layers computed
+# wrongly from right inputs, exceed their bound.
 
 # %% [markdown]
 # ## The naive version
@@ -2744,6 +2744,17 @@ assert abs(2 * math.exp(-1.5 * DEVIATIONS ** 2) / 1e-16 - 1) < 0.05
 # python -m gptoss parity openai/gpt-oss-20b --against transformers \
 #     --dtype bfloat16 --prompt "The capital of France is" --new-tokens 16
 # ```
+#
+# On random weights in the 20b's shapes (without a prompt: 144 random tokens)
+# this took 20 minutes on two cores with 23 GiB, ours in plain torch. It held
+# 3.2 GB of its own beside the mapped file; what the system calls resident,
+# 27.6 GB, counts a page of the file once for each of its two mappings. Of 411
+# points none is outside its bound on either side. In layer 0 the first of the
+# near ties sends one token to another expert, and from there on the two are
+# different computations. Random weights do not forgive that: their logits lie
+# so close together that the two agreed on the best token at 24 % of the
+# positions and on 2 of the 16 written ones. A comparison of texts would have
+# called it a fault. The judge finds none, because there is none.
 
 # %%
 from gptoss.config import bf16_bytes
