@@ -268,8 +268,9 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 # The C++ stands in this chapter as the Python does: the fenced blocks are the
 # file `gptoss/kernels.cpp`. Where no special instruction is needed, it uses
 # the vector types of GCC and Clang: `Floats` behaves like eight floats, and
-# the compiler finds the instructions of the processor at hand. Where AVX2 is
-# needed, it says so, and a portable loop stands beside it.
+# the compiler finds the instructions of the processor at hand. Where those of
+# AVX2, AVX-512 or NEON are needed, it says so, and a portable loop stands
+# beside them.
 
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
@@ -651,8 +652,8 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 # the low five bits of 16-bit indices. The fifth bit belongs to the next
 # nibble, so the table holds its sixteen values twice, and no mask is needed:
 # shifted by 0, 4, 8 and 12, the same register selects its four nibbles, each
-# ready to be multiplied. What took fourteen instructions for 64 weights, the
-# sum of products included, takes eleven, and each works on 128.
+# ready to be multiplied. What takes fourteen instructions for 64 weights with
+# AVX2 and VNNI, the sum of the products included, takes twelve for 128.
 
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
@@ -697,7 +698,7 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 # ```
 
 # %% [markdown]
-# A few rows. Four are read at the same time, and not neighbours but rows far
+# Of the rows, four are read at the same time, and not neighbours but rows far
 # apart. Processors fetch ahead along a stream of addresses, each stream for
 # itself and only to the end of a 4 KiB page: with one stream everything waits
 # at every page, with four the others go on. The prefetch asks for the bytes
