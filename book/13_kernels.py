@@ -328,7 +328,7 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 # inline void hold(Vector& v) {
 # #ifdef __AVX512VL__
 #   asm("" : "+v"(v));
-# #elif defined(__x86_64__)
+# #elif defined(__AVX__)
 #   asm("" : "+x"(v));
 # #endif
 # }

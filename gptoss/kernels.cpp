@@ -55,7 +55,7 @@ template <class Vector>
 inline void hold(Vector& v) {
 #ifdef __AVX512VL__
   asm("" : "+v"(v));
-#elif defined(__x86_64__)
+#elif defined(__AVX__)
   asm("" : "+x"(v));
 #endif
 }
