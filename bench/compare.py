@@ -323,7 +323,8 @@ def main(argv=None):
         if isinstance(result, str):
             print(f"{name}: left out, {result}", file=sys.stderr)
             continue
-        print(told(name, result, None), file=sys.stderr)
+        if options.rounds > 1:
+            print(told(name, result, None), file=sys.stderr)
         best = found.get(name, result)
         found[name] = max(best, result, key=lambda each:
                           each["decode_tokens_per_second"])

@@ -732,7 +732,7 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 #     add(b, [](const uint8_t* from) { return load<Bytes>(from); });
 #   if (b < blocks)
 #     add(b, [=](const uint8_t* from) { return last(from, blocks - b); });
-#   for (int r = 0; r < R; ++r) out[r * step] = sum((Sums)total[r]) / 256;
+#   for (int r = 0; r < R; ++r) out[r * step] = sum(total[r]) / 256;
 # }
 # #endif
 # ```
@@ -2618,6 +2618,9 @@ def table(saved: dict) -> None:
 
 
 table(MEASURED)
+dense = parts["attention"] + parts["lm_head"]  # 2 bytes a weight; Q8_0 34/32
+print(f"a token of the 20b with Q8_0: "
+      f"{(sum(parts.values()) - dense * (1 - 17 / 32)) / 1e9:.1f} GB")
 
 # %% [markdown]
 # Each engine ran alone with both cores (the shipped model with one thread),
@@ -2629,7 +2632,8 @@ table(MEASURED)
 #
 # *Decode.* With AVX-512, llama.cpp's bf16 product reaches the speed of memory
 # as well, and two programs that read the same bytes at that speed take the
-# same time. So the ratios are near 1, and **two goals were missed:** to be 1.4
+# same time. So the ratios are near 1 (in another run llama.cpp with bf16 wrote
+# 9.2 tokens a second with the 20b), and **two goals were missed:** to be 1.4
 # times as fast as llama.cpp with bf16, and as fast as with Q8_0, which reads
 # 2.6 GB for a token of the 20b where bf16 reads 3.7. When memory delivered 36
 # GB/s, ours used 84 % of it; at 58 GB/s 62 %, since the packed product does

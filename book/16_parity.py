@@ -2754,7 +2754,7 @@ assert abs(2 * math.exp(-1.5 * DEVIATIONS ** 2) / 1e-16 - 1) < 0.05
 # different computations. Random weights do not forgive that: their logits lie
 # so close together that the two agreed on the best token at 24 % of the
 # positions and on 2 of the 16 written ones. A comparison of texts would have
-# called it a fault. The judge finds none, because there is none.
+# called that a fault; the judge finds none.
 
 # %%
 from gptoss.config import bf16_bytes

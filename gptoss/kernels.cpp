@@ -336,7 +336,7 @@ void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
     add(b, [](const uint8_t* from) { return load<Bytes>(from); });
   if (b < blocks)
     add(b, [=](const uint8_t* from) { return last(from, blocks - b); });
-  for (int r = 0; r < R; ++r) out[r * step] = sum((Sums)total[r]) / 256;
+  for (int r = 0; r < R; ++r) out[r * step] = sum(total[r]) / 256;
 }
 #endif
 
