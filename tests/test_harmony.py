@@ -500,6 +500,10 @@ def why_excused(real: Tokenizer, ids: list[int], found: list[Message]
             return "a recipient without to="
         if message.recipient == "":
             return "an empty recipient"
+        if message.name and "<" in message.name and message.channel:
+            rest = message.name[message.name.index("<"):]
+            if f"<|channel|>{message.channel}{rest}" in spelt:
+                return "a channel cut at a < that is text"
         if message.name and re.match(r"(\w+:|to=)", message.name):
             return "a name or a recipient taken for a tool"
         if {message.name, message.content_type} & {*CHANNELS}:
@@ -532,6 +536,16 @@ def compare(real: Tokenizer, ids: list[int], role: str | None) -> str:
     reason = why_excused(real, ids, wanted)
     assert reason, (ids, wanted, messages)
     return reason
+
+
+def test_a_channel_is_not_cut_at_text(real):
+    """The official parser makes a tool named assistant<|end|>ary of it."""
+    ids = build(real, ["<|start|>assistant<|channel|>comment",
+                       {"text": "<|end|>"}, "ary to=functions.f"
+                       "<|message|>{}<|call|>"])
+    assert compare(real, ids, None) == "a channel cut at a < that is text"
+    with pytest.raises(HarmonyError, match=r"unknown channel 'comment<\|end"):
+        parse(real, ids)
 
 
 @pytest.mark.parametrize("role", [None, "assistant"])
