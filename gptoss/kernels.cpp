@@ -61,7 +61,9 @@ inline void hold(Vector& v) {
 }
 
 inline float sum(Floats v) {
-  return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
+  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+  v += __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
+  return v[0] + v[2];
 }
 
 // work(0) ... work(count - 1) on all threads, `grain` at a time to whoever
@@ -103,20 +105,37 @@ constexpr int64_t SIDE = 1;
 #endif
 constexpr int64_t GROUP = 8 * SIDE;  // a quarter of each of them
 
-struct Quantised {  // rows of 16-bit integers, one factor for each block
-  int64_t blocks, padded;
-  std::vector<int16_t> values;
+struct alignas(64) Line {  // as memory delivers it
+  int16_t values[BLOCK];
+};
+
+// Rows of 16-bit integers and, four times for each block, its factor. Blocks
+// lie in groups of SIDE; the last group also takes blocks of the one before,
+// with factors of zero, if it would not be full.
+struct Quantised {
+  int64_t blocks, groups;
+  std::vector<Line> lines;
   Buffer factors;
 
   Quantised(int64_t rows, int64_t blocks)
-      : blocks(blocks), padded((blocks + SIDE - 1) / SIDE * 4 * GROUP),
-        values(rows * padded), factors(rows * blocks) {}
+      : blocks(blocks), groups((blocks + SIDE - 1) / SIDE),
+        lines(rows * groups * SIDE), factors(rows * groups * SIDE * 4) {}
 
-  const int16_t* row(int64_t n) const { return &values[n * padded]; }
-  const float* scale(int64_t n) const { return &factors[n * blocks]; }
+  int64_t place(int64_t b) const {  // of block b among a row's
+    return b < (groups - 1) * SIDE || blocks < SIDE
+               ? b : groups * SIDE - blocks + b;
+  }
+  int16_t* row(int64_t n) { return lines[n * groups * SIDE].values; }
+  float* scale(int64_t n) { return &factors[n * groups * SIDE * 4]; }
+  const int16_t* row(int64_t n) const {
+    return lines[n * groups * SIDE].values;
+  }
+  const float* scale(int64_t n) const {
+    return &factors[n * groups * SIDE * 4];
+  }
 };
 
-// where block b of a row begins
+// where the block in that place of a row begins
 inline int64_t start(int64_t b) {
   return b / SIDE * 4 * GROUP + b % SIDE * 8;
 }
@@ -143,7 +162,8 @@ inline float step(float largest, bool stored) {
 void quantise(const float* x, bool stored, int64_t n, Quantised& to) {
   static constexpr int group[4] = {0, 2, 1, 3};  // of element 4 i + j
   for (int64_t b = 0; b < to.blocks; ++b) {
-    int16_t* at = &to.values[n * to.padded + start(b)];
+    const int64_t place = to.place(b);
+    int16_t* at = to.row(n) + start(place);
     Floats part[4], odd = {};
     for (int i = 0; i < 4; ++i, x += 8) {
       part[i] = load<Floats>(x);
@@ -157,7 +177,7 @@ void quantise(const float* x, bool stored, int64_t n, Quantised& to) {
       for (int j = 0; j < 8; ++j)
         at[group[j % 4] * GROUP + 2 * i + j / 4] = int16_t(whole[j]);
     }
-    to.factors[n * to.blocks + b] = scale / 2 + sum(odd);
+    std::fill_n(to.scale(n) + 4 * place, 4, scale / 2 + sum(odd));
   }
 }
 
@@ -181,12 +201,11 @@ inline float power(uint8_t scale) {  // 2 ** (scale - 127); NaN for 255
 constexpr int8_t TWICE[16] = {0, 1, 2, 3, 4, 6, 8, 12,
                               0, -1, -2, -3, -4, -6, -8, -12};
 
-#if !defined(GPTOSS_AVX2) && !defined(GPTOSS_NEON)
 // out[0], out[step] ...: R rows of a weight, `step` rows apart, times x
 template <int R>
-void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
-                 const int16_t* q, const float* xs, int64_t blocks,
-                 float* out) {
+void plain_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
+                const int16_t* q, const float* xs, int64_t blocks,
+                float* out) {
   for (int r = 0; r < R; ++r, out += step) {
     *out = 0;
     for (int64_t b = 0; b < blocks; ++b) {
@@ -198,29 +217,16 @@ void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
              + TWICE[bytes[i] >> 4] * x[i / 2 + 2 * GROUP]
              + TWICE[bytes[i + 1] & 15] * x[i / 2 + GROUP]
              + TWICE[bytes[i + 1] >> 4] * x[i / 2 + 3 * GROUP];
-      *out += s * (power(scales[r * step * blocks + b]) * xs[b]);
+      *out += s * (power(scales[r * step * blocks + b]) * xs[4 * b]);
     }
   }
 }
+#if !defined(GPTOSS_AVX2) && !defined(GPTOSS_NEON)
+template <int R>
+constexpr auto packed_dots = plain_dots<R>;
 #endif
 
 #ifdef GPTOSS_AVX2
-// the factors of a row's blocks, scale times activation's; zeros behind them
-inline void factors(const uint8_t* scales, const float* xs, int64_t blocks,
-                    float* to) {
-  int64_t b = 0;
-  for (; b + 8 <= blocks; b += 8) {
-    __m256i bits = _mm256_cvtepu8_epi32(
-        _mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales + b)));
-    bits = _mm256_max_epi32(_mm256_slli_epi32(bits, 23),
-                            _mm256_set1_epi32(1 << 22));
-    const Floats value = (Floats)bits;
-    store(to + b, (value + 0 * value) * load<Floats>(xs + b));
-  }
-  for (; b < blocks; ++b) to[b] = power(scales[b]) * xs[b];
-  std::fill_n(to + blocks, SIDE, 0.0f);
-}
-
 // sums, plus sixteen products added in pairs
 inline __m256i add_products(__m256i sums, __m256i a, __m256i b) {
 #ifdef GPTOSS_AVX512
@@ -240,14 +246,14 @@ inline Bytes table() {
   return _mm256_broadcastsi128_si256(load<__m128i>(TWICE));
 }
 
-inline Bytes last(const uint8_t* from, int64_t) {  // one block, and zeros
-  return _mm256_zextsi128_si256(load<__m128i>(from));
-}
 
-inline Sums spread(const float* factors) {  // each over four places
-  const Ints place = {0, 0, 0, 0, 1, 1, 1, 1};
-  const __m256d both = _mm256_set1_pd(load<double>(factors));
-  return _mm256_permutevar_ps((Sums)both, (__m256i)place);
+// 2 ** (scale - 127) of the blocks, each in four places; 255: infinity
+inline Sums powers(const uint8_t* scales) {
+  const Ints place = Ints{0, 0, 0, 0, 1, 1, 1, 1} << 24 | 0x808080;
+  const __m256i both = _mm256_set1_epi16(load<int16_t>(scales));
+  const __m256i top = _mm256_shuffle_epi8(both, (__m256i)place);
+  return (Sums)_mm256_max_epi32(_mm256_srli_epi32(top, 1),
+                                _mm256_set1_epi32(1 << 22));
 }
 
 // 32 bytes of weights times 64 activations; each half is one block's sum
@@ -280,15 +286,15 @@ inline Bytes table() {  // 256 times the value, as with AVX2
   return _mm512_broadcast_i64x4(_mm256_slli_epi16(values, 8));
 }
 
-inline Bytes last(const uint8_t* from, int64_t blocks) {  // and zeros
-  return _mm512_maskz_loadu_epi64((1 << 2 * blocks) - 1, from);
-}
 
-inline Sums spread(const float* factors) {  // each over four places
-  const __m512i place = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2,
-                                         1, 1, 1, 1, 0, 0, 0, 0);
-  return _mm512_permutevar_ps(
-      _mm512_broadcast_f32x4(_mm_loadu_ps(factors)), place);
+inline Sums powers(const uint8_t* scales) {
+  const __m512i place = _mm512_or_si512(_mm512_set1_epi32(0x808080),
+      _mm512_slli_epi32(_mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1,
+                                         0, 0, 0, 0), 24));
+  const __m512i four = _mm512_set1_epi32(load<int32_t>(scales));
+  const __m512i top = _mm512_shuffle_epi8(four, place);
+  return (Sums)_mm512_max_epi32(_mm512_srli_epi32(top, 1),
+                                _mm512_set1_epi32(1 << 22));
 }
 
 // 64 bytes of weights times 128 activations; each quarter is a block's sum
@@ -315,28 +321,23 @@ template <int R>
 void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
                  const int16_t* q, const float* xs, int64_t blocks,
                  float* out) {
-  thread_local Buffer buffer;
-  const int64_t width = blocks + SIDE;
-  buffer.resize(R * width);
-  float* f = buffer.data();
-  for (int r = 0; r < R; ++r)
-    factors(scales + r * step * blocks, xs, blocks, f + r * width);
   const Bytes values = table();
   Sums total[R] = {};
-  auto add = [&](int64_t b, auto read) {
+  for (int64_t b = 0; b < blocks; b += SIDE) {
+    const int64_t first = std::min(b, blocks - SIDE);
     for (int r = 0; r < R; ++r) {
-      const uint8_t* from = w + (r * step * blocks + b) * 16;
-      __builtin_prefetch(from + 512);
-      total[r] += dots(read(from), q + b * BLOCK, values)
-                  * spread(f + r * width + b);
+      const int64_t at = r * step * blocks + first;
+      __builtin_prefetch(w + 16 * at + 512);
+      Bytes bytes = load<Bytes>(w + 16 * at);
+      hold(bytes);
+      total[r] += dots(bytes, q + b * BLOCK, values)
+                  * (powers(scales + at) * load<Sums>(xs + 4 * b));
     }
-  };
-  int64_t b = 0;
-  for (; b + SIDE <= blocks; b += SIDE)
-    add(b, [](const uint8_t* from) { return load<Bytes>(from); });
-  if (b < blocks)
-    add(b, [=](const uint8_t* from) { return last(from, blocks - b); });
-  for (int r = 0; r < R; ++r) out[r * step] = sum(total[r]) / 256;
+  }
+  for (int r = 0; r < R; ++r) {
+    const float y = sum(total[r]) / 256;
+    out[r * step] = y + 0 * y;  // infinity becomes NaN
+  }
 }
 #endif
 
@@ -373,7 +374,7 @@ void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
       __builtin_prefetch(w + 16 * at + 512);
       total[r] = vfmaq_n_f32(
           total[r], vcvtq_f32_s32(dots(vld1q_u8(w + 16 * at), q, values)),
-          power(scales[at]) * xs[b]);
+          power(scales[at]) * xs[4 * b]);
     }
   for (int r = 0; r < R; ++r) out[r * step] = vaddvq_f32(total[r]) / 256;
 }
@@ -433,11 +434,11 @@ struct Few {  // tokens that are multiplied with a tile together
 };
 
 // adds blocks first ... first + count - 1 of 16 rows to the tokens' sums
-void multiply_tile(const Tile& tile, const Few& few, int64_t first,
-                   int64_t count) {
+void multiply_tile(const Tile& tile, const Few& few, const Quantised& x,
+                   int64_t first, int64_t count) {
   for (int64_t b = 0; b < count; ++b) {
     __m256i s[TOKENS][2] = {};
-    const int64_t at = start(first + b);
+    const int64_t place = x.place(first + b), at = start(place);
     for (int u = 0; u < 4; ++u)
       for (int m = 0; m < 4; ++m) {
         auto w = reinterpret_cast<const __m256i*>(tile.values[b][u][m]);
@@ -454,7 +455,7 @@ void multiply_tile(const Tile& tile, const Few& few, int64_t first,
       for (int half = 0; half < 2; ++half) {
         float* to = few.out[t] + 8 * half;
         const Floats f = load<Floats>(&tile.factors[b][8 * half])
-                         * few.scale[t][first + b];
+                         * few.scale[t][4 * place];
         store(to, load<Floats>(to)
                   + (Floats)_mm256_cvtepi32_ps(s[t][half]) * f);
       }
@@ -506,8 +507,10 @@ void rows_for_few(const uint8_t* w, const uint8_t* scales, int64_t rows,
       dots(w + 16 * r * blocks, scales + r * blocks, step,
            x.row(inputs[i]), x.scale(inputs[i]), blocks, out + i * rows + r);
   };
-  for (int64_t r = 0; r < step; ++r) run(packed_dots<4>, r);
-  for (int64_t r = 4 * step; r < rows; ++r) run(packed_dots<1>, r);
+  const bool full = blocks >= SIDE;
+  for (int64_t r = 0; r < step && full; ++r) run(packed_dots<4>, r);
+  for (int64_t r = full ? 4 * step : 0; r < rows; ++r)
+    run(full ? packed_dots<1> : plain_dots<1>, r);
 }
 
 #ifdef GPTOSS_AVX2
@@ -531,7 +534,7 @@ void rows_for_many(const uint8_t* w, const uint8_t* scales,
         few.scale[t] = x.scale(n);
         few.out[t] = real ? out + (i + t) * ROWS : spare;
       }
-      multiply_tile(tile, few, b, some);
+      multiply_tile(tile, few, x, b, some);
     }
   }
 }
