@@ -50,9 +50,15 @@ def raw(load: float, runs: list[list[float]]) -> dict:
 # ---- the engines, each in a process of its own
 
 def run_ours(path: Path, options) -> dict:
-    from gptoss.kernels import measure
+    from gptoss.kernels import compact, measure
+    from gptoss.model import GptOss
 
-    return measure(path, options.prompt, options.tokens, options.repeats)
+    def load(path: Path) -> GptOss:
+        model = GptOss.from_pretrained(path)
+        return compact(model) if options.child == "ours-compact" else model
+
+    return measure(path, options.prompt, options.tokens, options.repeats,
+                   load=load)
 
 
 def run_transformers(path: Path, options) -> dict:
@@ -230,9 +236,10 @@ def made_gguf(name: str, options) -> Path | str:
 
 # ---- one after the other
 
-ENGINES = {"ours": run_ours, "transformers": run_transformers,
-           "transformers-fp32": run_transformers, "llama.cpp": run_llama,
-           "llama.cpp-q8_0": run_llama}
+ENGINES = {"ours": run_ours, "ours-compact": run_ours,
+           "transformers": run_transformers,
+           "transformers-fp32": run_transformers,
+           "llama.cpp": run_llama, "llama.cpp-q8_0": run_llama}
 
 
 def read_once(files: list[Path]) -> None:
@@ -283,10 +290,10 @@ def told(name: str, result: dict, ours: dict | None) -> str:
             f"{result['peak_rss_bytes'] / 2 ** 30:5.1f} GiB, decode "
             f"{speeds[0]:7.2f}, prefill of {result['prompt_tokens']} "
             f"{speeds[1]:7.2f} tok/s")
-    if name == "ours":
+    if "read_bandwidth_share" in result:
         share = result["read_bandwidth_share"]
-        return f"{line}; decode reads at {share:.0%} of memory's speed"
-    if not ours:
+        line += f"; decode reads at {share:.0%} of memory's speed"
+    if name == "ours" or not ours:
         return line
     decode, prefill = (ours[f"{part}_tokens_per_second"] / speed for
                        part, speed in zip(("decode", "prefill"), speeds,

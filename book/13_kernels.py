@@ -280,6 +280,7 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 # #include <ATen/core/dispatch/Dispatcher.h>
 # #include <ATen/core/grad_mode.h>
 # #include <ATen/ops/empty.h>
+# #include <ATen/ops/zeros.h>
 # #include <torch/library.h>
 #
 # #include <algorithm>
@@ -288,6 +289,8 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 # #include <cstdint>
 # #include <cstring>
 # #include <limits>
+# #include <mutex>
+# #include <tuple>
 # #include <type_traits>
 # #include <vector>
 #
@@ -297,6 +300,9 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 # #if !defined(GPTOSS_NARROW) && defined(__AVX512VNNI__) \
 #     && defined(__AVX512BW__) && defined(__AVX512VL__)
 # #define GPTOSS_AVX512 1
+# #ifdef __AVX512BF16__
+# #define GPTOSS_BF16 1
+# #endif
 # #elif !defined(GPTOSS_NARROW) && defined(__AVXVNNI__)
 # #define GPTOSS_VNNI 1
 # #endif
@@ -1138,8 +1144,26 @@ print(deck[3][:3])
 # #endif
 # }
 #
+# #ifdef GPTOSS_BF16
+# constexpr int64_t STREAMS = 4;
+#
+# std::vector<Number> ready(const Buffer& x) { return {x.begin(), x.end()}; }
+#
+# template <int R>
+# void dense_dots(const Number* w, int64_t step, const Number* x, int64_t n,
+#                 float* out) {
+#   __m512 s[R] = {};
+#   for (int64_t k = 0; k < n; k += BLOCK)
+#     for (int r = 0; r < R; ++r)
+#       s[r] = _mm512_dpbf16_ps(s[r], load<__m512bh>(w + r * step * n + k),
+#                               load<__m512bh>(x + k));
+#   for (int r = 0; r < R; ++r) out[r * step] = sum(s[r]);
+# }
+# #else
+# constexpr int64_t STREAMS = 2;
+#
 # // sixteen at a time, first the eight even ones, then the eight odd ones
-# Buffer split_pairs(const Buffer& x) {
+# Buffer ready(const Buffer& x) {
 #   Buffer to(x.size());
 #   for (size_t k = 0; k < x.size(); ++k)
 #     to[k / 16 * 16 + k % 2 * 8 + k % 16 / 2] = x[k];
@@ -1159,6 +1183,7 @@ print(deck[3][:3])
 #     }
 #   for (int r = 0; r < R; ++r) out[r * step] = sum(s[r][0] + s[r][1]);
 # }
+# #endif
 # ```
 
 # %%
@@ -1264,17 +1289,17 @@ print((pair << 16).view(torch.float32).item(),
 # void dense_few(const Buffer& x, int64_t N, const Number* w, int64_t m,
 #                int64_t n, Buffer& y) {
 #   constexpr int64_t HEIGHT = 128;
-#   const Buffer split = split_pairs(x);
+#   const auto from = ready(x);
 #   share((m + HEIGHT - 1) / HEIGHT, 1, [&](int64_t item) {
 #     const int64_t row0 = item * HEIGHT, rows = std::min(HEIGHT, m - row0);
-#     const int64_t step = rows / 2;
+#     const int64_t step = rows / STREAMS;
 #     auto run = [&](auto dots, int64_t r) {
 #       for (int64_t t = 0; t < N; ++t)
-#         dots(w + (row0 + r) * n, step, &split[t * n], n,
+#         dots(w + (row0 + r) * n, step, &from[t * n], n,
 #              &y[t * m + row0 + r]);
 #     };
-#     for (int64_t r = 0; r < step; ++r) run(dense_dots<2>, r);
-#     for (int64_t r = 2 * step; r < rows; ++r) run(dense_dots<1>, r);
+#     for (int64_t r = 0; r < step; ++r) run(dense_dots<STREAMS>, r);
+#     for (int64_t r = STREAMS * step; r < rows; ++r) run(dense_dots<1>, r);
 #   });
 # }
 #
@@ -1299,6 +1324,294 @@ print((pair << 16).view(torch.float32).item(),
 #       std::copy_n(&out[t * HEIGHT], rows, &y[t * m + row0]);
 #   });
 # }
+# ```
+
+# %% [markdown]
+# ### Sixteen bits in twelve
+#
+# TEXT-A
+
+# %% tags=["export:compact"]
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class CompactWeight(NamedTuple):
+    """A bf16 matrix (m, n) in twelve bits a number, nothing lost."""
+
+    blocks: Tensor  # (m, n / 64, 96) uint8: 64 signs and mantissas, 64 codes
+    exponents: Tensor  # (16,) uint8, one a code; 15: zero, or in `others`
+    first: Tensor  # (m + 1,) int32: where the others of each row begin
+    others: Tensor  # (X,) int32: column << 16 | the number's sixteen bits
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self)
+
+
+# a block's bytes: weight i of 32 stands where bits 3 and 4 of i change places
+_PLACE = torch.arange(32).view(2, 2, 8).transpose(0, 1).reshape(32)
+
+
+def pack_by_torch(weight: Tensor) -> CompactWeight:
+    """`pack` in plain torch, a page to read; it needs 40 bytes a number."""
+    m, n = weight.shape
+    bits = weight.view(torch.int16).long() & 0xFFFF
+    exponent = bits >> 7 & 255
+    count = exponent.flatten().bincount(minlength=256)
+    table = count.argsort(descending=True, stable=True)[:15]
+    code = torch.full((256,), 15).scatter(0, table, torch.arange(15))[exponent]
+    body = (bits >> 8 & 128) | (bits & 127).where(code < 15, 0)
+    halves = code.view(m, n // 64, 2, 32)[..., _PLACE]
+    blocks = torch.cat([body.view(m, n // 64, 2, 32)[..., _PLACE].flatten(2),
+                        halves[:, :, 0] | halves[:, :, 1] << 4], -1)
+    rare = (code == 15) & (bits & 0x7FFF != 0)
+    row, column = rare.nonzero(as_tuple=True)
+    return CompactWeight(
+        blocks.to(torch.uint8), F.pad(table, (0, 1)).to(torch.uint8),
+        F.pad(rare.sum(1).cumsum(0), (1, 0)).int(),
+        (column << 16 | bits[row, column]).int())
+
+
+# %% tags=["export:compact"]
+def unpack(weight: CompactWeight) -> Tensor:
+    """The matrix (m, n) in bf16, bit for bit as `pack` took it."""
+    m, blocks, _ = weight.blocks.shape
+    body, codes = weight.blocks.long().split([64, 32], -1)
+    code = torch.stack([codes & 15, codes >> 4], 2)[..., _PLACE].flatten(2)
+    body = body.view(m, blocks, 2, 32)[..., _PLACE].flatten(2)
+    bits = ((body & 128) << 8 | weight.exponents.long()[code] << 7
+            | body & 127).flatten(1)
+    row = torch.repeat_interleave(weight.first.diff())
+    others = weight.others.long() & 0xFFFFFFFF
+    bits[row, others >> 16] = others & 0xFFFF
+    return bits.to(torch.int16).view(torch.bfloat16)
+
+
+# %%
+matrix = (0.02 * torch.randn(512, 2880)).bfloat16()
+matrix[0, :4] = torch.tensor([0.0, -0.0, 1e-30, float("inf")])
+compact_matrix = pack_by_torch(matrix)
+assert torch.equal(unpack(compact_matrix).view(torch.int16),
+                   matrix.view(torch.int16))
+print(f"{8 * compact_matrix.nbytes / matrix.numel():.2f} bits a number, "
+      f"{len(compact_matrix.others)} of {matrix.numel():,} stored apart")
+
+# %% [markdown]
+# TEXT-C
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
+# #ifdef GPTOSS_AVX2
+# constexpr int64_t WEIGHTS = 64, SIZE = WEIGHTS * 3 / 2;  // of a block, bytes
+#
+# struct Compact {  // (rows, blocks, SIZE) bytes
+#   const uint8_t *bytes, *exponents;
+#   const int32_t *first, *others;  // row r: others[first[r] ... first[r + 1]]
+#   int64_t rows, blocks;
+#
+#   const uint8_t* row(int64_t r) const { return bytes + r * blocks * SIZE; }
+# };
+#
+# // weight i of 32 stands at byte i with bits 3 and 4 changed for each other,
+# // so that the halves of a register, interleaved, give sixteen neighbours
+# inline int64_t swapped(int64_t i) {
+#   return (i & 7) | (i & 8) << 1 | (i & 16) >> 1;
+# }
+#
+# // what the lookups need: seven bits of each exponent for the upper byte, the
+# // eighth above the mantissa in the lower one
+# struct Tables {
+#   __m128i upper, lower;
+#
+#   explicit Tables(const uint8_t* exponents) {
+#     const __m128i e = load<__m128i>(exponents);
+#     upper = _mm_and_si128(_mm_srli_epi16(e, 1), _mm_set1_epi8(127));
+#     lower = _mm_slli_epi16(_mm_and_si128(e, _mm_set1_epi8(1)), 7);
+#   }
+# };
+#
+# #ifdef GPTOSS_BF16
+# // of 64 weights, the halves of a register interleaved give 0 ... 15 and
+# // 32 ... 47, then the others
+# std::vector<Number> compact_ready(const Buffer& x) {
+#   std::vector<Number> to(x.size());
+#   for (size_t k = 0; k < x.size(); ++k)
+#     to[k / 64 * 64 + k % 32 / 16 * 32 + k % 64 / 32 * 16 + k % 16] = x[k];
+#   return to;
+# }
+#
+# template <int R>
+# void compact_dots(const Compact& w, int64_t row, int64_t step,
+#                   const Number* x, float* out) {
+#   const Tables tables(w.exponents);
+#   const Bytes upper = _mm512_broadcast_i32x4(tables.upper);
+#   const Bytes lower = _mm512_broadcast_i32x4(tables.lower);
+#   const Bytes low = _mm512_set1_epi8(15), sign = _mm512_set1_epi8(-128);
+#   __m512 s[R][2] = {};
+#   for (int64_t b = 0; b < w.blocks; ++b, x += WEIGHTS)
+#     for (int r = 0; r < R; ++r) {
+#       const uint8_t* from = w.row(row + r * step) + b * SIZE;
+#       const Bytes v = load<Bytes>(from);
+#       const __m256i codes = load<__m256i>(from + WEIGHTS);
+#       const Bytes code = _mm512_and_si512(low, _mm512_inserti64x4(
+#           _mm512_castsi256_si512(codes), _mm256_srli_epi16(codes, 4), 1));
+#       // bit by bit: v where the mask is one, or the table's
+#       const Bytes high = _mm512_ternarylogic_epi32(
+#           sign, v, _mm512_shuffle_epi8(upper, code), 0xea);
+#       const Bytes rest = _mm512_ternarylogic_epi32(
+#           sign, v, _mm512_shuffle_epi8(lower, code), 0xae);
+#       s[r][0] = _mm512_dpbf16_ps(
+#           s[r][0], (__m512bh)_mm512_unpacklo_epi8(rest, high),
+#           load<__m512bh>(x));
+#       s[r][1] = _mm512_dpbf16_ps(
+#           s[r][1], (__m512bh)_mm512_unpackhi_epi8(rest, high),
+#           load<__m512bh>(x + BLOCK));
+#     }
+#   for (int r = 0; r < R; ++r) out[r * step] = sum(s[r][0] + s[r][1]);
+# }
+# #else
+# Buffer compact_ready(const Buffer& x) { return ready(x); }
+#
+# // out[0], out[step] ...: R rows, `step` rows apart, times x
+# template <int R>
+# void compact_dots(const Compact& w, int64_t row, int64_t step,
+#                   const float* x, float* out) {
+#   const Tables tables(w.exponents);
+#   const __m256i upper = _mm256_broadcastsi128_si256(tables.upper);
+#   const __m256i lower = _mm256_broadcastsi128_si256(tables.lower);
+#   const __m256i low = _mm256_set1_epi8(15), sign = _mm256_set1_epi8(-128);
+#   Floats s[R][2] = {};
+#   for (int64_t b = 0; b < w.blocks; ++b, x += WEIGHTS)
+#     for (int r = 0; r < R; ++r) {
+#       const uint8_t* from = w.row(row + r * step) + b * SIZE;
+#       const __m256i codes = load<__m256i>(from + WEIGHTS);
+#       for (int half = 0; half < 2; ++half) {
+#         const __m256i v = load<__m256i>(from + 32 * half);
+#         const __m256i code = _mm256_and_si256(
+#             half ? _mm256_srli_epi16(codes, 4) : codes, low);
+#         const __m256i high = _mm256_or_si256(
+#             _mm256_and_si256(v, sign), _mm256_shuffle_epi8(upper, code));
+#         const __m256i rest = _mm256_or_si256(
+#             _mm256_andnot_si256(sign, v), _mm256_shuffle_epi8(lower, code));
+#         const Ints pairs[] = {(Ints)_mm256_unpacklo_epi8(rest, high),
+#                               (Ints)_mm256_unpackhi_epi8(rest, high)};
+#         for (int i = 0; i < 2; ++i) {
+#           const float* at = x + 32 * half + 16 * i;
+#           s[r][0] += even(pairs[i]) * load<Floats>(at);
+#           s[r][1] += odd(pairs[i]) * load<Floats>(at + 8);
+#         }
+#       }
+#     }
+#   for (int r = 0; r < R; ++r) out[r * step] = sum(s[r][0] + s[r][1]);
+# }
+# #endif
+#
+# // y (N, rows) = x (N, n) times the weight transposed, for a few tokens
+# void compact_few(const Compact& w, const Buffer& x, int64_t N, Buffer& y) {
+#   constexpr int64_t HEIGHT = 128;
+#   const int64_t n = w.blocks * WEIGHTS, m = w.rows;
+#   const auto from = compact_ready(x);
+#   share((m + HEIGHT - 1) / HEIGHT, 1, [&](int64_t item) {
+#     const int64_t row0 = item * HEIGHT, rows = std::min(HEIGHT, m - row0);
+#     const int64_t step = rows / STREAMS;
+#     for (int64_t t = 0; t < N; ++t) {
+#       float* to = &y[t * m + row0];
+#       for (int64_t r = 0; r < step; ++r)
+#         compact_dots<STREAMS>(w, row0 + r, step, &from[t * n], to + r);
+#       for (int64_t r = STREAMS * step; r < rows; ++r)
+#         compact_dots<1>(w, row0 + r, 0, &from[t * n], to + r);
+#       for (int64_t r = 0; r < rows; ++r)
+#         for (int32_t i = w.first[row0 + r]; i < w.first[row0 + r + 1]; ++i) {
+#           const uint32_t other = w.others[i], bits = other << 16;
+#           to[r] += load<float>(&bits) * x[t * n + (other >> 16)];
+#         }
+#     }
+#   });
+# }
+# ```
+
+# %% [markdown]
+# TEXT-B
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
+# // the fifteen most frequent exponents, and for each exponent its number
+# struct Exponents {
+#   uint8_t table[16] = {}, code[256];
+#
+#   explicit Exponents(const std::vector<int64_t>& count) {
+#     std::fill_n(code, 256, 15);
+#     std::vector<int> order(256);
+#     for (int e = 0; e < 256; ++e) order[e] = e;
+#     std::stable_sort(order.begin(), order.end(),
+#                      [&](int a, int b) { return count[a] > count[b]; });
+#     for (int i = 0; i < 15; ++i) code[table[i] = order[i]] = i;
+#   }
+# };
+#
+# std::vector<int64_t> count_exponents(const uint16_t* w, int64_t count) {
+#   std::vector<int64_t> total(256);
+#   std::mutex mutex;
+#   at::parallel_for(0, count, 1 << 16, [&](int64_t begin, int64_t end) {
+#     int64_t found[256] = {};
+#     for (int64_t i = begin; i < end; ++i) ++found[w[i] >> 7 & 255];
+#     const std::lock_guard<std::mutex> alone(mutex);
+#     for (int e = 0; e < 256; ++e) total[e] += found[e];
+#   });
+#   return total;
+# }
+#
+# // is it stored beside the blocks?
+# inline bool exceptional(uint16_t bits, const Exponents& e) {
+#   return e.code[bits >> 7 & 255] == 15 && (bits & 0x7fff);
+# }
+#
+# void pack_block(const uint16_t* w, const Exponents& e, uint8_t* to) {
+#   std::fill_n(to + WEIGHTS, WEIGHTS / 2, uint8_t(0));
+#   for (int64_t i = 0; i < WEIGHTS; ++i) {
+#     const int64_t at = swapped(i % 32), half = i / 32;
+#     const uint8_t code = e.code[w[i] >> 7 & 255];
+#     const uint8_t sign = w[i] >> 8 & 128;
+#     to[32 * half + at] = code == 15 ? sign : sign | (w[i] & 127);
+#     to[WEIGHTS + at] |= code << 4 * half;
+#   }
+# }
+#
+# // weight (rows, n) bf16 -> blocks, exponents, first, others
+# std::tuple<Tensor, Tensor, Tensor, Tensor> pack_compact(
+#     const Tensor& weight) {
+#   const int64_t rows = weight.size(0), n = weight.size(1);
+#   TORCH_CHECK_VALUE(weight.scalar_type() == at::kBFloat16
+#       && weight.is_contiguous() && n % WEIGHTS == 0 && n <= 1 << 16,
+#       "weight: expected contiguous bfloat16 (rows, n), 64 dividing n");
+#   auto w = static_cast<const uint16_t*>(weight.const_data_ptr());
+#   const Exponents e(count_exponents(w, rows * n));
+#   Tensor blocks = at::empty({rows, n / WEIGHTS, SIZE}, at::kByte);
+#   Tensor exponents = at::empty({16}, at::kByte);
+#   Tensor first = at::zeros({rows + 1}, at::kInt);
+#   std::copy_n(e.table, 16, exponents.data_ptr<uint8_t>());
+#   uint8_t* to = blocks.data_ptr<uint8_t>();
+#   int32_t* begin = first.data_ptr<int32_t>();
+#   share(rows, 16, [&](int64_t r) {
+#     for (int64_t k = 0; k < n; ++k)
+#       begin[r + 1] += exceptional(w[r * n + k], e);
+#     for (int64_t k = 0; k < n; k += WEIGHTS)
+#       pack_block(w + r * n + k, e, to + (r * n + k) / WEIGHTS * SIZE);
+#   });
+#   for (int64_t r = 0; r < rows; ++r) begin[r + 1] += begin[r];
+#   Tensor others = at::empty({begin[rows]}, at::kInt);
+#   int32_t* other = others.data_ptr<int32_t>();
+#   share(rows, 16, [&](int64_t r) {
+#     int32_t at = begin[r];
+#     for (int64_t k = 0; k < n && at < begin[r + 1]; ++k)
+#       if (exceptional(w[r * n + k], e)) other[at++] = k << 16 | w[r * n + k];
+#   });
+#   return {blocks, exponents, first, others};
+# }
+# #endif
 # ```
 
 # %% [markdown]
@@ -1683,6 +1996,31 @@ print("relative error below 1e-6:", worst < 1e-6)
 
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
+# // as `linear`; blocks ... others: the weight again, by `pack_compact`
+# Tensor compact_linear(const Tensor& x, const Tensor& weight,
+#                       const std::optional<Tensor>& bias,
+#                       const Tensor& blocks, const Tensor& exponents,
+#                       const Tensor& first, const Tensor& others) {
+# #ifdef GPTOSS_AVX2
+#   const int64_t m = blocks.size(0), n = blocks.size(1) * WEIGHTS;
+#   const int64_t N = x.numel() / n;
+#   if (ours({x, weight, bias.value_or(x)}) && N <= FEW) {
+#     Buffer y(N * m);
+#     compact_few({blocks.const_data_ptr<uint8_t>(),
+#                  exponents.const_data_ptr<uint8_t>(),
+#                  first.const_data_ptr<int32_t>(),
+#                  others.const_data_ptr<int32_t>(), m, blocks.size(1)},
+#                 floats(x), N, y);
+#     add_bias(y, bias);
+#     return result(x, m, y);
+#   }
+# #endif
+#   return linear(x, weight, bias);
+# }
+# ```
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
 # Tensor packed_experts(const Tensor& x, const Tensor& ids,
 #                       const Tensor& weights, const Tensor& gate_up_blocks,
 #                       const Tensor& gate_up_scales,
@@ -1745,7 +2083,7 @@ print("relative error below 1e-6:", worst < 1e-6)
 
 # %% [markdown]
 # Training goes on as before. Chapters 2 and 8 gave their operators a
-# derivative of their own; the other four were compositions that torch
+# derivative of their own; the others were compositions that torch
 # differentiates itself, which it cannot do through a kernel. So a gate stands
 # before them: if an argument asks for a gradient, the plain form runs.
 
@@ -1772,11 +2110,13 @@ print("relative error below 1e-6:", worst < 1e-6)
 #   return gated<function, name, Arguments...>;
 # }
 #
-# constexpr char LINEAR[] = "linear", NORM[] = "rms_norm", ROPE[] = "rope",
+# constexpr char COMPACT[] = "compact_linear", LINEAR[] = "linear",
+#                NORM[] = "rms_norm", ROPE[] = "rope",
 #                ATTENTION[] = "sink_attention";
 #
 # TORCH_LIBRARY_IMPL(gptoss, AutogradCPU, m) {
 #   m.impl("linear", gate<linear, LINEAR>(linear));
+#   m.impl("compact_linear", gate<compact_linear, COMPACT>(compact_linear));
 #   m.impl("rms_norm", gate<rms_norm, NORM>(rms_norm));
 #   m.impl("rope", gate<rope, ROPE>(rope));
 #   m.impl("sink_attention", gate<sink_attention, ATTENTION>(sink_attention));
@@ -1784,6 +2124,7 @@ print("relative error below 1e-6:", worst < 1e-6)
 #
 # TORCH_LIBRARY_IMPL(gptoss, CPU, m) {
 #   m.impl("linear", linear);
+#   m.impl("compact_linear", compact_linear);
 #   m.impl("rms_norm", rms_norm);
 #   m.impl("rope", rope);
 #   m.impl("sink_attention", sink_attention);
@@ -1809,6 +2150,10 @@ print("relative error below 1e-6:", worst < 1e-6)
 #     std::swap(on, enabled);
 #     return on;  // as it was before
 #   });
+# #ifdef GPTOSS_AVX2
+#   m.def("pack_compact(Tensor weight) -> (Tensor, Tensor, Tensor, Tensor)",
+#         pack_compact);
+# #endif
 # }
 #
 # }  // namespace
@@ -1973,6 +2318,7 @@ from collections.abc import Callable
 
 import torch.nn.functional as F
 
+from gptoss.compact import linear_beside_compact
 from gptoss.experts import packed_by_decoding
 from gptoss.model import attention_in_tiles, rms_norm
 from gptoss.mxfp4 import define_operator, linear_by_decoding
@@ -1980,7 +2326,8 @@ from gptoss.rope import apply_rope
 
 PLAIN: dict[str, Callable] = {
     "mxfp4_linear": linear_by_decoding, "packed_experts": packed_by_decoding,
-    "linear": F.linear, "rms_norm": rms_norm, "rope": apply_rope,
+    "linear": F.linear, "compact_linear": linear_beside_compact,
+    "rms_norm": rms_norm, "rope": apply_rope,
     "sink_attention": attention_in_tiles}
 _DERIVED = ("mxfp4_linear", "packed_experts")  # have a gradient of their own
 
@@ -2056,6 +2403,108 @@ def plain_torch() -> Iterator[None]:
 
 if __name__ != "__main__":  # imported; a notebook loads them when it wants
     before_first_call(load_kernels)
+
+# %% [markdown]
+# TEXT-D
+
+# %% tags=["export:compact"]
+import torch.nn.functional as F
+from torch import nn
+
+from gptoss.model import GptOss, Linear
+from gptoss.mxfp4 import define_operator
+
+
+def linear_beside_compact(x: Tensor, weight: Tensor, bias: Tensor | None,
+                          *compact: Tensor) -> Tensor:
+    """The product in plain torch: with the matrix, not with its copy."""
+    return F.linear(x, weight, bias)
+
+
+define_operator(
+    "gptoss::compact_linear(Tensor x, Tensor weight, Tensor? bias,"
+    " Tensor blocks, Tensor exponents, Tensor first, Tensor others)"
+    " -> Tensor", linear_beside_compact)
+
+
+class CompactLinear(Linear):
+    """A frozen `Linear` with a copy of its weight in twelve bits.
+
+    Few tokens read the copy, many the weight; both are the same numbers.
+    """
+
+    def __init__(self, linear: Linear, copy: CompactWeight) -> None:
+        super().__init__(linear.in_features, linear.out_features,
+                         linear.bias is not None, device="meta",
+                         dtype=linear.weight.dtype)
+        self.weight, self.bias = linear.weight, linear.bias
+        for name, tensor in copy._asdict().items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.gptoss.compact_linear(
+            x, self.weight, self.bias, self.blocks, self.exponents,
+            self.first, self.others)
+
+    @property
+    def saved(self) -> int:
+        """How many bytes fewer a token reads."""
+        return self.weight.nbytes - CompactWeight(
+            self.blocks, self.exponents, self.first, self.others).nbytes
+
+
+def saved_bytes(model: nn.Module) -> int:
+    """How many bytes fewer a token reads, `compact` or not (0)."""
+    return sum(layer.saved for layer in model.modules()
+               if isinstance(layer, CompactLinear))
+
+
+# %% tags=["export:compact"]
+def _can_be(layer: nn.Module) -> bool:
+    return (type(layer) is Linear and layer.weight.dtype == torch.bfloat16
+            and layer.weight.device.type == "cpu"
+            and not layer.weight.requires_grad
+            and layer.weight.is_contiguous() and layer.in_features % 64 == 0
+            and layer.in_features <= 2 ** 16)
+
+
+def pack(weight: Tensor) -> CompactWeight:
+    """A bf16 matrix (m, n), 64 dividing n, in twelve bits a number."""
+    if hasattr(torch.ops.gptoss, "pack_compact"):
+        return CompactWeight(*torch.ops.gptoss.pack_compact(weight))
+    return pack_by_torch(weight)
+
+
+def compact_layers(model: GptOss) -> None:
+    """Replace every frozen bf16 `Linear` on the CPU, in place, where the
+    copy is smaller than the weight by a tenth or more."""
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if _can_be(layer):
+                copy = pack(layer.weight)
+                if copy.nbytes <= 0.9 * layer.weight.nbytes:
+                    setattr(parent, name, CompactLinear(layer, copy))
+
+
+# %% tags=["export"]
+from gptoss.compact import compact_layers
+
+
+def compact(model: GptOss) -> GptOss:
+    """The model, its dense matrices also in twelve bits; same numbers.
+
+    Decoding then reads a quarter less of them (`CompactLinear`); the copies
+    take three quarters of the matrices' memory, and a second or two to make.
+    Without kernels that read them the model stays as it is, and one line on
+    the logger "gptoss" says so.
+    """
+    path = load_kernels()
+    if hasattr(torch.ops.gptoss, "pack_compact"):
+        compact_layers(model)
+    else:
+        _log.warning("gptoss: matrices stay in sixteen bits: no kernel for "
+                     "twelve here (%s)", path)
+    return model
 
 # %%
 path = load_kernels()
@@ -2278,6 +2727,7 @@ def use_triton() -> None:
 import statistics
 import time
 
+from gptoss.compact import saved_bytes
 from gptoss.config import bytes_read_per_token
 from gptoss.generate import Sampler, generate, peak_rss_bytes
 from gptoss.model import GptOss
@@ -2363,7 +2813,8 @@ def measure(path: str | Path, prompt_tokens: int = 512, new_tokens: int = 32,
             "load_seconds": load_seconds, "peak_rss_bytes": peak,
             "prompt_tokens": prompt_tokens, "new_tokens": new_tokens,
             "repeats": repeats} | summarise(
-                runs, prompt_tokens, bytes_read_per_token(model.config),
+                runs, prompt_tokens,
+                bytes_read_per_token(model.config) - saved_bytes(model),
                 read_speed())
 
 

@@ -7,6 +7,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -15,6 +16,8 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <mutex>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -24,6 +27,9 @@
 #if !defined(GPTOSS_NARROW) && defined(__AVX512VNNI__) \
     && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define GPTOSS_AVX512 1
+#ifdef __AVX512BF16__
+#define GPTOSS_BF16 1
+#endif
 #elif !defined(GPTOSS_NARROW) && defined(__AVXVNNI__)
 #define GPTOSS_VNNI 1
 #endif
@@ -640,8 +646,26 @@ inline Floats widen(const Number* eight) {
 #endif
 }
 
+#ifdef GPTOSS_BF16
+constexpr int64_t STREAMS = 4;
+
+std::vector<Number> ready(const Buffer& x) { return {x.begin(), x.end()}; }
+
+template <int R>
+void dense_dots(const Number* w, int64_t step, const Number* x, int64_t n,
+                float* out) {
+  __m512 s[R] = {};
+  for (int64_t k = 0; k < n; k += BLOCK)
+    for (int r = 0; r < R; ++r)
+      s[r] = _mm512_dpbf16_ps(s[r], load<__m512bh>(w + r * step * n + k),
+                              load<__m512bh>(x + k));
+  for (int r = 0; r < R; ++r) out[r * step] = sum(s[r]);
+}
+#else
+constexpr int64_t STREAMS = 2;
+
 // sixteen at a time, first the eight even ones, then the eight odd ones
-Buffer split_pairs(const Buffer& x) {
+Buffer ready(const Buffer& x) {
   Buffer to(x.size());
   for (size_t k = 0; k < x.size(); ++k)
     to[k / 16 * 16 + k % 2 * 8 + k % 16 / 2] = x[k];
@@ -661,6 +685,7 @@ void dense_dots(const Number* w, int64_t step, const float* x, int64_t n,
     }
   for (int r = 0; r < R; ++r) out[r * step] = sum(s[r][0] + s[r][1]);
 }
+#endif
 
 // eight rows of eight numbers become eight columns
 inline void transpose(Ints (&v)[8]) {
@@ -744,17 +769,17 @@ void multiply(const float* w, int64_t stride, int64_t n, Source x,
 void dense_few(const Buffer& x, int64_t N, const Number* w, int64_t m,
                int64_t n, Buffer& y) {
   constexpr int64_t HEIGHT = 128;
-  const Buffer split = split_pairs(x);
+  const auto from = ready(x);
   share((m + HEIGHT - 1) / HEIGHT, 1, [&](int64_t item) {
     const int64_t row0 = item * HEIGHT, rows = std::min(HEIGHT, m - row0);
-    const int64_t step = rows / 2;
+    const int64_t step = rows / STREAMS;
     auto run = [&](auto dots, int64_t r) {
       for (int64_t t = 0; t < N; ++t)
-        dots(w + (row0 + r) * n, step, &split[t * n], n,
+        dots(w + (row0 + r) * n, step, &from[t * n], n,
              &y[t * m + row0 + r]);
     };
-    for (int64_t r = 0; r < step; ++r) run(dense_dots<2>, r);
-    for (int64_t r = 2 * step; r < rows; ++r) run(dense_dots<1>, r);
+    for (int64_t r = 0; r < step; ++r) run(dense_dots<STREAMS>, r);
+    for (int64_t r = STREAMS * step; r < rows; ++r) run(dense_dots<1>, r);
   });
 }
 
@@ -779,6 +804,209 @@ void dense_many(const Buffer& x, int64_t N, const Number* w, int64_t m,
       std::copy_n(&out[t * HEIGHT], rows, &y[t * m + row0]);
   });
 }
+
+#ifdef GPTOSS_AVX2
+constexpr int64_t WEIGHTS = 64, SIZE = WEIGHTS * 3 / 2;  // of a block, bytes
+
+struct Compact {  // (rows, blocks, SIZE) bytes
+  const uint8_t *bytes, *exponents;
+  const int32_t *first, *others;  // row r: others[first[r] ... first[r + 1]]
+  int64_t rows, blocks;
+
+  const uint8_t* row(int64_t r) const { return bytes + r * blocks * SIZE; }
+};
+
+// weight i of 32 stands at byte i with bits 3 and 4 changed for each other,
+// so that the halves of a register, interleaved, give sixteen neighbours
+inline int64_t swapped(int64_t i) {
+  return (i & 7) | (i & 8) << 1 | (i & 16) >> 1;
+}
+
+// what the lookups need: seven bits of each exponent for the upper byte, the
+// eighth above the mantissa in the lower one
+struct Tables {
+  __m128i upper, lower;
+
+  explicit Tables(const uint8_t* exponents) {
+    const __m128i e = load<__m128i>(exponents);
+    upper = _mm_and_si128(_mm_srli_epi16(e, 1), _mm_set1_epi8(127));
+    lower = _mm_slli_epi16(_mm_and_si128(e, _mm_set1_epi8(1)), 7);
+  }
+};
+
+#ifdef GPTOSS_BF16
+// of 64 weights, the halves of a register interleaved give 0 ... 15 and
+// 32 ... 47, then the others
+std::vector<Number> compact_ready(const Buffer& x) {
+  std::vector<Number> to(x.size());
+  for (size_t k = 0; k < x.size(); ++k)
+    to[k / 64 * 64 + k % 32 / 16 * 32 + k % 64 / 32 * 16 + k % 16] = x[k];
+  return to;
+}
+
+template <int R>
+void compact_dots(const Compact& w, int64_t row, int64_t step,
+                  const Number* x, float* out) {
+  const Tables tables(w.exponents);
+  const Bytes upper = _mm512_broadcast_i32x4(tables.upper);
+  const Bytes lower = _mm512_broadcast_i32x4(tables.lower);
+  const Bytes low = _mm512_set1_epi8(15), sign = _mm512_set1_epi8(-128);
+  __m512 s[R][2] = {};
+  for (int64_t b = 0; b < w.blocks; ++b, x += WEIGHTS)
+    for (int r = 0; r < R; ++r) {
+      const uint8_t* from = w.row(row + r * step) + b * SIZE;
+      const Bytes v = load<Bytes>(from);
+      const __m256i codes = load<__m256i>(from + WEIGHTS);
+      const Bytes code = _mm512_and_si512(low, _mm512_inserti64x4(
+          _mm512_castsi256_si512(codes), _mm256_srli_epi16(codes, 4), 1));
+      // bit by bit: v where the mask is one, or the table's
+      const Bytes high = _mm512_ternarylogic_epi32(
+          sign, v, _mm512_shuffle_epi8(upper, code), 0xea);
+      const Bytes rest = _mm512_ternarylogic_epi32(
+          sign, v, _mm512_shuffle_epi8(lower, code), 0xae);
+      s[r][0] = _mm512_dpbf16_ps(
+          s[r][0], (__m512bh)_mm512_unpacklo_epi8(rest, high),
+          load<__m512bh>(x));
+      s[r][1] = _mm512_dpbf16_ps(
+          s[r][1], (__m512bh)_mm512_unpackhi_epi8(rest, high),
+          load<__m512bh>(x + BLOCK));
+    }
+  for (int r = 0; r < R; ++r) out[r * step] = sum(s[r][0] + s[r][1]);
+}
+#else
+Buffer compact_ready(const Buffer& x) { return ready(x); }
+
+// out[0], out[step] ...: R rows, `step` rows apart, times x
+template <int R>
+void compact_dots(const Compact& w, int64_t row, int64_t step,
+                  const float* x, float* out) {
+  const Tables tables(w.exponents);
+  const __m256i upper = _mm256_broadcastsi128_si256(tables.upper);
+  const __m256i lower = _mm256_broadcastsi128_si256(tables.lower);
+  const __m256i low = _mm256_set1_epi8(15), sign = _mm256_set1_epi8(-128);
+  Floats s[R][2] = {};
+  for (int64_t b = 0; b < w.blocks; ++b, x += WEIGHTS)
+    for (int r = 0; r < R; ++r) {
+      const uint8_t* from = w.row(row + r * step) + b * SIZE;
+      const __m256i codes = load<__m256i>(from + WEIGHTS);
+      for (int half = 0; half < 2; ++half) {
+        const __m256i v = load<__m256i>(from + 32 * half);
+        const __m256i code = _mm256_and_si256(
+            half ? _mm256_srli_epi16(codes, 4) : codes, low);
+        const __m256i high = _mm256_or_si256(
+            _mm256_and_si256(v, sign), _mm256_shuffle_epi8(upper, code));
+        const __m256i rest = _mm256_or_si256(
+            _mm256_andnot_si256(sign, v), _mm256_shuffle_epi8(lower, code));
+        const Ints pairs[] = {(Ints)_mm256_unpacklo_epi8(rest, high),
+                              (Ints)_mm256_unpackhi_epi8(rest, high)};
+        for (int i = 0; i < 2; ++i) {
+          const float* at = x + 32 * half + 16 * i;
+          s[r][0] += even(pairs[i]) * load<Floats>(at);
+          s[r][1] += odd(pairs[i]) * load<Floats>(at + 8);
+        }
+      }
+    }
+  for (int r = 0; r < R; ++r) out[r * step] = sum(s[r][0] + s[r][1]);
+}
+#endif
+
+// y (N, rows) = x (N, n) times the weight transposed, for a few tokens
+void compact_few(const Compact& w, const Buffer& x, int64_t N, Buffer& y) {
+  constexpr int64_t HEIGHT = 128;
+  const int64_t n = w.blocks * WEIGHTS, m = w.rows;
+  const auto from = compact_ready(x);
+  share((m + HEIGHT - 1) / HEIGHT, 1, [&](int64_t item) {
+    const int64_t row0 = item * HEIGHT, rows = std::min(HEIGHT, m - row0);
+    const int64_t step = rows / STREAMS;
+    for (int64_t t = 0; t < N; ++t) {
+      float* to = &y[t * m + row0];
+      for (int64_t r = 0; r < step; ++r)
+        compact_dots<STREAMS>(w, row0 + r, step, &from[t * n], to + r);
+      for (int64_t r = STREAMS * step; r < rows; ++r)
+        compact_dots<1>(w, row0 + r, 0, &from[t * n], to + r);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int32_t i = w.first[row0 + r]; i < w.first[row0 + r + 1]; ++i) {
+          const uint32_t other = w.others[i], bits = other << 16;
+          to[r] += load<float>(&bits) * x[t * n + (other >> 16)];
+        }
+    }
+  });
+}
+
+// the fifteen most frequent exponents, and for each exponent its number
+struct Exponents {
+  uint8_t table[16] = {}, code[256];
+
+  explicit Exponents(const std::vector<int64_t>& count) {
+    std::fill_n(code, 256, 15);
+    std::vector<int> order(256);
+    for (int e = 0; e < 256; ++e) order[e] = e;
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int a, int b) { return count[a] > count[b]; });
+    for (int i = 0; i < 15; ++i) code[table[i] = order[i]] = i;
+  }
+};
+
+std::vector<int64_t> count_exponents(const uint16_t* w, int64_t count) {
+  std::vector<int64_t> total(256);
+  std::mutex mutex;
+  at::parallel_for(0, count, 1 << 16, [&](int64_t begin, int64_t end) {
+    int64_t found[256] = {};
+    for (int64_t i = begin; i < end; ++i) ++found[w[i] >> 7 & 255];
+    const std::lock_guard<std::mutex> alone(mutex);
+    for (int e = 0; e < 256; ++e) total[e] += found[e];
+  });
+  return total;
+}
+
+// is it stored beside the blocks?
+inline bool exceptional(uint16_t bits, const Exponents& e) {
+  return e.code[bits >> 7 & 255] == 15 && (bits & 0x7fff);
+}
+
+void pack_block(const uint16_t* w, const Exponents& e, uint8_t* to) {
+  std::fill_n(to + WEIGHTS, WEIGHTS / 2, uint8_t(0));
+  for (int64_t i = 0; i < WEIGHTS; ++i) {
+    const int64_t at = swapped(i % 32), half = i / 32;
+    const uint8_t code = e.code[w[i] >> 7 & 255];
+    const uint8_t sign = w[i] >> 8 & 128;
+    to[32 * half + at] = code == 15 ? sign : sign | (w[i] & 127);
+    to[WEIGHTS + at] |= code << 4 * half;
+  }
+}
+
+// weight (rows, n) bf16 -> blocks, exponents, first, others
+std::tuple<Tensor, Tensor, Tensor, Tensor> pack_compact(
+    const Tensor& weight) {
+  const int64_t rows = weight.size(0), n = weight.size(1);
+  TORCH_CHECK_VALUE(weight.scalar_type() == at::kBFloat16
+      && weight.is_contiguous() && n % WEIGHTS == 0 && n <= 1 << 16,
+      "weight: expected contiguous bfloat16 (rows, n), 64 dividing n");
+  auto w = static_cast<const uint16_t*>(weight.const_data_ptr());
+  const Exponents e(count_exponents(w, rows * n));
+  Tensor blocks = at::empty({rows, n / WEIGHTS, SIZE}, at::kByte);
+  Tensor exponents = at::empty({16}, at::kByte);
+  Tensor first = at::zeros({rows + 1}, at::kInt);
+  std::copy_n(e.table, 16, exponents.data_ptr<uint8_t>());
+  uint8_t* to = blocks.data_ptr<uint8_t>();
+  int32_t* begin = first.data_ptr<int32_t>();
+  share(rows, 16, [&](int64_t r) {
+    for (int64_t k = 0; k < n; ++k)
+      begin[r + 1] += exceptional(w[r * n + k], e);
+    for (int64_t k = 0; k < n; k += WEIGHTS)
+      pack_block(w + r * n + k, e, to + (r * n + k) / WEIGHTS * SIZE);
+  });
+  for (int64_t r = 0; r < rows; ++r) begin[r + 1] += begin[r];
+  Tensor others = at::empty({begin[rows]}, at::kInt);
+  int32_t* other = others.data_ptr<int32_t>();
+  share(rows, 16, [&](int64_t r) {
+    int32_t at = begin[r];
+    for (int64_t k = 0; k < n && at < begin[r + 1]; ++k)
+      if (exceptional(w[r * n + k], e)) other[at++] = k << 16 | w[r * n + k];
+  });
+  return {blocks, exponents, first, others};
+}
+#endif
 
 // e ** x for -87 <= x <= 0, relative error below 1e-6; less gives e ** -87
 inline Floats exponential(Floats x) {
@@ -1082,6 +1310,28 @@ Tensor linear(const Tensor& x, const Tensor& weight,
   return result(x, m, y);
 }
 
+// as `linear`; blocks ... others: the weight again, by `pack_compact`
+Tensor compact_linear(const Tensor& x, const Tensor& weight,
+                      const std::optional<Tensor>& bias,
+                      const Tensor& blocks, const Tensor& exponents,
+                      const Tensor& first, const Tensor& others) {
+#ifdef GPTOSS_AVX2
+  const int64_t m = blocks.size(0), n = blocks.size(1) * WEIGHTS;
+  const int64_t N = x.numel() / n;
+  if (ours({x, weight, bias.value_or(x)}) && N <= FEW) {
+    Buffer y(N * m);
+    compact_few({blocks.const_data_ptr<uint8_t>(),
+                 exponents.const_data_ptr<uint8_t>(),
+                 first.const_data_ptr<int32_t>(),
+                 others.const_data_ptr<int32_t>(), m, blocks.size(1)},
+                floats(x), N, y);
+    add_bias(y, bias);
+    return result(x, m, y);
+  }
+#endif
+  return linear(x, weight, bias);
+}
+
 Tensor packed_experts(const Tensor& x, const Tensor& ids,
                       const Tensor& weights, const Tensor& gate_up_blocks,
                       const Tensor& gate_up_scales,
@@ -1159,11 +1409,13 @@ constexpr auto gate(Tensor (*)(Arguments...)) {
   return gated<function, name, Arguments...>;
 }
 
-constexpr char LINEAR[] = "linear", NORM[] = "rms_norm", ROPE[] = "rope",
+constexpr char COMPACT[] = "compact_linear", LINEAR[] = "linear",
+               NORM[] = "rms_norm", ROPE[] = "rope",
                ATTENTION[] = "sink_attention";
 
 TORCH_LIBRARY_IMPL(gptoss, AutogradCPU, m) {
   m.impl("linear", gate<linear, LINEAR>(linear));
+  m.impl("compact_linear", gate<compact_linear, COMPACT>(compact_linear));
   m.impl("rms_norm", gate<rms_norm, NORM>(rms_norm));
   m.impl("rope", gate<rope, ROPE>(rope));
   m.impl("sink_attention", gate<sink_attention, ATTENTION>(sink_attention));
@@ -1171,6 +1423,7 @@ TORCH_LIBRARY_IMPL(gptoss, AutogradCPU, m) {
 
 TORCH_LIBRARY_IMPL(gptoss, CPU, m) {
   m.impl("linear", linear);
+  m.impl("compact_linear", compact_linear);
   m.impl("rms_norm", rms_norm);
   m.impl("rope", rope);
   m.impl("sink_attention", sink_attention);
@@ -1196,6 +1449,10 @@ TORCH_LIBRARY_FRAGMENT(gptoss, m) {
     std::swap(on, enabled);
     return on;  // as it was before
   });
+#ifdef GPTOSS_AVX2
+  m.def("pack_compact(Tensor weight) -> (Tensor, Tensor, Tensor, Tensor)",
+        pack_compact);
+#endif
 }
 
 }  // namespace

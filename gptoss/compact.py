@@ -1,0 +1,149 @@
+"""Four bits at full speed
+
+Generated from book/13_kernels.py; edit the chapter, not this file.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gptoss.model import GptOss, Linear
+from gptoss.mxfp4 import define_operator
+
+# --- Sixteen bits in twelve --------------------------------------------------
+
+class CompactWeight(NamedTuple):
+    """A bf16 matrix (m, n) in twelve bits a number, nothing lost."""
+
+    blocks: Tensor  # (m, n / 64, 96) uint8: 64 signs and mantissas, 64 codes
+    exponents: Tensor  # (16,) uint8, one a code; 15: zero, or in `others`
+    first: Tensor  # (m + 1,) int32: where the others of each row begin
+    others: Tensor  # (X,) int32: column << 16 | the number's sixteen bits
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self)
+
+
+# a block's bytes: weight i of 32 stands where bits 3 and 4 of i change places
+_PLACE = torch.arange(32).view(2, 2, 8).transpose(0, 1).reshape(32)
+
+
+def pack_by_torch(weight: Tensor) -> CompactWeight:
+    """`pack` in plain torch, a page to read; it needs 40 bytes a number."""
+    m, n = weight.shape
+    bits = weight.view(torch.int16).long() & 0xFFFF
+    exponent = bits >> 7 & 255
+    count = exponent.flatten().bincount(minlength=256)
+    table = count.argsort(descending=True, stable=True)[:15]
+    code = torch.full((256,), 15).scatter(0, table, torch.arange(15))[exponent]
+    body = (bits >> 8 & 128) | (bits & 127).where(code < 15, 0)
+    halves = code.view(m, n // 64, 2, 32)[..., _PLACE]
+    blocks = torch.cat([body.view(m, n // 64, 2, 32)[..., _PLACE].flatten(2),
+                        halves[:, :, 0] | halves[:, :, 1] << 4], -1)
+    rare = (code == 15) & (bits & 0x7FFF != 0)
+    row, column = rare.nonzero(as_tuple=True)
+    return CompactWeight(
+        blocks.to(torch.uint8), F.pad(table, (0, 1)).to(torch.uint8),
+        F.pad(rare.sum(1).cumsum(0), (1, 0)).int(),
+        (column << 16 | bits[row, column]).int())
+
+
+def unpack(weight: CompactWeight) -> Tensor:
+    """The matrix (m, n) in bf16, bit for bit as `pack` took it."""
+    m, blocks, _ = weight.blocks.shape
+    body, codes = weight.blocks.long().split([64, 32], -1)
+    code = torch.stack([codes & 15, codes >> 4], 2)[..., _PLACE].flatten(2)
+    body = body.view(m, blocks, 2, 32)[..., _PLACE].flatten(2)
+    bits = ((body & 128) << 8 | weight.exponents.long()[code] << 7
+            | body & 127).flatten(1)
+    row = torch.repeat_interleave(weight.first.diff())
+    others = weight.others.long() & 0xFFFFFFFF
+    bits[row, others >> 16] = others & 0xFFFF
+    return bits.to(torch.int16).view(torch.bfloat16)
+
+
+# --- Which path is in use ----------------------------------------------------
+
+def linear_beside_compact(x: Tensor, weight: Tensor, bias: Tensor | None,
+                          *compact: Tensor) -> Tensor:
+    """The product in plain torch: with the matrix, not with its copy."""
+    return F.linear(x, weight, bias)
+
+
+define_operator(
+    "gptoss::compact_linear(Tensor x, Tensor weight, Tensor? bias,"
+    " Tensor blocks, Tensor exponents, Tensor first, Tensor others)"
+    " -> Tensor", linear_beside_compact)
+
+
+class CompactLinear(Linear):
+    """A frozen `Linear` with a copy of its weight in twelve bits.
+
+    Few tokens read the copy, many the weight; both are the same numbers.
+    """
+
+    def __init__(self, linear: Linear, copy: CompactWeight) -> None:
+        super().__init__(linear.in_features, linear.out_features,
+                         linear.bias is not None, device="meta",
+                         dtype=linear.weight.dtype)
+        self.weight, self.bias = linear.weight, linear.bias
+        for name, tensor in copy._asdict().items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.gptoss.compact_linear(
+            x, self.weight, self.bias, self.blocks, self.exponents,
+            self.first, self.others)
+
+    @property
+    def saved(self) -> int:
+        """How many bytes fewer a token reads."""
+        return self.weight.nbytes - CompactWeight(
+            self.blocks, self.exponents, self.first, self.others).nbytes
+
+
+def saved_bytes(model: nn.Module) -> int:
+    """How many bytes fewer a token reads, `compact` or not (0)."""
+    return sum(layer.saved for layer in model.modules()
+               if isinstance(layer, CompactLinear))
+
+
+def _can_be(layer: nn.Module) -> bool:
+    return (type(layer) is Linear and layer.weight.dtype == torch.bfloat16
+            and layer.weight.device.type == "cpu"
+            and not layer.weight.requires_grad
+            and layer.weight.is_contiguous() and layer.in_features % 64 == 0
+            and layer.in_features <= 2 ** 16)
+
+
+def pack(weight: Tensor) -> CompactWeight:
+    """A bf16 matrix (m, n), 64 dividing n, in twelve bits a number."""
+    if hasattr(torch.ops.gptoss, "pack_compact"):
+        return CompactWeight(*torch.ops.gptoss.pack_compact(weight))
+    return pack_by_torch(weight)
+
+
+def compact_layers(model: GptOss) -> None:
+    """Replace every frozen bf16 `Linear` on the CPU, in place, where the
+    copy is smaller than the weight by a tenth or more."""
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if _can_be(layer):
+                copy = pack(layer.weight)
+                if copy.nbytes <= 0.9 * layer.weight.nbytes:
+                    setattr(parent, name, CompactLinear(layer, copy))
+
+
+__all__ = [
+    "CompactLinear",
+    "CompactWeight",
+    "compact_layers",
+    "linear_beside_compact",
+    "pack",
+    "pack_by_torch",
+    "saved_bytes",
+    "unpack",
+]
