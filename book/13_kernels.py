@@ -399,6 +399,13 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 # elements $4i$, $4i+2$, $4i+1$ and $4i+3$ form groups of eight. Registers of
 # 512 bits take four blocks at once, those of 128 bits one: `SIDE` says how
 # many.
+#
+# Three details make reading cheap. Activations begin on a cache line, since a
+# register of 64 bytes that lies across two lines is loaded in two turns, and a
+# product loads four of them for one of weights. A factor stands four times, as
+# the product has four sums for each block. And 90 blocks are no whole number
+# of fours: the last four begin at block 86 and count 86 and 87, which the four
+# before have counted, with a factor of zero. So every group is full.
 
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
@@ -593,7 +600,15 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 # only the lower half of a register and would take six.
 #
 # Since the halves of the sum belong to different blocks, one conversion and
-# one multiply-add serve 64 weights. Newer processors multiply, add neighbours
+# one multiply-add serve 64 weights. Their factor is made in registers, too:
+# the scale bytes are loaded for all places at once, a shuffle puts each into
+# the top byte of its block's four floats, a shift by one makes it an exponent.
+# An earlier version made all factors of a row beforehand, eight at a time and
+# stored. That is fewer instructions, and slower by a quarter: nobody can
+# multiply before the last of them is back from memory. Byte 255 now gives
+# infinity, and the row's end turns infinity into NaN: $y + 0 y$.
+#
+# Newer processors multiply, add neighbours
 # and add to a sum in one instruction, `vpdpwssd` of AVX-512 VNNI or AVX-VNNI,
 # with the same integers as result. Where the compiler finds it, it is used.
 
@@ -706,7 +721,8 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 # apart. Processors fetch ahead along a stream of addresses, each stream for
 # itself and only to the end of a 4 KiB page: with one stream everything waits
 # at every page, with four the others go on. The prefetch asks for the bytes
-# that the same row needs half a KiB later.
+# that the same row needs half a KiB later. `hold` keeps the compiler from
+# reading a row's bytes again for each of their four uses.
 
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
@@ -1127,6 +1143,14 @@ print(deck[3][:3])
 # A bf16 number is the upper half of a float. Of eight pairs in a register,
 # a shift gives the even ones and a mask the odd ones, two instructions for
 # sixteen weights; the activations are split the same way beforehand.
+#
+# Processors with AVX512-BF16 multiply bf16 as it is: `vdpbf16ps` takes 32
+# pairs and adds two products to each of 16 sums in fp32 (a number below
+# $2^{-126}$ counts as zero). Half the instructions are one gain. The other:
+# activations stay in bf16, half as long. For the 4096 columns of `o_proj` fp32
+# takes 16 KiB, half of an L1 cache, and the rows that stream through the other
+# half push it out again and again; with 8 KiB there is room, and for four
+# streams.
 
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
@@ -1329,7 +1353,22 @@ print((pair << 16).view(torch.float32).item(),
 # %% [markdown]
 # ### Sixteen bits in twelve
 #
-# TEXT-A
+# Of the bytes that a token reads, two thirds are now dense: 1.27 of 3.70 GB
+# are experts. Four bits would be another model. But do sixteen bits hold
+# sixteen bits of information? A bf16 number is a sign, seven bits of mantissa
+# and eight of exponent. Signs and mantissas look like coin tosses. Exponents
+# do not: the weights of a matrix have about one size, more than half of them
+# lie within a factor of four, and below that each halving of the size is half
+# as frequent as the one before. {cite}`dfloat2025` gives the exponents a
+# Huffman code and ends at eleven bits a number, with no bit lost; decoding a
+# code of unequal lengths is work for a GPU. Four bits of equal length do
+# nearly as well: the fifteen most frequent exponents of the matrix have a
+# number each, and the sixteenth says: not among them. Such a number (of normal
+# ones about one in seven thousand) is zero in its place, and stands with its
+# column in a list of its own. A matrix that does not shrink by a tenth is left
+# as it is.
+#
+# Sixty-four numbers take 64 bytes of signs and mantissas and 32 of codes.
 
 # %% tags=["export:compact"]
 from typing import NamedTuple
@@ -1400,7 +1439,11 @@ print(f"{8 * compact_matrix.nbytes / matrix.numel():.2f} bits a number, "
       f"{len(compact_matrix.others)} of {matrix.numel():,} stored apart")
 
 # %% [markdown]
-# TEXT-C
+# To read it, a table turns 32 codes at once into the upper seven bits of their
+# exponents, another into the eighth; two masks put sign and mantissa beside
+# them, and interleaved the bytes are bf16. Interleaving works within halves
+# (quarters, with 64 bytes) of a register, so the bytes are stored in the order
+# that makes neighbours of neighbours.
 
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
@@ -1534,7 +1577,8 @@ print(f"{8 * compact_matrix.nbytes / matrix.numel():.2f} bits a number, "
 # ```
 
 # %% [markdown]
-# TEXT-B
+# Packing reads a matrix three times: to count its exponents, to pack it, and
+# to find what stands apart.
 
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
@@ -2405,7 +2449,12 @@ if __name__ != "__main__":  # imported; a notebook loads them when it wants
     before_first_call(load_kernels)
 
 # %% [markdown]
-# TEXT-D
+# Who gets the twelve bits? A copy costs a second or two and three quarters of
+# the matrices' memory, which pays after some fifty tokens, and on a machine
+# that has the memory. So one asks for it: `compact(model)`, or `--compact` on
+# the command line. The weights themselves stay where they are, mapped from the
+# file: prompts, gradients and other devices use those, and as a copy is read
+# only where the weight would give the same numbers, nothing else changes.
 
 # %% tags=["export:compact"]
 import torch.nn.functional as F
@@ -3135,7 +3184,9 @@ for name, config in (("20b", big), ("120b", GptOssConfig.gpt_oss_120b())):
 # %% [markdown]
 # The 120b has four times the experts and reads only a third more for a token:
 # 36 layers instead of 24, with four experts each, and the same head. Where its
-# 65 GB fit in memory it decodes at three quarters of the 20b's speed.
+# 65 GB fit in memory it decodes at three quarters of the 20b's speed. With the
+# dense matrices in twelve bits a token of the 20b reads 3.10 GB instead of
+# 3.70: that floor is a sixth lower.
 
 # %% [markdown]
 # ## Cost
@@ -3169,6 +3220,8 @@ print(f"experts are limited by arithmetic from about {crossing:.0f} tokens "
 #   table in a register makes four-bit weights as cheap to use as to read.
 # - Activations in sixteen bits lose about an eightieth of what rounding the
 #   result to bf16 loses; in eight bits, three times as much as it.
+# - Sixteen bits can hold less than sixteen bits: with exponents coded in four,
+#   dense weights take twelve, and no number changes.
 # - Kernels belong below operators: the model names what it wants, the device
 #   decides how, and a machine without a compiler still runs.
 
@@ -3253,6 +3306,7 @@ print("equal")
 # - Roofline: {cite}`roofline2009`. MXFP4: {cite}`ocpmx2023`. Tiles of
 #   attention with a running maximum: {cite}`flash2022`; sinks:
 #   {cite}`sinks2023`; grouped heads: {cite}`gqa2023`.
+# - bf16 weights without loss in about eleven bits: {cite}`dfloat2025`.
 # - llama.cpp, `ggml/src/ggml-cpu/`: MXFP4 times 8-bit activations with the
 #   same lookup instruction.
 # - transformers, `quantizers/quantizer_mxfp4.py`: when it decodes to bf16.
