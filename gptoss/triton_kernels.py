@@ -64,9 +64,9 @@ def packed_rows(x, w, s, y, order, tile_expert, tile_begin, tile_end, rows,
         even = tl.load(x + at, seen, 0.0)
         odd = tl.load(x + at + 1, seen, 0.0)
         total = tl.dot(decode_fp4(code & 15, scale).to(even.dtype), even,
-                       total)
+                       total, input_precision="ieee")
         total = tl.dot(decode_fp4(code >> 4, scale).to(odd.dtype), odd,
-                       total)
+                       total, input_precision="ieee")
     tl.store(y + pick[None] * rows + row[:, None], total,
              (row < rows)[:, None] & real[None])
 
@@ -131,7 +131,7 @@ def attend_tile(q, k, v, q_pos, k_pos, y, lse, T, S, H, G, window, scale,
                 kb, ks, kg, C: tl.constexpr, J: tl.constexpr,
                 N: tl.constexpr, KEYS: tl.constexpr):
     """N rows (tokens times J query heads of a key head), a part of keys."""
-    b, g = tl.program_id(1) // G, tl.program_id(1) % G
+    g, b = tl.program_id(1) % G, (tl.program_id(1) // G).to(tl.int64)
     part, parts = tl.program_id(2), tl.num_programs(2)
     row = tl.program_id(0) * N + tl.arange(0, N)
     token, head = row // J, g * J + row % J
@@ -155,14 +155,15 @@ def attend_tile(q, k, v, q_pos, k_pos, y, lse, T, S, H, G, window, scale,
             from_ += tl.arange(0, C)[None]
             keys = tl.load(k + from_, wanted[:, None] > 0, 0.0)
             values = tl.load(v + from_, wanted[:, None] > 0, 0.0)
-            scores = tl.dot(query, tl.trans(keys)) * scale
+            scores = tl.dot(query, tl.trans(keys),
+                            input_precision="ieee") * scale
             scores = tl.where(seen, scores, float("-inf"))
             higher = tl.maximum(top, tl.max(scores, 1))
             weights = tl.exp(scores - higher[:, None])
             shrink = tl.exp(top - higher)
             total = total * shrink + tl.sum(weights, 1)
             out = tl.dot(weights.to(values.dtype), values,
-                         out * shrink[:, None])
+                         out * shrink[:, None], input_precision="ieee")
             top = higher
     some = tl.where(total > 0, total, 1.0)
     at = at * parts + part

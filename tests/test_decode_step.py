@@ -578,3 +578,41 @@ def test_a_step_on_triton_kernels_in_the_interpreter():
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1",
                           "GPTOSS_KERNELS": "torch"})
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+COMPILE = """
+import sys
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from gptoss import triton_kernels as t
+
+def made(kernel, sizes, integers, **types):
+    kinds = types | dict.fromkeys(integers.split(), "i32")
+    names = kernel.arg_names
+    return compile(ASTSource(
+        fn=kernel, signature={n: kinds.get(n, "constexpr") for n in names},
+        constexprs={(names.index(n),): size for n, size in sizes.items()}),
+        target=GPUTarget("cuda", int(sys.argv[1]), 32)).asm["cubin"]
+
+for x in ("*bf16", "*fp32"):
+    assert made(t.attend_tile, dict(C=64, J=8, N=16, KEYS=32),
+                "T S H G window kb ks kg", q=x, k=x, v=x, q_pos="*i64",
+                k_pos="*i64", y="*fp32", lse="*fp32", scale="fp32")
+    for N in (16, 64):
+        assert made(t.packed_rows, dict(K=4, M=32, N=N, STEP=64),
+                    "rows blocks", x=x, w="*u8", s="*u8", y="*fp32",
+                    order="*i32", tile_expert="*i32", tile_begin="*i32",
+                    tile_end="*i32")
+"""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="no triton")
+@pytest.mark.parametrize("architecture", ["80", "90"])
+def test_triton_compiles_the_kernels(architecture, tmp_path):
+    """To machine code of NVIDIA's 8.0 and 9.0; that needs no GPU."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, architecture], text=True,
+        capture_output=True, timeout=280,
+        env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)})
+    assert done.returncode == 0, done.stderr[-2000:]
