@@ -297,8 +297,8 @@ def generate(model: GptOss, prompt: Sequence[int], *,
     # the last token needs no position of its own: nothing is fed after it
     count = min(max_new_tokens, limit - held - len(prompt) + 1)
     if cache is None:
-        cache = model.new_cache(
-            max_tokens=len(prompt) + count - 1 if decode else None)
+        room = {"max_tokens": len(prompt) + count - 1} if decode else {}
+        cache = model.new_cache(**room)
     return _generate(model, prompt, count, sampler or Sampler(),
                      frozenset(stop), _generators(seed, 1)[0], cache,
                      prefill_chunk, decode)

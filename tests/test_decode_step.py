@@ -423,6 +423,55 @@ def test_a_step_that_fails_loses_nothing(layer, capture, monkeypatch):
                           MODEL(tokens[:, 20:21], theirs), atol=1e-11)
 
 
+def test_warming_up_is_undone():
+    ours = MODEL.new_cache(2, 96, slack=1)
+    MODEL(draw(MODEL, 2, 20), ours)
+
+    def capture(run, undo):
+        state = (step.tokens, step.lengths, step.ring)
+        before = [x.clone() for x in state]
+        run()
+        assert not any(map(torch.equal, state, before))
+        undo()
+        assert all(map(torch.equal, state, before))
+        return run
+    step = DecodeStep(MODEL, ours, capture)
+    step(torch.full((2, 1), 49))
+    assert ours.lengths.tolist() == [21, 21]
+
+
+def test_interrupted_after_all_was_done():
+    """The host has not counted the token; it looks again."""
+    ours = MODEL.new_cache(1, 22)
+    MODEL(draw(MODEL, 1, 19), ours)
+    step, token = DecodeStep(MODEL, ours), draw(MODEL, 1, 1)
+    step(token)
+
+    def interrupted() -> None:
+        step._run()
+        raise KeyboardInterrupt
+    step._launch = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        step(token)
+    step._launch = step._run
+    assert ours.length == 21
+    step(token)
+    with pytest.raises(CacheError, match="max_tokens is 22"):
+        step(token)
+
+
+def test_where_a_replay_began_is_not_forgotten():
+    """What the rings hold before position 22 is not right (chapter 9)."""
+    ours, theirs = pair(MODEL, slack=3)
+    tokens = draw(MODEL, 1, 30)
+    for cache, run in ((ours, DecodeStep(MODEL, ours)), (theirs, None)):
+        MODEL(tokens, cache)
+        assert cache.rollback(22) == 8
+        MODEL(tokens[:, 8:22], cache)
+        (run or (lambda token: MODEL(token, theirs)))(tokens[:, 22:23])
+        assert cache.rollback(20) == 6
+
+
 # ---- refusing
 
 def test_errors(monkeypatch):
