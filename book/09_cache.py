@@ -545,6 +545,22 @@ class _Storage:
                                 self.layers[0].k.device)
 
     @property
+    def rows(self) -> Rows:
+        """The state; whatever changes it puts new `Rows` in its place.
+
+        Who can run a forward by other means sets it. CacheError while a
+        forward is under way, or after one that failed.
+        """
+        if self._plan is not None:
+            raise CacheError("the forward before this one did not reach "
+                             "advance(): call rollback() or reset()")
+        return self._rows
+
+    @rows.setter
+    def rows(self, rows: Rows) -> None:
+        self._rows = rows
+
+    @property
     def lengths(self) -> Tensor:
         """(B,) int64: tokens taken in by each row, its next position."""
         return self._rows.lengths
@@ -582,10 +598,7 @@ class _Intake(_Storage):
 
     def check(self, positions: Tensor) -> None:
         """Raise CacheError if a forward of positions (B, T) cannot run."""
-        if self._plan is not None:
-            raise CacheError("the forward before this one did not reach "
-                             "advance(): call rollback() or reset()")
-        check_positions(self._rows, positions, *self._limit)
+        check_positions(self.rows, positions, *self._limit)
 
     def _same(self, positions: Tensor) -> bool:
         """Are these the positions of the forward under way?"""

@@ -2563,10 +2563,11 @@ print("kernels or a reason:", path.startswith(("C++", "portable", "torch (")))
 # ### For a GPU: written, not yet run on one
 #
 # The same three ideas in Triton: decode in registers, sort tokens by expert,
-# walk over keys with a running maximum. A test holds them to float64 in
-# Triton's interpreter, which computes on the CPU; **no GPU has run them
-# yet**, so nothing calls them unless asked: `use_triton()` registers them for
-# CUDA. Until somebody has measured them, a GPU takes the plain torch path.
+# walk over keys with a running maximum. Tests hold them to float64 in
+# Triton's interpreter, which computes on the CPU, and see that Triton compiles
+# them for NVIDIA's architectures 8.0 and 9.0; **no GPU has run them yet**, so
+# nothing calls them unless asked: `use_triton()` registers them for CUDA.
+# Until somebody has measured them, a GPU takes the plain torch path.
 #
 # A nibble becomes a float by its bits: codes above 1 have an exponent, code 1
 # is the only subnormal.
@@ -2600,8 +2601,9 @@ def decode_fp4(code, scale):
 # %% [markdown]
 # A program computes 32 rows for one tile of picks. The tile's weights are
 # exact in bf16 (three bits and a power of two), so a tensor core may multiply
-# them. Low and high nibbles meet even and odd activations in two products:
-# nothing needs to be interleaved.
+# them; numbers in fp32 are multiplied as such ("ieee"), not cut to tf32. Low
+# and high nibbles meet even and odd activations in two products: nothing needs
+# to be interleaved.
 
 # %% tags=["export:triton_kernels"]
 @_jit
@@ -2612,8 +2614,11 @@ def packed_rows(x, w, s, y, order, tile_expert, tile_begin, tile_end, rows,
     row = tl.program_id(0) * M + tl.arange(0, M)
     tile = tl.program_id(1)
     expert = tl.load(tile_expert + tile).to(tl.int64)
-    place = tl.load(tile_begin + tile) + tl.arange(0, N)
-    real = place < tl.load(tile_end + tile)
+    begin, end = tl.load(tile_begin + tile), tl.load(tile_end + tile)
+    if begin == end:  # one of the tiles that are there for the worst case
+        return
+    place = begin + tl.arange(0, N)
+    real = place < end
     pick = tl.load(order + place, real, 0)
     width = blocks * 16
     line = expert * rows + row
@@ -2630,38 +2635,58 @@ def packed_rows(x, w, s, y, order, tile_expert, tile_begin, tile_end, rows,
         even = tl.load(x + at, seen, 0.0)
         odd = tl.load(x + at + 1, seen, 0.0)
         total = tl.dot(decode_fp4(code & 15, scale).to(even.dtype), even,
-                       total)
+                       total, input_precision="ieee")
         total = tl.dot(decode_fp4(code >> 4, scale).to(odd.dtype), odd,
-                       total)
+                       total, input_precision="ieee")
     tl.store(y + pick[None] * rows + row[:, None], total,
              (row < rows)[:, None] & real[None])
 
 # %% [markdown]
-# Every tile belongs to one expert. Which tiles there are follows from the
-# counts, on the device, without a loop:
+# Every tile belongs to one expert. Which tiles there are depends on what the
+# router chose; how many there can be does not, and only that may be known
+# before the launch without asking the device and waiting. With $n$ picks in
+# tiles of $M$, an expert with $c \ge 1$ of them has
+# $\lceil c/M \rceil = 1 + \lfloor (c-1)/M \rfloor$ tiles. If $h$ experts are
+# hit, that makes at most $h + \lfloor (n-h)/M \rfloor$, since the sum of
+# floors is at most the floor of the sum. One more $h$ adds 1 and takes away
+# at most 1, so the worst case is the largest $h$:
+#
+# $$ \text{tiles} \le m + \lfloor (n - m) / M \rfloor,
+#    \qquad m = \min(E, n). $$ (kernels-tiles)
+#
+# It is reached, by $m - 1$ experts with one pick and one with the rest. A
+# program whose tile is empty returns at once. In decoding with one row, $n$
+# is 4, $m$ too, and no tile is empty.
 
 # %% tags=["export:triton_kernels"]
 def token_tiles(ids: Tensor, experts: int, size: int) -> tuple[Tensor, ...]:
     """Slots sorted by expert, cut into tiles of one expert each.
 
-    ids (N, K) -> order (N K,), and for every tile its expert, and where its
-    picks begin and the expert's end in order; int32.
+    ids (N, K) -> order (N K,), and for each of as many tiles as there can
+    be its expert, and where its picks begin and the expert's end in order;
+    int32. An empty tile begins where it ends. No shape depends on ids.
     """
-    flat = ids.flatten()
+    flat = ids.flatten().long()
     order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=experts)
+    counts = flat.new_zeros(experts).scatter_add_(
+        0, flat, torch.ones_like(flat))
     tiles = (counts + size - 1) // size
-    expert = torch.repeat_interleave(tiles)
-    ends = counts.cumsum(0)
-    before = tiles.cumsum(0) - tiles
-    number = torch.arange(len(expert), device=ids.device) - before[expert]
-    begin = (ends - counts)[expert] + number * size
-    return tuple(t.int() for t in (order, expert, begin, ends[expert]))
+    most = min(experts, len(flat))
+    number = torch.arange(most + (len(flat) - most) // size,
+                          device=ids.device)
+    after = tiles.cumsum(0)  # the first tile that is not this expert's
+    expert = torch.searchsorted(after, number, right=True)
+    expert = expert.clamp(max=experts - 1)  # beyond the last: empty
+    end = counts.cumsum(0)[expert]
+    begin = (end - counts[expert]
+             + (number - (after - tiles)[expert]) * size).minimum(end)
+    return tuple(t.int() for t in (order, expert, begin, end))
 
 # %%
 order, *tiles = token_tiles(torch.tensor([[2, 0], [2, 1], [2, 0]]), 4, 2)
 print(order.tolist(), *(tile.tolist() for tile in tiles), sep="\n")
-assert tiles[0].tolist() == [0, 1, 2, 2]  # three picks chose expert 2
+assert tiles[0].tolist()[:4] == [0, 1, 2, 2]  # three picks chose expert 2
+assert (tiles[1] == tiles[2]).tolist() == 4 * [False] + [True]
 
 # %% tags=["export:triton_kernels"]
 from gptoss.experts import clamped_swiglu
@@ -2698,60 +2723,95 @@ def experts_by_triton(x, ids, weights, gate_up_blocks, gate_up_scales,
     return (out * weights.float()[..., None]).sum(1).to(x.dtype)
 
 # %% [markdown]
-# Attention: one key head and sixteen rows of its queries in a program.
+# Attention: one key head and sixteen rows of its queries in a program. In
+# decoding that is a row of the batch and a key head, 8 programs for one text,
+# where a GPU has a hundred processors or more. So the keys are divided, too,
+# among P programs {cite}`flashdecoding2023`: part p takes the tiles of keys p,
+# p + P, p + 2P, … (in turns, so that the filled slots of a tape are shared
+# evenly), and leaves the mean of its values and the log-sum-exp of its scores.
+# A part then acts like a single key with that score and that value:
+#
+# $$ \frac{\sum_j e^{s_j} v_j}{e^{\text{sink}} + \sum_j e^{s_j}}
+#    = \frac{\sum_p e^{\ell_p} o_p}{e^{\text{sink}} + \sum_p e^{\ell_p}},
+#    \qquad \ell_p = \log \sum_{j \in p} e^{s_j},
+#    \quad o_p = \sum_{j \in p} e^{s_j - \ell_p} v_j . $$ (kernels-parts)
+#
+# So chapter 5's softmax with a sink, over the parts, puts them together and
+# counts the sink once. Of a key that no row sees neither k nor v is loaded,
+# and of a tile of such keys nothing but their positions: 8 bytes a slot for
+# each key head, where k and v have 256.
 
 # %% tags=["export:triton_kernels"]
 @_jit
-def attend_tile(q, k, v, sinks, q_pos, k_pos, y, T, S, H, G, window, scale,
+def attend_tile(q, k, v, q_pos, k_pos, y, lse, T, S, H, G, window, scale,
                 kb, ks, kg, C: tl.constexpr, J: tl.constexpr,
                 N: tl.constexpr, KEYS: tl.constexpr):
-    """N rows: tokens times the J query heads of one key head."""
-    b, g = tl.program_id(1) // G, tl.program_id(1) % G
+    """N rows (tokens times J query heads of a key head), a part of keys."""
+    g, b = tl.program_id(1) % G, (tl.program_id(1) // G).to(tl.int64)
+    part, parts = tl.program_id(2), tl.num_programs(2)
     row = tl.program_id(0) * N + tl.arange(0, N)
     token, head = row // J, g * J + row % J
     real = token < T
-    at = ((b * T + token) * H + head)[:, None] * C + tl.arange(0, C)[None]
-    query = tl.load(q + at, real[:, None], 0.0)
+    at = (b * T + token) * H + head
+    query = tl.load(q + at[:, None] * C + tl.arange(0, C)[None],
+                    real[:, None], 0.0)
     position = tl.load(q_pos + b * T + token, real, -1)
-    top = tl.load(sinks + head, real, 0.0).to(tl.float32)
-    top = tl.maximum(top, -3.0e38)
-    total = tl.full((N,), 1.0, tl.float32)  # the sink, before any key
+    top = tl.full((N,), -3.0e38, tl.float32)
+    total = tl.zeros((N,), tl.float32)
     out = tl.zeros((N, C), tl.float32)
-    for start in range(0, S, KEYS):
+    for start in range(part * KEYS, S, parts * KEYS):
         key = start + tl.arange(0, KEYS)
         there = tl.load(k_pos + b * S + key, key < S, -1)
-        from_ = b * kb + key[:, None] * ks + g * kg + tl.arange(0, C)[None]
-        keys = tl.load(k + from_, (key < S)[:, None], 0.0)
-        values = tl.load(v + from_, (key < S)[:, None], 0.0)
-        scores = tl.dot(query, tl.trans(keys)) * scale
         seen = (there[None] >= 0) & (there[None] <= position[:, None])
         seen = seen & ((window == 0)
                        | (there[None] > position[:, None] - window))
-        scores = tl.where(seen, scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp(scores - higher[:, None])
-        shrink = tl.exp(top - higher)
-        total = total * shrink + tl.sum(weights, 1)
-        out = tl.dot(weights.to(values.dtype), values,
-                     out * shrink[:, None])
-        top = higher
-    tl.store(y + at, (out / total[:, None]).to(query.dtype), real[:, None])
+        wanted = tl.max(seen.to(tl.int32), 0)
+        if tl.max(wanted, 0) > 0:
+            from_ = b * kb + key[:, None] * ks + g * kg
+            from_ += tl.arange(0, C)[None]
+            keys = tl.load(k + from_, wanted[:, None] > 0, 0.0)
+            values = tl.load(v + from_, wanted[:, None] > 0, 0.0)
+            scores = tl.dot(query, tl.trans(keys),
+                            input_precision="ieee") * scale
+            scores = tl.where(seen, scores, float("-inf"))
+            higher = tl.maximum(top, tl.max(scores, 1))
+            weights = tl.exp(scores - higher[:, None])
+            shrink = tl.exp(top - higher)
+            total = total * shrink + tl.sum(weights, 1)
+            out = tl.dot(weights.to(values.dtype), values,
+                         out * shrink[:, None], input_precision="ieee")
+            top = higher
+    some = tl.where(total > 0, total, 1.0)
+    at = at * parts + part
+    tl.store(y + at[:, None] * C + tl.arange(0, C)[None],
+             out / some[:, None], real[:, None])
+    tl.store(lse + at, tl.where(total > 0, top + tl.log(some),
+                                float("-inf")), real)
 
 
 # %% tags=["export:triton_kernels"]
+from gptoss.sinks import softmax_with_sink
+
+PROGRAMS = 256  # of attention that a GPU should have to do at a time
+
+
 def attention_by_triton(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
                         q_pos: Tensor, k_pos: Tensor, window: int,
                         scale: float) -> Tensor:
     """gptoss::sink_attention on a GPU; k and v with equal strides."""
     B, T, H, C = q.shape
     S, G = k.shape[1:3]
-    q, y = q.contiguous(), torch.empty_like(q, memory_format=(
-        torch.contiguous_format))
-    attend_tile[(triton.cdiv(T * (H // G), 16), B * G)](
-        q, k, v, sinks, q_pos.expand(B, T).contiguous(),
-        k_pos.expand(B, S).contiguous(), y, T, S, H, G, window, scale,
-        *k.stride()[:3], C=C, J=H // G, N=16, KEYS=32)
-    return y
+    tiles, keys = triton.cdiv(T * (H // G), 16), 32
+    parts = min(triton.cdiv(S, keys),
+                max(1, PROGRAMS // (tiles * B * G)))
+    y = q.new_empty(B, T, H, parts, C, dtype=torch.float32)
+    lse = q.new_empty(B, T, H, parts, dtype=torch.float32)
+    attend_tile[(tiles, B * G, parts)](
+        q.contiguous(), k, v, q_pos.expand(B, T).contiguous(),
+        k_pos.expand(B, S).contiguous(), y, lse, T, S, H, G, window, scale,
+        *k.stride()[:3], C=C, J=H // G, N=16, KEYS=keys)
+    shares = softmax_with_sink(lse.transpose(1, 2), sinks).transpose(1, 2)
+    return (shares[..., None] * y).sum(3).to(q.dtype)
 
 
 def use_triton() -> None:
@@ -2766,6 +2826,271 @@ def use_triton() -> None:
 
 
 # %% [markdown]
+# ### A step of decode that can be recorded
+#
+# On a GPU a step of decode has another floor than memory. How many kernels
+# does one token of the 20b launch? Every operator that computes is one at
+# least; on the meta device they can be counted without computing any.
+
+# %%
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gptoss.model import GptOss
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators that compute something; a view does not."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.count += not operator.is_view
+        return operator(*args, **(kwargs or {}))
+
+
+token_zero = torch.zeros(1, 1, dtype=torch.int64, device="meta")
+with torch.no_grad(), Launches() as launches:
+    GptOss(big, device="meta").run(token_zero, token_zero)
+print(f"{launches.count:,} with plain torch, the experts of a layer taken "
+      "for one")
+assert launches.count * 5e-6 > 9 * bytes_read_per_token(big) / 3e12
+
+# %% [markdown]
+# If the host needs 5 µs for each (an assumption, not measured here), launching
+# takes 12 ms, and reading 3.7 GB at 3 TB/s would take 1.2. Fused kernels make
+# fewer launches; a *CUDA graph* makes one of all: they are recorded once, with
+# their arguments, and replayed by a single call. What is recorded is addresses
+# and sizes, so it holds for the next token only if
+#
+# 1. every tensor has the same shape at every step,
+# 2. it lies where it lay, and what changes is written into it,
+# 3. nothing waits for the device to choose what comes next.
+#
+# `model(token, cache=cache)` breaks all three: what it sees of a tape grows
+# by a slot a token, the state is a new tensor each time, and its checks ask
+# whether ids and positions are right. `Stack.run` (chapter 10) does none of
+# this, it computes; what it needs is a cache that answers in one shape. A
+# slot that holds nothing has position -1, and no query sees it. So the whole
+# ring and the whole tape, empty slots included, are as good an answer as the
+# filled part.
+
+# %% tags=["export:decode_step"]
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gptoss.cache import Cache, CacheError, Ring, Rows, Tape
+from gptoss.model import GptOss, ModelError, check_tokens
+
+
+@dataclass
+class FixedView:
+    """A cache as `Stack.run` sees it for one token a row: every slot."""
+
+    layers: list[Ring | Tape]
+    ring: Tensor  # (B, size) position in each slot, the new ones included
+    tape: Tensor  # (B, max_tokens) the same; -1 = empty
+
+    def update(self, layer: int, k: Tensor, v: Tensor, positions: Tensor
+               ) -> tuple[Tensor, Tensor, Tensor]:
+        """`Cache.update` for k, v (B, 1, G, C) and no padding."""
+        store = self.layers[layer]
+        slot = (positions % store.k.shape[1])[..., None, None].expand_as(k)
+        store.k.scatter_(1, slot, k)
+        store.v.scatter_(1, slot, v)
+        return store.k, store.v, (
+            self.ring if isinstance(store, Ring) else self.tape)
+
+# %% [markdown]
+# Recording follows torch's notes on CUDA graphs: some runs on another stream
+# first, so that what happens once (compiling a kernel, a library's work space)
+# is not recorded. Those runs write, so each is undone.
+
+# %% tags=["export:decode_step"]
+Work = Callable[[], None]
+
+
+def cuda_graph(run: Work, undo: Work) -> Work:
+    """Record what run() launches; returns a function that launches it.
+
+    For the current CUDA device. undo() takes back what a run() changed, so
+    that nothing has changed on return. RuntimeError from torch if run()
+    waits for the device. Source: torch's notes, "CUDA Graphs".
+    """
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+            undo()
+    current.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # recorded, not run
+        run()
+    return graph.replay
+
+
+def can_record(model: GptOss) -> bool:
+    """Are a CUDA model's experts computed without asking the host?
+
+    Plain torch splits the tokens by expert with sizes that the host reads;
+    `use_triton` does not, and takes packed experts.
+    """
+    return model.layers[0].mlp.experts.packed and (
+        torch._C._dispatch_has_kernel_for_dispatch_key(
+            "gptoss::packed_experts", "CUDA"))
+
+# %% [markdown]
+# Cache and step must not disagree. They cannot if they hold the same tensors:
+# the step puts its own, which it changes in place, into the cache as its
+# `rows`. Whoever else uses the cache puts other `Rows` there (chapter 9); the
+# step notices by their identity, without a look at what is in them, and
+# copies. Only then does it wait for the device, to learn the lengths; after
+# that the host counts along, and refuses a token that has no room before
+# anything is written.
+#
+# A step that fails may have written the new token's keys into some rings,
+# over those of the position that leaves the window. That slot is then marked
+# empty: the token can be fed again, and a rollback knows what is missing.
+
+# %% tags=["export:decode_step"]
+class _State:
+    """Model and cache, and the tensors that a step changes in place."""
+
+    def __init__(self, model: GptOss, cache: Cache,
+                 capture: Callable[[Work, Work], Work] | None = None) -> None:
+        weight, B = model.embed_tokens.weight, cache.batch_size
+        if cache.max_tokens is None:
+            raise CacheError("cache: expected one with max_tokens, whose "
+                             "tapes stay where they are, found None")
+        like = Cache(model.config, B, cache.max_tokens, weight.dtype, "meta",
+                     cache.slack)
+        if self._kind(like) != self._kind(cache) or (
+                cache.lengths.device != weight.device):
+            raise CacheError("cache: expected one of model.new_cache(), found "
+                             "other layers, shapes, dtype or device")
+        if weight.is_cuda and capture is None:
+            if not can_record(model):
+                raise ModelError("model: expected packed experts and use_"
+                                 "triton(), for a CUDA graph of the step")
+            capture = cuda_graph
+        self.model, self.cache, self._capture = model, cache, capture
+        size, device = cache.rows.ring.shape[1], weight.device
+        self._launch: Work | None = None
+        self._rows: Rows | None = None  # what the step left in the cache
+        with torch.inference_mode(False):  # in any mode they can be changed
+            self.tokens = torch.zeros(B, 1, dtype=torch.int64, device=device)
+            self.lengths = torch.zeros_like(self.tokens[:, 0])
+            self.ring = self.tokens.repeat(1, size)
+            self.slots = torch.arange(cache.max_tokens, device=device)
+            self.logits = torch.zeros(B, 1, model.config.vocab_size,
+                                      dtype=weight.dtype, device=device)
+
+    @staticmethod
+    def _kind(cache: Cache) -> list[tuple]:
+        return [(type(x), x.k.shape, x.k.dtype) for x in cache.layers]
+
+# %% tags=["export:decode_step"]
+class _Bookkeeping(_State):
+    """What the host does around a step."""
+
+    def _take_over(self) -> None:
+        """Copy the cache's state, if another than the step has changed it."""
+        rows = self.cache.rows
+        if rows is self._rows:
+            return
+        lengths, held = rows.lengths.tolist(), rows.held.tolist()
+        if lengths != held:
+            raise CacheError(f"rows: expected none to replay, found lengths "
+                             f"{lengths} after a rollback to {held}: feed "
+                             "these tokens to the model first")
+        self.lengths.copy_(rows.lengths)
+        self.ring.copy_(rows.ring)
+        self._rows = Rows(self.lengths, self.lengths, rows.start, self.ring)
+        self.cache.rows = self._rows
+        self._counts, self._chosen = lengths, False
+
+    def _check(self, tokens: Tensor | None) -> None:
+        needed, room = max(self._counts) + 1, self.cache.max_tokens
+        if needed > room:
+            raise CacheError(f"cache too small: max_tokens is {room}, this "
+                             f"step needs {needed} tokens")
+        expected = self.tokens.shape
+        if tokens is None:
+            if not self._chosen:
+                raise ModelError("tokens: expected some, for the cache was "
+                                 "not left by this step, found None")
+        elif tokens.shape != expected or tokens.dtype not in (torch.int64,
+                                                              torch.int32):
+            raise ModelError(f"tokens: expected int64 {tuple(expected)}, found"
+                             f" {tokens.dtype} {tuple(tokens.shape)}")
+        elif tokens.device.type == "cpu":  # elsewhere a look would wait
+            check_tokens(tokens, None, self.model.config)
+
+    def _record(self) -> Work:
+        """What launches a step: `_run`, or a recording of it."""
+        state = (self.tokens, self.lengths, self.ring)
+        before = [x.clone() for x in state]
+
+        def undo() -> None:
+            for x, old in zip(state, before, strict=True):
+                x.copy_(old)
+        return self._capture(self._run, undo) if self._capture else self._run
+
+# %% tags=["export:decode_step"]
+class DecodeStep(_Bookkeeping):
+    """One token a row: fixed shapes, fixed addresses, no waiting.
+
+    DecodeStep(model, cache, capture=None): step(tokens), int64 (B, 1), gives
+    the logits (B, 1, V) of model(tokens, cache=cache), in a tensor that the
+    next step overwrites; step() feeds the greedy choice of the step before.
+    Every row takes a token: feed a finished one anything. cache needs
+    max_tokens, and stays usable by others. On CUDA the first step becomes a
+    CUDA graph (`use_triton` first; weights must stay where they are), or
+    what capture(run, undo) returns; ids in CUDA tensors are not checked.
+    CacheError: no room, a replay under way, a cache that does not fit.
+    ModelError: tokens of another shape or type, or out of range.
+    """
+
+    @torch.inference_mode()
+    def __call__(self, tokens: Tensor | None = None) -> Tensor:
+        self._take_over()
+        self._check(tokens)
+        if tokens is not None:
+            self.tokens.copy_(tokens)
+        try:
+            self._launch = self._launch or self._record()
+            self._launch()
+        except BaseException:
+            slot = self.lengths[:, None] % self.ring.shape[1]
+            self.ring.scatter_(1, slot, -1)  # perhaps overwritten
+            self._rows = None
+            raise
+        self._counts = [n + 1 for n in self._counts]
+        self._chosen = True
+        return self.logits
+
+    def _run(self) -> None:
+        """Arithmetic on the step's own tensors: what a graph records."""
+        at = self.lengths[:, None]
+        ring = self.ring.scatter(1, at % self.ring.shape[1], at)
+        tape = self.slots.where(self.slots <= at, -1)
+        logits = self.model.run(
+            self.tokens, at, FixedView(self.cache.layers, ring, tape), 1)
+        self.logits.copy_(logits)
+        self.tokens.copy_(logits.argmax(-1))
+        self.ring.copy_(ring)  # last, so that a failure leaves the state
+        self.lengths.add_(1)
+
+# %% [markdown]
+# Chapter 12's `generate(..., decode=DecodeStep)` uses it after the prompt. It
+# is not the default anywhere: **no GPU has recorded it yet.** What can be held
+# without one is held below and in `tests/test_decode_step.py`, where something
+# else in the place of `cuda_graph` warms up, undoes and replays. Sampling
+# still waits for the device, once a token instead of at every check.
+#
 # ### Measuring
 #
 # `bench` runs what a user runs, `generate`, and looks at the clock. The speed
@@ -3044,6 +3369,48 @@ print("float32: the same bits")
 # These counts are one processor's. What holds on all is a test,
 # `tests/test_kernels.py`: in bf16 two texts part only where the exact logits
 # are within 0.25.
+
+# %% [markdown]
+# **The step with fixed shapes** gives the logits of the ordinary path, 150
+# tokens long, past the window of 64 and with most of the tape empty at first.
+# The sums over keys are as long as the tape now, and a library may cut a
+# longer sum otherwise, hence a tolerance; the greedy tokens are the same.
+
+# %%
+from gptoss.decode_step import DecodeStep
+from gptoss.generate import Sampler, generate
+
+assert narrow.config.sliding_window < 150
+greedy = {"sampler": Sampler(0.0), "max_new_tokens": 150}
+plain, stepped = (list(generate(narrow, tokens[:8], decode=decode, **greedy))
+                  for decode in (None, DecodeStep))
+assert plain == stepped
+caches = [narrow.new_cache(max_tokens=200) for _ in range(2)]
+fixed = DecodeStep(narrow, caches[1])
+with torch.inference_mode():
+    for given in plain:
+        given = torch.tensor([[given]])
+        expected = narrow(given, cache=caches[0])
+        torch.testing.assert_close(fixed(given), expected, atol=1e-4,
+                                   rtol=1e-5)
+assert torch.equal(caches[0].rows.ring, caches[1].rows.ring)
+print(len(stepped), "greedy tokens are the same, logits to 1e-4")
+
+# %% [markdown]
+# And nothing in it depends on the numbers. With *fake* tensors, which have a
+# shape and no content, whoever asks for a number or makes a shape of one
+# fails. The ordinary path does at its first check; the step runs through.
+
+# %%
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+with FakeTensorMode(allow_non_fake_inputs=True):
+    seen = fixed()
+    try:
+        narrow(torch.zeros(1, 1, dtype=torch.int64), cache=caches[0])
+    except Exception as error:
+        print("the ordinary path:", type(error).__name__)
+print("the step: logits", tuple(seen.shape))
 
 # %% [markdown]
 # ## Against the others

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -232,6 +233,9 @@ def _check_run(config: GptOssConfig, prompt: Sequence[int], held: int,
 
 # --- One text ----------------------------------------------------------------
 
+Decoder = Callable[[GptOss, Cache], Callable[[Tensor], Tensor]]
+
+
 def _limit(config: GptOssConfig, cache: Cache | None) -> int:
     """How many positions there are: the model's, or the cache's if fewer."""
     most = None if cache is None else cache.max_tokens
@@ -249,47 +253,55 @@ def _generators(seed: int | None, rows: int) -> list[torch.Generator]:
 
 def _generate(model: GptOss, prompt: list[int], count: int,
               sampler: Sampler, stop: frozenset[int],
-              generator: torch.Generator, cache: Cache,
-              chunk: int) -> Iterator[int]:
+              generator: torch.Generator, cache: Cache, chunk: int,
+              decode: Decoder | None) -> Iterator[int]:
     feed = torch.tensor([prompt], device=model.embed_tokens.weight.device)
+    run = partial(model, cache=cache, logits_to_keep=1)
     for produced in range(1, count + 1):
         with torch.inference_mode():
             for part in feed.split(chunk, dim=1):
-                logits = model(part, cache=cache, logits_to_keep=1)
+                logits = run(part)
             chosen = sampler(logits[:, -1], generator)
         token = chosen.item()
         yield token
         if token in stop or produced == count:
             return
+        if produced == 1 and decode is not None:
+            run = decode(model, cache)
         feed = chosen[:, None]
 
 
 def generate(model: GptOss, prompt: Sequence[int], *,
              max_new_tokens: int = 256, sampler: Sampler | None = None,
              stop: Iterable[int] = (), seed: int | None = None,
-             cache: Cache | None = None,
-             prefill_chunk: int = 512) -> Iterator[int]:
+             cache: Cache | None = None, prefill_chunk: int = 512,
+             decode: Decoder | None = None) -> Iterator[int]:
     """Yields the token ids that follow `prompt`, a list of ids.
 
     Ends after `max_new_tokens`, after a token in `stop` (which is
     yielded, last), or when the positions are used up. `cache`: a cache of
     batch 1 whose tokens precede the prompt; afterwards it holds all but the
-    last token yielded, so the next prompt begins with that one. Raises
-    GenerateError at the call, not at the first token.
+    last token yielded, so the next prompt begins with that one. `decode`:
+    another way to run single tokens, such as chapter 13's `DecodeStep`.
+    Raises GenerateError at the call, not at the first token.
     """
     prompt = [operator.index(token) for token in prompt]
     if cache is not None and cache.batch_size != 1:
         _refuse("cache", "a batch of 1", cache.batch_size)
+    if decode and cache is not None and cache.max_tokens is None:
+        _refuse("cache", "one with max_tokens, for decode", None)
     held = 0 if cache is None else cache.length
     limit = _limit(model.config, cache)
     _check_run(model.config, prompt, held, max_new_tokens, prefill_chunk,
                limit)
-    cache = model.new_cache() if cache is None else cache
     # the last token needs no position of its own: nothing is fed after it
     count = min(max_new_tokens, limit - held - len(prompt) + 1)
+    if cache is None:
+        room = {"max_tokens": len(prompt) + count - 1} if decode else {}
+        cache = model.new_cache(**room)
     return _generate(model, prompt, count, sampler or Sampler(),
                      frozenset(stop), _generators(seed, 1)[0], cache,
-                     prefill_chunk)
+                     prefill_chunk, decode)
 
 
 # --- Many texts at once ------------------------------------------------------
@@ -444,6 +456,7 @@ def peak_rss_bytes() -> int:
 
 __all__ = [
     "Completion",
+    "Decoder",
     "GenerateError",
     "NUCLEUS",
     "Sampler",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gptoss.experts import clamped_swiglu
+from gptoss.sinks import softmax_with_sink
 
 # --- For a GPU: written, not yet run on one ----------------------------------
 
@@ -42,8 +43,11 @@ def packed_rows(x, w, s, y, order, tile_expert, tile_begin, tile_end, rows,
     row = tl.program_id(0) * M + tl.arange(0, M)
     tile = tl.program_id(1)
     expert = tl.load(tile_expert + tile).to(tl.int64)
-    place = tl.load(tile_begin + tile) + tl.arange(0, N)
-    real = place < tl.load(tile_end + tile)
+    begin, end = tl.load(tile_begin + tile), tl.load(tile_end + tile)
+    if begin == end:  # one of the tiles that are there for the worst case
+        return
+    place = begin + tl.arange(0, N)
+    real = place < end
     pick = tl.load(order + place, real, 0)
     width = blocks * 16
     line = expert * rows + row
@@ -60,9 +64,9 @@ def packed_rows(x, w, s, y, order, tile_expert, tile_begin, tile_end, rows,
         even = tl.load(x + at, seen, 0.0)
         odd = tl.load(x + at + 1, seen, 0.0)
         total = tl.dot(decode_fp4(code & 15, scale).to(even.dtype), even,
-                       total)
+                       total, input_precision="ieee")
         total = tl.dot(decode_fp4(code >> 4, scale).to(odd.dtype), odd,
-                       total)
+                       total, input_precision="ieee")
     tl.store(y + pick[None] * rows + row[:, None], total,
              (row < rows)[:, None] & real[None])
 
@@ -70,19 +74,25 @@ def packed_rows(x, w, s, y, order, tile_expert, tile_begin, tile_end, rows,
 def token_tiles(ids: Tensor, experts: int, size: int) -> tuple[Tensor, ...]:
     """Slots sorted by expert, cut into tiles of one expert each.
 
-    ids (N, K) -> order (N K,), and for every tile its expert, and where its
-    picks begin and the expert's end in order; int32.
+    ids (N, K) -> order (N K,), and for each of as many tiles as there can
+    be its expert, and where its picks begin and the expert's end in order;
+    int32. An empty tile begins where it ends. No shape depends on ids.
     """
-    flat = ids.flatten()
+    flat = ids.flatten().long()
     order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=experts)
+    counts = flat.new_zeros(experts).scatter_add_(
+        0, flat, torch.ones_like(flat))
     tiles = (counts + size - 1) // size
-    expert = torch.repeat_interleave(tiles)
-    ends = counts.cumsum(0)
-    before = tiles.cumsum(0) - tiles
-    number = torch.arange(len(expert), device=ids.device) - before[expert]
-    begin = (ends - counts)[expert] + number * size
-    return tuple(t.int() for t in (order, expert, begin, ends[expert]))
+    most = min(experts, len(flat))
+    number = torch.arange(most + (len(flat) - most) // size,
+                          device=ids.device)
+    after = tiles.cumsum(0)  # the first tile that is not this expert's
+    expert = torch.searchsorted(after, number, right=True)
+    expert = expert.clamp(max=experts - 1)  # beyond the last: empty
+    end = counts.cumsum(0)[expert]
+    begin = (end - counts[expert]
+             + (number - (after - tiles)[expert]) * size).minimum(end)
+    return tuple(t.int() for t in (order, expert, begin, end))
 
 
 def packed_linear_tiles(x: Tensor, ids: Tensor, blocks: Tensor,
@@ -117,40 +127,53 @@ def experts_by_triton(x, ids, weights, gate_up_blocks, gate_up_scales,
 
 
 @_jit
-def attend_tile(q, k, v, sinks, q_pos, k_pos, y, T, S, H, G, window, scale,
+def attend_tile(q, k, v, q_pos, k_pos, y, lse, T, S, H, G, window, scale,
                 kb, ks, kg, C: tl.constexpr, J: tl.constexpr,
                 N: tl.constexpr, KEYS: tl.constexpr):
-    """N rows: tokens times the J query heads of one key head."""
-    b, g = tl.program_id(1) // G, tl.program_id(1) % G
+    """N rows (tokens times J query heads of a key head), a part of keys."""
+    g, b = tl.program_id(1) % G, (tl.program_id(1) // G).to(tl.int64)
+    part, parts = tl.program_id(2), tl.num_programs(2)
     row = tl.program_id(0) * N + tl.arange(0, N)
     token, head = row // J, g * J + row % J
     real = token < T
-    at = ((b * T + token) * H + head)[:, None] * C + tl.arange(0, C)[None]
-    query = tl.load(q + at, real[:, None], 0.0)
+    at = (b * T + token) * H + head
+    query = tl.load(q + at[:, None] * C + tl.arange(0, C)[None],
+                    real[:, None], 0.0)
     position = tl.load(q_pos + b * T + token, real, -1)
-    top = tl.load(sinks + head, real, 0.0).to(tl.float32)
-    top = tl.maximum(top, -3.0e38)
-    total = tl.full((N,), 1.0, tl.float32)  # the sink, before any key
+    top = tl.full((N,), -3.0e38, tl.float32)
+    total = tl.zeros((N,), tl.float32)
     out = tl.zeros((N, C), tl.float32)
-    for start in range(0, S, KEYS):
+    for start in range(part * KEYS, S, parts * KEYS):
         key = start + tl.arange(0, KEYS)
         there = tl.load(k_pos + b * S + key, key < S, -1)
-        from_ = b * kb + key[:, None] * ks + g * kg + tl.arange(0, C)[None]
-        keys = tl.load(k + from_, (key < S)[:, None], 0.0)
-        values = tl.load(v + from_, (key < S)[:, None], 0.0)
-        scores = tl.dot(query, tl.trans(keys)) * scale
         seen = (there[None] >= 0) & (there[None] <= position[:, None])
         seen = seen & ((window == 0)
                        | (there[None] > position[:, None] - window))
-        scores = tl.where(seen, scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp(scores - higher[:, None])
-        shrink = tl.exp(top - higher)
-        total = total * shrink + tl.sum(weights, 1)
-        out = tl.dot(weights.to(values.dtype), values,
-                     out * shrink[:, None])
-        top = higher
-    tl.store(y + at, (out / total[:, None]).to(query.dtype), real[:, None])
+        wanted = tl.max(seen.to(tl.int32), 0)
+        if tl.max(wanted, 0) > 0:
+            from_ = b * kb + key[:, None] * ks + g * kg
+            from_ += tl.arange(0, C)[None]
+            keys = tl.load(k + from_, wanted[:, None] > 0, 0.0)
+            values = tl.load(v + from_, wanted[:, None] > 0, 0.0)
+            scores = tl.dot(query, tl.trans(keys),
+                            input_precision="ieee") * scale
+            scores = tl.where(seen, scores, float("-inf"))
+            higher = tl.maximum(top, tl.max(scores, 1))
+            weights = tl.exp(scores - higher[:, None])
+            shrink = tl.exp(top - higher)
+            total = total * shrink + tl.sum(weights, 1)
+            out = tl.dot(weights.to(values.dtype), values,
+                         out * shrink[:, None], input_precision="ieee")
+            top = higher
+    some = tl.where(total > 0, total, 1.0)
+    at = at * parts + part
+    tl.store(y + at[:, None] * C + tl.arange(0, C)[None],
+             out / some[:, None], real[:, None])
+    tl.store(lse + at, tl.where(total > 0, top + tl.log(some),
+                                float("-inf")), real)
+
+
+PROGRAMS = 256  # of attention that a GPU should have to do at a time
 
 
 def attention_by_triton(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
@@ -159,13 +182,17 @@ def attention_by_triton(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
     """gptoss::sink_attention on a GPU; k and v with equal strides."""
     B, T, H, C = q.shape
     S, G = k.shape[1:3]
-    q, y = q.contiguous(), torch.empty_like(q, memory_format=(
-        torch.contiguous_format))
-    attend_tile[(triton.cdiv(T * (H // G), 16), B * G)](
-        q, k, v, sinks, q_pos.expand(B, T).contiguous(),
-        k_pos.expand(B, S).contiguous(), y, T, S, H, G, window, scale,
-        *k.stride()[:3], C=C, J=H // G, N=16, KEYS=32)
-    return y
+    tiles, keys = triton.cdiv(T * (H // G), 16), 32
+    parts = min(triton.cdiv(S, keys),
+                max(1, PROGRAMS // (tiles * B * G)))
+    y = q.new_empty(B, T, H, parts, C, dtype=torch.float32)
+    lse = q.new_empty(B, T, H, parts, dtype=torch.float32)
+    attend_tile[(tiles, B * G, parts)](
+        q.contiguous(), k, v, q_pos.expand(B, T).contiguous(),
+        k_pos.expand(B, S).contiguous(), y, lse, T, S, H, G, window, scale,
+        *k.stride()[:3], C=C, J=H // G, N=16, KEYS=keys)
+    shares = softmax_with_sink(lse.transpose(1, 2), sinks).transpose(1, 2)
+    return (shares[..., None] * y).sum(3).to(q.dtype)
 
 
 def use_triton() -> None:
@@ -180,6 +207,7 @@ def use_triton() -> None:
 
 
 __all__ = [
+    "PROGRAMS",
     "attend_tile",
     "attention_by_triton",
     "decode_fp4",
