@@ -17,9 +17,9 @@ __version__ = "0.1.0"
 _HOME = {"Chat": "chat", "GptOss": "model", "GptOssConfig": "config"}
 _MODULES = ("config", "mxfp4", "checkpoint", "rope", "sinks", "masks",
             "routing", "experts", "cache", "model", "harmony", "generate",
-            "chat", "kernels", "triton_kernels", "decode_step", "stories",
-            "lessons", "exams", "train", "parallel", "plan", "parity",
-            "vectors", "tangle")
+            "chat", "kernels", "compact", "triton_kernels", "decode_step",
+            "stories", "lessons", "exams", "train", "parallel", "plan",
+            "parity", "vectors", "tangle")
 
 
 def __getattr__(name: str) -> object:

@@ -120,7 +120,16 @@ def _can_be(layer: nn.Module) -> bool:
 
 
 def pack(weight: Tensor) -> CompactWeight:
-    """A bf16 matrix (m, n), 64 dividing n, in twelve bits a number."""
+    """A bf16 matrix (m, n), 64 dividing n, in twelve bits a number.
+
+    ValueError for another type or shape, or more than 65,536 columns.
+    """
+    if (weight.dtype != torch.bfloat16 or weight.ndim != 2
+            or weight.shape[1] % 64 or weight.shape[1] > 2 ** 16):
+        raise ValueError("weight: expected bfloat16 (m, n), 64 dividing n up "
+                         f"to 65536, found {weight.dtype} of "
+                         f"{tuple(weight.shape)}")
+    weight = weight.contiguous()
     if hasattr(torch.ops.gptoss, "pack_compact"):
         return CompactWeight(*torch.ops.gptoss.pack_compact(weight))
     return pack_by_torch(weight)

@@ -979,9 +979,6 @@ void pack_block(const uint16_t* w, const Exponents& e, uint8_t* to) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> pack_compact(
     const Tensor& weight) {
   const int64_t rows = weight.size(0), n = weight.size(1);
-  TORCH_CHECK_VALUE(weight.scalar_type() == at::kBFloat16
-      && weight.is_contiguous() && n % WEIGHTS == 0 && n <= 1 << 16,
-      "weight: expected contiguous bfloat16 (rows, n), 64 dividing n");
   auto w = static_cast<const uint16_t*>(weight.const_data_ptr());
   const Exponents e(count_exponents(w, rows * n));
   Tensor blocks = at::empty({rows, n / WEIGHTS, SIZE}, at::kByte);

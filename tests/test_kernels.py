@@ -18,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import gptoss.compact as compact
 import gptoss.kernels as kernels
 import gptoss.triton_kernels as triton_kernels
 from gptoss.experts import packed_experts
@@ -396,11 +397,131 @@ def test_generation_does_not_depend_on_threads(model):
     assert texts[0] == texts[1] == texts[2]
 
 
+# ---- sixteen bits in twelve
+
+needs_compact = pytest.mark.skipif(not hasattr(OPS, "pack_compact"),
+                                   reason="no kernel for twelve bits")
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.view(torch.int16), b.view(torch.int16))
+
+
+def test_every_bf16_number_comes_back():
+    """All 65,536, also those that stand apart: most of them, here."""
+    every = torch.arange(2 ** 16).to(torch.int16).view(torch.bfloat16)
+    for weight in (every.view(512, 128), every.view(128, 512).flip(0, 1)):
+        assert same_bits(compact.unpack(compact.pack(weight)), weight)
+        assert same_bits(compact.unpack(compact.pack_by_torch(weight)), weight)
+
+
+@few
+@given(st.integers(1, 20), st.integers(1, 5), st.integers(0, 99),
+       st.sampled_from([0.0, 1e-38, 0.02, 1e30]), st.floats(0, 1))
+def test_packing_is_that_of_torch_and_loses_nothing(rows, blocks, seed, size,
+                                                    odd):
+    torch.manual_seed(seed)
+    weight = (size * torch.randn(rows, 64 * blocks)).bfloat16()
+    wild = torch.randint(-2 ** 15, 2 ** 15, weight.shape).to(torch.int16)
+    weight = torch.where(torch.rand(weight.shape) < odd ** 4,
+                         wild.view(torch.bfloat16), weight)
+    ours, slow = compact.pack(weight), compact.pack_by_torch(weight)
+    assert all(map(torch.equal, ours, slow))
+    assert same_bits(compact.unpack(ours), weight)
+
+
+def test_a_column_beyond_two_to_the_fifteen():
+    weight = torch.ones(2, 2 ** 16, dtype=torch.bfloat16)
+    weight[:, ::4096] = torch.arange(1, 17).bfloat16().exp2() * 1e-30
+    packed = compact.pack(weight)
+    assert (packed.others < 0).any()
+    assert same_bits(compact.unpack(packed), weight)
+
+
+@needs_compact
+@few
+@given(st.integers(1, 7), st.integers(1, 150), st.integers(1, 6),
+       st.booleans(), st.integers(0, 99))
+def test_compact_linear(tokens, rows, blocks, with_bias, seed):
+    """With numbers that stand apart; more tokens than FEW read the weight."""
+    torch.manual_seed(seed)
+    layer = Linear(64 * blocks, rows, with_bias, dtype=torch.bfloat16)
+    layer.requires_grad_(False)
+    layer.weight[torch.rand(layer.weight.shape) < 0.02] *= 1e-9
+    layer.weight[0, :20] = 2.0 ** -torch.arange(20)
+    copy = compact.CompactLinear(layer, compact.pack(layer.weight))
+    assert len(copy.others) > 0
+    x = torch.randn(tokens, 64 * blocks).bfloat16()
+    with torch.inference_mode():
+        y, plain = copy(x), layer(x)
+        exact = x.double() @ layer.weight.double().T
+        exact += layer.bias.double() if with_bias else 0
+    assert off(y, exact) <= max(1.1 * off(plain, exact), 2e-3)
+    assert tokens <= 4 or torch.equal(y, plain)
+
+
+@needs_compact
+def test_a_compact_model_writes_what_the_model_writes(model, stories):
+    copy = kernels.compact(GptOss.from_pretrained(POCKET))
+    made = [m for m in copy.modules()
+            if isinstance(m, compact.CompactLinear)]
+    layers = model.config.num_hidden_layers
+    assert len(made) == 4 * layers + 1  # q, k, v, o of each, and the head
+    dense = sum(layer.weight.nbytes for layer in made)
+    assert 0.2 * dense < compact.saved_bytes(copy) <= 0.25 * dense
+    assert compact.saved_bytes(model) == 0
+    assert list(copy.state_dict()) == list(model.state_dict())
+    for story in stories[:4]:
+        assert (greedy(copy, story[:16], 40)
+                == greedy(model, story[:16], 40))
+
+
+@needs_compact
+def test_what_is_not_frozen_or_not_bf16_stays():
+    for model in (GptOss.from_pretrained(POCKET).requires_grad_(),
+                  GptOss.from_pretrained(POCKET, dtype=torch.float32)):
+        kernels.compact(model)
+        assert not any(isinstance(m, compact.CompactLinear)
+                       for m in model.modules())
+
+
+@needs_compact
+def test_a_matrix_without_regularity_stays():
+    model = GptOss.from_pretrained(POCKET)
+    wild = torch.randint(-2 ** 15, 2 ** 15, model.lm_head.weight.shape)
+    model.lm_head.weight = torch.nn.Parameter(
+        wild.to(torch.int16).view(torch.bfloat16), requires_grad=False)
+    kernels.compact(model)
+    assert type(model.lm_head) is Linear
+
+
+@pytest.mark.parametrize("shape", [(4, 96), (4, 2 ** 16 + 64)])
+def test_what_cannot_be_packed_is_refused(shape):
+    with pytest.raises(ValueError, match="weight: expected"):
+        compact.pack(torch.ones(shape, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="weight: expected"):
+        compact.pack(torch.ones(4, 64))
+
+
+def test_without_a_kernel_the_model_stays_and_one_line_says_so():
+    code = ("import logging, gptoss.kernels as k; from gptoss import GptOss;"
+            f"m = k.compact(GptOss.from_pretrained({str(POCKET)!r}));"
+            "print(type(m.lm_head).__name__)")
+    done = subprocess.run([sys.executable, "-c", code], text=True,
+                          capture_output=True, env=os.environ | {
+                              "GPTOSS_KERNELS": "torch"})
+    assert done.stdout == "Linear\n"
+    assert done.stderr.startswith("gptoss: matrices stay in sixteen bits")
+    assert len(done.stderr.splitlines()) == 1
+
+
 # ---- building and choosing
 
 CHILD = """
 import logging, sys, torch
 from gptoss import kernels
+from gptoss.compact import CompactLinear, pack
+from gptoss.model import Linear
 from gptoss.mxfp4 import decode, encode, mxfp4_linear
 torch.manual_seed(0)
 y = mxfp4_linear(torch.randn(3, 96).bfloat16(), *encode(torch.randn(20, 96)))
@@ -414,6 +535,15 @@ for tokens in (1, 2, 5, 23):
         exact = x.double() @ decode(*weight, torch.float64).T
         y = mxfp4_linear(x, *weight).double()
         worst = max(worst, ((y - exact).norm() / exact.norm()).item())
+for rows, columns in ((50, 64), (3, 4096), (131, 2880)):
+    if "AVX" in kernels.kernel_path():
+        layer = Linear(columns, rows, dtype=torch.bfloat16)
+        x = torch.randn(2, columns).bfloat16()
+        exact = (x.double() @ layer.weight.double().T + layer.bias.double())
+        for made in (layer, CompactLinear(layer, pack(layer.weight.detach()))):
+            with torch.no_grad():
+                y = made(x).double()
+            worst = max(worst, ((y - exact).norm() / exact.norm()).item())
 print(worst)
 """
 
