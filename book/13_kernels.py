@@ -328,6 +328,17 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 #
 # inline void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
 #
+# inline Floats widen(const Number* eight) {
+# #ifdef GPTOSS_AVX2  // GCC makes six instructions of what stands below
+#   return (Floats)((Ints)_mm256_cvtepu16_epi32(load<__m128i>(eight)) << 16);
+# #else
+#   using Halves = uint16_t __attribute__((vector_size(16)));
+#   return (Floats)(__builtin_convertvector(load<Halves>(eight), Ints) << 16);
+# #endif
+# }
+#
+# inline Floats widen(const float* eight) { return load<Floats>(eight); }
+#
 # // v stands in a register here: the compiler may not read it again from
 # // memory later, nor compute ahead what follows
 # template <class Vector>
@@ -481,24 +492,31 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 #   return load<float>(&exponent) / 16384;
 # }
 #
+# using Reals = float __attribute__((vector_size(128)));  // of a block
+# using Whole = int32_t __attribute__((vector_size(128)));
+# using Halves = int16_t __attribute__((vector_size(64)));
+#
 # void quantise(const float* x, bool stored, int64_t n, Quantised& to) {
-#   static constexpr int group[4] = {0, 2, 1, 3};  // of element 4 i + j
-#   for (int64_t b = 0; b < to.blocks; ++b) {
+#   for (int64_t b = 0; b < to.blocks; ++b, x += BLOCK) {
 #     const int64_t place = to.place(b);
 #     int16_t* at = to.row(n) + start(place);
 #     Floats part[4], odd = {};
-#     for (int i = 0; i < 4; ++i, x += 8) {
-#       part[i] = load<Floats>(x);
+#     for (int i = 0; i < 4; ++i) {
+#       part[i] = load<Floats>(x + 8 * i);
 #       odd += 0 * part[i];  // NaN if one of them is NaN or infinite
 #     }
 #     const float scale = step(largest(part), stored);
 #     const float up = scale > 1e-37f ? 1 / scale : 0;
-#     for (int i = 0; i < 4; ++i) {
-#       // adding 1.5 * 2**23 leaves the nearest integer in the low bits
-#       Ints whole = (Ints)(part[i] * up + 12582912.0f) - 0x4b400000;
-#       for (int j = 0; j < 8; ++j)
-#         at[group[j % 4] * GROUP + 2 * i + j / 4] = int16_t(whole[j]);
-#     }
+#     // adding 1.5 * 2**23 leaves the nearest integer in the low bits
+#     const auto all = (Whole)(load<Reals>(x) * up + 12582912.0f);
+#     const Halves near = __builtin_convertvector(all - 0x4b400000, Halves);
+#     const Halves four = __builtin_shufflevector(
+#         near, near,
+#         0, 4, 8, 12, 16, 20, 24, 28, 2, 6, 10, 14, 18, 22, 26, 30,
+#         1, 5, 9, 13, 17, 21, 25, 29, 3, 7, 11, 15, 19, 23, 27, 31);
+#     for (int i = 0; i < 4; ++i)
+#       std::memcpy(at + i * GROUP, reinterpret_cast<const char*>(&four)
+#                                       + 16 * i, 16);
 #     std::fill_n(to.scale(n) + 4 * place, 4, scale / 2 + sum(odd));
 #   }
 # }
@@ -1093,12 +1111,52 @@ print(deck[3][:3])
 # add to the same number and the sum over $K$ has one fixed order: the same
 # bits whatever the number of threads.
 
+# %% [markdown]
+# Their activation needs an exponential, eight at a time: $e^x = 2^n e^r$ with
+# integer $n$ and $|r| \le \tfrac12 \log 2$, where the Taylor series to $r^7$
+# suffices. $\log 2$ is subtracted in two parts so that $r$ keeps its last
+# bits.
+
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
-# inline float clamped_swiglu(float gate, float up, float limit) {
-#   gate = gate > limit ? limit : gate;  // written so that NaN stays NaN
-#   up = up > limit ? limit : up < -limit ? -limit : up;
-#   return (up + 1) * (gate / (1 + std::exp(-1.702f * gate)));
+# // e ** x for -87 <= x <= 0, relative error below 1e-6; less gives e ** -87
+# inline Floats exponential(Floats x) {
+#   x = x < -87.0f ? Floats{} - 87.0f : x;
+#   const Floats shifted = x * 1.44269504f + 12582912.0f;
+#   const Floats n = shifted - 12582912.0f;  // x / log 2, rounded
+#   const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+#   Floats p = r * (1.0f / 5040) + 1.0f / 720;
+#   for (float factor : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+#     p = p * r + factor;
+#   const Ints power = ((Ints)shifted - 0x4b400000) << 23;
+#   return (Floats)((Ints)p + power);  // times 2 ** n
+# }
+# ```
+
+# %%
+def exponential(x: torch.Tensor) -> torch.Tensor:
+    """`exponential` of kernels.cpp in torch, fp32."""
+    n = (x * 1.44269504).round()
+    r = x - n * 0.693359375 + n * 2.12194440e-4
+    p = r / 5040 + 1 / 720
+    for factor in (1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
+        p = p * r + factor
+    return p * 2 ** n
+
+
+line = torch.linspace(-87, 0, 100_001)
+worst = (exponential(line) / line.double().exp() - 1).abs().max().item()
+assert worst < 1e-6
+print("relative error below 1e-6:", worst < 1e-6)
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
+# inline Floats clamped_swiglu(Floats gate, Floats up, float limit) {
+#   const Floats most = Floats{} + limit;
+#   gate = gate > most ? most : gate;  // written so that NaN stays NaN
+#   up = up > most ? most : up < -most ? -most : up;
+#   const Floats t = 1.702f * gate, e = exponential(t > 0 ? -t : t);
+#   return (up + 1) * gate * (t > 0 ? Floats{} + 1.0f : e) / (1 + e);
 # }
 #
 # // hidden (picks, F) of the experts' first layer
@@ -1110,8 +1168,14 @@ print(deck[3][:3])
 #       int64_t row0, int64_t rows, const float* v) {
 #     const Number* b = bias + e * weight.rows + row0;
 #     float* to = &hidden[pick * F + row0 / 2];
-#     for (int64_t r = 0; r < rows; r += 2)
-#       to[r / 2] = clamped_swiglu(v[r] + b[r], v[r + 1] + b[r + 1], limit);
+#     for (int64_t r = 0; r < rows; r += 16) {  // 2 F is a multiple of 64
+#       const Floats one = load<Floats>(v + r) + widen(b + r);
+#       const Floats two = load<Floats>(v + r + 8) + widen(b + r + 8);
+#       store(to + r / 2, clamped_swiglu(
+#           __builtin_shufflevector(one, two, 0, 2, 4, 6, 8, 10, 12, 14),
+#           __builtin_shufflevector(one, two, 1, 3, 5, 7, 9, 11, 13, 15),
+#           limit));
+#     }
 #   });
 #   return hidden;
 # }
@@ -1157,15 +1221,6 @@ print(deck[3][:3])
 # inline Floats even(Ints pairs) { return (Floats)(pairs << 16); }
 # inline Floats odd(Ints pairs) {
 #   return (Floats)(pairs & int32_t(0xffff0000));
-# }
-#
-# inline Floats widen(const Number* eight) {
-# #ifdef GPTOSS_AVX2  // GCC makes six instructions of what stands below
-#   return (Floats)((Ints)_mm256_cvtepu16_epi32(load<__m128i>(eight)) << 16);
-# #else
-#   using Halves = uint16_t __attribute__((vector_size(16)));
-#   return (Floats)(__builtin_convertvector(load<Halves>(eight), Ints) << 16);
-# #endif
 # }
 #
 # #ifdef GPTOSS_BF16
@@ -1268,15 +1323,15 @@ print((pair << 16).view(torch.float32).item(),
 # using Target = Matrix<float*>;
 #
 # // out[t][0 ... 15] += sum over k < n of x[t][k] * w[k][0 ... 15]
-# template <int COUNT>
-# void multiply_some(const float* w, int64_t stride, int64_t n, Source x,
+# template <int COUNT, class Weight>
+# void multiply_some(const Weight* w, int64_t stride, int64_t n, Source x,
 #                    Target out) {
 #   Floats s[COUNT][2];
 #   for (int t = 0; t < COUNT; ++t)
 #     for (int h = 0; h < 2; ++h)
 #       s[t][h] = load<Floats>(out.at + t * out.stride + 8 * h);
 #   for (int64_t k = 0; k < n; ++k, w += stride) {
-#     Floats w0 = load<Floats>(w), w1 = load<Floats>(w + 8);
+#     Floats w0 = widen(w), w1 = widen(w + 8);
 #     hold(w0), hold(w1);
 #     for (int t = 0; t < COUNT; ++t) {
 #       const float value = x.at[t * x.stride + k];
@@ -1291,14 +1346,16 @@ print((pair << 16).view(torch.float32).item(),
 #
 # constexpr int64_t WIDE = 6;  // twelve sums, two weights, one activation
 #
-# void multiply(const float* w, int64_t stride, int64_t n, Source x,
+# template <class Weight>
+# void multiply(const Weight* w, int64_t stride, int64_t n, Source x,
 #               int64_t count, Target out) {
 #   while (count) {
 #     const int64_t some = count == WIDE || count > 8 ? WIDE
 #                          : count >= 4 ? 4 : count >= 2 ? 2 : 1;
-#     const auto run = some == WIDE ? multiply_some<WIDE>
-#                      : some == 4  ? multiply_some<4>
-#                      : some == 2  ? multiply_some<2> : multiply_some<1>;
+#     const auto run = some == WIDE ? multiply_some<WIDE, Weight>
+#                      : some == 4  ? multiply_some<4, Weight>
+#                      : some == 2  ? multiply_some<2, Weight>
+#                                   : multiply_some<1, Weight>;
 #     run(w, stride, n, x, out);
 #     count -= some;
 #     x.at += some * x.stride;
@@ -1658,58 +1715,74 @@ print(f"{8 * compact_matrix.nbytes / matrix.numel():.2f} bits a number, "
 # %% [markdown]
 # ### Attention
 #
-# The exponential first: $e^x = 2^n e^r$ with integer $n$ and
-# $|r| \le \tfrac12 \log 2$, where the Taylor series to $r^7$ suffices.
-# $\log 2$ is subtracted in two parts so that $r$ keeps its last bits.
-
-# %% [markdown] tags=["export:kernels.cpp"]
-# ```cpp
-# // e ** x for -87 <= x <= 0, relative error below 1e-6; less gives e ** -87
-# inline Floats exponential(Floats x) {
-#   x = x < -87.0f ? Floats{} - 87.0f : x;
-#   const Floats shifted = x * 1.44269504f + 12582912.0f;
-#   const Floats n = shifted - 12582912.0f;  // x / log 2, rounded
-#   const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
-#   Floats p = r * (1.0f / 5040) + 1.0f / 720;
-#   for (float factor : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
-#     p = p * r + factor;
-#   const Ints power = ((Ints)shifted - 0x4b400000) << 23;
-#   return (Floats)((Ints)p + power);  // times 2 ** n
-# }
-# ```
-
-# %%
-def exponential(x: torch.Tensor) -> torch.Tensor:
-    """`exponential` of kernels.cpp in torch, fp32."""
-    n = (x * 1.44269504).round()
-    r = x - n * 0.693359375 + n * 2.12194440e-4
-    p = r / 5040 + 1 / 720
-    for factor in (1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
-        p = p * r + factor
-    return p * 2 ** n
-
-
-line = torch.linspace(-87, 0, 100_001)
-worst = (exponential(line) / line.double().exp() - 1).abs().max().item()
-assert worst < 1e-6
-print("relative error below 1e-6:", worst < 1e-6)
-
-# %% [markdown]
 # A piece of work is one key head, its $H/G$ query heads and as many tokens as
 # make 64 rows, 8 in the 20b. With no more tokens than that, as in decode,
 # there would be only $G$ pieces, however long the context. So then the keys
 # are cut into ranges of 512, and the results of the ranges are merged.
+#
+# Scores are a matrix product with sixteen keys at a time as columns. With
+# AVX512-BF16 their numbers stay in pairs, half as long, and `vdpbf16ps` adds
+# two products at once; else they are widened. Weights times values stays in
+# fp32: rounded to bf16, the weights would lose what the sum keeps.
 
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
+# #ifdef GPTOSS_BF16
+# using Query = Number;
+# using Key = int32_t;  // a pair of columns
+#
+# // to[c / 2][r]: two numbers of key r, zero from `rows` on
+# void pair_tile(const Number* k, int64_t stride, int64_t rows, int64_t C,
+#                Key* to) {
+#   for (int64_t half = 0; half < ROWS; half += 8)
+#     for (int64_t c = 0; c < C; c += 16) {
+#       Ints v[8];
+#       for (int64_t r = 0; r < 8; ++r)
+#         v[r] = half + r < rows ? load<Ints>(k + (half + r) * stride + c)
+#                                : Ints{};
+#       transpose(v);
+#       for (int64_t j = 0; j < 8; ++j)
+#         std::memcpy(to + (c / 2 + j) * ROWS + half, &v[j], sizeof v[j]);
+#     }
+# }
+#
+# // out[r][0 ... 15] = sum over pairs p < n of q[r] and w[p][0 ... 15]
+# template <int R>
+# void multiply_rows(const Key* w, int64_t n, const Number* q, Target out) {
+#   __m512 s[R] = {};
+#   for (int64_t p = 0; p < n; ++p, q += 2) {
+#     const __m512bh pairs = load<__m512bh>(w + p * ROWS);
+#     for (int r = 0; r < R; ++r)
+#       s[r] = _mm512_dpbf16_ps(s[r], pairs, (__m512bh)_mm512_set1_epi32(
+#           load<int32_t>(q + r * 2 * n)));
+#   }
+#   for (int r = 0; r < R; ++r)
+#     _mm512_storeu_ps(out.at + r * out.stride, s[r]);
+# }
+#
+# void multiply_pairs(const Key* w, int64_t n, const Number* q, int64_t rows,
+#                     Target out) {
+#   for (int64_t r = 0, some; r < rows; r += some) {
+#     some = rows - r < 8 ? 1 : 8;
+#     (some == 8 ? multiply_rows<8> : multiply_rows<1>)(
+#         w, n, q + r * 2 * n, {out.at + r * out.stride, out.stride});
+#   }
+# }
+# #else
+# using Query = float;
+# using Key = float;
+# #endif
+#
 # constexpr int64_t KEYS = 64, WIDEST = 256;  // keys at a time; largest head
 #
 # struct Attention {  // one key head, the query heads and tokens it serves
 #   int64_t C, rows, window;
-#   Buffer q, scores, out, top, total;  // (rows, C) or (rows, KEYS) or (rows,)
+#   float scale;
+#   std::vector<Query> q;            // (rows, C)
+#   Buffer scores, out, top, total;  // (rows, KEYS), (rows, C) and (rows,)
 #   std::vector<int32_t> position;      // of each row
 #   int32_t seen[KEYS];                 // positions of the keys at hand
-#   alignas(64) float keys[KEYS / ROWS][WIDEST * ROWS];
+#   alignas(64) Key keys[WIDEST * ROWS];  // sixteen of them, as columns
 #   alignas(64) float values[KEYS * WIDEST];
 #
 #   void resize(int64_t size, int64_t count, int64_t visible) {
@@ -1721,6 +1794,7 @@ print("relative error below 1e-6:", worst < 1e-6)
 #     position.resize(rows);
 #   }
 #
+#   void score(const Number* k, int64_t stride, int64_t some, int64_t s);
 #   void chunk(const Number* k, const Number* v, int64_t stride,
 #              int64_t count);
 #   void weigh(int64_t r);
@@ -1734,7 +1808,7 @@ print("relative error below 1e-6:", worst < 1e-6)
 #   Floats high = Floats{} + top[r], weights = {};
 #   for (int64_t s = 0; s < KEYS; s += 8) {
 #     const Ints p = load<Ints>(seen + s);
-#     Floats value = load<Floats>(&scores[r * KEYS + s]);
+#     Floats value = scale * load<Floats>(&scores[r * KEYS + s]);
 #     value = (p >= first) & (p <= last) ? value : Floats{} + none;
 #     high = value > high ? value : high;
 #     store(&scores[r * KEYS + s], value);
@@ -1760,23 +1834,35 @@ print("relative error below 1e-6:", worst < 1e-6)
 
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
+# // scores of `some` keys, at most sixteen, from column s on
+# void Attention::score(const Number* k, int64_t stride, int64_t some,
+#                       int64_t s) {
+# #ifdef GPTOSS_BF16
+#   pair_tile(k, stride, some, C, keys);
+#   multiply_pairs(keys, C / 2, q.data(), rows, {&scores[s], KEYS});
+# #else
+#   widen_tile(k, stride, some, C, keys);
+#   multiply(keys, ROWS, C, {q.data(), C}, rows, {&scores[s], KEYS});
+# #endif
+# }
+#
 # void Attention::chunk(const Number* k, const Number* v, int64_t stride,
 #                       int64_t count) {
 #   const int64_t C = this->C;  // a local: no store below can change it
-#   for (int64_t s = 0; s < count; s += ROWS)
-#     widen_tile(k + s * stride, stride, std::min(ROWS, count - s), C,
-#                keys[s / ROWS]);
-#   for (int64_t s = 0; s < count; ++s)
+#   const bool few = rows <= 8;  // then values are widened as they are used
+#   for (int64_t s = 0; s < count && !few; ++s)
 #     for (int64_t c = 0; c < C; c += 8)
 #       store(values + s * C + c, widen(v + s * stride + c));
 #   scores.assign(rows * KEYS, 0);
 #   for (int64_t s = 0; s < count; s += ROWS)
-#     multiply(keys[s / ROWS], ROWS, C, {q.data(), C}, rows,
-#              {&scores[s], KEYS});
+#     score(k + s * stride, stride, std::min(ROWS, count - s), s);
 #   for (int64_t r = 0; r < rows; ++r) weigh(r);
-#   for (int64_t c = 0; c < C; c += ROWS)
-#     multiply(values + c, C, count, {scores.data(), KEYS}, rows,
-#              {&out[c], C});
+#   for (int64_t c = 0; c < C; c += ROWS) {
+#     const Source weights = {scores.data(), KEYS};
+#     const Target to = {&out[c], C};
+#     if (few) multiply(v + c, stride, count, weights, rows, to);
+#     else multiply(values + c, C, count, weights, rows, to);
+#   }
 # }
 # ```
 
@@ -1800,12 +1886,13 @@ print("relative error below 1e-6:", worst < 1e-6)
 #     const int64_t T = q.size(1), H = q.size(2), J = H / k.size(2);
 #     const int64_t* position = q_pos.const_data_ptr<int64_t>() + b * T;
 #     a.resize(q.size(3), (t1 - t0) * J, window);
+#     a.scale = scale;
 #     auto place = [&](int64_t r) {  // of row r among (B, T, H)
 #       return (b * T + t0 + r / J) * H + g * J + r % J;
 #     };
 #     for (int64_t r = 0; r < a.rows; ++r) {
 #       const Number* from = numbers(q) + place(r) * a.C;
-#       for (int64_t c = 0; c < a.C; ++c) a.q[r * a.C + c] = from[c] * scale;
+#       std::copy_n(from, a.C, &a.q[r * a.C]);
 #       a.position[r] = int32_t(position[t0 + r / J]);
 #       const float none = std::numeric_limits<float>::lowest();
 #       const float sink = numbers(sinks)[g * J + r % J];
@@ -3476,17 +3563,20 @@ def table(saved: dict) -> None:
           "faster by")
     for shape in ("20b", "4 layers", "4 layers, 16", "2 layers", "shipped"):
         engines = measured(shape, found=saved, default={})
-        best = engines.get("ours", {})
+        best, copy = (engines.get(name, {}).get
+                      for name in ("ours", "ours-compact"))
         for engine, result in engines.items():
-            speeds, mine = ([found.get(f"{part}_tokens_per_second")
+            speeds, mine = ([get(f"{part}_tokens_per_second")
                              for part in ("decode", "prefill")]
-                            for found in (result, best))
+                            for get in (result.get, best))
             faster = [f"{a / b:.2f} x"
-                      for a, b in zip(mine, speeds, strict=True)
-                      if a and b and engine != "ours"]
+                      for a, b in zip(mine, speeds, strict=True) if a and b]
+            twelve = copy("decode_tokens_per_second")
+            if twelve:
+                faster.append(f"compact {twelve / speeds[0]:.2f} x")
             share = result.get("read_bandwidth_share", 0)
-            remark = (", ".join(faster) if engine != "ours" else ""
-                      if result["prompt_tokens"] < 512 else
+            remark = (", ".join(faster) if not engine.startswith("ours")
+                      else "" if result["prompt_tokens"] < 512 else
                       f"{share:.0%} of memory's speed")
             memory = result.get("peak_rss_bytes")
             print(shape.ljust(12), engine.ljust(20), number(speeds[0], 7),

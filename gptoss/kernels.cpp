@@ -55,6 +55,17 @@ inline Vector load(const void* from) {
 
 inline void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
 
+inline Floats widen(const Number* eight) {
+#ifdef GPTOSS_AVX2  // GCC makes six instructions of what stands below
+  return (Floats)((Ints)_mm256_cvtepu16_epi32(load<__m128i>(eight)) << 16);
+#else
+  using Halves = uint16_t __attribute__((vector_size(16)));
+  return (Floats)(__builtin_convertvector(load<Halves>(eight), Ints) << 16);
+#endif
+}
+
+inline Floats widen(const float* eight) { return load<Floats>(eight); }
+
 // v stands in a register here: the compiler may not read it again from
 // memory later, nor compute ahead what follows
 template <class Vector>
@@ -165,24 +176,31 @@ inline float step(float largest, bool stored) {
   return load<float>(&exponent) / 16384;
 }
 
+using Reals = float __attribute__((vector_size(128)));  // of a block
+using Whole = int32_t __attribute__((vector_size(128)));
+using Halves = int16_t __attribute__((vector_size(64)));
+
 void quantise(const float* x, bool stored, int64_t n, Quantised& to) {
-  static constexpr int group[4] = {0, 2, 1, 3};  // of element 4 i + j
-  for (int64_t b = 0; b < to.blocks; ++b) {
+  for (int64_t b = 0; b < to.blocks; ++b, x += BLOCK) {
     const int64_t place = to.place(b);
     int16_t* at = to.row(n) + start(place);
     Floats part[4], odd = {};
-    for (int i = 0; i < 4; ++i, x += 8) {
-      part[i] = load<Floats>(x);
+    for (int i = 0; i < 4; ++i) {
+      part[i] = load<Floats>(x + 8 * i);
       odd += 0 * part[i];  // NaN if one of them is NaN or infinite
     }
     const float scale = step(largest(part), stored);
     const float up = scale > 1e-37f ? 1 / scale : 0;
-    for (int i = 0; i < 4; ++i) {
-      // adding 1.5 * 2**23 leaves the nearest integer in the low bits
-      Ints whole = (Ints)(part[i] * up + 12582912.0f) - 0x4b400000;
-      for (int j = 0; j < 8; ++j)
-        at[group[j % 4] * GROUP + 2 * i + j / 4] = int16_t(whole[j]);
-    }
+    // adding 1.5 * 2**23 leaves the nearest integer in the low bits
+    const auto all = (Whole)(load<Reals>(x) * up + 12582912.0f);
+    const Halves near = __builtin_convertvector(all - 0x4b400000, Halves);
+    const Halves four = __builtin_shufflevector(
+        near, near,
+        0, 4, 8, 12, 16, 20, 24, 28, 2, 6, 10, 14, 18, 22, 26, 30,
+        1, 5, 9, 13, 17, 21, 25, 29, 3, 7, 11, 15, 19, 23, 27, 31);
+    for (int i = 0; i < 4; ++i)
+      std::memcpy(at + i * GROUP, reinterpret_cast<const char*>(&four)
+                                      + 16 * i, 16);
     std::fill_n(to.scale(n) + 4 * place, 4, scale / 2 + sum(odd));
   }
 }
@@ -591,10 +609,25 @@ void grouped_linear(const Packed& weight, const Groups& groups,
   });
 }
 
-inline float clamped_swiglu(float gate, float up, float limit) {
-  gate = gate > limit ? limit : gate;  // written so that NaN stays NaN
-  up = up > limit ? limit : up < -limit ? -limit : up;
-  return (up + 1) * (gate / (1 + std::exp(-1.702f * gate)));
+// e ** x for -87 <= x <= 0, relative error below 1e-6; less gives e ** -87
+inline Floats exponential(Floats x) {
+  x = x < -87.0f ? Floats{} - 87.0f : x;
+  const Floats shifted = x * 1.44269504f + 12582912.0f;
+  const Floats n = shifted - 12582912.0f;  // x / log 2, rounded
+  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Floats p = r * (1.0f / 5040) + 1.0f / 720;
+  for (float factor : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+    p = p * r + factor;
+  const Ints power = ((Ints)shifted - 0x4b400000) << 23;
+  return (Floats)((Ints)p + power);  // times 2 ** n
+}
+
+inline Floats clamped_swiglu(Floats gate, Floats up, float limit) {
+  const Floats most = Floats{} + limit;
+  gate = gate > most ? most : gate;  // written so that NaN stays NaN
+  up = up > most ? most : up < -most ? -most : up;
+  const Floats t = 1.702f * gate, e = exponential(t > 0 ? -t : t);
+  return (up + 1) * gate * (t > 0 ? Floats{} + 1.0f : e) / (1 + e);
 }
 
 // hidden (picks, F) of the experts' first layer
@@ -606,8 +639,14 @@ Buffer run_gate_up(const Packed& weight, const Number* bias, float limit,
       int64_t row0, int64_t rows, const float* v) {
     const Number* b = bias + e * weight.rows + row0;
     float* to = &hidden[pick * F + row0 / 2];
-    for (int64_t r = 0; r < rows; r += 2)
-      to[r / 2] = clamped_swiglu(v[r] + b[r], v[r + 1] + b[r + 1], limit);
+    for (int64_t r = 0; r < rows; r += 16) {  // 2 F is a multiple of 64
+      const Floats one = load<Floats>(v + r) + widen(b + r);
+      const Floats two = load<Floats>(v + r + 8) + widen(b + r + 8);
+      store(to + r / 2, clamped_swiglu(
+          __builtin_shufflevector(one, two, 0, 2, 4, 6, 8, 10, 12, 14),
+          __builtin_shufflevector(one, two, 1, 3, 5, 7, 9, 11, 13, 15),
+          limit));
+    }
   });
   return hidden;
 }
@@ -635,15 +674,6 @@ Buffer run_down(const Packed& weight, const Number* bias,
 inline Floats even(Ints pairs) { return (Floats)(pairs << 16); }
 inline Floats odd(Ints pairs) {
   return (Floats)(pairs & int32_t(0xffff0000));
-}
-
-inline Floats widen(const Number* eight) {
-#ifdef GPTOSS_AVX2  // GCC makes six instructions of what stands below
-  return (Floats)((Ints)_mm256_cvtepu16_epi32(load<__m128i>(eight)) << 16);
-#else
-  using Halves = uint16_t __attribute__((vector_size(16)));
-  return (Floats)(__builtin_convertvector(load<Halves>(eight), Ints) << 16);
-#endif
 }
 
 #ifdef GPTOSS_BF16
@@ -727,15 +757,15 @@ using Source = Matrix<const float*>;
 using Target = Matrix<float*>;
 
 // out[t][0 ... 15] += sum over k < n of x[t][k] * w[k][0 ... 15]
-template <int COUNT>
-void multiply_some(const float* w, int64_t stride, int64_t n, Source x,
+template <int COUNT, class Weight>
+void multiply_some(const Weight* w, int64_t stride, int64_t n, Source x,
                    Target out) {
   Floats s[COUNT][2];
   for (int t = 0; t < COUNT; ++t)
     for (int h = 0; h < 2; ++h)
       s[t][h] = load<Floats>(out.at + t * out.stride + 8 * h);
   for (int64_t k = 0; k < n; ++k, w += stride) {
-    Floats w0 = load<Floats>(w), w1 = load<Floats>(w + 8);
+    Floats w0 = widen(w), w1 = widen(w + 8);
     hold(w0), hold(w1);
     for (int t = 0; t < COUNT; ++t) {
       const float value = x.at[t * x.stride + k];
@@ -750,14 +780,16 @@ void multiply_some(const float* w, int64_t stride, int64_t n, Source x,
 
 constexpr int64_t WIDE = 6;  // twelve sums, two weights, one activation
 
-void multiply(const float* w, int64_t stride, int64_t n, Source x,
+template <class Weight>
+void multiply(const Weight* w, int64_t stride, int64_t n, Source x,
               int64_t count, Target out) {
   while (count) {
     const int64_t some = count == WIDE || count > 8 ? WIDE
                          : count >= 4 ? 4 : count >= 2 ? 2 : 1;
-    const auto run = some == WIDE ? multiply_some<WIDE>
-                     : some == 4  ? multiply_some<4>
-                     : some == 2  ? multiply_some<2> : multiply_some<1>;
+    const auto run = some == WIDE ? multiply_some<WIDE, Weight>
+                     : some == 4  ? multiply_some<4, Weight>
+                     : some == 2  ? multiply_some<2, Weight>
+                                  : multiply_some<1, Weight>;
     run(w, stride, n, x, out);
     count -= some;
     x.at += some * x.stride;
@@ -1005,27 +1037,62 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pack_compact(
 }
 #endif
 
-// e ** x for -87 <= x <= 0, relative error below 1e-6; less gives e ** -87
-inline Floats exponential(Floats x) {
-  x = x < -87.0f ? Floats{} - 87.0f : x;
-  const Floats shifted = x * 1.44269504f + 12582912.0f;
-  const Floats n = shifted - 12582912.0f;  // x / log 2, rounded
-  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  Floats p = r * (1.0f / 5040) + 1.0f / 720;
-  for (float factor : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
-    p = p * r + factor;
-  const Ints power = ((Ints)shifted - 0x4b400000) << 23;
-  return (Floats)((Ints)p + power);  // times 2 ** n
+#ifdef GPTOSS_BF16
+using Query = Number;
+using Key = int32_t;  // a pair of columns
+
+// to[c / 2][r]: two numbers of key r, zero from `rows` on
+void pair_tile(const Number* k, int64_t stride, int64_t rows, int64_t C,
+               Key* to) {
+  for (int64_t half = 0; half < ROWS; half += 8)
+    for (int64_t c = 0; c < C; c += 16) {
+      Ints v[8];
+      for (int64_t r = 0; r < 8; ++r)
+        v[r] = half + r < rows ? load<Ints>(k + (half + r) * stride + c)
+                               : Ints{};
+      transpose(v);
+      for (int64_t j = 0; j < 8; ++j)
+        std::memcpy(to + (c / 2 + j) * ROWS + half, &v[j], sizeof v[j]);
+    }
 }
+
+// out[r][0 ... 15] = sum over pairs p < n of q[r] and w[p][0 ... 15]
+template <int R>
+void multiply_rows(const Key* w, int64_t n, const Number* q, Target out) {
+  __m512 s[R] = {};
+  for (int64_t p = 0; p < n; ++p, q += 2) {
+    const __m512bh pairs = load<__m512bh>(w + p * ROWS);
+    for (int r = 0; r < R; ++r)
+      s[r] = _mm512_dpbf16_ps(s[r], pairs, (__m512bh)_mm512_set1_epi32(
+          load<int32_t>(q + r * 2 * n)));
+  }
+  for (int r = 0; r < R; ++r)
+    _mm512_storeu_ps(out.at + r * out.stride, s[r]);
+}
+
+void multiply_pairs(const Key* w, int64_t n, const Number* q, int64_t rows,
+                    Target out) {
+  for (int64_t r = 0, some; r < rows; r += some) {
+    some = rows - r < 8 ? 1 : 8;
+    (some == 8 ? multiply_rows<8> : multiply_rows<1>)(
+        w, n, q + r * 2 * n, {out.at + r * out.stride, out.stride});
+  }
+}
+#else
+using Query = float;
+using Key = float;
+#endif
 
 constexpr int64_t KEYS = 64, WIDEST = 256;  // keys at a time; largest head
 
 struct Attention {  // one key head, the query heads and tokens it serves
   int64_t C, rows, window;
-  Buffer q, scores, out, top, total;  // (rows, C) or (rows, KEYS) or (rows,)
+  float scale;
+  std::vector<Query> q;            // (rows, C)
+  Buffer scores, out, top, total;  // (rows, KEYS), (rows, C) and (rows,)
   std::vector<int32_t> position;      // of each row
   int32_t seen[KEYS];                 // positions of the keys at hand
-  alignas(64) float keys[KEYS / ROWS][WIDEST * ROWS];
+  alignas(64) Key keys[WIDEST * ROWS];  // sixteen of them, as columns
   alignas(64) float values[KEYS * WIDEST];
 
   void resize(int64_t size, int64_t count, int64_t visible) {
@@ -1037,6 +1104,7 @@ struct Attention {  // one key head, the query heads and tokens it serves
     position.resize(rows);
   }
 
+  void score(const Number* k, int64_t stride, int64_t some, int64_t s);
   void chunk(const Number* k, const Number* v, int64_t stride,
              int64_t count);
   void weigh(int64_t r);
@@ -1050,7 +1118,7 @@ void Attention::weigh(int64_t r) {
   Floats high = Floats{} + top[r], weights = {};
   for (int64_t s = 0; s < KEYS; s += 8) {
     const Ints p = load<Ints>(seen + s);
-    Floats value = load<Floats>(&scores[r * KEYS + s]);
+    Floats value = scale * load<Floats>(&scores[r * KEYS + s]);
     value = (p >= first) & (p <= last) ? value : Floats{} + none;
     high = value > high ? value : high;
     store(&scores[r * KEYS + s], value);
@@ -1069,23 +1137,35 @@ void Attention::weigh(int64_t r) {
   for (int64_t c = 0; c < C && shrink != 1; ++c) out[r * C + c] *= shrink;
 }
 
+// scores of `some` keys, at most sixteen, from column s on
+void Attention::score(const Number* k, int64_t stride, int64_t some,
+                      int64_t s) {
+#ifdef GPTOSS_BF16
+  pair_tile(k, stride, some, C, keys);
+  multiply_pairs(keys, C / 2, q.data(), rows, {&scores[s], KEYS});
+#else
+  widen_tile(k, stride, some, C, keys);
+  multiply(keys, ROWS, C, {q.data(), C}, rows, {&scores[s], KEYS});
+#endif
+}
+
 void Attention::chunk(const Number* k, const Number* v, int64_t stride,
                       int64_t count) {
   const int64_t C = this->C;  // a local: no store below can change it
-  for (int64_t s = 0; s < count; s += ROWS)
-    widen_tile(k + s * stride, stride, std::min(ROWS, count - s), C,
-               keys[s / ROWS]);
-  for (int64_t s = 0; s < count; ++s)
+  const bool few = rows <= 8;  // then values are widened as they are used
+  for (int64_t s = 0; s < count && !few; ++s)
     for (int64_t c = 0; c < C; c += 8)
       store(values + s * C + c, widen(v + s * stride + c));
   scores.assign(rows * KEYS, 0);
   for (int64_t s = 0; s < count; s += ROWS)
-    multiply(keys[s / ROWS], ROWS, C, {q.data(), C}, rows,
-             {&scores[s], KEYS});
+    score(k + s * stride, stride, std::min(ROWS, count - s), s);
   for (int64_t r = 0; r < rows; ++r) weigh(r);
-  for (int64_t c = 0; c < C; c += ROWS)
-    multiply(values + c, C, count, {scores.data(), KEYS}, rows,
-             {&out[c], C});
+  for (int64_t c = 0; c < C; c += ROWS) {
+    const Source weights = {scores.data(), KEYS};
+    const Target to = {&out[c], C};
+    if (few) multiply(v + c, stride, count, weights, rows, to);
+    else multiply(values + c, C, count, weights, rows, to);
+  }
 }
 
 constexpr int64_t RANGE = 512;  // keys of one piece of work in decode
@@ -1106,12 +1186,13 @@ struct Heads {  // the operator's arguments, read from inside the threads
     const int64_t T = q.size(1), H = q.size(2), J = H / k.size(2);
     const int64_t* position = q_pos.const_data_ptr<int64_t>() + b * T;
     a.resize(q.size(3), (t1 - t0) * J, window);
+    a.scale = scale;
     auto place = [&](int64_t r) {  // of row r among (B, T, H)
       return (b * T + t0 + r / J) * H + g * J + r % J;
     };
     for (int64_t r = 0; r < a.rows; ++r) {
       const Number* from = numbers(q) + place(r) * a.C;
-      for (int64_t c = 0; c < a.C; ++c) a.q[r * a.C + c] = from[c] * scale;
+      std::copy_n(from, a.C, &a.q[r * a.C]);
       a.position[r] = int32_t(position[t0 + r / J]);
       const float none = std::numeric_limits<float>::lowest();
       const float sink = numbers(sinks)[g * J + r % J];
