@@ -82,7 +82,8 @@ define_operator(
 class CompactLinear(Linear):
     """A frozen `Linear` with a copy of its weight in twelve bits.
 
-    Few tokens read the copy, many the weight; both are the same numbers.
+    Few tokens read the copy, many the weight; both are the same numbers,
+    until the weight is changed: one that learns is read itself.
     """
 
     def __init__(self, linear: Linear, copy: CompactWeight) -> None:
@@ -94,6 +95,8 @@ class CompactLinear(Linear):
             self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight.requires_grad:
+            return super().forward(x)
         return torch.ops.gptoss.compact_linear(
             x, self.weight, self.bias, self.blocks, self.exponents,
             self.first, self.others)

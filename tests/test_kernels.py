@@ -486,6 +486,18 @@ def test_what_is_not_frozen_or_not_bf16_stays():
 
 
 @needs_compact
+def test_a_weight_that_learns_is_read_itself():
+    layer = Linear(64, 8, False, dtype=torch.bfloat16).requires_grad_(False)
+    copy = compact.CompactLinear(layer, compact.pack(layer.weight))
+    x = torch.randn(2, 64).bfloat16()
+    copy.requires_grad_()
+    copy(x).sum().backward()
+    with torch.no_grad():
+        copy.weight -= copy.weight.grad
+        assert torch.equal(copy(x), layer(x)) and copy.weight is layer.weight
+
+
+@needs_compact
 def test_a_matrix_without_regularity_stays():
     model = GptOss.from_pretrained(POCKET)
     wild = torch.randint(-2 ** 15, 2 ** 15, model.lm_head.weight.shape)
