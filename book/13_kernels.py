@@ -3606,11 +3606,11 @@ print(f"a token of the 20b with Q8_0: "
 # as well, and two programs that read the same bytes at that speed take the
 # same time: in the two rounds the 20b wrote 10.9 and 11.2 tokens a second,
 # llama.cpp with bf16 9.6 and 8.1. Reading less is what helps. In twelve bits
-# it is 12.1 and 11.6: 1.27 and 1.43 times as many as llama.cpp with bf16. There
-# the goal was 1.4, **met in one round and missed in the
-# other**. It is 1.08 and 1.05 times as many as with Q8_0; the goal was 1.
-# Q8_0 rounds the dense matrices and reads 2.6 GB for a token, twelve bits keep
-# every number and read 3.1.
+# it is 12.1 and 11.6: 1.27 and 1.43 times as many as llama.cpp with bf16.
+# There the goal was 1.4, **met in one round and missed in the other**. It is
+# 1.08 and 1.05 times as many as with Q8_0; the goal was 1. Q8_0 rounds the
+# dense matrices and reads 2.6 GB for a token, twelve bits keep every number
+# and read 3.1.
 #
 # Of memory's speed, ours used 60 to 70 % when memory delivered 50 to 59 GB/s
 # (the goal, 70, is **missed** there: the packed product is not much faster
