@@ -50,12 +50,12 @@ def raw(load: float, runs: list[list[float]]) -> dict:
 # ---- the engines, each in a process of its own
 
 def run_ours(path: Path, options) -> dict:
-    from gptoss.kernels import compact, measure
+    from gptoss.kernels import make_compact, measure
     from gptoss.model import GptOss
 
     def load(path: Path) -> GptOss:
         model = GptOss.from_pretrained(path)
-        return compact(model) if options.child == "ours-compact" else model
+        return make_compact(model) if options.child == "ours-compact" else model
 
     return measure(path, options.prompt, options.tokens, options.repeats,
                    load=load)

@@ -2536,7 +2536,7 @@ if __name__ != "__main__":  # imported; a notebook loads them when it wants
 # %% [markdown]
 # Who gets the twelve bits? A copy costs a second or two and three quarters of
 # the matrices' memory, which pays after some fifty tokens, and on a machine
-# that has the memory. So one asks for it: `compact(model)`, or `--compact` on
+# that has the memory. So one asks for it: `make_compact(model)`, or `--compact` on
 # the command line. The weights themselves stay where they are, mapped from the
 # file: prompts, gradients and other devices use those, and as a copy is read
 # only where the weight would give the same numbers, nothing else changes.
@@ -2590,7 +2590,7 @@ class CompactLinear(Linear):
 
 
 def saved_bytes(model: nn.Module) -> int:
-    """How many bytes fewer a token reads, `compact` or not (0)."""
+    """How many bytes fewer a token reads, `make_compact` or not (0)."""
     return sum(layer.saved for layer in model.modules()
                if isinstance(layer, CompactLinear))
 
@@ -2645,7 +2645,7 @@ print(f"{double.saved / layer.weight.nbytes:.1%} of its bytes saved")
 from gptoss.compact import compact_layers
 
 
-def compact(model: GptOss) -> GptOss:
+def make_compact(model: GptOss) -> GptOss:
     """The model, its dense matrices also in twelve bits; same numbers.
 
     Decoding then reads a quarter less of them (`CompactLinear`); the copies

@@ -112,9 +112,9 @@ def _model(args: argparse.Namespace, folder: Path, device="cpu"):
 
     model = GptOss.from_pretrained(folder, dtype=dtype, device=device)
     if args.compact:
-        from gptoss.kernels import compact
+        from gptoss.kernels import make_compact
 
-        compact(model)
+        make_compact(model)
     return model
 
 

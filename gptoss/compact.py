@@ -109,7 +109,7 @@ class CompactLinear(Linear):
 
 
 def saved_bytes(model: nn.Module) -> int:
-    """How many bytes fewer a token reads, `compact` or not (0)."""
+    """How many bytes fewer a token reads, `make_compact` or not (0)."""
     return sum(layer.saved for layer in model.modules()
                if isinstance(layer, CompactLinear))
 

@@ -210,7 +210,7 @@ if __name__ != "__main__":  # imported; a notebook loads them when it wants
     before_first_call(load_kernels)
 
 
-def compact(model: GptOss) -> GptOss:
+def make_compact(model: GptOss) -> GptOss:
     """The model, its dense matrices also in twelve bits; same numbers.
 
     Decoding then reads a quarter less of them (`CompactLinear`); the copies
@@ -319,11 +319,11 @@ __all__ = [
     "SOURCE",
     "VARIANTS",
     "build",
-    "compact",
     "compile_command",
     "kernel_path",
     "library_path",
     "load_kernels",
+    "make_compact",
     "measure",
     "plain_torch",
     "rates",

@@ -462,7 +462,7 @@ def test_compact_linear(tokens, rows, blocks, with_bias, seed):
 
 @needs_compact
 def test_a_compact_model_writes_what_the_model_writes(model, stories):
-    copy = kernels.compact(GptOss.from_pretrained(POCKET))
+    copy = kernels.make_compact(GptOss.from_pretrained(POCKET))
     made = [m for m in copy.modules()
             if isinstance(m, compact.CompactLinear)]
     layers = model.config.num_hidden_layers
@@ -480,7 +480,7 @@ def test_a_compact_model_writes_what_the_model_writes(model, stories):
 def test_what_is_not_frozen_or_not_bf16_stays():
     for model in (GptOss.from_pretrained(POCKET).requires_grad_(),
                   GptOss.from_pretrained(POCKET, dtype=torch.float32)):
-        kernels.compact(model)
+        kernels.make_compact(model)
         assert not any(isinstance(m, compact.CompactLinear)
                        for m in model.modules())
 
@@ -503,7 +503,7 @@ def test_a_matrix_without_regularity_stays():
     wild = torch.randint(-2 ** 15, 2 ** 15, model.lm_head.weight.shape)
     model.lm_head.weight = torch.nn.Parameter(
         wild.to(torch.int16).view(torch.bfloat16), requires_grad=False)
-    kernels.compact(model)
+    kernels.make_compact(model)
     assert type(model.lm_head) is Linear
 
 
@@ -517,7 +517,7 @@ def test_what_cannot_be_packed_is_refused(shape):
 
 def test_without_a_kernel_the_model_stays_and_one_line_says_so():
     code = ("import logging, gptoss.kernels as k; from gptoss import GptOss;"
-            f"m = k.compact(GptOss.from_pretrained({str(POCKET)!r}));"
+            f"m = k.make_compact(GptOss.from_pretrained({str(POCKET)!r}));"
             "print(type(m.lm_head).__name__)")
     done = subprocess.run([sys.executable, "-c", code], text=True,
                           capture_output=True, env=os.environ | {
