@@ -4,12 +4,13 @@
         [--prompt 512] [--tokens 32] [--repeats 3] [--rounds 1]
         [--gguf FILE] [--save SHAPE] [--json]
 
-Every engine runs in a process of its own, alone, on the same random tokens;
-printed are load seconds, peak resident memory, prefill and decode speed
-(medians), and each one's ratio to ours. PATH is a folder in the released
-layout (bench/make_checkpoint.py writes one of random weights). transformers
-decodes the experts (bf16, or float32 with transformers-fp32). llama.cpp needs
-its Python binding (llama-cpp-python) in --llama-python's interpreter and the
+Every engine runs in a process of its own, alone, on the same random tokens
+(ours-compact: with a copy of the dense matrices in twelve bits); printed are
+load seconds, peak resident memory, prefill and decode speed (medians), and
+each one's ratio to ours. PATH is a folder in the released layout
+(bench/make_checkpoint.py writes one of random weights). transformers decodes
+the experts (bf16, or float32 with transformers-fp32). llama.cpp needs its
+Python binding (llama-cpp-python) in --llama-python's interpreter and the
 checkpoint as GGUF, written on first use with the package `gguf`: to --gguf
 with dense matrices in bf16, and for llama.cpp-q8_0 beside it, as FILE.q8_0,
 with dense matrices in Q8_0. Without them it is left out, and a line says so.
@@ -55,7 +56,8 @@ def run_ours(path: Path, options) -> dict:
 
     def load(path: Path) -> GptOss:
         model = GptOss.from_pretrained(path)
-        return make_compact(model) if options.child == "ours-compact" else model
+        return (make_compact(model) if options.child == "ours-compact"
+                else model)
 
     return measure(path, options.prompt, options.tokens, options.repeats,
                    load=load)

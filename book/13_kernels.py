@@ -2534,12 +2534,13 @@ if __name__ != "__main__":  # imported; a notebook loads them when it wants
     before_first_call(load_kernels)
 
 # %% [markdown]
-# Who gets the twelve bits? A copy costs a second or two and three quarters of
-# the matrices' memory, which pays after some fifty tokens, and on a machine
-# that has the memory. So one asks for it: `make_compact(model)`, or `--compact` on
-# the command line. The weights themselves stay where they are, mapped from the
-# file: prompts, gradients and other devices use those, and as a copy is read
-# only where the weight would give the same numbers, nothing else changes.
+# Who gets the twelve bits? A copy costs some seconds (3 to 4 for the 20b on
+# two cores) and three quarters of the matrices' memory. That pays after a few
+# hundred tokens, and on a machine that has the memory. So one asks for it:
+# `make_compact(model)`, or `--compact` on the command line. The weights
+# themselves stay where they are, mapped from the file: prompts, gradients and
+# other devices use those, and as a copy is read only where the weight would
+# give the same numbers, nothing else changes.
 
 # %% tags=["export:compact"]
 from torch import nn
@@ -2649,7 +2650,7 @@ def make_compact(model: GptOss) -> GptOss:
     """The model, its dense matrices also in twelve bits; same numbers.
 
     Decoding then reads a quarter less of them (`CompactLinear`); the copies
-    take three quarters of the matrices' memory, and a second or two to make.
+    take three quarters of the matrices' memory, and some seconds to make.
     Without kernels that read them the model stays as it is, and one line on
     the logger "gptoss" says so.
     """

@@ -214,7 +214,7 @@ def make_compact(model: GptOss) -> GptOss:
     """The model, its dense matrices also in twelve bits; same numbers.
 
     Decoding then reads a quarter less of them (`CompactLinear`); the copies
-    take three quarters of the matrices' memory, and a second or two to make.
+    take three quarters of the matrices' memory, and some seconds to make.
     Without kernels that read them the model stays as it is, and one line on
     the logger "gptoss" says so.
     """

@@ -615,6 +615,32 @@ def test_bench_refuses_what_it_cannot_measure(options, words, capsys):
 
 # -- the kernels of chapter 13 ----------------------------------------------
 
+@pytest.mark.parametrize("command", [
+    ["generate", "--dtype", "float32"], ["generate", "--dtype", "float16"],
+    ["chat", "--prompt", "x", "--stages", "2"], ["bench", "--stages", "2"]])
+def test_compact_is_for_one_process_on_a_cpu_in_bf16(command, capsys):
+    assert main([*command, "--compact"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "--compact: for one process" in err
+    assert err.count("\n") == 1
+
+
+def test_compact_writes_the_same():
+    """With kernels where there are some, in words where there are none."""
+    write = ("generate", "--temperature", "0", "--max-new-tokens", "20")
+    done = [with_kernels(*write, *more, GPTOSS_KERNELS="auto")
+            for more in ([], ["--compact"])]
+    assert done[0].returncode == done[1].returncode == 0
+    assert done[0].stdout == done[1].stdout != ""
+    plain = with_kernels(*write, "--compact", GPTOSS_KERNELS="torch")
+    assert plain.stderr.startswith("gptoss: matrices stay in sixteen bits")
+    chat = [with_kernels("chat", "--prompt", "What is 2 + 3?", "--temperature",
+                         "0", "--json", *more, GPTOSS_KERNELS="auto")
+            for more in ([], ["--compact"])]
+    texts = [json.loads(each.stdout)["messages"] for each in chat]
+    assert texts[0] == texts[1]
+
+
 def with_kernels(*argv, **changes):
     """A command as a user runs it: the tests alone ask for plain torch."""
     return subprocess.run(
