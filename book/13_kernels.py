@@ -1497,6 +1497,30 @@ print(f"{8 * compact_matrix.nbytes / matrix.numel():.2f} bits a number, "
       f"{len(compact_matrix.others)} of {matrix.numel():,} stored apart")
 
 # %% [markdown]
+# How often each exponent occurs in these normal numbers, and which have a
+# code. The information in an exponent is $-\sum_e p_e \log_2 p_e$:
+
+# %% tags=["hide-input"]
+# Figure: bars over exponents from minus 24 to minus 4, on a logarithmic axis.
+# The two highest, near the right end, are a quarter and three tenths of all
+# numbers; to the left of them each bar is half as high as its neighbour. The
+# fifteen on the right are coloured, six low ones on the left grey.
+exponent = (matrix.view(torch.int16).long() >> 7 & 255).flatten()
+share = exponent.bincount(minlength=256)[101:125] / exponent.numel()
+at = torch.arange(101, 125) - 127
+coded = torch.isin(at + 127, compact_matrix.exponents[:15].long())
+fig, ax = plt.subplots(figsize=(6.4, 2.6))
+for which, color, label in ((coded, "C0", "has a code"),
+                            (~coded, "0.6", "stored apart")):
+    ax.bar(at[which], share[which], color=color, label=label)
+ax.set(yscale="log", xlabel="exponent $e$ of a weight $\\pm 1.m \\cdot 2^e$",
+       ylabel="share of all weights", xlim=(-24.9, -3.1))
+ax.legend(frameon=False)
+plt.show()
+known = share[share > 0]
+print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
+
+# %% [markdown]
 # To read it, a table turns 32 codes at once into the upper seven bits of their
 # exponents, another into the eighth; two masks put sign and mantissa beside
 # them, and interleaved the bytes are bf16. Interleaving works within halves
