@@ -337,8 +337,6 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 # #endif
 # }
 #
-# inline Floats widen(const float* eight) { return load<Floats>(eight); }
-#
 # // v stands in a register here: the compiler may not read it again from
 # // memory later, nor compute ahead what follows
 # template <class Vector>
@@ -494,7 +492,7 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 #
 # using Reals = float __attribute__((vector_size(128)));  // of a block
 # using Whole = int32_t __attribute__((vector_size(128)));
-# using Halves = int16_t __attribute__((vector_size(64)));
+# using Shorts = int16_t __attribute__((vector_size(64)));
 #
 # void quantise(const float* x, bool stored, int64_t n, Quantised& to) {
 #   for (int64_t b = 0; b < to.blocks; ++b, x += BLOCK) {
@@ -509,8 +507,8 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 #     const float up = scale > 1e-37f ? 1 / scale : 0;
 #     // adding 1.5 * 2**23 leaves the nearest integer in the low bits
 #     const auto all = (Whole)(load<Reals>(x) * up + 12582912.0f);
-#     const Halves near = __builtin_convertvector(all - 0x4b400000, Halves);
-#     const Halves four = __builtin_shufflevector(
+#     const Shorts near = __builtin_convertvector(all - 0x4b400000, Shorts);
+#     const Shorts four = __builtin_shufflevector(
 #         near, near,
 #         0, 4, 8, 12, 16, 20, 24, 28, 2, 6, 10, 14, 18, 22, 26, 30,
 #         1, 5, 9, 13, 17, 21, 25, 29, 3, 7, 11, 15, 19, 23, 27, 31);
@@ -589,6 +587,7 @@ print(f"kept: {kept.double().mean():.0%} with a power of two, "
 #     }
 #   }
 # }
+#
 # #if !defined(GPTOSS_AVX2) && !defined(GPTOSS_NEON)
 # template <int R>
 # constexpr auto packed_dots = plain_dots<R>;
@@ -626,9 +625,9 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 # weights in the L2 cache): what was just stored has to be read back. Byte 255
 # now gives infinity, and the row's end turns infinity into NaN: $y + 0 y$.
 #
-# Newer processors multiply, add neighbours
-# and add to a sum in one instruction, `vpdpwssd` of AVX-512 VNNI or AVX-VNNI,
-# with the same integers as result. Where the compiler finds it, it is used.
+# Newer processors multiply, add neighbours and add to a sum in one
+# instruction, `vpdpwssd` of AVX-512 VNNI or AVX-VNNI, with the same integers
+# as result. Where the compiler finds it, it is used.
 
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
@@ -651,7 +650,6 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 # inline Bytes table() {
 #   return _mm256_broadcastsi128_si256(load<__m128i>(TWICE));
 # }
-#
 #
 # // 2 ** (scale - 127) of the blocks, each in four places; 255: infinity
 # inline Sums powers(const uint8_t* scales) {
@@ -1290,16 +1288,21 @@ print((pair << 16).view(torch.float32).item(),
 #   }
 # }
 #
+# // pairs of sixteen columns of eight rows, zero from `rows` on, as columns
+# inline void pair_columns(const Number* w, int64_t stride, int64_t rows,
+#                          Ints (&v)[8]) {
+#   for (int64_t r = 0; r < 8; ++r)
+#     v[r] = r < rows ? load<Ints>(w + r * stride) : Ints{};
+#   transpose(v);
+# }
+#
 # // to[k][r] = w[r * stride + k], r < 16, zero from `rows` on; 16 divides n
 # void widen_tile(const Number* w, int64_t stride, int64_t rows, int64_t n,
 #                 float* to) {
 #   for (int64_t half = 0; half < ROWS; half += 8)
 #     for (int64_t k = 0; k < n; k += 16) {
 #       Ints v[8];
-#       for (int64_t r = 0; r < 8; ++r)
-#         v[r] = half + r < rows ? load<Ints>(w + (half + r) * stride + k)
-#                                : Ints{};
-#       transpose(v);
+#       pair_columns(w + half * stride + k, stride, rows - half, v);
 #       for (int64_t j = 0; j < 8; ++j) {
 #         store(to + (k + 2 * j) * ROWS + half, even(v[j]));
 #         store(to + (k + 2 * j + 1) * ROWS + half, odd(v[j]));
@@ -1323,15 +1326,15 @@ print((pair << 16).view(torch.float32).item(),
 # using Target = Matrix<float*>;
 #
 # // out[t][0 ... 15] += sum over k < n of x[t][k] * w[k][0 ... 15]
-# template <int COUNT, class Weight>
-# void multiply_some(const Weight* w, int64_t stride, int64_t n, Source x,
+# template <int COUNT>
+# void multiply_some(const float* w, int64_t stride, int64_t n, Source x,
 #                    Target out) {
 #   Floats s[COUNT][2];
 #   for (int t = 0; t < COUNT; ++t)
 #     for (int h = 0; h < 2; ++h)
 #       s[t][h] = load<Floats>(out.at + t * out.stride + 8 * h);
 #   for (int64_t k = 0; k < n; ++k, w += stride) {
-#     Floats w0 = widen(w), w1 = widen(w + 8);
+#     Floats w0 = load<Floats>(w), w1 = load<Floats>(w + 8);
 #     hold(w0), hold(w1);
 #     for (int t = 0; t < COUNT; ++t) {
 #       const float value = x.at[t * x.stride + k];
@@ -1346,16 +1349,14 @@ print((pair << 16).view(torch.float32).item(),
 #
 # constexpr int64_t WIDE = 6;  // twelve sums, two weights, one activation
 #
-# template <class Weight>
-# void multiply(const Weight* w, int64_t stride, int64_t n, Source x,
+# void multiply(const float* w, int64_t stride, int64_t n, Source x,
 #               int64_t count, Target out) {
 #   while (count) {
 #     const int64_t some = count == WIDE || count > 8 ? WIDE
 #                          : count >= 4 ? 4 : count >= 2 ? 2 : 1;
-#     const auto run = some == WIDE ? multiply_some<WIDE, Weight>
-#                      : some == 4  ? multiply_some<4, Weight>
-#                      : some == 2  ? multiply_some<2, Weight>
-#                                   : multiply_some<1, Weight>;
+#     const auto run = some == WIDE ? multiply_some<WIDE>
+#                      : some == 4  ? multiply_some<4>
+#                      : some == 2  ? multiply_some<2> : multiply_some<1>;
 #     run(w, stride, n, x, out);
 #     count -= some;
 #     x.at += some * x.stride;
@@ -1762,10 +1763,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 #   for (int64_t half = 0; half < ROWS; half += 8)
 #     for (int64_t c = 0; c < C; c += 16) {
 #       Ints v[8];
-#       for (int64_t r = 0; r < 8; ++r)
-#         v[r] = half + r < rows ? load<Ints>(k + (half + r) * stride + c)
-#                                : Ints{};
-#       transpose(v);
+#       pair_columns(k + half * stride + c, stride, rows - half, v);
 #       for (int64_t j = 0; j < 8; ++j)
 #         std::memcpy(to + (c / 2 + j) * ROWS + half, &v[j], sizeof v[j]);
 #     }
@@ -1805,8 +1803,8 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 #   float scale;
 #   std::vector<Query> q;            // (rows, C)
 #   Buffer scores, out, top, total;  // (rows, KEYS), (rows, C) and (rows,)
-#   std::vector<int32_t> position;      // of each row
-#   int32_t seen[KEYS];                 // positions of the keys at hand
+#   std::vector<int32_t> position;   // of each row
+#   int32_t seen[KEYS];              // positions of the keys at hand
 #   alignas(64) Key keys[WIDEST * ROWS];  // sixteen of them, as columns
 #   alignas(64) float values[KEYS * WIDEST];
 #
@@ -1874,20 +1872,16 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # void Attention::chunk(const Number* k, const Number* v, int64_t stride,
 #                       int64_t count) {
 #   const int64_t C = this->C;  // a local: no store below can change it
-#   const bool few = rows <= 8;  // then values are widened as they are used
-#   for (int64_t s = 0; s < count && !few; ++s)
+#   for (int64_t s = 0; s < count; ++s)
 #     for (int64_t c = 0; c < C; c += 8)
 #       store(values + s * C + c, widen(v + s * stride + c));
 #   scores.assign(rows * KEYS, 0);
 #   for (int64_t s = 0; s < count; s += ROWS)
 #     score(k + s * stride, stride, std::min(ROWS, count - s), s);
 #   for (int64_t r = 0; r < rows; ++r) weigh(r);
-#   for (int64_t c = 0; c < C; c += ROWS) {
-#     const Source weights = {scores.data(), KEYS};
-#     const Target to = {&out[c], C};
-#     if (few) multiply(v + c, stride, count, weights, rows, to);
-#     else multiply(values + c, C, count, weights, rows, to);
-#   }
+#   for (int64_t c = 0; c < C; c += ROWS)
+#     multiply(values + c, C, count, {scores.data(), KEYS}, rows,
+#              {&out[c], C});
 # }
 # ```
 
@@ -2455,6 +2449,120 @@ assert len(set(map(library_path, VARIANTS))) == 3
 print(library_path().name.startswith("kernels-"), library_path().suffix)
 
 # %% [markdown]
+# ### Who gets the twelve bits
+#
+# A copy costs some seconds (3 to 4 for the 20b on two cores) and three
+# quarters of the matrices' memory. That pays after a few hundred tokens, and
+# on a machine that has the memory. So one asks for it: `make_compact(model)`,
+# or `--compact` on the command line. The weights themselves stay where they
+# are, mapped from the file: prompts, gradients and other devices use those,
+# and as a copy is read only where the weight would give the same numbers,
+# nothing else changes.
+
+# %% tags=["export:compact"]
+from torch import nn
+
+from gptoss.model import GptOss, Linear
+from gptoss.mxfp4 import define_operator
+
+
+def linear_beside_compact(x: Tensor, weight: Tensor, bias: Tensor | None,
+                          *compact: Tensor) -> Tensor:
+    """The product in plain torch: with the matrix, not with its copy."""
+    return F.linear(x, weight, bias)
+
+
+define_operator(
+    "gptoss::compact_linear(Tensor x, Tensor weight, Tensor? bias,"
+    " Tensor blocks, Tensor exponents, Tensor first, Tensor others)"
+    " -> Tensor", linear_beside_compact)
+
+
+class CompactLinear(Linear):
+    """A frozen `Linear` with a copy of its weight in twelve bits.
+
+    Few tokens read the copy, many the weight; both are the same numbers,
+    until the weight is changed: one that learns is read itself.
+    """
+
+    def __init__(self, linear: Linear, copy: CompactWeight) -> None:
+        super().__init__(linear.in_features, linear.out_features,
+                         linear.bias is not None, device="meta",
+                         dtype=linear.weight.dtype)
+        self.weight, self.bias = linear.weight, linear.bias
+        for name, tensor in copy._asdict().items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.requires_grad:
+            return super().forward(x)
+        return torch.ops.gptoss.compact_linear(
+            x, self.weight, self.bias, self.blocks, self.exponents,
+            self.first, self.others)
+
+    @property
+    def saved(self) -> int:
+        """How many bytes fewer a token reads."""
+        return self.weight.nbytes - CompactWeight(
+            self.blocks, self.exponents, self.first, self.others).nbytes
+
+
+def saved_bytes(model: nn.Module) -> int:
+    """How many bytes fewer a token reads, `make_compact` or not (0)."""
+    return sum(layer.saved for layer in model.modules()
+               if isinstance(layer, CompactLinear))
+
+
+# %% tags=["export:compact"]
+def _fits(weight: Tensor) -> bool:
+    return (weight.dtype == torch.bfloat16 and weight.ndim == 2
+            and weight.shape[1] % 64 == 0 and weight.shape[1] <= 2 ** 16)
+
+
+def _can_be(layer: nn.Module) -> bool:
+    return (type(layer) is Linear and _fits(layer.weight)
+            and layer.weight.device.type == "cpu"
+            and layer.weight.is_contiguous()
+            and not layer.weight.requires_grad)
+
+
+def pack(weight: Tensor) -> CompactWeight:
+    """A bf16 matrix (m, n), 64 dividing n, in twelve bits a number.
+
+    ValueError for another type or shape, or more than 65,536 columns.
+    """
+    if not _fits(weight):
+        raise ValueError("weight: expected bfloat16 (m, n), 64 dividing n up "
+                         f"to 65536, found {weight.dtype} of "
+                         f"{tuple(weight.shape)}")
+    weight = weight.contiguous()
+    if hasattr(torch.ops.gptoss, "pack_compact"):
+        return CompactWeight(*torch.ops.gptoss.pack_compact(weight))
+    return pack_by_torch(weight)
+
+
+def compact_layers(model: GptOss) -> None:
+    """Replace every frozen bf16 `Linear` on the CPU, in place, where the
+    copy is smaller than the weight by a tenth or more."""
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if _can_be(layer):
+                copy = pack(layer.weight)
+                if copy.nbytes <= 0.9 * layer.weight.nbytes:
+                    setattr(parent, name, CompactLinear(layer, copy))
+
+
+# %%
+layer = Linear(2880, 512, bias=False, dtype=torch.bfloat16)
+layer.requires_grad_(False)
+double = CompactLinear(layer, pack(layer.weight))
+one = torch.randn(1, 2880).bfloat16()
+with torch.inference_mode():
+    assert off(double(one), one.double() @ layer.weight.double().T) < 3e-3
+assert torch.equal(unpack(pack(layer.weight)), layer.weight)
+print(f"{double.saved / layer.weight.nbytes:.1%} of its bytes saved")
+
+# %% [markdown]
 # ### Which path is in use
 #
 # Loading the library registers the kernels. When? Importing a chapter's module
@@ -2558,113 +2666,7 @@ if __name__ != "__main__":  # imported; a notebook loads them when it wants
     before_first_call(load_kernels)
 
 # %% [markdown]
-# Who gets the twelve bits? A copy costs some seconds (3 to 4 for the 20b on
-# two cores) and three quarters of the matrices' memory. That pays after a few
-# hundred tokens, and on a machine that has the memory. So one asks for it:
-# `make_compact(model)`, or `--compact` on the command line. The weights
-# themselves stay where they are, mapped from the file: prompts, gradients and
-# other devices use those, and as a copy is read only where the weight would
-# give the same numbers, nothing else changes.
-
-# %% tags=["export:compact"]
-from torch import nn
-
-from gptoss.model import GptOss, Linear
-from gptoss.mxfp4 import define_operator
-
-
-def linear_beside_compact(x: Tensor, weight: Tensor, bias: Tensor | None,
-                          *compact: Tensor) -> Tensor:
-    """The product in plain torch: with the matrix, not with its copy."""
-    return F.linear(x, weight, bias)
-
-
-define_operator(
-    "gptoss::compact_linear(Tensor x, Tensor weight, Tensor? bias,"
-    " Tensor blocks, Tensor exponents, Tensor first, Tensor others)"
-    " -> Tensor", linear_beside_compact)
-
-
-class CompactLinear(Linear):
-    """A frozen `Linear` with a copy of its weight in twelve bits.
-
-    Few tokens read the copy, many the weight; both are the same numbers,
-    until the weight is changed: one that learns is read itself.
-    """
-
-    def __init__(self, linear: Linear, copy: CompactWeight) -> None:
-        super().__init__(linear.in_features, linear.out_features,
-                         linear.bias is not None, device="meta",
-                         dtype=linear.weight.dtype)
-        self.weight, self.bias = linear.weight, linear.bias
-        for name, tensor in copy._asdict().items():
-            self.register_buffer(name, tensor, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.weight.requires_grad:
-            return super().forward(x)
-        return torch.ops.gptoss.compact_linear(
-            x, self.weight, self.bias, self.blocks, self.exponents,
-            self.first, self.others)
-
-    @property
-    def saved(self) -> int:
-        """How many bytes fewer a token reads."""
-        return self.weight.nbytes - CompactWeight(
-            self.blocks, self.exponents, self.first, self.others).nbytes
-
-
-def saved_bytes(model: nn.Module) -> int:
-    """How many bytes fewer a token reads, `make_compact` or not (0)."""
-    return sum(layer.saved for layer in model.modules()
-               if isinstance(layer, CompactLinear))
-
-
-# %% tags=["export:compact"]
-def _can_be(layer: nn.Module) -> bool:
-    return (type(layer) is Linear and layer.weight.dtype == torch.bfloat16
-            and layer.weight.device.type == "cpu"
-            and not layer.weight.requires_grad
-            and layer.weight.is_contiguous() and layer.in_features % 64 == 0
-            and layer.in_features <= 2 ** 16)
-
-
-def pack(weight: Tensor) -> CompactWeight:
-    """A bf16 matrix (m, n), 64 dividing n, in twelve bits a number.
-
-    ValueError for another type or shape, or more than 65,536 columns.
-    """
-    if (weight.dtype != torch.bfloat16 or weight.ndim != 2
-            or weight.shape[1] % 64 or weight.shape[1] > 2 ** 16):
-        raise ValueError("weight: expected bfloat16 (m, n), 64 dividing n up "
-                         f"to 65536, found {weight.dtype} of "
-                         f"{tuple(weight.shape)}")
-    weight = weight.contiguous()
-    if hasattr(torch.ops.gptoss, "pack_compact"):
-        return CompactWeight(*torch.ops.gptoss.pack_compact(weight))
-    return pack_by_torch(weight)
-
-
-def compact_layers(model: GptOss) -> None:
-    """Replace every frozen bf16 `Linear` on the CPU, in place, where the
-    copy is smaller than the weight by a tenth or more."""
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if _can_be(layer):
-                copy = pack(layer.weight)
-                if copy.nbytes <= 0.9 * layer.weight.nbytes:
-                    setattr(parent, name, CompactLinear(layer, copy))
-
-
-# %%
-layer = Linear(2880, 512, bias=False, dtype=torch.bfloat16)
-layer.requires_grad_(False)
-double = CompactLinear(layer, pack(layer.weight))
-one = torch.randn(1, 2880).bfloat16()
-with torch.inference_mode():
-    assert off(double(one), one.double() @ layer.weight.double().T) < 3e-3
-assert torch.equal(unpack(pack(layer.weight)), layer.weight)
-print(f"{double.saved / layer.weight.nbytes:.1%} of its bytes saved")
+# With kernels at hand, the copies in twelve bits are worth making:
 
 # %% tags=["export"]
 from gptoss.compact import compact_layers
@@ -3623,7 +3625,7 @@ print(f"a token of the 20b with Q8_0: "
 # with 512 tokens of prompt (16 in the third group, 128 for the shipped one),
 # llama.cpp with experts in MXFP4 and dense matrices in bf16 or Q8_0. Engines
 # took turns, and of two rounds the one with the faster decode counts: memory
-# delivered anything from 31 to 59 GB/s, changing within seconds, so that a
+# delivered anything from 31 to 67 GB/s, changing within seconds, so that a
 # ratio is good to a fifth or so, and a share of memory's speed, which is
 # measured after the runs, to a third.
 #
@@ -3637,17 +3639,17 @@ print(f"a token of the 20b with Q8_0: "
 # dense matrices and reads 2.6 GB for a token, twelve bits keep every number
 # and read 3.1.
 #
-# Of memory's speed, ours used 60 to 70 % when memory delivered 50 to 59 GB/s
+# Of memory's speed, ours used 60 to 70 % when memory delivered 59 to 64 GB/s
 # (the goal, 70, is **missed** there: the packed product is not much faster
 # than 19 GB/s a thread), and nine tenths when it delivered 35.
 #
 # *The rest.* A prompt is read twice as fast as by llama.cpp. The 20b loads in
-# 0.2 s, because a page of the file is read when it is first touched, and peaks
-# at 12 GiB where llama.cpp takes 21 to 23; with the copies it is 3 to 4 s and
-# 14 GiB. transformers in bf16 takes four times as long for a token and three
-# times for a prompt of 16: torch, too, uses this processor's instructions for
-# bf16. In fp32, at 2 layers, it takes four times and twice as long (memory was
-# slow then; in another run six and two and a half times).
+# 0.2 s or less, because a page of the file is read when it is first touched,
+# and peaks at 12 GiB where llama.cpp takes 21 to 23; with the copies it is 3
+# to 4 s and 14 GiB. transformers in bf16 takes four times as long for a token
+# and three times for a prompt of 16: torch, too, uses this processor's
+# instructions for bf16. In fp32, at 2 layers, it takes four times and twice as
+# long (memory was slow then; in another run six and two and a half times).
 #
 # *Long texts*, by `bench/lengths.py`: a token of the 20b at position 8192 took
 # 1.26 times as long as one at 128 (111 and 88 ms), and the time for a token of

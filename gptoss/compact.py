@@ -65,7 +65,7 @@ def unpack(weight: CompactWeight) -> Tensor:
     return bits.to(torch.int16).view(torch.bfloat16)
 
 
-# --- Which path is in use ----------------------------------------------------
+# --- Who gets the twelve bits ------------------------------------------------
 
 def linear_beside_compact(x: Tensor, weight: Tensor, bias: Tensor | None,
                           *compact: Tensor) -> Tensor:
@@ -114,12 +114,16 @@ def saved_bytes(model: nn.Module) -> int:
                if isinstance(layer, CompactLinear))
 
 
+def _fits(weight: Tensor) -> bool:
+    return (weight.dtype == torch.bfloat16 and weight.ndim == 2
+            and weight.shape[1] % 64 == 0 and weight.shape[1] <= 2 ** 16)
+
+
 def _can_be(layer: nn.Module) -> bool:
-    return (type(layer) is Linear and layer.weight.dtype == torch.bfloat16
+    return (type(layer) is Linear and _fits(layer.weight)
             and layer.weight.device.type == "cpu"
-            and not layer.weight.requires_grad
-            and layer.weight.is_contiguous() and layer.in_features % 64 == 0
-            and layer.in_features <= 2 ** 16)
+            and layer.weight.is_contiguous()
+            and not layer.weight.requires_grad)
 
 
 def pack(weight: Tensor) -> CompactWeight:
@@ -127,8 +131,7 @@ def pack(weight: Tensor) -> CompactWeight:
 
     ValueError for another type or shape, or more than 65,536 columns.
     """
-    if (weight.dtype != torch.bfloat16 or weight.ndim != 2
-            or weight.shape[1] % 64 or weight.shape[1] > 2 ** 16):
+    if not _fits(weight):
         raise ValueError("weight: expected bfloat16 (m, n), 64 dividing n up "
                          f"to 65536, found {weight.dtype} of "
                          f"{tuple(weight.shape)}")

@@ -64,8 +64,6 @@ inline Floats widen(const Number* eight) {
 #endif
 }
 
-inline Floats widen(const float* eight) { return load<Floats>(eight); }
-
 // v stands in a register here: the compiler may not read it again from
 // memory later, nor compute ahead what follows
 template <class Vector>
@@ -178,7 +176,7 @@ inline float step(float largest, bool stored) {
 
 using Reals = float __attribute__((vector_size(128)));  // of a block
 using Whole = int32_t __attribute__((vector_size(128)));
-using Halves = int16_t __attribute__((vector_size(64)));
+using Shorts = int16_t __attribute__((vector_size(64)));
 
 void quantise(const float* x, bool stored, int64_t n, Quantised& to) {
   for (int64_t b = 0; b < to.blocks; ++b, x += BLOCK) {
@@ -193,8 +191,8 @@ void quantise(const float* x, bool stored, int64_t n, Quantised& to) {
     const float up = scale > 1e-37f ? 1 / scale : 0;
     // adding 1.5 * 2**23 leaves the nearest integer in the low bits
     const auto all = (Whole)(load<Reals>(x) * up + 12582912.0f);
-    const Halves near = __builtin_convertvector(all - 0x4b400000, Halves);
-    const Halves four = __builtin_shufflevector(
+    const Shorts near = __builtin_convertvector(all - 0x4b400000, Shorts);
+    const Shorts four = __builtin_shufflevector(
         near, near,
         0, 4, 8, 12, 16, 20, 24, 28, 2, 6, 10, 14, 18, 22, 26, 30,
         1, 5, 9, 13, 17, 21, 25, 29, 3, 7, 11, 15, 19, 23, 27, 31);
@@ -245,6 +243,7 @@ void plain_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
     }
   }
 }
+
 #if !defined(GPTOSS_AVX2) && !defined(GPTOSS_NEON)
 template <int R>
 constexpr auto packed_dots = plain_dots<R>;
@@ -269,7 +268,6 @@ using Sums = __m256;
 inline Bytes table() {
   return _mm256_broadcastsi128_si256(load<__m128i>(TWICE));
 }
-
 
 // 2 ** (scale - 127) of the blocks, each in four places; 255: infinity
 inline Sums powers(const uint8_t* scales) {
@@ -731,16 +729,21 @@ inline void transpose(Ints (&v)[8]) {
   }
 }
 
+// pairs of sixteen columns of eight rows, zero from `rows` on, as columns
+inline void pair_columns(const Number* w, int64_t stride, int64_t rows,
+                         Ints (&v)[8]) {
+  for (int64_t r = 0; r < 8; ++r)
+    v[r] = r < rows ? load<Ints>(w + r * stride) : Ints{};
+  transpose(v);
+}
+
 // to[k][r] = w[r * stride + k], r < 16, zero from `rows` on; 16 divides n
 void widen_tile(const Number* w, int64_t stride, int64_t rows, int64_t n,
                 float* to) {
   for (int64_t half = 0; half < ROWS; half += 8)
     for (int64_t k = 0; k < n; k += 16) {
       Ints v[8];
-      for (int64_t r = 0; r < 8; ++r)
-        v[r] = half + r < rows ? load<Ints>(w + (half + r) * stride + k)
-                               : Ints{};
-      transpose(v);
+      pair_columns(w + half * stride + k, stride, rows - half, v);
       for (int64_t j = 0; j < 8; ++j) {
         store(to + (k + 2 * j) * ROWS + half, even(v[j]));
         store(to + (k + 2 * j + 1) * ROWS + half, odd(v[j]));
@@ -757,15 +760,15 @@ using Source = Matrix<const float*>;
 using Target = Matrix<float*>;
 
 // out[t][0 ... 15] += sum over k < n of x[t][k] * w[k][0 ... 15]
-template <int COUNT, class Weight>
-void multiply_some(const Weight* w, int64_t stride, int64_t n, Source x,
+template <int COUNT>
+void multiply_some(const float* w, int64_t stride, int64_t n, Source x,
                    Target out) {
   Floats s[COUNT][2];
   for (int t = 0; t < COUNT; ++t)
     for (int h = 0; h < 2; ++h)
       s[t][h] = load<Floats>(out.at + t * out.stride + 8 * h);
   for (int64_t k = 0; k < n; ++k, w += stride) {
-    Floats w0 = widen(w), w1 = widen(w + 8);
+    Floats w0 = load<Floats>(w), w1 = load<Floats>(w + 8);
     hold(w0), hold(w1);
     for (int t = 0; t < COUNT; ++t) {
       const float value = x.at[t * x.stride + k];
@@ -780,16 +783,14 @@ void multiply_some(const Weight* w, int64_t stride, int64_t n, Source x,
 
 constexpr int64_t WIDE = 6;  // twelve sums, two weights, one activation
 
-template <class Weight>
-void multiply(const Weight* w, int64_t stride, int64_t n, Source x,
+void multiply(const float* w, int64_t stride, int64_t n, Source x,
               int64_t count, Target out) {
   while (count) {
     const int64_t some = count == WIDE || count > 8 ? WIDE
                          : count >= 4 ? 4 : count >= 2 ? 2 : 1;
-    const auto run = some == WIDE ? multiply_some<WIDE, Weight>
-                     : some == 4  ? multiply_some<4, Weight>
-                     : some == 2  ? multiply_some<2, Weight>
-                                  : multiply_some<1, Weight>;
+    const auto run = some == WIDE ? multiply_some<WIDE>
+                     : some == 4  ? multiply_some<4>
+                     : some == 2  ? multiply_some<2> : multiply_some<1>;
     run(w, stride, n, x, out);
     count -= some;
     x.at += some * x.stride;
@@ -1047,10 +1048,7 @@ void pair_tile(const Number* k, int64_t stride, int64_t rows, int64_t C,
   for (int64_t half = 0; half < ROWS; half += 8)
     for (int64_t c = 0; c < C; c += 16) {
       Ints v[8];
-      for (int64_t r = 0; r < 8; ++r)
-        v[r] = half + r < rows ? load<Ints>(k + (half + r) * stride + c)
-                               : Ints{};
-      transpose(v);
+      pair_columns(k + half * stride + c, stride, rows - half, v);
       for (int64_t j = 0; j < 8; ++j)
         std::memcpy(to + (c / 2 + j) * ROWS + half, &v[j], sizeof v[j]);
     }
@@ -1090,8 +1088,8 @@ struct Attention {  // one key head, the query heads and tokens it serves
   float scale;
   std::vector<Query> q;            // (rows, C)
   Buffer scores, out, top, total;  // (rows, KEYS), (rows, C) and (rows,)
-  std::vector<int32_t> position;      // of each row
-  int32_t seen[KEYS];                 // positions of the keys at hand
+  std::vector<int32_t> position;   // of each row
+  int32_t seen[KEYS];              // positions of the keys at hand
   alignas(64) Key keys[WIDEST * ROWS];  // sixteen of them, as columns
   alignas(64) float values[KEYS * WIDEST];
 
@@ -1152,20 +1150,16 @@ void Attention::score(const Number* k, int64_t stride, int64_t some,
 void Attention::chunk(const Number* k, const Number* v, int64_t stride,
                       int64_t count) {
   const int64_t C = this->C;  // a local: no store below can change it
-  const bool few = rows <= 8;  // then values are widened as they are used
-  for (int64_t s = 0; s < count && !few; ++s)
+  for (int64_t s = 0; s < count; ++s)
     for (int64_t c = 0; c < C; c += 8)
       store(values + s * C + c, widen(v + s * stride + c));
   scores.assign(rows * KEYS, 0);
   for (int64_t s = 0; s < count; s += ROWS)
     score(k + s * stride, stride, std::min(ROWS, count - s), s);
   for (int64_t r = 0; r < rows; ++r) weigh(r);
-  for (int64_t c = 0; c < C; c += ROWS) {
-    const Source weights = {scores.data(), KEYS};
-    const Target to = {&out[c], C};
-    if (few) multiply(v + c, stride, count, weights, rows, to);
-    else multiply(values + c, C, count, weights, rows, to);
-  }
+  for (int64_t c = 0; c < C; c += ROWS)
+    multiply(values + c, C, count, {scores.data(), KEYS}, rows,
+             {&out[c], C});
 }
 
 constexpr int64_t RANGE = 512;  // keys of one piece of work in decode
