@@ -22,6 +22,8 @@ struct Input {
   std::vector<int16_t> natural;  // x in 16 bits, in order
   std::vector<int16_t> paired;   // two blocks interleaved, for AVX2
   std::vector<int16_t> fours;    // four blocks, for AVX-512
+  std::vector<int8_t> digits;    // for four blocks 4 x 64: high, low digits
+  std::vector<int32_t> offsets;  // of even, odd elements; and four each
 };
 
 float sum(__m256 v) {
@@ -210,6 +212,59 @@ void in_wide_streams(const uint8_t* w, const uint8_t* s, const Input& in,
     }
   for (int r = 0; r < 4; ++r) y[r * STEP] = _mm512_reduce_add_ps(total[r]);
 }
+
+// 7: bytes times bytes: weights plus 12, activations in two digits; factors
+// of sixteen blocks made in a register
+void in_digits(const uint8_t* w, const uint8_t* s, const Input& in,
+               float* y) {
+  const __m128i twice = load16(TWICE), twelve = _mm_set1_epi8(12);
+  const __m512i table = _mm512_broadcast_i32x4(_mm_add_epi8(twice, twelve));
+  const __m512i low = _mm512_set1_epi8(15), one = _mm512_set1_epi32(1 << 22);
+  const __m512i place = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2,
+                                         1, 1, 1, 1, 0, 0, 0, 0);
+  __m512 total[4] = {};
+  auto some = [&](int64_t b, int64_t count) {
+    __m512 factor[4];
+    for (int r = 0; r < 4; ++r) {
+      const __m512i bits = _mm512_slli_epi32(_mm512_cvtepu8_epi32(
+          _mm_mask_loadu_epi8(_mm_set1_epi8(127), (1u << count) - 1,
+                              s + r * STEP * BLOCKS + b)), 23);
+      factor[r] = _mm512_mul_ps(
+          _mm512_castsi512_ps(_mm512_max_epi32(bits, one)),
+          _mm512_loadu_ps(&in.scale[b]));
+    }
+    for (int64_t g = 0; 4 * g < count; ++g)
+      for (int r = 0; r < 4; ++r) {
+        const uint8_t* from = w + (r * STEP * BLOCKS + b + 4 * g) * 16;
+        __builtin_prefetch(from + 256);
+        const __m512i bytes = count - 4 * g < 4
+            ? _mm512_maskz_loadu_epi32((1u << 4 * (count - 4 * g)) - 1, from)
+            : _mm512_loadu_si512(from);
+        const __m512i a =
+            _mm512_shuffle_epi8(table, _mm512_and_si512(bytes, low));
+        const __m512i c = _mm512_shuffle_epi8(
+            table, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low));
+        const int8_t* x = &in.digits[64 * (b + 4 * g)];
+        auto add = [&](__m512i sums, int digit) {
+          const int8_t* q = x + 128 * digit;
+          sums = _mm512_dpbusd_epi32(sums, a, _mm512_loadu_si512(q));
+          return _mm512_dpbusd_epi32(sums, c, _mm512_loadu_si512(q + 64));
+        };
+        const __m512i part = _mm512_add_epi32(
+            _mm512_slli_epi32(add(__m512i{}, 0), 8),
+            add(_mm512_loadu_si512(&in.offsets[4 * (b + 4 * g)]), 1));
+        total[r] = _mm512_fmadd_ps(
+            _mm512_cvtepi32_ps(part),
+            _mm512_permutexvar_ps(
+                _mm512_add_epi32(place, _mm512_set1_epi32(4 * g)), factor[r]),
+            total[r]);
+      }
+  };
+  int64_t b = 0;
+  for (; b + 16 <= BLOCKS; b += 16) some(b, 16);
+  some(b, BLOCKS - b);
+  for (int r = 0; r < 4; ++r) y[r * STEP] = _mm512_reduce_add_ps(total[r]);
+}
 #endif
 
 using Dot = float (*)(const uint8_t*, const uint8_t*, const Input&);
@@ -243,21 +298,27 @@ int main(int argc, char** argv) {
   for (auto& byte : w) byte = random() >> 24;
   for (auto& byte : s) byte = 115 + (random() >> 29);
   Input in;
-  in.x.resize(32 * BLOCKS), in.scale.assign(BLOCKS, 0);
+  in.x.resize(32 * BLOCKS), in.scale.assign(BLOCKS + 16, 0);
   in.natural.resize(32 * BLOCKS), in.paired.resize(32 * BLOCKS);
   in.fours.resize(32 * (BLOCKS + 3));
+  in.digits.resize(64 * (BLOCKS + 3)), in.offsets.resize(4 * (BLOCKS + 3));
   for (auto& value : in.x) value = int32_t(random()) / 2147483648.0f;
   for (int64_t k = 0; k < 32 * BLOCKS; ++k) {
     float top = 0;
     for (int i = 0; i < 32; ++i)
       top = std::max(top, std::fabs(in.x[k / 32 * 32 + i]));
-    in.scale[k / 32] = top / 32767 / 2;
-    in.natural[k] = int16_t(std::lrint(in.x[k] * 32767 / top));
+    in.scale[k / 32] = top / 32639 / 2;
+    in.natural[k] = int16_t(std::lrint(in.x[k] * 32639 / top));
     const int group[4] = {0, 2, 1, 3};
     in.paired[k / 64 * 64 + 16 * group[k % 4] + k / 32 % 2 * 8
               + k % 32 / 4] = in.natural[k];
     in.fours[k / 128 * 128 + 32 * group[k % 4] + k / 32 % 4 * 8
              + k % 32 / 4] = in.natural[k];
+    const int q = in.natural[k];  // at most 127 * 256 + 127, two digits
+    const int64_t at = k / 128 * 256 + k % 2 * 64 + k / 32 % 4 * 16
+                       + k % 32 / 2;
+    in.digits[at] = (q + 128) >> 8, in.digits[at + 128] = int8_t(q);
+    in.offsets[k / 8] -= 12 * q;
   }
   const struct { const char* name; Dot dot; Streams streams; } steps[] = {
       {"portable C++ loop", portable, nullptr},
@@ -267,6 +328,7 @@ int main(int argc, char** argv) {
       {"four streams of rows", nullptr, in_streams},
 #if defined(__AVX512BW__) && defined(__AVX512VNNI__)
       {"AVX-512, four blocks at a time", nullptr, in_wide_streams},
+      {"bytes, two digits", nullptr, in_digits},
 #endif
   };
   std::vector<float> y(ROWS);

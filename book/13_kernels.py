@@ -184,7 +184,7 @@ x = torch.randn(64, 2880).bfloat16().double()
 exact = x @ weight.T
 errors = {"8 bits": off(rounded(x, 127) @ weight.T, exact),
           "result in bf16": off(exact.bfloat16().double(), exact),
-          "16 bits": off(rounded(x, 32767) @ weight.T, exact)}
+          "16 bits": off(rounded(x, 32639) @ weight.T, exact)}
 for name, error in errors.items():
     print(f"{name:15} {error:.1e}")
 assert errors["8 bits"] > 3 * errors["result in bf16"]
@@ -192,8 +192,8 @@ assert errors["16 bits"] < errors["result in bf16"] / 50
 
 # %% [markdown]
 # Eight bits lose three times as much as the rounding that nobody can avoid;
-# sixteen lose about an eightieth of it. So the kernels below use sixteen, and
-# have to make 16 products an instruction suffice.
+# sixteen lose about an eightieth of it. So the kernels below use sixteen bits,
+# and still multiply bytes: two for each activation.
 
 # %% [markdown]
 # ## Derivation
@@ -210,43 +210,56 @@ assert errors["16 bits"] < errors["result in bf16"] / 50
 # **One block.** Let a block hold 32 FP4 values $v_i$ and the scale
 # $2^{s-127}$. Twice a value is an integer: $v_i = w_i / 2$, $|w_i| \le 12$.
 # Write the block's activations as $x_i = a\, q_i + \epsilon_i$ with integers
-# $|q_i| \le 32767$ and a step $a$. Then
+# $|q_i| \le Q = 32639$ and a step $a$. Then
 #
 # $$ \sum_i 2^{s-127} v_i x_i
 #    = 2^{s-127}\, \frac a2 \sum_i w_i q_i
 #      + 2^{s-127} \sum_i v_i \epsilon_i . $$ (kernels-block)
 #
-# The integer sum is exact: a term is at most $12 \cdot 32767$, so all 32 stay
+# The integer sum is exact: a term is at most $12\, Q$, so all 32 stay
 # below $1.3 \cdot 10^7$, far inside 32 bits and even inside the 24 bits that
 # a float holds exactly. Weights lose nothing; the only error is
 # $|\epsilon_i| \le a/2$, so a block is off by at most
 #
 # $$ \frac a2 \; 2^{s-127} \sum_i |v_i| . $$ (kernels-error)
 #
-# **Which step?** The finest is $a = \max_i |x_i| / 32767$; what stands
+# **Which step?** The finest is $a = \max_i |x_i| / Q$; what stands
 # between the two layers of an expert, in fp32, gets that. But what enters the
 # first was stored in bf16, eight significant bits a number. With
 # $2^e \le \max_i |x_i| < 2^{e+1}$ take
 #
-# $$ a = 2^{e-14} : \quad |x_i| \ge 2^{e-7} \;\Rightarrow\; \epsilon_i = 0,
+# $$ a = 2^{e-13} : \quad |x_i| \ge 2^{e-6} \;\Rightarrow\; \epsilon_i = 0,
 # $$ (kernels-step)
 #
-# since a bf16 number of size $2^{e-7}$ or more is a multiple of $2^{e-14}$.
-# Every activation of at least 1/128 of the block's largest is kept exactly,
-# and the few others are off by at most $2^{-15}$ of it. With either step an
+# since a bf16 number of size $2^{e-6}$ or more is a multiple of $2^{e-13}$.
+# Every activation of at least 1/64 of the block's largest is kept exactly,
+# and the few others are off by at most $2^{-14}$ of it. With either step an
 # outlier costs its 31 neighbours precision: the step follows the largest.
 #
-# **Why integers.** AVX2, a set of vector instructions of x86 processors, works
-# on 16 registers of 32 bytes. Its `pmaddwd` multiplies sixteen pairs of 16-bit
-# integers and adds neighbours: 16 products. Its multiply-add for fp32 makes 8.
-# And a table of 16 bytes fits in a register, where `pshufb` looks up 32
-# nibbles at once: decoding touches no memory.
+# **Why bytes.** AVX2, a set of vector instructions of x86 processors, works on
+# registers of 32 bytes, AVX-512 on 64. A multiply-add for fp32 makes 8
+# products in 32 bytes, one for 16-bit integers 16, one for bytes 32. A table
+# of 16 bytes fits in a register, where `pshufb` looks up 32 nibbles at once:
+# decoding touches no memory, and its results are bytes. Widened to 16 bits
+# they would cost as many instructions again as the lookups. So split the
+# activations instead, once for all rows, into two digits to the base 256:
+# $q_i = 256\, h_i + l_i$, both in $-128 \dots 127$, which is why $Q = 127
+# \cdot 256 + 127$. The instruction for bytes wants one factor without a sign.
+# The table can hold $w_i + 12$ as well as $w_i$; then
+#
+# $$ \sum_i w_i q_i = 256 \sum_i (w_i + 12)\, h_i + \sum_i (w_i + 12)\, l_i
+#    - 12 \sum_i q_i , $$ (kernels-digits)
+#
+# where the last term does not depend on the weights: it is computed once a
+# block and is what the sum begins with.
 #
 # **Many tokens.** When several tokens meet the same weight, decoding once
 # serves all of them, and the arithmetic, a product a token, becomes the
 # limit. A tile of decoded weights must then stay in the cache while the
-# tokens pass: 16 rows by 320 columns of 16-bit integers are 10 KiB, a third
-# of an L1 cache of 32 KiB. Two columns of the tile are 2 registers, 8 rows
+# tokens pass, and may be as wide as the activations, since widening it is
+# done once: 16 rows by 320 columns of 16-bit integers are 10 KiB, a third of
+# an L1 cache of 32 KiB. `pmaddwd` multiplies sixteen pairs of them and adds
+# neighbours. Two columns of the tile are 2 registers, 8 rows
 # each. For five tokens at a time, a step loads these 2 and 5 pairs of
 # activations, and does 10 `pmaddwd`; ten sums, the two weights and one pair
 # of activations take 13 of the 16 registers.
@@ -257,7 +270,7 @@ assert errors["16 bits"] < errors["result in bf16"] / 50
 # that a row starts from: maximum = sink, sum = 1, output = 0.
 
 # %%
-assert 32 * 12 * 32767 < 2 ** 24
+assert 32 * 12 * 32639 < 2 ** 24
 print(16 * 320 * 2, "bytes of a decoded tile")
 
 # %% [markdown]
@@ -401,67 +414,56 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 # %% [markdown]
 # ### Sixteen bits for an activation
 #
-# {eq}`kernels-block` in code. The order in which integers are stored is made
-# for the product below, which takes two blocks at once and of their bytes
-# first the low nibbles (the even elements), then the high ones, each time the
-# even bytes apart from the odd. So two blocks lie interleaved, and in each the
-# elements $4i$, $4i+2$, $4i+1$ and $4i+3$ form groups of eight. Registers of
-# 512 bits take four blocks at once, those of 128 bits one: `SIDE` says how
-# many.
+# {eq}`kernels-block` in code. A byte of weights holds an even element in its
+# low nibble and the odd one behind it in the high nibble, so of each block the
+# even activations are stored first, then the odd ones. So much for one block
+# at a time (`lines`).
 #
-# Three details make reading cheap. Activations begin on a cache line, since a
-# register of 64 bytes that lies across two lines is loaded in two turns, and a
-# product loads four of them for one of weights. A factor stands four times, as
-# the product has four sums for each block. And 90 blocks are no whole number
-# of fours: the last four begin at block 86 and count 86 and 87, which the four
-# before have counted, with a factor of zero. So every group is full.
+# The product for x86 takes as many blocks as a register of bytes holds: `SIDE`
+# says how many, two in 256 bits, four in 512. A `Group` is what it needs for
+# them: the two digits of {eq}`kernels-digits`, byte beside byte as the weights
+# lie, and the offset, a number for each four bytes. A register of 64 bytes
+# that lies across two cache lines is loaded in two turns, so a group begins on
+# one.
 
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
 # constexpr int64_t BLOCK = 32;
 # #ifdef GPTOSS_AVX512
-# constexpr int64_t SIDE = 4;  // blocks that lie interleaved
+# constexpr int64_t SIDE = 4;  // blocks in a register
 # #elif defined(GPTOSS_AVX2)
 # constexpr int64_t SIDE = 2;
 # #else
 # constexpr int64_t SIDE = 1;
 # #endif
-# constexpr int64_t GROUP = 8 * SIDE;  // a quarter of each of them
+# constexpr int64_t LANES = 4 * SIDE;  // 32-bit numbers in a register
 #
-# struct alignas(64) Line {  // as memory delivers it
-#   int16_t values[BLOCK];
+# struct Line {
+#   int16_t values[2][BLOCK / 2];  // a block's even elements, its odd ones
 # };
 #
-# // Rows of 16-bit integers and, four times for each block, its factor. Blocks
-# // lie in groups of SIDE; the last group also takes blocks of the one before,
-# // with factors of zero, if it would not be full.
+# struct alignas(64) Group {
+#   int8_t digits[2][2][SIDE][16];  // the high ones, the low ones; even, odd
+#   int32_t offset[SIDE][4];        // -12 times the sum over four bytes
+# };
+#
+# // rows of 16-bit integers, and for each block half the step between them
 # struct Quantised {
-#   int64_t blocks, groups;
+#   int64_t blocks, some;  // some: blocks / SIDE, rounded up
 #   std::vector<Line> lines;
-#   Buffer factors;
+#   std::vector<Group> groups;
+#   Buffer halves;  // a row of them is filled up to whole registers
 #
 #   Quantised(int64_t rows, int64_t blocks)
-#       : blocks(blocks), groups((blocks + SIDE - 1) / SIDE),
-#         lines(rows * groups * SIDE), factors(rows * groups * SIDE * 4) {}
+#       : blocks(blocks), some((blocks + SIDE - 1) / SIDE),
+#         lines(rows * blocks), groups(SIDE > 1 ? rows * some : 0),
+#         halves(rows * some * SIDE + LANES) {}
 #
-#   int64_t place(int64_t b) const {  // of block b among a row's
-#     return b < (groups - 1) * SIDE || blocks < SIDE
-#                ? b : groups * SIDE - blocks + b;
-#   }
-#   int16_t* row(int64_t n) { return lines[n * groups * SIDE].values; }
-#   float* scale(int64_t n) { return &factors[n * groups * SIDE * 4]; }
-#   const int16_t* row(int64_t n) const {
-#     return lines[n * groups * SIDE].values;
-#   }
-#   const float* scale(int64_t n) const {
-#     return &factors[n * groups * SIDE * 4];
-#   }
+#   Line* line(int64_t n) { return &lines[n * blocks]; }
+#   float* half(int64_t n) { return &halves[n * some * SIDE]; }
+#   const Line* line(int64_t n) const { return &lines[n * blocks]; }
+#   const float* half(int64_t n) const { return &halves[n * some * SIDE]; }
 # };
-#
-# // where the block in that place of a row begins
-# inline int64_t start(int64_t b) {
-#   return b / SIDE * 4 * GROUP + b % SIDE * 8;
-# }
 # ```
 
 # %% [markdown]
@@ -482,22 +484,35 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 #   return found;
 # }
 #
+# constexpr float MOST = 127 * 256 + 127;
+#
 # // the step between integers: a power of two for what was stored in bf16,
-# // whose largest is then at most 255 * 2**7; otherwise the finest
+# // whose largest is then at most 255 * 2**6; otherwise the finest
 # inline float step(float largest, bool stored) {
-#   if (!stored) return largest / 32767;
+#   if (!stored) return largest / MOST;
 #   const uint32_t exponent = load<uint32_t>(&largest) & 0x7f800000;
-#   return load<float>(&exponent) / 16384;
+#   return load<float>(&exponent) / 8192;
 # }
 #
 # using Reals = float __attribute__((vector_size(128)));  // of a block
 # using Whole = int32_t __attribute__((vector_size(128)));
 # using Shorts = int16_t __attribute__((vector_size(64)));
+# using Digits = int8_t __attribute__((vector_size(32)));
+#
+# // q = 256 * high + low, both in -128 ... 127, for the block in that place
+# inline void split(Shorts q, int64_t place, Group& to) {
+#   const Digits digits[] = {__builtin_convertvector((q + 128) >> 8, Digits),
+#                            __builtin_convertvector(q, Digits)};
+#   for (int d = 0; d < 2; ++d)
+#     for (int odd = 0; odd < 2; ++odd)
+#       std::memcpy(to.digits[d][odd][place],
+#                   reinterpret_cast<const char*>(&digits[d]) + 16 * odd, 16);
+#   for (int i = 0; i < 16; ++i)
+#     to.offset[place][i / 4] -= 12 * (q[i] + q[16 + i]);
+# }
 #
 # void quantise(const float* x, bool stored, int64_t n, Quantised& to) {
 #   for (int64_t b = 0; b < to.blocks; ++b, x += BLOCK) {
-#     const int64_t place = to.place(b);
-#     int16_t* at = to.row(n) + start(place);
 #     Floats part[4], odd = {};
 #     for (int i = 0; i < 4; ++i) {
 #       part[i] = load<Floats>(x + 8 * i);
@@ -508,14 +523,13 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 #     // adding 1.5 * 2**23 leaves the nearest integer in the low bits
 #     const auto all = (Whole)(load<Reals>(x) * up + 12582912.0f);
 #     const Shorts near = __builtin_convertvector(all - 0x4b400000, Shorts);
-#     const Shorts four = __builtin_shufflevector(
+#     const Shorts q = __builtin_shufflevector(
 #         near, near,
-#         0, 4, 8, 12, 16, 20, 24, 28, 2, 6, 10, 14, 18, 22, 26, 30,
-#         1, 5, 9, 13, 17, 21, 25, 29, 3, 7, 11, 15, 19, 23, 27, 31);
-#     for (int i = 0; i < 4; ++i)
-#       std::memcpy(at + i * GROUP, reinterpret_cast<const char*>(&four)
-#                                       + 16 * i, 16);
-#     std::fill_n(to.scale(n) + 4 * place, 4, scale / 2 + sum(odd));
+#         0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+#         1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#     std::memcpy(to.line(n)[b].values, &q, sizeof q);
+#     to.half(n)[b] = scale / 2 + sum(odd);
+#     if (SIDE > 1) split(q, b % SIDE, to.groups[n * to.some + b / SIDE]);
 #   }
 # }
 #
@@ -531,22 +545,26 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 # ```
 
 # %% [markdown]
-# The same in torch, to look at: where the elements of two blocks go, and how
-# many of a block's activations {eq}`kernels-step` keeps exactly.
+# The same in torch, to look at: how many of a block's activations
+# {eq}`kernels-step` keeps exactly, and the digits of every integer.
 
 # %%
-order = sorted(range(64), key=lambda k: (16 * (0, 2, 1, 3)[k % 4]
-                                         + 8 * (k // 32) + k % 32 // 4))
-print(order[:8], order[16:24], sep="\n")
-assert sorted(order) == list(range(64))
 some = torch.randn(1000, 32).bfloat16().double()
 top = some.abs().amax(-1, keepdim=True)
-step = 2.0 ** (top.frexp().exponent - 15).double()
+step = 2.0 ** (top.frexp().exponent - 14).double()
 kept = (some / step).round() * step == some
-assert kept[some.abs() >= top / 128].all() and (top / step <= 32767).all()
-finest = rounded(some, 32767) == some
+assert kept[some.abs() >= top / 64].all() and (top / step <= 16320).all()
+finest = rounded(some, 32639) == some
 print(f"kept: {kept.double().mean():.0%} with a power of two, "
       f"{finest.double().mean():.0%} with the finest step")
+q = torch.arange(-32639, 32640)
+high, low = (q + 128) >> 8, (q + 128) % 256 - 128
+assert torch.equal(256 * high + low, q)
+assert max(high.abs().max(), low.max(), -1 - low.min()) <= 127
+q = torch.tensor([5, -300, 32639])
+print([(h, low) for h, low in zip(((q + 128) >> 8).tolist(),
+                                  ((q + 128) % 256 - 128).tolist(),
+                                  strict=True)])
 
 # %% [markdown]
 # ### One row of four-bit weights
@@ -567,30 +585,24 @@ print(f"kept: {kept.double().mean():.0%} with a power of two, "
 # constexpr int8_t TWICE[16] = {0, 1, 2, 3, 4, 6, 8, 12,
 #                               0, -1, -2, -3, -4, -6, -8, -12};
 #
-# // out[0], out[step] ...: R rows of a weight, `step` rows apart, times x
+# #if !defined(GPTOSS_AVX2) && !defined(GPTOSS_NEON)
+# // out[0], out[step] ...: R rows of a weight, `step` rows apart, times row n
 # template <int R>
-# void plain_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
-#                 const int16_t* q, const float* xs, int64_t blocks,
-#                 float* out) {
+# void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
+#                  const Quantised& x, int64_t n, float* out) {
 #   for (int r = 0; r < R; ++r, out += step) {
 #     *out = 0;
-#     for (int64_t b = 0; b < blocks; ++b) {
-#       const uint8_t* bytes = w + (r * step * blocks + b) * 16;
-#       const int16_t* x = q + start(b);
+#     for (int64_t b = 0; b < x.blocks; ++b) {
+#       const int64_t at = r * step * x.blocks + b;
+#       const auto& [even, odd] = x.line(n)[b].values;
 #       int32_t s = 0;
-#       for (int i = 0; i < 16; i += 2)
-#         s += TWICE[bytes[i] & 15] * x[i / 2]
-#              + TWICE[bytes[i] >> 4] * x[i / 2 + 2 * GROUP]
-#              + TWICE[bytes[i + 1] & 15] * x[i / 2 + GROUP]
-#              + TWICE[bytes[i + 1] >> 4] * x[i / 2 + 3 * GROUP];
-#       *out += s * (power(scales[r * step * blocks + b]) * xs[4 * b]);
+#       for (int i = 0; i < 16; ++i)
+#         s += TWICE[w[16 * at + i] & 15] * even[i]
+#              + TWICE[w[16 * at + i] >> 4] * odd[i];
+#       *out += s * (power(scales[at]) * x.half(n)[b]);
 #     }
 #   }
 # }
-#
-# #if !defined(GPTOSS_AVX2) && !defined(GPTOSS_NEON)
-# template <int R>
-# constexpr auto packed_dots = plain_dots<R>;
 # #endif
 # ```
 
@@ -607,127 +619,159 @@ assert torch.equal(power.nan_to_num(), by_decoder.nan_to_num())
 print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 
 # %% [markdown]
-# The centre of the chapter. 32 bytes hold the weights of two blocks. Their
-# low nibbles and, after a shift, their high nibbles select from the table:
-# 64 weights in five instructions (shift, two masks, two lookups). `pmaddwd`
-# wants 16-bit numbers; a shift by 8 moves the even byte of each pair into the
-# upper half, and a mask leaves the odd one there: four more instructions.
-# Both are now 256 times too large, so the row is divided by 256 at its end
-# (exercise 2: why no sum overflows). Sign extension, the usual way, widens
-# only the lower half of a register and would take six.
+# The centre of the chapter: the digits of {eq}`kernels-digits`. A shift by 4
+# brings the high nibbles down, and two lookups make of the bytes the numbers
+# $w_i + 12$ of the even elements and those of the odd ones. `pshufb` needs a
+# mask before it, as it looks at more than four bits of an index. AVX-512 has
+# `vpermb`, which looks at six: with the table in it four times over, no mask
+# is needed.
 #
-# Since the halves of the sum belong to different blocks, one conversion and
-# one multiply-add serve 64 weights. Their factor is made in registers, too:
-# the scale bytes are loaded for all places at once, a shuffle puts each into
-# the top byte of its block's four floats, a shift by one makes it an exponent.
-# An earlier version made all factors of a row beforehand, eight at a time and
-# stored. That is fewer instructions, and took a seventh longer (one thread,
-# weights in the L2 cache): what was just stored has to be read back. Byte 255
-# now gives infinity, and the row's end turns infinity into NaN: $y + 0 y$.
+# Then come the products. `vpdpbusd`, of AVX-512 VNNI or AVX-VNNI, multiplies
+# unsigned bytes by signed ones and adds four neighbours to a 32-bit sum.
+# Without it, AVX2 multiplies and adds two neighbours in 16 bits, adds the odd
+# elements to the even ones, at most $4 \cdot 24 \cdot 128 = 12288$, and then
+# widens.
 #
-# Newer processors multiply, add neighbours and add to a sum in one
-# instruction, `vpdpwssd` of AVX-512 VNNI or AVX-VNNI, with the same integers
-# as result. Where the compiler finds it, it is used.
+# An earlier version widened the weights to 16 bits (AVX2 by shifts and masks,
+# AVX-512 by `vpermw`, which looks up 16-bit numbers) and multiplied those: 20
+# instructions for four blocks with AVX-512, their factors included, where the
+# bytes take 13. In the L1 cache that is 27.9 instead of 21.6 GB/s a thread.
 
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
 # #ifdef GPTOSS_AVX2
-# // sums, plus sixteen products added in pairs
-# inline __m256i add_products(__m256i sums, __m256i a, __m256i b) {
-# #ifdef GPTOSS_AVX512
-#   return _mm256_dpwssd_epi32(sums, a, b);
-# #elif defined(GPTOSS_VNNI)
-#   return _mm256_dpwssd_avx_epi32(sums, a, b);
-# #else
-#   return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
-# #endif
-# }
+# constexpr uint8_t ABOVE[16] = {12, 13, 14, 15, 16, 18, 20, 24,  // TWICE + 12
+#                                12, 11, 10, 9, 8, 6, 4, 0};
+# using Sums = float __attribute__((vector_size(16 * SIDE)));
+# using Words = int32_t __attribute__((vector_size(16 * SIDE)));
+# using Pairs = uint16_t __attribute__((vector_size(16 * SIDE)));
+# using Digit = int8_t[2][SIDE][16];  // of even elements, of odd ones
 #
-# #ifndef GPTOSS_AVX512
-# using Bytes = __m256i;
-# using Sums = __m256;
+# #ifdef GPTOSS_AVX512
+# using Bytes = __m512i;
 #
 # inline Bytes table() {
-#   return _mm256_broadcastsi128_si256(load<__m128i>(TWICE));
+#   return _mm512_broadcast_i32x4(load<__m128i>(ABOVE));
 # }
 #
-# // 2 ** (scale - 127) of the blocks, each in four places; 255: infinity
-# inline Sums powers(const uint8_t* scales) {
-#   const Ints place = Ints{0, 0, 0, 0, 1, 1, 1, 1} << 24 | 0x808080;
-#   const __m256i both = _mm256_set1_epi16(load<int16_t>(scales));
-#   const __m256i top = _mm256_shuffle_epi8(both, (__m256i)place);
-#   return (Sums)_mm256_max_epi32(_mm256_srli_epi32(top, 1),
-#                                 _mm256_set1_epi32(1 << 22));
+# inline Bytes look_up(Bytes values, Bytes nibbles) {
+# #ifdef __AVX512VBMI__
+#   return _mm512_permutexvar_epi8(nibbles, values);
+# #else
+#   return _mm512_shuffle_epi8(
+#       values, _mm512_and_si512(nibbles, _mm512_set1_epi8(15)));
+# #endif
 # }
 #
-# // 32 bytes of weights times 64 activations; each half is one block's sum
-# inline Sums dots(Bytes bytes, const int16_t* q, Bytes values) {
-#   const __m256i low = _mm256_set1_epi8(15);
-#   const __m256i high = _mm256_set1_epi16(short(0xff00));
-#   const __m256i next = _mm256_srli_epi16(bytes, 4);
-#   auto look_up = [&](__m256i nibbles) {
-#     return _mm256_shuffle_epi8(values, _mm256_and_si256(nibbles, low));
-#   };
-#   const __m256i a = look_up(bytes), b = look_up(next);
-#   auto add = [q](__m256i sums, __m256i w, int group) {
-#     return add_products(sums, w, load<__m256i>(q + group * GROUP));
-#   };
-#   // a byte in the upper half of 16 bits is 256 times its value
-#   __m256i s = add(__m256i{}, _mm256_slli_epi16(a, 8), 0);
-#   __m256i t = add(__m256i{}, _mm256_and_si256(a, high), 1);
-#   s = add(s, _mm256_slli_epi16(b, 8), 2);
-#   t = add(t, _mm256_and_si256(b, high), 3);
-#   return _mm256_cvtepi32_ps(_mm256_add_epi32(s, t));
+# // sums of four neighbours: a times the even elements' digits, b the odd
+# ones' inline Words products(Words sums, Bytes a, Bytes b, const Digit& x) {
+# const Bytes s = _mm512_dpbusd_epi32((Bytes)sums, a, load<Bytes>(x[0]));
+# return (Words)_mm512_dpbusd_epi32(s, b, load<Bytes>(x[1])); } #else using
+# Bytes = __m256i;
+#
+# inline Bytes table() {
+#   return _mm256_broadcastsi128_si256(load<__m128i>(ABOVE));
+# }
+#
+# inline Bytes look_up(Bytes values, Bytes nibbles) {
+#   return _mm256_shuffle_epi8(
+#       values, _mm256_and_si256(nibbles, _mm256_set1_epi8(15)));
+# }
+#
+# inline Words products(Words sums, Bytes a, Bytes b, const Digit& x) {
+#   const Bytes even = load<Bytes>(x[0]), odd = load<Bytes>(x[1]);
+# #ifdef GPTOSS_VNNI
+#   const Bytes s = _mm256_dpbusd_avx_epi32((Bytes)sums, a, even);
+#   return (Words)_mm256_dpbusd_avx_epi32(s, b, odd);
+# #else
+#   const Bytes two = _mm256_add_epi16(_mm256_maddubs_epi16(a, even),
+#                                      _mm256_maddubs_epi16(b, odd));
+#   return sums + (Words)_mm256_madd_epi16(two, _mm256_set1_epi16(1));
+# #endif
 # }
 # #endif
+#
+# // SIDE blocks of weights times a group: a lane sums what four bytes give
+# inline Sums dots(Bytes bytes, const Group& x, Bytes values) {
+#   const Bytes a = look_up(values, bytes);
+#   const Bytes b = look_up(values, (Bytes)((Pairs)bytes >> 4));
+#   const Words high = products(Words{}, a, b, x.digits[0]);
+#   const Words low = products(load<Words>(x.offset), a, b, x.digits[1]);
+#   return __builtin_convertvector((high << 8) + low, Sums);
+# }
 # ```
 
 # %% [markdown]
-# With AVX-512 the detour over bytes ends. `vpermw` looks up 16-bit numbers by
-# the low five bits of 16-bit indices. The fifth bit belongs to the next
-# nibble, so the table holds its sixteen values twice, and no mask is needed:
-# shifted by 0, 4, 8 and 12, the same register selects its four nibbles, each
-# ready to be multiplied. What takes fourteen instructions for 64 weights with
-# AVX2 and VNNI, the sum of the products included, takes twelve for 128.
+# One conversion and one multiply-add serve `SIDE` blocks, and want the blocks'
+# factors, each in four lanes. They are made in registers, `LANES` blocks at a
+# time: the scale bytes become exponents by a shift, are multiplied by the
+# steps, and one permutation for each group puts them where they are needed.
+# Byte 255 gives infinity, which the row's end turns into NaN: $y + 0 y$.
+#
+# 90 blocks are no whole number of registers. What is missing of the scales is
+# filled up with 127, the scale 1, and what is missing of the weights with
+# zeros; both meet activations that are zero. Filled up with zeros the scales
+# would be $2^{-127}$, and a processor takes its time with a subnormal number:
+# so written, the whole product took 8 % longer (one thread, weights in the L1
+# cache).
 
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
 # #ifdef GPTOSS_AVX512
-# using Bytes = __m512i;
-# using Sums = __m512;
+# inline __mmask16 first(int64_t count) { return (1u << count) - 1; }
 #
-# inline Bytes table() {  // 256 times the value, as with AVX2
-#   const __m256i values = _mm256_cvtepi8_epi16(load<__m128i>(TWICE));
-#   return _mm512_broadcast_i64x4(_mm256_slli_epi16(values, 8));
+# inline __m128i load_scales(const uint8_t* from, int64_t count) {
+#   return _mm_mask_loadu_epi8(_mm_set1_epi8(127), first(count), from);
 # }
 #
-#
-# inline Sums powers(const uint8_t* scales) {
-#   const __m512i place = _mm512_or_si512(_mm512_set1_epi32(0x808080),
-#       _mm512_slli_epi32(_mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1,
-#                                          0, 0, 0, 0), 24));
-#   const __m512i four = _mm512_set1_epi32(load<int32_t>(scales));
-#   const __m512i top = _mm512_shuffle_epi8(four, place);
-#   return (Sums)_mm512_max_epi32(_mm512_srli_epi32(top, 1),
-#                                 _mm512_set1_epi32(1 << 22));
+# inline Bytes load_blocks(const uint8_t* from, int64_t count) {
+#   return count < SIDE ? _mm512_maskz_loadu_epi32(first(4 * count), from)
+#                       : load<Bytes>(from);
 # }
 #
-# // 64 bytes of weights times 128 activations; each quarter is a block's sum
-# inline Sums dots(Bytes bytes, const int16_t* q, Bytes values) {
-#   auto add = [&](Bytes sums, int shift, int group) {
-#     const Bytes w = _mm512_permutexvar_epi16(
-#         _mm512_srli_epi16(bytes, shift), values);
-#     return _mm512_dpwssd_epi32(sums, w, load<Bytes>(q + group * GROUP));
-#   };
-#   const Bytes s = add(add(Bytes{}, 0, 0), 4, 2);
-#   const Bytes t = add(add(Bytes{}, 8, 1), 12, 3);
-#   return _mm512_cvtepi32_ps(_mm512_add_epi32(s, t));
+# // 2 ** (scale - 127) times half the step; infinity for 255
+# inline Sums factors(__m128i scales, const float* halves) {
+#   const Bytes bits = _mm512_slli_epi32(_mm512_cvtepu8_epi32(scales), 23);
+#   return (Sums)_mm512_max_epi32(bits, _mm512_set1_epi32(1 << 22))
+#          * load<Sums>(halves);
+# }
+#
+# // the factors of group g, each in four lanes
+# inline Sums spread(Sums factors, int g) {
+#   const Words place = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
+#   return (Sums)_mm512_permutexvar_ps((Bytes)(place + 4 * g),
+#                                      (__m512)factors);
 # }
 #
 # inline float sum(Sums v) {
-#   const __m512d both = _mm512_castps_pd(v);
+#   const __m512d both = _mm512_castps_pd((__m512)v);
 #   return sum((Floats)_mm512_castpd512_pd256(both)
 #              + (Floats)_mm512_extractf64x4_pd(both, 1));
+# }
+# #else
+# inline __m128i load_scales(const uint8_t* from, int64_t count) {
+#   uint64_t eight = 0x7f7f7f7f7f7f7f7f;
+#   if (count == LANES) eight = load<uint64_t>(from);
+#   for (int64_t i = count; count < LANES && i--;)
+#     eight = eight << 8 | from[i];
+#   return _mm_cvtsi64_si128(eight);
+# }
+#
+# inline Bytes load_blocks(const uint8_t* from, int64_t count) {
+#   return count < SIDE ? _mm256_zextsi128_si256(load<__m128i>(from))
+#                       : load<Bytes>(from);
+# }
+#
+# inline Sums factors(__m128i scales, const float* halves) {
+#   const Bytes bits = _mm256_slli_epi32(_mm256_cvtepu8_epi32(scales), 23);
+#   return (Sums)_mm256_max_epi32(bits, _mm256_set1_epi32(1 << 22))
+#          * load<Sums>(halves);
+# }
+#
+# inline Sums spread(Sums factors, int g) {
+#   const Words place = {0, 0, 0, 0, 1, 1, 1, 1};
+#   return (Sums)_mm256_permutevar8x32_ps((__m256)factors,
+#                                         (Bytes)(place + 2 * g));
 # }
 # #endif
 # ```
@@ -737,31 +781,42 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 # apart. Processors fetch ahead along a stream of addresses, each stream for
 # itself and only to the end of a 4 KiB page: with one stream everything waits
 # at every page, with four the others go on. The prefetch asks for the bytes
-# that the same row needs half a KiB later. `hold` keeps the compiler from
-# reading a row's bytes again for each of their four uses.
+# that the same row needs a quarter of a KiB later. `hold` keeps the compiler
+# from reading a row's bytes again for their second use. `some` is told how
+# many blocks there are as a type where that is known, so that whole registers
+# are loaded without a question.
 
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
-# // out[0], out[step] ...: R rows of a weight, `step` rows apart, times x
+# // out[0], out[step] ...: R rows of a weight, `step` rows apart, times row n
 # template <int R>
 # void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
-#                  const int16_t* q, const float* xs, int64_t blocks,
-#                  float* out) {
+#                  const Quantised& x, int64_t n, float* out) {
 #   const Bytes values = table();
+#   const int64_t blocks = x.blocks, row = step * blocks;
+#   const Group* group = &x.groups[n * x.some];
+#   const float* halves = x.half(n);
 #   Sums total[R] = {};
-#   for (int64_t b = 0; b < blocks; b += SIDE) {
-#     const int64_t first = std::min(b, blocks - SIDE);
-#     for (int r = 0; r < R; ++r) {
-#       const int64_t at = r * step * blocks + first;
-#       __builtin_prefetch(w + 16 * at + 512);
-#       Bytes bytes = load<Bytes>(w + 16 * at);
-#       hold(bytes);
-#       total[r] += dots(bytes, q + b * BLOCK, values)
-#                   * (powers(scales + at) * load<Sums>(xs + 4 * b));
-#     }
-#   }
+#   auto some = [&](int64_t b, auto count) {
+#     Sums factor[R];
+#     for (int r = 0; r < R; ++r)
+#       factor[r] = factors(load_scales(scales + r * row + b, count),
+#                           halves + b);
+#     for (int g = 0; g * SIDE < count; ++g, ++group)
+#       for (int r = 0; r < R; ++r) {
+#         const uint8_t* at = w + 16 * (r * row + b + g * SIDE);
+#         __builtin_prefetch(at + 256);
+#         Bytes bytes = load_blocks(at, count - g * SIDE);
+#         hold(bytes);
+#         total[r] += dots(bytes, *group, values) * spread(factor[r], g);
+#       }
+#   };
+#   int64_t b = 0;
+#   for (; b + LANES <= blocks; b += LANES)
+#     some(b, std::integral_constant<int64_t, LANES>());
+#   if (b < blocks) some(b, blocks - b);
 #   for (int r = 0; r < R; ++r) {
-#     const float y = sum(total[r]) / 256;
+#     const float y = sum(total[r]);
 #     out[r * step] = y + 0 * y;  // infinity becomes NaN
 #   }
 # }
@@ -777,41 +832,37 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
 # #ifdef GPTOSS_NEON
-# inline int32x4_t dots(uint8x16_t bytes, const int16_t* q, int8x16_t values) {
-#   const int16x8_t high = vdupq_n_s16(int16_t(0xff00));
-#   auto look_up = [&](uint8x16_t nibbles) {
-#     return vreinterpretq_s16_s8(vqtbl1q_s8(values, nibbles));
-#   };
-#   const int16x8_t a = look_up(vandq_u8(bytes, vdupq_n_u8(15)));
-#   const int16x8_t b = look_up(vshrq_n_u8(bytes, 4));
+# inline int32x4_t dots(uint8x16_t bytes, const Line& x, int8x16_t values) {
 #   int32x4_t s = {}, t = {};
-#   auto add = [&](int16x8_t w, int group) {
-#     const int16x8_t x = vld1q_s16(q + group * GROUP);
-#     s = vmlal_s16(s, vget_low_s16(w), vget_low_s16(x));
-#     t = vmlal_high_s16(t, w, x);
+#   auto add = [&](uint8x16_t nibbles, const int16_t* q) {
+#     const int8x16_t w = vqtbl1q_s8(values, nibbles);
+#     const int16x8_t half[] = {vmovl_s8(vget_low_s8(w)), vmovl_high_s8(w)};
+#     for (int i = 0; i < 2; ++i) {
+#       const int16x8_t eight = vld1q_s16(q + 8 * i);
+#       s = vmlal_s16(s, vget_low_s16(half[i]), vget_low_s16(eight));
+#       t = vmlal_high_s16(t, half[i], eight);
+#     }
 #   };
-#   add(vshlq_n_s16(a, 8), 0);
-#   add(vandq_s16(a, high), 1);
-#   add(vshlq_n_s16(b, 8), 2);
-#   add(vandq_s16(b, high), 3);
+#   add(vandq_u8(bytes, vdupq_n_u8(15)), x.values[0]);
+#   add(vshrq_n_u8(bytes, 4), x.values[1]);
 #   return vaddq_s32(s, t);
 # }
 #
 # template <int R>
 # void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
-#                  const int16_t* q, const float* xs, int64_t blocks,
-#                  float* out) {
+#                  const Quantised& x, int64_t n, float* out) {
 #   const int8x16_t values = vld1q_s8(TWICE);
 #   float32x4_t total[R] = {};
-#   for (int64_t b = 0; b < blocks; ++b, q += 4 * GROUP)
+#   for (int64_t b = 0; b < x.blocks; ++b)
 #     for (int r = 0; r < R; ++r) {
-#       const int64_t at = r * step * blocks + b;
+#       const int64_t at = r * step * x.blocks + b;
 #       __builtin_prefetch(w + 16 * at + 512);
-#       total[r] = vfmaq_n_f32(
-#           total[r], vcvtq_f32_s32(dots(vld1q_u8(w + 16 * at), q, values)),
-#           power(scales[at]) * xs[4 * b]);
+#       const int32x4_t part = dots(vld1q_u8(w + 16 * at), x.line(n)[b],
+#                                   values);
+#       total[r] = vfmaq_n_f32(total[r], vcvtq_f32_s32(part),
+#                              power(scales[at]) * x.half(n)[b]);
 #     }
-#   for (int r = 0; r < R; ++r) out[r * step] = vaddvq_f32(total[r]) / 256;
+#   for (int r = 0; r < R; ++r) out[r * step] = vaddvq_f32(total[r]);
 # }
 # #endif
 # ```
@@ -847,7 +898,7 @@ if {"plain torch", "the chapter's kernel", "only reading"} <= set(names):
 # For a tile, pairs of columns must lie side by side, row after row, so that
 # one activation pair, broadcast, meets eight rows in one instruction:
 # `values[b][u][m]` holds, for 16 rows, the two columns of block b that meet
-# the activations at `start(b) + GROUP * u + 2 * m`. Rows become columns by
+# `values[u][2 * m]` of a line and the number behind it. Rows become columns by
 # four rounds of interleaving, like riffling a deck.
 
 # %% [markdown] tags=["export:kernels.cpp"]
@@ -856,7 +907,7 @@ if {"plain torch", "the chapter's kernel", "only reading"} <= set(names):
 # constexpr int64_t CHUNK = 10;  // blocks: 10 KiB of integers, a third of L1
 #
 # struct Tile {  // 16 rows of a weight, pairs of columns side by side
-#   alignas(64) int16_t values[CHUNK][4][4][16][2];
+#   alignas(64) int16_t values[CHUNK][2][8][16][2];
 #   alignas(64) float factors[CHUNK][16];
 # };
 #
@@ -882,12 +933,12 @@ if {"plain torch", "the chapter's kernel", "only reading"} <= set(names):
 #       tile.factors[b][r] = power(scales[r * blocks + b]);
 #     }
 #     transpose(v);
-#     for (int u = 0; u < 4; ++u)  // low nibbles of even, odd bytes; high ones
-#       for (int m = 0; m < 4; ++m) {
+#     for (int u = 0; u < 2; ++u)  // low nibbles, high nibbles
+#       for (int m = 0; m < 8; ++m) {
 #         __m128i two[2];
 #         for (int i = 0; i < 2; ++i) {
-#           __m128i bytes = v[4 * m + 2 * i + u % 2];
-#           bytes = u < 2 ? bytes : _mm_srli_epi16(bytes, 4);
+#           __m128i bytes = v[2 * m + i];
+#           bytes = u ? _mm_srli_epi16(bytes, 4) : bytes;
 #           two[i] = _mm_shuffle_epi8(values, _mm_and_si128(bytes, low));
 #         }
 #         auto to = reinterpret_cast<__m256i*>(tile.values[b][u][m]);
@@ -921,24 +972,34 @@ print(deck[3][:3])
 # constexpr int TOKENS = 5;  // ten sums, two weights, one activation
 #
 # struct Few {  // tokens that are multiplied with a tile together
-#   const int16_t* q[TOKENS];
-#   const float* scale[TOKENS];
+#   const Line* lines[TOKENS];
+#   const float* halves[TOKENS];
 #   float* out[TOKENS];  // 16 sums each
 # };
 #
+# // sums, plus sixteen products added in pairs
+# inline __m256i add_products(__m256i sums, __m256i a, __m256i b) {
+# #ifdef GPTOSS_AVX512
+#   return _mm256_dpwssd_epi32(sums, a, b);
+# #elif defined(GPTOSS_VNNI)
+#   return _mm256_dpwssd_avx_epi32(sums, a, b);
+# #else
+#   return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
+# #endif
+# }
+#
 # // adds blocks first ... first + count - 1 of 16 rows to the tokens' sums
-# void multiply_tile(const Tile& tile, const Few& few, const Quantised& x,
-#                    int64_t first, int64_t count) {
+# void multiply_tile(const Tile& tile, const Few& few, int64_t first,
+#                    int64_t count) {
 #   for (int64_t b = 0; b < count; ++b) {
 #     __m256i s[TOKENS][2] = {};
-#     const int64_t place = x.place(first + b), at = start(place);
-#     for (int u = 0; u < 4; ++u)
-#       for (int m = 0; m < 4; ++m) {
+#     for (int u = 0; u < 2; ++u)
+#       for (int m = 0; m < 8; ++m) {
 #         auto w = reinterpret_cast<const __m256i*>(tile.values[b][u][m]);
 #         const __m256i w0 = w[0], w1 = w[1];
 #         for (int t = 0; t < TOKENS; ++t) {
-#           const __m256i x = _mm256_set1_epi32(
-#               load<int32_t>(few.q[t] + at + GROUP * u + 2 * m));
+#           const __m256i x = _mm256_set1_epi32(load<int32_t>(
+#               &few.lines[t][first + b].values[u][2 * m]));
 #           s[t][0] = add_products(s[t][0], w0, x);
 #           s[t][1] = add_products(s[t][1], w1, x);
 #           hold(s[t][0]), hold(s[t][1]);
@@ -948,7 +1009,7 @@ print(deck[3][:3])
 #       for (int half = 0; half < 2; ++half) {
 #         float* to = few.out[t] + 8 * half;
 #         const Floats f = load<Floats>(&tile.factors[b][8 * half])
-#                          * few.scale[t][4 * place];
+#                          * few.halves[t][first + b];
 #         store(to, load<Floats>(to)
 #                   + (Floats)_mm256_cvtepi32_ps(s[t][half]) * f);
 #       }
@@ -1015,13 +1076,11 @@ print(deck[3][:3])
 #   const int64_t blocks = x.blocks, step = rows / 4;
 #   auto run = [&](auto dots, int64_t r) {
 #     for (size_t i = 0; i < inputs.size(); ++i)
-#       dots(w + 16 * r * blocks, scales + r * blocks, step,
-#            x.row(inputs[i]), x.scale(inputs[i]), blocks, out + i * rows + r);
+#       dots(w + 16 * r * blocks, scales + r * blocks, step, x, inputs[i],
+#            out + i * rows + r);
 #   };
-#   const bool full = blocks >= SIDE;
-#   for (int64_t r = 0; r < step && full; ++r) run(packed_dots<4>, r);
-#   for (int64_t r = full ? 4 * step : 0; r < rows; ++r)
-#     run(full ? packed_dots<1> : plain_dots<1>, r);
+#   for (int64_t r = 0; r < step; ++r) run(packed_dots<4>, r);
+#   for (int64_t r = 4 * step; r < rows; ++r) run(packed_dots<1>, r);
 # }
 #
 # #ifdef GPTOSS_AVX2
@@ -1041,11 +1100,11 @@ print(deck[3][:3])
 #       for (int64_t t = 0; t < TOKENS; ++t) {
 #         const bool real = i + t < count;
 #         const int64_t n = inputs[real ? i + t : i];
-#         few.q[t] = x.row(n);
-#         few.scale[t] = x.scale(n);
+#         few.lines[t] = x.line(n);
+#         few.halves[t] = x.half(n);
 #         few.out[t] = real ? out + (i + t) * ROWS : spare;
 #       }
-#       multiply_tile(tile, few, x, b, some);
+#       multiply_tile(tile, few, b, some);
 #     }
 #   }
 # }
@@ -3750,23 +3809,24 @@ block = torch.randn(32, dtype=torch.float64)
 block[7] = 1000.0
 weights = torch.full((32,), 1.0, dtype=torch.float64)
 weights[7] = 0
-error = (rounded(block[None], 32767)[0] - block) @ weights
-bound = 1000 / 65534 * weights.abs().sum()
+error = (rounded(block[None], 32639)[0] - block) @ weights
+bound = 1000 / 65278 * weights.abs().sum()
 assert error.abs() <= bound
 print(f"bound {bound.item():.2f}, so up to half of one activation")
 
 # %% [markdown]
 # ### Exercise 2
 #
-# In `dots` the weights are 256 times too large. Why does no sum overflow
-# 32 bits, and why does its conversion to fp32 lose nothing? In a tile one lane
-# sums a whole block, at its own size. From which width of activations on would
-# that conversion round?
+# In `dots` a lane sums four bytes' products, of numbers up to 24 and digits up
+# to 128 in size. Why does no sum overflow 32 bits, and why does its conversion
+# to fp32 lose nothing? In a tile one lane sums a whole block. From which width
+# of activations on would that conversion round?
 
 # %% tags=["hide-cell"]
-lane = 8 * 12 * 32767  # four lanes share a block, so 8 products each
-assert 256 * lane < 2 ** 31  # no overflow
-assert lane < 2 ** 24  # and 24 bits that count: the 8 below them are 0
+digits = 8 * 24 * 128  # four bytes are eight weights
+assert 256 * digits + digits + 12 * 8 * 32639 < 2 ** 31  # no overflow
+lane = 8 * 12 * 32639  # what remains at the end: weights times activations
+assert lane < 2 ** 24  # every whole number up to it is a float
 
 
 def exact_in_a_tile(bits: int) -> bool:

@@ -112,48 +112,40 @@ Buffer floats(const Tensor& x) {
 
 constexpr int64_t BLOCK = 32;
 #ifdef GPTOSS_AVX512
-constexpr int64_t SIDE = 4;  // blocks that lie interleaved
+constexpr int64_t SIDE = 4;  // blocks in a register
 #elif defined(GPTOSS_AVX2)
 constexpr int64_t SIDE = 2;
 #else
 constexpr int64_t SIDE = 1;
 #endif
-constexpr int64_t GROUP = 8 * SIDE;  // a quarter of each of them
+constexpr int64_t LANES = 4 * SIDE;  // 32-bit numbers in a register
 
-struct alignas(64) Line {  // as memory delivers it
-  int16_t values[BLOCK];
+struct Line {
+  int16_t values[2][BLOCK / 2];  // a block's even elements, its odd ones
 };
 
-// Rows of 16-bit integers and, four times for each block, its factor. Blocks
-// lie in groups of SIDE; the last group also takes blocks of the one before,
-// with factors of zero, if it would not be full.
+struct alignas(64) Group {
+  int8_t digits[2][2][SIDE][16];  // the high ones, the low ones; even, odd
+  int32_t offset[SIDE][4];        // -12 times the sum over four bytes
+};
+
+// rows of 16-bit integers, and for each block half the step between them
 struct Quantised {
-  int64_t blocks, groups;
+  int64_t blocks, some;  // some: blocks / SIDE, rounded up
   std::vector<Line> lines;
-  Buffer factors;
+  std::vector<Group> groups;
+  Buffer halves;  // a row of them is filled up to whole registers
 
   Quantised(int64_t rows, int64_t blocks)
-      : blocks(blocks), groups((blocks + SIDE - 1) / SIDE),
-        lines(rows * groups * SIDE), factors(rows * groups * SIDE * 4) {}
+      : blocks(blocks), some((blocks + SIDE - 1) / SIDE),
+        lines(rows * blocks), groups(SIDE > 1 ? rows * some : 0),
+        halves(rows * some * SIDE + LANES) {}
 
-  int64_t place(int64_t b) const {  // of block b among a row's
-    return b < (groups - 1) * SIDE || blocks < SIDE
-               ? b : groups * SIDE - blocks + b;
-  }
-  int16_t* row(int64_t n) { return lines[n * groups * SIDE].values; }
-  float* scale(int64_t n) { return &factors[n * groups * SIDE * 4]; }
-  const int16_t* row(int64_t n) const {
-    return lines[n * groups * SIDE].values;
-  }
-  const float* scale(int64_t n) const {
-    return &factors[n * groups * SIDE * 4];
-  }
+  Line* line(int64_t n) { return &lines[n * blocks]; }
+  float* half(int64_t n) { return &halves[n * some * SIDE]; }
+  const Line* line(int64_t n) const { return &lines[n * blocks]; }
+  const float* half(int64_t n) const { return &halves[n * some * SIDE]; }
 };
-
-// where the block in that place of a row begins
-inline int64_t start(int64_t b) {
-  return b / SIDE * 4 * GROUP + b % SIDE * 8;
-}
 
 inline float largest(const Floats (&part)[4]) {
   Floats top = {};
@@ -166,22 +158,35 @@ inline float largest(const Floats (&part)[4]) {
   return found;
 }
 
+constexpr float MOST = 127 * 256 + 127;
+
 // the step between integers: a power of two for what was stored in bf16,
-// whose largest is then at most 255 * 2**7; otherwise the finest
+// whose largest is then at most 255 * 2**6; otherwise the finest
 inline float step(float largest, bool stored) {
-  if (!stored) return largest / 32767;
+  if (!stored) return largest / MOST;
   const uint32_t exponent = load<uint32_t>(&largest) & 0x7f800000;
-  return load<float>(&exponent) / 16384;
+  return load<float>(&exponent) / 8192;
 }
 
 using Reals = float __attribute__((vector_size(128)));  // of a block
 using Whole = int32_t __attribute__((vector_size(128)));
 using Shorts = int16_t __attribute__((vector_size(64)));
+using Digits = int8_t __attribute__((vector_size(32)));
+
+// q = 256 * high + low, both in -128 ... 127, for the block in that place
+inline void split(Shorts q, int64_t place, Group& to) {
+  const Digits digits[] = {__builtin_convertvector((q + 128) >> 8, Digits),
+                           __builtin_convertvector(q, Digits)};
+  for (int d = 0; d < 2; ++d)
+    for (int odd = 0; odd < 2; ++odd)
+      std::memcpy(to.digits[d][odd][place],
+                  reinterpret_cast<const char*>(&digits[d]) + 16 * odd, 16);
+  for (int i = 0; i < 16; ++i)
+    to.offset[place][i / 4] -= 12 * (q[i] + q[16 + i]);
+}
 
 void quantise(const float* x, bool stored, int64_t n, Quantised& to) {
   for (int64_t b = 0; b < to.blocks; ++b, x += BLOCK) {
-    const int64_t place = to.place(b);
-    int16_t* at = to.row(n) + start(place);
     Floats part[4], odd = {};
     for (int i = 0; i < 4; ++i) {
       part[i] = load<Floats>(x + 8 * i);
@@ -192,14 +197,13 @@ void quantise(const float* x, bool stored, int64_t n, Quantised& to) {
     // adding 1.5 * 2**23 leaves the nearest integer in the low bits
     const auto all = (Whole)(load<Reals>(x) * up + 12582912.0f);
     const Shorts near = __builtin_convertvector(all - 0x4b400000, Shorts);
-    const Shorts four = __builtin_shufflevector(
+    const Shorts q = __builtin_shufflevector(
         near, near,
-        0, 4, 8, 12, 16, 20, 24, 28, 2, 6, 10, 14, 18, 22, 26, 30,
-        1, 5, 9, 13, 17, 21, 25, 29, 3, 7, 11, 15, 19, 23, 27, 31);
-    for (int i = 0; i < 4; ++i)
-      std::memcpy(at + i * GROUP, reinterpret_cast<const char*>(&four)
-                                      + 16 * i, 16);
-    std::fill_n(to.scale(n) + 4 * place, 4, scale / 2 + sum(odd));
+        0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+        1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    std::memcpy(to.line(n)[b].values, &q, sizeof q);
+    to.half(n)[b] = scale / 2 + sum(odd);
+    if (SIDE > 1) split(q, b % SIDE, to.groups[n * to.some + b / SIDE]);
   }
 }
 
@@ -223,182 +227,211 @@ inline float power(uint8_t scale) {  // 2 ** (scale - 127); NaN for 255
 constexpr int8_t TWICE[16] = {0, 1, 2, 3, 4, 6, 8, 12,
                               0, -1, -2, -3, -4, -6, -8, -12};
 
-// out[0], out[step] ...: R rows of a weight, `step` rows apart, times x
+#if !defined(GPTOSS_AVX2) && !defined(GPTOSS_NEON)
+// out[0], out[step] ...: R rows of a weight, `step` rows apart, times row n
 template <int R>
-void plain_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
-                const int16_t* q, const float* xs, int64_t blocks,
-                float* out) {
+void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
+                 const Quantised& x, int64_t n, float* out) {
   for (int r = 0; r < R; ++r, out += step) {
     *out = 0;
-    for (int64_t b = 0; b < blocks; ++b) {
-      const uint8_t* bytes = w + (r * step * blocks + b) * 16;
-      const int16_t* x = q + start(b);
+    for (int64_t b = 0; b < x.blocks; ++b) {
+      const int64_t at = r * step * x.blocks + b;
+      const auto& [even, odd] = x.line(n)[b].values;
       int32_t s = 0;
-      for (int i = 0; i < 16; i += 2)
-        s += TWICE[bytes[i] & 15] * x[i / 2]
-             + TWICE[bytes[i] >> 4] * x[i / 2 + 2 * GROUP]
-             + TWICE[bytes[i + 1] & 15] * x[i / 2 + GROUP]
-             + TWICE[bytes[i + 1] >> 4] * x[i / 2 + 3 * GROUP];
-      *out += s * (power(scales[r * step * blocks + b]) * xs[4 * b]);
+      for (int i = 0; i < 16; ++i)
+        s += TWICE[w[16 * at + i] & 15] * even[i]
+             + TWICE[w[16 * at + i] >> 4] * odd[i];
+      *out += s * (power(scales[at]) * x.half(n)[b]);
     }
   }
 }
-
-#if !defined(GPTOSS_AVX2) && !defined(GPTOSS_NEON)
-template <int R>
-constexpr auto packed_dots = plain_dots<R>;
 #endif
 
 #ifdef GPTOSS_AVX2
-// sums, plus sixteen products added in pairs
-inline __m256i add_products(__m256i sums, __m256i a, __m256i b) {
-#ifdef GPTOSS_AVX512
-  return _mm256_dpwssd_epi32(sums, a, b);
-#elif defined(GPTOSS_VNNI)
-  return _mm256_dpwssd_avx_epi32(sums, a, b);
-#else
-  return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
-#endif
-}
-
-#ifndef GPTOSS_AVX512
-using Bytes = __m256i;
-using Sums = __m256;
-
-inline Bytes table() {
-  return _mm256_broadcastsi128_si256(load<__m128i>(TWICE));
-}
-
-// 2 ** (scale - 127) of the blocks, each in four places; 255: infinity
-inline Sums powers(const uint8_t* scales) {
-  const Ints place = Ints{0, 0, 0, 0, 1, 1, 1, 1} << 24 | 0x808080;
-  const __m256i both = _mm256_set1_epi16(load<int16_t>(scales));
-  const __m256i top = _mm256_shuffle_epi8(both, (__m256i)place);
-  return (Sums)_mm256_max_epi32(_mm256_srli_epi32(top, 1),
-                                _mm256_set1_epi32(1 << 22));
-}
-
-// 32 bytes of weights times 64 activations; each half is one block's sum
-inline Sums dots(Bytes bytes, const int16_t* q, Bytes values) {
-  const __m256i low = _mm256_set1_epi8(15);
-  const __m256i high = _mm256_set1_epi16(short(0xff00));
-  const __m256i next = _mm256_srli_epi16(bytes, 4);
-  auto look_up = [&](__m256i nibbles) {
-    return _mm256_shuffle_epi8(values, _mm256_and_si256(nibbles, low));
-  };
-  const __m256i a = look_up(bytes), b = look_up(next);
-  auto add = [q](__m256i sums, __m256i w, int group) {
-    return add_products(sums, w, load<__m256i>(q + group * GROUP));
-  };
-  // a byte in the upper half of 16 bits is 256 times its value
-  __m256i s = add(__m256i{}, _mm256_slli_epi16(a, 8), 0);
-  __m256i t = add(__m256i{}, _mm256_and_si256(a, high), 1);
-  s = add(s, _mm256_slli_epi16(b, 8), 2);
-  t = add(t, _mm256_and_si256(b, high), 3);
-  return _mm256_cvtepi32_ps(_mm256_add_epi32(s, t));
-}
-#endif
+constexpr uint8_t ABOVE[16] = {12, 13, 14, 15, 16, 18, 20, 24,  // TWICE + 12
+                               12, 11, 10, 9, 8, 6, 4, 0};
+using Sums = float __attribute__((vector_size(16 * SIDE)));
+using Words = int32_t __attribute__((vector_size(16 * SIDE)));
+using Pairs = uint16_t __attribute__((vector_size(16 * SIDE)));
+using Digit = int8_t[2][SIDE][16];  // of even elements, of odd ones
 
 #ifdef GPTOSS_AVX512
 using Bytes = __m512i;
-using Sums = __m512;
 
-inline Bytes table() {  // 256 times the value, as with AVX2
-  const __m256i values = _mm256_cvtepi8_epi16(load<__m128i>(TWICE));
-  return _mm512_broadcast_i64x4(_mm256_slli_epi16(values, 8));
+inline Bytes table() {
+  return _mm512_broadcast_i32x4(load<__m128i>(ABOVE));
 }
 
-
-inline Sums powers(const uint8_t* scales) {
-  const __m512i place = _mm512_or_si512(_mm512_set1_epi32(0x808080),
-      _mm512_slli_epi32(_mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1,
-                                         0, 0, 0, 0), 24));
-  const __m512i four = _mm512_set1_epi32(load<int32_t>(scales));
-  const __m512i top = _mm512_shuffle_epi8(four, place);
-  return (Sums)_mm512_max_epi32(_mm512_srli_epi32(top, 1),
-                                _mm512_set1_epi32(1 << 22));
+inline Bytes look_up(Bytes values, Bytes nibbles) {
+#ifdef __AVX512VBMI__
+  return _mm512_permutexvar_epi8(nibbles, values);
+#else
+  return _mm512_shuffle_epi8(
+      values, _mm512_and_si512(nibbles, _mm512_set1_epi8(15)));
+#endif
 }
 
-// 64 bytes of weights times 128 activations; each quarter is a block's sum
-inline Sums dots(Bytes bytes, const int16_t* q, Bytes values) {
-  auto add = [&](Bytes sums, int shift, int group) {
-    const Bytes w = _mm512_permutexvar_epi16(
-        _mm512_srli_epi16(bytes, shift), values);
-    return _mm512_dpwssd_epi32(sums, w, load<Bytes>(q + group * GROUP));
-  };
-  const Bytes s = add(add(Bytes{}, 0, 0), 4, 2);
-  const Bytes t = add(add(Bytes{}, 8, 1), 12, 3);
-  return _mm512_cvtepi32_ps(_mm512_add_epi32(s, t));
+// sums of four neighbours: a times the even elements' digits, b the odd
+ones' inline Words products(Words sums, Bytes a, Bytes b, const Digit& x) {
+const Bytes s = _mm512_dpbusd_epi32((Bytes)sums, a, load<Bytes>(x[0]));
+return (Words)_mm512_dpbusd_epi32(s, b, load<Bytes>(x[1])); } #else using
+Bytes = __m256i;
+
+inline Bytes table() {
+  return _mm256_broadcastsi128_si256(load<__m128i>(ABOVE));
 }
 
-inline float sum(Sums v) {
-  const __m512d both = _mm512_castps_pd(v);
-  return sum((Floats)_mm512_castpd512_pd256(both)
-             + (Floats)_mm512_extractf64x4_pd(both, 1));
+inline Bytes look_up(Bytes values, Bytes nibbles) {
+  return _mm256_shuffle_epi8(
+      values, _mm256_and_si256(nibbles, _mm256_set1_epi8(15)));
+}
+
+inline Words products(Words sums, Bytes a, Bytes b, const Digit& x) {
+  const Bytes even = load<Bytes>(x[0]), odd = load<Bytes>(x[1]);
+#ifdef GPTOSS_VNNI
+  const Bytes s = _mm256_dpbusd_avx_epi32((Bytes)sums, a, even);
+  return (Words)_mm256_dpbusd_avx_epi32(s, b, odd);
+#else
+  const Bytes two = _mm256_add_epi16(_mm256_maddubs_epi16(a, even),
+                                     _mm256_maddubs_epi16(b, odd));
+  return sums + (Words)_mm256_madd_epi16(two, _mm256_set1_epi16(1));
+#endif
 }
 #endif
 
-// out[0], out[step] ...: R rows of a weight, `step` rows apart, times x
+// SIDE blocks of weights times a group: a lane sums what four bytes give
+inline Sums dots(Bytes bytes, const Group& x, Bytes values) {
+  const Bytes a = look_up(values, bytes);
+  const Bytes b = look_up(values, (Bytes)((Pairs)bytes >> 4));
+  const Words high = products(Words{}, a, b, x.digits[0]);
+  const Words low = products(load<Words>(x.offset), a, b, x.digits[1]);
+  return __builtin_convertvector((high << 8) + low, Sums);
+}
+
+#ifdef GPTOSS_AVX512
+inline __mmask16 first(int64_t count) { return (1u << count) - 1; }
+
+inline __m128i load_scales(const uint8_t* from, int64_t count) {
+  return _mm_mask_loadu_epi8(_mm_set1_epi8(127), first(count), from);
+}
+
+inline Bytes load_blocks(const uint8_t* from, int64_t count) {
+  return count < SIDE ? _mm512_maskz_loadu_epi32(first(4 * count), from)
+                      : load<Bytes>(from);
+}
+
+// 2 ** (scale - 127) times half the step; infinity for 255
+inline Sums factors(__m128i scales, const float* halves) {
+  const Bytes bits = _mm512_slli_epi32(_mm512_cvtepu8_epi32(scales), 23);
+  return (Sums)_mm512_max_epi32(bits, _mm512_set1_epi32(1 << 22))
+         * load<Sums>(halves);
+}
+
+// the factors of group g, each in four lanes
+inline Sums spread(Sums factors, int g) {
+  const Words place = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
+  return (Sums)_mm512_permutexvar_ps((Bytes)(place + 4 * g),
+                                     (__m512)factors);
+}
+
+inline float sum(Sums v) {
+  const __m512d both = _mm512_castps_pd((__m512)v);
+  return sum((Floats)_mm512_castpd512_pd256(both)
+             + (Floats)_mm512_extractf64x4_pd(both, 1));
+}
+#else
+inline __m128i load_scales(const uint8_t* from, int64_t count) {
+  uint64_t eight = 0x7f7f7f7f7f7f7f7f;
+  if (count == LANES) eight = load<uint64_t>(from);
+  for (int64_t i = count; count < LANES && i--;)
+    eight = eight << 8 | from[i];
+  return _mm_cvtsi64_si128(eight);
+}
+
+inline Bytes load_blocks(const uint8_t* from, int64_t count) {
+  return count < SIDE ? _mm256_zextsi128_si256(load<__m128i>(from))
+                      : load<Bytes>(from);
+}
+
+inline Sums factors(__m128i scales, const float* halves) {
+  const Bytes bits = _mm256_slli_epi32(_mm256_cvtepu8_epi32(scales), 23);
+  return (Sums)_mm256_max_epi32(bits, _mm256_set1_epi32(1 << 22))
+         * load<Sums>(halves);
+}
+
+inline Sums spread(Sums factors, int g) {
+  const Words place = {0, 0, 0, 0, 1, 1, 1, 1};
+  return (Sums)_mm256_permutevar8x32_ps((__m256)factors,
+                                        (Bytes)(place + 2 * g));
+}
+#endif
+
+// out[0], out[step] ...: R rows of a weight, `step` rows apart, times row n
 template <int R>
 void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
-                 const int16_t* q, const float* xs, int64_t blocks,
-                 float* out) {
+                 const Quantised& x, int64_t n, float* out) {
   const Bytes values = table();
+  const int64_t blocks = x.blocks, row = step * blocks;
+  const Group* group = &x.groups[n * x.some];
+  const float* halves = x.half(n);
   Sums total[R] = {};
-  for (int64_t b = 0; b < blocks; b += SIDE) {
-    const int64_t first = std::min(b, blocks - SIDE);
-    for (int r = 0; r < R; ++r) {
-      const int64_t at = r * step * blocks + first;
-      __builtin_prefetch(w + 16 * at + 512);
-      Bytes bytes = load<Bytes>(w + 16 * at);
-      hold(bytes);
-      total[r] += dots(bytes, q + b * BLOCK, values)
-                  * (powers(scales + at) * load<Sums>(xs + 4 * b));
-    }
-  }
+  auto some = [&](int64_t b, auto count) {
+    Sums factor[R];
+    for (int r = 0; r < R; ++r)
+      factor[r] = factors(load_scales(scales + r * row + b, count),
+                          halves + b);
+    for (int g = 0; g * SIDE < count; ++g, ++group)
+      for (int r = 0; r < R; ++r) {
+        const uint8_t* at = w + 16 * (r * row + b + g * SIDE);
+        __builtin_prefetch(at + 256);
+        Bytes bytes = load_blocks(at, count - g * SIDE);
+        hold(bytes);
+        total[r] += dots(bytes, *group, values) * spread(factor[r], g);
+      }
+  };
+  int64_t b = 0;
+  for (; b + LANES <= blocks; b += LANES)
+    some(b, std::integral_constant<int64_t, LANES>());
+  if (b < blocks) some(b, blocks - b);
   for (int r = 0; r < R; ++r) {
-    const float y = sum(total[r]) / 256;
+    const float y = sum(total[r]);
     out[r * step] = y + 0 * y;  // infinity becomes NaN
   }
 }
 #endif
 
 #ifdef GPTOSS_NEON
-inline int32x4_t dots(uint8x16_t bytes, const int16_t* q, int8x16_t values) {
-  const int16x8_t high = vdupq_n_s16(int16_t(0xff00));
-  auto look_up = [&](uint8x16_t nibbles) {
-    return vreinterpretq_s16_s8(vqtbl1q_s8(values, nibbles));
-  };
-  const int16x8_t a = look_up(vandq_u8(bytes, vdupq_n_u8(15)));
-  const int16x8_t b = look_up(vshrq_n_u8(bytes, 4));
+inline int32x4_t dots(uint8x16_t bytes, const Line& x, int8x16_t values) {
   int32x4_t s = {}, t = {};
-  auto add = [&](int16x8_t w, int group) {
-    const int16x8_t x = vld1q_s16(q + group * GROUP);
-    s = vmlal_s16(s, vget_low_s16(w), vget_low_s16(x));
-    t = vmlal_high_s16(t, w, x);
+  auto add = [&](uint8x16_t nibbles, const int16_t* q) {
+    const int8x16_t w = vqtbl1q_s8(values, nibbles);
+    const int16x8_t half[] = {vmovl_s8(vget_low_s8(w)), vmovl_high_s8(w)};
+    for (int i = 0; i < 2; ++i) {
+      const int16x8_t eight = vld1q_s16(q + 8 * i);
+      s = vmlal_s16(s, vget_low_s16(half[i]), vget_low_s16(eight));
+      t = vmlal_high_s16(t, half[i], eight);
+    }
   };
-  add(vshlq_n_s16(a, 8), 0);
-  add(vandq_s16(a, high), 1);
-  add(vshlq_n_s16(b, 8), 2);
-  add(vandq_s16(b, high), 3);
+  add(vandq_u8(bytes, vdupq_n_u8(15)), x.values[0]);
+  add(vshrq_n_u8(bytes, 4), x.values[1]);
   return vaddq_s32(s, t);
 }
 
 template <int R>
 void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
-                 const int16_t* q, const float* xs, int64_t blocks,
-                 float* out) {
+                 const Quantised& x, int64_t n, float* out) {
   const int8x16_t values = vld1q_s8(TWICE);
   float32x4_t total[R] = {};
-  for (int64_t b = 0; b < blocks; ++b, q += 4 * GROUP)
+  for (int64_t b = 0; b < x.blocks; ++b)
     for (int r = 0; r < R; ++r) {
-      const int64_t at = r * step * blocks + b;
+      const int64_t at = r * step * x.blocks + b;
       __builtin_prefetch(w + 16 * at + 512);
-      total[r] = vfmaq_n_f32(
-          total[r], vcvtq_f32_s32(dots(vld1q_u8(w + 16 * at), q, values)),
-          power(scales[at]) * xs[4 * b]);
+      const int32x4_t part = dots(vld1q_u8(w + 16 * at), x.line(n)[b],
+                                  values);
+      total[r] = vfmaq_n_f32(total[r], vcvtq_f32_s32(part),
+                             power(scales[at]) * x.half(n)[b]);
     }
-  for (int r = 0; r < R; ++r) out[r * step] = vaddvq_f32(total[r]) / 256;
+  for (int r = 0; r < R; ++r) out[r * step] = vaddvq_f32(total[r]);
 }
 #endif
 
@@ -406,7 +439,7 @@ void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
 constexpr int64_t CHUNK = 10;  // blocks: 10 KiB of integers, a third of L1
 
 struct Tile {  // 16 rows of a weight, pairs of columns side by side
-  alignas(64) int16_t values[CHUNK][4][4][16][2];
+  alignas(64) int16_t values[CHUNK][2][8][16][2];
   alignas(64) float factors[CHUNK][16];
 };
 
@@ -432,12 +465,12 @@ void decode_tile(const uint8_t* w, const uint8_t* scales, int64_t blocks,
       tile.factors[b][r] = power(scales[r * blocks + b]);
     }
     transpose(v);
-    for (int u = 0; u < 4; ++u)  // low nibbles of even, odd bytes; high ones
-      for (int m = 0; m < 4; ++m) {
+    for (int u = 0; u < 2; ++u)  // low nibbles, high nibbles
+      for (int m = 0; m < 8; ++m) {
         __m128i two[2];
         for (int i = 0; i < 2; ++i) {
-          __m128i bytes = v[4 * m + 2 * i + u % 2];
-          bytes = u < 2 ? bytes : _mm_srli_epi16(bytes, 4);
+          __m128i bytes = v[2 * m + i];
+          bytes = u ? _mm_srli_epi16(bytes, 4) : bytes;
           two[i] = _mm_shuffle_epi8(values, _mm_and_si128(bytes, low));
         }
         auto to = reinterpret_cast<__m256i*>(tile.values[b][u][m]);
@@ -450,24 +483,34 @@ void decode_tile(const uint8_t* w, const uint8_t* scales, int64_t blocks,
 constexpr int TOKENS = 5;  // ten sums, two weights, one activation
 
 struct Few {  // tokens that are multiplied with a tile together
-  const int16_t* q[TOKENS];
-  const float* scale[TOKENS];
+  const Line* lines[TOKENS];
+  const float* halves[TOKENS];
   float* out[TOKENS];  // 16 sums each
 };
 
+// sums, plus sixteen products added in pairs
+inline __m256i add_products(__m256i sums, __m256i a, __m256i b) {
+#ifdef GPTOSS_AVX512
+  return _mm256_dpwssd_epi32(sums, a, b);
+#elif defined(GPTOSS_VNNI)
+  return _mm256_dpwssd_avx_epi32(sums, a, b);
+#else
+  return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
+#endif
+}
+
 // adds blocks first ... first + count - 1 of 16 rows to the tokens' sums
-void multiply_tile(const Tile& tile, const Few& few, const Quantised& x,
-                   int64_t first, int64_t count) {
+void multiply_tile(const Tile& tile, const Few& few, int64_t first,
+                   int64_t count) {
   for (int64_t b = 0; b < count; ++b) {
     __m256i s[TOKENS][2] = {};
-    const int64_t place = x.place(first + b), at = start(place);
-    for (int u = 0; u < 4; ++u)
-      for (int m = 0; m < 4; ++m) {
+    for (int u = 0; u < 2; ++u)
+      for (int m = 0; m < 8; ++m) {
         auto w = reinterpret_cast<const __m256i*>(tile.values[b][u][m]);
         const __m256i w0 = w[0], w1 = w[1];
         for (int t = 0; t < TOKENS; ++t) {
-          const __m256i x = _mm256_set1_epi32(
-              load<int32_t>(few.q[t] + at + GROUP * u + 2 * m));
+          const __m256i x = _mm256_set1_epi32(load<int32_t>(
+              &few.lines[t][first + b].values[u][2 * m]));
           s[t][0] = add_products(s[t][0], w0, x);
           s[t][1] = add_products(s[t][1], w1, x);
           hold(s[t][0]), hold(s[t][1]);
@@ -477,7 +520,7 @@ void multiply_tile(const Tile& tile, const Few& few, const Quantised& x,
       for (int half = 0; half < 2; ++half) {
         float* to = few.out[t] + 8 * half;
         const Floats f = load<Floats>(&tile.factors[b][8 * half])
-                         * few.scale[t][4 * place];
+                         * few.halves[t][first + b];
         store(to, load<Floats>(to)
                   + (Floats)_mm256_cvtepi32_ps(s[t][half]) * f);
       }
@@ -526,13 +569,11 @@ void rows_for_few(const uint8_t* w, const uint8_t* scales, int64_t rows,
   const int64_t blocks = x.blocks, step = rows / 4;
   auto run = [&](auto dots, int64_t r) {
     for (size_t i = 0; i < inputs.size(); ++i)
-      dots(w + 16 * r * blocks, scales + r * blocks, step,
-           x.row(inputs[i]), x.scale(inputs[i]), blocks, out + i * rows + r);
+      dots(w + 16 * r * blocks, scales + r * blocks, step, x, inputs[i],
+           out + i * rows + r);
   };
-  const bool full = blocks >= SIDE;
-  for (int64_t r = 0; r < step && full; ++r) run(packed_dots<4>, r);
-  for (int64_t r = full ? 4 * step : 0; r < rows; ++r)
-    run(full ? packed_dots<1> : plain_dots<1>, r);
+  for (int64_t r = 0; r < step; ++r) run(packed_dots<4>, r);
+  for (int64_t r = 4 * step; r < rows; ++r) run(packed_dots<1>, r);
 }
 
 #ifdef GPTOSS_AVX2
@@ -552,11 +593,11 @@ void rows_for_many(const uint8_t* w, const uint8_t* scales,
       for (int64_t t = 0; t < TOKENS; ++t) {
         const bool real = i + t < count;
         const int64_t n = inputs[real ? i + t : i];
-        few.q[t] = x.row(n);
-        few.scale[t] = x.scale(n);
+        few.lines[t] = x.line(n);
+        few.halves[t] = x.half(n);
         few.out[t] = real ? out + (i + t) * ROWS : spare;
       }
-      multiply_tile(tile, few, x, b, some);
+      multiply_tile(tile, few, b, some);
     }
   }
 }
