@@ -259,7 +259,7 @@ from gptoss.experts import Experts
 from gptoss.masks import positions_from_mask, visible
 from gptoss.mxfp4 import decode, define_operator
 from gptoss.rope import apply_rope, rope_parameters, rope_tables
-from gptoss.routing import Router
+from gptoss.routing import Router, route
 from gptoss.sinks import attention_concat, attention_flash
 
 
@@ -382,8 +382,9 @@ print(torch.equal(out.detach(), whole), tuple(sinks.grad.shape))
 
 # %% [markdown]
 # The large matrices are multiplied behind an operator too, and the rotation
-# of chapter 4 gets one. With the norm above and the experts of chapter 8 that
-# makes five: five kernels, and the whole model runs on another device.
+# of chapter 4 and the choice of chapter 7 get one each. With the norm above
+# and the experts of chapter 8 that makes six: six kernels, and the whole model
+# runs on another device.
 
 # %% tags=["export"]
 define_operator(
@@ -391,6 +392,8 @@ define_operator(
     F.linear)
 define_operator(
     "gptoss::rope(Tensor x, Tensor cos, Tensor sin) -> Tensor", apply_rope)
+define_operator(
+    "gptoss::route(Tensor logits, int k) -> (Tensor, Tensor)", route)
 
 
 class Linear(nn.Linear):
@@ -401,7 +404,11 @@ class Linear(nn.Linear):
 
 
 class _Router(Router, Linear):
-    """Chapter 7's router, whose product is the operator's, too."""
+    """Chapter 7's router, whose product and choice are operators, too."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = torch.ops.gptoss.linear(x, self.weight, self.bias)
+        return torch.ops.gptoss.route(logits, self.k)
 
 
 # %%

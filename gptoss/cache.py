@@ -120,10 +120,22 @@ class Ring:
         if plan.before is not None:
             seen = (torch.cat([self.k, k], 1), torch.cat([self.v, v], 1))
             positions = torch.cat([plan.before, plan.positions], 1)
-        row, column, slot = plan.ring
-        self.k[row, slot] = k[row, column]
-        self.v[row, slot] = v[row, column]
+        _write(self.k, k, plan.ring)
+        _write(self.v, v, plan.ring)
         return *seen, positions
+
+
+def _write(to: Tensor, new: Tensor,
+           target: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Put the tokens of new (B, T, G, C) that a plan keeps into their slots.
+
+    If it keeps all, as for every token of decode, nothing is gathered.
+    """
+    row, column, slot = target
+    kept = new.flatten(0, 1)
+    if len(row) < len(kept):
+        kept = new[row, column]
+    to[row, slot] = kept
 
 
 @torch.inference_mode(False)
@@ -160,9 +172,8 @@ class Tape:
     def update(self, k: Tensor, v: Tensor, plan: Plan
                ) -> tuple[Tensor, Tensor, Tensor]:
         """Write the chunk; return views of all that is held."""
-        row, column, slot = plan.tape
-        self.k[row, slot] = k[row, column]
-        self.v[row, slot] = v[row, column]
+        _write(self.k, k, plan.tape)
+        _write(self.v, v, plan.tape)
         used = plan.tape_positions.shape[1]
         return self.k[:, :used], self.v[:, :used], plan.tape_positions
 

@@ -96,9 +96,22 @@ const Number* numbers(const Tensor& x) {
   return static_cast<const Number*>(x.const_data_ptr());
 }
 
+// the nearest bf16 numbers, of two equally near the even one; NaN: 0x7fc0
+inline void narrow(Floats x, Number* eight) {
+  using Halves = uint16_t __attribute__((vector_size(16)));
+  const Ints bits = (Ints)x;
+  const Ints up = bits + 0x7fff + (bits >> 16 & 1);
+  const Ints near = x == x ? up >> 16 : Ints{} + 0x7fc0;
+  const Halves halves = __builtin_convertvector(near, Halves);
+  std::memcpy(eight, &halves, sizeof halves);
+}
+
 template <class From, class To>
 void convert(const From* from, int64_t count, To* to) {
   at::parallel_for(0, count, 1 << 15, [&](int64_t begin, int64_t end) {
+    if constexpr (std::is_same_v<From, float> && std::is_same_v<To, Number>)
+      for (; begin + 8 <= end; begin += 8)
+        narrow(load<Floats>(from + begin), to + begin);
     std::copy(from + begin, from + end, to + begin);
   });
 }
@@ -271,11 +284,13 @@ inline Bytes look_up(Bytes values, Bytes nibbles) {
 #endif
 }
 
-// sums of four neighbours: a times the even elements' digits, b the odd
-ones' inline Words products(Words sums, Bytes a, Bytes b, const Digit& x) {
-const Bytes s = _mm512_dpbusd_epi32((Bytes)sums, a, load<Bytes>(x[0]));
-return (Words)_mm512_dpbusd_epi32(s, b, load<Bytes>(x[1])); } #else using
-Bytes = __m256i;
+// sums of four neighbours: a times digits of even elements, b of odd ones
+inline Words products(Words sums, Bytes a, Bytes b, const Digit& x) {
+  const Bytes s = _mm512_dpbusd_epi32((Bytes)sums, a, load<Bytes>(x[0]));
+  return (Words)_mm512_dpbusd_epi32(s, b, load<Bytes>(x[1]));
+}
+#else
+using Bytes = __m256i;
 
 inline Bytes table() {
   return _mm256_broadcastsi128_si256(load<__m128i>(ABOVE));
@@ -718,7 +733,11 @@ inline Floats odd(Ints pairs) {
 #ifdef GPTOSS_BF16
 constexpr int64_t STREAMS = 4;
 
-std::vector<Number> ready(const Buffer& x) { return {x.begin(), x.end()}; }
+std::vector<Number> ready(const Buffer& x) {
+  std::vector<Number> to(x.size());
+  convert(x.data(), x.size(), to.data());
+  return to;
+}
 
 template <int R>
 void dense_dots(const Number* w, int64_t step, const Number* x, int64_t n,
@@ -913,8 +932,9 @@ struct Tables {
 // 32 ... 47, then the others
 std::vector<Number> compact_ready(const Buffer& x) {
   std::vector<Number> to(x.size());
-  for (size_t k = 0; k < x.size(); ++k)
-    to[k / 64 * 64 + k % 32 / 16 * 32 + k % 64 / 32 * 16 + k % 16] = x[k];
+  for (size_t k = 0; k < x.size(); k += 8)
+    narrow(load<Floats>(&x[k]), &to[k / 64 * 64 + k % 32 / 16 * 32
+                                    + k % 64 / 32 * 16 + k % 16]);
   return to;
 }
 
@@ -1347,6 +1367,25 @@ Buffer rope_rows(const Buffer& x, const Buffer& cos, const Buffer& sin,
   return y;
 }
 
+// ids (k,) of the largest logits, and the softmax over these as weights
+void choose(const float* logits, int64_t E, int64_t k, int64_t* ids,
+            float* weights) {
+  std::vector<int64_t> order(E);
+  for (int64_t e = 0; e < E; ++e) order[e] = e;
+  auto before = [logits](int64_t a, int64_t b) {
+    const bool x = std::isnan(logits[a]), y = std::isnan(logits[b]);
+    if (x || y || logits[a] == logits[b]) return x == y ? a < b : x;
+    return logits[a] > logits[b];
+  };
+  std::partial_sort(order.begin(), order.begin() + k, order.end(), before);
+  float total = 0;
+  for (int64_t i = 0; i < k; ++i) {
+    ids[i] = order[i];
+    total += weights[i] = std::exp(logits[order[i]] - logits[order[0]]);
+  }
+  for (int64_t i = 0; i < k; ++i) weights[i] /= total;
+}
+
 bool enabled = true;
 
 bool ours(std::initializer_list<Tensor> numbers) {  // bf16, on by default
@@ -1364,7 +1403,7 @@ bool packed(std::initializer_list<Tensor> bytes) {
 
 // the same operator in plain torch: gptoss::plain_NAME
 template <class Signature, class... Arguments>
-Tensor plain(const char* name, const Arguments&... arguments) {
+auto plain(const char* name, const Arguments&... arguments) {
   return c10::Dispatcher::singleton()
       .findSchemaOrThrow((std::string("gptoss::plain_") + name).c_str(), "")
       .typed<Signature>()
@@ -1501,6 +1540,22 @@ Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin) {
                           floats(sin.expand(shape)), x.size(2), shape[2]));
 }
 
+std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t k) {
+  const int64_t E = logits.size(-1);
+  if (!ours({logits}) || logits.dim() != 2 || k < 1 || k > E)
+    return plain<decltype(route)>("route", logits, k);
+  const Buffer from = floats(logits);
+  const int64_t N = logits.size(0);
+  Tensor ids = at::empty({N, k}, logits.options().dtype(at::kLong));
+  int64_t* id = ids.data_ptr<int64_t>();
+  Buffer weights(N * k);
+  at::parallel_for(0, N, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n)
+      choose(&from[n * E], E, k, id + n * k, &weights[n * k]);
+  });
+  return {result(logits, k, weights), ids};
+}
+
 bool learns(const Tensor& x) { return x.requires_grad(); }
 bool learns(const std::optional<Tensor>& x) {
   return x && x->requires_grad();
@@ -1509,21 +1564,21 @@ template <class Other>
 bool learns(const Other&) { return false; }
 
 // what stands before a kernel while gradients are recorded
-template <auto function, const char* name, class... Arguments>
-Tensor gated(Arguments... arguments) {
+template <auto function, const char* name, class Result, class... Arguments>
+Result gated(Arguments... arguments) {
   if (at::GradMode::is_enabled() && (learns(arguments) || ...))
-    return plain<Tensor(Arguments...)>(name, arguments...);
+    return plain<Result(Arguments...)>(name, arguments...);
   at::AutoDispatchBelowADInplaceOrView below;
   return function(arguments...);
 }
 
-template <auto function, const char* name, class... Arguments>
-constexpr auto gate(Tensor (*)(Arguments...)) {
-  return gated<function, name, Arguments...>;
+template <auto function, const char* name, class Result, class... Arguments>
+constexpr auto gate(Result (*)(Arguments...)) {
+  return gated<function, name, Result, Arguments...>;
 }
 
 constexpr char COMPACT[] = "compact_linear", LINEAR[] = "linear",
-               NORM[] = "rms_norm", ROPE[] = "rope",
+               NORM[] = "rms_norm", ROPE[] = "rope", ROUTE[] = "route",
                ATTENTION[] = "sink_attention";
 
 TORCH_LIBRARY_IMPL(gptoss, AutogradCPU, m) {
@@ -1531,6 +1586,7 @@ TORCH_LIBRARY_IMPL(gptoss, AutogradCPU, m) {
   m.impl("compact_linear", gate<compact_linear, COMPACT>(compact_linear));
   m.impl("rms_norm", gate<rms_norm, NORM>(rms_norm));
   m.impl("rope", gate<rope, ROPE>(rope));
+  m.impl("route", gate<route, ROUTE>(route));
   m.impl("sink_attention", gate<sink_attention, ATTENTION>(sink_attention));
 }
 
@@ -1539,6 +1595,7 @@ TORCH_LIBRARY_IMPL(gptoss, CPU, m) {
   m.impl("compact_linear", compact_linear);
   m.impl("rms_norm", rms_norm);
   m.impl("rope", rope);
+  m.impl("route", route);
   m.impl("sink_attention", sink_attention);
   m.impl("mxfp4_linear", mxfp4_linear);
   m.impl("packed_experts", packed_experts);

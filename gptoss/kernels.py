@@ -28,6 +28,7 @@ from gptoss.generate import Sampler, generate, peak_rss_bytes
 from gptoss.model import GptOss, attention_in_tiles, rms_norm
 from gptoss.mxfp4 import before_first_call, define_operator, linear_by_decoding
 from gptoss.rope import apply_rope
+from gptoss.routing import route
 
 # --- Built on first use ------------------------------------------------------
 
@@ -137,7 +138,7 @@ def build(variant: str = "auto") -> Path:
 PLAIN: dict[str, Callable] = {
     "mxfp4_linear": linear_by_decoding, "packed_experts": packed_by_decoding,
     "linear": F.linear, "compact_linear": linear_beside_compact,
-    "rms_norm": rms_norm, "rope": apply_rope,
+    "rms_norm": rms_norm, "rope": apply_rope, "route": route,
     "sink_attention": attention_in_tiles}
 _DERIVED = ("mxfp4_linear", "packed_experts")  # have a gradient of their own
 

@@ -18,7 +18,7 @@ from gptoss.experts import Experts
 from gptoss.masks import positions_from_mask, visible
 from gptoss.mxfp4 import decode, define_operator
 from gptoss.rope import apply_rope, rope_parameters, rope_tables
-from gptoss.routing import Router
+from gptoss.routing import Router, route
 from gptoss.sinks import attention_concat, attention_flash
 
 # --- RMSNorm -----------------------------------------------------------------
@@ -93,6 +93,8 @@ define_operator(
     F.linear)
 define_operator(
     "gptoss::rope(Tensor x, Tensor cos, Tensor sin) -> Tensor", apply_rope)
+define_operator(
+    "gptoss::route(Tensor logits, int k) -> (Tensor, Tensor)", route)
 
 
 class Linear(nn.Linear):
@@ -103,7 +105,11 @@ class Linear(nn.Linear):
 
 
 class _Router(Router, Linear):
-    """Chapter 7's router, whose product is the operator's, too."""
+    """Chapter 7's router, whose product and choice are operators, too."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = torch.ops.gptoss.linear(x, self.weight, self.bias)
+        return torch.ops.gptoss.route(logits, self.k)
 
 
 # --- The attention layer -----------------------------------------------------

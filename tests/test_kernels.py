@@ -84,7 +84,7 @@ def test_kernels_are_what_is_tested_here():
 # ---- every operator, every shape
 
 @few
-@given(st.integers(1, 12), st.integers(1, 40), st.integers(1, 11),
+@given(st.integers(1, 12), st.integers(1, 40), st.integers(1, 50),
        st.booleans(), st.integers(0, 99))
 def test_mxfp4_linear(tokens, rows, blocks, with_bias, seed):
     torch.manual_seed(seed)
@@ -215,6 +215,37 @@ def test_an_expert_that_is_none_is_refused():
                 torch.ones(1, 1).bfloat16(), packed.blocks, packed.scales,
                 torch.zeros(2, 32).bfloat16(), down.blocks[:, :, :1],
                 down.scales[:, :, :1], torch.zeros(2, 32).bfloat16(), 7.0)
+
+
+def test_results_are_rounded_as_torch_rounds():
+    """Sums of two numbers: ties, large against small, NaN and infinities."""
+    torch.manual_seed(0)
+    x = torch.zeros(20_000, 32).bfloat16()
+    x[:, :2] = torch.randn(20_000, 2) * 2.0 ** torch.randint(
+        -12, 12, (20_000, 2))
+    x[:4, 0] = torch.tensor([torch.nan, torch.inf, -torch.inf, 3e38])
+    x[3, 1] = 3e38  # their sum is more than a float holds
+    fast, slow, _ = three(OPS.linear, x, torch.ones(1, 32).bfloat16(), None)
+    exact = (x[:, :1].float() + x[:, 1:2].float()).bfloat16()
+    for y in (fast, slow):
+        torch.testing.assert_close(y, exact, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("experts", "k"), [(32, 4), (128, 4), (5, 5), (9, 1)])
+def test_route(experts, k):
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(3000, experts)).bfloat16()
+    logits[:1000] = logits[:1000].round()  # many are equal
+    logits[0], logits[1, 3], logits[2, 2] = torch.nan, torch.nan, torch.inf
+    logits[3], logits[4] = 0, -torch.inf
+    weights, ids = OPS.route(logits, k)
+    with kernels.plain_torch():
+        expected, expected_ids = OPS.route(logits, k)
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(weights, expected, rtol=1e-2, atol=0,
+                               equal_nan=True)
+    with pytest.raises(ValueError, match="num_experts_per_tok"):
+        OPS.route(logits, experts + 1)
 
 
 # ---- what is not bf16, and what learns
