@@ -719,7 +719,7 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 # %% [markdown]
 # One conversion and one multiply-add serve `SIDE` blocks, and want the blocks'
 # factors, each in four lanes. They are made in registers, `LANES` blocks at a
-# time: the scale bytes become exponents by a shift, are multiplied by the
+# time: the scale bytes become exponents by a shift, are multiplied by half the
 # steps, and one permutation for each group puts them where they are needed.
 # Byte 255 gives infinity, which the row's end turns into NaN: $y + 0 y$.
 #
@@ -3767,9 +3767,14 @@ print(f"a token of the 20b with Q8_0: "
 # bf16; in the first, memory had slowed to half when it ran, and it was 10.0.
 # The goal of 1.4 is **missed**; that of 1.0 against Q8_0 is met.
 #
-# Of memory's speed, ours used 70 and 71 %, the goal being 70: the packed
-# product does some 21 GB/s a thread, the dense one 27, and eight of a token's
-# 84 milliseconds go into everything else.
+# Three more rounds, with 128 tokens of prompt, show how far memory moves such
+# ratios: 0.98, 1.07 and 1.43 times llama.cpp with bf16, in twelve bits 1.51,
+# 1.31 and 1.23 times.
+#
+# Of memory's speed, ours used 70 and 71 %, the goal being 70, and 87, 63 and
+# 73 in the three rounds. When memory is fast the processor is the limit: the
+# packed product does some 21 GB/s a thread, the dense one 27, and eight of a
+# token's 84 milliseconds go into everything else.
 #
 # *The rest.* A prompt is read twice as fast as by llama.cpp. The 20b loads in
 # 0.2 s or less, because a page of the file is read when it is first touched,
