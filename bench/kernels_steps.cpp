@@ -22,8 +22,10 @@ struct Input {
   std::vector<int16_t> natural;  // x in 16 bits, in order
   std::vector<int16_t> paired;   // two blocks interleaved, for AVX2
   std::vector<int16_t> fours;    // four blocks, for AVX-512
-  std::vector<int8_t> digits;    // for four blocks 4 x 64: high, low digits
-  std::vector<int32_t> offsets;  // of even, odd elements; and four each
+  // for four blocks: high digits of their 64 even elements, of the odd ones,
+  // then the low digits; and -12 times the sum of every eight of x in 16 bits
+  std::vector<int8_t> digits;
+  std::vector<int32_t> offsets;
 };
 
 float sum(__m256 v) {

@@ -30,7 +30,7 @@
 # too much: what it has decoded goes back to memory.
 #
 # This chapter puts kernels in C++ that read each packed byte once under the
-# operators of chapters 2, 4, 8 and 10. Nothing in the model changes, and a
+# operators of chapters 2, 4, 7, 8 and 10. Nothing in the model changes, and a
 # reader without a compiler keeps the torch path, with one line that says so.
 
 # %%
@@ -462,20 +462,22 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 #
 # // rows of 16-bit integers, and for each block half the step between them
 # struct Quantised {
-#   int64_t blocks, some;  // some: blocks / SIDE, rounded up
+#   int64_t blocks, per_row;  // groups: blocks / SIDE, rounded up
 #   std::vector<Line> lines;
 #   std::vector<Group> groups;
 #   Buffer halves;  // a row of them is filled up to whole registers
 #
 #   Quantised(int64_t rows, int64_t blocks)
-#       : blocks(blocks), some((blocks + SIDE - 1) / SIDE),
-#         lines(rows * blocks), groups(SIDE > 1 ? rows * some : 0),
-#         halves(rows * some * SIDE + LANES) {}
+#       : blocks(blocks), per_row((blocks + SIDE - 1) / SIDE),
+#         lines(rows * blocks), groups(SIDE > 1 ? rows * per_row : 0),
+#         halves(rows * per_row * SIDE + LANES) {}
 #
 #   Line* line(int64_t n) { return &lines[n * blocks]; }
-#   float* half(int64_t n) { return &halves[n * some * SIDE]; }
+#   float* half(int64_t n) { return &halves[n * per_row * SIDE]; }
 #   const Line* line(int64_t n) const { return &lines[n * blocks]; }
-#   const float* half(int64_t n) const { return &halves[n * some * SIDE]; }
+#   const float* half(int64_t n) const {
+#     return &halves[n * per_row * SIDE];
+#   }
 # };
 # ```
 
@@ -542,7 +544,7 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 #         1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 #     std::memcpy(to.line(n)[b].values, &q, sizeof q);
 #     to.half(n)[b] = scale / 2 + sum(odd);
-#     if (SIDE > 1) split(q, b % SIDE, to.groups[n * to.some + b / SIDE]);
+#     if (SIDE > 1) split(q, b % SIDE, to.groups[n * to.per_row + b / SIDE]);
 #   }
 # }
 #
@@ -646,9 +648,10 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 # widens.
 #
 # An earlier version widened the weights to 16 bits (AVX2 by shifts and masks,
-# AVX-512 by `vpermw`, which looks up 16-bit numbers) and multiplied those: 20
-# instructions for four blocks with AVX-512, their factors included, where the
-# bytes take 13. In the L1 cache that is 27.9 instead of 21.6 GB/s a thread.
+# AVX-512 by `vpermw`, which looks up 16-bit numbers) and multiplied those: 18
+# instructions for four blocks with AVX-512, their factors included, loads not,
+# where the bytes take 13. In the L2 cache that is 28 instead of 22 GB/s a
+# thread.
 
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
@@ -727,7 +730,7 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 # filled up with 127, the scale 1, and what is missing of the weights with
 # zeros; both meet activations that are zero. Filled up with zeros the scales
 # would be $2^{-127}$, and a processor takes its time with a subnormal number:
-# so written, the whole product took 8 % longer (one thread, weights in the L1
+# so written, the whole product took 7 % longer (one thread, weights in the L1
 # cache).
 
 # %% [markdown] tags=["export:kernels.cpp"]
@@ -735,20 +738,14 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 # #ifdef GPTOSS_AVX512
 # inline __mmask16 first(int64_t count) { return (1u << count) - 1; }
 #
-# inline __m128i load_scales(const uint8_t* from, int64_t count) {
-#   return _mm_mask_loadu_epi8(_mm_set1_epi8(127), first(count), from);
+# inline Words load_scales(const uint8_t* from, int64_t count) {
+#   return (Words)_mm512_cvtepu8_epi32(
+#       _mm_mask_loadu_epi8(_mm_set1_epi8(127), first(count), from));
 # }
 #
 # inline Bytes load_blocks(const uint8_t* from, int64_t count) {
 #   return count < SIDE ? _mm512_maskz_loadu_epi32(first(4 * count), from)
 #                       : load<Bytes>(from);
-# }
-#
-# // 2 ** (scale - 127) times half the step; infinity for 255
-# inline Sums factors(__m128i scales, const float* halves) {
-#   const Bytes bits = _mm512_slli_epi32(_mm512_cvtepu8_epi32(scales), 23);
-#   return (Sums)_mm512_max_epi32(bits, _mm512_set1_epi32(1 << 22))
-#          * load<Sums>(halves);
 # }
 #
 # // the factors of group g, each in four lanes
@@ -764,23 +761,17 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 #              + (Floats)_mm512_extractf64x4_pd(both, 1));
 # }
 # #else
-# inline __m128i load_scales(const uint8_t* from, int64_t count) {
+# inline Words load_scales(const uint8_t* from, int64_t count) {
 #   uint64_t eight = 0x7f7f7f7f7f7f7f7f;
 #   if (count == LANES) eight = load<uint64_t>(from);
 #   for (int64_t i = count; count < LANES && i--;)
 #     eight = eight << 8 | from[i];
-#   return _mm_cvtsi64_si128(eight);
+#   return (Words)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(eight));
 # }
 #
 # inline Bytes load_blocks(const uint8_t* from, int64_t count) {
 #   return count < SIDE ? _mm256_zextsi128_si256(load<__m128i>(from))
 #                       : load<Bytes>(from);
-# }
-#
-# inline Sums factors(__m128i scales, const float* halves) {
-#   const Bytes bits = _mm256_slli_epi32(_mm256_cvtepu8_epi32(scales), 23);
-#   return (Sums)_mm256_max_epi32(bits, _mm256_set1_epi32(1 << 22))
-#          * load<Sums>(halves);
 # }
 #
 # inline Sums spread(Sums factors, int g) {
@@ -789,6 +780,13 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 #                                         (Bytes)(place + 2 * g));
 # }
 # #endif
+#
+# // 2 ** (scale - 127) times half the step; infinity for 255
+# inline Sums factors(Words scales, const float* halves) {
+#   const Words bits = scales << 23;
+#   const Words least = Words{} + (1 << 22);
+#   return (Sums)(bits > least ? bits : least) * load<Sums>(halves);
+# }
 # ```
 
 # %% [markdown]
@@ -809,7 +807,7 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 #                  const Quantised& x, int64_t n, float* out) {
 #   const Bytes values = table();
 #   const int64_t blocks = x.blocks, row = step * blocks;
-#   const Group* group = &x.groups[n * x.some];
+#   const Group* group = &x.groups[n * x.per_row];
 #   const float* halves = x.half(n);
 #   Sums total[R] = {};
 #   auto some = [&](int64_t b, auto count) {
@@ -2334,16 +2332,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 #                 rope_rows(floats(x), floats(cos.expand(shape)),
 #                           floats(sin.expand(shape)), x.size(2), shape[2]));
 # }
-# ```
-
-# %% [markdown]
-# Training goes on as before. Chapters 2 and 8 gave their operators a
-# derivative of their own; the others were compositions that torch
-# differentiates itself, which it cannot do through a kernel. So a gate stands
-# before them: if an argument asks for a gradient, the plain form runs.
-
-# %% [markdown] tags=["export:kernels.cpp"]
-# ```cpp
+#
 # std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t k) {
 #   const int64_t E = logits.size(-1);
 #   if (!ours({logits}) || logits.dim() != 2 || k < 1 || k > E)
@@ -2359,7 +2348,16 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 #   });
 #   return {result(logits, k, weights), ids};
 # }
-#
+# ```
+
+# %% [markdown]
+# Training goes on as before. Chapters 2 and 8 gave their operators a
+# derivative of their own; the others were compositions that torch
+# differentiates itself, which it cannot do through a kernel. So a gate stands
+# before them: if an argument asks for a gradient, the plain form runs.
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
 # bool learns(const Tensor& x) { return x.requires_grad(); }
 # bool learns(const std::optional<Tensor>& x) {
 #   return x && x->requires_grad();

@@ -144,20 +144,22 @@ struct alignas(64) Group {
 
 // rows of 16-bit integers, and for each block half the step between them
 struct Quantised {
-  int64_t blocks, some;  // some: blocks / SIDE, rounded up
+  int64_t blocks, per_row;  // groups: blocks / SIDE, rounded up
   std::vector<Line> lines;
   std::vector<Group> groups;
   Buffer halves;  // a row of them is filled up to whole registers
 
   Quantised(int64_t rows, int64_t blocks)
-      : blocks(blocks), some((blocks + SIDE - 1) / SIDE),
-        lines(rows * blocks), groups(SIDE > 1 ? rows * some : 0),
-        halves(rows * some * SIDE + LANES) {}
+      : blocks(blocks), per_row((blocks + SIDE - 1) / SIDE),
+        lines(rows * blocks), groups(SIDE > 1 ? rows * per_row : 0),
+        halves(rows * per_row * SIDE + LANES) {}
 
   Line* line(int64_t n) { return &lines[n * blocks]; }
-  float* half(int64_t n) { return &halves[n * some * SIDE]; }
+  float* half(int64_t n) { return &halves[n * per_row * SIDE]; }
   const Line* line(int64_t n) const { return &lines[n * blocks]; }
-  const float* half(int64_t n) const { return &halves[n * some * SIDE]; }
+  const float* half(int64_t n) const {
+    return &halves[n * per_row * SIDE];
+  }
 };
 
 inline float largest(const Floats (&part)[4]) {
@@ -216,7 +218,7 @@ void quantise(const float* x, bool stored, int64_t n, Quantised& to) {
         1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
     std::memcpy(to.line(n)[b].values, &q, sizeof q);
     to.half(n)[b] = scale / 2 + sum(odd);
-    if (SIDE > 1) split(q, b % SIDE, to.groups[n * to.some + b / SIDE]);
+    if (SIDE > 1) split(q, b % SIDE, to.groups[n * to.per_row + b / SIDE]);
   }
 }
 
@@ -326,20 +328,14 @@ inline Sums dots(Bytes bytes, const Group& x, Bytes values) {
 #ifdef GPTOSS_AVX512
 inline __mmask16 first(int64_t count) { return (1u << count) - 1; }
 
-inline __m128i load_scales(const uint8_t* from, int64_t count) {
-  return _mm_mask_loadu_epi8(_mm_set1_epi8(127), first(count), from);
+inline Words load_scales(const uint8_t* from, int64_t count) {
+  return (Words)_mm512_cvtepu8_epi32(
+      _mm_mask_loadu_epi8(_mm_set1_epi8(127), first(count), from));
 }
 
 inline Bytes load_blocks(const uint8_t* from, int64_t count) {
   return count < SIDE ? _mm512_maskz_loadu_epi32(first(4 * count), from)
                       : load<Bytes>(from);
-}
-
-// 2 ** (scale - 127) times half the step; infinity for 255
-inline Sums factors(__m128i scales, const float* halves) {
-  const Bytes bits = _mm512_slli_epi32(_mm512_cvtepu8_epi32(scales), 23);
-  return (Sums)_mm512_max_epi32(bits, _mm512_set1_epi32(1 << 22))
-         * load<Sums>(halves);
 }
 
 // the factors of group g, each in four lanes
@@ -355,23 +351,17 @@ inline float sum(Sums v) {
              + (Floats)_mm512_extractf64x4_pd(both, 1));
 }
 #else
-inline __m128i load_scales(const uint8_t* from, int64_t count) {
+inline Words load_scales(const uint8_t* from, int64_t count) {
   uint64_t eight = 0x7f7f7f7f7f7f7f7f;
   if (count == LANES) eight = load<uint64_t>(from);
   for (int64_t i = count; count < LANES && i--;)
     eight = eight << 8 | from[i];
-  return _mm_cvtsi64_si128(eight);
+  return (Words)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(eight));
 }
 
 inline Bytes load_blocks(const uint8_t* from, int64_t count) {
   return count < SIDE ? _mm256_zextsi128_si256(load<__m128i>(from))
                       : load<Bytes>(from);
-}
-
-inline Sums factors(__m128i scales, const float* halves) {
-  const Bytes bits = _mm256_slli_epi32(_mm256_cvtepu8_epi32(scales), 23);
-  return (Sums)_mm256_max_epi32(bits, _mm256_set1_epi32(1 << 22))
-         * load<Sums>(halves);
 }
 
 inline Sums spread(Sums factors, int g) {
@@ -381,13 +371,20 @@ inline Sums spread(Sums factors, int g) {
 }
 #endif
 
+// 2 ** (scale - 127) times half the step; infinity for 255
+inline Sums factors(Words scales, const float* halves) {
+  const Words bits = scales << 23;
+  const Words least = Words{} + (1 << 22);
+  return (Sums)(bits > least ? bits : least) * load<Sums>(halves);
+}
+
 // out[0], out[step] ...: R rows of a weight, `step` rows apart, times row n
 template <int R>
 void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
                  const Quantised& x, int64_t n, float* out) {
   const Bytes values = table();
   const int64_t blocks = x.blocks, row = step * blocks;
-  const Group* group = &x.groups[n * x.some];
+  const Group* group = &x.groups[n * x.per_row];
   const float* halves = x.half(n);
   Sums total[R] = {};
   auto some = [&](int64_t b, auto count) {

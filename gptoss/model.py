@@ -108,8 +108,7 @@ class _Router(Router, Linear):
     """Chapter 7's router, whose product and choice are operators, too."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        logits = torch.ops.gptoss.linear(x, self.weight, self.bias)
-        return torch.ops.gptoss.route(logits, self.k)
+        return torch.ops.gptoss.route(Linear.forward(self, x), self.k)
 
 
 # --- The attention layer -----------------------------------------------------
