@@ -2091,9 +2091,8 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 #
 # RMSNorm, RoPE and the choice of experts are little work, but in plain torch
 # they are nine, seven and six operations; for one token the calls cost more
-# than the arithmetic. They cost more than the same calls in a loop of their
-# own, too: between two of them a matrix has passed through the caches and
-# pushed out Python and torch.
+# than the arithmetic. Probably they cost more than in a loop of their own,
+# since between two of them a matrix passes through the caches.
 
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
