@@ -543,7 +543,7 @@ class _Storage:
             make((batch_size, size, config.num_key_value_heads,
                   config.head_dim), dtype, device)
             for make, size in map(sizes.get, config.layer_types)]
-        self._limit = ((longest, "max_position_embeddings")
+        self.limit = ((longest, "max_position_embeddings")
                        if max_tokens is None else (max_tokens, "max_tokens"))
         rings = sum(isinstance(layer, Ring) for layer in self.layers)
         self._replay = rings * (self.window - 1)
@@ -609,7 +609,7 @@ class _Intake(_Storage):
 
     def check(self, positions: Tensor) -> None:
         """Raise CacheError if a forward of positions (B, T) cannot run."""
-        check_positions(self.rows, positions, *self._limit)
+        check_positions(self.rows, positions, *self.limit)
 
     def _same(self, positions: Tensor) -> bool:
         """Are these the positions of the forward under way?"""
@@ -623,15 +623,18 @@ class _Intake(_Storage):
         if not self._same(positions):
             self.check(positions)
             plan = plan_chunk(self._rows, positions, self.slack)
-            for tape in self.layers:
-                if isinstance(tape, Tape):
-                    tape.reserve(plan.tape_positions.shape[1],
-                                 self._limit[0])
+            self.reserve(plan.tape_positions.shape[1])
             self._plan = plan
         if layer in plan.done:
             raise CacheError(f"layer {layer}: updated twice in one forward; "
                              "after a forward that failed call rollback()")
         return plan
+
+    def reserve(self, tokens: int) -> None:
+        """Have at least `tokens` slots on every tape."""
+        for tape in self.layers:
+            if isinstance(tape, Tape):
+                tape.reserve(tokens, self.limit[0])
 
     @torch.no_grad()
     def update(self, layer: int, k: Tensor, v: Tensor, positions: Tensor

@@ -540,14 +540,30 @@ except GenerateError as error:
 #
 # `generate` checks and returns an iterator. Its body is a function of its
 # own because a Python generator runs nothing, not even a check, before its
-# first item is asked for. The option `decode` leaves room for a chapter to
-# come: whatever it makes of model and cache after the prompt takes a token
+# first item is asked for. After the prompt the same model takes one token at
+# a time, always the same work; chapter 13 does it with less ado. It gets its
+# place here: a *decoder* makes of model and cache something that takes a token
 # (1, 1) and gives logits (1, 1, V).
 
 # %% tags=["export"]
 Decoder = Callable[[GptOss, Cache], Callable[[Tensor], Tensor]]
 
 
+def forward_step(model: GptOss, cache: Cache) -> Callable[[Tensor], Tensor]:
+    """Single tokens (and longer pieces) by the model's own forward."""
+    return partial(model, cache=cache, logits_to_keep=1)
+
+
+_decoder: Decoder = forward_step
+
+
+def use_decoder(decoder: Decoder) -> Decoder:
+    """Have `generate` run single tokens by it; returns the one before."""
+    global _decoder
+    before, _decoder = _decoder, decoder
+    return before
+
+# %% tags=["export"]
 def _limit(config: GptOssConfig, cache: Cache | None) -> int:
     """How many positions there are: the model's, or the cache's if fewer."""
     most = None if cache is None else cache.max_tokens
@@ -568,7 +584,7 @@ def _generate(model: GptOss, prompt: list[int], count: int,
               generator: torch.Generator, cache: Cache, chunk: int,
               decode: Decoder | None) -> Iterator[int]:
     feed = torch.tensor([prompt], device=model.embed_tokens.weight.device)
-    run = partial(model, cache=cache, logits_to_keep=1)
+    run = forward_step(model, cache)
     for produced in range(1, count + 1):
         with torch.inference_mode():
             for part in feed.split(chunk, dim=1):
@@ -578,8 +594,8 @@ def _generate(model: GptOss, prompt: list[int], count: int,
         yield token
         if token in stop or produced == count:
             return
-        if produced == 1 and decode is not None:
-            run = decode(model, cache)
+        if produced == 1:
+            run = (decode or _decoder)(model, cache)
         feed = chosen[:, None]
 
 # %% tags=["export"]
@@ -594,26 +610,22 @@ def generate(model: GptOss, prompt: Sequence[int], *,
     yielded, last), or when the positions are used up. `cache`: a cache of
     batch 1 whose tokens precede the prompt; afterwards it holds all but the
     last token yielded, so the next prompt begins with that one. `decode`:
-    another way to run single tokens, such as chapter 13's `DecodeStep`.
+    how to run single tokens, `forward_step` or chapter 13's `DecodeStep`;
+    None: as `use_decoder` said.
     Raises GenerateError at the call, not at the first token.
     """
     prompt = [operator.index(token) for token in prompt]
     if cache is not None and cache.batch_size != 1:
         _refuse("cache", "a batch of 1", cache.batch_size)
-    if decode and cache is not None and cache.max_tokens is None:
-        _refuse("cache", "one with max_tokens, for decode", None)
     held = 0 if cache is None else cache.length
     limit = _limit(model.config, cache)
     _check_run(model.config, prompt, held, max_new_tokens, prefill_chunk,
                limit)
     # the last token needs no position of its own: nothing is fed after it
     count = min(max_new_tokens, limit - held - len(prompt) + 1)
-    if cache is None:
-        room = {"max_tokens": len(prompt) + count - 1} if decode else {}
-        cache = model.new_cache(**room)
     return _generate(model, prompt, count, sampler or Sampler(),
-                     frozenset(stop), _generators(seed, 1)[0], cache,
-                     prefill_chunk, decode)
+                     frozenset(stop), _generators(seed, 1)[0],
+                     cache or model.new_cache(), prefill_chunk, decode)
 
 # %%
 ids = list(generate(model, tokenizer.encode(opening), stop=stop,

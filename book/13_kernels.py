@@ -294,6 +294,8 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 # #include <ATen/core/grad_mode.h>
 # #include <ATen/ops/empty.h>
 # #include <ATen/ops/zeros.h>
+# #include <ATen/record_function.h>
+# #include <torch/custom_class.h>
 # #include <torch/library.h>
 #
 # #include <algorithm>
@@ -305,6 +307,7 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 # #include <mutex>
 # #include <tuple>
 # #include <type_traits>
+# #include <unordered_map>
 # #include <vector>
 #
 # #if defined(__AVX2__) && defined(__FMA__) && !defined(GPTOSS_PORTABLE)
@@ -2350,6 +2353,146 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # ```
 
 # %% [markdown]
+# ### Called again
+#
+# One token of the 20b is some 700 calls of operators, and every one comes out
+# of Python: a module's `forward`, its attributes, arguments taken from Python
+# objects. That costs about ten microseconds a call, as long as a small
+# operator takes to compute. A CUDA device has a remedy, a graph of what is
+# launched; a CPU has none, but the idea works: **the calls of one step are
+# those of the next**, if every tensor has the same shape. So they are written
+# down once, while they happen, and made again without Python.
+#
+# torch lets a callback look at every operator that is called, at its
+# arguments and its results; its profiler is made of that. Of an argument we
+# need to know where it came from. A result of a recorded call gets a *place*;
+# a tensor that no recorded call made (a weight, the cache, the step's own
+# tensors) stays the tensor it is. Operators that an operator calls are not
+# ours to call, so only the outermost count.
+#
+# Everything else is constant, and must be. A number read out of a tensor
+# (`x.item()`) would be frozen in every later step, so a call whose result is
+# no tensor is refused, as is a list of tensors, whose places are not followed.
+
+# %% [markdown] tags=["export:kernels.cpp"]
+# ```cpp
+# struct Use {
+#   size_t argument, place;
+#   bool last;
+# };
+#
+# struct Call {
+#   c10::OperatorHandle op;
+#   std::vector<c10::IValue> arguments;
+#   std::vector<Use> made;         // arguments that earlier calls make
+#   std::vector<int64_t> results;  // their places; -1: a tensor known before
+# };
+#
+# // calls of operators, noted while they happen; replay() makes them again
+# struct Recording : torch::CustomClassHolder {
+#   std::vector<Call> calls;
+#   std::vector<Tensor> places;
+#   std::unordered_map<const void*, int64_t> known;  // tensor: place, or -1
+#   std::string refused;  // which call cannot be made again, and why
+#   at::CallbackHandle handle = at::INVALID_CALLBACK_HANDLE;
+#   int depth = 0;  // of calls within calls
+#
+#   static thread_local Recording* current;
+#
+#   void begin() {
+#     TORCH_CHECK(!current && calls.empty(), "recording: begun twice");
+#     current = this;
+#     handle = at::addThreadLocalCallback(
+#         at::RecordFunctionCallback(entered, left)
+#             .needsInputs(true).needsOutputs(true)
+#             .scopes({at::RecordScope::FUNCTION}));
+#   }
+#
+#   std::string end() {
+#     at::removeCallback(handle);
+#     current = nullptr;
+#     known.clear();
+#     std::vector<bool> later(places.size());
+#     for (auto call = calls.rbegin(); call != calls.rend(); ++call)
+#       for (auto use = call->made.rbegin(); use != call->made.rend(); ++use) {
+#         use->last = !later[use->place];
+#         later[use->place] = true;
+#       }
+#     places.assign(places.size(), Tensor());
+#     return refused;
+#   }
+#
+#   static std::unique_ptr<at::ObserverContext> entered(
+#       const at::RecordFunction& function) {
+#     if (current->depth++ == 0) current->add(function);
+#     return nullptr;
+#   }
+#
+#   static void left(const at::RecordFunction& function,
+#                    at::ObserverContext*) {
+#     if (--current->depth == 0) current->finish(function);
+#   }
+#
+#   void refuse(const at::RecordFunction& function, const char* why) {
+#     if (refused.empty()) refused = std::string(function.name()) + why;
+#   }
+#
+#   void add(const at::RecordFunction& function) {
+#     const auto name = function.operator_name();
+#     if (!name) return refuse(function, " is no operator");
+#     const auto inputs = function.inputs();
+#     calls.push_back({c10::Dispatcher::singleton().findSchemaOrThrow(
+#                          name->name.c_str(), name->overload_name.c_str()),
+#                      std::vector<c10::IValue>(inputs.begin(), inputs.end()),
+#                      {}, {}});
+#     Call& call = calls.back();
+#     for (size_t i = 0; i < inputs.size(); ++i)
+#       if (inputs[i].isTensor()) {
+#         const int64_t place = known.emplace(
+#             inputs[i].unsafeToTensorImpl(), -1).first->second;
+#         if (place < 0) continue;
+#         call.made.push_back({i, size_t(place), false});
+#         call.arguments[i] = {};
+#       } else if (inputs[i].isList()) {
+#         for (const c10::IValue& one : inputs[i].toListRef())
+#           if (one.isTensor()) refuse(function, " takes a list of tensors");
+#       }
+#   }
+#
+#   void finish(const at::RecordFunction& function) {
+#     for (const c10::IValue& result : function.outputs()) {
+#       if (!result.isTensor()) return refuse(function, " gives no tensor");
+#       const auto [at, fresh] = known.emplace(
+#           result.unsafeToTensorImpl(), int64_t(places.size()));
+#       calls.back().results.push_back(fresh ? at->second : -1);
+#       if (fresh) places.push_back(result.toTensor());  // keeps its address
+#     }
+#   }
+#
+#   void replay() {
+#     std::vector<c10::IValue> stack;
+#     for (const Call& call : calls) {
+#       stack.assign(call.arguments.begin(), call.arguments.end());
+#       for (const Use& use : call.made)
+#         if (use.last) stack[use.argument] = std::move(places[use.place]);
+#         else stack[use.argument] = places[use.place];
+#       call.op.callBoxed(stack);
+#       for (size_t i = 0; i < call.results.size(); ++i)
+#         if (call.results[i] >= 0)
+#           places[call.results[i]] = std::move(stack[i]).toTensor();
+#     }
+#   }
+# };
+#
+# thread_local Recording* Recording::current = nullptr;
+# ```
+
+# %% [markdown]
+# A callback must not throw (torch would print the error and go on), so what is
+# refused is told at the end. A place is emptied when it is used for the last
+# time: intermediate results are as short-lived as they were.
+
+# %% [markdown]
 # Training goes on as before. Chapters 2 and 8 gave their operators a
 # derivative of their own; the others were compositions that torch
 # differentiates itself, which it cannot do through a kernel. So a gate stands
@@ -2416,6 +2559,11 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 #
 # TORCH_LIBRARY_FRAGMENT(gptoss, m) {
 #   m.def("kernels_name() -> str", [] { return std::string(NAME); });
+#   m.class_<Recording>("Recording")
+#       .def(torch::init<>())
+#       .def("begin", &Recording::begin)
+#       .def("end", &Recording::end)
+#       .def("replay", &Recording::replay);
 #   m.def("enable_kernels(bool on) -> bool", [](bool on) {
 #     std::swap(on, enabled);
 #     return on;  // as it was before
@@ -2455,6 +2603,7 @@ from gptoss import mxfp4
 _log = logging.getLogger("gptoss")
 SOURCE = Path(mxfp4.__file__).with_name("kernels.cpp")
 OPTIONS = ("-O3", "-march=native", "-std=c++20", "-ffp-contract=fast",
+           "-DNDEBUG",  # as torch is compiled, or its structs differ
            "-fopenmp", "-fPIC", "-shared", "-w")
 
 
@@ -2703,7 +2852,9 @@ from collections.abc import Callable
 import torch.nn.functional as F
 
 from gptoss.compact import linear_beside_compact
+from gptoss.decode_step import quick_step
 from gptoss.experts import packed_by_decoding
+from gptoss.generate import forward_step, use_decoder
 from gptoss.model import attention_in_tiles, rms_norm
 from gptoss.mxfp4 import define_operator, linear_by_decoding
 from gptoss.rope import apply_rope
@@ -2739,6 +2890,7 @@ def _load(choice: str) -> str:
         library = build(choice)
         _define_plain()
         torch.ops.load_library(str(library))
+        use_decoder(quick_step)
     except (KernelError, OSError) as error:
         _log.warning(
             "gptoss: no kernels, plain torch is used (many times slower; "
@@ -2780,10 +2932,12 @@ def plain_torch() -> Iterator[None]:
         yield
         return
     before = torch.ops.gptoss.enable_kernels(False)
+    decoder = use_decoder(forward_step)
     try:
         yield
     finally:
         torch.ops.gptoss.enable_kernels(before)
+        use_decoder(decoder)
 
 
 if __name__ != "__main__":  # imported; a notebook loads them when it wants
@@ -3132,35 +3286,41 @@ assert launches.count * 5e-6 > 9 * bytes_read_per_token(big) / 3e12
 # filled part.
 
 # %% tags=["export:decode_step"]
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gptoss.cache import Cache, CacheError, Ring, Rows, Tape
+from gptoss.cache import Cache, CacheError, Rows, Tape
 from gptoss.model import GptOss, ModelError, check_tokens
 
 
 @dataclass
 class FixedView:
-    """A cache as `Stack.run` sees it for one token a row: every slot."""
+    """A cache as `Stack.run` sees it for one token a row: S slots a layer."""
 
-    layers: list[Ring | Tape]
-    ring: Tensor  # (B, size) position in each slot, the new ones included
-    tape: Tensor  # (B, max_tokens) the same; -1 = empty
+    seen: list[tuple[Tensor, Tensor]]  # of each layer: k, v (B, S, G, C)
+    lines: list[tuple[Tensor, Tensor]]  # the same memory, (B * G * …, C)
+    kinds: list[int]  # of each layer: 0 = ring, 1 = tape
+    target: list[Tensor]  # of each kind: (B * G,) lines to write to
+    positions: tuple[Tensor, Tensor]  # of each kind: (B, S), -1 = empty
 
     def update(self, layer: int, k: Tensor, v: Tensor, positions: Tensor
                ) -> tuple[Tensor, Tensor, Tensor]:
         """`Cache.update` for k, v (B, 1, G, C) and no padding."""
-        store = self.layers[layer]
-        slot = (positions % store.k.shape[1])[..., None, None].expand_as(k)
-        store.k.scatter_(1, slot, k)
-        store.v.scatter_(1, slot, v)
-        return store.k, store.v, (
-            self.ring if isinstance(store, Ring) else self.tape)
+        kind = self.kinds[layer]
+        for to, new in zip(self.lines[layer], (k, v), strict=True):
+            to.index_copy_(0, self.target[kind], new.flatten(0, 2))
+        return *self.seen[layer], self.positions[kind]
 
 # %% [markdown]
+# The new token's keys go into the lines that its slots have in memory
+# (`scatter_` along the slots would need no numbers of lines, but it copies a
+# tape whose heads lie apart: 100 to 200 µs a call against 5).
+#
 # Recording follows torch's notes on CUDA graphs: some runs on another stream
 # first, so that what happens once (compiling a kernel, a library's work space)
 # is not recorded. Those runs write, so each is undone.
@@ -3189,15 +3349,71 @@ def cuda_graph(run: Work, undo: Work) -> Work:
     return graph.replay
 
 
-def can_record(model: GptOss) -> bool:
-    """Are a CUDA model's experts computed without asking the host?
+# %% [markdown]
+# On a CPU the first step is recorded while it runs, and nothing is undone. A
+# call that cannot be made again is no catastrophe, only slow; it is told.
 
-    Plain torch splits the tokens by expert with sizes that the host reads;
-    `use_triton` does not, and takes packed experts.
+# %% tags=["export:decode_step"]
+_log = logging.getLogger("gptoss")
+
+
+def call_again(run: Work, undo: Work | None = None) -> Work:
+    """What does run() and notes its calls; from then on it makes these.
+
+    For tensors on the CPU, and kernels loaded. If a call cannot be made
+    again, run() goes on being done, and a warning says why.
     """
-    return model.layers[0].mlp.experts.packed and (
-        torch._C._dispatch_has_kernel_for_dispatch_key(
-            "gptoss::packed_experts", "CUDA"))
+    work = None
+
+    def launch() -> None:
+        nonlocal work
+        if work is not None:
+            return work()
+        recording = torch.classes.gptoss.Recording()
+        recording.begin()
+        try:
+            run()
+        finally:
+            refused = recording.end()
+        work = run if refused else recording.replay
+        if refused:
+            _log.warning("gptoss: a step of decode is not recorded: %s",
+                         refused)
+    return launch
+
+# %% [markdown]
+# What may be recorded? On CUDA, experts that do not ask the host which of
+# them was chosen. On the CPU the kernels ask inside an operator; but a hook or
+# a replaced `forward` is Python, and would run once and never again. So every
+# module must be one of ours, as it was written.
+
+# %% tags=["export:decode_step"]
+_OURS = ("gptoss.model", "gptoss.experts", "gptoss.compact",
+         "torch.nn.modules.container")
+
+
+def _as_written(module: nn.Module) -> bool:
+    return (type(module).__module__ in _OURS
+            and not (module._forward_hooks or module._forward_pre_hooks
+                     or "forward" in vars(module)))
+
+
+def can_record(model: GptOss) -> bool:
+    """Does a step of this model make the same calls for every token?
+
+    Yes for packed experts with kernels: `use_triton` on CUDA; the C++ ones
+    on the CPU, if no module has hooks or a forward that is not this
+    package's. Plain torch splits the tokens by expert with sizes that the
+    host reads.
+    """
+    if not model.layers[0].mlp.experts.packed:
+        return False
+    if model.embed_tokens.weight.device.type != "cpu":
+        return torch._C._dispatch_has_kernel_for_dispatch_key(
+            "gptoss::packed_experts", "CUDA")
+    return (hasattr(torch.ops.gptoss, "enable_kernels")
+            and all(map(_as_written, model.modules()))
+            and not nn.modules.module._has_any_global_hook())
 
 # %% [markdown]
 # Cache and step must not disagree. They cannot if they hold the same tensors:
@@ -3219,35 +3435,54 @@ class _State:
     def __init__(self, model: GptOss, cache: Cache,
                  capture: Callable[[Work, Work], Work] | None = None) -> None:
         weight, B = model.embed_tokens.weight, cache.batch_size
-        if cache.max_tokens is None:
-            raise CacheError("cache: expected one with max_tokens, whose "
-                             "tapes stay where they are, found None")
         like = Cache(model.config, B, cache.max_tokens, weight.dtype, "meta",
                      cache.slack)
         if self._kind(like) != self._kind(cache) or (
                 cache.lengths.device != weight.device):
             raise CacheError("cache: expected one of model.new_cache(), found "
                              "other layers, shapes, dtype or device")
-        if weight.is_cuda and capture is None:
-            if not can_record(model):
-                raise ModelError("model: expected packed experts and use_"
-                                 "triton(), for a CUDA graph of the step")
-            capture = cuda_graph
+        if capture is None and can_record(model):
+            capture = cuda_graph if weight.is_cuda else call_again
+        if capture is None and weight.is_cuda:
+            raise ModelError("model: expected packed experts and use_triton()"
+                             ", for a CUDA graph of the step")
         self.model, self.cache, self._capture = model, cache, capture
         size, device = cache.rows.ring.shape[1], weight.device
-        self._launch: Work | None = None
         self._rows: Rows | None = None  # what the step left in the cache
         with torch.inference_mode(False):  # in any mode they can be changed
             self.tokens = torch.zeros(B, 1, dtype=torch.int64, device=device)
             self.lengths = torch.zeros_like(self.tokens[:, 0])
             self.ring = self.tokens.repeat(1, size)
-            self.slots = torch.arange(cache.max_tokens, device=device)
+            self.heads = torch.arange(B * cache.layers[0].k.shape[2],
+                                      device=device).view(B, -1)
             self.logits = torch.zeros(B, 1, model.config.vocab_size,
                                       dtype=weight.dtype, device=device)
+        self._see(1)
 
     @staticmethod
     def _kind(cache: Cache) -> list[tuple]:
-        return [(type(x), x.k.shape, x.k.dtype) for x in cache.layers]
+        return [(type(x), x.k.dtype, len(x.k), x.k.shape[2:],
+                 isinstance(x, Tape) or x.k.shape[1]) for x in cache.layers]
+
+    def _see(self, needed: int) -> None:
+        """Have slots for `needed` tokens: 256, 512, 1024 … of each tape."""
+        self.cache.reserve(needed)
+        layers, ring = self.cache.layers, self.ring.shape[1]
+        room = min([self.cache.limit[0], *(
+            x.k.shape[1] for x in layers if isinstance(x, Tape))])
+        self._size = min(max(256, 1 << (needed - 1).bit_length()), room)
+        self._memory = [x.k for x in layers]
+        kinds = [int(isinstance(x, Tape)) for x in layers]
+        self._strides, shown = (ring, room), (ring, self._size)
+        with torch.inference_mode(False):
+            self.slots = torch.arange(self._size, device=self.ring.device)
+            self._view = partial(
+                FixedView,
+                [(x.k[:, :shown[kind]], x.v[:, :shown[kind]])
+                 for x, kind in zip(layers, kinds, strict=True)],
+                [tuple(y.transpose(1, 2).view(-1, y.shape[-1])
+                       for y in (x.k, x.v)) for x in layers], kinds)
+        self._launch: Work | None = None  # other addresses: record again
 
 # %% tags=["export:decode_step"]
 class _Bookkeeping(_State):
@@ -3268,12 +3503,11 @@ class _Bookkeeping(_State):
         self._rows = Rows(self.lengths, self.lengths, rows.start, self.ring)
         self.cache.rows = self._rows
         self._counts, self._chosen = lengths, False
+        if any(x.k is not k for x, k in zip(self.cache.layers, self._memory,
+                                            strict=True)):
+            self._see(max(1, *lengths))
 
     def _check(self, tokens: Tensor | None) -> None:
-        needed, room = max(self._counts) + 1, self.cache.max_tokens
-        if needed > room:
-            raise CacheError(f"cache too small: max_tokens is {room}, this "
-                             f"step needs {needed} tokens")
         expected = self.tokens.shape
         if tokens is None:
             if not self._chosen:
@@ -3285,6 +3519,10 @@ class _Bookkeeping(_State):
                              f" {tokens.dtype} {tuple(tokens.shape)}")
         elif tokens.device.type == "cpu":  # elsewhere a look would wait
             check_tokens(tokens, None, self.model.config)
+        needed = max(self._counts) + 1
+        if needed > self._size:
+            self.cache.check(self.lengths[:, None])
+            self._see(needed)
 
     def _record(self) -> Work:
         """What launches a step: `_run`, or a recording of it."""
@@ -3303,10 +3541,12 @@ class DecodeStep(_Bookkeeping):
     DecodeStep(model, cache, capture=None): step(tokens), int64 (B, 1), gives
     the logits (B, 1, V) of model(tokens, cache=cache), in a tensor that the
     next step overwrites; step() feeds the greedy choice of the step before.
-    Every row takes a token: feed a finished one anything. cache needs
-    max_tokens, and stays usable by others. On CUDA the first step becomes a
-    CUDA graph (`use_triton` first; weights must stay where they are), or
-    what capture(run, undo) returns; ids in CUDA tensors are not checked.
+    Every row takes a token: feed a finished one anything. The cache stays
+    usable by others. What `can_record` is recorded at the first step and
+    whenever the tapes outgrow what is seen of them: as a CUDA graph
+    (`use_triton` first), by `call_again` on the CPU, or by another
+    capture(run, undo); weights must stay where they are. ids in CUDA
+    tensors are not checked.
     CacheError: no room, a replay under way, a cache that does not fit.
     ModelError: tokens of another shape or type, or out of range.
     """
@@ -3332,21 +3572,45 @@ class DecodeStep(_Bookkeeping):
     def _run(self) -> None:
         """Arithmetic on the step's own tensors: what a graph records."""
         at = self.lengths[:, None]
-        ring = self.ring.scatter(1, at % self.ring.shape[1], at)
+        place = at % self.ring.shape[1]
+        ring = self.ring.scatter(1, place, at)
         tape = self.slots.where(self.slots <= at, -1)
+        target = [(self.heads * stride + slot).flatten() for stride, slot
+                  in zip(self._strides, (place, at), strict=True)]
         logits = self.model.run(
-            self.tokens, at, FixedView(self.cache.layers, ring, tape), 1)
+            self.tokens, at, self._view(target, (ring, tape)), 1)
         self.logits.copy_(logits)
-        self.tokens.copy_(logits.argmax(-1))
+        self.tokens.copy_(logits.max(-1).indices)
         self.ring.copy_(ring)  # last, so that a failure leaves the state
         self.lengths.add_(1)
 
 # %% [markdown]
-# Chapter 12's `generate(..., decode=DecodeStep)` uses it after the prompt. It
-# is not the default anywhere: **no GPU has recorded it yet.** What can be held
-# without one is held below and in `tests/test_decode_step.py`, where something
-# else in the place of `cuda_graph` warms up, undoes and replays. Sampling
-# still waits for the device, once a token instead of at every check.
+# Chapter 12's `generate` takes it for all tokens after the prompt, once the
+# kernels are loaded, for a model in their type on the CPU. Elsewhere it has to
+# be asked for, `generate(..., decode=DecodeStep)`, and on CUDA for a reason:
+# **no GPU has recorded it yet.** What can be held without one is held below
+# and in `tests/test_decode_step.py`, where something else in the place of
+# `cuda_graph` warms up, undoes and replays. Sampling still waits for the
+# device, once a token instead of at every check.
+
+# %% tags=["export:decode_step"]
+from gptoss.generate import forward_step
+
+
+def quick_step(model: GptOss, cache: Cache) -> Callable[[Tensor], Tensor]:
+    """Chapter 12's decoder where the C++ kernels compute the step.
+
+    A recorded `DecodeStep` for a bf16 model on the CPU that `can_record`,
+    and a cache without a replay under way; otherwise the model itself.
+    """
+    weight = model.embed_tokens.weight
+    if (weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+            and can_record(model)
+            and torch.equal(cache.rows.lengths, cache.rows.held)):
+        return DecodeStep(model, cache)
+    return forward_step(model, cache)
+
+# %% [markdown]
 #
 # ### Measuring
 #

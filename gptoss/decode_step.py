@@ -3,34 +3,37 @@
 Generated from book/13_kernels.py; edit the chapter, not this file.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gptoss.cache import Cache, CacheError, Ring, Rows, Tape
+from gptoss.cache import Cache, CacheError, Rows, Tape
+from gptoss.generate import forward_step
 from gptoss.model import GptOss, ModelError, check_tokens
 
 # --- A step of decode that can be recorded -----------------------------------
 
 @dataclass
 class FixedView:
-    """A cache as `Stack.run` sees it for one token a row: every slot."""
+    """A cache as `Stack.run` sees it for one token a row: S slots a layer."""
 
-    layers: list[Ring | Tape]
-    ring: Tensor  # (B, size) position in each slot, the new ones included
-    tape: Tensor  # (B, max_tokens) the same; -1 = empty
+    seen: list[tuple[Tensor, Tensor]]  # of each layer: k, v (B, S, G, C)
+    lines: list[tuple[Tensor, Tensor]]  # the same memory, (B * G * …, C)
+    kinds: list[int]  # of each layer: 0 = ring, 1 = tape
+    target: list[Tensor]  # of each kind: (B * G,) lines to write to
+    positions: tuple[Tensor, Tensor]  # of each kind: (B, S), -1 = empty
 
     def update(self, layer: int, k: Tensor, v: Tensor, positions: Tensor
                ) -> tuple[Tensor, Tensor, Tensor]:
         """`Cache.update` for k, v (B, 1, G, C) and no padding."""
-        store = self.layers[layer]
-        slot = (positions % store.k.shape[1])[..., None, None].expand_as(k)
-        store.k.scatter_(1, slot, k)
-        store.v.scatter_(1, slot, v)
-        return store.k, store.v, (
-            self.ring if isinstance(store, Ring) else self.tape)
+        kind = self.kinds[layer]
+        for to, new in zip(self.lines[layer], (k, v), strict=True):
+            to.index_copy_(0, self.target[kind], new.flatten(0, 2))
+        return *self.seen[layer], self.positions[kind]
 
 
 Work = Callable[[], None]
@@ -56,15 +59,60 @@ def cuda_graph(run: Work, undo: Work) -> Work:
     return graph.replay
 
 
-def can_record(model: GptOss) -> bool:
-    """Are a CUDA model's experts computed without asking the host?
+_log = logging.getLogger("gptoss")
 
-    Plain torch splits the tokens by expert with sizes that the host reads;
-    `use_triton` does not, and takes packed experts.
+
+def call_again(run: Work, undo: Work | None = None) -> Work:
+    """What does run() and notes its calls; from then on it makes these.
+
+    For tensors on the CPU, and kernels loaded. If a call cannot be made
+    again, run() goes on being done, and a warning says why.
     """
-    return model.layers[0].mlp.experts.packed and (
-        torch._C._dispatch_has_kernel_for_dispatch_key(
-            "gptoss::packed_experts", "CUDA"))
+    work = None
+
+    def launch() -> None:
+        nonlocal work
+        if work is not None:
+            return work()
+        recording = torch.classes.gptoss.Recording()
+        recording.begin()
+        try:
+            run()
+        finally:
+            refused = recording.end()
+        work = run if refused else recording.replay
+        if refused:
+            _log.warning("gptoss: a step of decode is not recorded: %s",
+                         refused)
+    return launch
+
+
+_OURS = ("gptoss.model", "gptoss.experts", "gptoss.compact",
+         "torch.nn.modules.container")
+
+
+def _as_written(module: nn.Module) -> bool:
+    return (type(module).__module__ in _OURS
+            and not (module._forward_hooks or module._forward_pre_hooks
+                     or "forward" in vars(module)))
+
+
+def can_record(model: GptOss) -> bool:
+    """Does a step of this model make the same calls for every token?
+
+    Yes for packed experts with kernels: `use_triton` on CUDA; the C++ ones
+    on the CPU, if no module has hooks or a forward that is not this
+    package's. Plain torch splits the tokens by expert with sizes that the
+    host reads.
+    """
+    if not model.layers[0].mlp.experts.packed:
+        return False
+    if model.embed_tokens.weight.device.type != "cpu":
+        return torch._C._dispatch_has_kernel_for_dispatch_key(
+            "gptoss::packed_experts", "CUDA")
+    return (hasattr(torch.ops.gptoss, "enable_kernels")
+            and all(map(_as_written, model.modules()))
+            and not nn.modules.module._has_any_global_hook())
 
 
 class _State:
@@ -73,35 +121,54 @@ class _State:
     def __init__(self, model: GptOss, cache: Cache,
                  capture: Callable[[Work, Work], Work] | None = None) -> None:
         weight, B = model.embed_tokens.weight, cache.batch_size
-        if cache.max_tokens is None:
-            raise CacheError("cache: expected one with max_tokens, whose "
-                             "tapes stay where they are, found None")
         like = Cache(model.config, B, cache.max_tokens, weight.dtype, "meta",
                      cache.slack)
         if self._kind(like) != self._kind(cache) or (
                 cache.lengths.device != weight.device):
             raise CacheError("cache: expected one of model.new_cache(), found "
                              "other layers, shapes, dtype or device")
-        if weight.is_cuda and capture is None:
-            if not can_record(model):
-                raise ModelError("model: expected packed experts and use_"
-                                 "triton(), for a CUDA graph of the step")
-            capture = cuda_graph
+        if capture is None and can_record(model):
+            capture = cuda_graph if weight.is_cuda else call_again
+        if capture is None and weight.is_cuda:
+            raise ModelError("model: expected packed experts and use_triton()"
+                             ", for a CUDA graph of the step")
         self.model, self.cache, self._capture = model, cache, capture
         size, device = cache.rows.ring.shape[1], weight.device
-        self._launch: Work | None = None
         self._rows: Rows | None = None  # what the step left in the cache
         with torch.inference_mode(False):  # in any mode they can be changed
             self.tokens = torch.zeros(B, 1, dtype=torch.int64, device=device)
             self.lengths = torch.zeros_like(self.tokens[:, 0])
             self.ring = self.tokens.repeat(1, size)
-            self.slots = torch.arange(cache.max_tokens, device=device)
+            self.heads = torch.arange(B * cache.layers[0].k.shape[2],
+                                      device=device).view(B, -1)
             self.logits = torch.zeros(B, 1, model.config.vocab_size,
                                       dtype=weight.dtype, device=device)
+        self._see(1)
 
     @staticmethod
     def _kind(cache: Cache) -> list[tuple]:
-        return [(type(x), x.k.shape, x.k.dtype) for x in cache.layers]
+        return [(type(x), x.k.dtype, len(x.k), x.k.shape[2:],
+                 isinstance(x, Tape) or x.k.shape[1]) for x in cache.layers]
+
+    def _see(self, needed: int) -> None:
+        """Have slots for `needed` tokens: 256, 512, 1024 … of each tape."""
+        self.cache.reserve(needed)
+        layers, ring = self.cache.layers, self.ring.shape[1]
+        room = min([self.cache.limit[0], *(
+            x.k.shape[1] for x in layers if isinstance(x, Tape))])
+        self._size = min(max(256, 1 << (needed - 1).bit_length()), room)
+        self._memory = [x.k for x in layers]
+        kinds = [int(isinstance(x, Tape)) for x in layers]
+        self._strides, shown = (ring, room), (ring, self._size)
+        with torch.inference_mode(False):
+            self.slots = torch.arange(self._size, device=self.ring.device)
+            self._view = partial(
+                FixedView,
+                [(x.k[:, :shown[kind]], x.v[:, :shown[kind]])
+                 for x, kind in zip(layers, kinds, strict=True)],
+                [tuple(y.transpose(1, 2).view(-1, y.shape[-1])
+                       for y in (x.k, x.v)) for x in layers], kinds)
+        self._launch: Work | None = None  # other addresses: record again
 
 
 class _Bookkeeping(_State):
@@ -122,12 +189,11 @@ class _Bookkeeping(_State):
         self._rows = Rows(self.lengths, self.lengths, rows.start, self.ring)
         self.cache.rows = self._rows
         self._counts, self._chosen = lengths, False
+        if any(x.k is not k for x, k in zip(self.cache.layers, self._memory,
+                                            strict=True)):
+            self._see(max(1, *lengths))
 
     def _check(self, tokens: Tensor | None) -> None:
-        needed, room = max(self._counts) + 1, self.cache.max_tokens
-        if needed > room:
-            raise CacheError(f"cache too small: max_tokens is {room}, this "
-                             f"step needs {needed} tokens")
         expected = self.tokens.shape
         if tokens is None:
             if not self._chosen:
@@ -139,6 +205,10 @@ class _Bookkeeping(_State):
                              f" {tokens.dtype} {tuple(tokens.shape)}")
         elif tokens.device.type == "cpu":  # elsewhere a look would wait
             check_tokens(tokens, None, self.model.config)
+        needed = max(self._counts) + 1
+        if needed > self._size:
+            self.cache.check(self.lengths[:, None])
+            self._see(needed)
 
     def _record(self) -> Work:
         """What launches a step: `_run`, or a recording of it."""
@@ -157,10 +227,12 @@ class DecodeStep(_Bookkeeping):
     DecodeStep(model, cache, capture=None): step(tokens), int64 (B, 1), gives
     the logits (B, 1, V) of model(tokens, cache=cache), in a tensor that the
     next step overwrites; step() feeds the greedy choice of the step before.
-    Every row takes a token: feed a finished one anything. cache needs
-    max_tokens, and stays usable by others. On CUDA the first step becomes a
-    CUDA graph (`use_triton` first; weights must stay where they are), or
-    what capture(run, undo) returns; ids in CUDA tensors are not checked.
+    Every row takes a token: feed a finished one anything. The cache stays
+    usable by others. What `can_record` is recorded at the first step and
+    whenever the tapes outgrow what is seen of them: as a CUDA graph
+    (`use_triton` first), by `call_again` on the CPU, or by another
+    capture(run, undo); weights must stay where they are. ids in CUDA
+    tensors are not checked.
     CacheError: no room, a replay under way, a cache that does not fit.
     ModelError: tokens of another shape or type, or out of range.
     """
@@ -186,20 +258,39 @@ class DecodeStep(_Bookkeeping):
     def _run(self) -> None:
         """Arithmetic on the step's own tensors: what a graph records."""
         at = self.lengths[:, None]
-        ring = self.ring.scatter(1, at % self.ring.shape[1], at)
+        place = at % self.ring.shape[1]
+        ring = self.ring.scatter(1, place, at)
         tape = self.slots.where(self.slots <= at, -1)
+        target = [(self.heads * stride + slot).flatten() for stride, slot
+                  in zip(self._strides, (place, at), strict=True)]
         logits = self.model.run(
-            self.tokens, at, FixedView(self.cache.layers, ring, tape), 1)
+            self.tokens, at, self._view(target, (ring, tape)), 1)
         self.logits.copy_(logits)
-        self.tokens.copy_(logits.argmax(-1))
+        self.tokens.copy_(logits.max(-1).indices)
         self.ring.copy_(ring)  # last, so that a failure leaves the state
         self.lengths.add_(1)
+
+
+def quick_step(model: GptOss, cache: Cache) -> Callable[[Tensor], Tensor]:
+    """Chapter 12's decoder where the C++ kernels compute the step.
+
+    A recorded `DecodeStep` for a bf16 model on the CPU that `can_record`,
+    and a cache without a replay under way; otherwise the model itself.
+    """
+    weight = model.embed_tokens.weight
+    if (weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+            and can_record(model)
+            and torch.equal(cache.rows.lengths, cache.rows.held)):
+        return DecodeStep(model, cache)
+    return forward_step(model, cache)
 
 
 __all__ = [
     "DecodeStep",
     "FixedView",
     "Work",
+    "call_again",
     "can_record",
     "cuda_graph",
+    "quick_step",
 ]

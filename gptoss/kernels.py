@@ -23,8 +23,15 @@ import torch.nn.functional as F
 from gptoss import mxfp4
 from gptoss.compact import compact_layers, linear_beside_compact, saved_bytes
 from gptoss.config import bytes_read_per_token
+from gptoss.decode_step import quick_step
 from gptoss.experts import packed_by_decoding
-from gptoss.generate import Sampler, generate, peak_rss_bytes
+from gptoss.generate import (
+    Sampler,
+    forward_step,
+    generate,
+    peak_rss_bytes,
+    use_decoder,
+)
 from gptoss.model import GptOss, attention_in_tiles, rms_norm
 from gptoss.mxfp4 import before_first_call, define_operator, linear_by_decoding
 from gptoss.rope import apply_rope
@@ -35,6 +42,7 @@ from gptoss.routing import route
 _log = logging.getLogger("gptoss")
 SOURCE = Path(mxfp4.__file__).with_name("kernels.cpp")
 OPTIONS = ("-O3", "-march=native", "-std=c++20", "-ffp-contract=fast",
+           "-DNDEBUG",  # as torch is compiled, or its structs differ
            "-fopenmp", "-fPIC", "-shared", "-w")
 
 
@@ -164,6 +172,7 @@ def _load(choice: str) -> str:
         library = build(choice)
         _define_plain()
         torch.ops.load_library(str(library))
+        use_decoder(quick_step)
     except (KernelError, OSError) as error:
         _log.warning(
             "gptoss: no kernels, plain torch is used (many times slower; "
@@ -201,10 +210,12 @@ def plain_torch() -> Iterator[None]:
         yield
         return
     before = torch.ops.gptoss.enable_kernels(False)
+    decoder = use_decoder(forward_step)
     try:
         yield
     finally:
         torch.ops.gptoss.enable_kernels(before)
+        use_decoder(decoder)
 
 
 if __name__ != "__main__":  # imported; a notebook loads them when it wants

@@ -25,7 +25,7 @@ import gptoss.triton_kernels as triton_kernels
 from gptoss.cache import Cache, CacheError, Tape
 from gptoss.config import GptOssConfig
 from gptoss.decode_step import DecodeStep
-from gptoss.generate import GenerateError, Sampler, generate
+from gptoss.generate import Sampler, generate
 from gptoss.model import GptOss, ModelError
 from gptoss.mxfp4 import encode
 
@@ -136,8 +136,6 @@ def test_generate_goes_on_with_the_cache_of_a_step():
     text = list(generate(model, [1], cache=ours, decode=DecodeStep,
                          max_new_tokens=999))
     assert len(text) == left and ours.length == 96
-    with pytest.raises(GenerateError, match="max_tokens"):
-        generate(model, [1], cache=model.new_cache(), decode=DecodeStep)
 
 
 def test_a_step_feeds_its_own_choice():
@@ -476,8 +474,6 @@ def test_where_a_replay_began_is_not_forgotten():
 
 def test_errors(monkeypatch):
     model = tiny()
-    with pytest.raises(CacheError, match="max_tokens.*None"):
-        DecodeStep(model, model.new_cache())
     for other in (GptOss(TINY, torch.float32).new_cache(1, 96),
                   Cache(TINY, 1, 96, torch.float64, "meta")):
         with pytest.raises(CacheError, match=r"new_cache\(\)"):
@@ -512,8 +508,8 @@ def test_errors(monkeypatch):
 
 
 def test_can_record():
-    """Without `use_triton` plain torch would ask; dense experts always."""
-    assert not decode_step.can_record(tiny())
+    """On CUDA plain torch would ask without `use_triton`; dense experts
+    always."""
     code = """
 import torch
 from gptoss import decode_step

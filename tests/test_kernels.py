@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 import gptoss.compact as compact
 import gptoss.kernels as kernels
 import gptoss.triton_kernels as triton_kernels
+from gptoss.decode_step import quick_step
 from gptoss.experts import packed_experts
-from gptoss.generate import Sampler, generate
+from gptoss.generate import Sampler, forward_step, generate, use_decoder
 from gptoss.harmony import Tokenizer
 from gptoss.model import GptOss, Linear
 from gptoss.mxfp4 import PackedMXFP4, decode, encode, mxfp4_linear
@@ -36,6 +37,7 @@ with pytest.MonkeyPatch.context() as patch:
 COMPILED = not LOADED.startswith("torch")
 if COMPILED:
     OPS.enable_kernels(False)
+    use_decoder(forward_step)
 needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX") or "c++") is None, reason="no c++")
 few = settings(deadline=None, max_examples=25)
@@ -47,9 +49,11 @@ def kernels_on():
     """Kernels for the tests of this file only."""
     if COMPILED:
         OPS.enable_kernels(True)
+        use_decoder(quick_step)
     yield
     if COMPILED:
         OPS.enable_kernels(False)
+        use_decoder(forward_step)
 
 
 def off(y: torch.Tensor, exact: torch.Tensor) -> float:
