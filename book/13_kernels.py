@@ -2371,8 +2371,9 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # ours to call, so only the outermost count.
 #
 # Everything else is constant, and must be. A number read out of a tensor
-# (`x.item()`) would be frozen in every later step, so a call whose result is
-# no tensor is refused, as is a list of tensors, whose places are not followed.
+# (`x.item()`) would be frozen in every later step, so a call that makes of a
+# tensor something else is refused, as is a list of tensors, whose places are
+# not followed.
 
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
@@ -2460,7 +2461,11 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 #   }
 #
 #   void finish(const at::RecordFunction& function) {
+#     const auto& from = calls.back().arguments;
+#     const bool constant = calls.back().made.empty() && std::none_of(
+#         from.begin(), from.end(), [](auto& x) { return x.isTensor(); });
 #     for (const c10::IValue& result : function.outputs()) {
+#       if (!result.isTensor() && constant) return calls.pop_back();
 #       if (!result.isTensor()) return refuse(function, " gives no tensor");
 #       const auto [at, fresh] = known.emplace(
 #           result.unsafeToTensorImpl(), int64_t(places.size()));

@@ -1640,7 +1640,11 @@ struct Recording : torch::CustomClassHolder {
   }
 
   void finish(const at::RecordFunction& function) {
+    const auto& from = calls.back().arguments;
+    const bool constant = calls.back().made.empty() && std::none_of(
+        from.begin(), from.end(), [](auto& x) { return x.isTensor(); });
     for (const c10::IValue& result : function.outputs()) {
+      if (!result.isTensor() && constant) return calls.pop_back();
       if (!result.isTensor()) return refuse(function, " gives no tensor");
       const auto [at, fresh] = known.emplace(
           result.unsafeToTensorImpl(), int64_t(places.size()));
