@@ -225,7 +225,7 @@ class _Storage:
                   config.head_dim), dtype, device)
             for make, size in map(sizes.get, config.layer_types)]
         self.limit = ((longest, "max_position_embeddings")
-                       if max_tokens is None else (max_tokens, "max_tokens"))
+                      if max_tokens is None else (max_tokens, "max_tokens"))
         rings = sum(isinstance(layer, Ring) for layer in self.layers)
         self._replay = rings * (self.window - 1)
         self.reset()

@@ -191,7 +191,7 @@ class _Bookkeeping(_State):
         self._counts, self._chosen = lengths, False
         if any(x.k is not k for x, k in zip(self.cache.layers, self._memory,
                                             strict=True)):
-            self._see(max(1, *lengths))
+            self._size = 0  # the tapes are others: look at them anew
 
     def _check(self, tokens: Tensor | None) -> None:
         expected = self.tokens.shape
@@ -281,7 +281,7 @@ def quick_step(model: GptOss, cache: Cache) -> Callable[[Tensor], Tensor]:
     if (weight.device.type == "cpu" and weight.dtype == torch.bfloat16
             and can_record(model)
             and torch.equal(cache.rows.lengths, cache.rows.held)):
-        return DecodeStep(model, cache)
+        return DecodeStep(model, cache, call_again)
     return forward_step(model, cache)
 
 

@@ -1619,7 +1619,8 @@ struct Recording : torch::CustomClassHolder {
 
   void add(const at::RecordFunction& function) {
     const auto name = function.operator_name();
-    if (!name) return refuse(function, " is no operator");
+    if (!name) refuse(function, " is no operator");
+    if (!refused.empty()) return;  // nothing here will be called again
     const auto inputs = function.inputs();
     calls.push_back({c10::Dispatcher::singleton().findSchemaOrThrow(
                          name->name.c_str(), name->overload_name.c_str()),
@@ -1640,6 +1641,7 @@ struct Recording : torch::CustomClassHolder {
   }
 
   void finish(const at::RecordFunction& function) {
+    if (!refused.empty()) return;
     const auto& from = calls.back().arguments;
     const bool constant = calls.back().made.empty() && std::none_of(
         from.begin(), from.end(), [](auto& x) { return x.isTensor(); });

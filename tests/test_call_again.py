@@ -9,7 +9,7 @@ from test_kernels import COMPILED, kernels_on  # noqa: F401
 
 import gptoss.decode_step as decode_step
 from gptoss.cache import Tape
-from gptoss.decode_step import DecodeStep
+from gptoss.decode_step import DecodeStep, quick_step
 from gptoss.generate import Sampler, forward_step, generate
 from gptoss.kernels import plain_torch
 from gptoss.model import GptOss
@@ -113,10 +113,18 @@ def test_generate_records_unless_told_otherwise(monkeypatch):
     assert text() == right and not made
     assert text(GptOss.from_pretrained(POCKET, dtype=torch.float32))
     assert not made
-    cache = model.new_cache()
-    for back in (40, 1):
-        text(cache=cache)
-        cache.rollback(cache.length - back)
+
+
+def test_no_step_while_a_replay_is_under_way():
+    model = GptOss.from_pretrained(POCKET)
+    cache, tokens = model.new_cache(), draw(model, 1, 300)
+    model(tokens, cache)
+    assert isinstance(quick_step(model, cache), DecodeStep)
+    start = cache.rollback(200)
+    assert start < 200
+    assert not isinstance(quick_step(model, cache), DecodeStep)
+    model(tokens[:, start:200], cache)
+    assert isinstance(quick_step(model, cache), DecodeStep)
 
 
 def test_what_cannot_be_called_again(caplog):
@@ -137,6 +145,28 @@ def test_what_cannot_be_called_again(caplog):
             assert torch.equal(out, expected)
         [record] = caplog.records
         assert why in record.getMessage() and record.levelname == "WARNING"
+
+
+def test_what_is_no_operator_is_refused(caplog):
+    """Nor does it count as the call before it, or need one."""
+    out = torch.zeros(())
+
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+    def work() -> None:
+        with torch.enable_grad():
+            out.copy_(Twice.apply(torch.ones((), requires_grad=True)).detach())
+        out.add_(1)
+    launch = decode_step.call_again(work)
+    for _ in range(3):
+        out.zero_()
+        launch()
+        assert out == 3
+    [record] = caplog.records
+    assert "Twice is no operator" in record.getMessage()
 
 
 def test_call_again():

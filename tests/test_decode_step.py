@@ -25,7 +25,7 @@ import gptoss.triton_kernels as triton_kernels
 from gptoss.cache import Cache, CacheError, Tape
 from gptoss.config import GptOssConfig
 from gptoss.decode_step import DecodeStep
-from gptoss.generate import Sampler, generate
+from gptoss.generate import Sampler, forward_step, generate
 from gptoss.model import GptOss, ModelError
 from gptoss.mxfp4 import encode
 
@@ -119,7 +119,7 @@ def test_the_same_text(dtype):
     for sampler in (Sampler(0.0), Sampler(0.8, top_k=20)):
         plain, ours = (list(generate(
             model, [5, 6, 7], sampler=sampler, seed=3, max_new_tokens=100,
-            decode=decode)) for decode in (None, DecodeStep))
+            decode=decode)) for decode in (forward_step, DecodeStep))
         assert plain == ours and len(ours) == 100
 
 
@@ -129,7 +129,8 @@ def test_generate_goes_on_with_the_cache_of_a_step():
     for prompt in ([1, 2, 3], [4], [5, 6]):
         texts = [list(generate(model, prompt, cache=cache, decode=decode,
                                sampler=Sampler(0.0), max_new_tokens=12))
-                 for cache, decode in ((ours, DecodeStep), (theirs, None))]
+                 for cache, decode in ((ours, DecodeStep),
+                                       (theirs, forward_step))]
         assert texts[0] == texts[1]
     assert ours.length == theirs.length == 39
     left = 96 - 39  # until the cache is full: the last token needs no room
@@ -509,9 +510,9 @@ def test_errors(monkeypatch):
 
 def test_can_record():
     """On CUDA plain torch would ask without `use_triton`; dense experts
-    always."""
+    always. On the CPU nothing is recorded without kernels."""
     code = """
-import torch
+import sys, torch
 from gptoss import decode_step
 from gptoss.config import GptOssConfig
 from gptoss.model import GptOss
@@ -519,10 +520,12 @@ torch.library.impl("gptoss::packed_experts", "CUDA", lambda *a: a[0])
 config = GptOssConfig.gpt_oss_20b()
 print([decode_step.can_record(GptOss(config, device="meta", packed=packed))
        for packed in (True, False)])
+print(decode_step.can_record(GptOss.from_pretrained(sys.argv[1])))
 """
-    done = subprocess.run([sys.executable, "-c", code], text=True,
-                          capture_output=True, timeout=280)
-    assert done.stdout == "[True, False]\n", done.stderr
+    done = subprocess.run([sys.executable, "-c", code, str(POCKET)],
+                          text=True, capture_output=True, timeout=280,
+                          env=os.environ | {"GPTOSS_KERNELS": "torch"})
+    assert done.stdout == "[True, False]\nFalse\n", done.stderr
 
 
 # ---- tiles of tokens: as many as there can be
