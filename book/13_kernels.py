@@ -648,7 +648,7 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 # unsigned bytes by signed ones and adds four neighbours to a 32-bit sum.
 # Without it, AVX2 multiplies and adds two neighbours in 16 bits, adds the odd
 # elements to the even ones, at most $4 \cdot 24 \cdot 128 = 12288$, and then
-# widens.
+# widens with `pmaddwd`, by ones for the low digits, by 256 for the high ones.
 #
 # An earlier version widened the weights to 16 bits (AVX2 by shifts and masks,
 # AVX-512 by `vpermw`, which looks up 16-bit numbers) and multiplied those: 18
@@ -682,10 +682,8 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 # #endif
 # }
 #
-# // sums of four neighbours: a times digits of even elements, b of odd ones
-# inline Words products(Words sums, Bytes a, Bytes b, const Digit& x) {
-#   const Bytes s = _mm512_dpbusd_epi32((Bytes)sums, a, load<Bytes>(x[0]));
-#   return (Words)_mm512_dpbusd_epi32(s, b, load<Bytes>(x[1]));
+# inline Bytes add_bytes(Bytes sums, Bytes a, const int8_t (&x)[SIDE][16]) {
+#   return _mm512_dpbusd_epi32(sums, a, load<Bytes>(x));
 # }
 # #else
 # using Bytes = __m256i;
@@ -699,26 +697,37 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 #       values, _mm256_and_si256(nibbles, _mm256_set1_epi8(15)));
 # }
 #
-# inline Words products(Words sums, Bytes a, Bytes b, const Digit& x) {
-#   const Bytes even = load<Bytes>(x[0]), odd = load<Bytes>(x[1]);
 # #ifdef GPTOSS_VNNI
-#   const Bytes s = _mm256_dpbusd_avx_epi32((Bytes)sums, a, even);
-#   return (Words)_mm256_dpbusd_avx_epi32(s, b, odd);
-# #else
-#   const Bytes two = _mm256_add_epi16(_mm256_maddubs_epi16(a, even),
-#                                      _mm256_maddubs_epi16(b, odd));
-#   return sums + (Words)_mm256_madd_epi16(two, _mm256_set1_epi16(1));
-# #endif
+# inline Bytes add_bytes(Bytes sums, Bytes a, const int8_t (&x)[SIDE][16]) {
+#   return _mm256_dpbusd_avx_epi32(sums, a, load<Bytes>(x));
 # }
 # #endif
+# #endif
+#
+# // sums + UNIT * (a times digits of even elements, b times those of odd
+# // ones, of four neighbours each); UNIT: 1 or 256
+# template <int UNIT>
+# inline Words products(Words sums, Bytes a, Bytes b, const Digit& x) {
+# #if defined(GPTOSS_AVX512) || defined(GPTOSS_VNNI)
+#   if (UNIT == 1)
+#     return (Words)add_bytes(add_bytes((Bytes)sums, a, x[0]), b, x[1]);
+#   return sums + ((Words)add_bytes(add_bytes(Bytes{}, a, x[0]), b, x[1])
+#                  << 8);
+# #else
+#   const Bytes two = _mm256_add_epi16(
+#       _mm256_maddubs_epi16(a, load<Bytes>(x[0])),
+#       _mm256_maddubs_epi16(b, load<Bytes>(x[1])));
+#   return sums + (Words)_mm256_madd_epi16(two, _mm256_set1_epi16(UNIT));
+# #endif
+# }
 #
 # // SIDE blocks of weights times a group: a lane sums what four bytes give
 # inline Sums dots(Bytes bytes, const Group& x, Bytes values) {
 #   const Bytes a = look_up(values, bytes);
 #   const Bytes b = look_up(values, (Bytes)((Pairs)bytes >> 4));
-#   const Words high = products(Words{}, a, b, x.digits[0]);
-#   const Words low = products(load<Words>(x.offset), a, b, x.digits[1]);
-#   return __builtin_convertvector((high << 8) + low, Sums);
+#   const Words low = products<1>(load<Words>(x.offset), a, b, x.digits[1]);
+#   return __builtin_convertvector(products<256>(low, a, b, x.digits[0]),
+#                                  Sums);
 # }
 # ```
 
@@ -727,11 +736,16 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 # factors, each in four lanes. They are made in registers, `LANES` blocks at a
 # time: the scale bytes become exponents by a shift, are multiplied by half the
 # steps, and one permutation for each group puts them where they are needed.
+# With AVX2 an instruction that moves numbers between the two halves of a
+# register takes as long as two or three that do not, so the factors stand in
+# such an order (`arrange`) that a group's two are already in the right halves.
 # Byte 255 gives infinity, which the row's end turns into NaN: $y + 0 y$.
 #
 # 90 blocks are no whole number of registers. What is missing of the scales is
 # filled up with 127, the scale 1, and what is missing of the weights with
-# zeros; both meet activations that are zero. Filled up with zeros the scales
+# zeros; both meet activations that are zero. AVX-512 loads under a mask. AVX2
+# reads the row's last eight scales and shifts away those it has had already;
+# gathered one by one, two scales of ninety took a twentieth of the time. Filled up with zeros the scales
 # would be $2^{-127}$, and a processor takes its time with a subnormal number:
 # so written, the whole product took 7 % longer (one thread, weights in the L1
 # cache).
@@ -741,7 +755,7 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 # #ifdef GPTOSS_AVX512
 # inline __mmask16 first(int64_t count) { return (1u << count) - 1; }
 #
-# inline Words load_scales(const uint8_t* from, int64_t count) {
+# inline Words load_scales(const uint8_t* from, int64_t count, bool) {
 #   return (Words)_mm512_cvtepu8_epi32(
 #       _mm_mask_loadu_epi8(_mm_set1_epi8(127), first(count), from));
 # }
@@ -750,6 +764,8 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 #   return count < SIDE ? _mm512_maskz_loadu_epi32(first(4 * count), from)
 #                       : load<Bytes>(from);
 # }
+#
+# inline Sums arrange(Sums v) { return v; }
 #
 # // the factors of group g, each in four lanes
 # inline Sums spread(Sums factors, int g) {
@@ -764,12 +780,22 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 #              + (Floats)_mm512_extractf64x4_pd(both, 1));
 # }
 # #else
-# inline Words load_scales(const uint8_t* from, int64_t count) {
+# // blocks 0, 2, 4, 6 and then 1, 3, 5, 7; more: others stand before them
+# inline Words load_scales(const uint8_t* from, int64_t count, bool more) {
 #   uint64_t eight = 0x7f7f7f7f7f7f7f7f;
-#   if (count == LANES) eight = load<uint64_t>(from);
-#   for (int64_t i = count; count < LANES && i--;)
-#     eight = eight << 8 | from[i];
-#   return (Words)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(eight));
+#   if (count == LANES)
+#     eight = load<uint64_t>(from);
+#   else if (more)
+#     eight = eight << 8 * count
+#             | load<uint64_t>(from + count - LANES) >> 8 * (LANES - count);
+#   else
+#     for (int64_t i = count; i--;) eight = eight << 8 | from[i];
+#   return (Words)_mm256_cvtepu8_epi32(_mm_shuffle_epi8(
+#       _mm_cvtsi64_si128(eight), _mm_cvtsi64_si128(0x0705030106040200)));
+# }
+#
+# inline Sums arrange(Sums v) {  // in the same order
+#   return __builtin_shufflevector(v, v, 0, 2, 4, 6, 1, 3, 5, 7);
 # }
 #
 # inline Bytes load_blocks(const uint8_t* from, int64_t count) {
@@ -777,18 +803,17 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 #                       : load<Bytes>(from);
 # }
 #
+# // number g of either half, in four lanes
 # inline Sums spread(Sums factors, int g) {
-#   const Words place = {0, 0, 0, 0, 1, 1, 1, 1};
-#   return (Sums)_mm256_permutevar8x32_ps((__m256)factors,
-#                                         (Bytes)(place + 2 * g));
+#   return (Sums)_mm256_permutevar_ps((__m256)factors, _mm256_set1_epi32(g));
 # }
 # #endif
 #
 # // 2 ** (scale - 127) times half the step; infinity for 255
-# inline Sums factors(Words scales, const float* halves) {
+# inline Sums factors(Words scales, Sums halves) {
 #   const Words bits = scales << 23;
 #   const Words least = Words{} + (1 << 22);
-#   return (Sums)(bits > least ? bits : least) * load<Sums>(halves);
+#   return (Sums)(bits > least ? bits : least) * halves;
 # }
 # ```
 
@@ -812,25 +837,30 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 #   const int64_t blocks = x.blocks, row = step * blocks;
 #   const Group* group = &x.groups[n * x.per_row];
 #   const float* halves = x.half(n);
-#   Sums total[R] = {};
-#   auto some = [&](int64_t b, auto count) {
-#     Sums factor[R];
+#   Sums total[R] = {}, factor[R];
+#   auto make_factors = [&](int64_t b, int64_t count) {
+#     const Sums half = arrange(load<Sums>(halves + b));
 #     for (int r = 0; r < R; ++r)
-#       factor[r] = factors(load_scales(scales + r * row + b, count),
-#                           halves + b);
-#     for (int g = 0; g * SIDE < count; ++g, ++group)
-#       for (int r = 0; r < R; ++r) {
-#         const uint8_t* at = w + 16 * (r * row + b + g * SIDE);
-#         __builtin_prefetch(at + 256);
-#         Bytes bytes = load_blocks(at, count - g * SIDE);
-#         hold(bytes);
-#         total[r] += dots(bytes, *group, values) * spread(factor[r], g);
-#       }
+#       factor[r] = factors(load_scales(scales + r * row + b, count, b > 0),
+#                           half);
+#   };
+#   auto add = [&](int64_t b, int g, int64_t count) {  // group g from b on
+#     for (int r = 0; r < R; ++r) {
+#       const uint8_t* at = w + 16 * (r * row + b + g * SIDE);
+#       __builtin_prefetch(at + 256);
+#       Bytes bytes = load_blocks(at, count - g * SIDE);
+#       hold(bytes);
+#       total[r] += dots(bytes, group[g], values) * spread(factor[r], g);
+#     }
 #   };
 #   int64_t b = 0;
-#   for (; b + LANES <= blocks; b += LANES)
-#     some(b, std::integral_constant<int64_t, LANES>());
-#   if (b < blocks) some(b, blocks - b);
+#   for (; b + LANES <= blocks; b += LANES, group += 4) {
+#     make_factors(b, LANES);
+# #pragma GCC unroll 4
+#     for (int g = 0; g < 4; ++g) add(b, g, LANES);
+#   }
+#   if (b < blocks) make_factors(b, blocks - b);
+#   for (int g = 0; b + g * SIDE < blocks; ++g) add(b, g, blocks - b);
 #   for (int r = 0; r < R; ++r) {
 #     const float y = sum(total[r]);
 #     out[r * step] = y + 0 * y;  // infinity becomes NaN
@@ -1498,14 +1528,23 @@ print((pair << 16).view(torch.float32).item(),
 # lie within a factor of four, and below that each halving of the size is half
 # as frequent as the one before. {cite}`dfloat2025` gives the exponents a
 # Huffman code and ends at eleven bits a number, with no bit lost; decoding a
-# code of unequal lengths is work for a GPU. Four bits of equal length do
-# nearly as well: the fifteen most frequent exponents of the matrix have a
-# number each, and the sixteenth says: not among them. Such a number (of normal
-# ones about one in seven thousand) is zero in its place, and stands with its
-# column in a list of its own. A matrix that does not shrink by a tenth is left
-# as it is.
+# code of unequal lengths is work for a GPU.
 #
-# Sixty-four numbers take 64 bytes of signs and mantissas and 32 of codes.
+# Codes of equal length do nearly as well, cut where they are cheap to read. In
+# memory a bf16 number is two bytes,
+#
+# $$ \text{upper} = 128\, s + \lfloor e / 2 \rfloor, \qquad
+#    \text{lower} = 128\, (e \bmod 2) + m .
+# $$ (kernels-bytes)
+#
+# The lower one is kept. Of the upper one there are few: the seven most
+# frequent values of $\lfloor e / 2 \rfloor$ cover fourteen neighbouring
+# exponents, and with the eighth, 0, that of zero, and the sign they make
+# sixteen, a code of four bits. A number that has none (of normal ones about
+# one in three thousand) is zero in its place, and stands with its column in a
+# list of its own. A matrix that does not shrink by a tenth is left as it is.
+#
+# Sixty-four numbers take 64 lower bytes and 32 of codes.
 
 # %% tags=["export:compact"]
 from typing import NamedTuple
@@ -1518,8 +1557,8 @@ from torch import Tensor
 class CompactWeight(NamedTuple):
     """A bf16 matrix (m, n) in twelve bits a number, nothing lost."""
 
-    blocks: Tensor  # (m, n / 64, 96) uint8: 64 signs and mantissas, 64 codes
-    exponents: Tensor  # (16,) uint8, one a code; 15: zero, or in `others`
+    blocks: Tensor  # (m, n / 64, 96) uint8: 64 lower bytes, then their codes
+    upper: Tensor  # (16,) uint8: the upper byte that a code stands for
     first: Tensor  # (m + 1,) int32: where the others of each row begin
     others: Tensor  # (X,) int32: column << 16 | the number's sixteen bits
 
@@ -1536,18 +1575,23 @@ def pack_by_torch(weight: Tensor) -> CompactWeight:
     """`pack` in plain torch, a page to read; it needs 40 bytes a number."""
     m, n = weight.shape
     bits = weight.view(torch.int16).long() & 0xFFFF
-    exponent = bits >> 7 & 255
-    count = exponent.flatten().bincount(minlength=256)
-    table = count.argsort(descending=True, stable=True)[:15]
-    code = torch.full((256,), 15).scatter(0, table, torch.arange(15))[exponent]
-    body = (bits >> 8 & 128) | (bits & 127).where(code < 15, 0)
-    halves = code.view(m, n // 64, 2, 32)[..., _PLACE]
+    half = bits >> 8 & 127  # of an exponent; counted in every eighth row
+    count = half[::8].flatten().bincount(minlength=128)
+    frequent = count.argsort(descending=True, stable=True)[:7]
+    upper = F.pad(frequent, (0, 1))
+    number = torch.full((128,), 8).scatter(0, frequent, torch.arange(7))
+    number[0] = 7
+    code = number[half]
+    rare = code == 8
+    body = (bits & 255).where(~rare, 0)
+    code = (bits >> 15 << 3 | code).where(~rare, 7)
+    codes = code.view(m, n // 64, 2, 32)[..., _PLACE]
     blocks = torch.cat([body.view(m, n // 64, 2, 32)[..., _PLACE].flatten(2),
-                        halves[:, :, 0] | halves[:, :, 1] << 4], -1)
-    rare = (code == 15) & (bits & 0x7FFF != 0)
+                        codes[:, :, 0] | codes[:, :, 1] << 4], -1)
     row, column = rare.nonzero(as_tuple=True)
     return CompactWeight(
-        blocks.to(torch.uint8), F.pad(table, (0, 1)).to(torch.uint8),
+        blocks.to(torch.uint8),
+        torch.cat([upper, upper + 128]).to(torch.uint8),
         F.pad(rare.sum(1).cumsum(0), (1, 0)).int(),
         (column << 16 | bits[row, column]).int())
 
@@ -1559,8 +1603,7 @@ def unpack(weight: CompactWeight) -> Tensor:
     body, codes = weight.blocks.long().split([64, 32], -1)
     code = torch.stack([codes & 15, codes >> 4], 2)[..., _PLACE].flatten(2)
     body = body.view(m, blocks, 2, 32)[..., _PLACE].flatten(2)
-    bits = ((body & 128) << 8 | weight.exponents.long()[code] << 7
-            | body & 127).flatten(1)
+    bits = (weight.upper.long()[code] << 8 | body).flatten(1)
     row = torch.repeat_interleave(weight.first.diff())
     others = weight.others.long() & 0xFFFFFFFF
     bits[row, others >> 16] = others & 0xFFFF
@@ -1588,7 +1631,7 @@ print(f"{8 * compact_matrix.nbytes / matrix.numel():.2f} bits a number, "
 exponent = (matrix.view(torch.int16).long() >> 7 & 255).flatten()
 share = exponent.bincount(minlength=256)[101:125] / exponent.numel()
 at = torch.arange(101, 125) - 127
-coded = torch.isin(at + 127, compact_matrix.exponents[:15].long())
+coded = torch.isin((at + 127) // 2, compact_matrix.upper[:7].long())
 fig, ax = plt.subplots(figsize=(6.4, 2.6))
 for which, color, label in ((coded, "C0", "has a code"),
                             (~coded, "0.6", "stored apart")):
@@ -1601,11 +1644,14 @@ known = share[share > 0]
 print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 
 # %% [markdown]
-# To read it, a table turns 32 codes at once into the upper seven bits of their
-# exponents, another into the eighth; two masks put sign and mantissa beside
-# them, and interleaved the bytes are bf16. Interleaving works within halves
-# (quarters, with 64 bytes) of a register, so the bytes are stored in the order
-# that makes neighbours of neighbours.
+# To read it, a table in a register turns 32 codes at once into upper bytes;
+# interleaved with the lower ones they are bf16. An earlier version gave each
+# of fifteen exponents a code and kept sign and mantissa in a byte: the same
+# twelve bits, but two lookups and four masks where this takes one lookup, and
+# in the L3 cache AVVV instead of BVVV GB/s a thread.
+#
+# Interleaving works within halves (quarters, with 64 bytes) of a register, so
+# the bytes are stored in the order that makes neighbours of neighbours.
 
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
@@ -1613,7 +1659,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # constexpr int64_t WEIGHTS = 64, SIZE = WEIGHTS * 3 / 2;  // of a block, bytes
 #
 # struct Compact {  // (rows, blocks, SIZE) bytes
-#   const uint8_t *bytes, *exponents;
+#   const uint8_t *bytes, *upper;
 #   const int32_t *first, *others;  // row r: others[first[r] ... first[r + 1]]
 #   int64_t rows, blocks;
 #
@@ -1625,18 +1671,6 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # inline int64_t swapped(int64_t i) {
 #   return (i & 7) | (i & 8) << 1 | (i & 16) >> 1;
 # }
-#
-# // what the lookups need: seven bits of each exponent for the upper byte, the
-# // eighth above the mantissa in the lower one
-# struct Tables {
-#   __m128i upper, lower;
-#
-#   explicit Tables(const uint8_t* exponents) {
-#     const __m128i e = load<__m128i>(exponents);
-#     upper = _mm_and_si128(_mm_srli_epi16(e, 1), _mm_set1_epi8(127));
-#     lower = _mm_slli_epi16(_mm_and_si128(e, _mm_set1_epi8(1)), 7);
-#   }
-# };
 #
 # #ifdef GPTOSS_BF16
 # // of 64 weights, the halves of a register interleaved give 0 ... 15 and
@@ -1652,28 +1686,22 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # template <int R>
 # void compact_dots(const Compact& w, int64_t row, int64_t step,
 #                   const Number* x, float* out) {
-#   const Tables tables(w.exponents);
-#   const Bytes upper = _mm512_broadcast_i32x4(tables.upper);
-#   const Bytes lower = _mm512_broadcast_i32x4(tables.lower);
-#   const Bytes low = _mm512_set1_epi8(15), sign = _mm512_set1_epi8(-128);
+#   const Bytes upper = _mm512_broadcast_i32x4(load<__m128i>(w.upper));
+#   const Bytes low = _mm512_set1_epi8(15);
 #   __m512 s[R][2] = {};
 #   for (int64_t b = 0; b < w.blocks; ++b, x += WEIGHTS)
 #     for (int r = 0; r < R; ++r) {
 #       const uint8_t* from = w.row(row + r * step) + b * SIZE;
-#       const Bytes v = load<Bytes>(from);
+#       const Bytes lower = load<Bytes>(from);
 #       const __m256i codes = load<__m256i>(from + WEIGHTS);
 #       const Bytes code = _mm512_and_si512(low, _mm512_inserti64x4(
 #           _mm512_castsi256_si512(codes), _mm256_srli_epi16(codes, 4), 1));
-#       // bit by bit: v where the mask is one, or the table's
-#       const Bytes high = _mm512_ternarylogic_epi32(
-#           sign, v, _mm512_shuffle_epi8(upper, code), 0xea);
-#       const Bytes rest = _mm512_ternarylogic_epi32(
-#           sign, v, _mm512_shuffle_epi8(lower, code), 0xae);
+#       const Bytes high = _mm512_shuffle_epi8(upper, code);
 #       s[r][0] = _mm512_dpbf16_ps(
-#           s[r][0], (__m512bh)_mm512_unpacklo_epi8(rest, high),
+#           s[r][0], (__m512bh)_mm512_unpacklo_epi8(lower, high),
 #           load<__m512bh>(x));
 #       s[r][1] = _mm512_dpbf16_ps(
-#           s[r][1], (__m512bh)_mm512_unpackhi_epi8(rest, high),
+#           s[r][1], (__m512bh)_mm512_unpackhi_epi8(lower, high),
 #           load<__m512bh>(x + BLOCK));
 #     }
 #   for (int r = 0; r < R; ++r) out[r * step] = sum(s[r][0] + s[r][1]);
@@ -1685,25 +1713,21 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # template <int R>
 # void compact_dots(const Compact& w, int64_t row, int64_t step,
 #                   const float* x, float* out) {
-#   const Tables tables(w.exponents);
-#   const __m256i upper = _mm256_broadcastsi128_si256(tables.upper);
-#   const __m256i lower = _mm256_broadcastsi128_si256(tables.lower);
-#   const __m256i low = _mm256_set1_epi8(15), sign = _mm256_set1_epi8(-128);
+#   const __m256i upper = _mm256_broadcastsi128_si256(
+#       load<__m128i>(w.upper));
+#   const __m256i low = _mm256_set1_epi8(15);
 #   Floats s[R][2] = {};
 #   for (int64_t b = 0; b < w.blocks; ++b, x += WEIGHTS)
 #     for (int r = 0; r < R; ++r) {
 #       const uint8_t* from = w.row(row + r * step) + b * SIZE;
 #       const __m256i codes = load<__m256i>(from + WEIGHTS);
 #       for (int half = 0; half < 2; ++half) {
-#         const __m256i v = load<__m256i>(from + 32 * half);
+#         const __m256i lower = load<__m256i>(from + 32 * half);
 #         const __m256i code = _mm256_and_si256(
 #             half ? _mm256_srli_epi16(codes, 4) : codes, low);
-#         const __m256i high = _mm256_or_si256(
-#             _mm256_and_si256(v, sign), _mm256_shuffle_epi8(upper, code));
-#         const __m256i rest = _mm256_or_si256(
-#             _mm256_andnot_si256(sign, v), _mm256_shuffle_epi8(lower, code));
-#         const Ints pairs[] = {(Ints)_mm256_unpacklo_epi8(rest, high),
-#                               (Ints)_mm256_unpackhi_epi8(rest, high)};
+#         const __m256i high = _mm256_shuffle_epi8(upper, code);
+#         const Ints pairs[] = {(Ints)_mm256_unpacklo_epi8(lower, high),
+#                               (Ints)_mm256_unpackhi_epi8(lower, high)};
 #         for (int i = 0; i < 2; ++i) {
 #           const float* at = x + 32 * half + 16 * i;
 #           s[r][0] += even(pairs[i]) * load<Floats>(at);
@@ -1740,80 +1764,89 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # ```
 
 # %% [markdown]
-# Packing reads a matrix three times: to count its exponents, to pack it, and
-# to find what stands apart.
+# Packing reads a matrix once, after every eighth row has been counted. What
+# stands apart is noted row by row, and then brought together.
 
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
-# // the fifteen most frequent exponents, and for each exponent its number
-# struct Exponents {
-#   uint8_t table[16] = {}, code[256];
+# struct Codes {
+#   uint8_t upper[16], code[256];  // of a code; of an upper byte, or NONE
+#   static constexpr uint8_t NONE = 16;
 #
-#   explicit Exponents(const std::vector<int64_t>& count) {
-#     std::fill_n(code, 256, 15);
-#     std::vector<int> order(256);
-#     for (int e = 0; e < 256; ++e) order[e] = e;
+#   explicit Codes(const std::vector<int64_t>& count) {
+#     std::vector<uint8_t> order(128);
+#     for (int half = 0; half < 128; ++half) order[half] = half;
 #     std::stable_sort(order.begin(), order.end(),
 #                      [&](int a, int b) { return count[a] > count[b]; });
-#     for (int i = 0; i < 15; ++i) code[table[i] = order[i]] = i;
+#     order[7] = 0;
+#     std::fill_n(code, 256, NONE);
+#     for (int c = 0; c < 16; ++c)
+#       code[upper[c] = (c & 8) << 4 | order[c % 8]] = c;
 #   }
 # };
 #
-# std::vector<int64_t> count_exponents(const uint16_t* w, int64_t count) {
-#   std::vector<int64_t> total(256);
+# // how often each half of an exponent occurs, in every eighth row
+# std::vector<int64_t> count_halves(const uint16_t* w, int64_t rows,
+#                                   int64_t n) {
+#   std::vector<int64_t> total(128);
 #   std::mutex mutex;
-#   at::parallel_for(0, count, 1 << 16, [&](int64_t begin, int64_t end) {
-#     int64_t found[256] = {};
-#     for (int64_t i = begin; i < end; ++i) ++found[w[i] >> 7 & 255];
+#   at::parallel_for(0, (rows + 7) / 8, 16, [&](int64_t begin, int64_t end) {
+#     int64_t found[128] = {};
+#     for (int64_t r = begin; r < end; ++r)
+#       for (int64_t k = 0; k < n; ++k) ++found[w[8 * r * n + k] >> 8 & 127];
 #     const std::lock_guard<std::mutex> alone(mutex);
-#     for (int e = 0; e < 256; ++e) total[e] += found[e];
+#     for (int half = 0; half < 128; ++half) total[half] += found[half];
 #   });
 #   return total;
 # }
 #
-# // is it stored beside the blocks?
-# inline bool exceptional(uint16_t bits, const Exponents& e) {
-#   return e.code[bits >> 7 & 255] == 15 && (bits & 0x7fff);
-# }
-#
-# void pack_block(const uint16_t* w, const Exponents& e, uint8_t* to) {
-#   std::fill_n(to + WEIGHTS, WEIGHTS / 2, uint8_t(0));
-#   for (int64_t i = 0; i < WEIGHTS; ++i) {
-#     const int64_t at = swapped(i % 32), half = i / 32;
-#     const uint8_t code = e.code[w[i] >> 7 & 255];
-#     const uint8_t sign = w[i] >> 8 & 128;
-#     to[32 * half + at] = code == 15 ? sign : sign | (w[i] & 127);
-#     to[WEIGHTS + at] |= code << 4 * half;
+# // 64 numbers from `column` on; those without a code are added to `apart`
+# void pack_block(const uint16_t* w, const Codes& codes, int64_t column,
+#                 uint8_t* to, std::vector<int32_t>& apart) {
+#   uint8_t lower[WEIGHTS], code[WEIGHTS], all = 0;
+#   for (int64_t i = 0; i < WEIGHTS; ++i) lower[i] = uint8_t(w[i]);
+#   for (int64_t i = 0; i < WEIGHTS; ++i)
+#     all |= code[i] = codes.code[w[i] >> 8];
+#   for (int64_t i = 0; all & Codes::NONE && i < WEIGHTS; ++i)
+#     if (code[i] == Codes::NONE) {
+#       lower[i] = 0, code[i] = 7;
+#       apart.push_back(int32_t((column + i) << 16 | w[i]));
+#     }
+#   for (int64_t i = 0; i < 32; i += 8) {  // eight bytes at a time
+#     uint8_t* at = to + swapped(i);
+#     std::memcpy(at, lower + i, 8);
+#     std::memcpy(at + 32, lower + 32 + i, 8);
+#     const uint64_t both = load<uint64_t>(code + i)
+#                           | load<uint64_t>(code + 32 + i) << 4;
+#     std::memcpy(at + WEIGHTS, &both, 8);
 #   }
 # }
 #
-# // weight (rows, n) bf16 -> blocks, exponents, first, others
+# // weight (rows, n) bf16 -> blocks, upper, first, others
 # std::tuple<Tensor, Tensor, Tensor, Tensor> pack_compact(
 #     const Tensor& weight) {
 #   const int64_t rows = weight.size(0), n = weight.size(1);
 #   auto w = static_cast<const uint16_t*>(weight.const_data_ptr());
-#   const Exponents e(count_exponents(w, rows * n));
+#   const Codes codes(count_halves(w, rows, n));
 #   Tensor blocks = at::empty({rows, n / WEIGHTS, SIZE}, at::kByte);
-#   Tensor exponents = at::empty({16}, at::kByte);
+#   Tensor upper = at::empty({16}, at::kByte);
 #   Tensor first = at::zeros({rows + 1}, at::kInt);
-#   std::copy_n(e.table, 16, exponents.data_ptr<uint8_t>());
+#   std::copy_n(codes.upper, 16, upper.data_ptr<uint8_t>());
 #   uint8_t* to = blocks.data_ptr<uint8_t>();
 #   int32_t* begin = first.data_ptr<int32_t>();
+#   std::vector<std::vector<int32_t>> apart(rows);
 #   share(rows, 16, [&](int64_t r) {
-#     for (int64_t k = 0; k < n; ++k)
-#       begin[r + 1] += exceptional(w[r * n + k], e);
 #     for (int64_t k = 0; k < n; k += WEIGHTS)
-#       pack_block(w + r * n + k, e, to + (r * n + k) / WEIGHTS * SIZE);
+#       pack_block(w + r * n + k, codes, k, to + (r * n + k) / WEIGHTS * SIZE,
+#                  apart[r]);
 #   });
-#   for (int64_t r = 0; r < rows; ++r) begin[r + 1] += begin[r];
+#   for (int64_t r = 0; r < rows; ++r)
+#     begin[r + 1] = begin[r] + int32_t(apart[r].size());
 #   Tensor others = at::empty({begin[rows]}, at::kInt);
-#   int32_t* other = others.data_ptr<int32_t>();
-#   share(rows, 16, [&](int64_t r) {
-#     int32_t at = begin[r];
-#     for (int64_t k = 0; k < n && at < begin[r + 1]; ++k)
-#       if (exceptional(w[r * n + k], e)) other[at++] = k << 16 | w[r * n + k];
-#   });
-#   return {blocks, exponents, first, others};
+#   for (int64_t r = 0; r < rows; ++r)
+#     std::copy(apart[r].begin(), apart[r].end(),
+#               others.data_ptr<int32_t>() + begin[r]);
+#   return {blocks, upper, first, others};
 # }
 # #endif
 # ```
@@ -2254,7 +2287,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # // as `linear`; blocks ... others: the weight again, by `pack_compact`
 # Tensor compact_linear(const Tensor& x, const Tensor& weight,
 #                       const std::optional<Tensor>& bias,
-#                       const Tensor& blocks, const Tensor& exponents,
+#                       const Tensor& blocks, const Tensor& upper,
 #                       const Tensor& first, const Tensor& others) {
 # #ifdef GPTOSS_AVX2
 #   const int64_t m = blocks.size(0), n = blocks.size(1) * WEIGHTS;
@@ -2262,7 +2295,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 #   if (ours({x, weight, bias.value_or(x)}) && N <= FEW) {
 #     Buffer y(N * m);
 #     compact_few({blocks.const_data_ptr<uint8_t>(),
-#                  exponents.const_data_ptr<uint8_t>(),
+#                  upper.const_data_ptr<uint8_t>(),
 #                  first.const_data_ptr<int32_t>(),
 #                  others.const_data_ptr<int32_t>(), m, blocks.size(1)},
 #                 floats(x), N, y);
@@ -2754,7 +2787,7 @@ def linear_beside_compact(x: Tensor, weight: Tensor, bias: Tensor | None,
 
 define_operator(
     "gptoss::compact_linear(Tensor x, Tensor weight, Tensor? bias,"
-    " Tensor blocks, Tensor exponents, Tensor first, Tensor others)"
+    " Tensor blocks, Tensor upper, Tensor first, Tensor others)"
     " -> Tensor", linear_beside_compact)
 
 
@@ -2777,14 +2810,14 @@ class CompactLinear(Linear):
         if self.weight.requires_grad:
             return super().forward(x)
         return torch.ops.gptoss.compact_linear(
-            x, self.weight, self.bias, self.blocks, self.exponents,
+            x, self.weight, self.bias, self.blocks, self.upper,
             self.first, self.others)
 
     @property
     def saved(self) -> int:
         """How many bytes fewer a token reads."""
         return self.weight.nbytes - CompactWeight(
-            self.blocks, self.exponents, self.first, self.others).nbytes
+            self.blocks, self.upper, self.first, self.others).nbytes
 
 
 def saved_bytes(model: nn.Module) -> int:

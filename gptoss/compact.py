@@ -17,8 +17,8 @@ from gptoss.mxfp4 import define_operator
 class CompactWeight(NamedTuple):
     """A bf16 matrix (m, n) in twelve bits a number, nothing lost."""
 
-    blocks: Tensor  # (m, n / 64, 96) uint8: 64 signs and mantissas, 64 codes
-    exponents: Tensor  # (16,) uint8, one a code; 15: zero, or in `others`
+    blocks: Tensor  # (m, n / 64, 96) uint8: 64 lower bytes, then their codes
+    upper: Tensor  # (16,) uint8: the upper byte that a code stands for
     first: Tensor  # (m + 1,) int32: where the others of each row begin
     others: Tensor  # (X,) int32: column << 16 | the number's sixteen bits
 
@@ -35,18 +35,23 @@ def pack_by_torch(weight: Tensor) -> CompactWeight:
     """`pack` in plain torch, a page to read; it needs 40 bytes a number."""
     m, n = weight.shape
     bits = weight.view(torch.int16).long() & 0xFFFF
-    exponent = bits >> 7 & 255
-    count = exponent.flatten().bincount(minlength=256)
-    table = count.argsort(descending=True, stable=True)[:15]
-    code = torch.full((256,), 15).scatter(0, table, torch.arange(15))[exponent]
-    body = (bits >> 8 & 128) | (bits & 127).where(code < 15, 0)
-    halves = code.view(m, n // 64, 2, 32)[..., _PLACE]
+    half = bits >> 8 & 127  # of an exponent; counted in every eighth row
+    count = half[::8].flatten().bincount(minlength=128)
+    frequent = count.argsort(descending=True, stable=True)[:7]
+    upper = F.pad(frequent, (0, 1))
+    number = torch.full((128,), 8).scatter(0, frequent, torch.arange(7))
+    number[0] = 7
+    code = number[half]
+    rare = code == 8
+    body = (bits & 255).where(~rare, 0)
+    code = (bits >> 15 << 3 | code).where(~rare, 7)
+    codes = code.view(m, n // 64, 2, 32)[..., _PLACE]
     blocks = torch.cat([body.view(m, n // 64, 2, 32)[..., _PLACE].flatten(2),
-                        halves[:, :, 0] | halves[:, :, 1] << 4], -1)
-    rare = (code == 15) & (bits & 0x7FFF != 0)
+                        codes[:, :, 0] | codes[:, :, 1] << 4], -1)
     row, column = rare.nonzero(as_tuple=True)
     return CompactWeight(
-        blocks.to(torch.uint8), F.pad(table, (0, 1)).to(torch.uint8),
+        blocks.to(torch.uint8),
+        torch.cat([upper, upper + 128]).to(torch.uint8),
         F.pad(rare.sum(1).cumsum(0), (1, 0)).int(),
         (column << 16 | bits[row, column]).int())
 
@@ -57,8 +62,7 @@ def unpack(weight: CompactWeight) -> Tensor:
     body, codes = weight.blocks.long().split([64, 32], -1)
     code = torch.stack([codes & 15, codes >> 4], 2)[..., _PLACE].flatten(2)
     body = body.view(m, blocks, 2, 32)[..., _PLACE].flatten(2)
-    bits = ((body & 128) << 8 | weight.exponents.long()[code] << 7
-            | body & 127).flatten(1)
+    bits = (weight.upper.long()[code] << 8 | body).flatten(1)
     row = torch.repeat_interleave(weight.first.diff())
     others = weight.others.long() & 0xFFFFFFFF
     bits[row, others >> 16] = others & 0xFFFF
@@ -75,7 +79,7 @@ def linear_beside_compact(x: Tensor, weight: Tensor, bias: Tensor | None,
 
 define_operator(
     "gptoss::compact_linear(Tensor x, Tensor weight, Tensor? bias,"
-    " Tensor blocks, Tensor exponents, Tensor first, Tensor others)"
+    " Tensor blocks, Tensor upper, Tensor first, Tensor others)"
     " -> Tensor", linear_beside_compact)
 
 
@@ -98,14 +102,14 @@ class CompactLinear(Linear):
         if self.weight.requires_grad:
             return super().forward(x)
         return torch.ops.gptoss.compact_linear(
-            x, self.weight, self.bias, self.blocks, self.exponents,
+            x, self.weight, self.bias, self.blocks, self.upper,
             self.first, self.others)
 
     @property
     def saved(self) -> int:
         """How many bytes fewer a token reads."""
         return self.weight.nbytes - CompactWeight(
-            self.blocks, self.exponents, self.first, self.others).nbytes
+            self.blocks, self.upper, self.first, self.others).nbytes
 
 
 def saved_bytes(model: nn.Module) -> int:
