@@ -1316,8 +1316,13 @@ print("relative error below 1e-6:", worst < 1e-6)
 # $2^{-126}$ counts as zero). Half the instructions are one gain. The other:
 # activations stay in bf16, half as long. For the 4096 columns of `o_proj` fp32
 # takes 16 KiB, half of an L1 cache of 32, and the rows stream through the
-# other half; bf16 takes a quarter of it, and four streams then gain where with
-# fp32 two were best. Twelve such products took 5.4 ms instead of 7.4.
+# other half; bf16 takes a quarter of it. Twelve such products took 5.4 ms
+# instead of 7.4.
+#
+# In either case four rows are read at the same time, as above. With AVX2 a row
+# is also asked for three quarters of a KiB ahead of its use: on two cores the
+# dense matrices of the 20b (in twelve bits, below) then took 44 to 52 ms a
+# token, by memory's mood, where two rows and no prefetch took 52 to 56.
 
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
@@ -1326,9 +1331,9 @@ print("relative error below 1e-6:", worst < 1e-6)
 #   return (Floats)(pairs & int32_t(0xffff0000));
 # }
 #
-# #ifdef GPTOSS_BF16
-# constexpr int64_t STREAMS = 4;
+# constexpr int64_t STREAMS = 4, AHEAD = 768;  // rows; bytes
 #
+# #ifdef GPTOSS_BF16
 # std::vector<Number> ready(const Buffer& x) {
 #   std::vector<Number> to(x.size());
 #   convert(x.data(), x.size(), to.data());
@@ -1346,13 +1351,15 @@ print("relative error below 1e-6:", worst < 1e-6)
 #   for (int r = 0; r < R; ++r) out[r * step] = sum(s[r]);
 # }
 # #else
-# constexpr int64_t STREAMS = 2;
-#
 # // sixteen at a time, first the eight even ones, then the eight odd ones
 # Buffer ready(const Buffer& x) {
 #   Buffer to(x.size());
-#   for (size_t k = 0; k < x.size(); ++k)
-#     to[k / 16 * 16 + k % 2 * 8 + k % 16 / 2] = x[k];
+#   for (size_t k = 0; k < x.size(); k += 16) {
+#     const Floats a = load<Floats>(&x[k]), b = load<Floats>(&x[k + 8]);
+#     store(&to[k], __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14));
+#     store(&to[k + 8], __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13,
+#                                               15));
+#   }
 #   return to;
 # }
 #
@@ -1363,7 +1370,9 @@ print("relative error below 1e-6:", worst < 1e-6)
 #   Floats s[R][2] = {};
 #   for (int64_t k = 0; k < n; k += 16)
 #     for (int r = 0; r < R; ++r) {
-#       const Ints pairs = load<Ints>(w + r * step * n + k);
+#       const Number* from = w + r * step * n + k;
+#       __builtin_prefetch(from + AHEAD / 2);
+#       const Ints pairs = load<Ints>(from);
 #       s[r][0] += even(pairs) * load<Floats>(x + k);
 #       s[r][1] += odd(pairs) * load<Floats>(x + k + 8);
 #     }
@@ -1720,6 +1729,8 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 #   for (int64_t b = 0; b < w.blocks; ++b, x += WEIGHTS)
 #     for (int r = 0; r < R; ++r) {
 #       const uint8_t* from = w.row(row + r * step) + b * SIZE;
+#       __builtin_prefetch(from + AHEAD);
+#       __builtin_prefetch(from + AHEAD + SIZE / 2);
 #       const __m256i codes = load<__m256i>(from + WEIGHTS);
 #       for (int half = 0; half < 2; ++half) {
 #         const __m256i lower = load<__m256i>(from + 32 * half);

@@ -755,9 +755,9 @@ inline Floats odd(Ints pairs) {
   return (Floats)(pairs & int32_t(0xffff0000));
 }
 
-#ifdef GPTOSS_BF16
-constexpr int64_t STREAMS = 4;
+constexpr int64_t STREAMS = 4, AHEAD = 768;  // rows; bytes
 
+#ifdef GPTOSS_BF16
 std::vector<Number> ready(const Buffer& x) {
   std::vector<Number> to(x.size());
   convert(x.data(), x.size(), to.data());
@@ -775,13 +775,15 @@ void dense_dots(const Number* w, int64_t step, const Number* x, int64_t n,
   for (int r = 0; r < R; ++r) out[r * step] = sum(s[r]);
 }
 #else
-constexpr int64_t STREAMS = 2;
-
 // sixteen at a time, first the eight even ones, then the eight odd ones
 Buffer ready(const Buffer& x) {
   Buffer to(x.size());
-  for (size_t k = 0; k < x.size(); ++k)
-    to[k / 16 * 16 + k % 2 * 8 + k % 16 / 2] = x[k];
+  for (size_t k = 0; k < x.size(); k += 16) {
+    const Floats a = load<Floats>(&x[k]), b = load<Floats>(&x[k + 8]);
+    store(&to[k], __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14));
+    store(&to[k + 8], __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13,
+                                              15));
+  }
   return to;
 }
 
@@ -792,7 +794,9 @@ void dense_dots(const Number* w, int64_t step, const float* x, int64_t n,
   Floats s[R][2] = {};
   for (int64_t k = 0; k < n; k += 16)
     for (int r = 0; r < R; ++r) {
-      const Ints pairs = load<Ints>(w + r * step * n + k);
+      const Number* from = w + r * step * n + k;
+      __builtin_prefetch(from + AHEAD / 2);
+      const Ints pairs = load<Ints>(from);
       s[r][0] += even(pairs) * load<Floats>(x + k);
       s[r][1] += odd(pairs) * load<Floats>(x + k + 8);
     }
@@ -988,6 +992,8 @@ void compact_dots(const Compact& w, int64_t row, int64_t step,
   for (int64_t b = 0; b < w.blocks; ++b, x += WEIGHTS)
     for (int r = 0; r < R; ++r) {
       const uint8_t* from = w.row(row + r * step) + b * SIZE;
+      __builtin_prefetch(from + AHEAD);
+      __builtin_prefetch(from + AHEAD + SIZE / 2);
       const __m256i codes = load<__m256i>(from + WEIGHTS);
       for (int half = 0; half < 2; ++half) {
         const __m256i lower = load<__m256i>(from + 32 * half);
