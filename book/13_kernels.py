@@ -51,8 +51,8 @@ plt.style.use("_static/book.mplstyle")
 logging.disable(logging.WARNING)  # with or without a compiler: same output
 with open("_static/kernels_bench.json") as file:
     MEASURED = json.load(file)  # by bench/, on the machine that it names
-with open("_static/kernels_bench_avx2.json") as file:
-    ON_AVX2 = json.load(file)  # the same on another one, of an older version
+with open("_static/kernels_bench_avx512.json") as file:
+    ON_AVX512 = json.load(file)  # the same on another one, an older version
 big = GptOssConfig.gpt_oss_20b()
 READ, OPERATE = 30e9, 2 * 32 * 3e9  # a second: two cores of 3 GHz, AVX2
 reading = bytes_read_per_token(big) / READ
@@ -745,8 +745,10 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 # filled up with 127, the scale 1, and what is missing of the weights with
 # zeros; both meet activations that are zero. AVX-512 loads under a mask. AVX2
 # reads the row's last eight scales and shifts away those it has had already;
-# gathered one by one, two scales of ninety took a twentieth of the time. Filled up with zeros the scales
-# would be $2^{-127}$, and a processor takes its time with a subnormal number:
+# gathered one by one, two scales of ninety took a twentieth of the time.
+#
+# Filled up with zeros the scales would be $2^{-127}$, and a processor takes
+# its time with a subnormal number:
 # so written, the whole product took 7 % longer (one thread, weights in the L1
 # cache).
 
@@ -1657,7 +1659,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # interleaved with the lower ones they are bf16. An earlier version gave each
 # of fifteen exponents a code and kept sign and mantissa in a byte: the same
 # twelve bits, but two lookups and four masks where this takes one lookup, and
-# in the L3 cache AVVV instead of BVVV GB/s a thread.
+# in the L3 cache 28 instead of 25 GB/s a thread.
 #
 # Interleaving works within halves (quarters, with 64 bytes) of a register, so
 # the bytes are stored in the order that makes neighbours of neighbours.
@@ -2775,9 +2777,9 @@ print(library_path().name.startswith("kernels-"), library_path().suffix)
 # %% [markdown]
 # ### Who gets the twelve bits
 #
-# A copy costs some seconds (3 to 4 for the 20b on two cores) and three
-# quarters of the matrices' memory. That pays after a few hundred tokens, and
-# on a machine that has the memory. So one asks for it: `make_compact(model)`,
+# A copy costs time (1.4 s for the 20b on two cores) and three quarters of the
+# matrices' memory. That pays after some hundred tokens, on a machine that has
+# the memory and is limited by it. So one asks for it: `make_compact(model)`,
 # or `--compact` on the command line. The weights themselves stay where they
 # are, mapped from the file: prompts, gradients and other devices use those,
 # and as a copy is read only where the weight would give the same numbers,
@@ -3334,8 +3336,8 @@ assert launches.count * 5e-6 > 9 * bytes_read_per_token(big) / 3e12
 # whether ids and positions are right. `Stack.run` (chapter 10) does none of
 # this, it computes; what it needs is a cache that answers in one shape. A
 # slot that holds nothing has position -1, and no query sees it. So the whole
-# ring and the whole tape, empty slots included, are as good an answer as the
-# filled part.
+# ring and the first 256, 512, 1024 ... slots of the tape, empty ones included,
+# are as good an answer as the filled part.
 
 # %% tags=["export:decode_step"]
 import logging
@@ -4088,55 +4090,50 @@ print(f"a token of the 20b with Q8_0: "
 
 # %% [markdown]
 # Each engine ran alone with both cores (the shipped model with one thread),
-# with 512 tokens of prompt (16 in the third group, 128 for the shipped one),
+# with 512 tokens of prompt (16 in the second group, 128 for the shipped one),
 # llama.cpp with experts in MXFP4 and dense matrices in bf16 or Q8_0. Engines
-# took turns, and of two rounds the one with the faster decode counts: memory
-# delivered anything from 30 to 63 GB/s, changing within seconds, so that a
-# ratio is good to a fifth or so, and a share of memory's speed, which is
-# measured after the runs, to a third.
+# took turns, and of two rounds the one with the faster decode counts (one
+# round for 4 and 2 layers). Memory delivers 33 to 45 GB/s here, changing
+# within minutes, so that a ratio is good to a tenth or so, and a share of
+# memory's speed, which is measured after the runs, to a fifth.
 #
-# *Decode.* With AVX-512, llama.cpp's bf16 product comes near the speed of
-# memory as well, and two programs that read the same bytes at that speed take
-# the same time: in the two rounds the 20b wrote 11.7 and 11.9 tokens a second,
-# llama.cpp with bf16 9.3 and 9.5, with Q8_0 10.9 both times. That is 1.25
-# times as many as the first, and 1.07 and 1.09 times as many as the second,
+# *Decode.* In the two rounds the 20b wrote 9.6 and 9.4 tokens a second,
+# llama.cpp with bf16 6.6 and 6.7, with Q8_0 8.7 and 8.3. That is 1.46 and 1.41
+# times as many as the first, and 1.10 and 1.12 times as many as the second,
 # though Q8_0 rounds the dense matrices and reads 2.6 GB for a token where ours
-# keeps every number and reads 3.7. Reading less helps once more: in twelve
-# bits, 3.1 GB, it was 12.8 in the second round, 1.35 times llama.cpp with
-# bf16; in the first, memory had slowed to half when it ran, and it was 10.0.
-# The goal of 1.4 is **missed**; that of 1.0 against Q8_0 is met.
+# keeps every number and reads 3.7. Ours used 83 and 84 % of memory's speed.
+# In twelve bits, 3.1 GB, it wrote 9.6 and 9.8: where the experts' product is
+# limited by the processor, which with AVX2 does some 14 GB/s a thread, reading
+# less brings less.
 #
-# Three more rounds, with 128 tokens of prompt, show how far memory moves such
-# ratios: 0.98, 1.07 and 1.43 times llama.cpp with bf16, in twelve bits 1.51,
-# 1.31 and 1.23 times.
-#
-# Of memory's speed, ours used 70 and 71 %, the goal being 70, and 87, 63 and
-# 73 in the three rounds. When memory is fast the processor is the limit: the
-# packed product does some 21 GB/s a thread, the dense one 27, and eight of a
-# token's 84 milliseconds go into everything else.
-#
-# *The rest.* A prompt is read twice as fast as by llama.cpp. The 20b loads in
-# 0.2 s or less, because a page of the file is read when it is first touched,
-# and peaks at 12 GiB where llama.cpp takes 21 to 23; with the copies it is 3
-# to 4 s and 14 GiB. transformers in bf16 takes five times as long for a token
-# and three times for a prompt of 16: torch, too, uses this processor's
-# instructions for bf16. In fp32, at 2 layers, it takes four and a half times
-# as long and 2.4 times.
+# *The rest.* A prompt is read 1.8 times as fast as by llama.cpp. The 20b loads
+# in 0.2 s, because a page of the file is read when it is first touched, and
+# peaks at 12 to 13 GiB where llama.cpp takes 21 to 23; with the copies it is
+# 1.4 s and 14 GiB. torch has no fast product in bf16 for AVX2, and
+# transformers takes 35 times as long for a token and 123 times for a prompt of
+# 16; in fp32, at 2 layers, it takes 3.5 times as long for a token and 2.1
+# times for a prompt of 512.
 #
 # *Long texts*, by `bench/lengths.py`: a token of the 20b at position 8192 took
-# 1.30 times as long as one at 128 (106 and 81 ms), and the time for a token of
-# a prompt grew by 5 % from 512 to 4096 tokens, at 4 layers.
+# 1.09 times as long as one at 128 (181 and 166 ms, in a short run in which
+# experts were still touched for the first time; with the older version below,
+# all in memory, 1.30 times). The time for a token of a prompt, at 4 layers,
+# was 6.5 ms with 512 tokens and 6.4 with 4096.
 #
-# On a processor that has AVX2 alone the same programs compare otherwise. These
-# were measured with an older version of the kernels, which was slower
-# throughout:
+# With AVX-512 llama.cpp's bf16 product comes near the speed of memory as well,
+# and two programs that read the same bytes at that speed take the same time.
+# These were measured with an older version of the kernels, which made every
+# token anew in Python and did not record its steps:
 
 # %% tags=["hide-input"]
-table(ON_AVX2)
+table(ON_AVX512)
 
 # %% [markdown]
-# There torch has no fast product in bf16, and transformers falls behind by 28
-# and 116 times.
+# There decode was 1.25 times as fast as llama.cpp's with bf16, in both rounds,
+# and 1.07 and 1.09 times as with Q8_0; in three more rounds with 128 tokens of
+# prompt, with memory at 30 to 63 GB/s, it was 0.98, 1.07 and 1.43 times as
+# fast as the first, in twelve bits 1.51, 1.31 and 1.23 times. The goal of 1.4
+# was missed on that machine.
 #
 # **Not run at all**, for want of such machines: the kernels on an ARM
 # processor. The file compiles for one, and the product in NEON, run in an
