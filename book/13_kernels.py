@@ -4115,9 +4115,8 @@ print(f"a token of the 20b with Q8_0: "
 # times for a prompt of 512.
 #
 # *Long texts*, by `bench/lengths.py`: a token of the 20b at position 8192 took
-# 1.09 times as long as one at 128 (181 and 166 ms, in a short run in which
-# experts were still touched for the first time; with the older version below,
-# all in memory, 1.30 times). The time for a token of a prompt, at 4 layers,
+# 1.20 times as long as one at 128 (150 and 126 ms, in a run that still touched
+# experts for the first time). The time for a token of a prompt, at 4 layers,
 # was 6.5 ms with 512 tokens and 6.4 with 4096.
 #
 # With AVX-512 llama.cpp's bf16 product comes near the speed of memory as well,
