@@ -735,22 +735,23 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 # One conversion and one multiply-add serve `SIDE` blocks, and want the blocks'
 # factors, each in four lanes. They are made in registers, `LANES` blocks at a
 # time: the scale bytes become exponents by a shift, are multiplied by half the
-# steps, and one permutation for each group puts them where they are needed.
-# With AVX2 an instruction that moves numbers between the two halves of a
-# register takes as long as two or three that do not, so the factors stand in
-# such an order (`arrange`) that a group's two are already in the right halves.
-# Byte 255 gives infinity, which the row's end turns into NaN: $y + 0 y$.
+# steps, and one permutation for each group puts them where they are needed. An
+# AVX2 instruction that moves numbers between the two halves of a register is
+# slow (on a Zen 3, 2.5 times as slow as one that does not), so the factors
+# stand in such an order (`arrange`) that a group's two are already in the
+# right halves. Byte 255 gives infinity, which the row's end turns into NaN: $y
+# + 0 y$.
 #
 # 90 blocks are no whole number of registers. What is missing of the scales is
 # filled up with 127, the scale 1, and what is missing of the weights with
-# zeros; both meet activations that are zero. AVX-512 loads under a mask. AVX2
-# reads the row's last eight scales and shifts away those it has had already;
-# gathered one by one, two scales of ninety took a twentieth of the time.
+# zeros; both meet activations that are zero. AVX-512 loads under a mask. AVX2,
+# which has none for bytes, reads the row's last eight scales and shifts away
+# those it has had already; only a row of fewer than eight blocks is gathered
+# scale by scale.
 #
 # Filled up with zeros the scales would be $2^{-127}$, and a processor takes
-# its time with a subnormal number:
-# so written, the whole product took 7 % longer (one thread, weights in the L1
-# cache).
+# its time with a subnormal number: so written, the whole product took 7 %
+# longer (one thread, weights in the L1 cache).
 
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
@@ -825,9 +826,10 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 # itself and only to the end of a 4 KiB page: with one stream everything waits
 # at every page, with four the others go on. The prefetch asks for the bytes
 # that the same row needs a quarter of a KiB later. `hold` keeps the compiler
-# from reading a row's bytes again for their second use. `some` is told how
-# many blocks there are as a type where that is known, so that whole registers
-# are loaded without a question.
+# from reading a row's bytes again for their second use. The four groups of
+# `LANES` blocks are written out one after the other: there `count` is known,
+# whole registers are loaded without a question, and each permutation is a
+# constant.
 
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
@@ -939,6 +941,11 @@ if {"plain torch", "the chapter's kernel", "only reading"} <= set(names):
     torchs, ours, most = (found[name, threads[-1]] for name in (
         "plain torch", "the chapter's kernel", "only reading"))
     print(f"of reading: torch {torchs / most:.0%}, kernel {ours / most:.0%}")
+
+# %% [markdown]
+# The last line is the operator as the model calls it: it also makes the
+# integers and rounds the result. The bytes were chosen for `vpdpbusd`; with
+# AVX2 alone they gain nothing over the 16-bit numbers of the line before.
 
 # %% [markdown]
 # ### Sixteen rows, many tokens
@@ -1323,8 +1330,8 @@ print("relative error below 1e-6:", worst < 1e-6)
 #
 # In either case four rows are read at the same time, as above. With AVX2 a row
 # is also asked for three quarters of a KiB ahead of its use: on two cores the
-# dense matrices of the 20b (in twelve bits, below) then took 44 to 52 ms a
-# token, by memory's mood, where two rows and no prefetch took 52 to 56.
+# dense matrices of the 20b (in twelve bits, below) then took 44 to 53 ms a
+# token, by memory's mood, where two rows and no prefetch took 52 to 57.
 
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
@@ -1533,13 +1540,13 @@ print((pair << 16).view(torch.float32).item(),
 #
 # Of the bytes that a token reads, two thirds are now dense: 1.27 of 3.70 GB
 # are experts. Four bits would be another model. But do sixteen bits hold
-# sixteen bits of information? A bf16 number is a sign, seven bits of mantissa
-# and eight of exponent. Signs and mantissas look like coin tosses. Exponents
-# do not: the weights of a matrix have about one size, more than half of them
-# lie within a factor of four, and below that each halving of the size is half
-# as frequent as the one before. {cite}`dfloat2025` gives the exponents a
-# Huffman code and ends at eleven bits a number, with no bit lost; decoding a
-# code of unequal lengths is work for a GPU.
+# sixteen bits of information? A bf16 number is a sign $s$, eight bits $e$ of
+# exponent and seven, $m$, of mantissa. Signs and mantissas look like coin
+# tosses. Exponents do not: the weights of a matrix have about one size, more
+# than half of them lie within a factor of four, and below that each halving of
+# the size is half as frequent as the one before. {cite}`dfloat2025` gives the
+# exponents a Huffman code and ends at eleven bits a number, with no bit lost;
+# decoding a code of unequal lengths is work for a GPU.
 #
 # Codes of equal length do nearly as well, cut where they are cheap to read. In
 # memory a bf16 number is two bytes,
@@ -1594,10 +1601,10 @@ def pack_by_torch(weight: Tensor) -> CompactWeight:
     number[0] = 7
     code = number[half]
     rare = code == 8
-    body = (bits & 255).where(~rare, 0)
+    lower = (bits & 255).where(~rare, 0)
     code = (bits >> 15 << 3 | code).where(~rare, 7)
     codes = code.view(m, n // 64, 2, 32)[..., _PLACE]
-    blocks = torch.cat([body.view(m, n // 64, 2, 32)[..., _PLACE].flatten(2),
+    blocks = torch.cat([lower.view(m, n // 64, 2, 32)[..., _PLACE].flatten(2),
                         codes[:, :, 0] | codes[:, :, 1] << 4], -1)
     row, column = rare.nonzero(as_tuple=True)
     return CompactWeight(
@@ -1611,10 +1618,10 @@ def pack_by_torch(weight: Tensor) -> CompactWeight:
 def unpack(weight: CompactWeight) -> Tensor:
     """The matrix (m, n) in bf16, bit for bit as `pack` took it."""
     m, blocks, _ = weight.blocks.shape
-    body, codes = weight.blocks.long().split([64, 32], -1)
+    lower, codes = weight.blocks.long().split([64, 32], -1)
     code = torch.stack([codes & 15, codes >> 4], 2)[..., _PLACE].flatten(2)
-    body = body.view(m, blocks, 2, 32)[..., _PLACE].flatten(2)
-    bits = (weight.upper.long()[code] << 8 | body).flatten(1)
+    lower = lower.view(m, blocks, 2, 32)[..., _PLACE].flatten(2)
+    bits = (weight.upper.long()[code] << 8 | lower).flatten(1)
     row = torch.repeat_interleave(weight.first.diff())
     others = weight.others.long() & 0xFFFFFFFF
     bits[row, others >> 16] = others & 0xFFFF
@@ -1638,7 +1645,7 @@ print(f"{8 * compact_matrix.nbytes / matrix.numel():.2f} bits a number, "
 # Figure: bars over exponents from minus 24 to minus 4, on a logarithmic axis.
 # The two highest, near the right end, are a quarter and three tenths of all
 # numbers; to the left of them each bar is half as high as its neighbour. The
-# fifteen on the right are coloured, six low ones on the left grey.
+# fourteen on the right are coloured, six low ones on the left grey.
 exponent = (matrix.view(torch.int16).long() >> 7 & 255).flatten()
 share = exponent.bincount(minlength=256)[101:125] / exponent.numel()
 at = torch.arange(101, 125) - 127
@@ -1648,7 +1655,8 @@ for which, color, label in ((coded, "C0", "has a code"),
                             (~coded, "0.6", "stored apart")):
     ax.bar(at[which], share[which], color=color, label=label)
 ax.set(yscale="log", xlabel="exponent $e$ of a weight $\\pm 1.m \\cdot 2^e$",
-       ylabel="share of all weights", xlim=(-24.9, -3.1))
+       ylabel="share of all weights", xlim=(-24.9, -3.1),
+       xticks=range(-24, -3, 4))
 ax.legend(frameon=False)
 plt.show()
 known = share[share > 0]
@@ -1791,7 +1799,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 #     for (int half = 0; half < 128; ++half) order[half] = half;
 #     std::stable_sort(order.begin(), order.end(),
 #                      [&](int a, int b) { return count[a] > count[b]; });
-#     order[7] = 0;
+#     order[7] = 0;  // that of zero
 #     std::fill_n(code, 256, NONE);
 #     for (int c = 0; c < 16; ++c)
 #       code[upper[c] = (c & 8) << 4 | order[c % 8]] = c;
@@ -4199,8 +4207,8 @@ print(f"experts are limited by arithmetic from about {crossing:.0f} tokens "
 #   table in a register makes four-bit weights as cheap to use as to read.
 # - Activations in sixteen bits lose about an eightieth of what rounding the
 #   result to bf16 loses; in eight bits, three times as much as it.
-# - Sixteen bits can hold less than sixteen bits: with exponents coded in four,
-#   dense weights take twelve, and no number changes.
+# - Sixteen bits can hold less than sixteen bits: with the upper byte coded in
+#   four, dense weights take twelve, and no number changes.
 # - Kernels belong below operators: the model names what it wants, the device
 #   decides how, and a machine without a compiler still runs.
 

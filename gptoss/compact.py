@@ -43,10 +43,10 @@ def pack_by_torch(weight: Tensor) -> CompactWeight:
     number[0] = 7
     code = number[half]
     rare = code == 8
-    body = (bits & 255).where(~rare, 0)
+    lower = (bits & 255).where(~rare, 0)
     code = (bits >> 15 << 3 | code).where(~rare, 7)
     codes = code.view(m, n // 64, 2, 32)[..., _PLACE]
-    blocks = torch.cat([body.view(m, n // 64, 2, 32)[..., _PLACE].flatten(2),
+    blocks = torch.cat([lower.view(m, n // 64, 2, 32)[..., _PLACE].flatten(2),
                         codes[:, :, 0] | codes[:, :, 1] << 4], -1)
     row, column = rare.nonzero(as_tuple=True)
     return CompactWeight(
@@ -59,10 +59,10 @@ def pack_by_torch(weight: Tensor) -> CompactWeight:
 def unpack(weight: CompactWeight) -> Tensor:
     """The matrix (m, n) in bf16, bit for bit as `pack` took it."""
     m, blocks, _ = weight.blocks.shape
-    body, codes = weight.blocks.long().split([64, 32], -1)
+    lower, codes = weight.blocks.long().split([64, 32], -1)
     code = torch.stack([codes & 15, codes >> 4], 2)[..., _PLACE].flatten(2)
-    body = body.view(m, blocks, 2, 32)[..., _PLACE].flatten(2)
-    bits = (weight.upper.long()[code] << 8 | body).flatten(1)
+    lower = lower.view(m, blocks, 2, 32)[..., _PLACE].flatten(2)
+    bits = (weight.upper.long()[code] << 8 | lower).flatten(1)
     row = torch.repeat_interleave(weight.first.diff())
     others = weight.others.long() & 0xFFFFFFFF
     bits[row, others >> 16] = others & 0xFFFF

@@ -1045,7 +1045,7 @@ struct Codes {
     for (int half = 0; half < 128; ++half) order[half] = half;
     std::stable_sort(order.begin(), order.end(),
                      [&](int a, int b) { return count[a] > count[b]; });
-    order[7] = 0;
+    order[7] = 0;  // that of zero
     std::fill_n(code, 256, NONE);
     for (int c = 0; c < 16; ++c)
       code[upper[c] = (c & 8) << 4 | order[c % 8]] = c;

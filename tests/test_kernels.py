@@ -98,6 +98,17 @@ def test_mxfp4_linear(tokens, rows, blocks, with_bias, seed):
           bias)
 
 
+@pytest.mark.parametrize("blocks", range(1, 34))
+def test_every_scale_meets_its_own_block(blocks):
+    """No two blocks of a row count alike, whatever a register leaves over."""
+    torch.manual_seed(blocks)
+    packed = torch.randint(256, (5, blocks, 16), dtype=torch.uint8)
+    scales = torch.stack([127 + torch.randperm(40)[:blocks] % 12
+                          for _ in range(5)]).to(torch.uint8)
+    check(mxfp4_linear, torch.randn(1, 32 * blocks).bfloat16(), packed, scales,
+          None, slack=1.001)
+
+
 @few
 @given(st.integers(1, 20), st.integers(1, 6), st.integers(1, 3),
        st.integers(1, 5), st.integers(1, 3), st.integers(0, 99))
@@ -471,6 +482,18 @@ def test_a_column_beyond_two_to_the_fifteen():
     packed = compact.pack(weight)
     assert (packed.others < 0).any()
     assert same_bits(compact.unpack(packed), weight)
+
+
+@needs_compact
+def test_rows_that_are_not_counted_lose_nothing():
+    """Codes come from every eighth row; the others hold other sizes here."""
+    weight = torch.randn(16, 128).bfloat16()
+    weight[torch.arange(16) % 8 > 0] *= 2.0 ** 60
+    packed = compact.pack(weight)
+    assert len(packed.others) == 14 * 128
+    assert same_bits(compact.unpack(packed), weight)
+    for mine, slow in zip(packed, compact.pack_by_torch(weight), strict=True):
+        assert torch.equal(mine, slow)
 
 
 @needs_compact
