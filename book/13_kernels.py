@@ -1645,7 +1645,7 @@ print(f"{8 * compact_matrix.nbytes / matrix.numel():.2f} bits a number, "
 # Figure: bars over exponents from minus 24 to minus 4, on a logarithmic axis.
 # The two highest, near the right end, are a quarter and three tenths of all
 # numbers; to the left of them each bar is half as high as its neighbour. The
-# fourteen on the right are coloured, six low ones on the left grey.
+# fourteen on the right are coloured, seven low ones on the left grey.
 exponent = (matrix.view(torch.int16).long() >> 7 & 255).flatten()
 share = exponent.bincount(minlength=256)[101:125] / exponent.numel()
 at = torch.arange(101, 125) - 127
