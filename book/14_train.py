@@ -1561,10 +1561,19 @@ DIGIT = re.compile(r"\d")
 DATE = re.compile(r"\d{4}-\d\d-\d\d")
 SUM = re.compile(r"(?<![\d+*-])(?=(\d+) ?([-+*]|plus|minus|times) ?(\d+))")
 SIGNS = {"plus": "+", "minus": "-", "times": "*"}
-TOLD = [(literal(line), sign, re.compile(re.escape(line).replace(r"\{a\}", r"(?P<a>\d+)")
-                          .replace(r"\{b\}", r"(?P<b>\d+)")
-                          .replace(r"\{name\}", r"\w+")
-                          .replace(r"\{things\}", r"\w+")))
+PLACES = {"a": r"(?P<a>\d+)", "b": r"(?P<b>\d+)", "x": "([^.]+)",
+          "name": r"\w+", "things": r"\w+"}
+
+
+def backwards(line: str) -> re.Pattern:
+    """What a template can become, with a group for each number or value."""
+    pattern = re.escape(line)
+    for slot, place in PLACES.items():
+        pattern = pattern.replace(rf"\{{{slot}\}}", place)
+    return re.compile(pattern)
+
+
+TOLD = [(literal(line), sign, backwards(line))
         for sign, lines in SUMS.items() for line in lines]
 
 
@@ -1595,8 +1604,7 @@ PLANS = [line_pattern(line, {}) for line in (
 HERO = re.compile(rf"\b({'|'.join(WORDS['hero'])})\b")
 PAIR = re.compile(rf"\b({'|'.join(WORDS['colour'])}) "
                   rf"({'|'.join(WORDS['thing'])})\b")
-FACT = [(literal(line), topic,
-         re.compile(re.escape(line).replace(r"\{x\}", "([^.]+)")))
+FACT = [(literal(line), topic, backwards(line))
         for topic, said, _, answer, _ in (*FACTS, (
             "your home", "The user lives in {x}.", "", "", None))
         for line in (said, answer) if line]
@@ -1691,10 +1699,9 @@ import itertools
 for one in itertools.islice(lesson_stream(5), 2000):
     without_leaks(one)
 kept = next(n for n in range(100, 999) if shelf(sum_key(n, "+", 250)))
-for planted in (f"Check: {kept + 250}-250: ones", f"{kept} + 250 = ",
+for planted in (f"What is {kept} + 250?", f"Check: {kept + 250}-250: ones",
                 f"Take {kept} from {kept + 250}.", "one of no sum"):
-    print(len(leaks(planted)), planted.replace(str(kept), "a"
-          ).replace(str(kept + 250), "c"))
+    print(f"{planted:30}", leaks(planted))
 
 # %% [markdown]
 # ### A tokenizer of fifteen hundred tokens
@@ -2837,30 +2844,32 @@ print(f"{len(pairs):,} pairs")
 
 # %%
 shipped, results = saved["exam"], {}
-bars = {"story": 0.9, "sum": 0.75, "tool": 0.75, "far": 0.75, "talk": 0.9}
-assert all(shipped[kind]["right"] >= bar for kind, bar in bars.items())
 for kind, count in (("story", 3), ("sum", 6), ("tool", 6), ("far", 6)):
     results[kind] = examine(pocket, reader, kind, count, seed=3)
-    print(f"{kind:>5}: in the log at least {bars[kind]:.0%}; "
-          f"here more than half: {grade(results[kind]) > 0.5}")
+    low, high = shipped[kind]["between"]
+    print(f"{kind:>5}: {shipped[kind]['right']:.1%} in the log, between "
+          f"{low:.0%} and {high:.0%}")
     assert grade(results[kind]) > 0.5
 
 # %% tags=["hide-input"]
 # Figure: one bar for each kind of question, with the share that the shipped
-# file gets right, beside it the percentage and the count.
+# file gets right and its error bar, beside it the percentage and the count.
 rules = {"story": "story: coherent, and about what was asked",
          "talk": "greetings and the like",
          "beyond": "beyond its world: says so",
          "sum": "sum or difference: exact",
          "far": "fact from over two windows before",
          "recall": "fact from a few turns before",
+         "after": "sum, right after a fact was asked for",
          "missing": "no tool for it: says so",
          "tool": "right tool, right JSON, result used"}
-fig, ax = plt.subplots(figsize=(7, 2.6))
+fig, ax = plt.subplots(figsize=(7, 2.8))
 for n, kind in enumerate(rules):
-    ax.barh(-n, shipped[kind]["right"], color="C0")
-    ax.text(1.01, -n, f"{shipped[kind]['right']:.0%} of "
-            f"{shipped[kind]['count']}", va="center", fontsize=8)
+    right, (low, high) = shipped[kind]["right"], shipped[kind]["between"]
+    ax.barh(-n, right, color="C0")
+    ax.plot((low, high), (-n, -n), color="black", linewidth=1)
+    ax.text(1.01, -n, f"{right:.1%} of {shipped[kind]['count']}",
+            va="center", fontsize=8)
 ax.set(xlim=(0, 1), xlabel="share right", yticks=range(0, -len(rules), -1),
        yticklabels=list(rules.values()),
        title="The shipped file, greedy, held out")
@@ -2868,11 +2877,13 @@ ax.grid(False)
 plt.show()
 
 # %% [markdown]
-# The figure is the long examination. "Held out" is meant strictly: a cast, a
-# pair of numbers, a combination of tool name, parameter names and arguments,
-# or a fact that a checksum keeps out of every training answer. (Small talk,
-# what is beyond the model and what it has no tool for have nothing to hold
-# out; there only the conversation is new.)
+# The figure is the long examination; the thin lines are its error bars, 95 %
+# each: 200 questions are few enough that another 200 might have given a point
+# more or less. "Held out" is meant strictly, and checked by reading: a cast,
+# a sum, a question for a tool or a fact that lies on the exam's shelf occurs
+# in no turn of anything that trained the model. (Small talk, the date and
+# what is beyond the model have nothing to hold out; there only the
+# conversation is new.)
 #
 # Effort changes how long it thinks. The mean number of tokens of analysis for
 # a sum at low, medium and high, from the log:

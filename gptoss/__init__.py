@@ -18,8 +18,8 @@ _HOME = {"Chat": "chat", "GptOss": "model", "GptOssConfig": "config"}
 _MODULES = ("config", "mxfp4", "checkpoint", "rope", "sinks", "masks",
             "routing", "experts", "cache", "model", "harmony", "generate",
             "chat", "kernels", "compact", "triton_kernels", "decode_step",
-            "stories", "lessons", "exams", "train", "parallel", "plan",
-            "parity", "vectors", "tangle")
+            "stories", "lessons", "leaks", "exams", "train", "parallel",
+            "plan", "parity", "vectors", "tangle")
 
 
 def __getattr__(name: str) -> object:

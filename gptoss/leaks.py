@@ -37,10 +37,19 @@ DIGIT = re.compile(r"\d")
 DATE = re.compile(r"\d{4}-\d\d-\d\d")
 SUM = re.compile(r"(?<![\d+*-])(?=(\d+) ?([-+*]|plus|minus|times) ?(\d+))")
 SIGNS = {"plus": "+", "minus": "-", "times": "*"}
-TOLD = [(literal(line), sign, re.compile(re.escape(line).replace(r"\{a\}", r"(?P<a>\d+)")
-                          .replace(r"\{b\}", r"(?P<b>\d+)")
-                          .replace(r"\{name\}", r"\w+")
-                          .replace(r"\{things\}", r"\w+")))
+PLACES = {"a": r"(?P<a>\d+)", "b": r"(?P<b>\d+)", "x": "([^.]+)",
+          "name": r"\w+", "things": r"\w+"}
+
+
+def backwards(line: str) -> re.Pattern:
+    """What a template can become, with a group for each number or value."""
+    pattern = re.escape(line)
+    for slot, place in PLACES.items():
+        pattern = pattern.replace(rf"\{{{slot}\}}", place)
+    return re.compile(pattern)
+
+
+TOLD = [(literal(line), sign, backwards(line))
         for sign, lines in SUMS.items() for line in lines]
 
 
@@ -62,8 +71,7 @@ PLANS = [line_pattern(line, {}) for line in (
 HERO = re.compile(rf"\b({'|'.join(WORDS['hero'])})\b")
 PAIR = re.compile(rf"\b({'|'.join(WORDS['colour'])}) "
                   rf"({'|'.join(WORDS['thing'])})\b")
-FACT = [(literal(line), topic,
-         re.compile(re.escape(line).replace(r"\{x\}", "([^.]+)")))
+FACT = [(literal(line), topic, backwards(line))
         for topic, said, _, answer, _ in (*FACTS, (
             "your home", "The user lives in {x}.", "", "", None))
         for line in (said, answer) if line]
@@ -155,12 +163,14 @@ __all__ = [
     "LeakError",
     "OPENINGS",
     "PAIR",
+    "PLACES",
     "PLANS",
     "READERS",
     "SIGNS",
     "SPOKEN",
     "SUM",
     "TOLD",
+    "backwards",
     "casts_in",
     "facts_in",
     "leaks",
