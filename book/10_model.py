@@ -253,7 +253,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptoss.cache import Cache
-from gptoss.checkpoint import Checkpoint, check_scales, resolve
+from gptoss.checkpoint import (
+    DTYPES,
+    FLOATS,
+    Checkpoint,
+    check_scales,
+    resolve,
+)
 from gptoss.config import GptOssConfig
 from gptoss.experts import Experts
 from gptoss.masks import positions_from_mask, visible
@@ -734,18 +740,21 @@ class GptOss(Stack):
 
     @classmethod
     def from_pretrained(cls, path: str | Path,
-                        dtype: torch.dtype = torch.bfloat16, device="cpu",
-                        packed: bool = True, revision: str | None = None
-                        ) -> "GptOss":
+                        dtype: torch.dtype | str = torch.bfloat16,
+                        device="cpu", packed: bool = True,
+                        revision: str | None = None) -> "GptOss":
         """The model in a folder or a hub repository, in any layout.
 
-        dtype: of everything but packed experts. packed: keep MXFP4 experts
-        packed (a bf16 checkpoint has none and loads dense); False decodes
-        them to dtype. Parameters are frozen; call requires_grad_() to train.
-        Tensors on the CPU whose dtype agrees stay memory-mapped. Raises
-        CheckpointError or ConfigError naming the file and the tensor.
+        dtype: of everything but packed experts; one of torch's, its name, or
+        "auto", the one that the checkpoint was saved in. packed: keep MXFP4
+        experts packed (a bf16 checkpoint has none and loads dense); False
+        decodes them to dtype. Parameters are frozen; call requires_grad_()
+        to train. Tensors on the CPU whose dtype agrees stay memory-mapped.
+        Raises CheckpointError or ConfigError naming the file and the tensor;
+        ModelError for a dtype that none can have.
         """
         with Checkpoint.open(resolve(path, revision)) as checkpoint:
+            dtype = pick_dtype(dtype, checkpoint)
             packed = packed and checkpoint.layout != "bf16"
             model = cls(checkpoint.config, dtype, "meta", packed)
             model.requires_grad_(False)
@@ -810,7 +819,36 @@ def load_tensors(checkpoint: Checkpoint, dtype: torch.dtype, device,
 
 
 # %% [markdown]
-# To show it, a checkpoint in the released layout: random tensors for every
+# The dtype is a choice, and people write it in three ways: as torch does, by
+# name, or as "auto". The last is what `config.json` says of the file, which
+# need not be what lies in it (chapter 3): some programs save fp32 and say
+# bf16, and mean bf16.
+
+# %% tags=["export"]
+FLOATING = {str(dtype).removeprefix("torch."): dtype
+            for dtype in map(DTYPES.get, FLOATS)}
+
+
+def pick_dtype(dtype: torch.dtype | str, checkpoint: Checkpoint
+               ) -> torch.dtype:
+    """A dtype of torch from itself, its name or "auto"; ModelError."""
+    if dtype == "auto":
+        return checkpoint.dtype
+    found = FLOATING.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise ModelError(f"dtype: expected auto, {', '.join(FLOATING)}, "
+                         f"found {dtype!r:.100}")
+    return found
+
+
+# %%
+try:
+    print(pick_dtype("torch.float16", None), pick_dtype("int8", None))
+except ModelError as error:
+    print(error)
+
+# %% [markdown]
+# To show it all, a checkpoint in the released layout: random tensors for every
 # name in chapter 3's table, biases and sinks not zero, so that nothing can
 # hide.
 
@@ -852,6 +890,7 @@ worst = max((logits - found["hf", True]).abs().max().item()
             for logits in found.values())
 assert worst < 1e-4
 print(len(found), "ways to load, one model:", worst < 1e-4)
+print("auto:", GptOss.from_pretrained(path / "hf", "auto").norm.weight.dtype)
 
 # %% [markdown]
 # What agrees in dtype is mapped, not copied. Linux says what each stretch of

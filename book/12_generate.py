@@ -247,7 +247,6 @@ except RuntimeError as error:
 
 # %% tags=["export"]
 import codecs
-import json
 import math
 import operator
 import sys
@@ -261,7 +260,8 @@ import torch
 from torch import Tensor
 
 from gptoss.cache import Cache
-from gptoss.config import GptOssConfig
+from gptoss.checkpoint import config_folder, home_file
+from gptoss.config import GptOssConfig, read_json
 from gptoss.harmony import Tokenizer
 from gptoss.model import GptOss
 
@@ -475,33 +475,83 @@ except GenerateError as error:
 
 # %% [markdown]
 # ### When to stop
+#
+# `generation_config.json` has the ids. But people put only a temperature
+# there, and `transformers` itself writes files without ids. Where it says
+# nothing, `config.json` may; and if that says nothing either, a gpt-oss still
+# ends its turns as harmony does (chapter 11), with the tokens of those names
+# in its tokenizer. A list of no ids says nothing, too: a text that nothing
+# can end is not what anybody meant.
 
 # %% tags=["export"]
+HARMONY_STOPS = {"<|return|>": 200002, "<|endoftext|>": 199999,
+                 "<|call|>": 200012}
+
+
+def _said_stops(file: Path) -> tuple[int, ...]:
+    """eos_token_id of a JSON file; () if it says nothing of it."""
+    said = read_json(file)
+    if not isinstance(said, dict):
+        _refuse(str(file), "a JSON object", type(said).__name__)
+    found = said.get("eos_token_id")
+    if found is None:
+        return ()
+    ids = found if isinstance(found, list) else [found]
+    if not all(_is_number(n, int) and 0 <= n < 2 ** 31 for n in ids):
+        raise GenerateError(f"{file}: eos_token_id: expected a token id or a"
+                            f" list of them, found {found!r:.200}")
+    return tuple(dict.fromkeys(ids))
+
+
 def stop_ids(source: str | Path | GptOssConfig) -> tuple[int, ...]:
     """The ids that end a text, from `source`.
 
     A folder: `eos_token_id` (a number or a list) of generation_config.json,
-    there or, as for `original/`, in the folder above; without one, of
-    config.json. A config: its own.
+    there or, for `original/`, in the folder above; if it says nothing, of
+    config.json; else harmony's, as the tokenizer there has them. A config:
+    its own. GenerateError or ConfigError names the file.
     """
     if isinstance(source, GptOssConfig):
         return (source.eos_token_id,)
-    folder, name = Path(source), "generation_config.json"
-    file = next((place / name for place in (folder, folder.resolve().parent)
-                 if (place / name).is_file()), None)
-    if file is None:
-        return stop_ids(GptOssConfig.from_pretrained(source))
-    try:
-        found = json.loads(file.read_bytes())["eos_token_id"]
-        ids = found if isinstance(found, list) else [found]
-        return tuple(dict.fromkeys(operator.index(n) for n in ids))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise GenerateError(f"{file}: expected eos_token_id, a number or a "
-                            f"list of numbers, found {error!r}") from error
+    folder = Path(source)
+    file = home_file(folder, "generation_config.json")
+    ids = _said_stops(file) if file else ()
+    ids = ids or _said_stops(config_folder(folder) / "config.json")
+    if ids:
+        return ids
+    known = (Tokenizer.from_pretrained(folder).special
+             if home_file(folder, "tokenizer.json") else HARMONY_STOPS)
+    ids = tuple(known[name] for name in HARMONY_STOPS if name in known)
+    if not ids:
+        _refuse(f"{folder}: eos_token_id", "some in generation_config.json or"
+                " config.json", None)
+    return ids
 
 # %%
+import json
+import shutil
+import tempfile
+
 stop = stop_ids(POCKET)
 print([tokenizer.decode([n]) for n in stop])
+with tempfile.TemporaryDirectory() as folder:
+    said = Path(folder, "generation_config.json")
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(POCKET / name, folder)
+    for text in ('{"temperature": 0.7}', '{"eos_token_id": []}',
+                 '{"eos_token_id": [273, null]}'):
+        said.write_text(text)
+        try:
+            print(text, stop_ids(folder))
+        except GenerateError as error:
+            print(str(error).removeprefix(f"{folder}/"))
+    whole = json.loads(Path(folder, "config.json").read_text())
+    for stop in (None, []):
+        Path(folder, "config.json").write_text(json.dumps(
+            whole | {"eos_token_id": stop}))
+        said.unlink(missing_ok=True)
+        print(f"config.json with {stop}:", stop_ids(folder))
+stop = stop_ids(POCKET)
 
 # %% [markdown]
 # ### What is checked before any work
@@ -2204,8 +2254,6 @@ for key, entry in theirs["properties"].items():
 # of them: whoever reads only that misses the end of a tool call.
 
 # %%
-import tempfile
-
 released = {"bos_token_id": 199998, "do_sample": True,
             "eos_token_id": [200002, 199999, 200012],
             "pad_token_id": 199999}

@@ -266,6 +266,12 @@ assert (summed - wanted).norm() > wanted.norm() / 2
 # Neighbouring ranks share a stage: `torchrun` numbers the processes of a
 # machine in a row, so the many sums stay inside a machine and only the stream
 # between stages leaves it.
+#
+# Heads, experts and blocks must divide among the ranks of a stage. The
+# vocabulary need not: fine-tunes add a few tokens, and 201,089 rows divide by
+# nothing. Each rank takes as many as would suffice if all had the same, and
+# the last has what is left. In the gathering all must give equally much, so
+# there the last one fills up with zeros, which fall away again.
 
 # %% tags=["export"]
 import math
@@ -314,13 +320,20 @@ def hidden_slices(config: GptOssConfig, tensors: int) -> int:
     return math.gcd(tensors, config.intermediate_size // BLOCK)
 
 
+def vocabulary_rows(config: GptOssConfig, tensors: int) -> int:
+    """Rows of the vocabulary on each of so many ranks, if none had fewer."""
+    return -(-config.vocab_size // tensors)
+
+
 def fits(config: GptOssConfig, tensors: int) -> bool:
-    """Whether heads, experts and vocabulary divide among so many ranks."""
+    """Whether heads and experts divide among so many ranks, and each gets
+    some of the vocabulary."""
     H, G = config.num_attention_heads, config.num_key_value_heads
     groups = tensors // hidden_slices(config, tensors)
+    before_last = (tensors - 1) * vocabulary_rows(config, tensors)
     return not (H % tensors or min(G % tensors, tensors % G)
                 or config.num_local_experts % groups
-                or config.vocab_size % tensors)
+                or before_last >= config.vocab_size)
 
 
 def take_seat(config: GptOssConfig, rank: int, world: int,
@@ -416,8 +429,10 @@ def owned(config: GptOssConfig, seat: Seat) -> dict[str, slice]:
     shared = H // config.num_key_value_heads  # query heads of one key head
     first, end = heads.start // shared, -(-heads.stop // shared)
     blocks = config.intermediate_size // BLOCK, seat.part, seat.slices
+    rows = vocabulary_rows(config, seat.tensors)
     return {
-        "V": share(config.vocab_size, seat.tensor, seat.tensors),
+        "V": slice(rows * seat.tensor,
+                   min(rows * (seat.tensor + 1), config.vocab_size)),
         "H": heads, "Q": slice(heads.start * C, heads.stop * C),
         "KV": slice(first * C, end * C),
         "E": share(config.num_local_experts, seat.group, seat.groups),
@@ -435,6 +450,9 @@ for letter, size in (("V", 201088), ("H", 64), ("KV", 512)):
     parts = [owned(big, seat)[letter] for seat in seats]
     assert [n for part in parts for n in range(size)[part]] == list(
         range(size))
+more = replace(big, vocab_size=201089)
+print("one token more:", [len(range(201089)[owned(more, take_seat(
+    more, rank, 8))["V"]]) for rank in range(8)])
 
 # %% [markdown]
 # Eight ranks on the 20b: two slices of F, and four groups of eight experts.
@@ -777,7 +795,13 @@ from pathlib import Path
 
 from gptoss.checkpoint import resolve
 from gptoss.experts import Experts
-from gptoss.model import Attention, GptOss, Linear, load_tensors
+from gptoss.model import (
+    Attention,
+    GptOss,
+    Linear,
+    load_tensors,
+    pick_dtype,
+)
 
 
 @dataclass(frozen=True)
@@ -852,10 +876,19 @@ class SplitExperts(_Instead, Experts):
 
 
 class SplitHead(_Instead, Linear):
-    """Logits of some rows of the vocabulary, gathered, for all stages."""
+    """Logits of some rows of the vocabulary, gathered, for all stages. A
+    rank with fewer rows fills up with zeros; they come last and are cut."""
+
+    def __init__(self, whole: Linear, here: Here) -> None:
+        super().__init__(whole, here)
+        self.rows = vocabulary_rows(here.config, here.seat.tensors)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.link.from_last(self.link.gather(super().forward(x)))
+        mine = super().forward(x)
+        short = self.rows - mine.shape[-1]
+        mine = nn.functional.pad(mine, (0, short)) if short else mine
+        logits = self.link.gather(mine)[..., :self.out_features]
+        return self.link.from_last(logits)
 
 
 # %% [markdown]
@@ -1028,7 +1061,7 @@ class SplitGptOss(GptOss):
 
     @classmethod
     def part(cls, path: str | Path, seat: Seat, link: Link,
-             dtype: torch.dtype = torch.bfloat16, device="cpu",
+             dtype: torch.dtype | str = torch.bfloat16, device="cpu",
              packed: bool = True, revision: str | None = None
              ) -> "SplitGptOss":
         """A seat's part of a checkpoint; arguments as `from_pretrained`.
@@ -1036,6 +1069,7 @@ class SplitGptOss(GptOss):
         Reads nothing else. bytes_read tells how much that was.
         """
         with Checkpoint.open(resolve(path, revision)) as checkpoint:
+            dtype = pick_dtype(dtype, checkpoint)
             packed = packed and checkpoint.layout != "bf16"
             model = cls(checkpoint.config, seat, link, dtype, device, packed)
             shard = Shard(checkpoint, seat)
@@ -1136,7 +1170,7 @@ def leave() -> None:
 
 
 # %% tags=["export"]
-def load_split(path: str | Path, dtype: torch.dtype = torch.bfloat16,
+def load_split(path: str | Path, dtype: torch.dtype | str = torch.bfloat16,
                device="cpu", packed: bool = True, stages: int = 1
                ) -> SplitGptOss:
     """`GptOss.from_pretrained` for the processes of torchrun: the part of
@@ -1170,11 +1204,12 @@ def traffic(config: GptOssConfig, seat: Seat, tokens: int = 1,
     """
     stream = tokens * config.hidden_size * width
     logits = kept * config.vocab_size * width
+    mine = kept * vocabulary_rows(config, seat.tensors) * width
     first, last = seat.stage == 0, seat.stage == seat.stages - 1
     layers = len(stage_layers(config, seat.stages)[seat.stage])
     several, staged = seat.tensors > 1, seat.stages > 1
     calls = {"allreduce_": (several * (2 * layers + first), stream),
-             "allgather_": (several * last, logits // seat.tensors),
+             "allgather_": (several * last, mine),
              "send": (int(not last), stream),
              "recv_": (int(not first), stream),
              "broadcast_": (int(staged), logits)}
@@ -1236,6 +1271,7 @@ class Card:
 CARDS = (Card("24 GB, PCIe", 24e9, 1008e9, 32e9, 30e-6),
          Card("40 GB, NVLink", 40e9, 1555e9, 300e9, 10e-6),
          Card("80 GB, NVLink", 80e9, 3350e9, 450e9, 10e-6))
+MOST_CONTEXT = 2 ** 30  # tokens; no configuration has more positions
 RESERVE = 1.5e9  # bytes of a card for CUDA, NCCL and activations (assumed)
 
 
@@ -1257,6 +1293,7 @@ def expected_most(experts: int, chosen: int, groups: int) -> float:
 from gptoss.checkpoint import DTYPES, component_of, tensor_table
 from gptoss.config import bytes_read_per_token, cache_bytes, expert_bytes
 from gptoss.parallel import (
+    ParallelError,
     Seat,
     cut,
     fits,
@@ -1309,9 +1346,10 @@ def token_seconds(config: GptOssConfig, seat: Seat, card: Card,
 # %% tags=["export:plan"]
 @dataclass(frozen=True)
 class Setup:
-    """So many cards for a model: bytes on the fullest of them, whether
-    that fits, the longest context that would, and tokens a second with
-    shared tensors, and with a stage a card (None: does not divide)."""
+    """So many cards for a model: bytes on the fullest of them (0: it divides
+    in no way), whether that fits, the longest context that would, and tokens
+    a second with shared tensors, and with a stage a card (None: it does not
+    divide so)."""
 
     gpus: int
     card: str
@@ -1327,6 +1365,8 @@ def setup(config: GptOssConfig, gpus: int, card: Card, context: int
           ) -> Setup:
     """One row of a plan: bf16, one sequence of `context` tokens."""
     shared = fits(config, gpus)
+    if not shared and gpus > config.num_hidden_layers:
+        return Setup(gpus, card.name, 0, 0, False, 0, None, None)
     seats = [take_seat(config, rank, gpus, 1 if shared else gpus)
              for rank in range(gpus)]
     full = max(seats, key=lambda seat: sum(seat_bytes(config, seat).values()))
@@ -1347,6 +1387,9 @@ def setup(config: GptOssConfig, gpus: int, card: Card, context: int
 
 def plan(config: GptOssConfig, context: int = 8192) -> list[Setup]:
     """What 1, 2, 4 and 8 of CARDS can do with a model."""
+    if context > MOST_CONTEXT:
+        raise ParallelError("--context: expected at most "
+                            f"{MOST_CONTEXT:,} tokens, found more")
     return [setup(config, gpus, card, context)
             for card in CARDS for gpus in (1, 2, 4, 8)]
 
@@ -1367,7 +1410,8 @@ def plan_table(name: str, config: GptOssConfig, context: int = 8192) -> str:
         lines.append(f"{row.gpus} x {row.card:13} {gb:14.1f} "
                      + (f"{row.longest:14,}{number(row.tensor)} "
                         f"{number(row.pipeline)}" if row.fits
-                        else f"{'does not fit':>14}"))
+                        else f"{'does not fit':>14}" if row.weights
+                        else f"{'not divisible':>14}"))
     return "\n".join(lines)
 
 

@@ -833,7 +833,7 @@ print("".join(screen), end="")
 # %% tags=["export:__main__"]
 def show_plan(args: argparse.Namespace) -> None:
     """Prints what 1 to 8 GPUs could do with a model."""
-    from gptoss.checkpoint import resolve
+    from gptoss.checkpoint import config_folder, resolve
     from gptoss.config import GptOssConfig
     from gptoss.plan import plan, plan_table
 
@@ -844,7 +844,8 @@ def show_plan(args: argparse.Namespace) -> None:
     elif args.path in known:
         models = {args.path: known[args.path]()}
     else:
-        models = {args.path: GptOssConfig.from_pretrained(resolve(args.path))}
+        models = {args.path: GptOssConfig.from_pretrained(
+            config_folder(resolve(args.path)))}
     if args.context < 1:
         raise UsageError(f"--context: expected >= 1, found {args.context}")
     if args.json:

@@ -487,7 +487,7 @@ def run_chat(args: argparse.Namespace) -> None:
 
 def show_plan(args: argparse.Namespace) -> None:
     """Prints what 1 to 8 GPUs could do with a model."""
-    from gptoss.checkpoint import resolve
+    from gptoss.checkpoint import config_folder, resolve
     from gptoss.config import GptOssConfig
     from gptoss.plan import plan, plan_table
 
@@ -498,7 +498,8 @@ def show_plan(args: argparse.Namespace) -> None:
     elif args.path in known:
         models = {args.path: known[args.path]()}
     else:
-        models = {args.path: GptOssConfig.from_pretrained(resolve(args.path))}
+        models = {args.path: GptOssConfig.from_pretrained(
+            config_folder(resolve(args.path)))}
     if args.context < 1:
         raise UsageError(f"--context: expected >= 1, found {args.context}")
     if args.json:

@@ -4,7 +4,6 @@ Generated from book/12_generate.py; edit the chapter, not this file.
 """
 
 import codecs
-import json
 import math
 import operator
 import sys
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor
 
 from gptoss.cache import Cache
-from gptoss.config import GptOssConfig
+from gptoss.checkpoint import config_folder, home_file
+from gptoss.config import GptOssConfig, read_json
 from gptoss.harmony import Tokenizer
 from gptoss.model import GptOss
 
@@ -187,27 +187,48 @@ class Sampler:
 
 # --- When to stop ------------------------------------------------------------
 
+HARMONY_STOPS = {"<|return|>": 200002, "<|endoftext|>": 199999,
+                 "<|call|>": 200012}
+
+
+def _said_stops(file: Path) -> tuple[int, ...]:
+    """eos_token_id of a JSON file; () if it says nothing of it."""
+    said = read_json(file)
+    if not isinstance(said, dict):
+        _refuse(str(file), "a JSON object", type(said).__name__)
+    found = said.get("eos_token_id")
+    if found is None:
+        return ()
+    ids = found if isinstance(found, list) else [found]
+    if not all(_is_number(n, int) and 0 <= n < 2 ** 31 for n in ids):
+        raise GenerateError(f"{file}: eos_token_id: expected a token id or a"
+                            f" list of them, found {found!r:.200}")
+    return tuple(dict.fromkeys(ids))
+
+
 def stop_ids(source: str | Path | GptOssConfig) -> tuple[int, ...]:
     """The ids that end a text, from `source`.
 
     A folder: `eos_token_id` (a number or a list) of generation_config.json,
-    there or, as for `original/`, in the folder above; without one, of
-    config.json. A config: its own.
+    there or, for `original/`, in the folder above; if it says nothing, of
+    config.json; else harmony's, as the tokenizer there has them. A config:
+    its own. GenerateError or ConfigError names the file.
     """
     if isinstance(source, GptOssConfig):
         return (source.eos_token_id,)
-    folder, name = Path(source), "generation_config.json"
-    file = next((place / name for place in (folder, folder.resolve().parent)
-                 if (place / name).is_file()), None)
-    if file is None:
-        return stop_ids(GptOssConfig.from_pretrained(source))
-    try:
-        found = json.loads(file.read_bytes())["eos_token_id"]
-        ids = found if isinstance(found, list) else [found]
-        return tuple(dict.fromkeys(operator.index(n) for n in ids))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise GenerateError(f"{file}: expected eos_token_id, a number or a "
-                            f"list of numbers, found {error!r}") from error
+    folder = Path(source)
+    file = home_file(folder, "generation_config.json")
+    ids = _said_stops(file) if file else ()
+    ids = ids or _said_stops(config_folder(folder) / "config.json")
+    if ids:
+        return ids
+    known = (Tokenizer.from_pretrained(folder).special
+             if home_file(folder, "tokenizer.json") else HARMONY_STOPS)
+    ids = tuple(known[name] for name in HARMONY_STOPS if name in known)
+    if not ids:
+        _refuse(f"{folder}: eos_token_id", "some in generation_config.json or"
+                " config.json", None)
+    return ids
 
 
 # --- What is checked before any work -----------------------------------------
@@ -473,6 +494,7 @@ __all__ = [
     "Completion",
     "Decoder",
     "GenerateError",
+    "HARMONY_STOPS",
     "NUCLEUS",
     "Sampler",
     "TextStream",

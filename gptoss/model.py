@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptoss.cache import Cache
-from gptoss.checkpoint import Checkpoint, check_scales, resolve
+from gptoss.checkpoint import DTYPES, FLOATS, Checkpoint, check_scales, resolve
 from gptoss.config import GptOssConfig
 from gptoss.experts import Experts
 from gptoss.masks import positions_from_mask, visible
@@ -327,18 +327,21 @@ class GptOss(Stack):
 
     @classmethod
     def from_pretrained(cls, path: str | Path,
-                        dtype: torch.dtype = torch.bfloat16, device="cpu",
-                        packed: bool = True, revision: str | None = None
-                        ) -> "GptOss":
+                        dtype: torch.dtype | str = torch.bfloat16,
+                        device="cpu", packed: bool = True,
+                        revision: str | None = None) -> "GptOss":
         """The model in a folder or a hub repository, in any layout.
 
-        dtype: of everything but packed experts. packed: keep MXFP4 experts
-        packed (a bf16 checkpoint has none and loads dense); False decodes
-        them to dtype. Parameters are frozen; call requires_grad_() to train.
-        Tensors on the CPU whose dtype agrees stay memory-mapped. Raises
-        CheckpointError or ConfigError naming the file and the tensor.
+        dtype: of everything but packed experts; one of torch's, its name, or
+        "auto", the one that the checkpoint was saved in. packed: keep MXFP4
+        experts packed (a bf16 checkpoint has none and loads dense); False
+        decodes them to dtype. Parameters are frozen; call requires_grad_()
+        to train. Tensors on the CPU whose dtype agrees stay memory-mapped.
+        Raises CheckpointError or ConfigError naming the file and the tensor;
+        ModelError for a dtype that none can have.
         """
         with Checkpoint.open(resolve(path, revision)) as checkpoint:
+            dtype = pick_dtype(dtype, checkpoint)
             packed = packed and checkpoint.layout != "bf16"
             model = cls(checkpoint.config, dtype, "meta", packed)
             model.requires_grad_(False)
@@ -372,9 +375,26 @@ def load_tensors(checkpoint: Checkpoint, dtype: torch.dtype, device,
         yield target, tensor.to(device, wanted)
 
 
+FLOATING = {str(dtype).removeprefix("torch."): dtype
+            for dtype in map(DTYPES.get, FLOATS)}
+
+
+def pick_dtype(dtype: torch.dtype | str, checkpoint: Checkpoint
+               ) -> torch.dtype:
+    """A dtype of torch from itself, its name or "auto"; ModelError."""
+    if dtype == "auto":
+        return checkpoint.dtype
+    found = FLOATING.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise ModelError(f"dtype: expected auto, {', '.join(FLOATING)}, "
+                         f"found {dtype!r:.100}")
+    return found
+
+
 __all__ = [
     "Attention",
     "Block",
+    "FLOATING",
     "GptOss",
     "Linear",
     "MLP",
@@ -386,6 +406,7 @@ __all__ = [
     "check_tokens",
     "initialise",
     "load_tensors",
+    "pick_dtype",
     "rms_norm",
     "token_positions",
 ]

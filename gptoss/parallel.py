@@ -33,7 +33,7 @@ from gptoss.checkpoint import (
 )
 from gptoss.config import GptOssConfig
 from gptoss.experts import Experts
-from gptoss.model import Attention, GptOss, Linear, load_tensors
+from gptoss.model import Attention, GptOss, Linear, load_tensors, pick_dtype
 from gptoss.mxfp4 import BLOCK
 
 # --- A seat for every rank ---------------------------------------------------
@@ -75,13 +75,20 @@ def hidden_slices(config: GptOssConfig, tensors: int) -> int:
     return math.gcd(tensors, config.intermediate_size // BLOCK)
 
 
+def vocabulary_rows(config: GptOssConfig, tensors: int) -> int:
+    """Rows of the vocabulary on each of so many ranks, if none had fewer."""
+    return -(-config.vocab_size // tensors)
+
+
 def fits(config: GptOssConfig, tensors: int) -> bool:
-    """Whether heads, experts and vocabulary divide among so many ranks."""
+    """Whether heads and experts divide among so many ranks, and each gets
+    some of the vocabulary."""
     H, G = config.num_attention_heads, config.num_key_value_heads
     groups = tensors // hidden_slices(config, tensors)
+    before_last = (tensors - 1) * vocabulary_rows(config, tensors)
     return not (H % tensors or min(G % tensors, tensors % G)
                 or config.num_local_experts % groups
-                or config.vocab_size % tensors)
+                or before_last >= config.vocab_size)
 
 
 def take_seat(config: GptOssConfig, rank: int, world: int,
@@ -158,8 +165,10 @@ def owned(config: GptOssConfig, seat: Seat) -> dict[str, slice]:
     shared = H // config.num_key_value_heads  # query heads of one key head
     first, end = heads.start // shared, -(-heads.stop // shared)
     blocks = config.intermediate_size // BLOCK, seat.part, seat.slices
+    rows = vocabulary_rows(config, seat.tensors)
     return {
-        "V": share(config.vocab_size, seat.tensor, seat.tensors),
+        "V": slice(rows * seat.tensor,
+                   min(rows * (seat.tensor + 1), config.vocab_size)),
         "H": heads, "Q": slice(heads.start * C, heads.stop * C),
         "KV": slice(first * C, end * C),
         "E": share(config.num_local_experts, seat.group, seat.groups),
@@ -477,10 +486,19 @@ class SplitExperts(_Instead, Experts):
 
 
 class SplitHead(_Instead, Linear):
-    """Logits of some rows of the vocabulary, gathered, for all stages."""
+    """Logits of some rows of the vocabulary, gathered, for all stages. A
+    rank with fewer rows fills up with zeros; they come last and are cut."""
+
+    def __init__(self, whole: Linear, here: Here) -> None:
+        super().__init__(whole, here)
+        self.rows = vocabulary_rows(here.config, here.seat.tensors)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.link.from_last(self.link.gather(super().forward(x)))
+        mine = super().forward(x)
+        short = self.rows - mine.shape[-1]
+        mine = nn.functional.pad(mine, (0, short)) if short else mine
+        logits = self.link.gather(mine)[..., :self.out_features]
+        return self.link.from_last(logits)
 
 
 # --- What stands where another stage works -----------------------------------
@@ -627,7 +645,7 @@ class SplitGptOss(GptOss):
 
     @classmethod
     def part(cls, path: str | Path, seat: Seat, link: Link,
-             dtype: torch.dtype = torch.bfloat16, device="cpu",
+             dtype: torch.dtype | str = torch.bfloat16, device="cpu",
              packed: bool = True, revision: str | None = None
              ) -> "SplitGptOss":
         """A seat's part of a checkpoint; arguments as `from_pretrained`.
@@ -635,6 +653,7 @@ class SplitGptOss(GptOss):
         Reads nothing else. bytes_read tells how much that was.
         """
         with Checkpoint.open(resolve(path, revision)) as checkpoint:
+            dtype = pick_dtype(dtype, checkpoint)
             packed = packed and checkpoint.layout != "bf16"
             model = cls(checkpoint.config, seat, link, dtype, device, packed)
             shard = Shard(checkpoint, seat)
@@ -713,7 +732,7 @@ def leave() -> None:
         join.cache_clear()
 
 
-def load_split(path: str | Path, dtype: torch.dtype = torch.bfloat16,
+def load_split(path: str | Path, dtype: torch.dtype | str = torch.bfloat16,
                device="cpu", packed: bool = True, stages: int = 1
                ) -> SplitGptOss:
     """`GptOss.from_pretrained` for the processes of torchrun: the part of
@@ -742,11 +761,12 @@ def traffic(config: GptOssConfig, seat: Seat, tokens: int = 1,
     """
     stream = tokens * config.hidden_size * width
     logits = kept * config.vocab_size * width
+    mine = kept * vocabulary_rows(config, seat.tensors) * width
     first, last = seat.stage == 0, seat.stage == seat.stages - 1
     layers = len(stage_layers(config, seat.stages)[seat.stage])
     several, staged = seat.tensors > 1, seat.stages > 1
     calls = {"allreduce_": (several * (2 * layers + first), stream),
-             "allgather_": (several * last, logits // seat.tensors),
+             "allgather_": (several * last, mine),
              "send": (int(not last), stream),
              "recv_": (int(not first), stream),
              "broadcast_": (int(staged), logits)}
@@ -812,4 +832,5 @@ __all__ = [
     "stage_layers",
     "take_seat",
     "traffic",
+    "vocabulary_rows",
 ]

@@ -378,6 +378,24 @@ def test_every_layout_is_the_same_model(case, folder, tmp_path, layout,
     assert distance(model(tokens), wanted) < limit[dtype]
 
 
+@pytest.mark.parametrize("name", ["float64", "float32", "float16",
+                                  "bfloat16", "torch.float32", "auto"])
+def test_a_dtype_by_its_name(folder, name):
+    model = GptOss.from_pretrained(folder, name)
+    wanted = torch.bfloat16 if name == "auto" else getattr(
+        torch, name.removeprefix("torch."))
+    assert {t.dtype for t in model.state_dict().values()} == {
+        wanted, torch.uint8}
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp32", "", "float8_e4m3fn", None,
+                                   torch.uint8, 32, "AUTO"])
+def test_a_dtype_that_no_model_has(folder, dtype):
+    with pytest.raises(ModelError, match="^dtype: expected auto, bfloat16, "
+                       "float16, float32, float64, found "):
+        GptOss.from_pretrained(folder, dtype)
+
+
 def test_loading_is_exact(case, folder):
     model = GptOss.from_pretrained(folder)
     tensors = random_tensors(case.config, case.seed, case.sink_std)

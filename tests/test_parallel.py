@@ -245,6 +245,31 @@ def test_plan() -> None:
         assert max(map(len, text.splitlines())) <= 79
 
 
+def test_a_plan_that_does_not_divide() -> None:
+    """Neither 4 nor 8 cards can share it, nor give a layer to each."""
+    config = replace(TINY, num_hidden_layers=3, num_attention_heads=6,
+                     num_key_value_heads=2, layer_types=None)
+    rows = [row for row in plan(config) if row.gpus in (4, 8)]
+    assert rows and not any(row.fits or row.weights or row.tensor
+                            or row.pipeline for row in rows)
+    text = plan_table("odd", config)
+    assert text.count("not divisible") == len(rows)
+
+
+@pytest.mark.parametrize("context", [2 ** 30 + 1, 10 ** 400])
+def test_a_context_that_nothing_has(context, capsys) -> None:
+    assert cli.main(["inspect", "20b", "--plan", "--context",
+                     str(context)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "--context: expected at most" in err
+
+
+def test_plan_of_a_folder_with_original_alone(tiny, tmp_path, capsys) -> None:
+    (tmp_path / "original").symlink_to(tiny["original"])
+    assert cli.main(["inspect", "--plan", str(tmp_path)]) == 0
+    assert capsys.readouterr().out
+
+
 def test_plan_command(capsys) -> None:
     assert cli.main(["inspect", "--plan"]) == 0
     shown = capsys.readouterr().out
@@ -322,6 +347,86 @@ def test_cache_of_a_seat() -> None:
 def test_alone_nothing_is_said() -> None:
     x, link = torch.ones(2), Link()
     assert link.sum(x) is link.gather(x) is link.from_last(x) is x
+
+
+# --- A vocabulary of any size ------------------------------------------------
+
+ODD = replace(TINY, num_attention_heads=12, num_key_value_heads=6,
+              vocab_size=101)  # by nothing; 2, 3 and 6 share the heads
+
+
+@pytest.mark.parametrize("tensors", [1, 2, 3, 4, 7, 8, 64])
+@pytest.mark.parametrize("size", [201_088, 201_089, 200_019, 101, 65])
+def test_rows_cover_a_vocabulary_of_any_size(size, tensors) -> None:
+    config = replace(RELEASED["20b"], vocab_size=size)
+    rows = [len(range(size)[parallel.owned(config, parallel.Seat(
+        n, tensors))["V"]]) for n in range(tensors)]
+    assert sum(rows) == size and max(rows) == rows[0] == -(-size // tensors)
+    assert rows == sorted(rows, reverse=True)
+    divides = not 64 % tensors and not min(8 % tensors, tensors % 8)
+    assert fits(config, tensors) == (divides and rows[-1] > 0)
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("odd") / "model"
+    write_checkpoint(folder, ODD, random_tensors(ODD))
+    return folder
+
+
+@pytest.mark.parametrize(("world", "stages"), [(2, 1), (3, 1), (6, 1),
+                                               (6, 2), (4, 4)])
+def test_threads_share_a_vocabulary_of_any_size(odd, world, stages) -> None:
+    model = whole(odd)
+    wanted = exercise(model)
+    text = list(generate(model, PROMPT[1].tolist(), sampler=GREEDY,
+                         max_new_tokens=24))
+
+    def work(seat, link):
+        part = SplitGptOss.part(odd, seat, link, torch.float32)
+        return exercise(part), list(generate(
+            part, PROMPT[1].tolist(), sampler=GREEDY, max_new_tokens=24))
+
+    for logits, tokens in rehearse(ODD, world, stages, work):
+        assert logits[0].shape[-1] == 101 and tokens == text
+        assert all(map(near, logits[:4], wanted[:4]))
+
+
+def attend_odd(rank: int, world: int, port: int, odd: Path, folder: Path
+               ) -> None:
+    meet(rank, world, port)
+    model = parallel.load_split(odd, "float32")
+    tokens = list(generate(model, PROMPT[1].tolist(), sampler=GREEDY,
+                           max_new_tokens=24))
+    with Tally() as tally, torch.inference_mode():
+        logits = model(PROMPT[:1])
+    torch.save((tokens, logits, dict(tally.counts), model.seat),
+               folder / f"{world}-{rank}.pt")
+    torch.distributed.barrier()
+    parallel.leave()
+
+
+def test_processes_share_a_vocabulary_of_any_size(odd, tmp_path) -> None:
+    model, context = whole(odd), multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "gptoss.parallel", "pytest",
+                                    "hypothesis", "gptoss.chat"])
+    text = list(generate(model, PROMPT[1].tolist(), sampler=GREEDY,
+                         max_new_tokens=24))
+    for world, port in zip((2, 3), free_ports(2), strict=True):
+        made = [context.Process(target=attend_odd, args=(
+            rank, world, port, odd, tmp_path)) for rank in range(world)]
+        for process in made:
+            process.start()
+        for process in made:
+            process.join(300)
+            process.kill()
+        assert [process.exitcode for process in made] == [0] * world
+        for rank in range(world):
+            tokens, logits, counts, seat = torch.load(
+                tmp_path / f"{world}-{rank}.pt", weights_only=False)
+            assert tokens == text and near(logits, model(PROMPT[:1]))
+            assert counts == {(name, size): calls for name, (calls, size)
+                              in traffic(ODD, seat, 40, 40, 4).items()}
 
 
 # --- Processes over gloo -----------------------------------------------------
