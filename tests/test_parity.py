@@ -237,6 +237,41 @@ def test_planted_in_ours(path, fault, dtype):
     json.dumps(result)
 
 
+@pytest.mark.parametrize(("name", "point"), [
+    ("gate_up_proj", "hidden"), ("down_proj", "experts")])
+@pytest.mark.parametrize("parts", [[144], [140, 1, 1, 1, 1]], ids=len)
+def test_one_scale_of_one_row_is_wrong(path, name, point, parts):
+    """One of 32 * 64 * 2 blocks an expert, in the last layer: on the path
+    that runs, for many tokens at once and for single ones."""
+    model = GptOss.from_pretrained(path)
+    experts = model.layers[1].mlp.experts
+    scales = getattr(experts, f"{name}_scales").clone()
+    scales[:, 5, 1] += 1
+    setattr(experts, f"{name}_scales", scales)
+    trace = parity.trace_ours(model, TOKENS, contract(torch.bfloat16),
+                              parts=parts)
+    _, finding = examine_ours(path, trace, torch.bfloat16)
+    assert (finding.layer, finding.point) == (1, point)
+    assert finding.cause is None and finding.excess > 10
+
+
+def test_eight_bits_are_no_sixteen(path):
+    """Activations in bytes, as others round them: beyond every contract."""
+    model = GptOss.from_pretrained(path)
+    experts = model.layers[0].mlp.experts
+    run = type(experts).forward
+
+    def coarse(x, ids, weights):
+        blocks = x.float().unflatten(-1, (-1, 32))
+        step = blocks.abs().amax(-1, keepdim=True) / 127
+        x = ((blocks / step).round() * step).flatten(-2).to(x.dtype)
+        return run(experts, x, ids, weights)
+    experts.forward = coarse
+    trace = parity.trace_ours(model, TOKENS, contract(torch.bfloat16))
+    _, finding = examine_ours(path, trace, torch.bfloat16)
+    assert (finding.layer, finding.point) == (0, "hidden")
+
+
 # --- Faults in theirs --------------------------------------------------------
 
 def _truncate(model):
@@ -356,6 +391,28 @@ def test_wrong_choice_and_nan(path):
 
 
 # --- Bounds ------------------------------------------------------------------
+
+@settings(deadline=None, max_examples=60)
+@given(blocks=st.integers(1, 9), scale=st.sampled_from((1e-30, 1.0, 1e20)),
+       power=st.sampled_from((0, 1, 3)), seed=st.integers(0, 10 ** 6),
+       stored=st.booleans())
+def test_half_step(blocks, scale, power, seed, stored):
+    """Rounded to sixteen bits as chapter 13 does it, no entry is further
+    off; and outliers, which make the step coarse, are allowed for."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(5, 32 * blocks, generator=g, dtype=torch.float64)
+    x = scale * x * x.abs() ** power
+    x = (x.bfloat16() if stored else x.float()).double()
+    parts = x.unflatten(-1, (-1, 32))
+    top = parts.abs().amax(-1, keepdim=True)
+    step = 2.0 ** (top.log2().floor() - 13) if stored else (
+        top / parity.LARGEST)
+    off = ((parts / step).round() * step - parts).abs().flatten(-2)
+    half = parity.half_step((x, torch.zeros_like(x)), stored)
+    assert (off <= half).all()
+    assert (half <= 0.51 * step.expand_as(parts).flatten(-2)
+            + parity.LOST).all()
+
 
 @settings(deadline=None, max_examples=60)
 @given(n=st.integers(1, 300), m=st.integers(1, 20), seed=st.integers(0, 99),
