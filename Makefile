@@ -63,6 +63,9 @@ unit: $(STAMP)
 	@echo "== pytest"
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup \
 	    --ignore=tests/browser tests
+	@echo "== pytest, with the kernels that users run (tests/conftest.py)"
+	@GPTOSS_KERNELS=auto HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -rs \
+	    -n $(JOBS) --dist loadgroup -m both_paths --ignore=tests/browser tests
 
 notebooks: $(STAMP)
 	@echo "== nbval: every output is what its cell prints now"

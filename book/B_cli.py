@@ -1071,8 +1071,11 @@ def run_parity(args: argparse.Namespace) -> None:
     if args.new_tokens < 0:
         raise UsageError(f"--new-tokens: expected at least 0, found "
                          f"{args.new_tokens}")
+    if args.plain and args.contract == "kernels":
+        raise UsageError("--plain: not with --contract kernels")
+    contract = args.contract or ("fp32" if args.plain else None)
     results = [report(folder, args.against, tokens, _dtype(args.dtype),
-                      args.contract, args.plant, args.new_tokens)
+                      contract, args.plant, args.new_tokens, args.compact)
                for tokens in _walked(folder, args.prompt)]
     if args.json:
         whole = results[0] if len(results) == 1 else {
@@ -1097,7 +1100,8 @@ def run_vectors(args: argparse.Namespace) -> None:
         print(*map(str, write(args.folder)), sep="\n")
         return
     wrong = check(args.folder, args.answers, args.dtype)
-    print("\n".join(wrong) if wrong else "every case passes")
+    print("\n".join(visible(line, "") for line in wrong)
+          if wrong else "every case passes")
     if wrong:
         raise SystemExit(1)
 
@@ -1208,15 +1212,18 @@ COMMANDS = {
                      help="folder or hub id (default: the one shipped)"),
         "--against": dict(default="transformers", choices=(
             "transformers", "streamed", "grouped_mm", "openai", "float64")),
-        "--dtype": dict(default="float32", choices=("float32", "bfloat16")),
-        "--contract": dict(default="fp32", choices=(
-            "fp32", "hf-eager", "openai-torch"), help="how ours rounds"),
+        "--dtype": dict(default="bfloat16", choices=("float32", "bfloat16")),
+        "--contract": dict(choices=(
+            "fp32", "hf-eager", "openai-torch", "kernels"),
+            help="how ours rounds (default: as what runs does)"),
+        "--plain": dict(action="store_true",
+                        help="ours in plain torch, not by the kernels"),
         "--prompt": dict(action="append", help="text to walk over, once or "
                          "more (default: random tokens)"),
         "--new-tokens": dict(type=int, default=0, metavar="N",
                              help="written first, and walked over too"),
         "--plant": dict(metavar="FAULT", help="break ours first: window ..."),
-    } | _JSON),
+    } | _COMPACT | _JSON),
     "vectors": (run_vectors, {
         "action": dict(choices=("write", "check")),
         "folder": dict(metavar="DIR"),
