@@ -15,7 +15,7 @@ import shutil
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -866,20 +866,31 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
     `revision` (branch, tag or commit), resumed and cached as HF_HOME and
     HF_HUB_OFFLINE say. CheckpointError, in one line, if that fails.
     """
-    local = Path(path).expanduser()
+    local = Path(path)
+    with suppress(RuntimeError):  # ~name, and nobody is called so
+        local = local.expanduser()
     if local.exists():
         return local
     if isinstance(path, Path) or not is_repo_id(path):
         raise CheckpointError(f"{path}: no such directory"
                               " (and a hub id is owner/name)")
-    from huggingface_hub import errors, snapshot_download
+    return _fetch(path, revision)
 
+
+def _fetch(path: str, revision: str | None) -> Path:
     at = f"{path} at revision {revision}" if revision else path
+    try:
+        import huggingface_hub.constants  # noqa: F401  it reads HF_...
+    except ValueError as error:
+        raise CheckpointError(f"{at}: no such directory, and a setting HF_... "
+                              f"of the environment: {error}") from error
+    from huggingface_hub import snapshot_download
+
     try:
         return Path(snapshot_download(
             path, revision=revision, ignore_patterns=["*/*"],
             allow_patterns=["*.json", "*.safetensors"]))
-    except (OSError, ValueError, errors.EntryNotFoundError) as error:
+    except Exception as error:  # those of its network library among them
         raise CheckpointError(f"{at}: no such directory, and "
                               f"{_why(error)}") from error
 
@@ -899,7 +910,8 @@ def _why(error: Exception) -> str:
     for kind, why in known.items():
         if isinstance(error, kind):
             return why
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    line = next(iter(str(error).splitlines()), type(error).__name__)
+    return f"{constants.ENDPOINT} cannot be asked: {line}"
 
 
 __all__ = [
