@@ -1184,9 +1184,18 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
     if isinstance(path, Path) or not is_repo_id(path):
         raise CheckpointError(f"{path}: no such directory"
                               " (and a hub id is owner/name)")
+    return _fetch(path, revision)
+
+
+def _fetch(path: str, revision: str | None) -> Path:
+    at = f"{path} at revision {revision}" if revision else path
+    try:
+        import huggingface_hub.constants  # noqa: F401  it reads HF_...
+    except ValueError as error:
+        raise CheckpointError(f"{at}: no such directory, and a setting HF_... "
+                              f"of the environment: {error}") from error
     from huggingface_hub import snapshot_download
 
-    at = f"{path} at revision {revision}" if revision else path
     try:
         return Path(snapshot_download(
             path, revision=revision, ignore_patterns=["*/*"],
@@ -1211,7 +1220,8 @@ def _why(error: Exception) -> str:
     for kind, why in known.items():
         if isinstance(error, kind):
             return why
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    line = next(iter(str(error).splitlines()), type(error).__name__)
+    return f"{constants.ENDPOINT} cannot be asked: {line}"
 
 
 __all__ = [
