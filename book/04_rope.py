@@ -342,8 +342,8 @@ plt.show()
 # measures the difference.
 #
 # **Concentration.** Over more keys of the same kind a softmax gives each of
-# them less. YaRN divides the scores by a temperature $t$, fitted by its authors to
-# perplexities, not derived:
+# them less. YaRN divides the scores by a temperature $t$, fitted by its
+# authors to perplexities, not derived:
 #
 # $$
 # \sqrt{1/t} = 0.1\,\ln s + 1 = 1.3465735902799727 .
