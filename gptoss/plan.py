@@ -29,21 +29,23 @@ from gptoss.parallel import (
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU: bytes, bytes a second from its memory and to another card, and
-    seconds that a collective takes however small (assumed, not measured)."""
+    """A GPU: bytes, bytes a second from its memory and to another card,
+    seconds to begin a collective, and seconds for each of its steps however
+    small (what NCCL's tuner assumes; not measured)."""
 
     name: str
     memory: float
     read: float
     link: float
     latency: float
+    step: float = 0.0
 
 
 # memory, its speed and the links from the makers' data sheets: RTX 4090
 # (PCIe 4.0 x16), A100 SXM 40 GB (NVLink 3), H100 SXM 80 GB (NVLink 4)
-CARDS = (Card("24 GB, PCIe", 24e9, 1008e9, 32e9, 30e-6),
-         Card("40 GB, NVLink", 40e9, 1555e9, 300e9, 10e-6),
-         Card("80 GB, NVLink", 80e9, 3350e9, 450e9, 10e-6))
+CARDS = (Card("24 GB, PCIe", 24e9, 1008e9, 32e9, 6.6e-6, 1.0e-6),
+         Card("40 GB, NVLink", 40e9, 1555e9, 300e9, 6.6e-6, 0.6e-6),
+         Card("80 GB, NVLink", 80e9, 3350e9, 450e9, 6.6e-6, 0.6e-6))
 MOST_CONTEXT = 2 ** 30  # tokens; no configuration has more positions
 RESERVE = 1.5e9  # bytes of a card for CUDA, NCCL and activations (assumed)
 
@@ -80,8 +82,8 @@ def token_seconds(config: GptOssConfig, seat: Seat, card: Card,
                   context: int) -> float:
     """Seconds for a token on a seat at the roofline: reading, then talking.
 
-    Weights that it touches and the cache, from memory; for each collective
-    the card's latency, and a ring's share of its bytes over the link.
+    Weights that it touches and the cache, from memory; each collective has
+    to begin and takes the steps of a ring, one after the other.
     """
     mine = seat_config(config, seat)
     parts = seat_bytes(config, seat)
@@ -92,12 +94,14 @@ def token_seconds(config: GptOssConfig, seat: Seat, card: Card,
     touched += (mine.num_hidden_layers * chosen * expert_bytes(config)
                 / seat.slices)
     seconds = (touched + cache_bytes(mine, context)) / card.read
-    ring = 2 * (seat.tensors - 1) / seat.tensors
-    shares = {"allreduce_": ring, "allgather_": seat.tensors - 1}
+    others = seat.tensors - 1  # name -> steps, and the share sent in each
+    ring = {"allreduce_": (2 * others, 1 / seat.tensors),
+            "allgather_": (others, 1)}
     for name, (calls, size) in traffic(config, seat).items():
-        if name != "recv_":  # the sender's time
-            size *= shares.get(name, 1)
-            seconds += calls * (card.latency + size / card.link)
+        if name != "recv_":  # the sender's time; others hand on once
+            steps, share = ring.get(name, (1, 1))
+            seconds += calls * (card.latency + steps * (
+                card.step + share * size / card.link))
     return seconds
 
 
@@ -144,9 +148,10 @@ def setup(config: GptOssConfig, gpus: int, card: Card, context: int
 
 def plan(config: GptOssConfig, context: int = 8192) -> list[Setup]:
     """What 1, 2, 4 and 8 of CARDS can do with a model."""
-    if context > MOST_CONTEXT:
-        raise ParallelError("--context: expected at most "
-                            f"{MOST_CONTEXT:,} tokens, found more")
+    if not 1 <= context <= MOST_CONTEXT:
+        raise ParallelError(f"--context: expected 1 to {MOST_CONTEXT:,} "
+                            "tokens, found "
+                            + ("more" if context > 1 else f"{context}"))
     return [setup(config, gpus, card, context)
             for card in CARDS for gpus in (1, 2, 4, 8)]
 

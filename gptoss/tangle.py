@@ -361,8 +361,10 @@ def freeze(path: Path) -> Path:
                             coalesce_streams=True, kernel_name="python3",
                             extra_arguments=["--log-level=ERROR"],
                             resources={"metadata": {"path": path.parent}})
+    watch = path.parent.absolute() / "_ext" / "kernel.py"
     client.execute(env=os.environ | {
-        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"})
+        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0",
+        } | ({"PYTHONSTARTUP": str(watch)} if watch.exists() else {}))
     notebook.metadata["language_info"] = {"name": "python"}
     target = path.with_suffix(".ipynb")
     nbformat.write(notebook, target)

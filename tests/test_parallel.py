@@ -64,6 +64,7 @@ from gptoss.plan import (
     plan,
     plan_table,
     seat_bytes,
+    setup,
     token_seconds,
 )
 
@@ -256,18 +257,52 @@ def test_a_plan_that_does_not_divide() -> None:
     assert text.count("not divisible") == len(rows)
 
 
-@pytest.mark.parametrize("context", [2 ** 30 + 1, 10 ** 400])
+@pytest.mark.parametrize("context", [0, -5, 2 ** 30 + 1, 10 ** 400])
 def test_a_context_that_nothing_has(context, capsys) -> None:
     assert cli.main(["inspect", "20b", "--plan", "--context",
                      str(context)]) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "--context: expected at most" in err
+    assert err.count("\n") == 1 and "--context: expected 1 to" in err
 
 
 def test_plan_of_a_folder_with_original_alone(tiny, tmp_path, capsys) -> None:
     (tmp_path / "original").symlink_to(tiny["original"])
     assert cli.main(["inspect", "--plan", str(tmp_path)]) == 0
     assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(RELEASED))
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_meetings_take_the_steps_of_a_ring(name: str, ranks: int) -> None:
+    """What a step costs is paid 2(R - 1) times a sum, R - 1 a gathering;
+    what beginning costs, once."""
+    config = RELEASED[name]
+    seat = take_seat(config, 0, ranks)
+    free = replace(CARDS[2], link=math.inf, latency=0.0, step=0.0)
+    sums = 2 * config.num_hidden_layers + 1
+    least = token_seconds(config, seat, free, 100)
+
+    def more(**costs: float) -> float:
+        card = replace(free, **costs)
+        return token_seconds(config, seat, card, 100) - least
+
+    assert more(step=1.0) == pytest.approx(
+        sums * 2 * (ranks - 1) + ranks - 1)
+    assert more(latency=1.0) == pytest.approx(sums + 1)
+    sent = sums * 2 * (ranks - 1) / ranks * 2 * config.hidden_size
+    sent += (ranks - 1) * 2 * config.vocab_size / ranks
+    assert more(link=1.0) == pytest.approx(sent)
+
+
+def test_more_cards_can_be_slower() -> None:
+    """Reading shrinks with the ranks, meetings grow."""
+    for config in RELEASED.values():
+        four, eight = (setup(config, n, CARDS[2], 8192).tensor for n in (4, 8))
+        assert eight < four
+        speeds = [1 / token_seconds(config, take_seat(config, 0, n),
+                                    replace(CARDS[2], step=1e-3),
+                                    8192) for n in (1, 2, 4, 8)]
+        assert speeds == sorted(speeds, reverse=True)
 
 
 def test_plan_command(capsys) -> None:
