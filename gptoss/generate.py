@@ -273,14 +273,18 @@ def _generators(seed: int | None, rows: int) -> list[torch.Generator]:
 def _generate(model: GptOss, prompt: list[int], count: int,
               sampler: Sampler, stop: frozenset[int],
               generator: torch.Generator, cache: Cache, chunk: int,
-              decode: Decoder | None) -> Iterator[int]:
+              decode: Decoder | None, pauses: bool) -> Iterator[int | None]:
     feed = torch.tensor([prompt], device=model.embed_tokens.weight.device)
     run = forward_step(model, cache)
     for produced in range(1, count + 1):
+        *parts, last = feed.split(chunk, dim=1)
+        for part in parts:  # of the prompt; then `feed` is a single token
+            with torch.inference_mode():
+                run(part)
+            if pauses:
+                yield None
         with torch.inference_mode():
-            for part in feed.split(chunk, dim=1):
-                logits = run(part)
-            chosen = sampler(logits[:, -1], generator)
+            chosen = sampler(run(last)[:, -1], generator)
         token = chosen.item()
         yield token
         if token in stop or produced == count:
@@ -294,7 +298,8 @@ def generate(model: GptOss, prompt: Sequence[int], *,
              max_new_tokens: int = 256, sampler: Sampler | None = None,
              stop: Iterable[int] = (), seed: int | None = None,
              cache: Cache | None = None, prefill_chunk: int = 512,
-             decode: Decoder | None = None) -> Iterator[int]:
+             decode: Decoder | None = None, pauses: bool = False
+             ) -> Iterator[int | None]:
     """Yields the token ids that follow `prompt`, a list of ids.
 
     Ends after `max_new_tokens`, after a token in `stop` (which is
@@ -302,7 +307,9 @@ def generate(model: GptOss, prompt: Sequence[int], *,
     batch 1 whose tokens precede the prompt; afterwards it holds all but the
     last token yielded, so the next prompt begins with that one. `decode`:
     how to run single tokens, `forward_step` or chapter 13's `DecodeStep`;
-    None: as `use_decoder` said.
+    None: as `use_decoder` said. `pauses`: yield None after each chunk of
+    the prompt but the last, so that a long prompt can be left: the cache
+    then holds the chunks that were fed.
     Raises GenerateError at the call, not at the first token.
     """
     prompt = [operator.index(token) for token in prompt]
@@ -316,7 +323,8 @@ def generate(model: GptOss, prompt: Sequence[int], *,
     count = min(max_new_tokens, limit - held - len(prompt) + 1)
     return _generate(model, prompt, count, sampler or Sampler(),
                      frozenset(stop), _generators(seed, 1)[0],
-                     cache or model.new_cache(), prefill_chunk, decode)
+                     cache or model.new_cache(), prefill_chunk, decode,
+                     pauses)
 
 
 # --- Many texts at once ------------------------------------------------------
