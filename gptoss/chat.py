@@ -345,6 +345,14 @@ def read_messages(messages: Sequence[object]) -> tuple[str, list[Message]]:
     return "\n\n".join(filter(None, head)), out
 
 
+
+def _call_ids(messages: Sequence[object]) -> list[str]:
+    """The ids of all calls in `messages`, which are right."""
+    dicts = [_dict(each, "messages") for each in messages]
+    return [_dict(call, "tool_calls")["id"] for each in dicts
+            for call in _item(each, "messages").get("tool_calls") or ()]
+
+
 # --- A function's type hints as a schema -------------------------------------
 
 _UNIONS = (typing.Union, types.UnionType)
@@ -354,6 +362,8 @@ _WRAPPERS = (typing.Required, typing.NotRequired)
 def _type_hints(owner: object, where: str) -> dict[str, object]:
     try:
         return typing.get_type_hints(owner, include_extras=True)
+    except RecursionError:
+        raise
     except Exception as error:  # hints may be any text
         raise ChatError(f"{where}: {error}") from error
 
@@ -529,7 +539,8 @@ class _Types:
         except Exception as error:  # pydantic has many
             raise ChatError(f"{where}: expected type hints that JSON can "
                             f"hold, found {[*hints.values()]}") from error
-        self.schema.pop("title", None)
+        for key in ("title", "$defs"):
+            self.schema.pop(key, None)
         self.schema.setdefault("properties", {})
         self.schema.setdefault("required", [])
 
@@ -626,10 +637,8 @@ def _whole(value: object) -> object:
         return {key: _whole(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return list(map(_whole, value))
-    if isinstance(value, float) and value.is_integer() and abs(
-            value) < 2 ** 53:
-        return int(value)
-    return value
+    whole = isinstance(value, float) and value.is_integer()
+    return int(value) if whole else value
 
 
 def fit(value: object, hint: object, where: str = "arguments") -> object:
@@ -1033,6 +1042,7 @@ class Memory:
         self.cache = model.new_cache(slack=slack)
         self.tokens: list[int] = []  # fed, or to be fed next
         self.fed = 0  # tokens fed so far that were not written here
+        self.left = 0  # tokens of the prompt that are still to be fed
         self._full = 0  # tokens that the full layers hold, if that is more
 
     def resume(self, prompt: Sequence[int]) -> int:
@@ -1045,13 +1055,18 @@ class Memory:
         self.tokens, self._full = list(prompt), shared
         return start
 
-    def write(self, prompt: Sequence[int], **options) -> Iterator[int]:
-        """`generate` after `prompt`, feeding only what must be fed."""
+    def write(self, prompt: Sequence[int], **options
+              ) -> Iterator[int | None]:
+        """`generate` after `prompt`, feeding only what must be fed; with
+        its pauses, after which `self.left` tokens are still to be fed."""
         start = self.resume(prompt)
-        self.fed += len(prompt) - start
+        self.left = len(prompt) - start
         for token in generate(self.model, prompt[start:], cache=self.cache,
-                              **options):
-            self.tokens.append(token)
+                              pauses=True, **options):
+            left = len(prompt) - self.cache.length if token is None else 0
+            self.fed, self.left = self.fed + self.left - left, left
+            if token is not None:
+                self.tokens.append(token)
             yield token
 
 
@@ -1061,10 +1076,10 @@ class Memory:
 class Usage:
     """What a turn took.
 
-    finish_reason: "stop", "length" or "tool_calls". prompt_tokens: of the
-    conversation before it. prefilled_tokens: how many of these, and of the
-    answers of tools, had to be fed. generated_tokens: written by the model.
-    seconds: wall time.
+    finish_reason: "stop", "length" or "tool_calls"; "stopped" if it was
+    left before its end. prompt_tokens: of the conversation before it.
+    prefilled_tokens: how many of these, and of the answers of tools, had to
+    be fed. generated_tokens: written by the model. seconds: wall time.
     """
 
     finish_reason: str
@@ -1082,6 +1097,8 @@ class ChatEvent:
     the model writes there. "call": it calls tool `name` with the JSON in
     `text`; "result": what that gave. "notice": something was wrong with
     its output. "done": the end; `usage` is set, `text` the finish reason.
+    "progress", for who asks: a part of the prompt was read, `text` is how
+    many tokens are left to read.
     """
 
     kind: str
@@ -1097,23 +1114,24 @@ class Round:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._parser = StreamParser(tokenizer, role="assistant")
-        self._written: dict[str, list[str]] = {name: [] for name in CHANNELS}
+        self.said: list[list[str]] = []  # messages to no tool: channel, text
         self._to: str | None = None  # recipient of the message in progress
         self.call: ToolCall | None = None
         self.kept: list[dict] = []  # the call and its answer, for the history
         self.over = False  # what follows is not part of the round
 
-    def feed(self, token: int) -> Iterator[ChatEvent]:
+    def feed(self, token: int) -> list[ChatEvent]:
         """The events that `token` causes."""
-        return self._read(self._parser.feed(token))
+        return list(self._read(self._parser.feed(token)))
 
-    def close(self) -> Iterator[ChatEvent]:
+    def close(self) -> list[ChatEvent]:
         """The events that the end of the tokens causes."""
-        return self._read(self._parser.close())
+        return list(self._read(self._parser.close()))
 
     def text(self, channel: str) -> str:
         """All that was written in `channel` so far."""
-        return "".join(self._written[channel])
+        return "\n\n".join(text for where, text in self.said
+                           if where == channel and text)
 
     def _read(self, events: Iterable[Event]) -> Iterator[ChatEvent]:
         for event in events:
@@ -1125,7 +1143,8 @@ class Round:
             elif isinstance(event, ToolCall) and self.call is None:
                 self.call, self.over = event, True
             elif isinstance(event, Delta) and self._to is None:
-                yield from self._add(event.channel, event.text)
+                self.said[-1][1] += event.text
+                yield ChatEvent(self.said[-1][0], event.text)
 
     def _opened(self, message: Message) -> Iterator[ChatEvent]:
         self._to = message.recipient
@@ -1133,29 +1152,40 @@ class Round:
             self._to, self.over = "nobody", True
             yield ChatEvent("notice", f"a message of {message.role!r}, "
                                       "written by the model")
-        elif self._to is None and self._written.get(message.channel):
-            yield from self._add(message.channel, "\n\n")  # a second one
-
-    def _add(self, channel: str | None, text: str) -> Iterator[ChatEvent]:
-        kind = channel if channel in CHANNELS else "final"
-        self._written[kind].append(text)
-        yield ChatEvent(kind, text)
+        if self._to is None:
+            kind = ("final" if message.channel is None else message.channel
+                    if message.channel in CHANNELS else "analysis")
+            if self.text(kind):  # a second one
+                yield ChatEvent(kind, "\n\n")
+            self.said.append([kind, ""])
 
 
 def round_messages(round_: Round) -> list[dict]:
-    """A round as OpenAI's dicts: the assistant's message and, if a tool was
-    called and has answered, the tool's. [] if nothing was written."""
-    thought, said, answer = map(round_.text, CHANNELS)
-    calls, answers = round_.kept[:1], round_.kept[1:]
-    if not (thought or said or answer or calls):
-        return []
-    message = {"role": "assistant",
-               "content": answer or said or (None if calls else "")}
-    if thought:
-        message["reasoning"] = thought
+    """A round as OpenAI's dicts: what the assistant thought, said (marked
+    `phase: "commentary"` if that was not the answer) and called, and the
+    tool's answer if there is one. [] if nothing was written."""
+    calls, answers, out = round_.kept[:1], round_.kept[1:], []
+    open_ = None  # the dict that may still get a content, or calls
+    for channel, text in round_.said:
+        if not text:
+            continue
+        if channel == "analysis" or open_ is None or open_["content"]:
+            open_ = {"role": "assistant", "content": None}
+            out.append(open_)
+        if channel == "analysis":
+            open_["reasoning"] = text
+        else:
+            open_["content"] = text
+        if channel == "commentary":
+            open_["phase"] = channel
+    if calls and (open_ is None or (open_["content"]
+                                    and "phase" not in open_)):
+        open_ = {"role": "assistant", "content": None}
+        out.append(open_)
     if calls:
-        message["tool_calls"] = calls
-    return [message, *answers]
+        open_.pop("phase", None)  # before a call it goes without saying
+        open_["tool_calls"] = calls
+    return out + answers
 
 
 # --- Settings ----------------------------------------------------------------
@@ -1194,20 +1224,28 @@ class _Settings:
                  top_p: float = 1.0, seed: int | None = None,
                  max_new_tokens: int | None = None, rounds: int = 8,
                  slack: int = SLACK, dtype: torch.dtype = torch.bfloat16,
-                 device="cpu") -> None:
+                 device="cpu", tool_timeout: float | None = None,
+                 prefill_chunk: int = 512) -> None:
         for name, value, least in (("max_new_tokens", max_new_tokens, 1),
                                    ("seed", seed, 0), ("rounds", rounds, 0),
-                                   ("slack", slack, 0)):
+                                   ("slack", slack, 0),
+                                   ("prefill_chunk", prefill_chunk, 1)):
             _expect(value is None or type(value) is int and value >= least,
                     name, f"an integer >= {least}", value)
-        self.effort, self.offers = effort, read_tools(tools)
+        _expect(tool_timeout is None or type(tool_timeout) in (int, float)
+                and 0 < tool_timeout < 1e6, "tool_timeout",
+                "seconds > 0", tool_timeout)
+        self.effort, self.offers = effort, read_tools(tools, tool_timeout)
         self.instructions = _text(instructions, "instructions")
-        self.date = today() if date is None else _text(date, "date")
+        self.date = "" if date is None else _text(date, "date")
         self.sampler = Sampler(temperature, top_k, top_p)
         self._head()
         self.max_new_tokens, self.rounds = max_new_tokens, rounds
-        self._seed, self._slack = seed, slack
+        self._seed, self._slack, self._chunk = seed, slack, prefill_chunk
         self.model, self.tokenizer = load(model, dtype, device)
+        self._link = getattr(self.model, "link", None) or Alone()
+        if date is None:
+            self.date = self._link.same(today)
         self._stop = _stops(self.tokenizer)
         self.reset()
 
@@ -1237,72 +1275,173 @@ class _Settings:
         return prompt
 
 
+# --- Several processes, one decision -----------------------------------------
+
+class Alone:
+    """The link of a process by itself; see chapter 15 for another."""
+
+    first = True
+
+    def same(self, make: Callable[[], object]) -> object:
+        """make() of the first process, as JSON has it, for all."""
+        return make()
+
+
+class Stopped(Exception):
+    """The first process goes no further with this turn."""
+
+
+class Agreement:
+    """What the processes of a model ask the first while a turn lasts."""
+
+    def __init__(self, link: Alone) -> None:
+        self._link, self.open = link, True
+
+    def ask(self, make: Callable[[], object]) -> object:
+        """make() of the first process. What it raises ends the turn: that
+        is raised there, and Stopped by the others."""
+        failed: list[BaseException] = []
+
+        def word() -> list:
+            try:
+                return [make()]
+            except BaseException as error:
+                failed.append(error)
+                return []
+
+        told = self._link.same(word)
+        self.open = bool(told)
+        if failed:
+            raise failed[0]
+        if not told:
+            raise Stopped
+        return told[0]
+
+    def leave(self) -> None:
+        """The first process leaves, and the others at their next question;
+        they cannot leave first."""
+        if self.open and self._link.first:
+            self.open = False
+            self._link.same(list)
+
+
 # --- A turn ------------------------------------------------------------------
 
 class _Turns(_Settings):
     """One turn of the model: rounds of writing, and calls between them."""
 
-    def _tokens(self, prompt: list[int], made: int) -> Iterator[int]:
-        """What the model writes after `prompt`, having written `made`."""
+    usage: Usage | None = None
+    _rounds: list[Round]
+
+    def _round_seed(self) -> int:
+        return (torch.randint(2 ** 48, ()).item() if self._seed is None
+                else self._random.getrandbits(48))
+
+    def _tokens(self, prompt: list[int], made: int, agreement: Agreement,
+                stop: Callable[[], object] | None) -> Iterator[int | None]:
+        """What the model writes after `prompt`, having written `made`; None
+        after a part of the prompt."""
         most = self.model.config.max_position_embeddings
         left = (self.max_new_tokens or most + made) - made
         if left <= 0 or len(prompt) > most:
-            return iter(())
-        seed = None if self._seed is None else self._random.getrandbits(48)
-        return self.memory.write(prompt, max_new_tokens=left, seed=seed,
-                                 sampler=self.sampler, stop=self._stop)
+            return
 
-    def _turn(self, prompt: list[int], ids: Iterator[str]
-              ) -> Iterator[ChatEvent]:
-        began, before, made, reason = time.perf_counter(), len(prompt), 0, ""
-        fed = self.memory.fed
-        while not reason:
-            round_, token = Round(self.tokenizer), None
-            self._rounds.append(round_)
-            for token in self._tokens(prompt, made):
-                made += 1
-                yield from round_.feed(token)
-                if round_.over:
-                    break
-            yield from round_.close()
-            if round_.call is not None:
-                reason = yield from self._answer(round_, next(ids))
-                prompt = self._after(round_)
-            else:
-                reason = ("stop" if round_.over or token in self._stop
-                          else "length")
-        most = self.model.config.max_position_embeddings
-        if reason == "stop" and not round_.text("final"):
-            yield ChatEvent("notice", "the model ended without an answer")
-        if max(len(prompt), len(self.memory.tokens)) > most:
-            yield ChatEvent("notice", f"the context of {most} tokens is full")
-        self.usage = Usage(reason, before, self.memory.fed - fed, made,
-                           time.perf_counter() - began)
+        def go_on() -> bool:
+            if stop is not None and stop():
+                raise Stopped
+            return True
+
+        steps = self.memory.write(
+            prompt, max_new_tokens=left, sampler=self.sampler,
+            stop=self._stop, prefill_chunk=self._chunk,
+            seed=agreement.ask(self._round_seed))
+        end = object()
+        while agreement.ask(go_on) and (step := next(steps, end)) is not end:
+            yield step
+
+    def _turn(self, prompt: list[int], ids: Iterator[str],
+              agreement: Agreement, stop: Callable[[], object] | None,
+              progress: bool) -> Iterator[ChatEvent]:
+        began, fed, made = time.perf_counter(), self.memory.fed, 0
+        before, reason = len(prompt), ""
+
+        def used() -> Usage:
+            return Usage(reason or "stopped", before, self.memory.fed - fed,
+                         made, time.perf_counter() - began)
+
+        try:
+            while not reason:
+                round_, token = Round(self.tokenizer), None
+                self._rounds.append(round_)
+                for token in self._tokens(prompt, made, agreement, stop):
+                    if token is not None:
+                        made += 1
+                        yield from round_.feed(token)
+                    elif progress:
+                        yield ChatEvent("progress", str(self.memory.left))
+                    if round_.over:
+                        break
+                yield from round_.close()
+                if round_.call is not None:
+                    reason = yield from self._answer(round_, next(ids),
+                                                     agreement)
+                    prompt = self._after(round_)
+                else:
+                    reason = ("stop" if round_.over or token in self._stop
+                              else "length")
+            agreement.ask(bool)  # here the last chance to leave ends
+            agreement.open = False
+        except Stopped:
+            reason = "stopped"
+        except BaseException:
+            reason = "stopped"
+            self.usage = used()
+            agreement.leave()
+            raise
+        yield from self._complaints(reason, len(prompt))
+        self.usage = used()
         yield ChatEvent("done", reason, usage=self.usage)
 
-    def _answer(self, round_: Round, id_: str
+    def _complaints(self, reason: str, length: int) -> Iterator[ChatEvent]:
+        most = self.model.config.max_position_embeddings
+        if reason == "stop" and not self._rounds[-1].text("final"):
+            yield ChatEvent("notice", "the model ended without an answer")
+        if max(length, len(self.memory.tokens)) > most:
+            yield ChatEvent("notice", f"the context of {most} tokens is full")
+
+    def _answer(self, round_: Round, id_: str, agreement: Agreement
                 ) -> Generator[ChatEvent, None, str]:
         """Runs the call of a round; returns why the turn ends, or ""."""
         arguments, to = round_.call.arguments, round_.call.recipient
         name = _OTHER.sub("_", to.removeprefix("functions."))[:64] or "none"
-        offer = self.offers.get(name)
         yield ChatEvent("call", arguments, name)
+        reason, result = agreement.ask(
+            functools.partial(self._run, name, arguments))
         call = {"id": id_, "type": "function",
                 "function": {"name": name, "arguments": arguments}}
-        if offer is not None and offer.run is None:
-            round_.kept = [call]
-            return "tool_calls"
-        if len(self._rounds) > self.rounds:
+        if reason == "length":
             yield ChatEvent("notice", f"not run: call {len(self._rounds)} "
                             f"of at most {self.rounds} in a turn")
-            return "length"
-        known = ", ".join(self.offers) or "none"
-        result = (offer.run(arguments) if offer is not None else
-                  f"error: there is no tool {name}; there are: {known}")
-        round_.kept = [call, {"role": "tool", "tool_call_id": id_,
-                              "name": name, "content": result}]
-        yield ChatEvent("result", result, name)
-        return ""
+        elif reason:
+            round_.kept = [call]
+        else:
+            round_.kept = [call, {"role": "tool", "tool_call_id": id_,
+                                  "name": name, "content": result}]
+            yield ChatEvent("result", result, name)
+        return reason
+
+    def _run(self, name: str, arguments: str) -> tuple[str, str]:
+        """Why the turn ends with this call, or "", and what the call gave.
+        Of several processes only the first runs it."""
+        offer, known = self.offers.get(name), ", ".join(self.offers)
+        if offer is not None and offer.run is None:
+            return "tool_calls", ""
+        if len(self._rounds) > self.rounds:
+            return "length", ""
+        if offer is None:
+            return "", (f"error: there is no tool {name}; there are: "
+                        f"{known or 'none'}")
+        return "", _as_text(offer.run(arguments))
 
     def _after(self, round_: Round) -> list[int]:
         """The tokens so far, word for word, and the tool's answer."""
@@ -1316,6 +1455,16 @@ class _Turns(_Settings):
 
 # --- Chat --------------------------------------------------------------------
 
+def _followed(turn: Iterator[ChatEvent]) -> Iterator[ChatEvent]:
+    """`turn`, and all the rest of it when its reader leaves."""
+    try:
+        for event in turn:  # not `yield from`, which would close it
+            yield event
+    finally:
+        for _ in turn:
+            pass
+
+
 class Chat(_Turns):
     """A conversation with a gpt-oss model, in OpenAI's message dicts.
 
@@ -1327,58 +1476,91 @@ class Chat(_Turns):
     temperature, top_k, top_p, seed: as for `Sampler` and `generate`.
     max_new_tokens: in a turn, all rounds together (None: until the context
     is full). rounds: calls run in one turn. slack: see `Memory`.
+    tool_timeout: seconds for a call, see `function_tool`. prefill_chunk:
+    tokens of a prompt that are read at once.
 
     One cache is kept from turn to turn; what a new prompt shares with it is
     not fed again. A turn may be left at any point. Not for several threads.
+    With a model that is spread over processes, all of them make the same
+    calls; what the first is given counts, and its tools alone are run.
     """
 
-    usage: Usage | None = None  # of the last turn that came to its end
+    usage: Usage | None = None  # of the last turn; None while it lasts
     _rounds: Sequence[Round] = ()
-    _running: Generator | None = None
+    _turning: tuple = ()  # its events, what is behind them, its agreement
 
-    def events(self, messages: Sequence[Mapping]) -> Iterator[ChatEvent]:
+    def events(self, messages: Sequence[object], *,
+               stop: Callable[[], object] | None = None,
+               progress: bool = False) -> Iterator[ChatEvent]:
         """The turn of the model after `messages`, as it happens.
 
-        Raises ChatError at the call, for messages that are not right or do
-        not fit. A turn that is still under way ends here.
+        stop: asked before every forward; if what it returns is true, the
+        turn ends there with the finish reason "stopped". progress: whether
+        there are events of that kind. Raises ChatError at the call, for
+        messages that are not right or do not fit. A turn that is still
+        under way ends here.
         """
-        prompt = self.prompt(messages)
         self._interrupt()
-        used = {call["id"] for message in messages
-                for call in message.get("tool_calls") or ()}
+        begin = self._link.same(functools.partial(self._begin, messages))
+        if "error" in begin:
+            raise ChatError(begin["error"])
         ids = (f"call_{n}" for n in itertools.count(1)
-               if f"call_{n}" not in used)
-        self._rounds, self._running = [], self._turn(prompt, ids)
-        return self._running
+               if f"call_{n}" not in begin["used"])
+        self._rounds, self.usage = [], None
+        agreement = Agreement(self._link)
+        turn = self._turn(begin["prompt"], ids, agreement, stop, progress)
+        events = turn if self._link.first else _followed(turn)
+        self._turning = (weakref.ref(events), agreement,
+                         None if self._link.first else turn)
+        return events
 
-    def reply(self, messages: Sequence[Mapping]) -> Iterator[str]:
+    def _begin(self, messages: Sequence[object]) -> dict:
+        """The prompt and the ids of calls that are taken, or an error."""
+        try:
+            return {"prompt": self.prompt(messages),
+                    "used": _call_ids(messages)}
+        except ChatError as error:
+            return {"error": str(error)}
+
+    def reply(self, messages: Sequence[object], *,
+              stop: Callable[[], object] | None = None) -> Iterator[str]:
         """The text of the final channel, piece by piece; see `events`."""
-        return (event.text for event in self.events(messages)
+        return (event.text for event in self.events(messages, stop=stop)
                 if event.kind == "final")
 
     @property
     def turn(self) -> list[dict]:
-        """The messages that the turn has added, to go on with: calls with
-        their answers, then the answer as far as it came."""
+        """The messages that the turn has added, to go on with: what was
+        thought, said and called, in order, with the answers of the calls,
+        then the answer as far as it came."""
         return [message for round_ in self._rounds
                 for message in round_messages(round_)]
 
     def reset(self) -> None:
         """Forget the turn and the cache; a seed begins anew."""
         self._interrupt()
-        self._rounds = ()
+        self._rounds, self.usage = (), None
         super().reset()
 
     def _interrupt(self) -> None:
+        """End the turn that is under way, if there is one."""
+        if not self._turning:
+            return
+        events, agreement, behind = self._turning
         try:
-            if self._running is not None:
-                self._running.close()
+            if (running := events()) is not None:
+                running.close()
         except ValueError as error:  # the generator is running right now
             raise ChatError("chat: in the middle of a turn") from error
-        self._running = None
+        agreement.leave()
+        for _ in behind or ():
+            pass
+        self._turning = ()
 
 
 __all__ = [
+    "Agreement",
+    "Alone",
     "Chat",
     "ChatError",
     "ChatEvent",
@@ -1387,6 +1569,7 @@ __all__ = [
     "Round",
     "SLACK",
     "STOPS",
+    "Stopped",
     "TOOLS",
     "ToolTimeout",
     "Usage",

@@ -252,6 +252,12 @@ class Link:
     """What the modules of a seat ask of the others. This one is for a
     world of one, where there is nothing to ask."""
 
+    first = True  # whether this is the rank that decides for all
+
+    def same(self, make: Callable[[], object]) -> object:
+        """make() of the first rank, as JSON has it, on all ranks."""
+        return make()
+
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all x of the stage, the same on all its ranks."""
         return x
