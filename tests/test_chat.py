@@ -4,16 +4,24 @@ Most tests use a small random model whose choices are scripted: it computes
 and fills its cache like any other, and then writes what the test wants.
 """
 
+import asyncio
 import dataclasses
+import datetime
+import enum
+import functools
 import gc
 import json
+import logging
 import os
+import random
 import re
 import select
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
@@ -21,14 +29,17 @@ from typing import (
     Annotated,
     Any,
     Literal,
+    NamedTuple,
     NotRequired,
     Optional,
     TypedDict,
     Union,
 )
 
+import pydantic
 import pytest
 import torch
+import typing_extensions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -173,7 +184,38 @@ def changed(base: dict, **new: object) -> dict:
      "messages[0].content[0]: expected {'type': 'text'"),
     ([user([{"type": "text"}])], "messages[0].content[0]"),
     ([user("a\ud800")], "messages[0].content: expected Unicode"),
-    ([user("a"), {"role": "assistant"}], "messages[1].content"),
+    ([user("a"), {"role": "assistant"}],
+     "messages[1].role: expected the user or a tool to speak last"),
+    ([user("a") | {"text": "b"}],
+     "messages[0].text: expected no keys but role, content, name, found 'b'"),
+    ([user("a") | {"name": "a b"}], "messages[0].name: expected 1 to 64"),
+    ([{"role": "system", "content": "a", "name": "b"}], "messages[0].name"),
+    ([user([{"type": "text", "text": "a", "style": "b"}])],
+     "messages[0].content[0].style"),
+    ([user("a"), ASKS | {"function_call": {"name": "f"}}, TELLS],
+     "messages[1].function_call"),
+    ([user("a"), {"role": "assistant", "audio": {"id": "x"}}, user("b")],
+     "messages[1].audio"),
+    ([user("a"), {"role": "assistant", "content": "b", "prefix": True},
+      user("b")], "messages[1].prefix"),
+    ([user("a"), {"role": "assistant", "content": "b", "phase": "final"},
+      user("b")], "messages[1].phase: expected one of commentary, "),
+    ([user("a"), {"role": "assistant", "reasoning": "b", "thinking": "c"},
+      user("b")], "messages[1].thinking: expected the same as reasoning"),
+    ([user("a"), {"role": "assistant", "reasoning_details": [
+        {"type": "reasoning.encrypted", "data": "x"}]}, user("b")],
+     "messages[1].reasoning_details[0].type: expected one of"),
+    ([user("a"), ASKS, TELLS | {"name": "g"}],
+     "messages[2].name: expected functions.f, which was called, found 'g'"),
+    ([user("a"), ASKS, TELLS | {"is_error": True}], "messages[2].is_error"),
+    ([{"role": "function", "name": "f", "content": "a"}], "'function'"),
+    ([{"type": "reasoning", "encrypted_content": "x"}, user("a")],
+     "messages[0].encrypted_content"),
+    ([{"type": "web_search_call"}, user("a")], "messages[0].type"),
+    ([{"type": "reasoning", "content": 3}, user("a")],
+     "messages[0]: expected lists"),
+    ([{"type": "function_call", "name": "f", "arguments": ""}, user("a")],
+     "messages[0].tool_calls[0].id"),
     ([user("a"), {"role": "assistant", "content": "b"}],
      "messages[1].role: expected the user or a tool to speak last"),
     ([{"role": "system", "content": "a"}], "speak last, found 'system'"),
@@ -217,7 +259,8 @@ def test_messages_become_harmony():
         {"role": "assistant", "content": "wait", "reasoning": "hm",
          "tool_calls": [CALL]}, TELLS,
         {"role": "assistant", "content": "", "reasoning": "so"},
-        {"role": "developer", "content": "later"}, user("")])
+        {"role": "developer", "content": "later"},
+        user("") | {"name": "Ann"}])
     assert head == "one\n\ntwo"
     assert found == [
         Message("user", "ask"), Message("assistant", "hm", "analysis"),
@@ -226,19 +269,128 @@ def test_messages_become_harmony():
                 "<|constrain|>json"),
         Message("tool", "x", "commentary", "assistant", name="functions.f"),
         Message("assistant", "so", "analysis"),
-        Message("assistant", "", "final"),
         Message("developer", "# Instructions\n\nlater"),
-        Message("user", "")]
+        Message("user", "", name="Ann")]
+
+
+def heard(message: object) -> list[tuple[str | None, str]]:
+    """What a message of the assistant becomes: channel and text."""
+    return [(each.channel, each.content) for each in
+            read_messages([user("a"), message, user("b")])[1][1:-1]]
+
+
+SAYS = {"role": "assistant"}
+TEXT = {"type": "reasoning.text", "text": "hm", "index": 0, "format": "x",
+        "signature": None}
+
+
+@pytest.mark.parametrize("message, wanted", [
+    ({}, []), ({"content": None}, []), ({"content": "", "reasoning": ""}, []),
+    *(({key: "hm", "content": None}, [("analysis", "hm")])
+      for key in ("reasoning", "reasoning_content", "thinking")),
+    ({"reasoning_details": [TEXT, TEXT | {"text": "m"}], "reasoning": "hmm"},
+     [("analysis", "hmm")]),
+    ({"reasoning_details": [{"type": "reasoning.summary", "summary": "s"}]},
+     [("analysis", "s")]),
+    ({"thinking_blocks": [{"type": "thinking", "thinking": "hm",
+                           "signature": "x"}], "reasoning_content": "hm"},
+     [("analysis", "hm")]),
+    ({"refusal": "No.", "content": None}, [("final", "No.")]),
+    ({"refusal": "No.", "content": "Well."}, [("final", "Well.\n\nNo.")]),
+    ({"content": [{"type": "refusal", "refusal": "No."}]},
+     [("final", "No.")]),
+    ({"content": [{"type": "output_text", "text": "a", "annotations": []},
+                  {"type": "input_text", "text": "b"}]}, [("final", "ab")]),
+    ({"content": "a", "phase": "commentary"}, [("commentary", "a")]),
+    ({"content": "a", "phase": "final_answer", "reasoning": "b"},
+     [("analysis", "b"), ("final", "a")]),
+    ({"content": "a", "tool_calls": None, "function_call": None, "audio": {},
+      "annotations": [], "id": "m1", "usage": {"x": 1}}, [("final", "a")]),
+    ({"type": "message", "status": "completed", "content": "a"},
+     [("final", "a")]),
+])
+def test_what_an_assistant_said_under_any_key(message, wanted):
+    assert heard(SAYS | message) == wanted
+
+
+class Dumped:
+    """An object of a client's library."""
+
+    def __init__(self, **fields: object) -> None:
+        self.fields = fields
+
+    def model_dump(self) -> dict:
+        return {key: value.model_dump() if isinstance(value, Dumped)
+                else value for key, value in self.fields.items()}
+
+
+def test_objects_of_clients_are_messages_and_tools():
+    function = Dumped(name="f", arguments="{}")
+    call = Dumped(id="c1", type="function", function=function)
+    message = Dumped(role="assistant", content=None, refusal=None,
+                     tool_calls=[call.model_dump()], audio=None)
+    mixed = SAYS | {"tool_calls": [call]}
+    for asks in (message, mixed):
+        found = read_messages([user("a"), asks, TELLS])[1]
+        assert [each.recipient for each in found] == [
+            None, "functions.f", "assistant"]
+    with pytest.raises(ChatError, match="expected a dict"):
+        read_messages([Dumped])
+    offers = read_tools([Dumped(type="function", function=function.fields | {
+        "arguments": None})])
+    assert offers["f"].run is None
+    one = chat(said("ok"))
+    assert run(one, [user("a"), mixed, TELLS])["final"] == "ok"
+
+
+def test_results_are_rendered_in_the_order_of_the_calls():
+    asks = SAYS | {"tool_calls": [CALL | {"id": n} for n in "abc"]}
+    tells = [TELLS | {"tool_call_id": n, "content": n.upper()} for n in "bca"]
+    found = read_messages([user("a"), asks, *tells, user("b")])[1]
+    assert [each.content for each in found[4:]] == ["A", "B", "C", "b"]
+    with pytest.raises(ChatError, match=r"open call \(b\)"):
+        read_messages([user("a"), asks, *tells[1:], tells[1]])
+    with pytest.raises(ChatError, match="not answered: c"):
+        read_messages([user("a"), asks, tells[0], tells[2]])
+    with pytest.raises(ChatError, match="to answer c, found 'assistant'"):
+        read_messages([user("a"), asks, tells[0], tells[2], SAYS])
+
+
+def test_items_of_responses_are_messages():
+    def calls(id_):
+        return {"type": "function_call", "id": "x", "call_id": id_,
+                "name": "f", "arguments": id_, "status": "completed"}
+
+    def gives(id_):
+        return {"type": "function_call_output", "call_id": id_,
+                "output": id_ * 2}
+
+    talk = [{"type": "message", "role": "user", "content": [
+        {"type": "input_text", "text": "ask"}]},
+        {"type": "reasoning", "id": "r", "summary": [], "content": [
+            {"type": "reasoning_text", "text": "hm"}]},
+        calls("1"), calls("2"), gives("2"), gives("1"),
+        {"type": "message", "role": "assistant", "phase": "commentary",
+         "content": [{"type": "output_text", "text": "so"}]}, user("b")]
+    assert [each.content for each in read_messages(talk)[1]] == [
+        "ask", "hm", "1", "2", "11", "22", "so", "b"]
+    for wrong in ([*talk[:5], calls("3"), gives("1"), gives("3")],
+                  [*talk[:4], calls("1"), *talk[4:]]):
+        with pytest.raises(ChatError, match="call_id|to answer 1"):
+            read_messages(wrong)
 
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-9, 9) | st.sampled_from(
         ["user", "assistant", "tool", "system", "c1", "text", "function",
-         "f", "{}", ""]),
+         "f", "{}", "", "reasoning", "function_call", "commentary",
+         "function_call_output", "reasoning.text", "input_text"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
         st.sampled_from(["role", "content", "tool_calls", "id", "type",
                          "text", "function", "name", "arguments",
-                         "tool_call_id", "reasoning"]), inner, max_size=5),
+                         "tool_call_id", "reasoning", "thinking", "phase",
+                         "reasoning_details", "refusal", "output", "call_id",
+                         "summary", "odd"]), inner, max_size=5),
     max_leaves=25)
 
 
@@ -264,8 +416,39 @@ class Point:
 
 
 class Place(TypedDict):
+    """Not told."""
+
     name: str
     point: NotRequired[Point]
+
+
+class Colour(enum.Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+class Model(pydantic.BaseModel):
+    """A model."""
+
+    n: int = pydantic.Field(ge=0, description="how many")
+    note: str | None = None
+    size: int = 3
+
+
+class Pair(NamedTuple):
+    a: int
+    b: int
+
+
+class NewPlace(typing_extensions.TypedDict):
+    tree: list[int]
+
+
+@dataclasses.dataclass
+class Nested:
+    point: Annotated[Point, "where"]
+    colour: Colour
+    place: Place | None = None
 
 
 POINT = {"type": "object", "properties": {"x": {"type": "number"},
@@ -293,15 +476,45 @@ POINT = {"type": "object", "properties": {"x": {"type": "number"},
     (Place, {"type": "object", "properties": {"name": {"type": "string"},
                                               "point": POINT},
              "required": ["name"], "additionalProperties": False}),
+    (Colour, {"type": "string", "enum": ["red", "blue"]}),
+    (Colour | None, {"type": "string", "enum": ["red", "blue"],
+                     "nullable": True}),
+    (Literal[Colour.RED], {"type": "string", "enum": ["red"]}),
+    (datetime.date, {"type": "string", "format": "date",
+                     "description": "YYYY-MM-DD"}),
+    (Annotated[datetime.date, "when"], {
+        "type": "string", "format": "date",
+        "description": "when (YYYY-MM-DD)"}),
+    (tuple[int, str], {"type": "array", "minItems": 2, "maxItems": 2,
+                       "items": {"type": ["integer", "string"]}}),
+    (tuple[int, ...], {"type": "array", "items": {"type": "integer"}}),
+    (set[int], {"type": "array", "items": {"type": "integer"},
+                "uniqueItems": True}),
+    (dict[int, str], {"type": "object",
+                      "additionalProperties": {"type": "string"}}),
+    (Model, {"type": "object", "description": "A model.", "properties": {
+        "n": {"type": "integer", "description": "how many", "minimum": 0},
+        "note": {"type": "string", "nullable": True},
+        "size": {"type": "integer", "default": 3}}, "required": ["n"]}),
+    (list[Pair], {"type": "array", "items": {
+        "type": "array", "minItems": 2, "maxItems": 2,
+        "items": {"type": "integer"}}}),
+    (Nested, {"type": "object", "properties": {
+        "point": POINT | {"description": "where"},
+        "colour": {"type": "string", "enum": ["red", "blue"]},
+        "place": {"type": "object", "properties": {
+            "name": {"type": "string"}, "point": POINT},
+            "required": ["name"], "additionalProperties": False,
+            "nullable": True}},
+        "required": ["point", "colour"], "additionalProperties": False}),
 ])
 def test_schema_of_a_hint(hint, schema):
     assert json_schema(hint) == schema
 
 
 @pytest.mark.parametrize("hint", [
-    complex, bytes, set[int], tuple[int, str], dict[int, str], type(None),
-    Literal[None], list[complex], int | bytes, "int", Point | set,
-    Literal[b"a"]])
+    Callable[[], int], list[Iterator], Dumped, int | Dumped, "int",
+    tuple[int, threading.Lock], dict[str, Dumped], Point | Dumped])
 def test_a_hint_without_a_schema_names_its_argument(hint):
     def tool(a: int, b: hint) -> str:  # type: ignore[valid-type]
         return ""
@@ -321,10 +534,20 @@ def test_a_hint_without_a_schema_names_its_argument(hint):
     ({"name": "a", "point": {"x": 0}}, Place,
      {"name": "a", "point": Point(0.0)}),
     ([{"a": None}], Any, [{"a": None}]), ("b", Literal["a", "b"], "b"),
-    ("x", Annotated[str, "about"], "x"),
+    ("x", Annotated[str, "about"], "x"), ("blue", Colour, Colour.BLUE),
+    ("2025-06-28", datetime.date, datetime.date(2025, 6, 28)),
+    ([1, "a"], tuple[int, str], (1, "a")), ([1, 2, 1], set[int], {1, 2}),
+    ({"n": "3"}, Model, None), ([{"n": 1}], list[Model], None),
+    ({"tree": [1]}, NewPlace, {"tree": [1]}), ([2, 3], Pair, Pair(2, 3)),
+    ("PT1H", datetime.timedelta, datetime.timedelta(hours=1)),
+    ({"x": 1}, Point | Model, Point(1.0)), (1e300, int, int(1e300)),
+    ([{"point": {"x": 1}, "colour": "red"}], list[Nested],
+     [Nested(Point(1.0), Colour.RED)]),
 ])
 def test_values_that_fit(value, hint, wanted):
     found = fit(value, hint)
+    if wanted is None and value is not None:
+        wanted = pydantic.TypeAdapter(hint).validate_python(value)
     assert found == wanted and type(found) is type(wanted)
     if isinstance(found, list):
         assert list(map(type, found)) == list(map(type, wanted))
@@ -334,8 +557,20 @@ def test_values_that_fit(value, hint, wanted):
     (True, int, "a: expected an integer, found True"), (1, bool, "boolean"),
     (1.5, int, "integer"), ("1", int, "integer"), (1, str, "string"),
     (float("inf"), int, "integer"), (None, str, "string, found nothing"),
-    ("c", Literal["a", "b"], "a: expected one of 'a', 'b', found 'c'"),
-    (True, Literal[1], "one of 1"), ("x", int | None, "; or a: expected"),
+    ("c", Literal["a", "b"], "a: expected 'a' or 'b', found 'c'"),
+    ("x", int | None, "a: expected an integer, found 'x'"),
+    ({}, int | Point, "a: expected an integer, found {}; a.x: expected a v"),
+    ("x", int | bool, "a: expected an integer or a boolean, found 'x'"),
+    ("pink", Colour, "a: expected 'red' or 'blue', found 'pink'"),
+    ("June", datetime.date, "a: expected a valid date in the format YYYY"),
+    (5, datetime.date, "a: expected a valid date, found 5"),
+    ([1], tuple[int, str], "a.1: expected a value, found nothing"),
+    ([1, 2], tuple[int, str], "a[1]: expected a string, found 2"),
+    ({"deep": [{"n": "x"}]}, dict[str, list[Model]],
+     "a.deep[0].n: expected a valid integer, unable to parse"),
+    ({"n": -1}, Model, "a.n: expected greater than or equal to 0, found -1"),
+    ("", Annotated[str, pydantic.Field(min_length=1)],
+     "a: expected a value that fits (String should have at least 1 char"),
     ({"0": 1}, list[int], "a: expected an array"),
     ([1, "x"], list[int], "a[1]: expected an integer"),
     ([], dict[str, int], "an object"), ({"k": "x"}, dict[str, int], "a.k: "),
@@ -437,7 +672,7 @@ def test_what_a_function_returns_is_text():
     assert json.loads(run_('{"value": "point"}')) == {"x": 1, "y": 0,
                                                       "size": 1}
     assert run_('{"value": "half"}') == "?"
-    assert run_('{"value": "set"}') == '"{1}"'
+    assert run_('{"value": "set"}') == "[1]"
     assert function_tool(today).tool.parameters is None
     assert len(function_tool(today).run("")) == 10
 
@@ -454,10 +689,6 @@ def positional(a: int, /) -> None:
     pass
 
 
-async def later() -> str:
-    return ""
-
-
 @dataclasses.dataclass
 class Tree:
     branches: "list[Tree]"
@@ -467,19 +698,41 @@ def grow(tree: Tree) -> None:
     pass
 
 
+class Branch(pydantic.BaseModel):
+    twigs: list["Branch"] = []
+
+
+def climb(branch: Branch) -> None:
+    pass
+
+
 def lost(place: "Nowhere") -> None:  # noqa: F821
     pass
 
 
 @pytest.mark.parametrize("tools, why", [
     ([untyped], "tool untyped, a: expected a type hint"),
+    ([int], "tools: expected a function, not a class, found"),
+    ([max], "tool max: no signature found"),
+    ([{"type": "web_search"}], "tools[0].type: expected 'function' (built-in "
+     "tools are not run here), found 'web_search'"),
+    ([{"type": "function", "name": "f", "inputSchema": {"a": 1}}],
+     "tools[0].inputSchema"),
+    ([{"function": {"name": "f", "parameters": {"default": {1}}}}],
+     "tools[0].function.parameters: expected JSON"),
+    ([{"function": {"name": "f", "parameters": {"default": float("inf")}}}],
+     "tools[0].function.parameters: expected JSON"),
+    ([Branch], "tools: expected a function, not a class"),
+    ([climb], "tool climb, branch: expected type hints that end"),
     ([many], "tool many, a: expected an argument that can be given by name"),
-    ([positional], "tool positional, a: "), ([later], "not async"),
-    ([grow], "tool grow: expected type hints that end"),
+    ([positional], "tool positional, a: "),
+    ([grow], "tool grow, tree: expected type hints that end"),
     ([lost], "tool lost: name 'Nowhere' is not defined"),
-    ([lambda: 1], "a named function"), ([3], "a named function"),
+    ([lambda: 1], "a function with a name, which a lambda has not"),
+    ([3], "tools: expected a function or a dict, found 3"),
     ([today, today], "tools[1]: expected a name of its own, found 'today'"),
-    ([{"name": "f"}], "tools[0].function: expected a dict"),
+    ([{"function": "f"}], "tools[0].function: expected a dict"),
+    ([{}], "tools[0].function: expected a dict, found nothing"),
     ([{"function": {"name": "a b"}}], "tools[0].function.name"),
     ([{"function": {"name": "f", "parameters": []}}], "parameters"),
 ])
@@ -681,7 +934,9 @@ def test_rounds_are_bounded():
     ("<|return|>", ""), ("<|end|><|return|>", ""), ("hello<|return|>",
                                                     "hello"),
     ("<|channel|><|return|>", ""), ("<|message|>hello<|return|>", "hello"),
-    ("<|channel|>other<|message|>hello<|return|>", "hello"),
+    ("<|channel|>other<|message|>hello<|return|>", ""),
+    ("<|channel|>analyis<|message|>x<|end|><|start|>assistant<|channel|>final"
+     "<|message|>hello<|return|>", "hello"),
     ("<|channel|>final<|message|><|return|>", ""),
     ("<|channel|>final<|message|>a<|start|>assistant<|channel|>final"
      "<|message|>b<|return|>", "a\n\nb"),
@@ -705,7 +960,7 @@ def test_malformed_output_is_reported(text, final):
 def test_thinking_only_is_reported():
     one = chat("<|channel|>analysis<|message|>hm<|return|>")
     assert "without an answer" in run(one, [user("a")])["notice"]
-    assert one.turn == [{"role": "assistant", "content": "",
+    assert one.turn == [{"role": "assistant", "content": None,
                          "reasoning": "hm"}]
 
 
