@@ -1416,10 +1416,10 @@ def _either(variants: Sequence[dict]) -> dict:
 def _spelt(schema: dict, about: str | None = None) -> dict:
     """`schema` of an argument; the way to write a date in its description,
     which is `about` if it has none."""
-    told = [schema.get("description") or about,
-            _FORMATS.get(schema.get("format"))]
-    told = " ".join(f"({text})" if n and told[0] else text
-                    for n, text in enumerate(told) if text)
+    told, how = schema.get("description"), _FORMATS.get(schema.get("format"))
+    told = (None if told == how else told) or about
+    if how and not (told or "").endswith(f"({how})"):
+        told = f"{told} ({how})" if told else how
     return schema | ({"description": told} if told else {})
 
 
@@ -1761,11 +1761,11 @@ warm = functools.partial(weather, unit="kelvin")
 print(_tool_name(warm, None), list(_hints(warm, "weather")[0]))
 
 # %% tags=["export:chat"]
-def _jsonable(value: object) -> object:
-    """`value` in terms of JSON; what is unknown by its str()."""
+def _jsonable(value: object, unknown: Callable | None = None) -> object:
+    """`value` in terms of JSON; `unknown` is for what has none."""
     from pydantic_core import to_jsonable_python
 
-    return to_jsonable_python(value, fallback=str)
+    return to_jsonable_python(value, fallback=unknown)
 
 
 def _as_text(value: object) -> str:
@@ -1777,7 +1777,7 @@ def _as_text(value: object) -> str:
             value = json.dumps(value, ensure_ascii=False)
         except (TypeError, ValueError):
             try:
-                value = json.dumps(_jsonable(value), ensure_ascii=False)
+                value = json.dumps(_jsonable(value, str), ensure_ascii=False)
             except (TypeError, ValueError):  # as a list that holds itself
                 value = str(value)
     return value.encode("utf-8", "replace").decode("utf-8")

@@ -59,7 +59,13 @@ from gptoss.chat import (
 )
 from gptoss.config import GptOssConfig
 from gptoss.generate import GenerateError, Sampler
-from gptoss.harmony import Message, Tokenizer, render, tokenizer_json
+from gptoss.harmony import (
+    Message,
+    Tokenizer,
+    render,
+    tokenizer_json,
+    typescript,
+)
 from gptoss.model import GptOss
 
 CONTROL = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>",
@@ -742,6 +748,210 @@ def test_wrong_tools_are_named(tools, why):
     assert why in str(error.value)
 
 
+# -- tools of every shape ---------------------------------------------------
+
+async def later(text: str, seconds: float = 0) -> str:
+    """Waits."""
+    await asyncio.sleep(seconds)
+    return text.upper()
+
+
+class Shop:
+    """Sells."""
+
+    def __init__(self) -> None:
+        self.sold: list[str] = []
+
+    def __call__(self, thing: str) -> int:
+        """Buys a thing.
+
+        Args:
+            thing: what
+        """
+        self.sold.append(thing)
+        return len(self.sold)
+
+    def price(self, thing: str, *, much: bool = False) -> float:
+        """The price."""
+        return 2.5 * (2 if much else 1)
+
+    async def ship(self, thing: str) -> str:
+        return f"{thing} shipped"
+
+
+def test_async_functions_run_with_and_without_a_loop():
+    offer = function_tool(later)
+    assert offer.run('{"text": "a"}') == "A"
+
+    async def inside() -> str:
+        return offer.run('{"text": "b"}')
+
+    assert asyncio.run(inside()) == "B"
+    partial = functools.partial(later, seconds=0)
+    assert function_tool(partial).run('{"text": "c"}') == "C"
+    assert function_tool(Shop().ship).run('{"thing": "x"}') == "x shipped"
+
+    async def fails() -> str:
+        raise LookupError("nothing there")
+
+    assert function_tool(fails).run("") == "error: LookupError: nothing there"
+
+
+def test_partials_methods_and_objects_are_tools():
+    shop = Shop()
+    offers = read_tools([
+        shop, shop.price, functools.partial(search, limit=7),
+        function_tool(functools.partial(functools.partial(
+            later, seconds=0), "given"), name="say"),
+        function_tool(lambda: 1, name="one"), functools.cache(today)])
+    assert [*offers] == ["Shop", "price", "search", "say", "one", "today"]
+    assert offers["Shop"].tool.description == "Buys a thing."
+    assert offers["Shop"].tool.parameters["properties"] == {
+        "thing": {"type": "string", "description": "what"}}
+    assert offers["Shop"].run('{"thing": "a"}') == "1" == str(len(shop.sold))
+    assert offers["price"].run('{"thing": "a", "much": true}') == "5.0"
+    assert "limit" not in offers["search"].tool.parameters["properties"]
+    assert '"limit": 7' in offers["search"].run('{"query": "a"}')
+    assert "no keys but" in offers["search"].run('{"query": "", "limit": 1}')
+    assert offers["say"].tool.parameters is None
+    assert offers["say"].run("{}") == "GIVEN"
+    assert "no keys but none, found 'x'" in offers["say"].run('{"x": 1}')
+    assert offers["one"].run("") == "1" and len(offers["today"].run("")) == 10
+
+
+def test_what_a_partial_has_filled_in_is_not_shown():
+    def send(text: str, token: str) -> str:
+        return text + token
+
+    offer = function_tool(functools.partial(send, token="secret"))
+    assert "secret" not in str(offer.tool)
+    assert offer.run('{"text": "a "}') == "a secret"
+
+
+def plan(day: datetime.date, model: Model, colours: set[Colour],
+         box: tuple[int, int] = (1, 2), shade: Colour = Colour.RED,
+         end: datetime.date = datetime.date(2025, 1, 2),
+         never: Any = threading.Lock) -> dict:
+    """Plans.
+
+    Args:
+        day: the first
+    """
+    return {"day": day, "model": model, "colours": sorted(
+        colour.name for colour in colours), "box": box, "shade": shade}
+
+
+def test_rich_hints_are_shown_as_typescript_and_come_as_what_they_say():
+    offer = function_tool(plan)
+    shown = typescript([offer.tool])
+    for line in ("// the first (YYYY-MM-DD)\nday: string,", "n: number,",
+                 "note?: string | null,", "size?: number, // default: 3",
+                 'colours: "red" | "blue"[],', "box?: number[],",
+                 'shade?: "red" | "blue", // default: red',
+                 'end?: string, // default: "2025-01-02"', "never?: any,"):
+        assert line in shown.replace("    ", ""), (line, shown)
+    result = offer.run('{"day": "2025-06-28", "model": {"n": 1}, '
+                       '"colours": ["blue", "red"], "box": [3, 4.0]}')
+    assert json.loads(result) == {
+        "day": "2025-06-28", "model": {"n": 1, "note": None, "size": 3},
+        "colours": ["BLUE", "RED"], "box": [3, 4], "shade": "red"}
+    assert offer.run('{"day": "soon", "model": {}, "colours": ["pink"]}'
+                     ).count("expected") == 3
+
+
+class Bad(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+class Mute:
+    def __repr__(self) -> str:
+        raise RuntimeError("no words")
+
+
+def test_whatever_a_tool_does_the_model_gets_a_line(caplog):
+    circle: list = []
+    circle.append(circle)
+    does = {"exit": SystemExit(3), "bad": Bad(), "cancel":
+            asyncio.CancelledError(), "stop": GeneratorExit(),
+            "half": ValueError("\ud800"), "mute": Mute(), "circle": circle,
+            "keys": {(1, 2): 3}, "iterator": iter([1, 2]), "bytes": b"\xff",
+            "nan": float("nan"), "tensor": torch.tensor(3)}
+
+    def do(what: str) -> Any:
+        if isinstance(does[what], BaseException):
+            raise does[what]
+        return does[what]
+
+    offer = function_tool(do)
+    found = {what: offer.run(json.dumps({"what": what})) for what in does}
+    assert found["exit"] == "error: SystemExit: 3"
+    assert found["bad"] == "error: Bad" and found["mute"].startswith("error:")
+    assert found["cancel"] == "error: CancelledError"
+    assert found["half"] == "error: ValueError: ?"
+    assert found["circle"] == "[[...]]" and found["iterator"] == "[1, 2]"
+    assert found["tensor"] == '"tensor(3)"' and found["nan"] == "NaN"
+    for what in does:
+        assert found[what] and found[what].encode()
+    logged = [record for record in caplog.records if record.exc_info]
+    assert len(logged) == 6 and logged[0].name == "gptoss"
+    assert "Traceback" in caplog.text and "does[what]" in caplog.text
+    assert offer.run("{") and len(caplog.records) == 6  # not the tool's fault
+    does["c"] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        offer.run('{"what": "c"}')
+
+
+@pytest.mark.parametrize("kind", ["plain", "async", "stubborn"])
+def test_a_tool_that_hangs_is_left_and_the_turn_goes_on(kind, caplog):
+    ended = threading.Event()
+
+    def plain() -> str:
+        ended.wait(20)
+        return "late"
+
+    async def polite() -> str:
+        try:
+            await asyncio.sleep(20)
+        finally:
+            ended.set()
+        return "late"
+
+    async def stubborn() -> str:
+        ended.wait(20)
+        return "late"
+
+    tool = {"plain": plain, "async": polite, "stubborn": stubborn}[kind]
+    one = chat(called(tool.__name__, ""), said("ok"), tools=[tool],
+               tool_timeout=0.2)
+    began = time.monotonic()
+    found = run(one, [user("a")])
+    assert found["result"].endswith("error: timed out after 0.2 s")
+    assert found["final"] == "ok" and time.monotonic() - began < 15
+    assert "its thread goes on" in caplog.text
+    if kind == "async":  # this one can be ended
+        assert ended.wait(10)
+    ended.set()
+
+
+def test_a_tool_in_time_is_not_limited():
+    where = []
+
+    def quick() -> str:
+        where.append(threading.current_thread())
+        raise TimeoutError("of its own")
+
+    for timeout in (None, 60):
+        one = chat(called("quick", ""), said("ok"), tools=[quick],
+                   tool_timeout=timeout)
+        assert run(one, [user("a")])["result"].endswith(
+            "error: TimeoutError: of its own")
+    assert where[0] is threading.current_thread() is not where[1]
+    for wrong in (0, -1, True, float("nan"), "5"):
+        with pytest.raises(ChatError, match="tool_timeout: expected sec"):
+            chat("", tool_timeout=wrong)
+
+
 # -- the calculator ---------------------------------------------------------
 
 @pytest.mark.parametrize("text, wanted", [
@@ -1217,6 +1427,193 @@ def test_prompts_again_and_shorter_are_exact():
     torch.testing.assert_close(
         one.model.last, fresh(one.model, one.memory.tokens[:-1]), atol=1e-5,
         rtol=0)
+
+
+# -- the order of what was said ---------------------------------------------
+
+START = "<|start|>assistant"
+
+
+def wrote(channel: str, text: str) -> str:
+    return f"<|channel|>{channel}<|message|>{text}<|end|>{START}"
+
+
+@pytest.mark.parametrize("script, turn", [
+    ([("analysis", "A1"), ("commentary", "C1"), ("analysis", "A2"),
+      ("commentary", "C2"), ("final", "F")],
+     [{"reasoning": "A1", "content": "C1", "phase": "commentary"},
+      {"reasoning": "A2", "content": "C2", "phase": "commentary"},
+      {"content": "F"}]),
+    ([("commentary", "C1"), ("final", "F")],
+     [{"content": "C1", "phase": "commentary"}, {"content": "F"}]),
+    ([("commentary", "C1"), ("commentary", "C2")],
+     [{"content": c, "phase": "commentary"} for c in ("C1", "C2")]),
+    ([("analysis", "A1"), ("analysis", "A2"), ("final", "F")],
+     [{"reasoning": "A1", "content": None},
+      {"reasoning": "A2", "content": "F"}]),
+    ([("final", "F1"), ("analysis", "A"), ("final", "F2")],
+     [{"content": "F1"}, {"reasoning": "A", "content": "F2"}]),
+    ([("analysis", "A")], [{"reasoning": "A", "content": None}]),
+])
+def test_a_turn_keeps_its_messages_in_order(script, turn):
+    text = "".join(wrote(*each) for each in script).removesuffix(
+        "<|end|>" + START) + "<|return|>"
+    one = chat(text)
+    found = run(one, [user("a")])
+    assert one.turn == [SAYS | each for each in turn]
+    for channel in ("analysis", "commentary", "final"):
+        assert found.get(channel, "") == "\n\n".join(
+            said for where, said in script if where == channel)
+    again = read_messages([user("a"), *one.turn, user("b")])[1][1:-1]
+    assert [(each.channel, each.content) for each in again] == script
+
+
+@pytest.mark.parametrize("before", [
+    [("analysis", "A")], [("commentary", "C")],
+    [("analysis", "A1"), ("commentary", "C1"), ("analysis", "A2"),
+     ("commentary", "C2")], [("analysis", "A1"), ("analysis", "A2")], []])
+def test_what_comes_before_a_call_stays_in_the_cache(before):
+    """The next prompt begins with the very tokens that the model wrote."""
+    clock = {"type": "function", "name": "clock"}
+    text = "".join(wrote(*each) for each in before)
+    text += ("<|channel|>commentary to=functions.clock <|constrain|>json"
+             "<|message|>{}<|call|>").replace("<|channel|>commentary to="
+                                              "functions.clock", " to="
+                                              "functions.clock<|channel|>"
+                                              "commentary")
+    one = chat(text, said("noon"), tools=[clock])
+    talk = [user("time?")]
+    assert run(one, talk)["done"] == "tool_calls"
+    held = list(one.memory.tokens)
+    talk += [*one.turn, TELLS | {"tool_call_id": "call_1"}]
+    assert one.prompt(talk)[:len(held)] == held
+    assert run(one, talk)["final"] == "noon"
+    assert one.usage.prefilled_tokens == len(
+        ids("<|start|>functions.clock to=assistant<|channel|>commentary"
+            "<|message|>x<|end|><|start|>assistant")) + 1
+
+
+def test_an_answer_before_a_call_stays_an_answer():
+    one = chat(wrote("final", "F") + called("today", "{}"), said("G"),
+               tools=[today])
+    run(one, [user("a")])
+    assert [(m.get("content"), "tool_calls" in m) for m in one.turn] == [
+        ("F", False), (None, True), (one.turn[2]["content"], False),
+        ("G", False)]
+
+
+def test_a_turn_that_did_not_end_is_no_answer():
+    """Cut off while thinking; "go on" finds the thought, and no answer."""
+    one = chat(said("never", "a long thought"), said("done"),
+               max_new_tokens=22)
+    talk = [user("q")]
+    assert run(one, talk)["done"] == "length"
+    thought = one.turn[0]["reasoning"]
+    assert one.turn == [SAYS | {"content": None, "reasoning": thought}]
+    assert thought and "a long thought".startswith(thought)
+    talk += [*one.turn, user("go on")]
+    assert "final" not in TOKENIZER.decode(one.prompt(talk)).partition(
+        "<|start|>user")[2]
+    assert thought in [each.content for each in read_messages(talk)[1]]
+
+
+# -- left and stopped -------------------------------------------------------
+
+def test_usage_is_of_this_turn():
+    one = chat(said("first"), said("second, longer"))
+    run(one, [user("a")])
+    first = one.usage
+    events = one.events([user("b")])
+    assert one.usage is None
+    assert next(events).kind == "final" and one.usage is None
+    events.close()
+    assert one.usage.finish_reason == "stopped"
+    assert 0 < one.usage.generated_tokens < first.generated_tokens
+    one.model.script, one.model.at = [ids(said("third"))], 0
+    for event in one.events([user("c")]):
+        if event.kind == "final":
+            break
+    del event
+    assert one.usage is None or one.usage.finish_reason == "stopped"
+    one.reset()
+    assert one.usage is None
+
+
+def test_a_long_prompt_can_be_stopped_between_its_chunks():
+    text = "x" * 300
+    for slack in (0, 1024):
+        one = chat(said("ok"), said("ok"), said("ok"), said("ok"),
+                   prefill_chunk=32, slack=slack)
+        size = len(one.prompt([user(text)]))
+        for asked in (1, 2, 5):
+            count = iter(range(asked))
+            events = list(one.events([user(text)], progress=True,
+                                     stop=lambda: next(count, None) is None))
+            assert [event.kind for event in events] == (
+                ["progress"] * asked + ["done"])
+            assert events[-1].text == "stopped" == one.usage.finish_reason
+            assert one.turn == [] and one.usage.generated_tokens == 0
+            assert one.usage.prefilled_tokens <= asked * 32
+            assert one.memory.cache.length >= 32 * asked
+        one.model.script, one.model.at = [ids(said("ok"))], 0
+        fed = one.model.fed
+        assert run(one, [user(text)])["final"] == "ok"
+        assert one.usage.prefilled_tokens < size - 32  # what was fed is kept
+        assert one.model.fed - fed == one.usage.prefilled_tokens + len(
+            ids(said("ok"))) - 1
+        torch.testing.assert_close(
+            one.model.last, fresh(one.model, one.memory.tokens[:-1]),
+            atol=1e-5, rtol=0)
+
+
+def test_progress_counts_down_and_only_if_asked():
+    one = chat(said("ok"), said("ok"), prefill_chunk=64)
+    talk = [user("x" * 200)]
+    size = len(one.prompt(talk))
+    events = list(one.events(talk, progress=True))
+    assert [event.text for event in events if event.kind == "progress"] == [
+        str(size - n) for n in range(64, size, 64)]
+    assert one.usage.prefilled_tokens == size
+    one.reset()
+    assert "progress" not in {event.kind for event in one.events(talk)}
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 40), st.lists(
+    st.tuples(st.integers(0, 120), st.integers(1, 60), st.integers(1, 9),
+              st.integers(0, 9)), min_size=1, max_size=5),
+    st.randoms(use_true_random=False))
+def test_memory_is_exact_after_stops_between_chunks(slack, steps, rng):
+    memory, before = Memory(MODEL, slack), []
+    for keep, new, chunk, pauses in steps:
+        before = before[:keep] + [rng.randrange(256) for _ in range(new)]
+        for n, token in enumerate(memory.write(
+                before, prefill_chunk=chunk, max_new_tokens=1,
+                sampler=Sampler(0))):
+            if token is None and n == pauses:
+                break
+    torch.testing.assert_close(step(memory, before), fresh(MODEL, before),
+                               atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("at", range(0, 30, 3))
+def test_stop_is_asked_before_every_forward(at):
+    one = chat(said("abcdef", "thinking"), called("today", "{}"),
+               tools=[today])
+    count = 0
+
+    def stop() -> bool:
+        nonlocal count
+        count += 1
+        return count > at
+
+    events = list(one.events([user("a")], stop=stop))
+    assert events[-1].kind == "done"
+    assert events[-1].text == "stopped" and count == at + 1
+    assert one.usage.generated_tokens == at
+    with pytest.raises(ZeroDivisionError):
+        list(one.events([user("a")], stop=lambda: 1 / 0))
+    assert list(one.reply([user("a")], stop=lambda: True)) == []
 
 
 # -- the shipped model ------------------------------------------------------
