@@ -570,10 +570,13 @@ def _limit(config: GptOssConfig, cache: Cache | None) -> int:
     return most or config.max_position_embeddings
 
 
-def _generators(seed: int | None, rows: int) -> list[torch.Generator]:
+def _generators(model: GptOss, seed: int | None, rows: int
+                ) -> list[torch.Generator]:
     """A generator for each row; row 0 of a seed is the seed itself."""
     if seed is None:
-        seed = torch.randint(2 ** 48, ()).item()
+        drawn = seed = torch.randint(2 ** 48, ()).item()
+        if (link := getattr(model, "link", None)) is not None:
+            seed = link.same(lambda: drawn)  # one for all its processes
     if not (_is_number(seed, int) and 0 <= seed < 2 ** 63):
         _refuse("seed", "an integer from 0 to 2**63 - 1", seed)
     return [torch.Generator().manual_seed(seed + row) for row in range(rows)]
@@ -631,7 +634,7 @@ def generate(model: GptOss, prompt: Sequence[int], *,
     # the last token needs no position of its own: nothing is fed after it
     count = min(max_new_tokens, limit - held - len(prompt) + 1)
     return _generate(model, prompt, count, sampler or Sampler(),
-                     frozenset(stop), _generators(seed, 1)[0],
+                     frozenset(stop), _generators(model, seed, 1)[0],
                      cache or model.new_cache(), prefill_chunk, decode,
                      pauses)
 
@@ -709,7 +712,7 @@ def generate_batch(model: GptOss, prompts: Sequence[Sequence[int]], *,
             raise GenerateError(f"row {number}: {error}") from None
     if not rows:
         return []
-    generators = _generators(seed, len(rows))
+    generators = _generators(model, seed, len(rows))
     room = [min(max_new_tokens, limit - len(row) + 1) for row in rows]
     cache = model.new_cache(batch_size=len(rows))
     out: list[list[int]] = [[] for _ in rows]
@@ -2586,6 +2589,7 @@ class _Turns(_Settings):
     _rounds: list[Round]
 
     def _round_seed(self) -> int:
+        """Drawn by all processes, so that torch's numbers stay alike."""
         return (torch.randint(2 ** 48, ()).item() if self._seed is None
                 else self._random.getrandbits(48))
 
@@ -2603,10 +2607,11 @@ class _Turns(_Settings):
                 raise Stopped
             return True
 
+        drawn = self._round_seed()
         steps = self.memory.write(
             prompt, max_new_tokens=left, sampler=self.sampler,
             stop=self._stop, prefill_chunk=self._chunk,
-            seed=agreement.ask(self._round_seed))
+            seed=agreement.ask(lambda: drawn))
         end = object()
         while agreement.ask(go_on) and (step := next(steps, end)) is not end:
             yield step

@@ -1334,6 +1334,7 @@ class _Turns(_Settings):
     _rounds: list[Round]
 
     def _round_seed(self) -> int:
+        """Drawn by all processes, so that torch's numbers stay alike."""
         return (torch.randint(2 ** 48, ()).item() if self._seed is None
                 else self._random.getrandbits(48))
 
@@ -1351,10 +1352,11 @@ class _Turns(_Settings):
                 raise Stopped
             return True
 
+        drawn = self._round_seed()
         steps = self.memory.write(
             prompt, max_new_tokens=left, sampler=self.sampler,
             stop=self._stop, prefill_chunk=self._chunk,
-            seed=agreement.ask(self._round_seed))
+            seed=agreement.ask(lambda: drawn))
         end = object()
         while agreement.ask(go_on) and (step := next(steps, end)) is not end:
             yield step
