@@ -18,7 +18,6 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
-from functools import wraps
 from pathlib import Path
 from typing import NoReturn
 
@@ -368,6 +367,27 @@ def _drawer(stream) -> Callable[[str, str], None]:
 
 # --- chat: a session ---------------------------------------------------------
 
+@contextmanager
+def stoppable() -> Iterator[dict]:
+    """Options of `Chat.events` with which Ctrl-C stops a turn.
+
+    One process needs none: there it is an exception, wherever it comes.
+    One of several must not leave the others in the middle of a sum, so the
+    first notes that the key was pressed, and says so before the next token.
+    """
+    if not several() or (threading.current_thread()
+                         is not threading.main_thread()):
+        yield {}
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame:
+                           pressed.append(number))
+    try:
+        yield {"stop": lambda: bool(pressed)}
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class Session:
     """A chat and the messages that were exchanged."""
 
@@ -382,15 +402,17 @@ class Session:
 
     def ask(self, text: str) -> None:
         """Draws the answer to `text`. What came of it before a Ctrl-C stays
-        in the messages; if nothing came, the question is forgotten."""
+        in the messages, be it half a thought; if nothing came, the question
+        is forgotten."""
         asked = [*self.messages, {"role": "user", "content": text}]
-        events = self.chat.events(asked)
-        try:
-            for piece in drawn(events, self.everything):
-                self.draw(*piece)
-        finally:
-            if any(message["content"] for message in self.chat.turn):
-                self.messages = asked + self.chat.turn
+        with stoppable() as options:
+            events = self.chat.events(asked, **options)
+            try:
+                for piece in drawn(events, self.everything):
+                    self.draw(*piece)
+            finally:
+                if self.chat.turn:
+                    self.messages = asked + self.chat.turn
 
     def cost(self) -> str:
         """One line about the last turn."""
@@ -580,16 +602,8 @@ def _reader(args: argparse.Namespace) -> Callable[[str], str]:
     return read
 
 
-def _today(args: argparse.Namespace) -> Callable[[], str]:
-    """The tool `today`, asked of one calendar."""
-    from gptoss.chat import today
-
-    return wraps(today)(lambda: agreed(args, today))
-
-
 def _split_chat(args: argparse.Namespace) -> tuple:
-    """Model and tokenizer for this process, the same seed and date in all."""
-    from gptoss.chat import today
+    """Model and tokenizer for this process, the same seed in all."""
     from gptoss.checkpoint import resolve
     from gptoss.harmony import Tokenizer
 
@@ -598,8 +612,6 @@ def _split_chat(args: argparse.Namespace) -> tuple:
     model = _model(args, folder, device)
     if args.seed is None:
         args.seed = agreed(args, lambda: secrets.randbits(48))
-    if args.date is None:
-        args.date = agreed(args, today)
     return model, tokenizer
 
 
@@ -612,7 +624,7 @@ def run_chat(args: argparse.Namespace) -> None:
         raise UsageError("--json: needs --prompt")
     model, tools = args.model, TOOLS
     if several() or args.stages != 1 or args.compact:
-        model, tools = _split_chat(args), TOOLS | {"today": _today(args)}
+        model = _split_chat(args)
     chat = Chat(model, args.effort, _tools(args, tools), date=args.date,
                 temperature=args.temperature, top_k=args.top_k,
                 top_p=args.top_p, seed=args.seed, dtype=_dtype(args.dtype),

@@ -261,6 +261,17 @@ class Link:
     """What the modules of a seat ask of the others. This one is for a
     world of one, where there is nothing to ask."""
 
+    seat = Seat()
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that decides for all (chapter 12)."""
+        return self.seat.tensor == self.seat.stage == 0
+
+    def same(self, make: Callable[[], object]) -> object:
+        """make() of the first rank, as JSON has it, on all ranks."""
+        return make()
+
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all x of the stage, the same on all its ranks."""
         return x
@@ -297,11 +308,13 @@ def _told(seat: Seat) -> Iterator[None]:
 class GroupLink(Link):
     """A link through torch.distributed: NCCL on GPUs, gloo on CPUs.
 
-    mesh: a DeviceMesh with dimensions "pipeline" and "tensor".
+    mesh: a DeviceMesh with dimensions "pipeline" and "tensor". same: how
+    the first rank tells something to all, see `World`.
     """
 
-    def __init__(self, seat: Seat, mesh) -> None:
-        self.seat = seat
+    def __init__(self, seat: Seat, mesh,
+                 same: Callable[[Callable[[], object]], object]) -> None:
+        self.seat, self.same = seat, same
         self._row = mesh.get_group("tensor")
         self._column = mesh.get_group("pipeline")
 
@@ -379,6 +392,11 @@ class ThreadLink(Link):
 
     def from_last(self, x: Tensor) -> Tensor:
         return self._column.all(self.seat.stage, x)[-1].clone()
+
+    def same(self, make: Callable[[], object]) -> object:
+        told = json.dumps(make()) if self.first else ""
+        told = self._row.all(self.seat.tensor, told)[0]
+        return json.loads(self._column.all(self.seat.stage, told)[0])
 
 
 def rehearse(config: GptOssConfig, world: int, stages: int,
@@ -630,7 +648,7 @@ class SplitGptOss(GptOss):
                  packed: bool = True) -> None:
         super().__init__(config, dtype, "meta", packed)
         self.requires_grad_(False)
-        self.seat, self.bytes_read = seat, 0
+        self.seat, self.link, self.bytes_read = seat, link, 0
         here = Here(config, seat, link, dtype, torch.device(device))
         for name, module in replacements(self, here):
             self.set_submodule(name, module)
@@ -683,23 +701,53 @@ class World:
 
     def same(self, make: Callable[[], object]) -> object:
         """make() of rank 0, told to all ranks as JSON. Waits for it as long
-        as it takes, for a person may be asked."""
+        as it takes, for a person may be asked.
+
+        What make() raises is raised on rank 0. The others raise
+        KeyboardInterrupt if it was that, and ParallelError otherwise.
+        """
         self._asked += 1
         key = str(self._asked)
         if self.rank == 0:
-            self._store.set(key, json.dumps(make()))
+            return self._tell(key, make)
         try:
             self._store.wait([key], _EVER)
-            return json.loads(self._store.get(key))
+            told = json.loads(self._store.get(key))
+            if self._store.add(f"{key} read", 1) == self.size - 1:
+                for each in (key, f"{key} read"):
+                    self._store.delete_key(each)
         except RuntimeError as error:
             raise ParallelError(f"rank {self.rank}: lost rank 0") from error
+        if told.get("error") == "KeyboardInterrupt":
+            raise KeyboardInterrupt
+        if "error" in told:
+            raise ParallelError(f"rank 0: {told['error']}")
+        return told["value"]
+
+    def _tell(self, key: str, make: Callable[[], object]) -> object:
+        """make(), and to the others what came of it."""
+        told: dict = {"error": "no answer"}
+        try:
+            told = {"value": make()}
+            json.dumps(told)
+        except KeyboardInterrupt:
+            told = {"error": "KeyboardInterrupt"}
+            raise
+        except BaseException as error:
+            told = {"error": f"{type(error).__name__}: {error}"}
+            raise
+        finally:
+            text = json.dumps(told)
+            if self.size > 1:
+                self._store.set(key, text)
+        return json.loads(text)["value"]
 
     def link(self, seat: Seat) -> GroupLink:
         """This rank's link, with new groups: all ranks call it alike."""
         mesh = dist.init_device_mesh(
             self.kind, (seat.stages, seat.tensors),
             mesh_dim_names=("pipeline", "tensor"))
-        return GroupLink(seat, mesh)
+        return GroupLink(seat, mesh, self.same)
 
 
 @lru_cache(maxsize=1)
