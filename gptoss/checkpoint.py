@@ -680,7 +680,9 @@ def _view(checkpoint: Checkpoint, place: Place, rows: slice) -> Tensor:
     width = stored.nbytes // stored.spec.shape[0]  # bytes in a row
     count = max(0, stop - start)
     begin = stored.offset + (place.first + start) * width
-    raw = checkpoint._map(stored.file)[begin:begin + count * width]
+    raw = torch.empty(0, dtype=torch.uint8).set_(
+        checkpoint._map(stored.file).untyped_storage()[
+            begin:begin + count * width])  # for torch.save: its own storage
     dtype = DTYPES[stored.spec.dtype]
     if begin % dtype.itemsize:
         raw = raw.clone()  # a file whose tensors are not aligned

@@ -325,6 +325,7 @@ class GptOss(Stack):
         if cache is None:
             return self.run(tokens, positions, None, logits_to_keep)
         cache.check(positions)
+        cache.begin(positions)
         logits = self.run(tokens, positions, cache, logits_to_keep)
         cache.advance(positions)
         return logits
