@@ -244,6 +244,7 @@ print(f"{64 * length * length * 4 / 1e12:.1f} TB")
 # ### RMSNorm
 
 # %% tags=["export"]
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -263,7 +264,7 @@ from gptoss.checkpoint import (
 from gptoss.config import GptOssConfig
 from gptoss.experts import Experts
 from gptoss.masks import positions_from_mask, visible
-from gptoss.mxfp4 import decode, define_operator
+from gptoss.mxfp4 import decode, define_operator, prepare
 from gptoss.rope import apply_rope, rope_parameters, rope_tables
 from gptoss.routing import Router, route
 from gptoss.sinks import attention_concat, attention_flash
@@ -348,7 +349,7 @@ def attention_in_tiles(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
         form(
             q[:, t:t + rows], k, v, sinks,
             visible(q_pos[:, t:t + rows], k_pos, window or None), scale)
-        for t in range(0, T, rows)]
+        for t in range(0, max(T, 1), rows)]
     return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=1)
 
 
@@ -371,13 +372,21 @@ print(tuple(tiled.shape))
 # The model does not call this function but the operator
 # `gptoss::sink_attention`, of which it is the plain implementation. Chapter
 # 13 registers faster ones for the same name; nothing here has to know.
-# It is made of torch's own operations, whose gradients torch knows.
+# It is made of torch's own operations, whose gradients torch knows. What torch
+# cannot know of an operator that it does not look into is how many FLOPs it
+# takes, so we say it.
 
 # %% tags=["export"]
+def _attention_flops(q, k, *_, out_shape=None, **__) -> int:
+    B, T, H, C = q  # shapes
+    return 4 * B * T * k[1] * H * C
+
+
 define_operator(
     "gptoss::sink_attention(Tensor q, Tensor k, Tensor v, Tensor sinks,"
     " Tensor q_pos, Tensor k_pos, int window, float scale) -> Tensor",
-    attention_in_tiles)
+    attention_in_tiles, lambda q, *_: torch.empty_like(q),
+    flops=_attention_flops)
 
 # %%
 sinks.requires_grad_()
@@ -393,9 +402,13 @@ print(torch.equal(out.detach(), whole), tuple(sinks.grad.shape))
 # runs on another device.
 
 # %% tags=["export"]
+def _linear_flops(x, weight, *_, out_shape=None, **__) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
 define_operator(
     "gptoss::linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    F.linear)
+    F.linear, flops=_linear_flops)
 define_operator(
     "gptoss::rope(Tensor x, Tensor cos, Tensor sin) -> Tensor", apply_rope)
 define_operator(
@@ -727,6 +740,7 @@ class GptOss(Stack):
         if cache is None:
             return self.run(tokens, positions, None, logits_to_keep)
         cache.check(positions)
+        cache.begin(positions)
         logits = self.run(tokens, positions, cache, logits_to_keep)
         cache.advance(positions)
         return logits
@@ -760,6 +774,7 @@ class GptOss(Stack):
             model.requires_grad_(False)
             tensors = dict(load_tensors(checkpoint, dtype, device, packed))
         model.load_state_dict(tensors, assign=True)
+        prepare()  # chapter 13's kernels, before threads share the model
         return model.eval()
 
 

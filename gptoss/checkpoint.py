@@ -975,7 +975,9 @@ def _mapped(checkpoint: Checkpoint, stored: Stored, first: int, count: int
     """`count` rows of what is stored, from row `first`."""
     width = stored.nbytes // stored.spec.shape[0]  # bytes in a row
     begin = stored.offset + first * width
-    raw = checkpoint._map(stored.file)[begin:begin + count * width]
+    raw = torch.empty(0, dtype=torch.uint8).set_(
+        checkpoint._map(stored.file).untyped_storage()[
+            begin:begin + count * width])  # for torch.save: its own storage
     dtype = DTYPES[stored.spec.dtype]
     if begin % dtype.itemsize:
         raw = raw.clone()  # a file whose tensors are not aligned
