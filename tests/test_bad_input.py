@@ -13,6 +13,7 @@ from oracles import random_tensors
 from safetensors.torch import load_file, save_file
 from test_cli import CONFIG, ROOT, write_model
 
+import gptoss
 from gptoss.__main__ import main
 from gptoss.cache import CacheError
 from gptoss.checkpoint import write_checkpoint
@@ -355,7 +356,11 @@ def test_token_beyond_the_vocabulary(folder, capsys):
     edit(folder, "tokenizer.json", lambda data: data["model"][
         "vocab"].update({"a": 900}))
     one_line(capsys, ["generate", "--model", str(folder), "--prompt", "xa"],
-             "token 1", "900", "287")
+             "tokenizer.json", "'a'", "900")
+    shutil.copy(Path(gptoss.__file__).parent / "pocket" / "tokenizer.json",
+                folder)
+    one_line(capsys, ["generate", "--model", str(folder), "--prompt",
+                      "x the tree"], "tokenizer.json", "288", "1535")
 
 
 def test_prompt_beyond_the_positions(folder, capsys):

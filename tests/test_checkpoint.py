@@ -434,9 +434,12 @@ def test_rows_with_a_step_and_unknown_names(made):
 def test_a_tensor_is_a_view_of_the_file(made, layout):
     with Checkpoint.open(made[layout]) as checkpoint:
         for name in checkpoint.names():
-            size = checkpoint.file(name).stat().st_size
             tensor = checkpoint.read(name)
-            assert tensor.untyped_storage().nbytes() == size
+            mapped = checkpoint._map(checkpoint.file(name))
+            assert mapped.nbytes == checkpoint.file(name).stat().st_size
+            at = tensor.untyped_storage().data_ptr() - mapped.data_ptr()
+            assert 0 <= at <= mapped.nbytes - tensor.nbytes
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
             assert tensor.is_contiguous()
         file = checkpoint.file(name)
         before = file.read_bytes()
