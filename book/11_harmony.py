@@ -673,10 +673,8 @@ def _without_control(data: dict, control: Mapping[str, int], source: str
     tokens = [token | {"special": token["special"]
                        or token["content"] in control}
               for token in data["added_tokens"]]
-    return json.dumps(data | {
-        "model": model | {"vocab": vocab}, "added_tokens": tokens,
-        "truncation": None, "padding": None, "post_processor": None,
-        "decoder": None}, ensure_ascii=False)
+    return json.dumps(data | {"model": model | {"vocab": vocab},
+                              "added_tokens": tokens}, ensure_ascii=False)
 
 
 # %%
@@ -809,6 +807,8 @@ class Tokenizer:
         self._engine = Engine.from_str(_without_control(data, self.special,
                                                         self._source))
         self._engine.encode_special_tokens = True  # as text, it means
+        self._engine.no_truncation()
+        self._engine.no_padding()
         ids = {self._engine.token_to_id(name): n for name, n, _ in added
                if name not in self.special}
         # control tokens that the vocabulary held have new ids in the engine
@@ -1475,6 +1475,12 @@ for drop in ("official", "turns"):
 
 # %% [markdown]
 # ### What a parser reports
+#
+# A channel is passed on as the header wrote it. A model that means
+# `analysis` and writes `analyis`, or stops in the middle of the word, must
+# not have its reasoning shown as an answer: an unknown channel is reported
+# before the text that stands on it, and keeps its own name. Only text on
+# `final` is an answer. `None` is a header that named no channel.
 
 # %% tags=["export"]
 @dataclass(frozen=True)
@@ -1486,7 +1492,12 @@ class Opened:
 
 @dataclass(frozen=True)
 class Delta:
-    """More content, in whole characters."""
+    """More content, in whole characters.
+
+    `channel`: as the header wrote it, so that only "final" is an answer;
+    None: it named none. Either is reported before if it is none of
+    CHANNELS and the message is the assistant's.
+    """
 
     text: str
     channel: str | None
@@ -1531,6 +1542,7 @@ Event = Opened | Delta | ToolCall | Done | Malformed
 # %% tags=["export"]
 _Pieces = list[tuple[str, bytearray]]  # control token or "", text behind it
 _WORD = re.compile(r"[\w./+-]+")
+_TORN_TO = re.compile(r"(?<!\S)to=\s+(?=\S)")
 
 
 def _spell(pieces: _Pieces) -> str:
@@ -1544,7 +1556,11 @@ def _fields(pieces: _Pieces) -> tuple[dict, list[str], list[str]]:
     """Channel and content type by control token, other words, complaints."""
     found, words, wrong = {}, [], []
     for control, data in pieces:
-        parts = data.decode("utf-8", "replace").split()
+        text = data.decode("utf-8", "replace")
+        if _TORN_TO.search(text):
+            text = _TORN_TO.sub("to=", text)
+            wrong.append("white space behind to=")
+        parts = text.split()
         if _CONSTRAIN in found and any(word.startswith("to=")
                                        for word in parts):
             wrong.append(f"a format before to=: {found[_CONSTRAIN]!r}")
@@ -1648,7 +1664,9 @@ def _rescue(pieces: _Pieces) -> Message | None:
     if rest:
         control, after = rest[0]
         after = after.decode("utf-8", "replace").lstrip()
-        channel = next((c for c in CHANNELS if after.startswith(c)), None)
+        # not "finally": that may be any text
+        channel = next((c for c in CHANNELS
+                        if re.match(f"{c}(?![a-z])", after)), None)
         if text or channel is None or rest[1:] or control == _CONSTRAIN:
             return None
         text = after.removeprefix(channel).lstrip()
