@@ -579,12 +579,14 @@ def _check_ids(vocab: Mapping[str, int], added: _Added, source: str) -> None:
 
     for spelling, found in vocab.items():
         check(spelling, found, range(len(vocab)))
-    free = len(vocab)
     seen.clear()
+    fresh: dict[str, int] = {}
     for spelling, found, _ in added:
-        known = isinstance(spelling, str) and spelling in vocab
-        check(spelling, found, [vocab[spelling] if known else free])
-        free += not known
+        free = len(vocab) + len(fresh)
+        wanted = (vocab.get(spelling, fresh.get(spelling, free))
+                  if isinstance(spelling, str) else free)
+        check(spelling, found, [wanted])
+        fresh |= {spelling: found} if spelling not in vocab else {}
 
 
 # %%
@@ -1561,9 +1563,6 @@ def _fields(pieces: _Pieces) -> tuple[dict, list[str], list[str]]:
             text = _TORN_TO.sub("to=", text)
             wrong.append("white space behind to=")
         parts = text.split()
-        if _CONSTRAIN in found and any(word.startswith("to=")
-                                       for word in parts):
-            wrong.append(f"a format before to=: {found[_CONSTRAIN]!r}")
         if control:
             value = parts.pop(0) if parts else ""
             if control == "<|channel|>" and value and data[:1].isspace():
@@ -1575,6 +1574,9 @@ def _fields(pieces: _Pieces) -> tuple[dict, list[str], list[str]]:
             elif (control == _CONSTRAIN or value in CHANNELS
                   or found.get(control) not in CHANNELS):
                 found[control] = value
+        if _CONSTRAIN in found and any(word.startswith("to=")
+                                       for word in parts):
+            wrong.append(f"a format before to=: {found[_CONSTRAIN]!r}")
         words += parts
     return found, words, wrong
 

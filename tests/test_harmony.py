@@ -421,7 +421,8 @@ def test_many_numbers_are_spelt_as_the_official_renderer_spells_them():
 @pytest.mark.parametrize(("value", "found"), [
     (math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf"),
     (10 ** 400, "an integer of 1329 bits"), (-10 ** 5000, "16610 bits"),
-    ({1, 2}, "expected JSON, found {1, 2}"), (b"x", "found b'x'")])
+    ({1, 2}, "expected JSON, found {1, 2}"), (b"x", "found b'x'")],
+    ids=lambda value: value if isinstance(value, str) else "value")
 def test_what_json_cannot_say_is_named(value, found):
     for schema in ({"default": value}, {"enum": [1, value]},
                    {"items": {"maximum": (0, value)}}):
