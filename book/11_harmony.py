@@ -758,8 +758,8 @@ def _read_text(file: Path) -> str:
 
 
 # %%
-print(_find_json(POCKET).name, f"{len(_read_text(POCKET / 'config.json')):,}",
-      "characters in its config.json")
+file = _find_json(POCKET)
+print(file.name, "added_tokens" in _read_text(file))
 
 # %% [markdown]
 # ### The tokenizer
@@ -1021,7 +1021,8 @@ assert ids[-1] == tokenizer.special["<|end|>"]
 # property, defaults comments behind it; everything else of the schema is
 # silently gone. The oddities (the indent of a nested brace, the description
 # of a union that vanishes if its first variant has the same) are
-# openai-harmony's, kept because the models were shown its output.
+# openai-harmony's. OpenAI publishes it as the renderer of the form that the
+# models were trained on, so we keep its text to the token.
 #
 # **Numbers** are one of the oddities. A tolerance of 1e-5 as a default is
 # nothing exotic, and Python writes it `1e-05`. openai-harmony is written in
@@ -1034,8 +1035,8 @@ assert ids[-1] == tokenizer.special["<|end|>"]
 # - What JSON cannot say, infinity and NaN, is an error.
 # - Reading is quick, not exact: the digits as one integer below $2^{64}$,
 #   times or divided by a power of ten, each of the two rounded. Numbers of
-#   up to 15 digits come through; of those with 17, the usual length of a
-#   float that was computed, one in eight becomes a neighbour of itself.
+#   up to 15 digits come through; of floats that were computed, which have
+#   16 or 17, about one in ten becomes a neighbour of itself.
 
 # %% tags=["export"]
 def _as_read(text: str) -> float:
@@ -1070,14 +1071,20 @@ def _number(value: int | float) -> str | None:
 
 
 # %%
+import random
+
 for value in (1e-4, 1e-5, 2.5e-5, 1e-6, 1e15, 1e16, 2 ** 64 - 1, 2 ** 64,
               0.1 + 0.2, 1 / 11):
     print(f"{value!r:22} {_number(value)}")
+rng = random.Random(0)
+drawn = [rng.random() for _ in range(10_000)]
+moved = sum(float(_number(value)) != value for value in drawn)
+print(f"of {len(drawn):,} random floats {moved:,} became a neighbour")
 
 # %% [markdown]
-# The last line is a neighbour. The rest of JSON both write alike. A schema
-# is looked through as a whole, so that an infinity is named wherever it
-# stands, as is anything that JSON does not know.
+# So did 1/11. The rest of JSON both write alike. A schema is looked through
+# as a whole, so that an infinity is named wherever it stands, as is anything
+# that JSON does not know.
 
 # %% tags=["export"]
 def _json(value: object, where: str) -> str:
@@ -1539,7 +1546,9 @@ Event = Opened | Delta | ToolCall | Done | Malformed
 # each control token with the text behind it. The first word behind
 # `<|channel|>` and `<|constrain|>` belongs to it; a word `to=...` is the
 # recipient wherever it stands, so that both orders are one case; what is
-# left is the author and at most a content type.
+# left is the author and at most a content type, which comes last. Before the
+# recipient it is reported, as is white space where none belongs: the official
+# parser refuses such a header.
 
 # %% tags=["export"]
 _Pieces = list[tuple[str, bytearray]]  # control token or "", text behind it
@@ -1571,6 +1580,7 @@ def _fields(pieces: _Pieces) -> tuple[dict, list[str], list[str]]:
                 wrong.append(f"two {control} in a header")
             if control == "<|channel|>" and not value:
                 wrong.append("a <|channel|> without a name")
+            # the later of two, but no unknown channel after a known one
             elif (control == _CONSTRAIN or value in CHANNELS
                   or found.get(control) not in CHANNELS):
                 found[control] = value
@@ -2213,7 +2223,10 @@ for label, message in (
 # - 256 byte tokens and a list of merges write any text; the released
 #   tokenizer.json follows from the public ranks alone.
 # - An encoder that does not know the control tokens cannot produce one. They
-#   are put in by the program, by id, and by nobody else.
+#   are put in by the program, by id, and by nobody else. A token that a
+#   fine-tune added as a word is text all the same: the file's `special` says.
+# - Equal token ids ask for equal spelling, down to 1e-5, and to another
+#   program's rounding.
 # - A parser of what a model writes must have an answer to every token in
 #   every state. Ours reports, and goes on at the next header.
 

@@ -946,6 +946,7 @@ def _fields(pieces: _Pieces) -> tuple[dict, list[str], list[str]]:
                 wrong.append(f"two {control} in a header")
             if control == "<|channel|>" and not value:
                 wrong.append("a <|channel|> without a name")
+            # the later of two, but no unknown channel after a known one
             elif (control == _CONSTRAIN or value in CHANNELS
                   or found.get(control) not in CHANNELS):
                 found[control] = value
