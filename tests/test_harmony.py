@@ -515,7 +515,7 @@ def test_reasoning_against_the_official_rule(real):
             last = [m for m in some if m.role == "assistant"][-1]
             places["in a tool loop" if last.channel != "final" else
                    "from the third turn on"] += 1
-    assert min(places.values()) >= 2 * FUZZ and len(places) == 3, places
+    assert min(places.values()) >= 1 and len(places) == 3, places
 
 
 def test_a_turn_only_appends_to_its_prompt(real):
