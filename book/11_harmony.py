@@ -579,12 +579,14 @@ def _check_ids(vocab: Mapping[str, int], added: _Added, source: str) -> None:
 
     for spelling, found in vocab.items():
         check(spelling, found, range(len(vocab)))
-    free = len(vocab)
     seen.clear()
+    fresh: dict[str, int] = {}
     for spelling, found, _ in added:
-        known = isinstance(spelling, str) and spelling in vocab
-        check(spelling, found, [vocab[spelling] if known else free])
-        free += not known
+        free = len(vocab) + len(fresh)
+        wanted = (vocab.get(spelling, fresh.get(spelling, free))
+                  if isinstance(spelling, str) else free)
+        check(spelling, found, [wanted])
+        fresh |= {spelling: found} if spelling not in vocab else {}
 
 
 # %%
@@ -673,10 +675,8 @@ def _without_control(data: dict, control: Mapping[str, int], source: str
     tokens = [token | {"special": token["special"]
                        or token["content"] in control}
               for token in data["added_tokens"]]
-    return json.dumps(data | {
-        "model": model | {"vocab": vocab}, "added_tokens": tokens,
-        "truncation": None, "padding": None, "post_processor": None,
-        "decoder": None}, ensure_ascii=False)
+    return json.dumps(data | {"model": model | {"vocab": vocab},
+                              "added_tokens": tokens}, ensure_ascii=False)
 
 
 # %%
@@ -758,8 +758,8 @@ def _read_text(file: Path) -> str:
 
 
 # %%
-print(_find_json(POCKET).name, f"{len(_read_text(POCKET / 'config.json')):,}",
-      "characters in its config.json")
+file = _find_json(POCKET)
+print(file.name, "added_tokens" in _read_text(file))
 
 # %% [markdown]
 # ### The tokenizer
@@ -809,6 +809,8 @@ class Tokenizer:
         self._engine = Engine.from_str(_without_control(data, self.special,
                                                         self._source))
         self._engine.encode_special_tokens = True  # as text, it means
+        self._engine.no_truncation()
+        self._engine.no_padding()
         ids = {self._engine.token_to_id(name): n for name, n, _ in added
                if name not in self.special}
         # control tokens that the vocabulary held have new ids in the engine
@@ -1019,7 +1021,8 @@ assert ids[-1] == tokenizer.special["<|end|>"]
 # property, defaults comments behind it; everything else of the schema is
 # silently gone. The oddities (the indent of a nested brace, the description
 # of a union that vanishes if its first variant has the same) are
-# openai-harmony's, kept because the models were shown its output.
+# openai-harmony's. OpenAI publishes it as the renderer of the form that the
+# models were trained on, so we keep its text to the token.
 #
 # **Numbers** are one of the oddities. A tolerance of 1e-5 as a default is
 # nothing exotic, and Python writes it `1e-05`. openai-harmony is written in
@@ -1032,8 +1035,8 @@ assert ids[-1] == tokenizer.special["<|end|>"]
 # - What JSON cannot say, infinity and NaN, is an error.
 # - Reading is quick, not exact: the digits as one integer below $2^{64}$,
 #   times or divided by a power of ten, each of the two rounded. Numbers of
-#   up to 15 digits come through; of those with 17, the usual length of a
-#   float that was computed, one in eight becomes a neighbour of itself.
+#   up to 15 digits come through; of floats that were computed, which have
+#   16 or 17, about one in ten becomes a neighbour of itself.
 
 # %% tags=["export"]
 def _as_read(text: str) -> float:
@@ -1068,14 +1071,20 @@ def _number(value: int | float) -> str | None:
 
 
 # %%
+import random
+
 for value in (1e-4, 1e-5, 2.5e-5, 1e-6, 1e15, 1e16, 2 ** 64 - 1, 2 ** 64,
               0.1 + 0.2, 1 / 11):
     print(f"{value!r:22} {_number(value)}")
+rng = random.Random(0)
+drawn = [rng.random() for _ in range(10_000)]
+moved = sum(float(_number(value)) != value for value in drawn)
+print(f"of {len(drawn):,} random floats {moved:,} became a neighbour")
 
 # %% [markdown]
-# The last line is a neighbour. The rest of JSON both write alike. A schema
-# is looked through as a whole, so that an infinity is named wherever it
-# stands, as is anything that JSON does not know.
+# So did 1/11. The rest of JSON both write alike. A schema is looked through
+# as a whole, so that an infinity is named wherever it stands, as is anything
+# that JSON does not know.
 
 # %% tags=["export"]
 def _json(value: object, where: str) -> str:
@@ -1475,6 +1484,12 @@ for drop in ("official", "turns"):
 
 # %% [markdown]
 # ### What a parser reports
+#
+# A channel is passed on as the header wrote it. A model that means
+# `analysis` and writes `analyis`, or stops in the middle of the word, must
+# not have its reasoning shown as an answer: an unknown channel is reported
+# before the text that stands on it, and keeps its own name. Only text on
+# `final` is an answer. `None` is a header that named no channel.
 
 # %% tags=["export"]
 @dataclass(frozen=True)
@@ -1486,7 +1501,12 @@ class Opened:
 
 @dataclass(frozen=True)
 class Delta:
-    """More content, in whole characters."""
+    """More content, in whole characters.
+
+    `channel`: as the header wrote it, so that only "final" is an answer;
+    None: it named none. Either is reported before if it is none of
+    CHANNELS and the message is the assistant's.
+    """
 
     text: str
     channel: str | None
@@ -1526,11 +1546,14 @@ Event = Opened | Delta | ToolCall | Done | Malformed
 # each control token with the text behind it. The first word behind
 # `<|channel|>` and `<|constrain|>` belongs to it; a word `to=...` is the
 # recipient wherever it stands, so that both orders are one case; what is
-# left is the author and at most a content type.
+# left is the author and at most a content type, which comes last. Before the
+# recipient it is reported, as is white space where none belongs: the official
+# parser refuses such a header.
 
 # %% tags=["export"]
 _Pieces = list[tuple[str, bytearray]]  # control token or "", text behind it
 _WORD = re.compile(r"[\w./+-]+")
+_TORN_TO = re.compile(r"(?<!\S)to=\s+(?=\S)")
 
 
 def _spell(pieces: _Pieces) -> str:
@@ -1544,10 +1567,11 @@ def _fields(pieces: _Pieces) -> tuple[dict, list[str], list[str]]:
     """Channel and content type by control token, other words, complaints."""
     found, words, wrong = {}, [], []
     for control, data in pieces:
-        parts = data.decode("utf-8", "replace").split()
-        if _CONSTRAIN in found and any(word.startswith("to=")
-                                       for word in parts):
-            wrong.append(f"a format before to=: {found[_CONSTRAIN]!r}")
+        text = data.decode("utf-8", "replace")
+        if _TORN_TO.search(text):
+            text = _TORN_TO.sub("to=", text)
+            wrong.append("white space behind to=")
+        parts = text.split()
         if control:
             value = parts.pop(0) if parts else ""
             if control == "<|channel|>" and value and data[:1].isspace():
@@ -1556,9 +1580,13 @@ def _fields(pieces: _Pieces) -> tuple[dict, list[str], list[str]]:
                 wrong.append(f"two {control} in a header")
             if control == "<|channel|>" and not value:
                 wrong.append("a <|channel|> without a name")
+            # the later of two, but no unknown channel after a known one
             elif (control == _CONSTRAIN or value in CHANNELS
                   or found.get(control) not in CHANNELS):
                 found[control] = value
+        if _CONSTRAIN in found and any(word.startswith("to=")
+                                       for word in parts):
+            wrong.append(f"a format before to=: {found[_CONSTRAIN]!r}")
         words += parts
     return found, words, wrong
 
@@ -1648,7 +1676,9 @@ def _rescue(pieces: _Pieces) -> Message | None:
     if rest:
         control, after = rest[0]
         after = after.decode("utf-8", "replace").lstrip()
-        channel = next((c for c in CHANNELS if after.startswith(c)), None)
+        # not "finally": that may be any text
+        channel = next((c for c in CHANNELS
+                        if re.match(f"{c}(?![a-z])", after)), None)
         if text or channel is None or rest[1:] or control == _CONSTRAIN:
             return None
         text = after.removeprefix(channel).lstrip()
@@ -2193,7 +2223,10 @@ for label, message in (
 # - 256 byte tokens and a list of merges write any text; the released
 #   tokenizer.json follows from the public ranks alone.
 # - An encoder that does not know the control tokens cannot produce one. They
-#   are put in by the program, by id, and by nobody else.
+#   are put in by the program, by id, and by nobody else. A token that a
+#   fine-tune added as a word is text all the same: the file's `special` says.
+# - Equal token ids ask for equal spelling, down to 1e-5, and to another
+#   program's rounding.
 # - A parser of what a model writes must have an answer to every token in
 #   every state. Ours reports, and goes on at the next header.
 

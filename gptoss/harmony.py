@@ -205,12 +205,14 @@ def _check_ids(vocab: Mapping[str, int], added: _Added, source: str) -> None:
 
     for spelling, found in vocab.items():
         check(spelling, found, range(len(vocab)))
-    free = len(vocab)
     seen.clear()
+    fresh: dict[str, int] = {}
     for spelling, found, _ in added:
-        known = isinstance(spelling, str) and spelling in vocab
-        check(spelling, found, [vocab[spelling] if known else free])
-        free += not known
+        free = len(vocab) + len(fresh)
+        wanted = (vocab.get(spelling, fresh.get(spelling, free))
+                  if isinstance(spelling, str) else free)
+        check(spelling, found, [wanted])
+        fresh |= {spelling: found} if spelling not in vocab else {}
 
 
 # --- Which added tokens are control tokens -----------------------------------
@@ -261,10 +263,8 @@ def _without_control(data: dict, control: Mapping[str, int], source: str
     tokens = [token | {"special": token["special"]
                        or token["content"] in control}
               for token in data["added_tokens"]]
-    return json.dumps(data | {
-        "model": model | {"vocab": vocab}, "added_tokens": tokens,
-        "truncation": None, "padding": None, "post_processor": None,
-        "decoder": None}, ensure_ascii=False)
+    return json.dumps(data | {"model": model | {"vocab": vocab},
+                              "added_tokens": tokens}, ensure_ascii=False)
 
 
 def _spellings(vocab: Mapping[str, int], added: _Added,
@@ -362,6 +362,8 @@ class Tokenizer:
         self._engine = Engine.from_str(_without_control(data, self.special,
                                                         self._source))
         self._engine.encode_special_tokens = True  # as text, it means
+        self._engine.no_truncation()
+        self._engine.no_padding()
         ids = {self._engine.token_to_id(name): n for name, n, _ in added
                if name not in self.special}
         # control tokens that the vocabulary held have new ids in the engine
@@ -875,7 +877,12 @@ class Opened:
 
 @dataclass(frozen=True)
 class Delta:
-    """More content, in whole characters."""
+    """More content, in whole characters.
+
+    `channel`: as the header wrote it, so that only "final" is an answer;
+    None: it named none. Either is reported before if it is none of
+    CHANNELS and the message is the assistant's.
+    """
 
     text: str
     channel: str | None
@@ -913,6 +920,7 @@ Event = Opened | Delta | ToolCall | Done | Malformed
 
 _Pieces = list[tuple[str, bytearray]]  # control token or "", text behind it
 _WORD = re.compile(r"[\w./+-]+")
+_TORN_TO = re.compile(r"(?<!\S)to=\s+(?=\S)")
 
 
 def _spell(pieces: _Pieces) -> str:
@@ -925,10 +933,11 @@ def _fields(pieces: _Pieces) -> tuple[dict, list[str], list[str]]:
     """Channel and content type by control token, other words, complaints."""
     found, words, wrong = {}, [], []
     for control, data in pieces:
-        parts = data.decode("utf-8", "replace").split()
-        if _CONSTRAIN in found and any(word.startswith("to=")
-                                       for word in parts):
-            wrong.append(f"a format before to=: {found[_CONSTRAIN]!r}")
+        text = data.decode("utf-8", "replace")
+        if _TORN_TO.search(text):
+            text = _TORN_TO.sub("to=", text)
+            wrong.append("white space behind to=")
+        parts = text.split()
         if control:
             value = parts.pop(0) if parts else ""
             if control == "<|channel|>" and value and data[:1].isspace():
@@ -937,9 +946,13 @@ def _fields(pieces: _Pieces) -> tuple[dict, list[str], list[str]]:
                 wrong.append(f"two {control} in a header")
             if control == "<|channel|>" and not value:
                 wrong.append("a <|channel|> without a name")
+            # the later of two, but no unknown channel after a known one
             elif (control == _CONSTRAIN or value in CHANNELS
                   or found.get(control) not in CHANNELS):
                 found[control] = value
+        if _CONSTRAIN in found and any(word.startswith("to=")
+                                       for word in parts):
+            wrong.append(f"a format before to=: {found[_CONSTRAIN]!r}")
         words += parts
     return found, words, wrong
 
@@ -1013,7 +1026,9 @@ def _rescue(pieces: _Pieces) -> Message | None:
     if rest:
         control, after = rest[0]
         after = after.decode("utf-8", "replace").lstrip()
-        channel = next((c for c in CHANNELS if after.startswith(c)), None)
+        # not "finally": that may be any text
+        channel = next((c for c in CHANNELS
+                        if re.match(f"{c}(?![a-z])", after)), None)
         if text or channel is None or rest[1:] or control == _CONSTRAIN:
             return None
         text = after.removeprefix(channel).lstrip()

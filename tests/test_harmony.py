@@ -3,8 +3,11 @@ and against whatever a model may write.
 """
 
 import json
+import math
+import os
 import random
 import re
+import struct
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +45,7 @@ from gptoss.harmony import (
 )
 
 pytestmark = pytest.mark.xdist_group("o200k")
+FUZZ = int(os.environ.get("GPTOSS_FUZZ", "1"))  # times as many cases
 POCKET = Path(harmony.__file__).parent / "pocket"
 CORPUS = json.loads((Path(__file__).parent / "harmony_malformed.json")
                     .read_text("utf-8"))
@@ -111,7 +115,7 @@ def stream(tokenizer: Tokenizer, ids: list[int], role: str | None
 # -- generated conversations -------------------------------------------------
 
 WORDS = ["hello", " the", "\n", "\n\n", "naïve", "日本語", "🙂", "e\u0301",
-         "\u200b", "  ", "\t", "\r\n", "don't", "12345", "{}", '"', "\\",
+         "\u200b", "  ", "\t", "\r\n", "\r", "don't", "12345", "{}", '"', "\\",
          "to=functions.f", "assistant", "analysis", " json", *CONTROLS,
          "<|endoftext|>", "<|reserved_200013|>", "<|", "|>"]
 
@@ -121,8 +125,28 @@ def some_text(rng: random.Random, most: int = 8) -> str:
 
 
 def some_value(rng: random.Random) -> object:
+    number = some_number(rng)
     return rng.choice([0, -1, 7, 1.5, True, False, None, "c", "a \"b\" é", "",
-                       [], [1, "x"], {"k": [1, None]}, {}])
+                       [], [1, "x"], {"k": [1, None]}, {}, "\x00\x1b\x7f\u2028",
+                       number, [number, {"z": [number], "b": number}]])
+
+
+def some_number(rng: random.Random) -> int | float:
+    """Numbers that Python and Rust spell differently, and others."""
+    sign = rng.choice([1, -1])
+    while True:
+        number = sign * rng.choice([
+            rng.choice([0.0, 5e-324, 1e-4, 1e-5, 9.999999999999999e-6, 1e16,
+                        9999999999999998.0, 2 ** 63, 2 ** 63 + 1, 2 ** 64,
+                        2 ** 64 - 1, 1.7976931348623157e308, 1e22, 1e23]),
+            rng.randint(1, 999) * 10.0 ** rng.randint(-12, 22),
+            round(rng.random() * 10 ** rng.randint(-6, 16), rng.randint(0, 9)),
+            rng.random() * 10 ** rng.randint(-9, 20),
+            rng.getrandbits(rng.randint(1, 1000)),
+            5e-324 * rng.getrandbits(rng.randint(1, 60)),
+            struct.unpack("d", rng.randbytes(8))[0]])
+        if isinstance(number, int) or math.isfinite(number):
+            return number
 
 
 def some_schema(rng: random.Random, depth: int = 0) -> object:
@@ -131,7 +155,7 @@ def some_schema(rng: random.Random, depth: int = 0) -> object:
     kind = rng.choice([*kinds, "enum", "list", "none", "bare"]
                       + ["object", "array", "oneOf", "anyOf"] * (depth < 3))
     made = {"enum": {"type": "string",
-                     "enum": rng.choice([["c", "f"], ["x"], [], ["a", 1]])},
+                     "enum": rng.choice([["c", "f"], ["x"], [], ["a", 1e-5]])},
             "list": {"type": rng.choice([["number", "string"], ["integer"],
                                          ["string", "null"], []])},
             "none": {}, "anyOf": {"anyOf": [{"type": "string"}]},
@@ -148,9 +172,10 @@ def some_schema(rng: random.Random, depth: int = 0) -> object:
         return schema
     for key, value in (("description", lambda: some_text(rng, 3)),
                        ("title", lambda: some_text(rng, 2)),
-                       ("examples", lambda: rng.choice([["SF", 1], [], [2]])),
+                       ("examples", lambda: rng.choice([["SF", 1], [], [1e-5]])),
                        ("default", lambda: some_value(rng)),
                        ("nullable", lambda: rng.random() < 0.7),
+                       ("const", lambda: some_value(rng)),
                        ("minimum", lambda: 0)):
         if rng.random() < 0.25:
             schema[key] = value()
@@ -290,6 +315,16 @@ def test_rendered_ids_and_parsed_messages_equal_openai_harmony(real):
     assert min(total.values()) > 10 and len(total) > 30, total
 
 
+def test_other_conversations_render_alike(real):
+    """As above, from other seeds; GPTOSS_FUZZ=50 makes it 2,000."""
+    for seed in range(10_000, 10_000 + 40 * FUZZ):
+        ours, theirs, _ = conversation(seed, odd=seed % 2 == 1)
+        try:
+            render_alike(real, ours, theirs)
+        except AssertionError as error:
+            raise AssertionError(f"conversation {seed}") from error
+
+
 def test_odd_messages_render_alike_and_are_read_back(real):
     """What the official renderer writes and its parser refuses or misreads:
     names of users, a content type without a recipient, a tool's message
@@ -355,6 +390,64 @@ def test_typescript_of_every_kind_of_property(real):
         "type g = () => any;", "", "} // namespace ns"]
 
 
+@pytest.mark.parametrize(("value", "spelt"), [
+    (1e-4, "0.0001"), (3e-5, "0.00003"), (-1.25e-5, "-0.0000125"),
+    (7e-6, "7e-6"), (-1.5e-7, "-1.5e-7"), (1e15, "1000000000000000.0"),
+    (1e16, "1e16"), (-2.5e17, "-2.5e17"), (2 ** 64 - 1, str(2 ** 64 - 1)),
+    (2 ** 64, "1.8446744073709552e19"), (-2 ** 63, str(-2 ** 63)),
+    (-2 ** 63 - 1, "-9.223372036854776e18"), (-0.0, "-0.0"), (5.0, "5.0"),
+    (1 / 11, "0.09090909090909093"), (10 ** 21, "1e21"),
+    ([1e-5, {"k": (1e-6, 10 ** 20)}], '[0.00001,{"k":[1e-6,1e20]}]')])
+def test_numbers_as_serde_json_spells_them(value, spelt):
+    tool = Tool("f", "", {"type": "object", "properties": {
+        "x": {"type": "number", "default": value}}})
+    line = f"x?: number, // default: {spelt}"
+    assert line in typescript([tool]).splitlines()
+    theirs = official.encoding().render(official.developer(tools=[tool]))
+    assert line in official.encoding().decode(theirs).splitlines()
+
+
+def test_many_numbers_are_spelt_as_the_official_renderer_spells_them():
+    for seed in range(40 * FUZZ):
+        rng = random.Random(f"numbers {seed}")
+        tool = Tool("f", "", {"type": "object", "properties": {
+            f"x{n}": {"type": "number", "default": some_number(rng)}
+            for n in range(30)}})
+        theirs = official.encoding().decode(official.encoding().render(
+            official.developer(tools=[tool])))
+        assert typescript([tool]) in theirs
+
+
+@pytest.mark.parametrize(("value", "found"), [
+    (math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf"),
+    (10 ** 400, "an integer of 1329 bits"), (-10 ** 5000, "16610 bits"),
+    ({1, 2}, "expected JSON, found {1, 2}"), (b"x", "found b'x'")],
+    ids=lambda value: value if isinstance(value, str) else "value")
+def test_what_json_cannot_say_is_named(value, found):
+    for schema in ({"default": value}, {"enum": [1, value]},
+                   {"items": {"maximum": (0, value)}}):
+        tool = Tool("far_off", "", {"properties": {"x": schema}})
+        with pytest.raises(HarmonyError, match=re.escape(found)) as caught:
+            developer_message(tools=[tool])
+        assert str(caught.value).startswith(
+            "tool 'far_off': parameters.properties.x.")
+
+
+def test_a_schema_without_end_is_named():
+    schema = {"type": "object"}
+    schema["properties"] = {"self": schema}
+    with pytest.raises(HarmonyError, match="tool 'f': .*too deeply"):
+        typescript([Tool("f", "", schema)])
+
+
+@pytest.mark.parametrize("about", ["a\r", "a\r\nb\r", "\r", "\r\n", "a\n\r",
+                                   "a\r\r\nb\n\n", "\n", "", "a\rb"])
+def test_only_a_newline_ends_a_line(real, about):
+    tools = [Tool("f", about)]
+    ids = official.encoding().render(official.developer(tools=tools))
+    assert render_message(real, developer_message(tools=tools)) == ids
+
+
 # -- which reasoning is kept --------------------------------------------------
 
 def test_dropping_by_turns(real):
@@ -365,6 +458,64 @@ def test_dropping_by_turns(real):
                     if m.channel == "final" and m.content), default=0)
         assert kept == [m for n, m in enumerate(ours)
                         if n >= last or m.channel != "analysis"]
+
+
+def test_reasoning_of_a_turn_that_goes_on_is_kept(real):
+    """Steering, a thought cut short, a stored empty answer, preambles."""
+    def kept(*messages: Message) -> list[str]:
+        talk = parse(real, render(real, messages, reply=False, drop="turns"))
+        return [m.content for m in talk if m.channel == "analysis"]
+
+    ask, go_on = Message("user", "q"), Message("user", "be short")
+    plan = Message("assistant", "PLAN", "analysis")
+    preamble = Message("assistant", "First I look.", "commentary")
+    call = Message("assistant", "{}", "commentary", "functions.f")
+    late_call = replace(call, channel="final")
+    result = Message("tool", "1", "commentary", "assistant",
+                     name="functions.f")
+    empty = Message("assistant", "", "final")
+    answer = Message("assistant", "A", "final")
+    for middle in ((call, result, go_on), (go_on,), (empty, go_on), (),
+                   (preamble, go_on), (call, result, go_on, go_on),
+                   (late_call, result), (empty, go_on, empty, go_on)):
+        assert kept(ask, plan, *middle) == ["PLAN"], middle
+        assert kept(ask, plan, answer, ask, plan, *middle) == ["PLAN"]
+        assert kept(ask, plan, *middle, answer, ask) == []
+        assert kept(ask, plan, *middle, plan) == ["PLAN", "PLAN"]
+
+
+def test_reasoning_against_the_official_rule(real):
+    """The official rule shows more in two places, ours in one: where the
+    final message is empty, which ends no turn."""
+    places = Counter()
+    for seed in range(60 * FUZZ):
+        rng = random.Random(f"reasoning {seed}")
+        ours, theirs, _ = conversation(seed + 20_000)
+        ours = [replace(m, content="") if m.channel == "final"
+                and rng.random() < 0.1 else m for m in ours]
+        theirs = [official.message(m) if m.role == "assistant" else other
+                  for m, other in zip(ours, theirs, strict=True)]
+        ends = [n for n, m in enumerate(ours) if m.role in ("user", "tool")]
+        if not ends:
+            continue
+        end = rng.choice(ends) + 1
+        some = ours[:end]
+        kept = {drop: harmony._forgotten(some, drop)
+                for drop in ("turns", "official")}
+        assert render(real, some) == official.render(theirs[:end],
+                                                     "for_completion")
+        answers = [n for n, m in enumerate(some)
+                   if m.channel == "final" and m.content]
+        finals = [n for n, m in enumerate(some) if m.channel == "final"]
+        assert kept["turns"] == max(answers, default=0)
+        if kept["turns"] < kept["official"]:  # ours shows more
+            assert not some[finals[0]].content
+            places["an empty answer"] += 1
+        elif kept["turns"] > kept["official"]:
+            last = [m for m in some if m.role == "assistant"][-1]
+            places["in a tool loop" if last.channel != "final" else
+                   "from the third turn on"] += 1
+    assert min(places.values()) >= 1 and len(places) == 3, places
 
 
 def test_a_turn_only_appends_to_its_prompt(real):
@@ -452,6 +603,73 @@ def test_malformed_reply(real, case):
             parse(real, ids, case["role"])
     else:
         assert parse(real, ids, case["role"]) == messages
+
+
+@pytest.mark.parametrize("header", [
+    "assistant json to=functions.f<|channel|>commentary",
+    "assistant<|channel|>commentary json to=functions.f",
+    "assistant json<|channel|>commentary to=functions.f",
+    "assistant<|channel|>commentary <|constrain|>json to=functions.f",
+    "assistant<|constrain|>json<|channel|>commentary to=functions.f",
+    "functions.f code to=assistant<|channel|>commentary",
+    "assistant<|channel|> final", "assistant<|channel|>\ncommentary"])
+def test_what_the_official_parser_refuses_is_reported(real, header):
+    ids = build(real, [f"<|start|>{header}<|message|>{{}}<|end|>"])
+    with pytest.raises(official.library().HarmonyError):
+        official.parse(ids)
+    with pytest.raises(HarmonyError, match="format before to=|white space"):
+        parse(real, ids)
+    _, messages = stream(real, ids, None)  # and read all the same
+    assert len(messages) == 1 and messages[0].content == "{}"
+
+
+def test_a_recipient_behind_a_space_is_found(real):
+    ids = build(real, ["<|channel|>commentary to= functions.look_up "
+                       "<|constrain|>json<|message|>{}<|call|>"])
+    events, _ = stream(real, ids, "assistant")
+    assert [event.recipient for event in events
+            if isinstance(event, ToolCall)] == ["functions.look_up"]
+    assert "white space behind to=" in [
+        event.reason for event in events if isinstance(event, Malformed)]
+
+
+# -- no channel but final is an answer ----------------------------------------
+
+@pytest.mark.parametrize("written", [
+    "comment", "analyis", "fina", "f", "Final", "FINAL", "final.", "finally",
+    "finalfinal", "final__X", "final:", "\u200bfinal", "fin al", "анализ",
+    "thoughts", "assistant", "analysis_final", "functions.f"])
+def test_an_unknown_channel_is_reported_and_keeps_its_name(real, written):
+    for ids in (build(real, [f"<|channel|>{written}<|message|>secret<|end|>"]),
+                build(real, [f"<|channel|>analysis<|message|>x<|end|><|start|>"
+                             f"assistant<|channel|>{written} to=functions.f"
+                             f"<|message|>secret<|call|>"])):
+        events, _ = stream(real, ids, "assistant")
+        at = next(n for n, event in enumerate(events) if isinstance(
+            event, Malformed) and event.reason.startswith("an unknown chan"))
+        after = [event for event in events[at:] if isinstance(event, Delta)]
+        assert "".join(event.text for event in after) == "secret"
+        assert {event.channel for event in after} == {written.split()[0]}
+
+
+def test_text_without_a_channel_has_none(real):
+    for ids in (["<|start|>assistant<|message|>x<|end|>"], ["x<|return|>"]):
+        events, _ = stream(real, build(real, ids), "assistant")
+        assert {event.channel for event in events
+                if isinstance(event, Delta)} == {None}
+        assert any(isinstance(event, Malformed) for event in events)
+
+
+@pytest.mark.parametrize(("rest", "channel"), [
+    ("final__X__", "final"), ("finalHello.", "final"), ("analysisWe", "analys"
+                                                        "is"),
+    ("finally, the user", None), ("analysises", None), ("fina", None)])
+def test_a_header_that_is_cut_is_final_only_if_it_says_so(real, rest,
+                                                          channel):
+    events, messages = stream(real, build(
+        real, [f"<|channel|>{rest}<|return|>"]), "assistant")
+    assert [m.channel for m in messages] == [channel] * (channel is not None)
+    assert isinstance(events[0], Malformed) and rest in events[0].text
 
 
 # -- token soup ---------------------------------------------------------------

@@ -3,7 +3,9 @@
 import hashlib
 import itertools
 import json
+import os
 import random
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import o200k
+from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as Engine
-from tokenizers import models
 
 from gptoss import harmony
 from gptoss.config import GptOssConfig
@@ -25,6 +27,7 @@ from gptoss.harmony import (
     tokenizer_json,
 )
 
+FUZZ = int(os.environ.get("GPTOSS_FUZZ", "1"))  # times as many cases
 POCKET = Path(harmony.__file__).parent / "pocket"
 NAMES = ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>",
          "<|call|>", "<|endoftext|>", "<|reserved_200013|>"]
@@ -195,6 +198,191 @@ def test_engine_equals_merging_by_rank_whatever_the_vocabulary():
                     text.encode(), ranks), (ranks, text)
 
 
+# -- tokens that a fine-tune adds --------------------------------------------
+
+WORDS = ["the", "end", "ing", "he", "a", "!", "<", "<|", "|>", "12", " the",
+         "<tool>", "[INST]", "tool", "日本", "日", "naïve", "🙂", "e\u0301",
+         "\u00a0", "  ", "\n", " hello", "hello ", "a b", "<|end", "end|>",
+         "<|end|>!", "<|im_end|>", "|", "start|><|", "\U0010fffd", "é", "ï",
+         "Ġthe", "Ã©", "\0", "\0<|end|>", "THE", "x" * 40]
+GAPS = ["", "", " ", "\n", "t", "é", "1", "<", "  ", "_", "."]
+
+
+@cache
+def untuned(in_vocab: bool) -> str:
+    """A tokenizer.json; `in_vocab`: as the library's own trainer writes it,
+    with control tokens in the vocabulary too."""
+    data = json.loads(tokenizer_json(few_ranks(), dict(enumerate(
+        NAMES, start=len(few_ranks())))))
+    for token in data["added_tokens"] * in_vocab:
+        data["model"]["vocab"][token["content"]] = token["id"]
+    return json.dumps(data)
+
+
+def fine_tuned(rng: random.Random) -> Engine:
+    """A tokenizer as transformers leaves it after add_tokens."""
+    engine = Engine.from_str(untuned(rng.random() < 0.3))
+    for _ in range(rng.randint(0, 3)):
+        words = rng.sample(WORDS, rng.randint(1, 5))
+        if rng.random() < 0.2:
+            words.append(rng.choice(NAMES))
+        special = rng.random() < 0.3
+        add = engine.add_special_tokens if special else engine.add_tokens
+        add([word if rng.random() < 0.5 else AddedToken(
+            word, special=special, **{flag: rng.random() < 0.3 for flag in (
+                "lstrip", "rstrip", "single_word", "normalized")})
+            for word in words])
+    return engine
+
+
+def odd_text(rng: random.Random) -> str:
+    pool = [*WORDS, *NAMES]
+    return "".join(rng.choice(pool) + rng.choice(GAPS)
+                   for _ in range(rng.randint(0, 12)))
+
+
+def test_fine_tuned_tokenizers_encode_as_the_library_does():
+    """The library is told that its special tokens are text: then it agrees
+    on every id; and no id is a control token's."""
+    refused, compared = 0, 0
+    for seed in range(200 * FUZZ):
+        rng = random.Random(f"fine-tune {seed}")
+        text = fine_tuned(rng).to_str()
+        data = json.loads(text)
+        added = data["added_tokens"]
+        for token in added:  # harmony's own names are, whatever the file says
+            token["special"] |= token["content"] in NAMES
+        other = Engine.from_str(json.dumps(data))
+        other.encode_special_tokens = True
+        torn = [token["content"] for token in added if not token["special"]
+                and token["content"] in ("é", "ï", "Ġthe", "Ã©")
+                and token["id"] < len(few_ranks())]
+        if torn:  # they stand for other bytes
+            with pytest.raises(HarmonyError, match="another text") as caught:
+                Tokenizer(text)
+            assert repr(torn[0]) in str(caught.value)
+            refused += 1
+            continue
+        tokenizer = Tokenizer(text)
+        words = {token["content"]: token["id"] for token in added
+                 if not token["special"] and token["content"] not in NAMES}
+        plain = not any(token[flag] for token in added
+                        for flag in ("lstrip", "rstrip"))
+        assert not {*words} & {*tokenizer.special}
+        for word, token in words.items():
+            assert tokenizer.decode([token], skip_special=True) == word
+        for _ in range(8):
+            text = odd_text(rng)
+            ids = tokenizer.encode(text)
+            wanted = other.encode(text, add_special_tokens=False).ids
+            assert ids == wanted, (seed, text)
+            assert not any(map(tokenizer.is_special, ids)), (seed, text)
+            if plain:
+                assert tokenizer.decode(ids, skip_special=True) == text
+            compared += 1
+    assert refused > 10 * FUZZ and compared > 1000 * FUZZ
+
+
+def nodes(data: object) -> list[tuple[object, object]]:
+    """Every (container, key) of a piece of JSON."""
+    found = []
+    items = (data.items() if isinstance(data, dict) else
+             enumerate(data) if isinstance(data, list) else ())
+    for key, value in items:
+        found += [(data, key), *nodes(value)]
+    return found
+
+
+JUNK = [None, True, False, -1, 0, 1, 65, 2 ** 31, 2 ** 32, 2 ** 70, 1.5, 1e400,
+        "", "a", "\ud800", "the", "<|end|>", [], ["a", "b"], {}, {"id": 1},
+        [[]] * 3, "Sequence", "ByteLevel", "BPE", "WordPiece"]
+
+
+def damaged(rng: random.Random) -> str:
+    """tokenizer.json, fine-tuned and then spoilt in one or two places."""
+    data = json.loads(fine_tuned(rng).to_str())
+    model, added = data["model"], data["added_tokens"]
+    for _ in range(rng.choice([1, 1, 2])):
+        kind = rng.randrange(9)
+        if kind == 0:    # a value anywhere but in the many lines of a table
+            few = {**data, "model": {**model, "vocab": 0, "merges": 0}}
+            holder, key = rng.choice(nodes(few))
+            if holder is few:
+                holder = data
+            elif "vocab" in holder:
+                holder = model
+            if rng.random() < 0.2 and isinstance(holder, dict):
+                holder.pop(key, None)
+            else:
+                holder[key] = rng.choice(JUNK)
+        elif kind == 1:  # an id
+            holder = rng.choice([token for token in added
+                                 if isinstance(token, dict)] or [{}])
+            holder["id"] = rng.choice([*range(250, 300), *JUNK])
+        elif kind == 2 and isinstance(model.get("vocab"), dict):
+            model["vocab"][rng.choice([*model["vocab"], "new", "日本", ""])] = (
+                rng.choice([*range(250, 300), *JUNK]))
+        elif kind == 3 and isinstance(model.get("vocab"), dict):
+            model["vocab"].pop(rng.choice([*model["vocab"]]))
+        elif kind == 4 and isinstance(model.get("merges"), list):
+            model["merges"].insert(0, rng.choice([
+                ["a", "b"], ["t", "h"], "t h", "t", ["t"], ["<", "|end|>"], 7,
+                ["no", "such"], ["a", "b", "c"], None, ["t", 1]]))
+        elif kind == 5 and isinstance(added, list) and added:
+            added.append(rng.choice(added))
+        elif kind == 6 and isinstance(added, list):
+            rng.shuffle(added)
+        elif kind == 7 and isinstance(added, list) and added:
+            added.pop(rng.randrange(len(added)))
+        else:
+            data[rng.choice(["pre_tokenizer", "normalizer", "model"])] = (
+                rng.choice([None, {"type": "Whitespace"}, {"type": "NFC"},
+                            {"type": "ByteLevel", "add_prefix_space": True,
+                             "trim_offsets": True, "use_regex": True}, model]))
+        model, added = data.get("model"), data.get("added_tokens")
+        if not isinstance(model, dict) or not isinstance(added, list):
+            break
+    text = json.dumps(data, ensure_ascii=rng.random() < 0.5)
+    if rng.random() < 0.1:
+        at = rng.randrange(len(text))
+        text = text[:at] + rng.choice(["", '"', "[", "}", "[" * 99_999]) + (
+            text[at + rng.randint(0, 3):])
+    return text
+
+
+def test_damaged_tokenizers_are_refused_or_encode_as_the_library_does():
+    refused = compared = 0
+    for seed in range(300 * FUZZ):
+        rng = random.Random(f"damage {seed}")
+        text = damaged(rng)
+        try:
+            tokenizer = Tokenizer(text, source="here/tokenizer.json")
+        except HarmonyError as error:
+            line = str(error)
+            assert line.startswith("here/tokenizer.json: "), (seed, line)
+            assert "\n" not in line and len(line) < 500, (seed, line)
+            refused += 1
+            continue
+        data = json.loads(text)
+        for token in data["added_tokens"]:
+            token["special"] |= token["content"] in NAMES
+        other = Engine.from_str(json.dumps(data))
+        other.encode_special_tokens = True
+        other.no_truncation()
+        other.no_padding()
+        for token in data["added_tokens"]:
+            assert other.token_to_id(token["content"]) == token["id"], seed
+        for _ in range(8):
+            text = odd_text(rng)
+            ids = tokenizer.encode(text)
+            assert ids == other.encode(text, add_special_tokens=False).ids, (
+                seed, text)
+            assert not any(map(tokenizer.is_special, ids)), (seed, text)
+            tokenizer.decode(ids)
+            compared += 1
+    assert refused > 100 * FUZZ and compared > 50 * FUZZ
+
+
 # -- bytes to text ----------------------------------------------------------
 
 def test_alphabet_is_a_bijection_of_printable_characters():
@@ -278,6 +466,115 @@ def test_found_in_the_folder_or_above_it(tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe")
     with pytest.raises(HarmonyError, match="tokenizer.json: .*utf-8"):
         Tokenizer.from_pretrained(below)
+
+
+def test_only_the_released_second_copy_looks_above(tmp_path):
+    """A folder in another model's folder must not take its tokenizer."""
+    (tmp_path / "tokenizer.json").write_text(tokenizer_json(few_ranks(), {}),
+                                             "utf-8")
+    for name in ("mine", "original2", "Original"):
+        below = tmp_path / name
+        below.mkdir()
+        with pytest.raises(HarmonyError, match=f"{name}: no tokenizer.json "
+                                               "there$"):
+            Tokenizer.from_pretrained(below)
+    (tmp_path / "original").mkdir()
+    (tmp_path / "mine" / "link").symlink_to(tmp_path / "original")
+    Tokenizer.from_pretrained(tmp_path / "mine" / "link")
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo", "device", "loop", "huge"])
+def test_no_regular_file(tmp_path, kind):
+    """Refused at once: a FIFO would wait for ever, /dev/zero never ends, and
+    none is passed over for the file above."""
+    (tmp_path / "tokenizer.json").write_text(tokenizer_json(few_ranks(), {}),
+                                             "utf-8")
+    below = tmp_path / "original"
+    below.mkdir()
+    file = below / "tokenizer.json"
+    if kind == "folder":
+        file.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(file)
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    elif kind == "loop":
+        file.symlink_to(file)
+    else:
+        with file.open("wb") as opened:
+            opened.truncate(2 ** 40)
+    with pytest.raises(HarmonyError) as caught:
+        Tokenizer.from_pretrained(below)
+    line = str(caught.value)
+    assert line.startswith(f"{file}: ") and "\n" not in line
+
+
+ADDED = {"single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False, "special": False}
+
+
+@pytest.mark.parametrize(("added", "why"), [
+    ([("<x>", 283)], "token '<x>': expected id 282, found 283"),
+    ([("<x>", 282), ("<y>", 282)], "token '<y>': .* 282, which '<x>' has"),
+    ([("<x>", 282), ("<x>", 283)], "token '<x>': expected id"),
+    ([("<x>", 282), ("<x>", 282)], "token '<x>': expected id"),
+    ([("<x>", 5)], "token '<x>': expected id 282, found 5"),
+    ([("<x>", -1)], "token '<x>': expected id 282, found -1"),
+    ([("<x>", "282")], "token '<x>': expected id 282, found '282'"),
+    ([("<x>", 282.0)], "token '<x>': expected id 282, found 282.0"),
+    ([("<x>", [282])], r"token '<x>': expected id 282, found \[282\]"),
+    ([("the", 282)], "token 'the': expected id 258, found 282"),
+    ([("", 282)], "id 282: expected a spelling, found ''"),
+    ([(None, 282)], "id 282: expected a spelling, found None"),
+    ([("è", 232)], "token 'è': expected an id of its own, found 232"),
+])
+def test_an_added_token_that_cannot_be_right_is_named(added, why):
+    data = json.loads(untuned(False))
+    data["added_tokens"] += [ADDED | {"content": name, "id": n}
+                             for name, n in added]
+    with pytest.raises(HarmonyError, match=f"^t.json: .*{why}"):
+        Tokenizer(json.dumps(data), source="t.json")
+
+
+@pytest.mark.parametrize(("change", "why"), [
+    (lambda d: d["model"]["vocab"].update(the=257), "'the'.*257.*'he' has"),
+    (lambda d: d["model"]["vocab"].update(the=400), "'the'.*found 400"),
+    (lambda d: d["model"]["vocab"].update(the=None), "'the'.*found None"),
+    (lambda d: d["model"]["vocab"].pop("he"), "expected an id from|to 272"),
+    (lambda d: d["model"].update(dropout=0.1), "model.dropout.*0.1"),
+    (lambda d: d["model"].update(type="WordLevel"), "model.type"),
+    (lambda d: d.update(pre_tokenizer=None), "pre_tokenizer"),
+    (lambda d: d["added_tokens"].pop(0), "'<|end|>': expected id 274"
+     .replace("|", r"\|")),
+    (lambda d: d["model"]["merges"].insert(0, ["q", "z"]), "qz"),
+    (lambda d: (d["model"]["vocab"].update({"<|end|>": 274}), d["model"][
+        "merges"].append(["<|", "end|>"]), d["added_tokens"].clear(), d[
+        "added_tokens"].append(ADDED | {"content": "<|end|>", "id": 274})),
+     r"'<\|end\|>': expected a control token"),
+])
+def test_a_file_that_contradicts_itself_is_refused(change, why):
+    data = json.loads(untuned(False))
+    change(data)
+    with pytest.raises(HarmonyError, match=f"^t.json: .*({why})"):
+        Tokenizer(json.dumps(data), source="t.json")
+
+
+@pytest.mark.parametrize("text", [
+    "[" * 10 ** 5, '{"model": ' * 10 ** 5, '{"a": 1, "a": 2}',
+    '{"added_tokens": [], "model": {"vocab": ' + "[" * 10 ** 5])
+def test_odd_json_is_refused_in_one_line(text):
+    with pytest.raises(HarmonyError, match="^t.json: not a tokenizer.json"
+                       ) as caught:
+        Tokenizer(text, source="t.json")
+    assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
+
+
+def test_a_token_beyond_the_embedding_is_named():
+    data = json.loads(untuned(False))
+    data["added_tokens"].append(ADDED | {"content": "<x>", "id": 282})
+    assert Tokenizer(json.dumps(data), vocab_size=283).encode("<x>") == [282]
+    with pytest.raises(HarmonyError, match="'<x>': expected an id below 282"):
+        Tokenizer(json.dumps(data), vocab_size=282, source="t.json")
 
 
 @pytest.mark.skipif(not POCKET.is_dir(), reason="pocket is not trained yet")
