@@ -646,7 +646,7 @@ def weights_folder(path: Path) -> Path:
     there = "only config.json" if (path / "config.json").exists() else "none"
     raise _wrong(path, "config.json and *.safetensors", there)
 
-
+# %% tags=["export"]
 def config_folder(path: Path) -> Path:
     """`path`, or its original/ if only that has a config.json."""
     below = path / "original"
@@ -707,7 +707,7 @@ REFUSED = (  # what is in a name, and what it shows
      "a model with another head than a language model's"),
 )
 
-
+# %% tags=["export"]
 def known_name(stored: Stored) -> str:
     """What we call a tensor of a file, if we know it under another name;
     CheckpointError for one of a kind that is not read."""
@@ -1109,7 +1109,7 @@ def _sweep(home: Path, name: str) -> None:
                 shutil.rmtree(old, ignore_errors=True)
             os.close(held)
 
-
+# %% tags=["export"]
 @contextmanager
 def _draft(home: Path, name: str) -> Iterator[Path]:
     """A hidden folder in `home`, gone at the end."""
@@ -1564,7 +1564,7 @@ def home_file(folder: Path, name: str) -> Path | None:
     return next((place / name for place in places
                  if (place / name).is_file()), None)
 
-
+# %% tags=["export"]
 def companions(old: Checkpoint) -> list[Path]:
     """Tokenizer, generation_config and the like beside the weights."""
     found = [home_file(old.folder, name) for name in COMPANIONS]

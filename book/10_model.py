@@ -721,6 +721,9 @@ class GptOss(Stack):
     def __init__(self, config: GptOssConfig,
                  dtype: torch.dtype = torch.bfloat16, device=None,
                  packed: bool = True) -> None:
+        if config.tie_word_embeddings:  # chapter 3 reads such files untied
+            raise ModelError("tie_word_embeddings: expected false (embedding "
+                             "and lm_head are two matrices here), found true")
         super().__init__(config, dtype, device, packed)
         initialise(self)
 

@@ -482,6 +482,8 @@ def owned(config: GptOssConfig, seat: Seat) -> dict[str, slice]:
 
 
 # %%
+from dataclasses import replace
+
 for rank in (0, 1, 7):
     mine = owned(big, take_seat(big, rank, 8))
     print(rank, {letter: (part.start, part.stop) for letter, part

@@ -57,7 +57,7 @@ def folder(tmp_path_factory) -> Path:
 def endless(tmp_path_factory) -> Path:
     """The same, but nothing stops it."""
     return write_model(tmp_path_factory.mktemp("cli") / "endless",
-                       eos_token_id=[])
+                       eos_token_id=[999])  # of no token
 
 
 class Screen(io.StringIO):

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -405,6 +406,11 @@ def test_a_dtype_by_its_name(folder, name):
         torch, name.removeprefix("torch."))
     assert {t.dtype for t in model.state_dict().values()} == {
         wanted, torch.uint8}
+
+
+def test_tied_matrices_are_for_files():
+    with pytest.raises(ModelError, match="^tie_word_embeddings: expected"):
+        GptOss(replace(TINY, tie_word_embeddings=True))
 
 
 @pytest.mark.parametrize("dtype", ["int8", "fp32", "", "float8_e4m3fn", None,
