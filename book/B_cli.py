@@ -1043,7 +1043,9 @@ print(figures({"kernels": "C++ with AVX2", "bytes_per_token": 3714085888,
 # ### parity and vectors
 #
 # Chapter 16's walk and vectors. A fault that they find is no mistake of the
-# user: it goes to stdout, and the exit code is 1.
+# user: it goes to stdout, and the exit code is 1. The walk is over what
+# `generate` computes with: bf16, and the kernels where there are some;
+# `--plain` and `--dtype` ask for something else.
 
 # %% tags=["export"]
 def _walked(folder: Path, prompts: list[str] | None) -> list:
