@@ -3204,8 +3204,9 @@ assert abs(2 * math.exp(-1.5 * DEVIATIONS ** 2) / 1e-16 - 1) < 0.05
 # computations. Random weights do not forgive that: their logits lie so close
 # together that the two agreed on the best token at 24 % of the positions and
 # on 2 of the 16 written ones. A comparison of texts would have called that a
-# fault; the judge found none. The kernels were walked over in the same
-# widths, with two layers of eight experts: BIGTEXT
+# fault; the judge found none. The kernels were walked over in the same widths,
+# one layer with six experts and 40 tokens: within their bound at every point,
+# and at `hidden` 4.7 times beyond that of plain torch.
 
 # %%
 from gptoss.config import bf16_bytes
