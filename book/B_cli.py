@@ -1254,7 +1254,9 @@ print(figures({"kernels": "C++ with AVX2", "bytes_per_token": 3714085888,
 # ### parity and vectors
 #
 # Chapter 16's walk and vectors. A fault that they find is no mistake of the
-# user: it goes to stdout, and the exit code is 1.
+# user: it goes to stdout, and the exit code is 1. The walk is over what
+# `generate` computes with: bf16, and the kernels where there are some;
+# `--plain` and `--dtype` ask for something else.
 
 # %% tags=["export"]
 def _walked(folder: Path, prompts: list[str] | None) -> list:
@@ -1307,7 +1309,8 @@ def run_vectors(args: argparse.Namespace) -> None:
     from gptoss.vectors import check, write
 
     if args.action == "write":
-        print(*map(str, write(args.folder)), sep="\n")
+        print(*(visible(str(file), "") for file in write(args.folder)),
+              sep="\n")
         return
     wrong = check(args.folder, args.answers, args.dtype)
     print("\n".join(visible(line, "") for line in wrong)

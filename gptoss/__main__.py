@@ -850,7 +850,8 @@ def run_vectors(args: argparse.Namespace) -> None:
     from gptoss.vectors import check, write
 
     if args.action == "write":
-        print(*map(str, write(args.folder)), sep="\n")
+        print(*(visible(str(file), "") for file in write(args.folder)),
+              sep="\n")
         return
     wrong = check(args.folder, args.answers, args.dtype)
     print("\n".join(visible(line, "") for line in wrong)

@@ -216,7 +216,7 @@ CONTRACTS = {
         "experts": "what enters a packed product in 16-bit integers, a step "
                    "a block; all else in fp32; 1 rounding"}, kernels=True),
 }
-PLAIN = [name for name, use in CONTRACTS.items() if not use.kernels]
+PLAIN_CONTRACTS = [name for name, use in CONTRACTS.items() if not use.kernels]
 
 
 def contract_for(contract: str | None, dtype: torch.dtype) -> str:
@@ -722,7 +722,7 @@ def trace_openai(model: nn.Module, tokens: Tensor) -> Trace:
 DEVIATIONS = 5  # in Hoeffding's inequality; see the derivation
 FLOOR = 2.0 ** -120  # what underflow may leave
 EXPONENTIAL = 1e-6  # the kernels' own, chapter 13
-CHUNK = 64  # keys that their attention takes at a time
+KEYS_AT_ONCE = 64  # keys that their attention takes at a time
 LARGEST = 32639  # of their integers, 127 * 256 + 127
 LOST = 2.0 ** -107  # a block below this may become zeros
 Pair = tuple[Tensor, Tensor]  # float64: a value, and a bound on its error
@@ -987,7 +987,7 @@ def _scores(j: Judge, see: See, layer: int, f: Formula) -> Pair:
     inner = r.inner * (2 * finite.abs() + (finite - top).abs())
     error = F.pad((r.sums(C) + 2 * r.wide) * size, (0, 1)) + inner
     if r.kernels:  # what was summed is rescaled when the maximum rises
-        error = error + 3 * r.wide * math.ceil(T / CHUNK)
+        error = error + 3 * r.wide * math.ceil(T / KEYS_AT_ONCE)
     return scores, error.masked_fill(scores.isinf(), 0.0)
 
 
@@ -1495,7 +1495,7 @@ def report(path: str | Path, against: str = "transformers",
             against = "streamed"
         before, model = tokens.shape[1], GptOss.from_pretrained(path, dtype)
         if compact:
-            make_compact(model, contract)
+            shrink(model, contract)
         tokens = written_on(model, tokens, new_tokens)
         parts = taken(tokens, new_tokens, contract)
         traces = three_traces(model, path, tokens, against, dtype, contract,
@@ -1528,8 +1528,8 @@ def judge_both(checkpoint: Checkpoint, traces: Mapping[str, Trace],
                 ("theirs", against, (kind, inner)))}
 
 
-def make_compact(model: GptOss, contract: str) -> None:
-    """Chapter 13's, in place. ParityError: not under that contract."""
+def shrink(model: GptOss, contract: str) -> None:
+    """`make_compact`, in place. ParityError: not under that contract."""
     if not CONTRACTS[contract].kernels:
         raise ParityError(f"compact: expected the contract kernels, found "
                           f"{contract}")
@@ -1585,7 +1585,6 @@ def parity_table(result: dict) -> str:
 
 
 __all__ = [
-    "CHUNK",
     "CLAMPS",
     "CONTRACTS",
     "Contract",
@@ -1598,13 +1597,14 @@ __all__ = [
     "HF_POINTS",
     "JUDGES",
     "Judge",
+    "KEYS_AT_ONCE",
     "Key",
     "LARGEST",
     "LAYER_POINTS",
     "LOST",
     "ONE_BY_ONE",
     "OPENAI_POINTS",
-    "PLAIN",
+    "PLAIN_CONTRACTS",
     "Pair",
     "ParityError",
     "Parts",
@@ -1643,7 +1643,6 @@ __all__ = [
     "keeper",
     "load_openai",
     "load_transformers",
-    "make_compact",
     "other_experts",
     "our_down",
     "own_layer",
@@ -1654,6 +1653,7 @@ __all__ = [
     "probe_experts",
     "replaced",
     "report",
+    "shrink",
     "stream_transformers",
     "swapped_in",
     "table_rows",

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -567,6 +568,33 @@ def test_parity_finds_nothing_until_something_is_planted(capsys):
     assert ended.value.code == 1
     assert json.loads(capsys.readouterr().out)["findings"]
     assert main([*argv, "--plant", "nonsense"]) == 2
+
+
+@pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX") or "c++") is None, reason="no c++")
+def test_parity_judges_the_kernels_unless_told_otherwise():
+    """As `generate` computes, in bf16; --plain asks for the other path."""
+    argv = ("parity", "--against", "float64", "--json")
+    contracts = []
+    for more in ((), ("--plain",)):
+        done = with_kernels(*argv, *more, GPTOSS_KERNELS="auto")
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        assert found["findings"] == [] and found["dtype"] == "bfloat16"
+        assert (found["kernels"] == "plain torch") == ("--plain" in more)
+        contracts.append(found["contract"])
+    assert contracts == ["kernels", "fp32"]
+
+
+@pytest.mark.parametrize("argv", [
+    ["--contract", "kernels"], ["--compact"],
+    ["--plain", "--contract", "kernels"],
+    ["--contract", "kernels", "--dtype", "float32"]])
+def test_kernels_that_cannot_be_judged_are_one_line(argv, capsys):
+    """Here, where GPTOSS_KERNELS declines them."""
+    assert main(["parity", "--against", "float64", *argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "kernels" in err
 
 
 def test_parity_walks_each_prompt(capsys):

@@ -194,7 +194,7 @@ def test_two_roundings_are_too_many():
     assert vectors.far_off(twice, STORED["norm/out/y"], *near) > 1
 
 
-@pytest.mark.parametrize("contract", [*parity.PLAIN, None])
+@pytest.mark.parametrize("contract", [*parity.PLAIN_CONTRACTS, None])
 def test_every_contract_is_near_enough_in_bf16(contract):
     """None: what runs unasked, the kernels on their path."""
     contract = parity.contract_for(contract, torch.bfloat16)
