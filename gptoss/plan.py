@@ -103,7 +103,8 @@ def token_seconds(config: GptOssConfig, seat: Seat, card: Card,
 class Setup:
     """So many cards for a model: bytes on the fullest of them, whether
     that fits, the longest context that would, and tokens a second with
-    shared tensors, and with a stage a card (None: does not divide)."""
+    shared tensors, and with a stage a card (None: does not divide). If
+    neither divides, no card has any bytes, and nothing fits."""
 
     gpus: int
     card: str
@@ -119,6 +120,8 @@ def setup(config: GptOssConfig, gpus: int, card: Card, context: int
           ) -> Setup:
     """One row of a plan: bf16, one sequence of `context` tokens."""
     shared = fits(config, gpus)
+    if not shared and gpus > config.num_hidden_layers:
+        return Setup(gpus, card.name, 0, 0, False, 0, None, None)
     seats = [take_seat(config, rank, gpus, 1 if shared else gpus)
              for rank in range(gpus)]
     full = max(seats, key=lambda seat: sum(seat_bytes(config, seat).values()))
@@ -156,10 +159,11 @@ def plan_table(name: str, config: GptOssConfig, context: int = 8192) -> str:
              f"{'tensor':>9} {'stages':>8}"]
     for row in plan(config, context):
         gb = (row.weights + row.cache) / 1e9
-        lines.append(f"{row.gpus} x {row.card:13} {gb:14.1f} "
-                     + (f"{row.longest:14,}{number(row.tensor)} "
-                        f"{number(row.pipeline)}" if row.fits
-                        else f"{'does not fit':>14}"))
+        lines.append(f"{row.gpus} x {row.card:13} " + (
+            f"{'-':>14} {'does not divide':>15}" if not row.weights else
+            f"{gb:14.1f} {row.longest:14,}{number(row.tensor)} "
+            f"{number(row.pipeline)}" if row.fits else
+            f"{gb:14.1f} {'does not fit':>14}"))
     return "\n".join(lines)
 
 
