@@ -1050,8 +1050,10 @@ def show_plan(args: argparse.Namespace) -> None:
     elif args.path in known:
         models = {args.path: known[args.path]()}
     else:
-        models = {args.path: GptOssConfig.from_pretrained(
-            weights_folder(resolve(args.path)))}
+        folder = resolve(args.path)  # a config alone will do
+        if not (folder / "config.json").exists():
+            folder = weights_folder(folder)
+        models = {args.path: GptOssConfig.from_pretrained(folder)}
     if args.json:
         print(json.dumps({name: [asdict(row) for row in plan(
             config, args.context)] for name, config in models.items()}))
