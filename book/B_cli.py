@@ -1485,8 +1485,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments or files (one line on stderr), 130 for Ctrl-C, 141 if nobody
     reads stdout any more, 128 + n for a signal n that a command minds."""
     closed = fill_streams()
-    if hasattr(sys.stdout, "reconfigure"):  # not every terminal is UTF-8
-        sys.stdout.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not every terminal is UTF-8
+            stream.reconfigure(errors="backslashreplace")
     try:
         if "stdout" in closed:
             raise UsageError("stdout is closed: nobody can read the answer")
