@@ -1691,7 +1691,7 @@ for ax, card in zip(axes, (CARDS[2], CARDS[0]), strict=True):
            xlabel="cards", title=f"{card.read / 1e12:.2f} TB/s, "
            + ("NVLink" if card.link > 1e11 else "PCIe"))
     ax.grid(axis="x", visible=False)
-axes[0].set_ylabel("ms a token, at best")
+axes[0].set(ylabel="ms a token, at best", ylim=(0, 6))
 axes[0].legend(loc="upper right")
 plt.show()
 
