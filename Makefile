@@ -1,6 +1,6 @@
-# `make demo` and `make test` need nothing but Python 3.11 or newer (with venv
-# and pip) and a C compiler; both set up .venv themselves. The last check of
-# `make test` opens the web book in Chromium (Debian: `apt install chromium`).
+# `make demo` and `make test` need nothing but Python 3.11 or newer (with pip)
+# and a C++ compiler; both set up .venv themselves. The last check of `make
+# test` opens the web book in a browser: the first looks for one, or gets one.
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
     $$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' \
     2>/dev/null && { echo $$p; break; }; done)
@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONHASHSEED ?= 0
 
 .PHONY: demo test tangle freeze book serve status clean \
-        check-tangle check-frozen lint unit notebooks browser
+        find-browser check-tangle check-frozen lint unit notebooks browser
 .NOTPARALLEL:
 
 # what the user of the demo says, one message each; the second conversation
@@ -32,20 +32,28 @@ demo: $(STAMP)
 	@printf '%s\n' $(SAID) | $(CHAT)
 
 # From cheap to dear; stops at the first that fails.
-test: check-tangle check-frozen lint unit notebooks book browser
+test: find-browser check-tangle check-frozen lint unit notebooks book browser
 	@echo "== every check passed"
 
 $(STAMP): requirements.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 found; set PYTHON="; \
 	    exit 1; }
 	@echo "== installing into .venv (a few minutes, once)"
-	@$(PYTHON) -m venv .venv
+	@# Debian has venv's installer of pip in a package of its own
+	@if $(PYTHON) -c "import ensurepip" 2>/dev/null; \
+	    then $(PYTHON) -m venv .venv; \
+	    else $(PYTHON) -m venv --without-pip .venv && \
+	    $(PYTHON) -m pip --python $(BIN)/python --quiet install pip; fi
 	@$(PIP) install -r requirements.txt
 	@$(PIP) install --no-deps --ignore-requires-python $(NO_DEPS)
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@# the font cache is announced on stderr, which no notebook should hold
 	@$(BIN)/python -c "import matplotlib.font_manager" 2>/dev/null
 	@touch $@
+
+find-browser: $(STAMP)
+	@echo "== a browser for the last check"
+	@$(BIN)/python tests/browser/find_browser.py
 
 check-tangle: $(STAMP)
 	@echo "== gptoss/ and book/api.md are what the chapters export"
@@ -63,6 +71,9 @@ unit: $(STAMP)
 	@echo "== pytest"
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup \
 	    --ignore=tests/browser tests
+	@echo "== pytest, with the kernels that users run (tests/conftest.py)"
+	@GPTOSS_KERNELS=auto HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -rs \
+	    -n $(JOBS) --dist loadgroup -m both_paths --ignore=tests/browser tests
 
 notebooks: $(STAMP)
 	@echo "== nbval: every output is what its cell prints now"
@@ -76,7 +87,7 @@ book: $(STAMP)
 	@$(BIN)/jupyter-book build --all --quiet -W --keep-going . >/dev/null
 	@echo "_build/html/index.html"
 
-browser: $(STAMP)
+browser: find-browser
 	@echo "== the web book in Chromium"
 	@$(BIN)/python -m pytest -n $(JOBS) --dist load tests/browser
 

@@ -265,10 +265,15 @@ print("bytes of index for a byte of blocks:",
 # block, the four float types, and checks that name what they refuse.
 
 # %% tags=["export"]
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
+from threading import RLock
 
 import torch
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 BLOCK = 32  # values that share one scale
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0,
@@ -427,53 +432,153 @@ print(table[256 * 128 + 0x2F].view(1).view(torch.bfloat16))
 #
 # The model must not care how a packed weight is multiplied. So this chapter
 # declares *operators*, names that PyTorch dispatches by device, with plain
-# torch behind them; chapter 13 registers kernels on the same names. An
-# operator is opaque to `torch.compile` and to the meta device, so it also
-# says what shape it returns.
+# torch behind them; chapter 13 registers kernels on the same names.
+#
+# Kernels have to be compiled, and nobody should wait for that before it is
+# needed: they are loaded when an operator first computes, or when a model is
+# read. It must not matter who asks first, by which import, or from which
+# thread. Hence one list of what is to be done, a lock around it, and a rule:
+# an entry is struck off when it *is* done. A second thread that comes
+# meanwhile waits and then computes with what was loaded, as the first does.
+# The list names chapter 13 by a string, so that nothing of it is imported
+# here.
 
 # %% tags=["export"]
-_FIRST_CALL = []
+_FIRST = ["gptoss.kernels:load_kernels"]
+_LOCK = RLock()  # the thread that loads may call operators itself
+_loading = False
 
 
-def before_first_call(action) -> None:
-    """Call action() once, before any operator of the package computes.
-
-    That is how kernels get in from below, as late as they are needed.
-    """
-    _FIRST_CALL.append(action)
+def before_first_call(action: str | Callable) -> None:
+    """Call action(), or "module:function", before the next operator that
+    computes: that is how kernels get in from below, as late as needed."""
+    _FIRST.append(action)
 
 
-def define_operator(schema: str, implementation, fake=None, backward=None,
-                    setup_context=None) -> None:
-    """Declare the torch.library operator `schema` unless it exists.
+def prepare() -> bool:
+    """Do, once, what comes before the first call. True: nothing was left."""
+    global _loading
+    if not _FIRST:
+        return True
+    with _LOCK:
+        if _loading:
+            return True
+        _loading = True
+        try:
+            while _FIRST:
+                action = _FIRST[0]
+                if isinstance(action, str):
+                    module, _, name = action.partition(":")
+                    action = getattr(import_module(module), name)
+                action()
+                _FIRST.pop(0)
+        finally:
+            _loading = False
+    return False
+
+# %%
+seen = []
+before_first_call(lambda: seen.append("loaded"))
+print(prepare(), prepare(), seen)
+
+# %% [markdown]
+# An operator is opaque to `torch.compile`, to the meta device and to fake
+# tensors, so it also says what it returns (`fake`). And it stands between
+# torch and what torch would differentiate. Some operators bring a gradient
+# formula; the others are compositions of torch's own functions, and there the
+# gate helps: where a gradient is asked for, backwards or forwards, the
+# composition itself runs, for torch to differentiate; elsewhere the dispatcher
+# goes on below its autograd keys, to a kernel, a fake tensor or whoever
+# listens there. (Calling the kernel at once instead would pass by the
+# listeners, and a fake tensor has no memory to read.)
+
+# %% tags=["export"]
+def _gate(name: str, implementation: Callable) -> Callable:
+    """What stands at the autograd key of an operator without a formula."""
+    def gate(keys, *args):
+        if ((torch.is_grad_enabled() and torch._C._any_requires_grad(*args))
+                or torch.autograd.forward_ad._current_level >= 0):
+            return implementation(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _operator(name).redispatch(
+                keys & torch._C._after_autograd_keyset, *args)
+    return gate
+
+
+def _words(argument) -> str:
+    """An argument in an error's note: type and sizes of a tensor."""
+    if not isinstance(argument, torch.Tensor):
+        return repr(argument)
+    return f"{argument.dtype} {tuple(argument.shape)}"
+
+
+def _compact(result: torch.Tensor) -> torch.Tensor:
+    """In one piece: torch.compile relies on the strides that `fake` says."""
+    return result.contiguous()
+
+
+def _operator(name: str):
+    namespace, _, operator = name.partition("::")
+    return getattr(getattr(torch.ops, namespace), operator).default
+
+# %% [markdown]
+# Whoever edits the cell of an operator and runs it again wants the new one. So
+# a definition replaces the one before; the kernels registered on the name
+# stay. What is defined is held by the namespace `torch.ops.gptoss` itself,
+# which a notebook and the package share.
+
+# %% tags=["export"]
+def define_operator(schema: str, implementation: Callable, fake=None,
+                    backward=None, setup_context=None, flops=None) -> None:
+    """Declare the torch.library operator `schema`, or declare it anew.
 
     implementation computes it with plain torch on every device; a kernel
-    registered later for "CPU" or "CUDA" takes precedence. fake returns an
-    empty tensor of the right shape (meta device, torch.compile); without
-    one, implementation is a composition that torch differentiates itself.
-    backward and setup_context: as in torch.library.register_autograd. The
-    guard lets a notebook run a cell twice, or beside the installed package.
+    registered for "CPU" or "CUDA" takes precedence. fake returns an empty
+    tensor of the right shape (meta device, torch.compile); None: what
+    implementation gives there. backward and setup_context: as in
+    torch.library.register_autograd; without them torch differentiates
+    implementation. flops: as in torch.utils.flop_counter's formulas.
     """
     name = schema.partition("(")[0]
     namespace, _, operator = name.partition("::")
-    if hasattr(getattr(torch.ops, namespace), operator):
-        return
+    held = vars(getattr(torch.ops, namespace)).setdefault("_held", {})
+    if operator in held:
+        held.pop(operator)._destroy()
+    library = held[operator] = torch.library.Library(namespace, "FRAGMENT")
+    library.define(schema.partition("::")[2],
+                   tags=(torch.Tag.pt2_compliant_tag,))
 
     def run(*args):
-        if not _FIRST_CALL:
-            return implementation(*args)
-        while _FIRST_CALL:
-            _FIRST_CALL.pop()()
-        return getattr(getattr(torch.ops, namespace), operator)(*args)
+        if not prepare():
+            return _operator(name)(*args)  # there may be a kernel now
+        try:
+            return tree_map(_compact, implementation(*args))
+        except Exception as error:
+            error.add_note(f"in {name}({', '.join(map(_words, args))})")
+            raise
 
-    torch.library.define(name, schema.removeprefix(name))
-    kind = "Implicit" if fake is None else "Explicit"
-    torch.library.impl(name, f"Composite{kind}Autograd", run)
-    if fake is not None:
-        torch.library.register_fake(name, fake)
-    if backward is not None:
-        torch.library.register_autograd(name, backward,
-                                        setup_context=setup_context)
+    def shape(*args):
+        return tree_map(_compact, (fake or implementation)(*args))
+
+    library.impl(operator, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(name, shape, lib=library)
+    if backward is None:
+        library.impl(operator, _gate(name, implementation), "Autograd",
+                     with_keyset=True)
+    else:
+        torch.library.register_autograd(
+            name, backward, setup_context=setup_context, lib=library)
+    if flops is not None:
+        flop_registry[_operator(name).overloadpacket] = shape_wrapper(flops)
+
+# %%
+for factor in (2, 3):  # a cell that was edited and run again
+    define_operator("gptoss::example(Tensor x) -> Tensor",
+                    lambda x, factor=factor: factor * x, torch.empty_like)
+    one = torch.ones(1, requires_grad=True)
+    torch.ops.gptoss.example(one).backward()
+    print(torch.ops.gptoss.example(one).item(), one.grad.item(),
+          tuple(torch.ops.gptoss.example(one.to("meta")).shape))
 
 # %% [markdown]
 # ### The decoder
@@ -798,6 +903,7 @@ def linear_by_decoding(x: torch.Tensor, blocks: torch.Tensor,
 
     The decoded weight lives only inside this call.
     """
+    _check(blocks, scales)
     weight = decode_by_table(blocks, scales, x.dtype)
     return torch.nn.functional.linear(x, weight, bias)
 

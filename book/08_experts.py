@@ -511,8 +511,9 @@ def _backward(ctx, grad):
             None)
 
 
-torch.library.register_autograd("gptoss::packed_experts", _backward,
-                                setup_context=_setup)
+define_operator(f"gptoss::packed_experts{_PACKED} -> Tensor",
+                packed_by_decoding, lambda x, *_: torch.empty_like(x),
+                _backward, _setup)
 
 # %% tags=["export"]
 def packed_experts(x: Tensor, ids: Tensor, weights: Tensor,

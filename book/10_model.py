@@ -244,6 +244,7 @@ print(f"{64 * length * length * 4 / 1e12:.1f} TB")
 # ### RMSNorm
 
 # %% tags=["export"]
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -253,11 +254,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptoss.cache import Cache
-from gptoss.checkpoint import Checkpoint, check_scales, resolve
+from gptoss.checkpoint import (
+    DTYPES,
+    FLOATS,
+    Checkpoint,
+    check_scales,
+    resolve,
+)
 from gptoss.config import GptOssConfig
 from gptoss.experts import Experts
 from gptoss.masks import positions_from_mask, visible
-from gptoss.mxfp4 import decode, define_operator
+from gptoss.mxfp4 import decode, define_operator, prepare
 from gptoss.rope import apply_rope, rope_parameters, rope_tables
 from gptoss.routing import Router, route
 from gptoss.sinks import attention_concat, attention_flash
@@ -342,7 +349,7 @@ def attention_in_tiles(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
         form(
             q[:, t:t + rows], k, v, sinks,
             visible(q_pos[:, t:t + rows], k_pos, window or None), scale)
-        for t in range(0, T, rows)]
+        for t in range(0, max(T, 1), rows)]
     return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=1)
 
 
@@ -365,13 +372,21 @@ print(tuple(tiled.shape))
 # The model does not call this function but the operator
 # `gptoss::sink_attention`, of which it is the plain implementation. Chapter
 # 13 registers faster ones for the same name; nothing here has to know.
-# It is made of torch's own operations, whose gradients torch knows.
+# It is made of torch's own operations, whose gradients torch knows. What torch
+# cannot know of an operator that it does not look into is how many FLOPs it
+# takes, so we say it.
 
 # %% tags=["export"]
+def _attention_flops(q, k, *_, out_shape=None, **__) -> int:
+    B, T, H, C = q  # shapes
+    return 4 * B * T * k[1] * H * C
+
+
 define_operator(
     "gptoss::sink_attention(Tensor q, Tensor k, Tensor v, Tensor sinks,"
     " Tensor q_pos, Tensor k_pos, int window, float scale) -> Tensor",
-    attention_in_tiles)
+    attention_in_tiles, lambda q, *_: torch.empty_like(q),
+    flops=_attention_flops)
 
 # %%
 sinks.requires_grad_()
@@ -387,9 +402,13 @@ print(torch.equal(out.detach(), whole), tuple(sinks.grad.shape))
 # runs on another device.
 
 # %% tags=["export"]
+def _linear_flops(x, weight, *_, out_shape=None, **__) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
 define_operator(
     "gptoss::linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    F.linear)
+    F.linear, flops=_linear_flops)
 define_operator(
     "gptoss::rope(Tensor x, Tensor cos, Tensor sin) -> Tensor", apply_rope)
 define_operator(
@@ -721,6 +740,7 @@ class GptOss(Stack):
         if cache is None:
             return self.run(tokens, positions, None, logits_to_keep)
         cache.check(positions)
+        cache.begin(positions)
         logits = self.run(tokens, positions, cache, logits_to_keep)
         cache.advance(positions)
         return logits
@@ -734,23 +754,27 @@ class GptOss(Stack):
 
     @classmethod
     def from_pretrained(cls, path: str | Path,
-                        dtype: torch.dtype = torch.bfloat16, device="cpu",
-                        packed: bool = True, revision: str | None = None
-                        ) -> "GptOss":
+                        dtype: torch.dtype | str = torch.bfloat16,
+                        device="cpu", packed: bool = True,
+                        revision: str | None = None) -> "GptOss":
         """The model in a folder or a hub repository, in any layout.
 
-        dtype: of everything but packed experts. packed: keep MXFP4 experts
-        packed (a bf16 checkpoint has none and loads dense); False decodes
-        them to dtype. Parameters are frozen; call requires_grad_() to train.
-        Tensors on the CPU whose dtype agrees stay memory-mapped. Raises
-        CheckpointError or ConfigError naming the file and the tensor.
+        dtype: of everything but packed experts; one of torch's, its name, or
+        "auto", the one that the checkpoint was saved in. packed: keep MXFP4
+        experts packed (a bf16 checkpoint has none and loads dense); False
+        decodes them to dtype. Parameters are frozen; call requires_grad_()
+        to train. Tensors on the CPU whose dtype agrees stay memory-mapped.
+        Raises CheckpointError or ConfigError naming the file and the tensor;
+        ModelError for a dtype that none can have.
         """
         with Checkpoint.open(resolve(path, revision)) as checkpoint:
+            dtype = pick_dtype(dtype, checkpoint)
             packed = packed and checkpoint.layout != "bf16"
             model = cls(checkpoint.config, dtype, "meta", packed)
             model.requires_grad_(False)
             tensors = dict(load_tensors(checkpoint, dtype, device, packed))
         model.load_state_dict(tensors, assign=True)
+        prepare()  # chapter 13's kernels, before threads share the model
         return model.eval()
 
 
@@ -810,7 +834,36 @@ def load_tensors(checkpoint: Checkpoint, dtype: torch.dtype, device,
 
 
 # %% [markdown]
-# To show it, a checkpoint in the released layout: random tensors for every
+# The dtype is a choice, and people write it in three ways: as torch does, by
+# name, or as "auto". The last is what `config.json` says of the file, which
+# need not be what lies in it (chapter 3): some programs save fp32 and say
+# bf16, and mean bf16.
+
+# %% tags=["export"]
+FLOATING = {str(dtype).removeprefix("torch."): dtype
+            for dtype in map(DTYPES.get, FLOATS)}
+
+
+def pick_dtype(dtype: torch.dtype | str, checkpoint: Checkpoint
+               ) -> torch.dtype:
+    """A dtype of torch from itself, its name or "auto"; ModelError."""
+    if dtype == "auto":
+        return checkpoint.dtype
+    found = FLOATING.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise ModelError(f"dtype: expected auto, {', '.join(FLOATING)}, "
+                         f"found {dtype!r:.100}")
+    return found
+
+
+# %%
+try:
+    print(pick_dtype("torch.float16", None), pick_dtype("int8", None))
+except ModelError as error:
+    print(error)
+
+# %% [markdown]
+# To show it all, a checkpoint in the released layout: random tensors for every
 # name in chapter 3's table, biases and sinks not zero, so that nothing can
 # hide.
 
@@ -852,6 +905,7 @@ worst = max((logits - found["hf", True]).abs().max().item()
             for logits in found.values())
 assert worst < 1e-4
 print(len(found), "ways to load, one model:", worst < 1e-4)
+print("auto:", GptOss.from_pretrained(path / "hf", "auto").norm.weight.dtype)
 
 # %% [markdown]
 # What agrees in dtype is mapped, not copied. Linux says what each stretch of

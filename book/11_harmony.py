@@ -200,15 +200,24 @@ print("channel:", header.removeprefix("<|channel|>"))
 # first the order of the pairs) is not obvious, and is tested below.
 #
 # **Control tokens.** Ids below $R = |\mathcal{V}|$ stand for bytes; ids from
-# $R$ on are control tokens. If the encoder is a function
+# $R$ on are the file's *added tokens*, in the released one control tokens all
+# 21. If the encoder is a function
 #
-# $$ \operatorname{encode} : \text{text} \to
-#    \{0, \dots, R-1\}^\ast $$ (harmony-safe)
+# $$ \operatorname{encode} : \text{text} \to \mathcal{T}^\ast, \qquad
+#    \mathcal{T} = \{0, \dots, R-1\} $$ (harmony-safe)
 #
 # then no text whatever gives a control token. That is a property of the
 # codomain: there is no list of strings to search for or to escape. The
-# encoder is built from the file without its control tokens; those are kept
-# in a table on the side.
+# control tokens are kept in a table on the side, for the program to use by
+# id.
+#
+# **Not every added token is one.** A fine-tune adds words to its tokenizer:
+# `<tool>`, `[INST]`, a name, 日本. Each entry of the file says what it is.
+# `special: true` is a mark for programs: nobody types it, nobody is shown it.
+# `special: false` is a word that got an id of its own; it joins
+# $\mathcal{T}$: typed, it becomes that id, and decoded, it is shown. To take
+# all added tokens for control tokens loses such words from every answer; to
+# take none for one lets a user write `<|end|>`.
 #
 # **A message** is, with brackets around what may be absent,
 #
@@ -243,18 +252,32 @@ print("channel:", header.removeprefix("<|channel|>"))
 #
 # **Old reasoning is dropped.** OpenAI's documentation asks to leave out the
 # reasoning of turns that ended in an answer, and to keep that of the turn in
-# progress, across its tool calls. A turn begins at a user's message, so with
-# $j$ the index of the last one, message $i$ is shown unless
+# progress, across its tool calls. An answer is a message of the assistant on
+# the final channel that says something. So with $j$ the index of the last
+# one, message $i$ is shown unless
 #
 # $$ c_i = \text{analysis} \quad\text{and}\quad i < j.
 #    $$ (harmony-drop)
 #
+# It is the answer that ends a turn, not the user's next message: a user may
+# break in while the model works ("be short", behind a tool's result), or say
+# "go on" to a thought that ran out of tokens, and the model needs to know
+# what it was thinking.
+#
 # This is the rule "turns"; openai-harmony has another. If the assistant's
 # last message is on the final channel, it drops the reasoning before the
 # *first* final message of the conversation, else nothing. The two agree when
-# a second turn starts. In the third, the second's reasoning stays; and when
-# the second calls a tool, the first's reasoning comes back, since the
-# assistant's last message is now the call. A cache notices: under
+# a second turn starts:
+#
+# | prompt | "official" shows the reasoning of | "turns" |
+# |---|---|---|
+# | turn 2, after the question | none | none |
+# | turn 2, after its tool's result | turns 1 and 2 | turn 2 |
+# | turn 3, after the question | turn 2 | none |
+# | turn 3, after its tool's result | turns 1, 2 and 3 | turn 3 |
+#
+# In the second line the first turn's reasoning comes back, since the
+# assistant's last message is now a call. A cache notices: under
 # {eq}`harmony-drop` a turn only appends to its prompt, and the cache is
 # rolled back (chapter 9) once a turn, when the user has spoken.
 #
@@ -306,10 +329,14 @@ plt.show()
 # %% tags=["export"]
 import codecs
 import json
+import math
 import operator
+import os
 import re
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from itertools import groupby
 from pathlib import Path
 
@@ -336,8 +363,14 @@ def byte_alphabet() -> tuple[str, ...]:
 ALPHABET = byte_alphabet()
 BYTE = {letter: byte for byte, letter in enumerate(ALPHABET)}
 
+
+def disguise(data: bytes) -> str:
+    """`data` as tokenizer.json spells it, one character a byte."""
+    return "".join(ALPHABET[byte] for byte in data)
+
+
 # %%
-print("".join(ALPHABET[byte] for byte in " café\n".encode()))
+print(disguise(" café\n".encode()))
 assert len(set(ALPHABET)) == 256
 
 # %% [markdown]
@@ -461,12 +494,9 @@ def tokenizer_json(ranks: Mapping[bytes, int],
             f"control tokens: expected ids from {len(ranks)} on without a "
             f"gap, found {list(control)}")
 
-    def spell(token: bytes) -> str:
-        return "".join(ALPHABET[byte] for byte in token)
-
     built = hf.Tokenizer(hf.models.BPE(
-        vocab={spell(token): rank for token, rank in ranks.items()},
-        merges=[(spell(left), spell(right))
+        vocab={disguise(token): rank for token, rank in ranks.items()},
+        merges=[(disguise(left), disguise(right))
                 for left, right in merges_from_ranks(ranks)],
         ignore_merges=True, fuse_unk=False, byte_fallback=False))
     built.pre_tokenizer = hf.pre_tokenizers.Sequence([
@@ -485,35 +515,251 @@ own = tokenizer_json(ranks, {260: "<|end|>"})
 print(json.loads(own)["added_tokens"][0]["content"], len(own), "characters")
 
 # %% [markdown]
-# ### The encoder knows no control token
+# ### What the file says, and what the library makes of it
+#
+# The file comes from others: a fine-tune adds tokens, a tool prunes, a hand
+# edits. `tokenizers` forgives much. An added token that says to have id 400
+# where 282 is the next free one gets 282, and one whose name is a word of the
+# vocabulary gets that word's id, both without an error; the model then reads
+# another row of its embedding than it was trained on. So a file is refused,
+# with the token's name, unless the library gives every token the id that the
+# file gives it: in the vocabulary 0 to $R - 1$, each once; then, for added
+# tokens that it does not hold already, one after another from $R$ on.
 
 # %% tags=["export"]
-def _split_control(text: str, source: str) -> tuple[str, dict[str, int]]:
-    """tokenizer.json without its control tokens, and those as a table."""
+_Added = list[tuple[str, int, bool]]  # spelling, id, special
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object; a name that stands in it twice is an error."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = sorted(name for name, _ in pairs)
+        raise ValueError("two entries " + next(
+            repr(one) for one, other in zip(names, names[1:], strict=False)
+            if one == other))
+    return found
+
+
+def _read_json(text: str, source: str) -> tuple[dict, _Added]:
+    """tokenizer.json, and its added tokens."""
     try:
-        data = json.loads(text)
-        special = {str(t["content"]): operator.index(t["id"])
-                   for t in data["added_tokens"]}
-        vocab = data["model"]["vocab"]
-        missing = [b for b, letter in enumerate(ALPHABET)
-                   if letter not in vocab]
-    except (ValueError, KeyError, TypeError) as error:
+        data = json.loads(text, object_pairs_hook=_once)
+        added = [(token["content"], token["id"], token["special"])
+                 for token in data["added_tokens"]]
+        vocab = dict(data["model"]["vocab"].items())
+    except (ValueError, KeyError, TypeError, AttributeError,
+            RecursionError) as error:
         raise HarmonyError(f"{source}: not a tokenizer.json ({error!r})"
                            ) from error
+    missing = [b for b, letter in enumerate(ALPHABET) if letter not in vocab]
     if missing:
         raise HarmonyError(f"{source}: expected a byte-level vocabulary with "
                            f"a token for each of 256 bytes, found none for "
                            f"byte {missing[0]} ({len(missing)} missing)")
-    for name in special:
-        vocab.pop(name, None)
-    data |= {"added_tokens": [], "truncation": None, "padding": None,
-             "post_processor": None}
-    return json.dumps(data, ensure_ascii=False), special
+    return data, added
+
+# %% tags=["export"]
+def _check_ids(vocab: Mapping[str, int], added: _Added, source: str) -> None:
+    """Raises HarmonyError unless `tokenizers` gives these ids too."""
+    seen: dict[object, str] = {}
+
+    def check(spelling: object, found: object, wanted: Iterable[int]) -> None:
+        if not isinstance(spelling, str) or not spelling:
+            raise HarmonyError(f"{source}: token with id {found!r}: expected "
+                               f"a spelling, found {spelling!r}")
+        if type(found) is not int or found not in wanted or found in seen:
+            other = seen.get(found) if type(found) is int else None
+            raise HarmonyError(
+                f"{source}: token {spelling[:80]!r}: expected id "
+                f"{' to '.join(map(str, sorted({min(wanted), max(wanted)})))}"
+                f", found {found!r}"
+                + (f", which {other[:80]!r} has" if other is not None else ""))
+        seen[found] = spelling
+
+    for spelling, found in vocab.items():
+        check(spelling, found, range(len(vocab)))
+    free = len(vocab)
+    seen.clear()
+    for spelling, found, _ in added:
+        known = isinstance(spelling, str) and spelling in vocab
+        check(spelling, found, [vocab[spelling] if known else free])
+        free += not known
 
 
 # %%
-plain, control = _split_control(own, "own")
-print(control, json.loads(plain)["added_tokens"])
+vocab = {"a": 0, "b": 1}
+for added in ([("<tool>", 2, False), ("b", 1, False), ("[INST]", 3, False)],
+              [("<tool>", 400, False)], [("b", 2, False)],
+              [("<tool>", 2, False), ("[INST]", 2, False)]):
+    try:
+        _check_ids(vocab, added, "tokenizer.json")
+        print("sound")
+    except HarmonyError as error:
+        print(error)
+
+# %% [markdown]
+# ### Which added tokens are control tokens
+#
+# Those that the file marks `special`, and harmony's own names whatever it
+# says of them: a file that forgot the mark must not let a user end a message.
+# There is one exception. A fine-tune may declare a word of the vocabulary
+# special, `!` for padding, say. Other words are merged from it, text cannot
+# do without it, and so it stays text.
+
+# %% tags=["export"]
+_HARMONY = re.compile(rf"<\|({'|'.join(NAMED.values())}|reserved_\d+)\|>")
+
+
+def _in_use(model: Mapping, names: set[str]) -> set[str]:
+    """Those of `names` that text is made of: bytes, and what takes part in
+    a merge or comes out of one."""
+    names = names & model["vocab"].keys()
+    found = names & BYTE.keys()
+    for pair in model["merges"] if names else ():
+        left, right = pair.split(" ") if isinstance(pair, str) else pair
+        found |= names & {left, right, left + right}
+    return found
+
+
+def _control_tokens(model: Mapping, added: _Added, source: str
+                    ) -> dict[str, int]:
+    """Name -> id of the added tokens that no text may become."""
+    found = {name: n for name, n, special in added
+             if special or _HARMONY.fullmatch(name)}
+    in_use = _in_use(model, {*found})
+    for name in filter(_HARMONY.fullmatch, sorted(in_use)):
+        raise HarmonyError(f"{source}: token {name!r}: expected a control "
+                           f"token, found one that text is merged into")
+    return {name: n for name, n in found.items() if name not in in_use}
+
+
+# %%
+added = [("<|end|>", 260, False), ("<tool>", 261, False),
+         ("<think>", 262, True), ("he", 256, True)]
+model = json.loads(own)["model"]
+print(_control_tokens(model, added, "tokenizer.json"))
+
+# %% [markdown]
+# `<|end|>` by its name, `<think>` by its mark; `<tool>` is a word, and so is
+# `he`, from which `the` is merged.
+#
+# ### The encoder gives no control token
+#
+# The engine looks for added tokens first and merges what is left between
+# them. Its switch `encode_special_tokens` makes it pass over those that are
+# marked special, so the mark has to be there. A trainer may have written a
+# control token into the vocabulary too, where a piece of text could meet it;
+# there it keeps its id under a spelling with a character that stands for no
+# byte, and no text comes to that. What else a byte-pair model may have
+# (random merges, marks at the ends of words) gpt-oss has not, and is refused.
+
+# %% tags=["export"]
+_NEVER = "\0"  # in no spelling of bytes
+
+
+def _without_control(data: dict, control: Mapping[str, int], source: str
+                     ) -> str:
+    """tokenizer.json for an engine that text cannot get `control` from."""
+    model = data["model"]
+    wrong = [key for key in ("dropout", "continuing_subword_prefix",
+                             "end_of_word_suffix") if model.get(key)]
+    wrong += ["type"] * (model.get("type", "BPE") != "BPE")
+    for key in wrong:
+        raise HarmonyError(f"{source}: model.{key}: expected a plain "
+                           f"byte-level BPE, found {model[key]!r}")
+    vocab = {_NEVER * (name in control) + name: n
+             for name, n in model["vocab"].items()}
+    tokens = [token | {"special": token["special"]
+                       or token["content"] in control}
+              for token in data["added_tokens"]]
+    return json.dumps(data | {
+        "model": model | {"vocab": vocab}, "added_tokens": tokens,
+        "truncation": None, "padding": None, "post_processor": None,
+        "decoder": None}, ensure_ascii=False)
+
+
+# %%
+data = json.loads(own)
+data["model"]["vocab"]["<|end|>"] = 260
+data["added_tokens"][0]["special"] = False
+told = json.loads(_without_control(data, {"<|end|>": 260}, "tokenizer.json"))
+print(told["added_tokens"][0]["special"], [*told["model"]["vocab"]][-1:])
+
+# %% [markdown]
+# An added word and a token of the vocabulary can share an id and yet be two
+# texts: to the file, `é` is the byte E9, since that is how
+# {eq}`harmony-alphabet` writes it. A fine-tune that adds the letter é gets
+# the byte, and the library's own decoding cannot read it back. We name it.
+
+# %% tags=["export"]
+def _spellings(vocab: Mapping[str, int], added: _Added,
+               control: Mapping[str, int], source: str) -> dict[int, str]:
+    """Id -> spelling in bytes of all tokens that are text."""
+    found = {n: spelling for spelling, n in vocab.items()
+             if spelling not in control}
+    for spelling, n in vocab.items():
+        if not BYTE.keys() >= set(spelling):  # the library: as it stands
+            found[n] = disguise(spelling.encode("utf-8"))
+    for name, n, special in added:
+        if name in control or special:
+            continue
+        spelling = disguise(name.encode("utf-8"))
+        if found.setdefault(n, spelling) != spelling:
+            raise HarmonyError(f"{source}: token {name!r}: expected an id "
+                               f"of its own, found {n}, which stands for "
+                               f"bytes that are another text")
+    return found
+
+
+# %%
+vocab = {"é": 0xE9, "yes": 256}
+added = [("yes", 256, False), ("日本", 257, False)]
+print(_spellings(vocab, added, {}, "tokenizer.json"))
+try:
+    _spellings(vocab, [("é", 0xE9, False)], {}, "tokenizer.json")
+except HarmonyError as error:
+    print(error)
+
+# %% [markdown]
+# ### Finding the file
+#
+# In the released layout the folder `original` holds a second copy of the
+# weights and no tokenizer; it uses that of the folder above. No other folder
+# does: the one above may be another model's.
+
+# %% tags=["export"]
+_MOST = 2 ** 28  # bytes of a tokenizer.json; the released one: 28 million
+
+
+def _find_json(folder: Path) -> Path:
+    """The tokenizer.json that belongs to the checkpoint in `folder`."""
+    above = Path(os.path.realpath(folder))
+    places = [folder] + [above.parent] * (above.name == "original")
+    for file in (place / "tokenizer.json" for place in places):
+        if os.path.lexists(file):
+            return file
+    raise HarmonyError(f"{folder}: no tokenizer.json there"
+                       + " or in the folder above" * (len(places) - 1))
+
+
+def _read_text(file: Path) -> str:
+    """The text of `file`; refuses what is no file or far too long."""
+    try:
+        state = file.stat()
+        if not stat.S_ISREG(state.st_mode):
+            raise HarmonyError(f"{file}: expected a regular file")
+        if state.st_size > _MOST:
+            raise HarmonyError(f"{file}: expected at most {_MOST:,} bytes, "
+                               f"found {state.st_size:,}")
+        return file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise HarmonyError(f"{file}: {error}") from error
+
+
+# %%
+print(_find_json(POCKET).name, f"{len(_read_text(POCKET / 'config.json')):,}",
+      "characters in its config.json")
 
 # %% [markdown]
 # ### The tokenizer
@@ -522,44 +768,63 @@ print(control, json.loads(plain)["added_tokens"])
 class Tokenizer:
     """Text to token ids and back; control tokens only by id.
 
-    `special` maps the name of each control token to its id. `encode`
-    knows nothing of them: whatever the text says, it gives text tokens.
-    `text` is the content of a tokenizer.json; `vocab_size` the number
-    of rows of the embedding (default: the ids that the file names). An id
-    below it that has no entry is a control token `<|reserved_ID|>`.
+    `special` maps the name of each control token to its id: what the file
+    marks special, and harmony's own names. `encode` gives none of them,
+    whatever the text says; every other token, added ones included, is text
+    both ways. `text` is the content of a tokenizer.json; `vocab_size` the
+    number of rows of the embedding (default: the ids that the file names).
+    An id below it that has no entry is a control token `<|reserved_ID|>`.
+    Raises HarmonyError, which names `source` and the token, for a file that
+    contradicts itself.
     """
 
     def __init__(self, text: str, vocab_size: int | None = None,
                  source: str = "tokenizer.json") -> None:
+        self._source = source
+        try:
+            self._load(text)
+        except HarmonyError:
+            raise
+        except Exception as error:  # the library raises bare Exception
+            raise HarmonyError(f"{source}: {' '.join(str(error).split())}"
+                               ) from error
+        self._name = {n: name for name, n in self.special.items()}
+        last = max(self._spelling | self._name)
+        self.vocab_size = last + 1 if vocab_size is None else vocab_size
+        if last >= self.vocab_size:
+            raise HarmonyError(
+                f"{source}: token {self.decode([last])!r}: expected an id "
+                f"below {self.vocab_size}, the model's vocab_size, found "
+                f"{last}")
+
+    def _load(self, text: str) -> None:
+        """Reads and checks `text`; makes the engine."""
         from tokenizers import Tokenizer as Engine
 
-        plain, self.special = _split_control(text, source)
-        try:
-            self._engine = Engine.from_str(plain)
-        except Exception as error:  # the library raises bare Exception
-            raise HarmonyError(f"{source}: {error}") from error
-        self._spelling = {n: s for s, n in self._engine.get_vocab().items()}
-        self._name = {n: name for name, n in self.special.items()}
-        known = 1 + max(self._spelling | self._name)
-        self.vocab_size = known if vocab_size is None else vocab_size
-        self._source = source
+        data, added = _read_json(text, self._source)
+        model, vocab = data["model"], data["model"]["vocab"]
+        _check_ids(vocab, added, self._source)
+        self.special = _control_tokens(model, added, self._source)
+        self._spelling = _spellings(vocab, added, self.special, self._source)
+        self._engine = Engine.from_str(_without_control(data, self.special,
+                                                        self._source))
+        self._engine.encode_special_tokens = True  # as text, it means
+        ids = {self._engine.token_to_id(name): n for name, n, _ in added
+               if name not in self.special}
+        # control tokens that the vocabulary held have new ids in the engine
+        self._file_id = {one: n for one, n in ids.items() if one != n}
+        if b"\xf4\x8f\xbf\xbd" not in self.decode_bytes(
+                self.encode("\U0010fffd")):
+            raise HarmonyError(f"{self._source}: pre_tokenizer: expected one "
+                               f"that turns text into bytes, found none")
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Tokenizer":
-        """Reads tokenizer.json in folder `path`, else in its parent."""
+        """Reads tokenizer.json in folder `path`; if that is `original`, the
+        released second copy, it may lie in the folder above."""
         folder = Path(path)
-        for place in (folder, folder.resolve().parent):
-            file = place / "tokenizer.json"
-            if file.is_file():
-                break
-        else:
-            raise HarmonyError(f"{folder}: no tokenizer.json there or in "
-                               f"the folder above")
-        try:
-            text = file.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise HarmonyError(f"{file}: {error}") from error
-        config = folder / "config.json"
+        file = _find_json(folder)
+        text, config = _read_text(file), folder / "config.json"
         size = (GptOssConfig.from_pretrained(config).vocab_size
                 if config.is_file() else None)
         return cls(text, size, str(file))
@@ -573,7 +838,9 @@ class Tokenizer:
                 f"text: expected Unicode characters, found the lone "
                 f"surrogate U+{ord(text[error.start]):04X} at index "
                 f"{error.start}") from error
-        return self._engine.encode(text, add_special_tokens=False).ids
+        ids = self._engine.encode(text, add_special_tokens=False).ids
+        return ([self._file_id.get(n, n) for n in ids] if self._file_id
+                else ids)
 
     def is_special(self, token: int) -> bool:
         """Whether `token` is a control token (named or reserved)."""
@@ -618,6 +885,25 @@ print(tokenizer.decode([*ids, end]))
 print(tokenizer.decode([*ids, end], skip_special=True))
 
 # %% [markdown]
+# A fine-tune of the shipped model adds two tokens, a word for its users and a
+# mark for its program, and a user types both:
+
+# %%
+data = json.loads((POCKET / "tokenizer.json").read_text("utf-8"))
+first = tokenizer.vocab_size
+data["added_tokens"] += [
+    data["added_tokens"][0] | {"id": first + n, "content": name,
+                               "special": special}
+    for n, (name, special) in enumerate([("[cat]", False), ("<mark>", True)])]
+tuned = Tokenizer(json.dumps(data))
+ids = tuned.encode("a [cat]<mark>")
+print([tuned.decode([n]) for n in ids])
+print(tuned.decode([*ids, first, first + 1], skip_special=True))
+
+# %% [markdown]
+# `[cat]` is one token, and shown; `<mark>` is spelt out where it was typed,
+# and where the program put it, hidden.
+#
 # ### A message
 
 # %% tags=["export"]
@@ -734,6 +1020,96 @@ assert ids[-1] == tokenizer.special["<|end|>"]
 # silently gone. The oddities (the indent of a nested brace, the description
 # of a union that vanishes if its first variant has the same) are
 # openai-harmony's, kept because the models were shown its output.
+#
+# **Numbers** are one of the oddities. A tolerance of 1e-5 as a default is
+# nothing exotic, and Python writes it `1e-05`. openai-harmony is written in
+# Rust; its JSON library, serde_json, reads the number and writes `0.00001`:
+# other characters, other tokens. The two differ in four ways.
+#
+# - A number is written out from $10^{-5}$ to below $10^{16}$, and else has a
+#   bare exponent: `1e-6`, `1e16`.
+# - An integer that does not fit into 64 bits becomes a float.
+# - What JSON cannot say, infinity and NaN, is an error.
+# - Reading is quick, not exact: the digits as one integer below $2^{64}$,
+#   times or divided by a power of ten, each of the two rounded. Numbers of
+#   up to 15 digits come through; of those with 17, the usual length of a
+#   float that was computed, one in eight becomes a neighbour of itself.
+
+# %% tags=["export"]
+def _as_read(text: str) -> float:
+    """The float that serde_json reads in a decimal number."""
+    sign, digits, exponent = Decimal(text).as_tuple()
+    whole = int("".join(map(str, digits)))
+    while whole >= 2 ** 64:
+        whole, exponent = whole // 10, exponent + 1
+    value = float(whole)
+    while exponent < -308:
+        value, exponent = value / 1e308, exponent + 308
+    power = float(f"1e{abs(exponent)}")
+    value = value / power if exponent < 0 else value * power
+    return -value if sign else value
+
+
+def _number(value: int | float) -> str | None:
+    """A number as serde_json spells it; None: JSON has no such number."""
+    if isinstance(value, int) and -2 ** 63 <= value < 2 ** 64:
+        return str(int(value))
+    if not abs(value) < 10 ** 309:  # nor is NaN
+        return None
+    value = _as_read(repr(float(value)) if isinstance(value, float)
+                     else str(value))
+    digits, _, power = repr(value).partition("e")
+    if power == "-05":
+        sign = "-" * (value < 0)
+        return f"{sign}0.0000{digits.lstrip('-').replace('.', '')}"
+    if not math.isfinite(value):
+        return None
+    return f"{digits}e{int(power)}" if power else digits
+
+
+# %%
+for value in (1e-4, 1e-5, 2.5e-5, 1e-6, 1e15, 1e16, 2 ** 64 - 1, 2 ** 64,
+              0.1 + 0.2, 1 / 11):
+    print(f"{value!r:22} {_number(value)}")
+
+# %% [markdown]
+# The last line is a neighbour. The rest of JSON both write alike. A schema
+# is looked through as a whole, so that an infinity is named wherever it
+# stands, as is anything that JSON does not know.
+
+# %% tags=["export"]
+def _json(value: object, where: str) -> str:
+    """`value` as serde_json writes it; `where`: its place, for errors."""
+    if isinstance(value, Mapping):
+        items = [(key if isinstance(key, str) else _json(key, where), item)
+                 for key, item in value.items()]
+        return "{" + ",".join(
+            f"{_json(key, where)}:{_json(item, f'{where}.{key}')}"
+            for key, item in items) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(_json(item, f"{where}[{n}]")
+                              for n, item in enumerate(value)) + "]"
+    if value is None or isinstance(value, bool | str):
+        return json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, int | float):
+        raise HarmonyError(f"{where}: expected JSON, found {value!r}")
+    if (text := _number(value)) is None:
+        raise HarmonyError(
+            f"{where}: expected a number that JSON can hold, found " +
+            (repr(value) if isinstance(value, float) else
+             f"an integer of {value.bit_length()} bits"))
+    return text
+
+
+# %%
+print(_json({"tolerance": 1e-5, "steps": [1e3, 10 ** 20]}, "default"))
+try:
+    _json({"properties": {"x": {"default": float("inf")}}}, "parameters")
+except HarmonyError as error:
+    print(error)
+
+# %% [markdown]
+# Now the types.
 
 # %% tags=["export"]
 _NAMES = {"number": "number", "integer": "number", "boolean": "boolean"}
@@ -785,7 +1161,7 @@ def _default(schema: object, bare: bool = True) -> str | None:
     if isinstance(value, str) and not _get(schema, "enum", list):
         return f'default: "{value}"'
     if not (isinstance(value, str) and bare):
-        value = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        value = _json(value, "default")
     return f"default: {value}"
 
 
@@ -859,18 +1235,28 @@ class Tool:
 
 # %% tags=["export"]
 def _lines(text: str) -> list[str]:
-    """Only LF and CR LF end a line, as in Rust."""
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
-    return lines[:-1] if text.endswith("\n") or not text else lines
+    """Only LF and CR LF end a line, as in Rust; a CR alone is text."""
+    *lines, last = text.split("\n")
+    return [line.removesuffix("\r") for line in lines] + [last] * bool(last)
 
 
 def typescript(tools: Iterable[Tool], namespace: str = "functions") -> str:
-    """`tools` as the TypeScript namespace that the models are shown."""
+    """`tools` as the TypeScript namespace that the models are shown.
+
+    Raises HarmonyError, which names the place, for parameters that are not
+    JSON.
+    """
     out = [f"namespace {namespace} {{\n"]
     for tool in tools:
         out += [f"// {line}" for line in _lines(tool.description)]
-        argument = ("" if tool.parameters is None
-                    else f"_: {_type(tool.parameters)}")
+        argument = ""
+        if tool.parameters is not None:
+            try:
+                _json(tool.parameters, f"tool {tool.name!r}: parameters")
+                argument = f"_: {_type(tool.parameters)}"
+            except RecursionError as error:
+                raise HarmonyError(f"tool {tool.name!r}: parameters: nested "
+                                   f"too deeply") from error
         out.append(f"type {tool.name} = ({argument}) => any;\n")
     return "\n".join([*out, f"}} // namespace {namespace}"])
 
@@ -993,13 +1379,20 @@ print(system_message("low", date="2026-11-24", functions=True).content)
 # ### A conversation
 
 # %% tags=["export"]
+def _is_answer(message: Message) -> bool:
+    """Whether `message` ends the assistant's turn."""
+    return (message.role == "assistant" and message.channel == "final"
+            and message.recipient in (None, "all")
+            and message.content != "")
+
+
 def _forgotten(messages: list[Message], drop: str) -> int:
     """Reasoning before this index is dropped."""
     if drop == "none":
         return 0
     if drop == "turns":
         return max((n for n, message in enumerate(messages)
-                    if message.role == "user"), default=0)
+                    if _is_answer(message)), default=0)
     if drop != "official":
         raise HarmonyError(f"drop: expected 'official', 'turns' or 'none', "
                            f"found {drop!r}")
@@ -1016,9 +1409,9 @@ def render(tokenizer: Tokenizer, messages: Iterable[Message],
     """Token ids of a conversation, and `<|start|>assistant` if `reply`.
 
     `drop`: which messages of the analysis channel are left out. "turns":
-    those before the last user's message. "official", as openai-harmony:
-    those before the first final message, if the assistant's last message is
-    final. "none".
+    those before the assistant's last answer, a final message that is not
+    empty. "official", as openai-harmony: those before the first final
+    message, if the assistant's last message is final. "none".
     """
     messages = list(messages)
     start = _forgotten(messages, drop)
@@ -1061,6 +1454,24 @@ for drop in ("official", "turns"):
 # Under the official rule the first turn's two are gone when the second
 # begins, are back when it has called its tool, and the second's own two stay
 # for good.
+#
+# A turn that has not ended is where the rules must not forget. The user
+# breaks in after the tool's result; or the model's tokens ran out before an
+# answer, and a program stored an empty one:
+
+# %%
+broken_in = [*turn[:4], Message("user", "Be short.")]
+cut_off = [*turn[:2], Message("assistant", "", "final"),
+           Message("user", "Go on.")]
+for drop in ("official", "turns"):
+    print(f"{drop:8}", [
+        tokenizer.decode(render(tokenizer, messages, drop=drop)
+                         ).count("<|channel|>analysis")
+        for messages in (broken_in, cut_off)])
+
+# %% [markdown]
+# To openai-harmony any final message is an answer, an empty one too. But for
+# that, our rule never shows more than the official one.
 
 # %% [markdown]
 # ### What a parser reports
@@ -1134,8 +1545,13 @@ def _fields(pieces: _Pieces) -> tuple[dict, list[str], list[str]]:
     found, words, wrong = {}, [], []
     for control, data in pieces:
         parts = data.decode("utf-8", "replace").split()
+        if _CONSTRAIN in found and any(word.startswith("to=")
+                                       for word in parts):
+            wrong.append(f"a format before to=: {found[_CONSTRAIN]!r}")
         if control:
             value = parts.pop(0) if parts else ""
+            if control == "<|channel|>" and value and data[:1].isspace():
+                wrong.append("white space behind <|channel|>")
             if control in found:
                 wrong.append(f"two {control} in a header")
             if control == "<|channel|>" and not value:
@@ -1181,6 +1597,7 @@ def _read_header(pieces: _Pieces, role: str | None, started: bool
     wrong += complaints
     channel, kind = found.get("<|channel|>"), found.get(_CONSTRAIN)
     to = [word[3:] for word in words if word.startswith("to=")]
+    early = not all(word.startswith("to=") for word in words[:len(to)])
     words = [word for word in words if not word.startswith("to=")]
     if channel is None and words and words[0] in CHANNELS:
         channel = words.pop(0)
@@ -1191,6 +1608,8 @@ def _read_header(pieces: _Pieces, role: str | None, started: bool
         kind = words[0]
     if words and not (words == [kind] and _WORD.fullmatch(kind)):
         wrong.append(f"unexpected text {' '.join(words)!r} in a header")
+    elif words and early:
+        wrong.append(f"a format before to=: {kind!r}")
     if len(to) > 1 or "" in to:
         wrong.append(f"recipients {to} in a header")
     if role == "assistant" and channel not in CHANNELS:

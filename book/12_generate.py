@@ -254,7 +254,6 @@ except RuntimeError as error:
 
 # %% tags=["export"]
 import codecs
-import json
 import math
 import operator
 import sys
@@ -268,7 +267,8 @@ import torch
 from torch import Tensor
 
 from gptoss.cache import Cache
-from gptoss.config import GptOssConfig
+from gptoss.checkpoint import config_folder, home_file
+from gptoss.config import GptOssConfig, read_json
 from gptoss.harmony import Tokenizer
 from gptoss.model import GptOss
 
@@ -482,33 +482,83 @@ except GenerateError as error:
 
 # %% [markdown]
 # ### When to stop
+#
+# `generation_config.json` has the ids. But people put only a temperature
+# there, and `transformers` itself writes files without ids. Where it says
+# nothing, `config.json` may; and if that says nothing either, a gpt-oss still
+# ends its turns as harmony does (chapter 11), with the tokens of those names
+# in its tokenizer. A list of no ids says nothing, too: a text that nothing
+# can end is not what anybody meant.
 
 # %% tags=["export"]
+HARMONY_STOPS = {"<|return|>": 200002, "<|endoftext|>": 199999,
+                 "<|call|>": 200012}
+
+
+def _said_stops(file: Path) -> tuple[int, ...]:
+    """eos_token_id of a JSON file; () if it says nothing of it."""
+    said = read_json(file)
+    if not isinstance(said, dict):
+        _refuse(str(file), "a JSON object", type(said).__name__)
+    found = said.get("eos_token_id")
+    if found is None:
+        return ()
+    ids = found if isinstance(found, list) else [found]
+    if not all(_is_number(n, int) and 0 <= n < 2 ** 31 for n in ids):
+        raise GenerateError(f"{file}: eos_token_id: expected a token id or a"
+                            f" list of them, found {found!r:.200}")
+    return tuple(dict.fromkeys(ids))
+
+
 def stop_ids(source: str | Path | GptOssConfig) -> tuple[int, ...]:
     """The ids that end a text, from `source`.
 
     A folder: `eos_token_id` (a number or a list) of generation_config.json,
-    there or, as for `original/`, in the folder above; without one, of
-    config.json. A config: its own.
+    there or, for `original/`, in the folder above; if it says nothing, of
+    config.json; else harmony's, as the tokenizer there has them. A config:
+    its own. GenerateError or ConfigError names the file.
     """
     if isinstance(source, GptOssConfig):
         return (source.eos_token_id,)
-    folder, name = Path(source), "generation_config.json"
-    file = next((place / name for place in (folder, folder.resolve().parent)
-                 if (place / name).is_file()), None)
-    if file is None:
-        return stop_ids(GptOssConfig.from_pretrained(source))
-    try:
-        found = json.loads(file.read_bytes())["eos_token_id"]
-        ids = found if isinstance(found, list) else [found]
-        return tuple(dict.fromkeys(operator.index(n) for n in ids))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise GenerateError(f"{file}: expected eos_token_id, a number or a "
-                            f"list of numbers, found {error!r}") from error
+    folder = Path(source)
+    file = home_file(folder, "generation_config.json")
+    ids = _said_stops(file) if file else ()
+    ids = ids or _said_stops(config_folder(folder) / "config.json")
+    if ids:
+        return ids
+    known = (Tokenizer.from_pretrained(folder).special
+             if home_file(folder, "tokenizer.json") else HARMONY_STOPS)
+    ids = tuple(known[name] for name in HARMONY_STOPS if name in known)
+    if not ids:
+        _refuse(f"{folder}: eos_token_id", "some in generation_config.json or"
+                " config.json", None)
+    return ids
 
 # %%
+import json
+import shutil
+import tempfile
+
 stop = stop_ids(POCKET)
 print([tokenizer.decode([n]) for n in stop])
+with tempfile.TemporaryDirectory() as folder:
+    said = Path(folder, "generation_config.json")
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(POCKET / name, folder)
+    for text in ('{"temperature": 0.7}', '{"eos_token_id": []}',
+                 '{"eos_token_id": [273, null]}'):
+        said.write_text(text)
+        try:
+            print(text, stop_ids(folder))
+        except GenerateError as error:
+            print(str(error).removeprefix(f"{folder}/"))
+    whole = json.loads(Path(folder, "config.json").read_text())
+    for stop in (None, []):
+        Path(folder, "config.json").write_text(json.dumps(
+            whole | {"eos_token_id": stop}))
+        said.unlink(missing_ok=True)
+        print(f"config.json with {stop}:", stop_ids(folder))
+stop = stop_ids(POCKET)
 
 # %% [markdown]
 # ### What is checked before any work
@@ -577,10 +627,13 @@ def _limit(config: GptOssConfig, cache: Cache | None) -> int:
     return most or config.max_position_embeddings
 
 
-def _generators(seed: int | None, rows: int) -> list[torch.Generator]:
+def _generators(model: GptOss, seed: int | None, rows: int
+                ) -> list[torch.Generator]:
     """A generator for each row; row 0 of a seed is the seed itself."""
     if seed is None:
-        seed = torch.randint(2 ** 48, ()).item()
+        drawn = seed = torch.randint(2 ** 48, ()).item()
+        if (link := getattr(model, "link", None)) is not None:
+            seed = link.same(lambda: drawn)  # one for all its processes
     if not (_is_number(seed, int) and 0 <= seed < 2 ** 63):
         _refuse("seed", "an integer from 0 to 2**63 - 1", seed)
     return [torch.Generator().manual_seed(seed + row) for row in range(rows)]
@@ -589,14 +642,18 @@ def _generators(seed: int | None, rows: int) -> list[torch.Generator]:
 def _generate(model: GptOss, prompt: list[int], count: int,
               sampler: Sampler, stop: frozenset[int],
               generator: torch.Generator, cache: Cache, chunk: int,
-              decode: Decoder | None) -> Iterator[int]:
+              decode: Decoder | None, pauses: bool) -> Iterator[int | None]:
     feed = torch.tensor([prompt], device=model.embed_tokens.weight.device)
     run = forward_step(model, cache)
     for produced in range(1, count + 1):
+        *parts, last = feed.split(chunk, dim=1)
+        for part in parts:  # of the prompt; then `feed` is a single token
+            with torch.inference_mode():
+                run(part)
+            if pauses:
+                yield None
         with torch.inference_mode():
-            for part in feed.split(chunk, dim=1):
-                logits = run(part)
-            chosen = sampler(logits[:, -1], generator)
+            chosen = sampler(run(last)[:, -1], generator)
         token = chosen.item()
         yield token
         if token in stop or produced == count:
@@ -610,7 +667,8 @@ def generate(model: GptOss, prompt: Sequence[int], *,
              max_new_tokens: int = 256, sampler: Sampler | None = None,
              stop: Iterable[int] = (), seed: int | None = None,
              cache: Cache | None = None, prefill_chunk: int = 512,
-             decode: Decoder | None = None) -> Iterator[int]:
+             decode: Decoder | None = None, pauses: bool = False
+             ) -> Iterator[int | None]:
     """Yields the token ids that follow `prompt`, a list of ids.
 
     Ends after `max_new_tokens`, after a token in `stop` (which is
@@ -618,7 +676,9 @@ def generate(model: GptOss, prompt: Sequence[int], *,
     batch 1 whose tokens precede the prompt; afterwards it holds all but the
     last token yielded, so the next prompt begins with that one. `decode`:
     how to run single tokens, `forward_step` or chapter 13's `DecodeStep`;
-    None: as `use_decoder` said.
+    None: as `use_decoder` said. `pauses`: yield None after each chunk of
+    the prompt but the last, so that a long prompt can be left: the cache
+    then holds the chunks that were fed.
     Raises GenerateError at the call, not at the first token.
     """
     prompt = [operator.index(token) for token in prompt]
@@ -631,14 +691,31 @@ def generate(model: GptOss, prompt: Sequence[int], *,
     # the last token needs no position of its own: nothing is fed after it
     count = min(max_new_tokens, limit - held - len(prompt) + 1)
     return _generate(model, prompt, count, sampler or Sampler(),
-                     frozenset(stop), _generators(seed, 1)[0],
-                     cache or model.new_cache(), prefill_chunk, decode)
+                     frozenset(stop), _generators(model, seed, 1)[0],
+                     cache or model.new_cache(), prefill_chunk, decode,
+                     pauses)
 
 # %%
 ids = list(generate(model, tokenizer.encode(opening), stop=stop,
                     sampler=Sampler(0)))
 print(len(ids), "tokens, ended by", tokenizer.decode(ids[-1:]))
 print(tokenizer.decode(ids[:40]), "...")
+
+# %% [markdown]
+# A long prompt takes its time before the first token: the 20b needs minutes
+# for 10,000 tokens on a CPU. Whoever asks for `pauses` has the control back
+# after every chunk, may show how far the model has read, or stop. What was
+# fed is in the cache, and the rest of the prompt can be fed later:
+
+# %%
+cache, long = model.new_cache(), tokenizer.encode(opening + lost) * 2
+for token in generate(model, long, cache=cache, prefill_chunk=20,
+                      sampler=Sampler(0), pauses=True):
+    print(f"{cache.length} of {len(long)} fed, then {token}")
+    if cache.length >= 60:
+        break
+rest = generate(model, long[cache.length:], cache=cache, sampler=Sampler(0))
+assert next(rest) == next(generate(model, long, sampler=Sampler(0)))
 
 # %% [markdown]
 # ### Many texts at once
@@ -692,7 +769,7 @@ def generate_batch(model: GptOss, prompts: Sequence[Sequence[int]], *,
             raise GenerateError(f"row {number}: {error}") from None
     if not rows:
         return []
-    generators = _generators(seed, len(rows))
+    generators = _generators(model, seed, len(rows))
     room = [min(max_new_tokens, limit - len(row) + 1) for row in rows]
     cache = model.new_cache(batch_size=len(rows))
     out: list[list[int]] = [[] for _ in rows]
@@ -821,23 +898,31 @@ print(done.finish_reason, len(done.tokens), done.text)
 # ### A conversation: what a message may look like
 #
 # From here on the chapter writes a second module, `gptoss.chat`. Messages
-# come as the plain dicts of OpenAI's chat interface; one that is wrong is
-# refused by its place and key.
+# come as the plain dicts of OpenAI's chat interface, as its clients' objects,
+# or as items of its Responses interface. All these were made before gpt-oss
+# was, and everybody has added a key of their own. So we read every key that
+# says something to the model, and refuse by its place and name any other
+# that holds something: a text that is left out without a word changes the
+# conversation, and nobody learns why the answer is odd.
 
 # %% tags=["export:chat"]
 import ast
 import dataclasses
 import datetime
+import functools
 import inspect
 import itertools
 import json
+import logging
+import math
 import random
 import re
 import reprlib
 import time
-import types
 import typing
+import types
 import warnings
+import weakref
 from collections.abc import (
     Callable,
     Generator,
@@ -873,6 +958,8 @@ from gptoss.harmony import (
 )
 from gptoss.model import GptOss
 
+_log = logging.getLogger("gptoss")
+
 
 # %% tags=["export:chat"]
 class ChatError(ValueError):
@@ -885,14 +972,57 @@ def _expect(fits: bool, where: str, expected: str, found: object) -> None:
         raise ChatError(f"{where}: expected {expected}, found {shown}")
 
 
+# keys of clients that tell a model nothing
+_IDLE = frozenset({
+    "id", "object", "created", "created_at", "timestamp", "index", "status",
+    "model", "finish_reason", "stop_reason", "usage", "logprobs",
+    "cache_control"})
+
+
+def _dict(value: object, where: str) -> Mapping:
+    """`value`, a dict or an object that makes one by `model_dump()`."""
+    dump = getattr(value, "model_dump", None)
+    if callable(dump) and not isinstance(value, Mapping | type):
+        value = dump()
+    _expect(isinstance(value, Mapping), where, "a dict", value)
+    return value
+
+
+def _known(given: Mapping, keys: Sequence[str], where: str) -> None:
+    """Refuse a key that holds something and would not be read."""
+    for key, value in given.items():
+        empty = value is None or value is False or (
+            isinstance(value, str | list | tuple | Mapping) and not value)
+        _expect(empty or key in keys or key in _IDLE, f"{where}.{key}",
+                f"no keys but {', '.join(keys)}", value)
+
+
+# %% [markdown]
+# A text is a string or a list of parts, and three interfaces call their
+# parts by four names:
+
+# %% tags=["export:chat"]
+# type of a part -> the key with its text
+_PARTS = {"text": "text", "input_text": "text", "output_text": "text",
+          "refusal": "refusal"}
+
+
+def _part(part: object, where: str) -> str:
+    """The text of one part of a content."""
+    part = _dict(part, where)
+    kind = part.get("type")
+    key = _PARTS.get(kind) if isinstance(kind, str) else None
+    _expect(key is not None and isinstance(part.get(key), str), where,
+            "{'type': 'text', 'text': ...}", part)
+    _known(part, ("type", key), where)
+    return part[key]
+
+
 def _text(content: object, where: str) -> str:
     """The text of `content`, a string or a list of text parts."""
-    if isinstance(content, list):
-        for n, part in enumerate(content):
-            fits = isinstance(part, Mapping) and part.get("type") == "text"
-            _expect(fits and isinstance(part.get("text"), str),
-                    f"{where}[{n}]", "{'type': 'text', 'text': ...}", part)
-        content = "".join(part["text"] for part in content)
+    if isinstance(content, list | tuple):
+        content = "".join(_part(part, f"{where}[{n}]")
+                          for n, part in enumerate(content))
     _expect(isinstance(content, str), where,
             "a string or a list of text parts", content)
     _expect(not re.search("[\ud800-\udfff]", content), where,
@@ -901,117 +1031,295 @@ def _text(content: object, where: str) -> str:
 
 # %%
 print(_text([{"type": "text", "text": "two "},
-             {"type": "text", "text": "parts"}], "messages[0].content"))
-try:
-    _text([{"type": "image_url"}], "messages[0].content")
-except ChatError as error:
-    print(error)
+             {"type": "input_text", "text": "parts"}], "messages[0].content"))
+for wrong in ([{"type": "image_url"}],
+              [{"type": "text", "text": "a", "bold": True}]):
+    try:
+        _text(wrong, "messages[0].content")
+    except ChatError as error:
+        print(error)
+
+# %% [markdown]
+# What the model thought has many names: `reasoning` here and in vLLM,
+# `reasoning_content` in llama.cpp, `thinking` in ollama and in the released
+# chat template, lists of pieces in OpenRouter (`reasoning_details`) and
+# LiteLLM (`thinking_blocks`). A client may send the same thought under two
+# of them. It counts once; two different ones are a contradiction.
+
+# %% tags=["export:chat"]
+# type of a piece of reasoning -> the key with its text
+_PIECES = {"reasoning.text": "text", "reasoning.summary": "summary",
+           "thinking": "thinking", "reasoning_text": "text",
+           "summary_text": "text"}
+_THOUGHTS = ("reasoning", "reasoning_content", "thinking",
+             "reasoning_details", "thinking_blocks")
+
+
+def _piece(piece: object, where: str) -> str:
+    """The text of one entry of a list of reasoning."""
+    piece = _dict(piece, where)
+    kind = piece.get("type")
+    if isinstance(kind, str) and kind in _PARTS:
+        return _part(piece, where)
+    key = _PIECES.get(kind) if isinstance(kind, str) else None
+    _expect(key is not None, f"{where}.type",
+            f"one of {', '.join(_PIECES)} (what is encrypted cannot be "
+            "read)", kind)
+    _known(piece, ("type", key, "signature", "format"), where)
+    return _text(piece.get(key) or "", f"{where}.{key}")
+
+
+def _thought(message: Mapping, where: str) -> str:
+    """What the assistant thought, under whichever keys."""
+    first, thought = "", ""
+    for key in _THOUGHTS:
+        found, at = message.get(key), f"{where}.{key}"
+        if isinstance(found, list | tuple):
+            found = "".join(_piece(piece, f"{at}[{n}]")
+                            for n, piece in enumerate(found))
+        found = _text("" if found is None else found, at)
+        _expect(not (found and thought) or found.strip() == thought.strip(),
+                at, f"the same as {first}, or only one of them", found)
+        if found and not thought:
+            first, thought = key, found
+    return thought
+
+# %%
+for message in ({"reasoning": "Add.", "reasoning_content": "Add."},
+                {"reasoning_details": [{"type": "reasoning.text",
+                                        "text": "Add.", "index": 0}]},
+                {"reasoning": "Add.", "thinking": "Subtract."},
+                {"reasoning_details": [{"type": "reasoning.encrypted"}]}):
+    try:
+        print(_thought(message, "messages[1]"))
+    except ChatError as error:
+        print(error)
 
 # %% tags=["export:chat"]
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _OTHER = re.compile(r"[^A-Za-z0-9_.-]")
 
 
-def _call(call: object, where: str) -> Message:
-    """One entry of `tool_calls` as a message to the function."""
-    _expect(isinstance(call, Mapping) and isinstance(call.get("id"), str),
-            f"{where}.id", "a string", call)
+def _name(name: object, where: str) -> str:
+    _expect(isinstance(name, str) and bool(_NAME.fullmatch(name)), where,
+            "1 to 64 letters, digits, _ . -", name)
+    return name
+
+
+def _call(call: object, where: str) -> tuple[str, Message]:
+    """One entry of `tool_calls`: its id, and a message to the function."""
+    call = _dict(call, where)
+    _expect(isinstance(call.get("id"), str), f"{where}.id", "a string",
+            call.get("id"))
     _expect(call.get("type", "function") == "function", f"{where}.type",
             "'function'", call.get("type"))
-    function = call.get("function")
-    _expect(isinstance(function, Mapping), f"{where}.function", "a dict",
-            function)
-    name = function.get("name")
-    _expect(isinstance(name, str) and bool(_NAME.fullmatch(name)),
-            f"{where}.function.name", "1 to 64 letters, digits, _ . -", name)
+    _known(call, ("id", "type", "function"), where)
+    function = _dict(call.get("function"), f"{where}.function")
+    name = _name(function.get("name"), f"{where}.function.name")
     arguments = function.get("arguments")
     _expect(isinstance(arguments, str), f"{where}.function.arguments",
             "a string of JSON", arguments)
-    return Message("assistant", _text(arguments, f"{where}.arguments"),
-                   "commentary", f"functions.{name}", "<|constrain|>json")
+    _known(function, ("name", "arguments"), f"{where}.function")
+    return call["id"], Message(
+        "assistant", _text(arguments, f"{where}.arguments"), "commentary",
+        f"functions.{name}", "<|constrain|>json")
 
+
+# %% [markdown]
+# One dict holds what was thought, then what was said, then what was called,
+# and it has one place for what was said. But harmony's assistant can speak on
+# two channels: before a call, or between two thoughts, it may tell the user
+# on `commentary` what it is about to do. That is called a *preamble*. The
+# content of a dict with calls is one; any other is marked, as in OpenAI's
+# Responses, by `phase: "commentary"`. Without a mark a content is the answer.
+# And a dict without content is no answer: somebody who was cut off while
+# thinking has not answered with nothing.
 
 # %% tags=["export:chat"]
-def _assistant(message: Mapping, where: str) -> list[Message]:
-    """What the assistant thought, said and called, in this order."""
-    calls = message.get("tool_calls") or []
-    _expect(isinstance(calls, list), f"{where}.tool_calls", "a list", calls)
+_PHASES = {"commentary": "commentary", "final_answer": "final"}
+_ASSISTANT = ("role", "content", "refusal", "phase", "name", "tool_calls",
+              *_THOUGHTS)
+
+
+def _assistant(message: Mapping, where: str
+               ) -> tuple[list[Message], dict[str, str]]:
+    """What the assistant thought, said and called, in this order; and the
+    calls, id -> function."""
+    _known(message, _ASSISTANT, where)
+    calls, phase = message.get("tool_calls") or [], message.get("phase")
+    _expect(isinstance(calls, list | tuple), f"{where}.tool_calls", "a list",
+            calls)
+    _expect(phase is None or phase in tuple(_PHASES), f"{where}.phase",
+            f"one of {', '.join(_PHASES)}", phase)
     made = [_call(call, f"{where}.tool_calls[{n}]")
             for n, call in enumerate(calls)]
-    content, out = message.get("content"), []
-    if message.get("reasoning"):
-        thought = _text(message["reasoning"], f"{where}.reasoning")
-        out.append(Message("assistant", thought, "analysis"))
-    if content or not calls:
-        said = _text(content, f"{where}.content")
-        out.append(Message("assistant", said,
-                           "commentary" if calls else "final"))
-    return out + made
+    known = {id_: call.recipient for id_, call in made}
+    _expect(len(known) == len(made), f"{where}.tool_calls",
+            "ids that differ", [id_ for id_, _ in made])
+    said = "\n\n".join(filter(None, (
+        _text(message[key], f"{where}.{key}")
+        for key in ("content", "refusal") if message.get(key) is not None)))
+    channel = (_PHASES[phase] if phase else
+               "commentary" if calls else "final")
+    out = [Message("assistant", text, channel) for text, channel in (
+        (_thought(message, where), "analysis"), (said, channel)) if text]
+    return _named(out + [call for _, call in made], message, where), known
+
+
+def _named(out: list[Message], message: Mapping, where: str
+           ) -> list[Message]:
+    """The messages with the `name` of their author, if there is one."""
+    if not message.get("name"):
+        return out
+    name = _name(message["name"], f"{where}.name")
+    return [dataclasses.replace(each, name=name) for each in out]
 
 # %%
 calling = {"role": "assistant", "reasoning": "Multiply.", "tool_calls": [
     {"id": "call_1", "type": "function", "function": {
         "name": "calculator", "arguments": '{"expression": "6*7"}'}}]}
-for message in _assistant(calling, "messages[1]"):
-    print(message.channel, message.recipient, message.content)
+plan = {"role": "assistant", "content": "Let me see.", "phase": "commentary"}
+cut = {"role": "assistant", "content": None, "thinking": "Perhaps"}
+for given in (calling, plan, cut):
+    for message in _assistant(given, "messages[1]")[0]:
+        print(message.channel, message.recipient, message.content)
+
+# %% [markdown]
+# Harmony has no ids: the model knows a result by its place behind the calls
+# and by its function's name. With two calls of one function, results that
+# arrive in another order would be swapped. So they wait until all are there,
+# and are rendered in the order of the calls.
 
 # %% tags=["export:chat"]
-def _result(message: Mapping, where: str, open_calls: dict[str, str]
-            ) -> Message:
-    """A tool's answer; closes the call that it answers."""
-    known, found = ", ".join(open_calls), message.get("tool_call_id")
-    _expect(isinstance(found, str) and found in open_calls,
-            f"{where}.tool_call_id",
-            f"the id of an open call ({known or 'there is none'})", found)
-    return Message("tool", _text(message.get("content"), f"{where}.content"),
-                   "commentary", "assistant",
-                   name=f"functions.{open_calls.pop(found)}")
+class _Calls:
+    """Calls that wait for their answers, id -> function."""
+
+    def __init__(self) -> None:
+        self.to: dict[str, str] = {}
+        self.answers: dict[str, Message] = {}
+
+    @property
+    def open(self) -> list[str]:
+        return [id_ for id_ in self.to if id_ not in self.answers]
+
+    def answer(self, message: Mapping, where: str) -> list[Message]:
+        """Takes a tool's message; all answers once none is missing."""
+        _known(message, ("role", "content", "tool_call_id", "name"), where)
+        known, found = ", ".join(self.open), message.get("tool_call_id")
+        _expect(isinstance(found, str) and found in self.open,
+                f"{where}.tool_call_id",
+                f"the id of an open call ({known or 'there is none'})", found)
+        to, name = self.to[found], message.get("name")
+        _expect(name in (None, "", to, to.removeprefix("functions.")),
+                f"{where}.name", f"{to}, which was called", name)
+        self.answers[found] = Message(
+            "tool", _text(message.get("content"), f"{where}.content"),
+            "commentary", "assistant", name=to)
+        if self.open:
+            return []
+        answers = [self.answers[id_] for id_ in self.to]
+        self.to, self.answers = {}, {}
+        return answers
+
+
+# %% [markdown]
+# The items of the Responses interface say the same in smaller pieces, one for
+# each thought and each call:
+
+# %% tags=["export:chat"]
+def _item(item: Mapping, where: str) -> Mapping:
+    """A message, or an item of OpenAI's Responses interface as one."""
+    kind = item.get("type") or "message"
+    if kind == "message":
+        return {key: item[key] for key in item if key != "type"}
+    if kind == "reasoning":
+        _known(item, ("type", "summary", "content"), where)
+        pieces = [item.get(key) or [] for key in ("summary", "content")]
+        _expect(all(isinstance(each, list) for each in pieces), where,
+                "lists as summary and content", pieces)
+        return {"role": "assistant", "reasoning_details": sum(pieces, [])}
+    if kind == "function_call":
+        _known(item, ("type", "call_id", "name", "arguments"), where)
+        return {"role": "assistant", "tool_calls": [
+            {"id": item.get("call_id"), "function": {
+                key: item.get(key) for key in ("name", "arguments")}}]}
+    _expect(kind == "function_call_output", f"{where}.type", "one of message,"
+            " reasoning, function_call, function_call_output", kind)
+    _known(item, ("type", "call_id", "output"), where)
+    return {"role": "tool", "tool_call_id": item.get("call_id"),
+            "content": item.get("output")}
 
 
 # %% tags=["export:chat"]
 _SPEAKERS = ("system", "developer", "user", "assistant", "tool")
 
 
-def read_messages(messages: Sequence[Mapping]) -> tuple[str, list[Message]]:
+def _told(message: Mapping, where: str) -> Message:
+    """What a system, developer or user message says."""
+    role = message["role"]
+    _known(message, ("role", "content") + ("name",) * (role == "user"),
+           where)
+    text = _text(message.get("content"), f"{where}.content")
+    return _named([Message(role, text)], message, where)[0]
+
+
+def _next(item: Mapping, where: str, calls: _Calls) -> list[Message]:
+    """What a message adds to the conversation, in which `calls` wait."""
+    message = _item(item, where)
+    role = message.get("role")
+    _expect(role in _SPEAKERS, f"{where}.role",
+            f"one of {', '.join(_SPEAKERS)}", role)
+    if role == "tool":
+        return calls.answer(message, where)
+    more = item.get("type") == "function_call" and not calls.answers
+    _expect(more or not calls.open, f"{where}.role",
+            f"'tool', to answer {', '.join(calls.open)}", role)
+    if role != "assistant":
+        return [_told(message, where)]
+    out, made = _assistant(message, where)
+    _expect(not made.keys() & calls.to.keys(), f"{where}.call_id",
+            "an id of its own", [*made])
+    calls.to |= made
+    return out
+
+
+# %% tags=["export:chat"]
+def read_messages(messages: Sequence[object]) -> tuple[str, list[Message]]:
     """OpenAI's dicts as (instructions, harmony messages).
 
-    Instructions: the text of the system and developer messages at the
-    head; a later one stays where it is. Every call must be answered before
-    anybody else speaks, and the user or a tool must have the last word.
-    Raises ChatError naming the message's index and the key.
+    Also objects that have `model_dump()`, and items of the Responses
+    interface. Instructions: the text of the system and developer messages
+    at the head; a later one stays where it is. Every call must be answered
+    before anybody else speaks, and the user or a tool must have the last
+    word. Raises ChatError naming the message's index and the key.
     """
     _expect(isinstance(messages, list | tuple) and len(messages) > 0,
             "messages", "a list of at least one dict", messages)
-    head, out, open_calls = [], [], {}
-    for n, message in enumerate(messages):
-        where = f"messages[{n}]"
-        _expect(isinstance(message, Mapping), where, "a dict", message)
-        role = message.get("role")
-        _expect(role in _SPEAKERS, f"{where}.role",
-                f"one of {', '.join(_SPEAKERS)}", role)
-        _expect(role == "tool" or not open_calls, f"{where}.role",
-                f"'tool', to answer {', '.join(open_calls)}", role)
-        if role == "tool":
-            out.append(_result(message, where, open_calls))
-        elif role == "assistant":
-            out += _assistant(message, where)
-            calls = message.get("tool_calls") or []
-            open_calls = {c["id"]: c["function"]["name"] for c in calls}
-            _expect(len(open_calls) == len(calls), f"{where}.tool_calls",
-                    "ids that differ", [c["id"] for c in calls])
-        else:
-            text = _text(message.get("content"), f"{where}.content")
-            if role == "user":
-                out.append(Message("user", text))
-            elif out:
-                out.append(developer_message(text))
+    head, out, calls, heading = [], [], _Calls(), True
+    for n, item in enumerate(messages):
+        item = _dict(item, where := f"messages[{n}]")
+        for message in _next(item, where, calls):
+            told = message.role in ("system", "developer")
+            heading = heading and told
+            if heading:
+                head.append(message.content)
             else:
-                head.append(text)
-    _expect(role in ("user", "tool") and not open_calls,
-            f"messages[{n}].role", "the user or a tool to speak last"
-            + (f" (not answered: {', '.join(open_calls)})"
-               if open_calls else ""), role)
+                out.append(developer_message(message.content) if told
+                           else message)
+    last = _item(item, where).get("role")
+    _expect(last in ("user", "tool") and not calls.open, f"{where}.role",
+            "the user or a tool to speak last" + (
+                f" (not answered: {', '.join(calls.open)})"
+                if calls.open else ""), last)
     return "\n\n".join(filter(None, head)), out
+
+
+
+def _call_ids(messages: Sequence[object]) -> list[str]:
+    """The ids of all calls in `messages`, which are right."""
+    dicts = [_dict(each, "messages") for each in messages]
+    return [_dict(call, "tool_calls")["id"] for each in dicts
+            for call in _item(each, "messages").get("tool_calls") or ()]
 
 # %%
 talk = [{"role": "system", "content": "Be brief."},
@@ -1019,37 +1327,69 @@ talk = [{"role": "system", "content": "Be brief."},
         {"role": "tool", "tool_call_id": "call_1", "content": "42"}]
 print(read_messages(talk)[0], [m.role for m in read_messages(talk)[1]])
 for wrong in ([*talk[:3], talk[1]], [*talk[:2], talk[3]], talk[:1],
-              [{"role": "user", "text": "Hello"}]):
+              [{"role": "user", "text": "Hello"}],
+              [*talk[:2], {"role": "assistant", "content": "It is"}]):
     try:
         read_messages(wrong)
     except ChatError as error:
         print(error)
 
 # %% [markdown]
+# The last refusal is a decision. Some interfaces take a final message of the
+# assistant as a beginning that the model shall go on with. Rendered, that
+# message has ended, and its author's next one would begin: the model would
+# answer itself. We say so instead of guessing.
+#
+# Two results in the wrong order come out in the right one:
+
+# %%
+def ask(id_: str, city: str) -> dict:
+    return {"type": "function_call", "call_id": id_, "name": "weather",
+            "arguments": json.dumps({"city": city})}
+
+
+both = [talk[1], ask("a", "Oslo"), ask("b", "Rome"),
+        *({"type": "function_call_output", "call_id": id_, "output": text}
+          for id_, text in (("b", "30 in Rome"), ("a", "3 in Oslo")))]
+print([message.content for message in read_messages(both)[1][1:]])
+
+# %% [markdown]
 # ### A function's type hints as a schema
 #
 # The model is told the arguments of a function as TypeScript, made from a
 # JSON schema (chapter 11), and writes them as JSON. Both directions follow
-# the type hints: `json_schema` out, `fit` back in.
+# the type hints: `json_schema` out, `fit` back in. Both are work that has
+# been done: [pydantic](https://docs.pydantic.dev) knows every type that
+# people put into hints. What is left to us is what it cannot know: how
+# harmony shows a schema, and how a language model is told its mistake.
+#
+# First the way in. An object with fixed keys, which is what the arguments of
+# a function are, becomes a `TypedDict` that takes no other keys and is
+# *strict*: "3" is no number. Dataclasses go the same way, for they say what
+# their keys are, and are made from them at the end.
 
 # %% tags=["export:chat"]
-_PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean"}
 _UNIONS = (typing.Union, types.UnionType)
-_WRAPPERS = (typing.Annotated, typing.Required, typing.NotRequired)
+_WRAPPERS = (typing.Required, typing.NotRequired)
 
 
 def _type_hints(owner: object, where: str) -> dict[str, object]:
     try:
         return typing.get_type_hints(owner, include_extras=True)
-    except (NameError, TypeError) as error:
+    except RecursionError:
+        raise
+    except Exception as error:  # hints may be any text
         raise ChatError(f"{where}: {error}") from error
 
 
 def _fields(hint: object) -> tuple[dict[str, object], set[str]] | None:
     """Hints and required keys of a dataclass or TypedDict, else None."""
-    if typing.is_typeddict(hint):
+    from typing_extensions import is_typeddict
+
+    if is_typeddict(hint):
         return _type_hints(hint, hint.__name__), set(hint.__required_keys__)
-    if not (isinstance(hint, type) and dataclasses.is_dataclass(hint)):
+    if not (isinstance(hint, type) and dataclasses.is_dataclass(hint)
+            ) or hasattr(hint, "__pydantic_core_schema__"):
         return None
     hints = _type_hints(hint, hint.__name__)
     made = [field for field in dataclasses.fields(hint) if field.init]
@@ -1068,151 +1408,317 @@ class Place:
 print(_fields(Place), _fields(int))
 
 # %% tags=["export:chat"]
+def _record(name: str, hints: Mapping[str, object],
+            required: Iterable[str]) -> type:
+    """The type of a strict object with these keys, for pydantic."""
+    from pydantic import ConfigDict
+    from typing_extensions import NotRequired, TypedDict
+
+    made = TypedDict(name, {
+        key: _strict(hint) if key in required else NotRequired[_strict(hint)]
+        for key, hint in hints.items()})
+    made.__pydantic_config__ = ConfigDict(strict=True, extra="forbid")
+    return made
 
 
-def _record(hints: Mapping[str, object], required: Iterable[str],
-            where: str) -> dict:
-    """The schema of an object with these keys."""
-    return {"type": "object",
-            "properties": {name: json_schema(hint, f"{where}.{name}")
-                           for name, hint in hints.items()},
-            "required": [name for name in hints if name in required],
-            "additionalProperties": False}
+def _strict(hint: object) -> object:
+    """`hint` with strict records for its dataclasses and TypedDicts, and
+    the text in an Annotated as its description."""
+    from pydantic import AfterValidator, Field
+
+    origin, inside = typing.get_origin(hint), typing.get_args(hint)
+    if origin in _WRAPPERS:
+        return _strict(inside[0])
+    if (fields := _fields(hint)) is not None:
+        record = _record(hint.__name__, *fields)
+        return (typing.Annotated[record, AfterValidator(
+            lambda values: hint(**values))]
+            if dataclasses.is_dataclass(hint) else record)
+    if origin is typing.Annotated:
+        first, *notes = inside
+        return typing.Annotated[(_strict(first), *(
+            Field(description=note) if isinstance(note, str) else note
+            for note in notes))]
+    changed = tuple(map(_strict, inside))
+    if origin is typing.Literal or changed == inside:
+        return hint
+    return (typing.Union if origin in _UNIONS else origin)[changed]
 
 
-def _either(hints: Sequence[object], where: str) -> dict:
-    """The schema of a union; None among `hints` makes it nullable."""
-    some = [json_schema(h, where) for h in hints if h is not type(None)]
+# %% [markdown]
+# Then the way out. pydantic's schema names every class once, under `$defs`,
+# and refers to it; a choice is an `anyOf`, and an argument that may be left
+# out with None has one with `null`. Harmony's TypeScript knows none of this
+# (it writes `any`), but can say the same in other words: the class in its
+# place, `oneOf` or a list of types, `nullable`. A pair becomes an array of
+# what may stand in it. Only a type that contains itself cannot be said.
+
+# %% tags=["export:chat"]
+_PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean"}
+_FORMATS = {"date": "YYYY-MM-DD", "time": "HH:MM:SS", "duration":
+            "ISO 8601, as PT1H30M", "date-time": "YYYY-MM-DDTHH:MM:SS"}
+
+
+def _either(variants: Sequence[dict]) -> dict:
+    """The schema of a choice; null among `variants` makes it nullable."""
+    some = [each for each in variants if each != {"type": "null"}]
+    some = [each for n, each in enumerate(some) if each not in some[:n]]
     if len(some) == 1:
         schema = some[0]
-    elif all(list(each) == ["type"] for each in some):
+    elif some and all(list(each) == ["type"] for each in some):
         schema = {"type": [each["type"] for each in some]}
     else:
         schema = {"oneOf": some}
-    return schema | ({"nullable": True} if type(None) in hints else {})
+    nullable = {"type": "null"} in variants
+    return schema | ({"nullable": True} if nullable else {})
+
+
+def _spelt(schema: dict, about: str | None = None) -> dict:
+    """`schema` of an argument; the way to write a date in its description,
+    which is `about` if it has none."""
+    told, how = schema.get("description"), _FORMATS.get(schema.get("format"))
+    told = (None if told == how else told) or about
+    if how and not (told or "").endswith(f"({how})"):
+        told = f"{told} ({how})" if told else how
+    return schema | ({"description": told} if told else {})
 
 
 # %% tags=["export:chat"]
-def json_schema(hint: object, where: str = "hint") -> dict:
-    """The JSON schema of a type hint.
+def _flat(schema: dict, defs: Mapping[str, dict], inside: tuple = ()
+          ) -> dict:
+    """pydantic's `schema` as harmony can show it; `inside`: the classes
+    that it is a part of. RecursionError if it contains itself."""
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        if name in inside:
+            raise RecursionError(name)
+        own = {key: defs[name][key] for key in defs[name] if key != "title"}
+        return _flat(own | {key: schema[key] for key in schema
+                            if key != "$ref"}, defs, (*inside, name))
+    flat = functools.partial(_flat, defs=defs, inside=inside)
+    schema = {key: value for key, value in schema.items()
+              if key != "discriminator" and (key, value) not in (
+                  ("items", {}), ("additionalProperties", True))}
+    for key in ("anyOf", "oneOf"):
+        if key in schema:
+            choice = _either([flat(each) for each in schema.pop(key)])
+            schema = choice | schema
+    if "prefixItems" in schema:
+        schema["items"] = _either([flat(each) for each in
+                                   schema.pop("prefixItems")])
+    for key in ("items", "additionalProperties"):
+        if isinstance(schema.get(key), dict):
+            schema[key] = flat(schema[key])
+    if "properties" in schema:
+        schema["properties"] = {
+            key: _spelt(_bare(flat(each)))
+            for key, each in schema["properties"].items()}
+    return _listed(schema)
 
-    str, int, float, bool, Any, Literal, Optional and unions, list[...],
-    dict[str, ...], dataclasses, TypedDict, and Annotated[hint, "what it
-    is"]. Raises ChatError at `where` for anything else.
+
+def _bare(schema: dict) -> dict:
+    """Without a default of None: that it may be left out says as much."""
+    return {key: value for key, value in schema.items()
+            if (key, value) != ("default", None)}
+
+
+def _listed(schema: dict) -> dict:
+    """A constant as an enum of one; the type of an enum's values."""
+    if "const" in schema:
+        schema = schema | {"enum": [schema.pop("const")]}
+    if "enum" in schema and "type" not in schema:
+        names = [_PLAIN.get(type(value)) for value in schema["enum"]]
+        names = list(dict.fromkeys(filter(None, names)))
+        schema["type"] = names[0] if len(names) == 1 else names
+    return schema
+
+
+# %% tags=["export:chat"]
+@functools.cache
+def _schema_maker() -> type:
+    """pydantic's maker of schemas, without what nobody has written."""
+    from pydantic.json_schema import GenerateJsonSchema
+
+    class Maker(GenerateJsonSchema):
+        ignored_warning_kinds = {"skipped-choice",
+                                 "non-serializable-default"}
+
+        def field_title_should_be_set(self, schema) -> bool:
+            return False
+
+        def typed_dict_schema(self, schema) -> dict:
+            made = super().typed_dict_schema(schema)
+            made.pop("description", None)  # as of a dataclass
+            return made
+    return Maker
+
+
+class _Types:
+    """JSON values of an object with the keys of `hints`."""
+
+    def __init__(self, hints: Mapping[str, object], required: Iterable[str],
+                 where: str) -> None:
+        from pydantic import TypeAdapter
+
+        try:
+            self._adapter = TypeAdapter(_record("values", hints, required))
+            schema = self._adapter.json_schema(
+                schema_generator=_schema_maker())
+            self.schema = _flat(schema, schema.get("$defs", {}))
+        except ChatError:
+            raise
+        except RecursionError:
+            raise ChatError(f"{where}: expected type hints that end, found "
+                            "one that contains itself") from None
+        except Exception as error:  # pydantic has many
+            raise ChatError(f"{where}: expected type hints that JSON can "
+                            f"hold, found {[*hints.values()]}") from error
+        for key in ("title", "$defs"):
+            self.schema.pop(key, None)
+        self.schema.setdefault("properties", {})
+        self.schema.setdefault("required", [])
+
+# %% [markdown]
+# `TypeAdapter` is pydantic's door for any type. On top of it the two
+# directions for a single hint:
+
+# %% tags=["export:chat"]
+def json_schema(hint: object, where: str = "hint") -> dict:
+    """The JSON schema of a type hint, as harmony can show it.
+
+    Whatever pydantic takes: plain types, Any, Literal, enums, Optional and
+    unions, lists, tuples, sets, dicts, dates, dataclasses, TypedDict,
+    models, and Annotated[hint, "what it is"]. Raises ChatError at `where`
+    for anything else, and for a type that contains itself.
     """
-    origin, inside = typing.get_origin(hint), typing.get_args(hint)
-    kinds = [_PLAIN.get(type(value)) for value in inside]
-    if origin in _WRAPPERS:
-        about = next((a for a in inside[1:] if isinstance(a, str)), "")
-        return json_schema(inside[0], where) | (
-            {"description": about} if about else {})
-    if hint is typing.Any:
-        return {}
-    if isinstance(hint, type) and hint in _PLAIN:
-        return {"type": _PLAIN[hint]}
-    if origin is typing.Literal and None not in kinds:
-        names = list(dict.fromkeys(kinds))
-        return {"type": names if len(names) > 1 else names[0],
-                "enum": list(inside)}
-    if origin in _UNIONS:
-        return _either(inside, where)
-    if list in (hint, origin):
-        return {"type": "array"} | (
-            {"items": json_schema(inside[0], f"{where}[]")} if inside else {})
-    if dict in (hint, origin) and inside[:1] in ((), (str,)):
-        return {"type": "object"} | ({"additionalProperties": json_schema(
-            inside[1], f"{where}.*")} if inside else {})
-    if (fields := _fields(hint)) is not None:
-        return _record(*fields, where)
-    raise ChatError(f"{where}: expected a type hint that JSON can hold "
-                    f"(str, int, float, bool, Any, Literal, Optional, list, "
-                    f"dict, a dataclass, a TypedDict), found {hint!r}")
+    schema = _Types({"value": hint}, ["value"], where).schema
+    return schema["properties"]["value"]
 
 # %%
-print(json_schema(typing.Literal["celsius", "kelvin"] | None))
-print(json_schema(list[int | str]))
-print(json_schema(Place))
+import datetime
+import enum
+import typing
+
+
+class Unit(enum.Enum):
+    CELSIUS = "celsius"
+    KELVIN = "kelvin"
+
+
+for hint in (Unit | None, list[int | str], tuple[datetime.date, int], Place):
+    print(json_schema(hint))
 try:
-    json_schema(list[complex], "weather.places")
+    json_schema(list[typing.Iterator], "weather.places")
 except ChatError as error:
     print(str(error)[:64])
 
 # %% [markdown]
-# Back again: a value that the model wrote either becomes what the hint says
-# or is refused by its place.
+# Back again: a value that the model wrote becomes what the hint says, or the
+# model is told in one line which argument is wrong, what was expected there
+# and what was found. pydantic reports every branch of a choice by itself, at
+# a place with names that the model has never seen; we walk the value along
+# that place, so that only keys that were written remain.
 
 # %% tags=["export:chat"]
-def _fits_plain(value: object, kind: type) -> bool:
-    if isinstance(value, bool) or kind is bool:
-        return kind is type(value)
-    if kind is int:  # to JSON 3.0 is an integer
-        return isinstance(value, int) or (isinstance(value, float)
-                                          and value.is_integer())
-    return isinstance(value, (int, float) if kind is float else kind)
+_WANTED = {
+    "missing": "a value", "none_required": "null", "bool_type": "a boolean",
+    **dict.fromkeys(("int_type", "int_from_float"), "an integer"),
+    "float_type": "a number", "string_type": "a string",
+    **dict.fromkeys(("list_type", "tuple_type", "set_type",
+                     "frozen_set_type"), "an array"),
+    **dict.fromkeys(("dict_type", "model_type", "mapping_type"),
+                    "an object"),
+    **dict.fromkeys(("extra_forbidden", "unexpected_keyword_argument"),
+                    "no keys but")}
 
 
-def _fit_fields(value: object, hints: Mapping[str, object],
-                required: Iterable[str], where: str) -> dict:
-    """`value` as keyword arguments."""
-    _expect(isinstance(value, dict), where, "an object", value)
-    for name in value:
-        _expect(name in hints, where,
-                f"no keys but {', '.join(hints) or 'none'}", name)
-    for name in required:
-        _expect(name in value, f"{where}.{name}", "a value", None)
-    return {name: fit(each, hints[name], f"{where}.{name}")
-            for name, each in value.items()}
+def _place(value: object, way: Sequence[object], missing: bool
+           ) -> tuple[str, Sequence[object]]:
+    """Where `way` leads in `value`, written behind its name; the keys."""
+    place, keys = "", []
+    for n, step in enumerate(way):
+        if isinstance(value, dict) and step in value:
+            place, value = f"{place}.{step}", value[step]
+        elif (isinstance(value, list) and isinstance(step, int)
+              and step < len(value)):
+            place, value = f"{place}[{step}]", value[step]
+        elif missing and n == len(way) - 1:
+            place += f".{step}"
+        else:
+            continue  # the name of a branch
+        keys.append(step)
+    return place, keys
+
+
+def _known_keys(schema: dict, keys: Sequence[object]) -> str:
+    """The keys of the object at the end of `keys`, if that is certain."""
+    for key in keys:
+        schema = (schema.get("properties", {}).get(key) or schema.get("items")
+                  or schema.get("additionalProperties") or {})
+    return ", ".join(schema.get("properties", ())) or "those of its type"
 
 
 # %% tags=["export:chat"]
+def _fault(fault: Mapping, value: object, schema: dict
+           ) -> tuple[str, str, object]:
+    """Place, what was expected there, what was found."""
+    kind, way, found = fault["type"], fault["loc"], fault["input"]
+    wanted = _WANTED.get(kind)
+    if wanted == "no keys but":
+        place, keys = _place(value, way[:-1], False)
+        known = _known_keys(schema, keys) if schema["properties"] else "none"
+        return place, f"{wanted} {known}", way[-1]
+    if kind == "missing":
+        found = None
+    message = fault["msg"].removeprefix("Input should be ")
+    if message == fault["msg"]:  # of a validator of the type's own
+        message = f"a value that fits ({message})"
+    return _place(value, way, kind == "missing")[0], wanted or message, found
+
+
+def _fit(types_: _Types, value: object, where: str, skip: str = "") -> dict:
+    """JSON `value` as the types say; ChatError names what does not fit,
+    `where` and its place there without `skip`."""
+    from pydantic import ValidationError
+
+    try:
+        return types_._adapter.validate_json(json.dumps(_whole(value)))
+    except ValidationError as error:
+        faults: dict[tuple[str, str], list[str]] = {}
+        for each in error.errors(include_url=False):
+            place, wanted, found = _fault(each, value, types_.schema)
+            shown = "nothing" if found is None else reprlib.repr(found)
+            faults.setdefault((place, shown), []).append(wanted)
+    raise ChatError("; ".join(
+        f"{where}{place.removeprefix(skip)}: expected "
+        f"{' or '.join(dict.fromkeys(wanted))}, found {shown}"
+        for (place, shown), wanted in list(faults.items())[:3]))
+
+
+# %% tags=["export:chat"]
+def _whole(value: object) -> object:
+    """`value` with 3.0 as 3: to JSON both are integers."""
+    if isinstance(value, dict):
+        return {key: _whole(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return list(map(_whole, value))
+    whole = isinstance(value, float) and value.is_integer()
+    return int(value) if whole else value
+
+
 def fit(value: object, hint: object, where: str = "arguments") -> object:
     """JSON `value` as `hint` says: dataclasses made, 3.0 an int.
 
     The inverse of what `json_schema` allows. Raises ChatError at `where`.
     """
-    origin, inside = typing.get_origin(hint), typing.get_args(hint)
-    if origin in _WRAPPERS:
-        return fit(value, inside[0], where)
-    if origin in _UNIONS:
-        return _fit_either(value, inside, where)
-    if origin is typing.Literal:
-        _expect(any(type(value) is type(v) and value == v for v in inside),
-                where, f"one of {', '.join(map(repr, inside))}", value)
-    elif hint in (None, type(None)):
-        _expect(value is None, where, "null", value)
-    elif hint in _PLAIN:
-        _expect(_fits_plain(value, hint), where,
-                f"{'an' if hint is int else 'a'} {_PLAIN[hint]}", value)
-        return hint(value)
-    elif list in (hint, origin):
-        _expect(isinstance(value, list), where, "an array", value)
-        return [fit(each, *inside, where=f"{where}[{n}]")
-                for n, each in enumerate(value)] if inside else value
-    elif dict in (hint, origin):
-        _expect(isinstance(value, dict), where, "an object", value)
-        return {key: fit(each, inside[1], f"{where}.{key}")
-                for key, each in value.items()} if inside else value
-    elif (fields := _fields(hint)) is not None:
-        return hint(**_fit_fields(value, *fields, where))
-    return value
-
-
-# %% tags=["export:chat"]
-def _fit_either(value: object, hints: Sequence[object],
-                where: str) -> object:
-    """`value` as the first of `hints` that it fits, its own type first."""
-    faults = []
-    for hint in sorted(hints, key=lambda hint: hint is not type(value)):
-        try:
-            return fit(value, hint, where)
-        except ChatError as error:
-            faults.append(str(error))
-    raise ChatError("; or ".join(faults))
+    types_ = _Types({"value": hint}, ["value"], where)
+    return _fit(types_, {"value": value}, where, ".value")["value"]
 
 # %%
 print(fit([1, 2.0], list[int]), fit(3, float | None), fit(None, str | None))
-print(fit({"city": "Oslo"}, Place))
-for value, hint in ((True, int), (["a", 1], list[str]), ("x", int | None)):
+print(fit({"city": "Oslo"}, Place), fit("kelvin", Unit))
+for value, hint in ((True, int), (["a", 1], list[str]), ("x", int | Place),
+                    ("hot", Unit), ("June", datetime.date)):
     try:
         fit(value, hint)
     except ChatError as error:
@@ -1240,7 +1746,6 @@ class Offer:
     run: Callable[[str], str] | None = None
 
 
-# %% tags=["export:chat"]
 def _docs(function: Callable) -> tuple[str, dict[str, str]]:
     """What a docstring says of the function and, under Args, of each."""
     about, *rest = _SECTION.split(inspect.getdoc(function) or "")
@@ -1249,19 +1754,56 @@ def _docs(function: Callable) -> tuple[str, dict[str, str]]:
     return about.strip(), {name: " ".join(text.split()) for name, text
                            in _ARGUMENT.findall(listed)}
 
+# %% [markdown]
+# Name, docstring and hints of a `functools.partial` are those of the function
+# inside, and those of an object that can be called are its `__call__`'s. The
+# arguments that a partial has filled in are hidden: one of them may be a
+# password.
 
-def _hints(function: Callable, name: str) -> dict[str, object]:
-    """The hint of each argument; ChatError if one has none."""
-    hints = _type_hints(function, f"tool {name}")
-    for argument in inspect.signature(function).parameters.values():
+# %% tags=["export:chat"]
+def _inner(function: Callable) -> Callable:
+    """What has the hints and the docstring of `function`."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return (function if inspect.isroutine(function)
+            else type(function).__call__)
+
+
+def _tool_name(function: object, name: str | None) -> str:
+    """`name`, or the function's; ChatError says why there is none."""
+    _expect(callable(function), "tools", "a function or a dict", function)
+    _expect(not isinstance(function, type), "tools", "a function, not a "
+            "class", function)
+    while isinstance(function, functools.partial):
+        function = function.func
+    own = getattr(function, "__name__", type(function).__name__)
+    _expect(name is not None or own != "<lambda>", "tools", "a function with "
+            "a name, which a lambda has not: use def", function)
+    return _name(own if name is None else name, "tools, name of a function")
+
+
+def _hints(function: Callable, name: str
+           ) -> tuple[dict[str, object], dict[str, object]]:
+    """The hint of each argument, and the defaults; ChatError without."""
+    hints, given = _type_hints(_inner(function), f"tool {name}"), function
+    filled: set[str] = set()
+    while isinstance(given, functools.partial):
+        filled |= given.keywords.keys()
+        given = given.func
+    try:
+        asked = inspect.signature(function).parameters
+    except ValueError as error:  # as of many that are written in C
+        raise ChatError(f"tool {name}: {error}") from error
+    asked = {key: asked[key] for key in asked if key not in filled}
+    for key, argument in asked.items():
         _expect(argument.kind in (argument.POSITIONAL_OR_KEYWORD,
                                   argument.KEYWORD_ONLY),
-                f"tool {name}, {argument.name}",
+                f"tool {name}, {key}",
                 "an argument that can be given by name", str(argument))
-        _expect(argument.name in hints, f"tool {name}, {argument.name}",
-                "a type hint", None)
-    hints.pop("return", None)
-    return hints
+        _expect(key in hints, f"tool {name}, {key}", "a type hint", None)
+    return {key: hints[key] for key in asked}, {
+        key: argument.default for key, argument in asked.items()
+        if argument.default is not argument.empty}
 
 # %%
 def weather(city: str, unit: typing.Literal["celsius", "kelvin"] = "celsius"
@@ -1274,63 +1816,209 @@ def weather(city: str, unit: typing.Literal["celsius", "kelvin"] = "celsius"
     return {"city": city, "temperature": 21 if unit == "celsius" else 294}
 
 
-print(_docs(weather), list(_hints(weather, "weather")))
+print(_docs(weather), list(_hints(weather, "weather")[0]))
+warm = functools.partial(weather, unit="kelvin")
+print(_tool_name(warm, None), list(_hints(warm, "weather")[0]))
+
+# %% tags=["export:chat"]
+def _jsonable(value: object, unknown: Callable | None = None) -> object:
+    """`value` in terms of JSON; `unknown` is for what has none."""
+    from pydantic_core import to_jsonable_python
+
+    return to_jsonable_python(value, fallback=unknown)
+
+
+def _as_text(value: object) -> str:
+    """What a function returned, for the model: text, or else JSON."""
+    if isinstance(value, Iterator):
+        value = list(value)
+    if not isinstance(value, str):
+        try:
+            value = json.dumps(value, ensure_ascii=False)
+        except (TypeError, ValueError):
+            try:
+                value = json.dumps(_jsonable(value, str), ensure_ascii=False)
+            except (TypeError, ValueError):  # as a list that holds itself
+                value = str(value)
+    return value.encode("utf-8", "replace").decode("utf-8")
+
+
+def _why(error: BaseException) -> str:
+    """An exception in a line for the model; its str() may fail."""
+    try:
+        text = str(error)
+    except Exception:
+        text = ""
+    kind = "" if isinstance(error, ChatError) else type(error).__name__
+    return "error: " + ": ".join(filter(None, (kind, text)))
+
+# %%
+print(_as_text({"when": datetime.date(2025, 6, 28), "unit": Unit.KELVIN}))
+print(_why(KeyError("no such city")))
+
+# %% [markdown]
+# A function that is `async` gives something to be awaited, and so may a
+# partial of one, which nobody can see beforehand. So we call, look, and await
+# what must be awaited on an event loop of its own. If a loop is already
+# running here, as in a server or a notebook, a second one cannot, in this
+# thread: then it runs in another.
+#
+# A tool that hangs would hang the turn. `tool_timeout` limits it, at a price
+# that should be known. Python can cancel a coroutine where it awaits, but it
+# cannot end a thread: a plain function that is late is *left alone*. It goes
+# on in its thread until it returns, whatever it still does is done, and its
+# result is dropped. So it should have time limits of its own, too.
+
+# %% tags=["export:chat"]
+class ToolTimeout(Exception):
+    """A tool has not answered in time."""
+
+
+def _in_thread(work: Callable[[], object], timeout: float | None) -> object:
+    """work(), in a thread that is left alone after `timeout` seconds."""
+    import contextvars
+    from queue import Empty, SimpleQueue
+    from threading import Thread
+
+    done: SimpleQueue = SimpleQueue()
+
+    def run() -> None:
+        try:
+            done.put((work(), None))
+        except BaseException as error:
+            done.put((None, error))
+
+    Thread(target=contextvars.copy_context().run, args=(run,), daemon=True,
+           name="gptoss tool").start()
+    try:
+        value, error = done.get(timeout=timeout)
+    except Empty:
+        raise ToolTimeout(f"timed out after {timeout:g} s") from None
+    if error is not None:
+        raise error
+    return value
+
+
+async def _awaited(value: object, timeout: float | None) -> object:
+    """What `value` comes to; cancelled after `timeout` seconds."""
+    import asyncio
+
+    task = asyncio.ensure_future(value)
+    await asyncio.wait({task}, timeout=timeout)
+    if not task.done():  # it is cancelled when its loop ends
+        raise ToolTimeout(f"timed out after {timeout:g} s")
+    return task.result()
+
+
+# %% tags=["export:chat"]
+def perform(function: Callable, values: Mapping[str, object],
+            timeout: float | None = None) -> object:
+    """function(**values), awaited if need be.
+
+    In a thread if there is a `timeout`, else here. Raises ToolTimeout, and
+    whatever the function raises.
+    """
+    import asyncio
+
+    def work() -> object:
+        value = function(**values)
+        if not inspect.isawaitable(value):
+            return value
+
+        def wait() -> object:
+            return asyncio.run(_awaited(value, timeout))
+
+        return _in_thread(wait, timeout) if _loop_runs() else wait()
+    return work() if timeout is None else _in_thread(work, timeout)
+
+
+def _loop_runs() -> bool:
+    """Whether this thread is inside an event loop."""
+    import asyncio
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+# %%
+import asyncio
+
+
+async def slow(seconds: float) -> str:
+    """Sleeps."""
+    await asyncio.sleep(seconds)
+    return "awake"
+
+
+print(perform(slow, {"seconds": 0}))  # although a notebook has its own loop
+try:
+    perform(slow, {"seconds": 60}, timeout=0.1)
+except ToolTimeout as error:
+    print(error)
 
 # %% tags=["export:chat"]
 def _not_json(name: str) -> float:
     raise ValueError(f"{name} is no JSON")
 
 
-def _as_text(value: object) -> str:
-    """What a function returned, for the model: text, or else JSON."""
-    if not isinstance(value, str):
-        value = json.dumps(value, ensure_ascii=False, default=lambda each: (
-            dataclasses.asdict(each) if dataclasses.is_dataclass(each)
-            else str(each)))
-    return value.encode("utf-8", "replace").decode("utf-8")
-
-
-def _describe(function: Callable, name: str, hints: Mapping[str, object],
-              required: Sequence[str]) -> Tool:
+def _describe(function: Callable, name: str, types_: _Types,
+              defaults: Mapping[str, object]) -> Tool:
     """A function as it is told to the model."""
-    about, told = _docs(function)
-    try:
-        schema = _record(hints, required, f"tool {name}")
-    except RecursionError:
-        raise ChatError(f"tool {name}: expected type hints that end, found "
-                        "one that contains itself") from None
-    for key, entry in schema["properties"].items():
-        if key in told:
-            entry.setdefault("description", told[key])
-        default = inspect.signature(function).parameters[key].default
-        if isinstance(default, str | int | float):
+    about, told = _docs(function if inspect.isroutine(function)
+                        else _inner(function))
+    schema = dict(types_.schema)
+    schema["properties"] = {
+        key: _spelt(entry, told.get(key))
+        for key, entry in schema["properties"].items()}
+    for key, default in defaults.items():
+        entry = schema["properties"][key]
+        try:
+            default = _jsonable(default)
+        except Exception:  # no JSON has it: the model need not know
+            continue
+        if isinstance(default, str | int) or (
+                isinstance(default, float) and math.isfinite(default)):
             entry.setdefault("default", default)
-    return Tool(name, about, schema if hints else None)
+    return Tool(name, about, schema if schema["properties"] else None)
 
 
 # %% tags=["export:chat"]
-def function_tool(function: Callable) -> Offer:
-    """Offers a Python function with type hints; see `json_schema`."""
-    name = getattr(function, "__name__", None)
-    _expect(callable(function) and isinstance(name, str)
-            and bool(_NAME.fullmatch(name))
-            and not inspect.iscoroutinefunction(function),
-            "tools", "a named function that is not async", function)
-    hints, given = _hints(function, name), inspect.signature(function)
-    required = [key for key in hints
-                if given.parameters[key].default is given.empty]
+def function_tool(function: Callable, *, name: str | None = None,
+                  timeout: float | None = None) -> Offer:
+    """Offers a Python function with type hints; see `json_schema`.
+
+    Also an async one, a partial, a bound method, an object that can be
+    called. name: instead of its own. timeout: seconds that it may take; one
+    that is late goes on in its thread, and its result is dropped. What it
+    raises is told to the model, and logged with a traceback as "gptoss".
+    """
+    name = _tool_name(function, name)
+    hints, defaults = _hints(function, name)
+    for key, hint in hints.items():  # so that an error names the argument
+        json_schema(hint, f"tool {name}, {key}")
+    types_ = _Types(hints, hints.keys() - defaults.keys(), f"tool {name}")
 
     def run(arguments: str) -> str:
         try:
-            value = json.loads(arguments.strip() or "{}",
-                               parse_constant=_not_json)
-            return _as_text(function(**_fit_fields(value, hints, required,
-                                                   "arguments")))
-        except ChatError as error:
-            return _as_text(f"error: {error}")
-        except Exception as error:
-            return _as_text(f"error: {type(error).__name__}: {error}")
-    return Offer(_describe(function, name, hints, required), run)
+            values = _fit(types_, json.loads(
+                arguments.strip() or "{}", parse_constant=_not_json),
+                "arguments")
+        except Exception as error:  # the model's own mistake
+            return _as_text(_why(error))
+        try:
+            return _as_text(perform(function, values, timeout))
+        except ToolTimeout as error:
+            _log.warning("gptoss: tool %s %s; its thread goes on", name,
+                         error)
+            return f"error: {error}"
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit too: it is the tool's
+            _log.error("gptoss: tool %s failed", name, exc_info=error)
+            return _as_text(_why(error))
+    return Offer(_describe(function, name, types_, defaults), run)
 
 # %%
 offer = function_tool(weather)
@@ -1339,27 +2027,69 @@ for arguments in ('{"city": "Oslo"}', '{"city": 7}', '{"town": "Oslo"}',
                   "Oslo"):
     print(offer.run(arguments))
 
+# %% [markdown]
+# Richer hints are shown as a reader of TypeScript expects them:
+
+# %%
+def trip(places: list[Place], start: datetime.date, unit: Unit = Unit.KELVIN,
+         days: tuple[int, int] | None = None) -> str:
+    """Plans a trip.
+
+    Args:
+        start: when it begins
+    """
+    return f"{places[0].city}, {start:%d.%m.}, {unit.name}"
+
+
+offer = function_tool(trip)
+print(developer_message(tools=[offer.tool]).content.split("\n\n", 2)[2])
+print(offer.run('{"places": [{"city": "Oslo"}], "start": "2025-06-28"}'))
+print(offer.run('{"places": [{"town": "Oslo"}], "start": "today"}'))
+
 # %% tags=["export:chat"]
-def read_tools(tools: Iterable[Callable | Mapping]) -> dict[str, Offer]:
-    """Functions, and dicts of OpenAI's shape, by their name.
+def _dict_tool(given: object, where: str) -> Tool:
+    """A tool that a dict describes, in either of OpenAI's shapes."""
+    given = _dict(given, where)
+    _expect(given.get("type", "function") == "function", f"{where}.type",
+            "'function' (built-in tools are not run here)",
+            given.get("type"))
+    if "name" not in given or "function" in given:  # not the flat one
+        _known(given, ("type", "function"), where)
+        where = f"{where}.function"
+        given = _dict(given.get("function"), where)
+    _known(given, ("type", "name", "description", "parameters", "strict"),
+           where)
+    name, schema = given.get("name"), given.get("parameters")
+    _name(name, f"{where}.name")
+    _expect(isinstance(schema, Mapping | None), f"{where}.parameters",
+            "a JSON schema", schema)
+    try:
+        json.dumps(schema, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ChatError(f"{where}.parameters: expected JSON, found "
+                        f"{error}") from None
+    return Tool(name, _text(given.get("description") or "",
+                            f"{where}.description"), schema)
+
+
+def read_tools(tools: Iterable[object], timeout: float | None = None
+               ) -> dict[str, Offer]:
+    """Functions, offers and dicts by their name.
 
     A dict is {"type": "function", "function": {"name", "description",
-    "parameters"}}. Raises ChatError for another shape or a name used twice.
+    "parameters"}}, or flat: {"type": "function", "name", ...}. timeout: of
+    the functions. Raises ChatError for another shape, a built-in tool, or a
+    name used twice.
     """
     offers: dict[str, Offer] = {}
     for n, given in enumerate(tools):
-        if isinstance(given, Mapping):
-            where, function = f"tools[{n}].function", given.get("function")
-            _expect(isinstance(function, Mapping), where, "a dict", function)
-            name, about = function.get("name"), function.get("description")
-            _expect(isinstance(name, str) and bool(_NAME.fullmatch(name)),
-                    f"{where}.name", "1 to 64 letters, digits, _ . -", name)
-            schema = function.get("parameters")
-            _expect(isinstance(schema, Mapping | None),
-                    f"{where}.parameters", "a JSON schema", schema)
-            offer = Offer(Tool(name, _text(about or "", where), schema))
+        if isinstance(given, Offer):
+            offer = given
+        elif isinstance(given, Mapping) or (hasattr(given, "model_dump")
+                                            and not callable(given)):
+            offer = Offer(_dict_tool(given, f"tools[{n}]"))
         else:
-            offer = function_tool(given)
+            offer = function_tool(given, timeout=timeout)
         _expect(offer.tool.name not in offers, f"tools[{n}]",
                 "a name of its own", offer.tool.name)
         offers[offer.tool.name] = offer
@@ -1367,8 +2097,14 @@ def read_tools(tools: Iterable[Callable | Mapping]) -> dict[str, Offer]:
 
 # %%
 clock = {"type": "function", "function": {"name": "clock"}}
+flat = {"type": "function", "name": "flat_clock"}
 print({name: offer.run is None
-       for name, offer in read_tools([weather, clock]).items()})
+       for name, offer in read_tools([weather, clock, flat]).items()})
+for wrong in ({"type": "web_search"}, lambda: 1, int):
+    try:
+        read_tools([wrong])
+    except ChatError as error:
+        print(str(error).partition(" at 0x")[0])
 
 # %% [markdown]
 # ### Two tools that can do no harm
@@ -1501,6 +2237,7 @@ class Memory:
         self.cache = model.new_cache(slack=slack)
         self.tokens: list[int] = []  # fed, or to be fed next
         self.fed = 0  # tokens fed so far that were not written here
+        self.left = 0  # tokens of the prompt that are still to be fed
         self._full = 0  # tokens that the full layers hold, if that is more
 
     def resume(self, prompt: Sequence[int]) -> int:
@@ -1513,13 +2250,18 @@ class Memory:
         self.tokens, self._full = list(prompt), shared
         return start
 
-    def write(self, prompt: Sequence[int], **options) -> Iterator[int]:
-        """`generate` after `prompt`, feeding only what must be fed."""
+    def write(self, prompt: Sequence[int], **options
+              ) -> Iterator[int | None]:
+        """`generate` after `prompt`, feeding only what must be fed; with
+        its pauses, after which `self.left` tokens are still to be fed."""
         start = self.resume(prompt)
-        self.fed += len(prompt) - start
+        self.left = len(prompt) - start
         for token in generate(self.model, prompt[start:], cache=self.cache,
-                              **options):
-            self.tokens.append(token)
+                              pauses=True, **options):
+            left = len(prompt) - self.cache.length if token is None else 0
+            self.fed, self.left = self.fed + self.left - left, left
+            if token is not None:
+                self.tokens.append(token)
             yield token
 
 # %%
@@ -1539,10 +2281,10 @@ for written in (first, first[:9]):  # nothing is new; only the end is gone
 class Usage:
     """What a turn took.
 
-    finish_reason: "stop", "length" or "tool_calls". prompt_tokens: of the
-    conversation before it. prefilled_tokens: how many of these, and of the
-    answers of tools, had to be fed. generated_tokens: written by the model.
-    seconds: wall time.
+    finish_reason: "stop", "length" or "tool_calls"; "stopped" if it was
+    left before its end. prompt_tokens: of the conversation before it.
+    prefilled_tokens: how many of these, and of the answers of tools, had to
+    be fed. generated_tokens: written by the model. seconds: wall time.
     """
 
     finish_reason: str
@@ -1561,6 +2303,8 @@ class ChatEvent:
     the model writes there. "call": it calls tool `name` with the JSON in
     `text`; "result": what that gave. "notice": something was wrong with
     its output. "done": the end; `usage` is set, `text` the finish reason.
+    "progress", for who asks: a part of the prompt was read, `text` is how
+    many tokens are left to read.
     """
 
     kind: str
@@ -1574,6 +2318,10 @@ class ChatEvent:
 # A turn with a call has two rounds of writing, before and after its result.
 # A round ends with a call, with the answer, or where the tokens do. If the
 # model begins to write the user's next message, that is not part of it.
+#
+# What it writes is kept message by message, in order. A message on a channel
+# that does not exist (a mistyped `analyis`, say) is taken for analysis: a
+# reader may miss something then, but never sees reasoning as the answer.
 
 # %% tags=["export:chat"]
 class Round:
@@ -1581,23 +2329,24 @@ class Round:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._parser = StreamParser(tokenizer, role="assistant")
-        self._written: dict[str, list[str]] = {name: [] for name in CHANNELS}
+        self.said: list[list[str]] = []  # messages to no tool: channel, text
         self._to: str | None = None  # recipient of the message in progress
         self.call: ToolCall | None = None
         self.kept: list[dict] = []  # the call and its answer, for the history
         self.over = False  # what follows is not part of the round
 
-    def feed(self, token: int) -> Iterator[ChatEvent]:
+    def feed(self, token: int) -> list[ChatEvent]:
         """The events that `token` causes."""
-        return self._read(self._parser.feed(token))
+        return list(self._read(self._parser.feed(token)))
 
-    def close(self) -> Iterator[ChatEvent]:
+    def close(self) -> list[ChatEvent]:
         """The events that the end of the tokens causes."""
-        return self._read(self._parser.close())
+        return list(self._read(self._parser.close()))
 
     def text(self, channel: str) -> str:
         """All that was written in `channel` so far."""
-        return "".join(self._written[channel])
+        return "\n\n".join(text for where, text in self.said
+                           if where == channel and text)
 
     def _read(self, events: Iterable[Event]) -> Iterator[ChatEvent]:
         for event in events:
@@ -1609,7 +2358,8 @@ class Round:
             elif isinstance(event, ToolCall) and self.call is None:
                 self.call, self.over = event, True
             elif isinstance(event, Delta) and self._to is None:
-                yield from self._add(event.channel, event.text)
+                self.said[-1][1] += event.text
+                yield ChatEvent(self.said[-1][0], event.text)
 
     def _opened(self, message: Message) -> Iterator[ChatEvent]:
         self._to = message.recipient
@@ -1617,16 +2367,17 @@ class Round:
             self._to, self.over = "nobody", True
             yield ChatEvent("notice", f"a message of {message.role!r}, "
                                       "written by the model")
-        elif self._to is None and self._written.get(message.channel):
-            yield from self._add(message.channel, "\n\n")  # a second one
-
-    def _add(self, channel: str | None, text: str) -> Iterator[ChatEvent]:
-        kind = channel if channel in CHANNELS else "final"
-        self._written[kind].append(text)
-        yield ChatEvent(kind, text)
+        if self._to is None:
+            kind = ("final" if message.channel is None else message.channel
+                    if message.channel in CHANNELS else "analysis")
+            if self.text(kind):  # a second one
+                yield ChatEvent(kind, "\n\n")
+            self.said.append([kind, ""])
 
 # %%
 wrote = [Message("assistant", "Six sevens.", "analysis"),
+         Message("assistant", "Multiplied:", "commentary"),
+         Message("assistant", "Check.", "analyis"),
          Message("assistant", "42", "final")]
 reply = Round(tokenizer)
 for n in render(tokenizer, wrote, reply=False, drop="none")[2:]:
@@ -1634,24 +2385,44 @@ for n in render(tokenizer, wrote, reply=False, drop="none")[2:]:
         print(event.kind, repr(event.text), end="; ")
 print(reply.text("final"))
 
+# %% [markdown]
+# For the history a round becomes dicts as `read_messages` takes them, in the
+# same order and with the same borders between messages. So the next prompt
+# has the tokens that are in the cache, except for what it drops. A round
+# without an answer gives no content: what came of the thinking stays, and an
+# empty answer is not made up.
+
 # %% tags=["export:chat"]
 def round_messages(round_: Round) -> list[dict]:
-    """A round as OpenAI's dicts: the assistant's message and, if a tool was
-    called and has answered, the tool's. [] if nothing was written."""
-    thought, said, answer = map(round_.text, CHANNELS)
-    calls, answers = round_.kept[:1], round_.kept[1:]
-    if not (thought or said or answer or calls):
-        return []
-    message = {"role": "assistant",
-               "content": answer or said or (None if calls else "")}
-    if thought:
-        message["reasoning"] = thought
+    """A round as OpenAI's dicts: what the assistant thought, said (marked
+    `phase: "commentary"` if that was not the answer) and called, and the
+    tool's answer if there is one. [] if nothing was written."""
+    calls, answers, out = round_.kept[:1], round_.kept[1:], []
+    open_ = None  # the dict that may still get a content, or calls
+    for channel, text in round_.said:
+        if not text:
+            continue
+        if channel == "analysis" or open_ is None or open_["content"]:
+            open_ = {"role": "assistant", "content": None}
+            out.append(open_)
+        if channel == "analysis":
+            open_["reasoning"] = text
+        else:
+            open_["content"] = text
+        if channel == "commentary":
+            open_["phase"] = channel
+    if calls and (open_ is None or (open_["content"]
+                                    and "phase" not in open_)):
+        open_ = {"role": "assistant", "content": None}
+        out.append(open_)
     if calls:
-        message["tool_calls"] = calls
-    return [message, *answers]
+        open_.pop("phase", None)  # before a call it goes without saying
+        open_["tool_calls"] = calls
+    return out + answers
 
 # %%
-print(round_messages(reply))
+for message in round_messages(reply):
+    print(message)
 
 # %% [markdown]
 # ### Settings
@@ -1697,20 +2468,28 @@ class _Settings:
                  top_p: float = 1.0, seed: int | None = None,
                  max_new_tokens: int | None = None, rounds: int = 8,
                  slack: int = SLACK, dtype: torch.dtype = torch.bfloat16,
-                 device="cpu") -> None:
+                 device="cpu", tool_timeout: float | None = None,
+                 prefill_chunk: int = 512) -> None:
         for name, value, least in (("max_new_tokens", max_new_tokens, 1),
                                    ("seed", seed, 0), ("rounds", rounds, 0),
-                                   ("slack", slack, 0)):
+                                   ("slack", slack, 0),
+                                   ("prefill_chunk", prefill_chunk, 1)):
             _expect(value is None or type(value) is int and value >= least,
                     name, f"an integer >= {least}", value)
-        self.effort, self.offers = effort, read_tools(tools)
+        _expect(tool_timeout is None or type(tool_timeout) in (int, float)
+                and 0 < tool_timeout < 1e6, "tool_timeout",
+                "seconds > 0", tool_timeout)
+        self.effort, self.offers = effort, read_tools(tools, tool_timeout)
         self.instructions = _text(instructions, "instructions")
-        self.date = today() if date is None else _text(date, "date")
+        self.date = "" if date is None else _text(date, "date")
         self.sampler = Sampler(temperature, top_k, top_p)
         self._head()
         self.max_new_tokens, self.rounds = max_new_tokens, rounds
-        self._seed, self._slack = seed, slack
+        self._seed, self._slack, self._chunk = seed, slack, prefill_chunk
         self.model, self.tokenizer = load(model, dtype, device)
+        self._link = getattr(self.model, "link", None) or Alone()
+        if date is None:
+            self.date = self._link.same(today)
         self._stop = _stops(self.tokenizer)
         self.reset()
 
@@ -1745,76 +2524,238 @@ settings = _Settings((model, tokenizer), effort="high", tools=[weather],
 print(tokenizer.decode(settings.prompt(talk)))
 
 # %% [markdown]
+# ### Several processes, one decision
+#
+# A large model may be spread over several processes, each of which runs the
+# whole program with its part of the weights (chapter 15). Then they must do
+# the same forwards, in the same order, with the same tokens. Arithmetic sees
+# to it that all have the same logits. Nothing sees to the rest: a tool that
+# sends a mail would send one from each process; its answer may differ, as the
+# clock does; one process may be left by its user while the others wait for
+# its part of a sum, for ever.
+#
+# So whatever is not arithmetic is found out by the first process, and told to
+# the others: the date, the prompt, the seed of a round, the answer of a tool,
+# and before every forward whether the turn goes on. The model's `link` says
+# how. A model in one process has none, and every question is its own answer.
+
+# %% tags=["export:chat"]
+class Alone:
+    """The link of a process by itself; see chapter 15 for another."""
+
+    first = True
+
+    def same(self, make: Callable[[], object]) -> object:
+        """make() of the first process, as JSON has it, for all."""
+        return make()
+
+
+class Stopped(Exception):
+    """The first process goes no further with this turn."""
+
+
+class Agreement:
+    """What the processes of a model ask the first while a turn lasts."""
+
+    def __init__(self, link: Alone) -> None:
+        self._link, self.open = link, True
+
+    def ask(self, make: Callable[[], object]) -> object:
+        """make() of the first process. What it raises ends the turn: that
+        is raised there, and Stopped by the others."""
+        failed: list[BaseException] = []
+
+        def word() -> list:
+            try:
+                return [make()]
+            except BaseException as error:
+                failed.append(error)
+                return []
+
+        told = self._link.same(word)
+        self.open = bool(told)
+        if failed:
+            raise failed[0]
+        if not told:
+            raise Stopped
+        return told[0]
+
+    def leave(self) -> None:
+        """The first process leaves, and the others at their next question;
+        they cannot leave first."""
+        if self.open and self._link.first:
+            self.open = False
+            self._link.same(list)
+
+# %% [markdown]
+# Two threads for two processes, each with its own idea; the second one learns
+# what the first has found, and that it has left:
+
+# %%
+import queue
+import threading
+
+
+class Told:
+    """A link between two threads."""
+
+    def __init__(self, first: bool, wire: queue.SimpleQueue) -> None:
+        self.first, self.wire = first, wire
+
+    def same(self, make):
+        if not self.first:
+            return self.wire.get()
+        self.wire.put(word := make())
+        return word
+
+
+def decide(first: bool, idea: str) -> None:
+    agreement = Agreement(Told(first, wire))
+    told[idea] = agreement.ask(lambda: idea)
+    try:
+        agreement.leave()
+        told[idea] += ", " + agreement.ask(lambda: "more")
+    except Stopped:
+        told[idea] += ", stopped"
+
+
+wire, told = queue.SimpleQueue(), {}
+other = threading.Thread(target=decide, args=(False, "stay"))
+other.start()
+agreement = Agreement(Told(True, wire))
+told["go"] = agreement.ask(lambda: "go")
+agreement.leave()
+other.join()
+print(told)
+
+# %% [markdown]
 # ### A turn
 #
 # Write a round; if it ended with a call, run it, append the answer and go
 # on; else the turn is over.
+#
+# A turn can be left between any two events: whoever reads them stops reading.
+# It can also be stopped where no event comes, while a long prompt is read: a
+# function `stop` is asked before every forward.
 
 # %% tags=["export:chat"]
 class _Turns(_Settings):
     """One turn of the model: rounds of writing, and calls between them."""
 
-    def _tokens(self, prompt: list[int], made: int) -> Iterator[int]:
-        """What the model writes after `prompt`, having written `made`."""
+    usage: Usage | None = None
+    _rounds: list[Round]
+
+    def _round_seed(self) -> int:
+        """Drawn by all processes, so that torch's numbers stay alike."""
+        return (torch.randint(2 ** 48, ()).item() if self._seed is None
+                else self._random.getrandbits(48))
+
+    def _tokens(self, prompt: list[int], made: int, agreement: Agreement,
+                stop: Callable[[], object] | None) -> Iterator[int | None]:
+        """What the model writes after `prompt`, having written `made`; None
+        after a part of the prompt."""
         most = self.model.config.max_position_embeddings
         left = (self.max_new_tokens or most + made) - made
         if left <= 0 or len(prompt) > most:
-            return iter(())
-        seed = None if self._seed is None else self._random.getrandbits(48)
-        return self.memory.write(prompt, max_new_tokens=left, seed=seed,
-                                 sampler=self.sampler, stop=self._stop)
+            return
 
-    def _turn(self, prompt: list[int], ids: Iterator[str]
-              ) -> Iterator[ChatEvent]:
-        began, before, made, reason = time.perf_counter(), len(prompt), 0, ""
-        fed = self.memory.fed
-        while not reason:
-            round_, token = Round(self.tokenizer), None
-            self._rounds.append(round_)
-            for token in self._tokens(prompt, made):
-                made += 1
-                yield from round_.feed(token)
-                if round_.over:
-                    break
-            yield from round_.close()
-            if round_.call is not None:
-                reason = yield from self._answer(round_, next(ids))
-                prompt = self._after(round_)
-            else:
-                reason = ("stop" if round_.over or token in self._stop
-                          else "length")
-        most = self.model.config.max_position_embeddings
-        if reason == "stop" and not round_.text("final"):
-            yield ChatEvent("notice", "the model ended without an answer")
-        if max(len(prompt), len(self.memory.tokens)) > most:
-            yield ChatEvent("notice", f"the context of {most} tokens is full")
-        self.usage = Usage(reason, before, self.memory.fed - fed, made,
-                           time.perf_counter() - began)
+        def go_on() -> bool:
+            if stop is not None and stop():
+                raise Stopped
+            return True
+
+        drawn = self._round_seed()
+        steps = self.memory.write(
+            prompt, max_new_tokens=left, sampler=self.sampler,
+            stop=self._stop, prefill_chunk=self._chunk,
+            seed=agreement.ask(lambda: drawn))
+        end = object()
+        while agreement.ask(go_on) and (step := next(steps, end)) is not end:
+            yield step
+
+    def _turn(self, prompt: list[int], ids: Iterator[str],
+              agreement: Agreement, stop: Callable[[], object] | None,
+              progress: bool) -> Iterator[ChatEvent]:
+        began, fed, made = time.perf_counter(), self.memory.fed, 0
+        before, reason = len(prompt), ""
+
+        def used() -> Usage:
+            return Usage(reason or "stopped", before, self.memory.fed - fed,
+                         made, time.perf_counter() - began)
+
+        try:
+            while not reason:
+                round_, token = Round(self.tokenizer), None
+                self._rounds.append(round_)
+                for token in self._tokens(prompt, made, agreement, stop):
+                    if token is not None:
+                        made += 1
+                        yield from round_.feed(token)
+                    elif progress:
+                        yield ChatEvent("progress", str(self.memory.left))
+                    if round_.over:
+                        break
+                yield from round_.close()
+                if round_.call is not None:
+                    reason = yield from self._answer(round_, next(ids),
+                                                     agreement)
+                    prompt = self._after(round_)
+                else:
+                    reason = ("stop" if round_.over or token in self._stop
+                              else "length")
+            agreement.ask(bool)  # here the last chance to leave ends
+            agreement.open = False
+        except Stopped:
+            reason = "stopped"
+        except BaseException:
+            reason = "stopped"
+            self.usage = used()
+            agreement.leave()
+            raise
+        yield from self._complaints(reason, len(prompt))
+        self.usage = used()
         yield ChatEvent("done", reason, usage=self.usage)
 
-    def _answer(self, round_: Round, id_: str
+    def _complaints(self, reason: str, length: int) -> Iterator[ChatEvent]:
+        most = self.model.config.max_position_embeddings
+        if reason == "stop" and not self._rounds[-1].text("final"):
+            yield ChatEvent("notice", "the model ended without an answer")
+        if max(length, len(self.memory.tokens)) > most:
+            yield ChatEvent("notice", f"the context of {most} tokens is full")
+
+    def _answer(self, round_: Round, id_: str, agreement: Agreement
                 ) -> Generator[ChatEvent, None, str]:
         """Runs the call of a round; returns why the turn ends, or ""."""
         arguments, to = round_.call.arguments, round_.call.recipient
         name = _OTHER.sub("_", to.removeprefix("functions."))[:64] or "none"
-        offer = self.offers.get(name)
         yield ChatEvent("call", arguments, name)
+        reason, result = agreement.ask(
+            functools.partial(self._run, name, arguments))
         call = {"id": id_, "type": "function",
                 "function": {"name": name, "arguments": arguments}}
-        if offer is not None and offer.run is None:
-            round_.kept = [call]
-            return "tool_calls"
-        if len(self._rounds) > self.rounds:
+        if reason == "length":
             yield ChatEvent("notice", f"not run: call {len(self._rounds)} "
                             f"of at most {self.rounds} in a turn")
-            return "length"
-        known = ", ".join(self.offers) or "none"
-        result = (offer.run(arguments) if offer is not None else
-                  f"error: there is no tool {name}; there are: {known}")
-        round_.kept = [call, {"role": "tool", "tool_call_id": id_,
-                              "name": name, "content": result}]
-        yield ChatEvent("result", result, name)
-        return ""
+        elif reason:
+            round_.kept = [call]
+        else:
+            round_.kept = [call, {"role": "tool", "tool_call_id": id_,
+                                  "name": name, "content": result}]
+            yield ChatEvent("result", result, name)
+        return reason
+
+    def _run(self, name: str, arguments: str) -> tuple[str, str]:
+        """Why the turn ends with this call, or "", and what the call gave.
+        Of several processes only the first runs it."""
+        offer, known = self.offers.get(name), ", ".join(self.offers)
+        if offer is not None and offer.run is None:
+            return "tool_calls", ""
+        if len(self._rounds) > self.rounds:
+            return "length", ""
+        if offer is None:
+            return "", (f"error: there is no tool {name}; there are: "
+                        f"{known or 'none'}")
+        return "", _as_text(offer.run(arguments))
 
     def _after(self, round_: Round) -> list[int]:
         """The tokens so far, word for word, and the tool's answer."""
@@ -1827,8 +2768,21 @@ class _Turns(_Settings):
 
 # %% [markdown]
 # ### Chat
+#
+# In the processes that are not the first, a turn that is left must go on
+# unseen until the first one ends it, or the others would wait for its part.
 
 # %% tags=["export:chat"]
+def _followed(turn: Iterator[ChatEvent]) -> Iterator[ChatEvent]:
+    """`turn`, and all the rest of it when its reader leaves."""
+    try:
+        for event in turn:  # not `yield from`, which would close it
+            yield event
+    finally:
+        for _ in turn:
+            pass
+
+
 class Chat(_Turns):
     """A conversation with a gpt-oss model, in OpenAI's message dicts.
 
@@ -1840,55 +2794,86 @@ class Chat(_Turns):
     temperature, top_k, top_p, seed: as for `Sampler` and `generate`.
     max_new_tokens: in a turn, all rounds together (None: until the context
     is full). rounds: calls run in one turn. slack: see `Memory`.
+    tool_timeout: seconds for a call, see `function_tool`. prefill_chunk:
+    tokens of a prompt that are read at once.
 
     One cache is kept from turn to turn; what a new prompt shares with it is
     not fed again. A turn may be left at any point. Not for several threads.
+    With a model that is spread over processes, all of them make the same
+    calls; what the first is given counts, and its tools alone are run.
     """
 
-    usage: Usage | None = None  # of the last turn that came to its end
+    usage: Usage | None = None  # of the last turn; None while it lasts
     _rounds: Sequence[Round] = ()
-    _running: Generator | None = None
+    _turning: tuple = ()  # its events, what is behind them, its agreement
 
-    def events(self, messages: Sequence[Mapping]) -> Iterator[ChatEvent]:
+    def events(self, messages: Sequence[object], *,
+               stop: Callable[[], object] | None = None,
+               progress: bool = False) -> Iterator[ChatEvent]:
         """The turn of the model after `messages`, as it happens.
 
-        Raises ChatError at the call, for messages that are not right or do
-        not fit. A turn that is still under way ends here.
+        stop: asked before every forward; if what it returns is true, the
+        turn ends there with the finish reason "stopped". progress: whether
+        there are events of that kind. Raises ChatError at the call, for
+        messages that are not right or do not fit. A turn that is still
+        under way ends here.
         """
-        prompt = self.prompt(messages)
         self._interrupt()
-        used = {call["id"] for message in messages
-                for call in message.get("tool_calls") or ()}
+        begin = self._link.same(functools.partial(self._begin, messages))
+        if "error" in begin:
+            raise ChatError(begin["error"])
         ids = (f"call_{n}" for n in itertools.count(1)
-               if f"call_{n}" not in used)
-        self._rounds, self._running = [], self._turn(prompt, ids)
-        return self._running
+               if f"call_{n}" not in begin["used"])
+        self._rounds, self.usage = [], None
+        agreement = Agreement(self._link)
+        turn = self._turn(begin["prompt"], ids, agreement, stop, progress)
+        events = turn if self._link.first else _followed(turn)
+        self._turning = (weakref.ref(events), agreement,
+                         None if self._link.first else turn)
+        return events
 
-    def reply(self, messages: Sequence[Mapping]) -> Iterator[str]:
+    def _begin(self, messages: Sequence[object]) -> dict:
+        """The prompt and the ids of calls that are taken, or an error."""
+        try:
+            return {"prompt": self.prompt(messages),
+                    "used": _call_ids(messages)}
+        except ChatError as error:
+            return {"error": str(error)}
+
+    def reply(self, messages: Sequence[object], *,
+              stop: Callable[[], object] | None = None) -> Iterator[str]:
         """The text of the final channel, piece by piece; see `events`."""
-        return (event.text for event in self.events(messages)
+        return (event.text for event in self.events(messages, stop=stop)
                 if event.kind == "final")
 
     @property
     def turn(self) -> list[dict]:
-        """The messages that the turn has added, to go on with: calls with
-        their answers, then the answer as far as it came."""
+        """The messages that the turn has added, to go on with: what was
+        thought, said and called, in order, with the answers of the calls,
+        then the answer as far as it came."""
         return [message for round_ in self._rounds
                 for message in round_messages(round_)]
 
     def reset(self) -> None:
         """Forget the turn and the cache; a seed begins anew."""
         self._interrupt()
-        self._rounds = ()
+        self._rounds, self.usage = (), None
         super().reset()
 
     def _interrupt(self) -> None:
+        """End the turn that is under way, if there is one."""
+        if not self._turning:
+            return
+        events, agreement, behind = self._turning
         try:
-            if self._running is not None:
-                self._running.close()
+            if (running := events()) is not None:
+                running.close()
         except ValueError as error:  # the generator is running right now
             raise ChatError("chat: in the middle of a turn") from error
-        self._running = None
+        agreement.leave()
+        for _ in behind or ():
+            pass
+        self._turning = ()
 
 # %% [markdown]
 # A conversation with the shipped model, greedy so that it can be repeated. In
@@ -2211,8 +3196,6 @@ for key, entry in theirs["properties"].items():
 # of them: whoever reads only that misses the end of a tool call.
 
 # %%
-import tempfile
-
 released = {"bos_token_id": 199998, "do_sample": True,
             "eos_token_id": [200002, 199999, 200012],
             "pad_token_id": 199999}

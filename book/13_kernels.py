@@ -288,10 +288,8 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
 # #include <ATen/Parallel.h>
-# #include <ATen/core/LegacyTypeDispatch.h>
 # #include <ATen/core/Tensor.h>
 # #include <ATen/core/dispatch/Dispatcher.h>
-# #include <ATen/core/grad_mode.h>
 # #include <ATen/ops/empty.h>
 # #include <ATen/ops/zeros.h>
 # #include <ATen/record_function.h>
@@ -1263,9 +1261,12 @@ print("relative error below 1e-6:", worst < 1e-6)
 
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
+# constexpr float MAX = std::numeric_limits<float>::max();
+#
 # inline Floats clamped_swiglu(Floats gate, Floats up, float limit) {
-#   const Floats most = Floats{} + limit;
+#   const Floats most = Floats{} + limit, least = Floats{} - 1e4f;
 #   gate = gate > most ? most : gate;  // written so that NaN stays NaN
+#   gate = (gate < least) & (gate >= -MAX) ? least : gate;  // as good as zero
 #   up = up > most ? most : up < -most ? -most : up;
 #   const Floats t = 1.702f * gate, e = exponential(t > 0 ? -t : t);
 #   return (up + 1) * gate * (t > 0 ? Floats{} + 1.0f : e) / (1 + e);
@@ -1680,7 +1681,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # struct Compact {  // (rows, blocks, SIZE) bytes
 #   const uint8_t *bytes, *upper;
 #   const int32_t *first, *others;  // row r: others[first[r] ... first[r + 1]]
-#   int64_t rows, blocks;
+#   int64_t rows, blocks, count;    // count: of all others
 #
 #   const uint8_t* row(int64_t r) const { return bytes + r * blocks * SIZE; }
 # };
@@ -1774,11 +1775,15 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 #         compact_dots<STREAMS>(w, row0 + r, step, &from[t * n], to + r);
 #       for (int64_t r = STREAMS * step; r < rows; ++r)
 #         compact_dots<1>(w, row0 + r, 0, &from[t * n], to + r);
-#       for (int64_t r = 0; r < rows; ++r)
-#         for (int32_t i = w.first[row0 + r]; i < w.first[row0 + r + 1]; ++i) {
+#       for (int64_t r = 0; r < rows; ++r) {
+#         const int32_t* from = w.first + row0 + r;
+#         const int64_t end = std::min<int64_t>(from[1], w.count);
+#         for (int64_t i = std::max(from[0], 0); i < end; ++i) {
 #           const uint32_t other = w.others[i], bits = other << 16;
-#           to[r] += load<float>(&bits) * x[t * n + (other >> 16)];
+#           if (other >> 16 < n)
+#             to[r] += load<float>(&bits) * x[t * n + (other >> 16)];
 #         }
+#       }
 #     }
 #   });
 # }
@@ -1846,6 +1851,12 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # // weight (rows, n) bf16 -> blocks, upper, first, others
 # std::tuple<Tensor, Tensor, Tensor, Tensor> pack_compact(
 #     const Tensor& weight) {
+#   TORCH_CHECK(weight.scalar_type() == at::kBFloat16 && weight.dim() == 2
+#                   && weight.is_contiguous() && weight.size(1) % WEIGHTS == 0
+#                   && weight.size(1) <= 1 << 16,
+#               "pack_compact: weight: expected contiguous bfloat16 (m, n), "
+#               "64 dividing n up to 65536, found ", weight.scalar_type(),
+#               " ", weight.sizes());
 #   const int64_t rows = weight.size(0), n = weight.size(1);
 #   auto w = static_cast<const uint16_t*>(weight.const_data_ptr());
 #   const Codes codes(count_halves(w, rows, n));
@@ -2219,11 +2230,12 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 #
 # A kernel serves bf16 on the CPU, the type of the released weights. Anything
 # else goes to the same operator in plain torch, which the Python side declares
-# as `gptoss::plain_…`: whoever asks for float32 gets float32.
+# as `gptoss::plain_…`: whoever asks for float32 gets float32. The switch that
+# turns the kernels off is a thread's own.
 
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
-# bool enabled = true;
+# thread_local bool enabled = true;
 #
 # bool ours(std::initializer_list<Tensor> numbers) {  // bf16, on by default
 #   bool all = enabled;
@@ -2235,6 +2247,12 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 #   bool all = true;
 #   for (const Tensor& x : bytes)
 #     all &= x.scalar_type() == at::kByte && x.is_contiguous();
+#   return all;
+# }
+#
+# bool whole(std::initializer_list<Tensor> ids) {
+#   bool all = true;
+#   for (const Tensor& x : ids) all &= x.scalar_type() == at::kLong;
 #   return all;
 # }
 #
@@ -2251,6 +2269,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 #   auto shape = x.sizes().vec();
 #   shape.back() = width;
 #   Tensor y = at::empty(shape, x.options());
+#   TORCH_INTERNAL_ASSERT(y.numel() == int64_t(values.size()));
 #   convert(values.data(), values.size(), static_cast<Number*>(y.data_ptr()));
 #   return y;
 # }
@@ -2266,16 +2285,47 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # }
 # ```
 
+# %% [markdown]
+# A kernel reads memory by the sizes that it was told, so it looks at all of
+# them first; that takes no time that could be measured. What cannot be right
+# in any form is refused by name. Everything else that the kernel is not made
+# for (a size of zero, a bias that torch would stretch) is left to plain
+# torch, which computes it or refuses it: either way both paths do the same,
+# and a test throws wrong shapes at both.
+
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
+# bool has(const Tensor& x, std::initializer_list<int64_t> sizes) {
+#   return x.sizes() == at::IntArrayRef(sizes);
+# }
+#
+# // x (..., n) beside a weight (m, n), a bias (m,) or one to be stretched
+# void check_linear(const char* name, const Tensor& x, int64_t m, int64_t n,
+#                   const std::optional<Tensor>& bias) {
+#   TORCH_CHECK(x.dim() && x.size(-1) == n, name, ": x: expected (..., ", n,
+#               ") beside a weight (", m, ", ", n, "), found ", x.sizes());
+#   TORCH_CHECK(!bias || bias->dim() != 1 || m < 2 || bias->size(0) == m
+#                   || bias->size(0) == 1,
+#               name, ": bias: expected (", m, "), found ", bias->sizes());
+# }
+#
 # Tensor mxfp4_linear(const Tensor& x, const Tensor& blocks,
 #                     const Tensor& scales,
 #                     const std::optional<Tensor>& bias) {
-#   if (!ours({x, bias.value_or(x)}) || !packed({blocks, scales}))
+#   if (!ours({x, bias.value_or(x)}) || !packed({blocks, scales})
+#       || scales.dim() != 2)
 #     return plain<decltype(mxfp4_linear)>("mxfp4_linear", x, blocks, scales,
 #                                          bias);
+#   TORCH_CHECK(has(blocks, {scales.size(0), scales.size(1), 16}),
+#               "mxfp4_linear: blocks: expected (m, n / 32, 16) beside "
+#               "scales ", scales.sizes(), ", found ", blocks.sizes());
 #   const Packed weight(blocks, scales);
-#   const int64_t m = weight.rows, N = x.numel() / (weight.blocks * BLOCK);
+#   const int64_t m = weight.rows, n = weight.blocks * BLOCK;
+#   check_linear("mxfp4_linear", x, m, n, bias);
+#   if (!x.numel() || !m || (bias && !has(*bias, {m})))
+#     return plain<decltype(mxfp4_linear)>("mxfp4_linear", x, blocks, scales,
+#                                          bias);
+#   const int64_t N = x.numel() / n;
 #   Buffer y(N * m);
 #   const std::vector<int64_t> ids(N, 0);
 #   grouped_linear(weight, Groups(ids.data(), N, 1),
@@ -2290,9 +2340,12 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 #
 # Tensor linear(const Tensor& x, const Tensor& weight,
 #               const std::optional<Tensor>& bias) {
+#   if (!ours({x, weight, bias.value_or(x)}) || weight.dim() != 2)
+#     return plain<decltype(linear)>("linear", x, weight, bias);
 #   const int64_t m = weight.size(0), n = weight.size(1);
-#   if (!ours({x, weight, bias.value_or(x)}) || !weight.is_contiguous()
-#       || n % BLOCK)
+#   check_linear("linear", x, m, n, bias);
+#   if (!weight.is_contiguous() || n % BLOCK || !x.numel() || !m
+#       || (bias && !has(*bias, {m})))
 #     return plain<decltype(linear)>("linear", x, weight, bias);
 #   const Buffer from = floats(x);
 #   const int64_t N = from.size() / n;
@@ -2311,17 +2364,27 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 #                       const Tensor& blocks, const Tensor& upper,
 #                       const Tensor& first, const Tensor& others) {
 # #ifdef GPTOSS_AVX2
-#   const int64_t m = blocks.size(0), n = blocks.size(1) * WEIGHTS;
-#   const int64_t N = x.numel() / n;
-#   if (ours({x, weight, bias.value_or(x)}) && N <= FEW) {
-#     Buffer y(N * m);
-#     compact_few({blocks.const_data_ptr<uint8_t>(),
-#                  upper.const_data_ptr<uint8_t>(),
-#                  first.const_data_ptr<int32_t>(),
-#                  others.const_data_ptr<int32_t>(), m, blocks.size(1)},
-#                 floats(x), N, y);
-#     add_bias(y, bias);
-#     return result(x, m, y);
+#   const auto integers = [](const Tensor& t) {
+#     return t.scalar_type() == at::kInt && t.is_contiguous() && t.dim() == 1;
+#   };
+#   if (ours({x, weight, bias.value_or(x)}) && weight.dim() == 2) {
+#     const int64_t m = weight.size(0), n = weight.size(1);
+#     check_linear("compact_linear", x, m, n, bias);
+#     if (x.numel() && x.numel() <= FEW * n && m && !(bias && !has(*bias, {m}))
+#         && packed({blocks, upper}) && n % WEIGHTS == 0
+#         && has(blocks, {m, n / WEIGHTS, SIZE}) && has(upper, {16})
+#         && integers(first) && integers(others) && has(first, {m + 1})) {
+#       const int64_t N = x.numel() / n;
+#       Buffer y(N * m);
+#       compact_few({blocks.const_data_ptr<uint8_t>(),
+#                    upper.const_data_ptr<uint8_t>(),
+#                    first.const_data_ptr<int32_t>(),
+#                    others.const_data_ptr<int32_t>(), m, blocks.size(1),
+#                    others.size(0)},
+#                   floats(x), N, y);
+#       add_bias(y, bias);
+#       return result(x, m, y);
+#     }
 #   }
 # #endif
 #   return linear(x, weight, bias);
@@ -2336,9 +2399,23 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 #                       const Tensor& gate_up_bias, const Tensor& down_blocks,
 #                       const Tensor& down_scales, const Tensor& down_bias,
 #                       double limit) {
-#   if (!ours({x, weights, gate_up_bias, down_bias})
+#   auto fits = [&] {  // x (N, D), ids (N, K), gate_up (E, 2 F, D), down ...
+#     if (x.dim() != 2 || ids.dim() != 2 || gate_up_scales.dim() != 3)
+#       return false;
+#     const int64_t N = x.size(0), D = x.size(1), K = ids.size(1);
+#     const int64_t E = gate_up_scales.size(0), F = gate_up_scales.size(1) / 2;
+#     return N && D && K && E && F && D % BLOCK == 0 && F % BLOCK == 0
+#         && has(ids, {N, K}) && has(weights, {N, K})
+#         && has(gate_up_scales, {E, 2 * F, D / BLOCK})
+#         && has(gate_up_blocks, {E, 2 * F, D / BLOCK, 16})
+#         && has(down_scales, {E, D, F / BLOCK})
+#         && has(down_blocks, {E, D, F / BLOCK, 16})
+#         && has(gate_up_bias, {E, 2 * F}) && has(down_bias, {E, D});
+#   };
+#   if (!ours({x, weights, gate_up_bias, down_bias}) || !whole({ids})
 #       || !packed({gate_up_blocks, gate_up_scales, down_blocks, down_scales})
-#       || !gate_up_bias.is_contiguous() || !down_bias.is_contiguous())
+#       || !gate_up_bias.is_contiguous() || !down_bias.is_contiguous()
+#       || !fits())
 #     return plain<decltype(packed_experts)>(
 #         "packed_experts", x, ids, weights, gate_up_blocks, gate_up_scales,
 #         gate_up_bias, down_blocks, down_scales, down_bias, limit);
@@ -2363,38 +2440,67 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # Tensor sink_attention(const Tensor& q, const Tensor& k, const Tensor& v,
 #                       const Tensor& sinks, const Tensor& q_pos,
 #                       const Tensor& k_pos, int64_t window, double scale) {
-#   const int64_t C = q.size(3), G = k.size(2);
-#   if (!ours({q, k, v, sinks}) || C % ROWS || C > WIDEST || q.size(2) % G
-#       || k.stride(3) != 1 || k.strides() != v.strides())
+#   TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4
+#                   && k.size(3) == q.size(3) && window >= 0,
+#               "sink_attention: expected q (B, T, H, C), k and v "
+#               "(B, S, G, C), window >= 0, found q ", q.sizes(), ", k ",
+#               k.sizes(), ", v ", v.sizes(), ", window ", window);
+#   const int64_t B = q.size(0), T = q.size(1), H = q.size(2), C = q.size(3);
+#   const int64_t S = k.size(1), G = k.size(2);
+#   auto fits = [](const Tensor& pos, int64_t rows, int64_t columns) {
+#     return pos.dim() == 2 && (pos.size(0) == rows || pos.size(0) == 1)
+#         && pos.size(1) == columns;
+#   };
+#   if (!ours({q, k, v, sinks}) || !whole({q_pos, k_pos}) || !q.numel() || !G
+#       || C % ROWS || C > WIDEST || H % G || k.size(0) != B
+#       || k.sizes() != v.sizes() || !has(sinks, {H}) || !fits(q_pos, B, T)
+#       || !fits(k_pos, B, S) || k.stride(3) != 1
+#       || k.strides() != v.strides())
 #     return plain<decltype(sink_attention)>("sink_attention", q, k, v, sinks,
 #                                            q_pos, k_pos, window, scale);
 #   return run_attention({q.contiguous(), k, v, sinks.contiguous(),
-#                         q_pos.expand({q.size(0), -1}).contiguous(),
-#                         k_pos.expand({q.size(0), -1}).contiguous(), window,
+#                         q_pos.expand({B, -1}).contiguous(),
+#                         k_pos.expand({B, -1}).contiguous(), window,
 #                         float(scale)});
 # }
 #
 # Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
-#   if (!ours({x, weight}))
+#   if (!ours({x, weight}) || !x.dim() || weight.dim() != 1)
 #     return plain<decltype(rms_norm)>("rms_norm", x, weight, eps);
-#   return result(x, x.size(-1), norm_rows(floats(x), floats(weight), eps));
+#   const int64_t n = weight.size(0);
+#   TORCH_CHECK(x.size(-1) == n || x.size(-1) == 1 || n == 1, "rms_norm: "
+#               "weight: expected (", x.size(-1), ") beside x ", x.sizes(),
+#               ", found ", weight.sizes());
+#   if (x.size(-1) != n || !x.numel())
+#     return plain<decltype(rms_norm)>("rms_norm", x, weight, eps);
+#   return result(x, n, norm_rows(floats(x), floats(weight), eps));
 # }
 #
 # Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin) {
-#   if (!ours({x, cos, sin}) || x.dim() != 4)
+#   if (!ours({x, cos, sin}) || x.dim() != 4 || cos.dim() != 3)
 #     return plain<decltype(rope)>("rope", x, cos, sin);
-#   const std::vector<int64_t> shape = {x.size(0), x.size(1), cos.size(-1)};
+#   const int64_t B = x.size(0), T = x.size(1), half = x.size(3) / 2;
+#   auto stretched = [](int64_t size, int64_t to) {
+#     return size == to || size == 1;
+#   };
+#   TORCH_CHECK(half < 2 || x.size(3) % 2 || stretched(cos.size(2), half),
+#               "rope: cos: expected (B, T, ", half, ") beside x ", x.sizes(),
+#               ", found ", cos.sizes());
+#   if (!x.numel() || 2 * cos.size(2) != x.size(3)
+#       || cos.sizes() != sin.sizes() || !stretched(cos.size(0), B)
+#       || !stretched(cos.size(1), T))
+#     return plain<decltype(rope)>("rope", x, cos, sin);
+#   const std::vector<int64_t> shape = {B, T, half};
 #   return result(x, x.size(-1),
 #                 rope_rows(floats(x), floats(cos.expand(shape)),
-#                           floats(sin.expand(shape)), x.size(2), shape[2]));
+#                           floats(sin.expand(shape)), x.size(2), half));
 # }
 #
 # std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t k) {
-#   const int64_t E = logits.size(-1);
-#   if (!ours({logits}) || logits.dim() != 2 || k < 1 || k > E)
+#   if (!ours({logits}) || logits.dim() != 2 || k < 1 || k > logits.size(1))
 #     return plain<decltype(route)>("route", logits, k);
 #   const Buffer from = floats(logits);
-#   const int64_t N = logits.size(0);
+#   const int64_t N = logits.size(0), E = logits.size(1);
 #   Tensor ids = at::empty({N, k}, logits.options().dtype(at::kLong));
 #   int64_t* id = ids.data_ptr<int64_t>();
 #   Buffer weights(N * k);
@@ -2465,6 +2571,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 #   }
 #
 #   std::string end() {
+#     TORCH_CHECK(current == this, "recording: ended, not begun");
 #     at::removeCallback(handle);
 #     current = nullptr;
 #     known.clear();
@@ -2555,47 +2662,12 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # time: intermediate results are as short-lived as they were.
 
 # %% [markdown]
-# Training goes on as before. Chapters 2 and 8 gave their operators a
-# derivative of their own; the others were compositions that torch
-# differentiates itself, which it cannot do through a kernel. So a gate stands
-# before them: if an argument asks for a gradient, the plain form runs.
+# Training goes on as before: where a gradient is asked for, chapter 2's
+# operators never come to a kernel, or have a formula of their own. What is
+# left is to register.
 
 # %% [markdown] tags=["export:kernels.cpp"]
 # ```cpp
-# bool learns(const Tensor& x) { return x.requires_grad(); }
-# bool learns(const std::optional<Tensor>& x) {
-#   return x && x->requires_grad();
-# }
-# template <class Other>
-# bool learns(const Other&) { return false; }
-#
-# // what stands before a kernel while gradients are recorded
-# template <auto function, const char* name, class Result, class... Arguments>
-# Result gated(Arguments... arguments) {
-#   if (at::GradMode::is_enabled() && (learns(arguments) || ...))
-#     return plain<Result(Arguments...)>(name, arguments...);
-#   at::AutoDispatchBelowADInplaceOrView below;
-#   return function(arguments...);
-# }
-#
-# template <auto function, const char* name, class Result, class... Arguments>
-# constexpr auto gate(Result (*)(Arguments...)) {
-#   return gated<function, name, Result, Arguments...>;
-# }
-#
-# constexpr char COMPACT[] = "compact_linear", LINEAR[] = "linear",
-#                NORM[] = "rms_norm", ROPE[] = "rope", ROUTE[] = "route",
-#                ATTENTION[] = "sink_attention";
-#
-# TORCH_LIBRARY_IMPL(gptoss, AutogradCPU, m) {
-#   m.impl("linear", gate<linear, LINEAR>(linear));
-#   m.impl("compact_linear", gate<compact_linear, COMPACT>(compact_linear));
-#   m.impl("rms_norm", gate<rms_norm, NORM>(rms_norm));
-#   m.impl("rope", gate<rope, ROPE>(rope));
-#   m.impl("route", gate<route, ROUTE>(route));
-#   m.impl("sink_attention", gate<sink_attention, ATTENTION>(sink_attention));
-# }
-#
 # TORCH_LIBRARY_IMPL(gptoss, CPU, m) {
 #   m.impl("linear", linear);
 #   m.impl("compact_linear", compact_linear);
@@ -2605,6 +2677,9 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 #   m.impl("sink_attention", sink_attention);
 #   m.impl("mxfp4_linear", mxfp4_linear);
 #   m.impl("packed_experts", packed_experts);
+# #ifdef GPTOSS_AVX2
+#   m.impl("pack_compact", pack_compact);
+# #endif
 # }
 #
 # #if defined(GPTOSS_AVX512)
@@ -2628,12 +2703,9 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 #       .def("replay", &Recording::replay);
 #   m.def("enable_kernels(bool on) -> bool", [](bool on) {
 #     std::swap(on, enabled);
-#     return on;  // as it was before
+#     return on;  // as it was before, in this thread
 #   });
-# #ifdef GPTOSS_AVX2
-#   m.def("pack_compact(Tensor weight) -> (Tensor, Tensor, Tensor, Tensor)",
-#         pack_compact);
-# #endif
+#   m.def("kernels_on() -> bool", [] { return enabled; });
 # }
 #
 # }  // namespace
@@ -2650,7 +2722,15 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # `torchrun` do, one compiles and the others wait for its file: the folder is
 # locked, with a lock that the system drops when its holder ends, however it
 # ends. (`torch.utils.cpp_extension.load` would need `ninja`, and its lock is
-# a file that outlives a killed process; its include paths are all we take.)
+# a file that outlives a killed process.)
+#
+# What is loaded runs with all rights of the user, and its name can be guessed.
+# So the folder must be the user's own, for nobody else to write, or it is not
+# used; a relative `$XDG_CACHE_HOME`, which would be another folder in every
+# directory, is ignored, as its specification asks. And a file may be cut short
+# by a full disk or a power cut, and would then crash every later process. So
+# the library's SHA-256 is kept beside it, both are on the disk before they get
+# their names, and what does not agree is compiled again.
 
 # %% tags=["export"]
 import logging
@@ -2678,7 +2758,10 @@ class KernelError(RuntimeError):
 
 
 def _compiler() -> list[str]:
-    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    try:
+        return shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    except ValueError as error:
+        raise KernelError(f"$CXX: {error}") from error
 
 
 def compile_command(target: Path, variant: str = "auto") -> list[str]:
@@ -2687,22 +2770,24 @@ def compile_command(target: Path, variant: str = "auto") -> list[str]:
     The compiler is $CXX or c++. variant: one of VARIANTS; "avx2" leaves out
     AVX-512 and VNNI, "portable" every instruction named in the source.
     """
-    from torch.utils.cpp_extension import include_paths, library_paths
-
+    home = Path(torch.__file__).parent
     return [*_compiler(), *OPTIONS,
             *VARIANTS[variant],
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-            *(f"-I{folder}" for folder in include_paths()), str(SOURCE),
-            "-o", str(target), *(f"-L{path}" for path in library_paths()),
+            f"-I{home / 'include'}",
+            f"-I{home / 'include' / 'torch' / 'csrc' / 'api' / 'include'}",
+            str(SOURCE), "-o", str(target), f"-L{home / 'lib'}",
             "-ltorch_cpu", "-lc10"]
 
 
 # %% tags=["export"]
 import hashlib
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -2721,54 +2806,124 @@ def library_path(variant: str = "auto") -> Path:
              torch.__version__, platform.machine(), able[:1],
              os.environ.get("CXX"))
     name = hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "gptoss" / f"kernels-{name}.so"
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    cache = cache if cache.is_absolute() else Path.home() / ".cache"
+    return cache / "gptoss" / f"kernels-{name}.so"
+
+
+def _own(path: Path) -> bool:
+    """Is it the user's, and may nobody else write to it?"""
+    if not hasattr(os, "geteuid"):  # Windows
+        return True
+    found = path.stat()
+    return found.st_uid == os.geteuid() and not found.st_mode & 0o022
+
+
+def _seal(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _sound(path: Path) -> bool:
+    """Is the library there, the user's own, and as the compiler left it?"""
+    try:
+        return (_own(path.parent) and _own(path)
+                and path.with_suffix(".sha256").read_text() == _seal(path))
+    except (OSError, ValueError):
+        return False
 
 
 # %% tags=["export"]
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """One process at a time; others wait. A dead process holds nothing."""
-    held = os.open(folder, os.O_RDONLY)
+def _alone_in(folder: Path) -> Iterator[bool]:
+    """One process at a time; others wait. A dead process holds nothing.
+
+    Gives whether it is so: not on a network drive that knows no locks."""
+    held, locked = os.open(folder, os.O_RDONLY), False
     try:
-        with suppress(OSError):  # a network drive that knows no locks
+        with suppress(OSError):
             if fcntl:
                 fcntl.flock(held, fcntl.LOCK_EX)
-        yield
+                locked = True
+        yield locked
     finally:
         os.close(held)
 
 
+def _complaint(told: str) -> str:
+    """The line in which a compiler says what went wrong, made printable."""
+    lines = told.splitlines() or ["no message"]
+    bad = [line for line in lines if re.search(
+        "error|no space|failed|cannot|not found", line, re.IGNORECASE)]
+    causes = [line for line in bad if "ld returned" not in line]
+    line = (causes or bad or lines)[0]
+    return "".join(c if c.isprintable() else c.encode("unicode_escape")
+                   .decode() for c in line)
+
+
+# %% tags=["export"]
 def _compile(path: Path, variant: str) -> None:
     _log.warning("gptoss: compiling the kernels, once; it takes about half "
                  "a minute")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
-        done = subprocess.run(compile_command(made, variant),
-                              capture_output=True, text=True)
+        made, seal = Path(folder) / path.name, Path(folder) / "seal"
+        done = subprocess.run(compile_command(made, variant), text=True,
+                              errors="backslashreplace", capture_output=True)
         if done.returncode:
-            lines = [*done.stderr.splitlines(), "no message"]
-            raise KernelError("the compiler failed: " + next(
-                (line for line in lines if "error" in line), lines[0]))
+            raise KernelError("the compiler failed: "
+                              + _complaint(done.stderr))
+        if not made.is_file():
+            raise KernelError(f"{shlex.join(_compiler())} made no library")
+        made.chmod(0o700)
+        seal.write_text(_seal(made))
+        for file in (seal, made):
+            _to_disk(file)
+        os.replace(seal, path.with_suffix(".sha256"))
         os.replace(made, path)
+    with suppress(OSError):  # some file systems do not sync a folder
+        _to_disk(path.parent)
+
+
+def _to_disk(path: Path) -> None:
+    """Have the system write what it holds of a file or folder."""
+    held = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(held)
+    finally:
+        os.close(held)
+
+
+def _sweep(folder: Path, age: float) -> None:
+    """Remove what killed compilers left, if older than `age` seconds."""
+    for left in folder.glob("tmp*"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > age:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 # %% tags=["export"]
-def build(variant: str = "auto") -> Path:
+def build(variant: str = "auto", anew: bool = False) -> Path:
     """The compiled kernels; compiles them if they are not there yet.
 
-    That is told in one line on the logger "gptoss". KernelError, with the
-    compiler's own first complaint, if it fails.
+    anew: even if they are. Compiling is told in one line on the logger
+    "gptoss". KernelError, with the compiler's own complaint, if it fails, or
+    if the folder is not the user's own.
     """
     path = library_path(variant)
-    if path.exists():
+    if not anew and _sound(path):
         return path
     if shutil.which(_compiler()[0]) is None:
         raise KernelError(f"no compiler {_compiler()[0]!r} ($CXX names one)")
+    folder = path.parent
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _alone_in(path.parent):
-            if not path.exists():  # else another process was first
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _own(folder):
+            raise KernelError(f"{folder}: expected a folder of yours to which "
+                              "nobody else may write, found owner "
+                              f"{folder.stat().st_uid}, mode "
+                              f"{folder.stat().st_mode & 0o777:o}")
+        with _alone_in(folder) as locked:
+            _sweep(folder, 0 if locked else 3600)
+            if anew or not _sound(path):  # else another process was first
                 _compile(path, variant)
     except OSError as error:
         raise KernelError(f"cannot compile: {error}") from error
@@ -2810,6 +2965,21 @@ define_operator(
     "gptoss::compact_linear(Tensor x, Tensor weight, Tensor? bias,"
     " Tensor blocks, Tensor upper, Tensor first, Tensor others)"
     " -> Tensor", linear_beside_compact)
+
+
+def _pack_fake(weight: Tensor) -> CompactWeight:
+    """Nobody knows without looking how many numbers stand apart."""
+    m, n = weight.shape
+    apart = torch.library.get_ctx().new_dynamic_size()
+    return CompactWeight(weight.new_empty((m, n // 64, 96), dtype=torch.uint8),
+                         weight.new_empty(16, dtype=torch.uint8),
+                         weight.new_empty(m + 1, dtype=torch.int32),
+                         weight.new_empty(apart, dtype=torch.int32))
+
+
+define_operator("gptoss::pack_compact(Tensor weight)"
+                " -> (Tensor, Tensor, Tensor, Tensor)", pack_by_torch,
+                _pack_fake)
 
 
 class CompactLinear(Linear):
@@ -2869,10 +3039,7 @@ def pack(weight: Tensor) -> CompactWeight:
         raise ValueError("weight: expected bfloat16 (m, n), 64 dividing n up "
                          f"to 65536, found {weight.dtype} of "
                          f"{tuple(weight.shape)}")
-    weight = weight.contiguous()
-    if hasattr(torch.ops.gptoss, "pack_compact"):
-        return CompactWeight(*torch.ops.gptoss.pack_compact(weight))
-    return pack_by_torch(weight)
+    return CompactWeight(*torch.ops.gptoss.pack_compact(weight.contiguous()))
 
 
 def compact_layers(model: GptOss) -> None:
@@ -2899,24 +3066,23 @@ print(f"{double.saved / layer.weight.nbytes:.1%} of its bytes saved")
 # %% [markdown]
 # ### Which path is in use
 #
-# Loading the library registers the kernels. When? Importing a chapter's module
-# must change nothing, or the earlier chapters would show something else than
-# they say. So `gptoss.kernels` only leaves a note with chapter 2,
-# `before_first_call(load_kernels)`, and the first operator that computes
-# anything finds the note. `from gptoss import GptOss` or `Chat` imports this
-# module too (appendix B), and so do the commands `generate`, `chat` and
-# `bench`: whoever uses the model gets the kernels. Whoever imports
-# `gptoss.model` alone, as the other chapters do, gets what they derive.
+# Loading the library registers the kernels. When? Chapter 2's list of what
+# comes before the first call names `load_kernels`, so whoever computes first
+# loads them, by whatever import he came, and every thread that comes meanwhile
+# waits. `GptOss.from_pretrained` does not wait for the first call.
+# `GPTOSS_KERNELS=torch` in the environment declines; the book's chapters are
+# run so, or the earlier ones would show something else than they say.
 
 # %% tags=["export"]
 from collections.abc import Callable
+from threading import RLock
 
 import torch.nn.functional as F
 
 from gptoss.compact import linear_beside_compact
-from gptoss.decode_step import quick_step
+from gptoss.decode_step import kernels_loaded, quick_step
 from gptoss.experts import packed_by_decoding
-from gptoss.generate import forward_step, use_decoder
+from gptoss.generate import use_decoder
 from gptoss.model import attention_in_tiles, rms_norm
 from gptoss.mxfp4 import define_operator, linear_by_decoding
 from gptoss.rope import apply_rope
@@ -2927,19 +3093,30 @@ PLAIN: dict[str, Callable] = {
     "linear": F.linear, "compact_linear": linear_beside_compact,
     "rms_norm": rms_norm, "rope": apply_rope, "route": route,
     "sink_attention": attention_in_tiles}
-_DERIVED = ("mxfp4_linear", "packed_experts")  # have a gradient of their own
 
 
 def _define_plain() -> None:
     """Declare gptoss::plain_NAME for every operator that has a kernel."""
     for name, function in PLAIN.items():
         schema = str(getattr(torch.ops.gptoss, name).default._schema)
-        fake = torch.empty_like if name in _DERIVED else None
-        define_operator(schema.replace("::", "::plain_"), function, fake)
+        define_operator(schema.replace("::", "::plain_"), function)
 
 
 # %% tags=["export"]
-_path = ""
+_path, _loading = "", RLock()
+
+
+def _load_library(choice: str) -> None:
+    """Load the compiled kernels; what does not load is compiled anew."""
+    for anew in (False, True):
+        path = build(choice, anew)
+        try:
+            torch.ops.load_library(str(path))
+            torch.ops.gptoss.kernels_name()  # else it is another library
+            return
+        except (OSError, AttributeError, RuntimeError) as error:
+            failed = error.__cause__ or error
+    raise KernelError(f"{path}: {failed}")
 
 
 def _load(choice: str) -> str:
@@ -2949,61 +3126,53 @@ def _load(choice: str) -> str:
         if choice not in VARIANTS:
             raise KernelError(f"GPTOSS_KERNELS: expected {', '.join(VARIANTS)}"
                               f" or torch, found {choice!r}")
-        library = build(choice)
         _define_plain()
-        torch.ops.load_library(str(library))
-        use_decoder(quick_step)
-    except (KernelError, OSError) as error:
+        use_decoder(quick_step)  # which looks whether there are kernels
+        _load_library(choice)
+    except (RuntimeError, OSError) as error:
         _log.warning(
             "gptoss: no kernels, plain torch is used (many times slower; "
             "GPTOSS_KERNELS=torch silences this): %s", error)
         return f"torch ({error})"
     return torch.ops.gptoss.kernels_name()
 
-
+# %% tags=["export"]
 def load_kernels() -> str:
     """Register the kernels, compiled if need be; which path is in use.
 
     $GPTOSS_KERNELS chooses: auto (default) or another of VARIANTS, or torch.
     What fails is told in one line on the logger "gptoss", and plain torch
-    goes on computing. Later calls do nothing.
+    goes on computing. Later calls do nothing, one meanwhile waits.
     """
     global _path
-    _path = _path or _load(os.environ.get("GPTOSS_KERNELS", "auto"))
+    with _loading:
+        _path = _path or _load(os.environ.get("GPTOSS_KERNELS", "auto"))
     return _path
 
 
 def kernel_path() -> str:
     """Which path the operators take on the CPU, in words; never compiles."""
     choice = os.environ.get("GPTOSS_KERNELS", "auto")
-    waits = (not _path and choice in VARIANTS
-             and not library_path(choice).exists()
-             and shutil.which(_compiler()[0]))
-    return "C++, to be compiled when first used" if waits else load_kernels()
-
-
-# %% tags=["export"]
-from gptoss.mxfp4 import before_first_call
+    if not _path and choice in VARIANTS:
+        path = library_path(choice)
+        if (not _sound(path) and shutil.which(_compiler()[0])
+                and (not path.parent.exists() or _own(path.parent))):
+            return "C++, to be compiled when first used"
+    return load_kernels()
 
 
 @contextmanager
 def plain_torch() -> Iterator[None]:
-    """Inside, the operators compute with plain torch, kernels or not."""
+    """Inside, this thread computes with plain torch, kernels or not."""
     load_kernels()
-    if not hasattr(torch.ops.gptoss, "enable_kernels"):
+    if not kernels_loaded():
         yield
         return
     before = torch.ops.gptoss.enable_kernels(False)
-    decoder = use_decoder(forward_step)
     try:
         yield
     finally:
         torch.ops.gptoss.enable_kernels(before)
-        use_decoder(decoder)
-
-
-if __name__ != "__main__":  # imported; a notebook loads them when it wants
-    before_first_call(load_kernels)
 
 # %% [markdown]
 # With kernels at hand, the copies in twelve bits are worth making:
@@ -3021,7 +3190,7 @@ def make_compact(model: GptOss) -> GptOss:
     the logger "gptoss" says so.
     """
     path = load_kernels()
-    if hasattr(torch.ops.gptoss, "pack_compact"):
+    if kernels_loaded("pack_compact"):
         compact_layers(model)
     else:
         _log.warning("gptoss: matrices stay in sixteen bits: no kernel for "
@@ -3029,6 +3198,8 @@ def make_compact(model: GptOss) -> GptOss:
     return model
 
 # %%
+if os.environ.get("GPTOSS_KERNELS") == "torch":
+    os.environ["GPTOSS_KERNELS"] = "auto"  # from here on with kernels
 path = load_kernels()
 print("kernels or a reason:", path.startswith(("C++", "portable", "torch (")))
 
@@ -3357,7 +3528,20 @@ import torch
 from torch import Tensor, nn
 
 from gptoss.cache import Cache, CacheError, Rows, Tape
-from gptoss.model import GptOss, ModelError, check_tokens
+from gptoss.compact import CompactLinear
+from gptoss.experts import Experts
+from gptoss.model import (
+    MLP,
+    Attention,
+    Block,
+    GptOss,
+    Linear,
+    ModelError,
+    RMSNorm,
+    Stack,
+    _Router,
+    check_tokens,
+)
 
 
 @dataclass
@@ -3447,19 +3631,45 @@ def call_again(run: Work, undo: Work | None = None) -> Work:
 # What may be recorded? On CUDA, experts that do not ask the host which of
 # them was chosen. On the CPU the kernels ask inside an operator; but a hook or
 # a replaced `forward` is Python, and would run once and never again. So every
-# module must be one of ours, as it was written.
+# module must run a forward of this package, as it was written. What the class
+# is called or where it lies says nothing about that; a subclass that adds
+# nothing to `forward` has the very same function.
 
 # %% tags=["export:decode_step"]
-_OURS = ("gptoss.model", "gptoss.experts", "gptoss.compact",
-         "torch.nn.modules.container")
+_FORWARDS = {kind.forward for kind in (
+    Block, Attention, MLP, _Router, Experts, RMSNorm, Linear, CompactLinear,
+    nn.Embedding, nn.ModuleList)}
 
 
-def _as_written(module: nn.Module) -> bool:
-    return (type(module).__module__ in _OURS
-            and not (module._forward_hooks or module._forward_pre_hooks
-                     or "forward" in vars(module)))
+def kernels_loaded(operator: str = "packed_experts") -> bool:
+    """Is there a C++ kernel for the operator?"""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"gptoss::{operator}", "CPU")
 
 
+def _addition(name: str, module: nn.Module) -> str | None:
+    """What a call of the module does beyond a forward of this package."""
+    kind = type(module)
+    known = kind.forward in _FORWARDS or isinstance(module, GptOss) and (
+        kind.forward is GptOss.forward and kind.run is Stack.run)
+    if (not known or kind.__call__ is not nn.Module.__call__
+            or vars(module).keys() & {"forward", "run"}):
+        return f"{name or 'the model'} has a forward of its own"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return f"{name or 'the model'} has a forward hook"
+    if module._compiled_call_impl is not None:
+        return f"{name or 'the model'} is compiled"
+    return None
+
+
+def additions(model: nn.Module) -> str | None:
+    """Why the C++ kernels' calls are not all that a forward does; or None."""
+    if nn.modules.module._has_any_global_hook():
+        return "there is a global module hook"
+    return next(filter(None, (_addition(name, module) for name, module
+                              in model.named_modules())), None)
+
+# %% tags=["export:decode_step"]
 def can_record(model: GptOss) -> bool:
     """Does a step of this model make the same calls for every token?
 
@@ -3468,14 +3678,13 @@ def can_record(model: GptOss) -> bool:
     package's. Plain torch splits the tokens by expert with sizes that the
     host reads.
     """
-    if not model.layers[0].mlp.experts.packed:
+    # every layer: those of another stage (chapter 15) have none
+    if not all(getattr(m, "packed", True) for m in model.modules()):
         return False
     if model.embed_tokens.weight.device.type != "cpu":
         return torch._C._dispatch_has_kernel_for_dispatch_key(
             "gptoss::packed_experts", "CUDA")
-    return (hasattr(torch.ops.gptoss, "enable_kernels")
-            and all(map(_as_written, model.modules()))
-            and not nn.modules.module._has_any_global_hook())
+    return kernels_loaded() and additions(model) is None
 
 # %% [markdown]
 # Cache and step must not disagree. They cannot if they hold the same tensors:
@@ -3656,20 +3865,38 @@ class DecodeStep(_Bookkeeping):
 # device, once a token instead of at every check.
 
 # %% tags=["export:decode_step"]
+from weakref import WeakKeyDictionary
+
 from gptoss.generate import forward_step
+
+_told: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+def _told_why(model: nn.Module, why: str) -> None:
+    """One line a model and reason; parts of this package need none."""
+    if _told.get(model) != why and not type(model).__module__.startswith(
+            "gptoss.parallel"):
+        _told[model] = why
+        _log.warning("gptoss: a step of decode is not recorded, which is "
+                     "slower: %s", why)
 
 
 def quick_step(model: GptOss, cache: Cache) -> Callable[[Tensor], Tensor]:
     """Chapter 12's decoder where the C++ kernels compute the step.
 
     A recorded `DecodeStep` for a bf16 model on the CPU that `can_record`,
-    and a cache without a replay under way; otherwise the model itself.
+    and a cache without a replay under way; otherwise the model itself. If
+    only hooks or other forwards are in the way, one line says which.
     """
     weight = model.embed_tokens.weight
     if (weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-            and can_record(model)
+            and kernels_loaded() and torch.ops.gptoss.kernels_on()
             and torch.equal(cache.rows.lengths, cache.rows.held)):
-        return DecodeStep(model, cache, call_again)
+        why = additions(model)
+        if why:
+            _told_why(model, why)
+        elif can_record(model):
+            return DecodeStep(model, cache, call_again)
     return forward_step(model, cache)
 
 # %% [markdown]
@@ -3681,7 +3908,6 @@ def quick_step(model: GptOss, cache: Cache) -> Callable[[Tensor], Tensor]:
 
 # %% tags=["export"]
 import statistics
-import time
 
 from gptoss.compact import saved_bytes
 from gptoss.config import bytes_read_per_token

@@ -456,11 +456,24 @@ def with_pronouns(cast: dict[str, str]) -> dict[str, str]:
                    "Her": her.title(), "whom": whom}
 
 
+def shelf(key: str) -> str:
+    """Where a question is kept, by a checksum of what it is about: nine in
+    ten for training (""); of the tenth, two thirds for the "exam" and a
+    third for the "milestone"s on the way. No key, no shelf."""
+    n = zlib.crc32(key.encode())
+    return ("" if not key or n % 10
+            else ("milestone", "exam", "exam")[n // 10 % 3])
+
+
+def cast_key(cast: dict[str, str]) -> str:
+    """What makes a cast new: hero, colour and thing."""
+    return f"cast {cast['hero']} {cast['colour']} {cast['thing']}"
+
+
 def held_out(cast: dict[str, str]) -> bool:
     """Whether a cast is kept from training: one in ten, by a checksum of
     hero, colour and thing, so that the pair was never seen together."""
-    key = f"{cast['hero']} {cast['colour']} {cast['thing']}"
-    return zlib.crc32(key.encode()) % 10 == 0
+    return bool(shelf(cast_key(cast)))
 
 
 # %% tags=["export:stories"]
@@ -644,7 +657,6 @@ print(next(story_stream(3))[:150])
 # %% tags=["export:lessons"]
 import json
 import random
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -655,7 +667,7 @@ from gptoss.harmony import (
     developer_message,
     system_message,
 )
-from gptoss.stories import WORDS, draw_cast, held_out, tell
+from gptoss.stories import WORDS, cast_key, draw_cast, shelf, tell
 
 
 @dataclass(frozen=True)
@@ -667,7 +679,7 @@ class Turn:
         think: the analysis for low, medium and high effort.
         call: name and arguments of the tool that it needs, if any, and
             `result` what that tool returns.
-        held: whether training keeps away from it.
+        held: the shelf that it is kept on, "" if training may see it.
         facts: what the examiner needs beyond the answer.
     """
 
@@ -677,7 +689,7 @@ class Turn:
     answer: str
     call: tuple[str, dict] | None = None
     result: str = ""
-    held: bool = False
+    held: str = ""
     facts: dict = field(default_factory=dict)
 
 
@@ -685,20 +697,23 @@ class Turn:
 class Lesson:
     """A conversation; from message `turn` on, the model has to write it.
 
+    `held`: the shelf of the last question; no turn before it is on one.
     `muted`: messages that nobody should learn to write.
     """
 
     kind: str
     messages: list[Message]
     turn: int
-    held: bool = False
+    held: str = ""
     facts: dict = field(default_factory=dict)
     muted: frozenset[int] = frozenset()
 
 
-def kept_back(key: str) -> bool:
-    """Whether `key` is kept from training: one in ten, by a checksum."""
-    return zlib.crc32(key.encode()) % 10 == 0
+def unheld(draw: Callable[[], Turn]) -> Turn:
+    """A turn that training may see: drawn again until it is on no shelf."""
+    while (turn := draw()).held:
+        pass
+    return turn
 
 
 def compact(value: object) -> str:
@@ -854,6 +869,16 @@ THINGS = ("shells", "kites", "books", "bells", "cups", "keys", "apples",
           "stones", "buttons", "balls")
 
 
+def sum_key(a: int, sign: str, b: int) -> str:
+    """The one fact behind 5 + 40, 40 + 5, 45 - 5, 45 - 40 and 5 - 45; ""
+    below twenty, where every sum is a column of some other. A product is
+    a fact of its own."""
+    x, y = (a, b) if sign in "+*" else (abs(a - b), min(a, b))
+    low, high = sorted((x, y))
+    return "" if sign != "*" and high < 20 else \
+        f"{low} {'*' if sign == '*' else '+'} {high}"
+
+
 def sum_turn(rng: random.Random) -> Turn:
     """A sum or a difference of two numbers of up to three digits."""
     sign = rng.choice("+-")
@@ -867,7 +892,7 @@ def sum_turn(rng: random.Random) -> Turn:
     return Turn("sum", ask.format(a=a, b=b, name=a_name(rng),
                                   things=rng.choice(THINGS)),
                 sum_thoughts(a, b, sign), f"{a} {sign} {b} = {result}",
-                held=kept_back(f"{a}{sign}{b}"), facts={"result": result})
+                held=shelf(sum_key(a, sign, b)), facts={"result": result})
 
 
 # %%
@@ -899,7 +924,7 @@ def story_turn(rng: random.Random) -> Turn:
     about = "A story about {hero} the {kind} and the {colour} {thing}."
     think = "A story.", about.format(**cast), plan.format(**cast)
     return Turn("story", ask.format(**cast), think, tell(rng, cast),
-                held=held_out(cast),
+                held=shelf(cast_key(cast)),
                 facts={slot: cast[slot] for slot in slots})
 
 
@@ -955,27 +980,37 @@ def telling(rng: random.Random, told: Sequence[tuple[str, str]]) -> Turn:
                 rng.choice(NOTED))
 
 
+def draw_fact(rng: random.Random, fact: tuple, free: bool = False) -> str:
+    """A value for one of `FACTS`; one that training may see, unless it is
+    to be `free`."""
+    topic, _, _, _, draw = fact
+    while shelf(f"{topic} {(x := draw(rng))}") and not free:
+        pass
+    return x
+
+
 def recall_turns(rng: random.Random) -> tuple[Turn, Turn]:
-    """A turn that tells one to three facts and one that asks for one."""
+    """A turn that tells one to three facts and one that asks for one; on a
+    shelf, if it is, for the fact that is asked for alone."""
     chosen = rng.sample(FACTS, rng.choice((1, 1, 2, 3)))
-    told = [(topic, said, draw(rng)) for topic, said, _, _, draw in chosen]
-    first = telling(rng, [(topic, said.format(x=x)) for topic, said, x
-                          in told])
     at = rng.randrange(len(chosen))
-    topic, said, ask, answer, _ = chosen[at]
-    x = told[at][2]
+    values = [draw_fact(rng, fact, free=n == at)
+              for n, fact in enumerate(chosen)]
+    first = telling(rng, [(fact[0], fact[1].format(x=x)) for fact, x
+                          in zip(chosen, values, strict=True)])
+    (topic, said, ask, answer, _), x = chosen[at], values[at]
     think = (said.format(x=x), f"Asked for {topic}. {said.format(x=x)}",
              f"The user asks for {topic}. The user said: "
              f"{said.format(x=x)} So it is {x}.")
     return first, Turn("recall", ask, think, answer.format(x=x),
-                       held=kept_back(f"{topic} {x}"))
+                       held=shelf(f"{topic} {x}"))
 
 
 def telling_turn(rng: random.Random) -> Turn:
     """One or two facts, with nothing asked."""
     chosen = rng.sample(FACTS, rng.choice((1, 1, 2)))
-    return telling(rng, [(topic, said.format(x=draw(rng)))
-                         for topic, said, _, _, draw in chosen])
+    return telling(rng, [(fact[0], fact[1].format(x=draw_fact(rng, fact)))
+                         for fact in chosen])
 
 
 def unknown_turn(rng: random.Random) -> Turn:
@@ -1098,9 +1133,9 @@ KITS = {
         ((("word", "text"), TEXT, "the word to translate"),
          (("language", "to"), TEXT | {"enum": list(LANGUAGES)},
           "the language to use")),
-        ("What is {0} in {1}?", "How do you say {0} in {1}?",
-         "Translate {0} into {1}."),
-        "{0} in {1}", "{0} in {1} is {r}.", a_translation),
+        ('What is "{0}" in {1}?', "How do you say {0} in {1}?",
+         'Translate "{0}" into {1}.', "Translate {0} into {1}."),
+        '"{0}" in {1}', '"{0}" in {1} is {r}.', a_translation),
     "timer": Kit(
         ("set_timer", "timer", "start_timer"),
         ("Start a timer.", "Rings after some minutes."),
@@ -1184,6 +1219,17 @@ def disguise(rng: random.Random, key: str) -> tuple[Tool, list[str]]:
     return Tool(name, says, schema), list(properties)
 
 
+def tool_key(key: str, values: Sequence) -> str:
+    """What a question for the kit `key` is about, whatever the tool and its
+    parameters are called; "" for the date, which is asked in one way."""
+    if key == "calculator":
+        a, sign, b = values[0].split()
+        return sum_key(int(a), sign, int(b))
+    said = [("off", "on")[v] if isinstance(v, bool) else str(v)
+            for v in values]
+    return " ".join([key, *said]) if said else ""
+
+
 def tool_turn(rng: random.Random, key: str, tool: Tool,
               names: Sequence[str]) -> Turn:
     """A question that `tool`, the kit `key` in disguise, can answer."""
@@ -1205,9 +1251,8 @@ def tool_turn(rng: random.Random, key: str, tool: Tool,
     think = (f"{use}.", f"Asked for {need}. {use}.",
              f"The user asks for {need}. {use}"
              + (f": {where}." if where else "."))
-    look = f"{tool.name} {' '.join(names)} {values}"
     return Turn("tool", ask, think, answer, (tool.name, arguments), result,
-                held=kept_back(look))
+                held=shelf(tool_key(key, values)))
 
 
 # %%
@@ -1229,13 +1274,14 @@ def missing_turn(rng: random.Random, given: Sequence[str]) -> Turn:
     values, _ = KITS[key].draw(rng)
     if key == "calculator":     # sums it can do by itself
         values = [f"{a_number(rng)} * {a_number(rng)}"]
-    words = {"s": rng.choice(("on", "off"))}
+    words = {"s": "on" if values[-1:] == [True] else "off"}
     ask = rng.choice(KITS[key].asks).format(*values, **words)
     need = KITS[key].need.format(*values, **words)
     return Turn("missing", ask,
                 ("No tool.", f"Asked for {need}: no tool.",
                  f"The user asks for {need}. No tool that I have does it."),
-                "I have no tool for that.")
+                "I have no tool for that.",
+                held=shelf(tool_key(key, values)))
 
 
 def date_turn(rng: random.Random, date: str | None) -> Turn:
@@ -1349,7 +1395,8 @@ def fillers(rng: random.Random, far: bool, given: Given) -> list[Turn]:
     else:
         kinds = rng.choices(("sum", "talk", "beyond", *given.kits),
                             k=rng.choice((0, 0, 1, 2)))
-    return [turn_of(rng, kind, given) for kind in kinds]
+    return [unheld(lambda kind=kind: turn_of(rng, kind, given))
+            for kind in kinds]
 
 
 # %% tags=["export:lessons"]
@@ -1362,13 +1409,25 @@ def turns_for(rng: random.Random, kind: str, given: Given) -> list[Turn]:
         return first + turns
     first = fillers(rng, rng.random() < 0.1, given)
     first *= rng.random() < 0.4
+    if kind == "after":
+        first, kind = [*first, *recalled(rng)], "sum"
+    elif rng.random() < 0.08:
+        first += recalled(rng)
     last = turn_of(rng, rng.choice(given.kits) if kind == "tool" else kind,
                    given)
     if kind == "unknown" and rng.random() < 0.7:
-        topic, said, ask, _, draw = rng.choice(FACTS)
-        if ask != last.ask:
-            first = [telling(rng, [(topic, said.format(x=draw(rng)))])]
+        fact = topic, said, ask, _, _ = rng.choice(FACTS)
+        x = draw_fact(rng, fact)
+        first = [] if ask == last.ask else [
+            telling(rng, [(topic, said.format(x=x))])]
     return [*first, last]
+
+
+def recalled(rng: random.Random) -> tuple[Turn, Turn]:
+    """A fact told and asked for, as something that came before."""
+    while (turns := recall_turns(rng))[1].held:
+        pass
+    return turns
 
 
 def given_for(rng: random.Random, kind: str) -> Given:
@@ -1378,7 +1437,7 @@ def given_for(rng: random.Random, kind: str) -> Given:
     if rng.random() < share:
         kits = (["calculator", "date"] if rng.random() < 0.25 else
                 rng.sample(list(KITS), rng.choice((1, 2, 2, 3, 4))))
-    if kind in ("sum", "date"):     # to be done without them
+    if kind in ("sum", "after", "date"):    # to be done without them
         kits = [key for key in kits if key not in ("calculator", "date")]
     return Given(tuple(kits), tuple(disguise(rng, key) for key in kits),
                  a_date(rng) if rng.random() < 0.8 else None)
@@ -1391,7 +1450,8 @@ def assemble(rng: random.Random, kind: str, turns: Sequence[Turn],
     effort = rng.choice(EFFORTS)
     tools = [tool for tool, _ in given.tools]
     messages = [system_message(effort, given.date, functions=bool(tools))]
-    instructions = (rng.choice(INSTRUCTIONS).format(x=a_name(rng))
+    home = next(fact for fact in FACTS if fact[0] == "your home")
+    instructions = (rng.choice(INSTRUCTIONS).format(x=draw_fact(rng, home))
                     if rng.random() < 0.15 else "")
     if tools or instructions:
         messages.append(developer_message(instructions, tools))
@@ -1411,41 +1471,237 @@ def assemble(rng: random.Random, kind: str, turns: Sequence[Turn],
 
 
 # %% tags=["export:lessons"]
-MIX = {"story": 12, "sum": 27, "tool": 29, "recall": 8, "far": 13,
+MIX = {"story": 12, "sum": 26, "tool": 29, "recall": 8, "far": 13,
        "unknown": 2, "telling": 1, "talk": 1, "beyond": 2, "missing": 4,
-       "date": 1}
-SECOND = {"story": 8, "sum": 44, "tool": 26, "recall": 6, "far": 7,
+       "date": 1, "after": 1}
+SECOND = {"story": 8, "sum": 42, "tool": 26, "recall": 6, "far": 7,
           "unknown": 2, "telling": 1, "talk": 1, "beyond": 1, "missing": 3,
-          "date": 1}    # when sums are what is left to learn
-THIRD = {"story": 6, "sum": 32, "tool": 34, "recall": 5, "far": 13,
+          "date": 1, "after": 2}    # when sums are what is left to learn
+THIRD = {"story": 6, "sum": 30, "tool": 34, "recall": 5, "far": 13,
          "unknown": 1, "telling": 1, "talk": 1, "beyond": 1, "missing": 4,
-         "date": 2}     # beside columns of digits, which are sums too
-NEVER_HELD = ("telling", "talk", "beyond", "unknown", "missing", "date")
+         "date": 2, "after": 2}     # beside columns, which are sums too
+NEVER_HELD = ("telling", "talk", "beyond", "unknown", "date")
 
 
 def lesson(rng: random.Random, kind: str) -> Lesson:
-    """A conversation that ends in a turn of `kind`, one of `MIX`; 'far'
-    is a recall over two windows or more."""
+    """A conversation that ends in a turn of `kind`, one of `MIX`: 'far' is
+    a recall over two windows or more, 'after' a sum after a recall."""
     given = given_for(rng, kind)
     return assemble(rng, kind, turns_for(rng, kind, given), given)
 
 
-def lesson_stream(seed: int, hold_out: bool = False,
+def lesson_stream(seed: int, hold_out: bool | str = False,
                   mix: dict[str, int] | None = None) -> Iterator[Lesson]:
-    """Endless lessons in the proportions of `mix` (default `MIX`); those
-    that are held out only, or all the others."""
+    """Endless lessons in the proportions of `mix` (default `MIX`): those
+    that training may see, or those whose last question is on the shelf
+    `hold_out`, "exam" (or True) or "milestone"."""
     rng, mix = random.Random(seed), mix or MIX
+    wanted = {False: "", True: "exam"}.get(hold_out, hold_out)
     while True:
         kind = rng.choices(list(mix), list(mix.values()))[0]
         one = lesson(rng, kind)
-        if one.held == hold_out or kind in NEVER_HELD:
-            yield one
+        while one.held != wanted and kind not in NEVER_HELD:
+            one = lesson(rng, kind)
+        yield one
 
 
 # %%
 shown = next(lesson_stream(11, mix={"tool": 1}))
 for message in shown.messages[1:]:
     print(f"[{message.role} {message.channel or ''}]", message.content)
+
+# %% [markdown]
+# ### No question twice
+#
+# An exam is worth something only if its questions were never practised. A
+# flag on the last turn is not enough: the first version of this chapter had
+# one, and still told 118 of the exam's 151 casts as stories in between, and
+# worked kept-back sums when it checked a difference. So every turn before
+# the last is drawn again until it is on no shelf, and what a question is
+# about is written down in one way whatever its form: 5 + 40, 45 - 5 and 45 -
+# 40 are one fact, and so is the weather in Oslo under any tool's name.
+#
+# That is the intention. The check does not trust it: it knows nothing of
+# flags and reads the words. It turns the templates around, finds in a text
+# every cast, sum, fact and question for a tool that it holds, and asks for
+# each on which shelf it lies. `rows` sends all that is ever trained on
+# through it, so a run that ends has proved it for itself.
+
+# %% tags=["export:leaks"]
+import re
+from collections.abc import Iterator
+
+from gptoss.lessons import (
+    FACTS,
+    KITS,
+    LANGUAGES,
+    MONEY,
+    NOTES,
+    ROOMS,
+    SUMS,
+    THINGS,
+    Lesson,
+    sum_key,
+    tool_key,
+)
+from gptoss.stories import BEATS, WORDS, cast_key, line_pattern, shelf
+
+
+class LeakError(ValueError):
+    """A text for training holds a question that is kept for the exam."""
+
+
+def literal(line: str) -> str:
+    """The longest part of a template without a slot: where it is missing,
+    no regular expression need look."""
+    return max(re.split(r"\{\w+\}", line), key=len)
+
+
+DIGIT = re.compile(r"\d")
+DATE = re.compile(r"\d{4}-\d\d-\d\d")
+SUM = re.compile(r"(?<![\d+*-])(?=(\d+) ?([-+*]|plus|minus|times) ?(\d+))")
+SIGNS = {"plus": "+", "minus": "-", "times": "*"}
+PLACES = {"a": r"(?P<a>\d+)", "b": r"(?P<b>\d+)", "x": "([^.]+)",
+          "name": r"\w+", "things": r"\w+"}
+
+
+def backwards(line: str) -> re.Pattern:
+    """What a template can become, with a group for each number or value."""
+    pattern = re.escape(line)
+    for slot, place in PLACES.items():
+        pattern = pattern.replace(rf"\{{{slot}\}}", place)
+    return re.compile(pattern)
+
+
+TOLD = [(literal(line), sign, backwards(line))
+        for sign, lines in SUMS.items() for line in lines]
+
+
+def sums_in(text: str) -> Iterator[str]:
+    """The sums, differences and products in a text, with signs or words;
+    columns are below twenty and have no key."""
+    text = DATE.sub("", text)
+    for a, sign, b in SUM.findall(text) if DIGIT.search(text) else ():
+        yield sum_key(int(a), SIGNS.get(sign, sign), int(b))
+    for part, sign, line in TOLD:
+        for found in line.finditer(text) if part in text else ():
+            yield sum_key(int(found["a"]), sign, int(found["b"]))
+
+
+# %%
+print(sorted({*sums_in("Add 5 to 40. 45-5: ones 5-5=0, tens 4=4.")} - {""}))
+
+# %% [markdown]
+# A story's hero is any of the names that it holds, together with any "red
+# kite" in it; that is more than the cast, never less. Facts and questions for
+# tools are the templates read backwards.
+
+# %% tags=["export:leaks"]
+OPENINGS = [line_pattern(line, {}) for line in BEATS[0][1]]
+PLANS = [line_pattern(line, {}) for line in (
+    "{hero} lost a {colour} {thing}", "{hero} the {kind} loses the {colour} "
+    "{thing}", "{hero} the {kind} and the {colour} {thing}")]
+HERO = re.compile(rf"\b({'|'.join(WORDS['hero'])})\b")
+PAIR = re.compile(rf"\b({'|'.join(WORDS['colour'])}) "
+                  rf"({'|'.join(WORDS['thing'])})\b")
+FACT = [(literal(line), topic, backwards(line))
+        for topic, said, _, answer, _ in (*FACTS, (
+            "your home", "The user lives in {x}.", "", "", None))
+        for line in (said, answer) if line]
+SPOKEN = {("message", 1): NOTES, ("translate", 1): LANGUAGES,
+          ("money", 1): MONEY, ("money", 2): MONEY, ("light", 0): ROOMS,
+          ("list", 0): THINGS}
+
+
+def casts_in(text: str) -> Iterator[str]:
+    """The casts of a story, or of a question or plan for one."""
+    if any(line.match(text) for line in OPENINGS):
+        for hero in {*HERO.findall(text)}:
+            for colour, thing in {*PAIR.findall(text)}:
+                yield cast_key({"hero": hero, "colour": colour,
+                                "thing": thing})
+    for line in PLANS:
+        for found in line.finditer(text):
+            yield cast_key(found.groupdict())
+
+
+def facts_in(text: str) -> Iterator[str]:
+    """What the user tells of themselves, or is told again."""
+    for part, topic, line in FACT:
+        for x in line.findall(text) if part in text else ():
+            yield f"{topic} {x}"
+
+
+# %% tags=["export:leaks"]
+def question_pattern(key: str, line: str) -> re.Pattern:
+    """A question for the kit `key`, with a named group for each value."""
+    kinds = [schema["type"] for _, schema, _ in KITS[key].parameters]
+    pattern = re.escape(line)
+    for n, kind in enumerate(kinds):
+        words = SPOKEN.get((key, n))
+        one = "|".join(words) if words else \
+            r"\d+" if kind == "number" else r"\w+"
+        slot = r"\{s\}" if kind == "boolean" else rf"\{{{n}\}}"
+        pattern = pattern.replace(
+            slot, f"(?P<v{n}>{'on|off' if kind == 'boolean' else one})")
+    return re.compile(rf"(?<!\w){pattern}")
+
+
+ASKED = [(literal(line), key, question_pattern(key, line))
+         for key, kit in KITS.items()
+         if key != "calculator" and kit.parameters
+         for line in (*kit.asks, f"for {kit.need}")]
+
+
+def questions_in(text: str) -> Iterator[str]:
+    """Questions for tools, asked of the model or thought over by it."""
+    for part, key, line in ASKED:
+        for found in line.finditer(text) if part in text else ():
+            values = [found.groupdict().get(f"v{n}", "") for n in
+                      range(len(KITS[key].parameters))]
+            if all(values):
+                yield tool_key(key, values)
+
+
+READERS = (casts_in, sums_in, facts_in, questions_in)
+
+
+def leaks(text: str, readers: tuple = READERS) -> list[str]:
+    """What is kept back and stands in `text` all the same."""
+    found = {key for read in readers for key in read(text) if key}
+    return sorted(key for key in found if shelf(key))
+
+
+def without_leaks(lesson: Lesson) -> Lesson:
+    """The lesson, if no message of it leaks; else LeakError."""
+    for message in lesson.messages:
+        if found := leaks(message.content):
+            raise LeakError(f"a lesson of kind {lesson.kind}, {message.role}"
+                            f": {found} in {message.content[:200]!r}")
+    return lesson
+
+
+def story_without_leaks(text: str) -> str:
+    """The plain story, if its cast is not kept back; else LeakError."""
+    if found := leaks(text, (casts_in,)):
+        raise LeakError(f"a plain story: {found}")
+    return text
+
+
+# %% [markdown]
+# Two thousand lessons pass. A check that never fails proves nothing, so we
+# plant what must be found: a question that is kept back, of each kind, told
+# in another form than the exam asks it.
+
+# %%
+import itertools
+
+for one in itertools.islice(lesson_stream(5), 2000):
+    without_leaks(one)
+kept = next(n for n in range(100, 999) if shelf(sum_key(n, "+", 250)))
+for planted in (f"What is {kept} + 250?", f"Check: {kept + 250}-250: ones",
+                f"Take {kept} from {kept + 250}.", "one of no sum"):
+    print(f"{planted:30}", leaks(planted))
 
 # %% [markdown]
 # ### A tokenizer of fifteen hundred tokens
@@ -1516,16 +1772,26 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> str:
 # as in the arguments `{"city":"Oslo"}`. To copy is then to spell, and made-up
 # names come apart differently each time. With it a name is the same tokens
 # wherever it stands.
+#
+# Words that begin small keep their space: a story would be a third longer
+# without. So " fox" in a question and "fox" in quotes, as arguments have it,
+# are two different tokens, and a model has to learn for each word that they
+# belong together. The run before this one failed at just that: all ten tool
+# calls of 200 that it got wrong were translations, `brown` for *fox*, `b
+# flute` for *flute*. We help three times: the words that are translated are
+# learnt bare as well, so that the quoted one is one token and not f, ox; half
+# of the questions put the word in quotes, as English does; and some rows
+# below practise nothing but such twins.
 
 # %% tags=["export"]
 import random
 import re
 
 from gptoss.lessons import lesson_stream
-from gptoss.stories import story_stream
-
+from gptoss.stories import WORDS, story_stream
 
 BREAK = re.compile(r"\d+| (?=[A-Z])|\.(?=[a-z])")
+QUOTED = WORDS["thing"] + WORDS["colour"] + WORDS["kind"]
 
 
 def sample_texts(count: int, seed: int = 7) -> list[str]:
@@ -1538,8 +1804,9 @@ def sample_texts(count: int, seed: int = 7) -> list[str]:
             for text in (message.content, *filter(None, header)):
                 texts += [part for part in BREAK.split(text) if part]
     told = story_stream(seed)
-    return texts + [part for _ in range(count // 4)
-                    for part in BREAK.split(next(told))]
+    texts += [part for _ in range(count // 4)
+              for part in BREAK.split(next(told))]
+    return texts + [word for word in QUOTED for _ in range(count // 4)]
 
 
 # %%
@@ -1578,6 +1845,7 @@ import torch
 from torch import Tensor
 
 from gptoss.harmony import render_message
+from gptoss.leaks import story_without_leaks, without_leaks
 from gptoss.lessons import Lesson, column
 
 Row = tuple[list[int], list[float]]
@@ -1639,21 +1907,38 @@ def table_row(tokenizer: Tokenizer, rng: random.Random) -> Row:
     return ids, weights
 
 
+def twin_row(tokenizer: Tokenizer, rng: random.Random) -> Row:
+    """Words as text has them, with a space before, and as JSON has them, in
+    quotes; these count."""
+    ids, weights = [], []
+    for _ in range(rng.randrange(12, 36)):
+        word = rng.choice(QUOTED)
+        for text, weight in ((f" {word}", 0.0), (':"', 0.0), (word, 1.0),
+                             ('"', 0.0)):
+            part = tokenizer.encode(text)
+            ids += part
+            weights += [weight] * len(part)
+    return ids, weights
+
+
 def rows(tokenizer: Tokenizer, seed: int, easy: int = 0,
          mix: dict[str, int] | None = None, table: float = 0.0
          ) -> Iterator[Row]:
     """Endless rows. Of the first `easy`, a third are plain stories and
     drills and none is longer than 320 tokens; later one in twelve, and
     up to 1900. `mix`: of the lessons, as for `lesson_stream`; `table`: share
-    of rows that are digits alone."""
+    of rows that are digits alone. LeakError if a lesson or a story holds
+    what is kept for the exam."""
     rng, made = random.Random(seed), 0
-    lessons, stories = lesson_stream(seed, mix=mix), story_stream(seed)
+    lessons = map(without_leaks, lesson_stream(seed, mix=mix))
+    stories = map(story_without_leaks, story_stream(seed))
     while True:
         (plain, drill), longest = (((0.2, 0.12), 320) if made < easy
                                    else ((0.05, 0.03), 1900))
         luck = rng.random()
         row = (story_row(tokenizer, next(stories)) if luck < plain
                else drill_row(tokenizer, rng) if luck < plain + drill
+               else twin_row(tokenizer, rng) if luck < plain + drill + 0.02
                else table_row(tokenizer, rng) if luck > 1 - table
                else lesson_row(tokenizer, next(lessons)))
         if len(row[0]) <= longest:
@@ -1729,6 +2014,12 @@ def weighted_loss(model: GptOss, tokens: Tensor, weights: Tensor
     own = weights == 1
     return ((weights * nats).sum() / weights.sum(),
             (nats.detach() * own).sum() / own.sum().clamp_min(1))
+
+
+def that_matter(weights: Tensor) -> Tensor:
+    """(B, T) bool: places with something that counts at or behind them; the
+    others are padding, or as good as that."""
+    return weights.flip(-1).cummax(-1).values.flip(-1) > 0
 
 
 def load_balance(logits: Tensor, k: int) -> Tensor:
@@ -2018,9 +2309,6 @@ print(torch.equal(weight.grad, torch.arange(64.0).expand(4, 64)))
 # are sums. A lesson holds three columns among two hundred tokens, though. In
 # the third, 15 % of the rows are tables: twenty-odd columns in a row of the
 # same length. From the middle of the second on, the experts are on the grid.
-#
-# (The shipped file's last stretch began from the weights that the two before
-# had saved, with the command's batches and rates.)
 
 # %% tags=["export"]
 import math
@@ -2114,7 +2402,9 @@ def train(model: GptOss, source: Iterator[tuple[Tensor, Tensor]],
             group["lr"] = recipe.rate(step)
         tap.take()  # what was looked at between two steps
         loss, own = weighted_loss(model, *batch)
-        routed = [load_balance(each, k) for each in tap.take()]
+        real = that_matter(batch[1][:, 1:]).flatten()
+        routed = [load_balance(each.flatten(0, -2)[real], k)
+                  for each in tap.take()]
         balance = torch.stack(routed).mean()
         (loss + recipe.balance * balance).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
@@ -2207,6 +2497,7 @@ for name in ("model.layers.0.mlp.experts.down_proj_blocks",
 
 # %% tags=["export:exams"]
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -2304,15 +2595,20 @@ def take(mark: Mark, tokenizer: Tokenizer, messages: list[Message]) -> None:
         mark.right = right_answer(last.content, mark.lesson)
 
 
+EXAM, MILESTONE = ("exam", 20_000), ("milestone", 10_000)   # shelf, seed
+
+
 @torch.inference_mode()
 def examine(model: GptOss, tokenizer: Tokenizer, kind: str, count: int,
-            seed: int = 1, most: int = 420) -> list[Mark]:
-    """Let the model answer `count` held-out lessons of one kind, greedily.
+            seed: int = EXAM[1], most: int = 420, held: str = EXAM[0]
+            ) -> list[Mark]:
+    """Let the model answer `count` held-out lessons of one kind, greedily,
+    with questions from the shelf `held`.
 
     A question for a tool counts as right only if the call was right and
     the final text, after the tool's result, is too.
     """
-    source = lesson_stream(seed, hold_out=True, mix={kind: 1})
+    source = lesson_stream(seed, hold_out=held, mix={kind: 1})
     marks = [Mark(next(source)) for _ in range(count)]
     prompts = [render(tokenizer, mark.lesson.messages[:mark.lesson.turn],
                       drop="none") for mark in marks]
@@ -2342,14 +2638,28 @@ def grade(marks: Sequence[Mark]) -> float:
 
 
 # %% tags=["export:exams"]
+def error_bar(right: int, count: int, z: float = 1.96) -> list[float]:
+    """Wilson's 95 % interval for a share of `right` in `count`: from where
+    to where the share over all such questions may well lie."""
+    share, more = right / count, z * z / count
+    middle = (share + more / 2) / (1 + more)
+    half = z / (1 + more) * math.sqrt(
+        share * (1 - share) / count + more / count / 4)
+    return [round(max(0.0, middle - half), 4),
+            round(min(1.0, middle + half), 4)]
+
+
 def report_card(model: GptOss, tokenizer: Tokenizer, kinds: Sequence[str],
-                count: int, seed: int = 1) -> dict[str, dict]:
-    """For each kind: how many were asked, the share that was right, and
-    the mean number of tokens of analysis for each effort."""
+                count: int, seed: int = EXAM[1], held: str = EXAM[0]
+                ) -> dict[str, dict]:
+    """For each kind: how many were asked, the share that was right with its
+    error bar, and the mean number of tokens of analysis for each effort."""
     card = {}
     for kind in kinds:
-        marks = examine(model, tokenizer, kind, count, seed)
-        card[kind] = {"count": count, "right": round(grade(marks), 4)}
+        marks = examine(model, tokenizer, kind, count, seed, held=held)
+        right = sum(mark.right for mark in marks)
+        card[kind] = {"count": count, "right": round(right / count, 4),
+                      "between": error_bar(right, count)}
         for effort in EFFORTS:
             found = [mark.thought for mark in marks
                      if mark.lesson.facts["effort"] == effort]
@@ -2382,15 +2692,16 @@ for kind in ("story", "sum", "tool", "far", "talk"):
 import json
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from gptoss.checkpoint import write_checkpoint
-from gptoss.exams import report_card
+from gptoss.exams import MILESTONE, report_card
 from gptoss.lessons import SECOND, THIRD
 
 
 MILESTONES = ("story", "sum", "tool", "far")
-EXAMINED = (*MILESTONES, "recall", "unknown", "telling", "talk", "beyond",
-            "missing", "date")
+EXAMINED = (*MILESTONES, "recall", "after", "unknown", "telling", "talk",
+            "beyond", "missing", "date")
 
 
 def make_pocket(out: Path, recipe: Recipe,
@@ -2435,8 +2746,11 @@ def schooling(tokenizer: Tokenizer, recipe: Recipe
 
 
 def milestone(model: GptOss, tokenizer: Tokenizer, step: int) -> dict:
-    """Shares of 40 held-out questions right, by kind, and the step."""
-    card = report_card(model, tokenizer, MILESTONES, count=40)
+    """Shares of 40 questions right, by kind, and the step. They are held
+    out too, and others than the exam's: what chooses a recipe has been
+    looked at, and can examine it no more."""
+    held, seed = MILESTONE
+    card = report_card(model, tokenizer, MILESTONES, 40, seed, held)
     return {"step": step} | {kind: card[kind]["right"] for kind in card}
 
 
@@ -2445,16 +2759,21 @@ def write_pocket(out: Path, model: GptOss, vocabulary: str, recipe: Recipe,
                  log: list[dict], marks: list[dict], count: int = 200
                  ) -> None:
     """The five files of a trained model, into the new folder `out`; the
-    last examination, `count` questions of a kind, is of these files."""
-    write_checkpoint(out, model.config, released_tensors(model))
-    (out / "tokenizer.json").write_text(vocabulary, "utf-8")
-    write_json(out / "generation_config.json",
-               generation_config(model.config), 2)
-    written = GptOss.from_pretrained(out, dtype=torch.float32)
-    card = report_card(written, Tokenizer(vocabulary), EXAMINED, count)
-    write_json(out / "train_log.json", {
-        "recipe": vars(recipe), "marks": marks, "exam": card,
-        "log": thinned(log)})
+    last examination, `count` questions of a kind, is of these files. They
+    are written beside `out` and moved there when all are whole."""
+    out = Path(out)
+    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
+        draft = Path(beside) / out.name
+        write_checkpoint(draft, model.config, released_tensors(model))
+        (draft / "tokenizer.json").write_text(vocabulary, "utf-8")
+        write_json(draft / "generation_config.json",
+                   generation_config(model.config), 2)
+        written = GptOss.from_pretrained(draft, dtype=torch.float32)
+        card = report_card(written, Tokenizer(vocabulary), EXAMINED, count)
+        write_json(draft / "train_log.json", {
+            "recipe": vars(recipe), "marks": marks, "exam": card,
+            "log": thinned(log)})
+        draft.rename(out)
 
 
 def generation_config(config: GptOssConfig) -> dict:
@@ -2525,30 +2844,32 @@ print(f"{len(pairs):,} pairs")
 
 # %%
 shipped, results = saved["exam"], {}
-bars = {"story": 0.9, "sum": 0.75, "tool": 0.75, "far": 0.75, "talk": 0.9}
-assert all(shipped[kind]["right"] >= bar for kind, bar in bars.items())
 for kind, count in (("story", 3), ("sum", 6), ("tool", 6), ("far", 6)):
     results[kind] = examine(pocket, reader, kind, count, seed=3)
-    print(f"{kind:>5}: in the log at least {bars[kind]:.0%}; "
-          f"here more than half: {grade(results[kind]) > 0.5}")
+    low, high = shipped[kind]["between"]
+    print(f"{kind:>5}: {shipped[kind]['right']:.1%} in the log, between "
+          f"{low:.0%} and {high:.0%}")
     assert grade(results[kind]) > 0.5
 
 # %% tags=["hide-input"]
 # Figure: one bar for each kind of question, with the share that the shipped
-# file gets right, beside it the percentage and the count.
+# file gets right and its error bar, beside it the percentage and the count.
 rules = {"story": "story: coherent, and about what was asked",
          "talk": "greetings and the like",
          "beyond": "beyond its world: says so",
          "sum": "sum or difference: exact",
          "far": "fact from over two windows before",
          "recall": "fact from a few turns before",
+         "after": "sum, right after a fact was asked for",
          "missing": "no tool for it: says so",
          "tool": "right tool, right JSON, result used"}
-fig, ax = plt.subplots(figsize=(7, 2.6))
+fig, ax = plt.subplots(figsize=(7, 2.8))
 for n, kind in enumerate(rules):
-    ax.barh(-n, shipped[kind]["right"], color="C0")
-    ax.text(1.01, -n, f"{shipped[kind]['right']:.0%} of "
-            f"{shipped[kind]['count']}", va="center", fontsize=8)
+    right, (low, high) = shipped[kind]["right"], shipped[kind]["between"]
+    ax.barh(-n, right, color="C0")
+    ax.plot((low, high), (-n, -n), color="black", linewidth=1)
+    ax.text(1.01, -n, f"{right:.1%} of {shipped[kind]['count']}",
+            va="center", fontsize=8)
 ax.set(xlim=(0, 1), xlabel="share right", yticks=range(0, -len(rules), -1),
        yticklabels=list(rules.values()),
        title="The shipped file, greedy, held out")
@@ -2556,11 +2877,13 @@ ax.grid(False)
 plt.show()
 
 # %% [markdown]
-# The figure is the long examination. "Held out" is meant strictly: a cast, a
-# pair of numbers, a combination of tool name, parameter names and arguments,
-# or a fact that a checksum keeps out of every training answer. (Small talk,
-# what is beyond the model and what it has no tool for have nothing to hold
-# out; there only the conversation is new.)
+# The figure is the long examination; the thin lines are its error bars, 95 %
+# each: 200 questions are few enough that another 200 might have given a point
+# more or less. "Held out" is meant strictly, and checked by reading: a cast,
+# a sum, a question for a tool or a fact that lies on the exam's shelf occurs
+# in no turn of anything that trained the model. (Small talk, the date and
+# what is beyond the model have nothing to hold out; there only the
+# conversation is new.)
 #
 # Effort changes how long it thinks. The mean number of tokens of analysis for
 # a sum at low, medium and high, from the log:

@@ -307,6 +307,12 @@ for R in (2, 3, 4, 8):
 # Neighbouring ranks share a stage: `torchrun` numbers the processes of a
 # machine in a row, so the many sums stay inside a machine and only the stream
 # between stages leaves it.
+#
+# Heads, experts and blocks must divide among the ranks of a stage. The
+# vocabulary need not: fine-tunes add a few tokens, and 201,089 rows divide by
+# nothing. Each rank takes as many as would suffice if all had the same, and
+# the last has what is left. In the gathering all must give equally much, so
+# there the last one fills up with zeros, which fall away again.
 
 # %% tags=["export"]
 import math
@@ -355,13 +361,20 @@ def hidden_slices(config: GptOssConfig, tensors: int) -> int:
     return math.gcd(tensors, config.intermediate_size // BLOCK)
 
 
+def vocabulary_rows(config: GptOssConfig, tensors: int) -> int:
+    """Rows of the vocabulary on each of so many ranks, if none had fewer."""
+    return -(-config.vocab_size // tensors)
+
+
 def fits(config: GptOssConfig, tensors: int) -> bool:
-    """Whether heads, experts and vocabulary divide among so many ranks."""
+    """Whether heads and experts divide among so many ranks, and each gets
+    some of the vocabulary."""
     H, G = config.num_attention_heads, config.num_key_value_heads
     groups = tensors // hidden_slices(config, tensors)
+    before_last = (tensors - 1) * vocabulary_rows(config, tensors)
     return not (H % tensors or min(G % tensors, tensors % G)
                 or config.num_local_experts % groups
-                or config.vocab_size % tensors)
+                or before_last >= config.vocab_size)
 
 
 def take_seat(config: GptOssConfig, rank: int, world: int,
@@ -457,8 +470,10 @@ def owned(config: GptOssConfig, seat: Seat) -> dict[str, slice]:
     shared = H // config.num_key_value_heads  # query heads of one key head
     first, end = heads.start // shared, -(-heads.stop // shared)
     blocks = config.intermediate_size // BLOCK, seat.part, seat.slices
+    rows = vocabulary_rows(config, seat.tensors)
     return {
-        "V": share(config.vocab_size, seat.tensor, seat.tensors),
+        "V": slice(rows * seat.tensor,
+                   min(rows * (seat.tensor + 1), config.vocab_size)),
         "H": heads, "Q": slice(heads.start * C, heads.stop * C),
         "KV": slice(first * C, end * C),
         "E": share(config.num_local_experts, seat.group, seat.groups),
@@ -476,6 +491,11 @@ for letter, size in (("V", 201088), ("H", 64), ("KV", 512)):
     parts = [owned(big, seat)[letter] for seat in seats]
     assert [n for part in parts for n in range(size)[part]] == list(
         range(size))
+from dataclasses import replace
+
+more = replace(big, vocab_size=201089)
+print("one token more:", [len(range(201089)[owned(more, take_seat(
+    more, rank, 8))["V"]]) for rank in range(8)])
 
 # %% [markdown]
 # Eight ranks on the 20b: two slices of F, and four groups of eight experts.
@@ -624,6 +644,17 @@ class Link:
     """What the modules of a seat ask of the others. This one is for a
     world of one, where there is nothing to ask."""
 
+    seat = Seat()
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that decides for all (chapter 12)."""
+        return self.seat.tensor == self.seat.stage == 0
+
+    def same(self, make: Callable[[], object]) -> object:
+        """make() of the first rank, as JSON has it, on all ranks."""
+        return make()
+
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all x of the stage, the same on all its ranks."""
         return x
@@ -667,11 +698,13 @@ def _told(seat: Seat) -> Iterator[None]:
 class GroupLink(Link):
     """A link through torch.distributed: NCCL on GPUs, gloo on CPUs.
 
-    mesh: a DeviceMesh with dimensions "pipeline" and "tensor".
+    mesh: a DeviceMesh with dimensions "pipeline" and "tensor". same: how
+    the first rank tells something to all, see `World`.
     """
 
-    def __init__(self, seat: Seat, mesh) -> None:
-        self.seat = seat
+    def __init__(self, seat: Seat, mesh,
+                 same: Callable[[Callable[[], object]], object]) -> None:
+        self.seat, self.same = seat, same
         self._row = mesh.get_group("tensor")
         self._column = mesh.get_group("pipeline")
 
@@ -718,6 +751,7 @@ class GroupLink(Link):
 # way.
 
 # %% tags=["export"]
+import json
 from collections.abc import Callable
 from queue import SimpleQueue
 from threading import Barrier, BrokenBarrierError, Thread
@@ -761,6 +795,11 @@ class ThreadLink(Link):
 
     def from_last(self, x: Tensor) -> Tensor:
         return self._column.all(self.seat.stage, x)[-1].clone()
+
+    def same(self, make: Callable[[], object]) -> object:
+        told = json.dumps(make()) if self.first else ""
+        told = self._row.all(self.seat.tensor, told)[0]
+        return json.loads(self._column.all(self.seat.stage, told)[0])
 
 
 # %% tags=["export"]
@@ -818,7 +857,13 @@ from pathlib import Path
 
 from gptoss.checkpoint import resolve
 from gptoss.experts import Experts
-from gptoss.model import Attention, GptOss, Linear, load_tensors
+from gptoss.model import (
+    Attention,
+    GptOss,
+    Linear,
+    load_tensors,
+    pick_dtype,
+)
 
 
 @dataclass(frozen=True)
@@ -893,10 +938,19 @@ class SplitExperts(_Instead, Experts):
 
 
 class SplitHead(_Instead, Linear):
-    """Logits of some rows of the vocabulary, gathered, for all stages."""
+    """Logits of some rows of the vocabulary, gathered, for all stages. A
+    rank with fewer rows fills up with zeros; they come last and are cut."""
+
+    def __init__(self, whole: Linear, here: Here) -> None:
+        super().__init__(whole, here)
+        self.rows = vocabulary_rows(here.config, here.seat.tensors)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.link.from_last(self.link.gather(super().forward(x)))
+        mine = super().forward(x)
+        short = self.rows - mine.shape[-1]
+        mine = nn.functional.pad(mine, (0, short)) if short else mine
+        logits = self.link.gather(mine)[..., :self.out_features]
+        return self.link.from_last(logits)
 
 
 # %% [markdown]
@@ -1054,7 +1108,7 @@ class SplitGptOss(GptOss):
                  packed: bool = True) -> None:
         super().__init__(config, dtype, "meta", packed)
         self.requires_grad_(False)
-        self.seat, self.bytes_read = seat, 0
+        self.seat, self.link, self.bytes_read = seat, link, 0
         here = Here(config, seat, link, dtype, torch.device(device))
         for name, module in replacements(self, here):
             self.set_submodule(name, module)
@@ -1069,7 +1123,7 @@ class SplitGptOss(GptOss):
 
     @classmethod
     def part(cls, path: str | Path, seat: Seat, link: Link,
-             dtype: torch.dtype = torch.bfloat16, device="cpu",
+             dtype: torch.dtype | str = torch.bfloat16, device="cpu",
              packed: bool = True, revision: str | None = None
              ) -> "SplitGptOss":
         """A seat's part of a checkpoint; arguments as `from_pretrained`.
@@ -1077,6 +1131,7 @@ class SplitGptOss(GptOss):
         Reads nothing else. bytes_read tells how much that was.
         """
         with Checkpoint.open(resolve(path, revision)) as checkpoint:
+            dtype = pick_dtype(dtype, checkpoint)
             packed = packed and checkpoint.layout != "bf16"
             model = cls(checkpoint.config, seat, link, dtype, device, packed)
             shard = Shard(checkpoint, seat)
@@ -1101,12 +1156,12 @@ for rank, parts in enumerate(rehearse(pocket, 4, 2, parts_of)):
 # `torchrun` starts the processes and tells each its number through the
 # environment. They meet at a store that it keeps, a dictionary over TCP.
 # Through it rank 0 also tells the others what only it knows: a seed, a line
-# that somebody typed. A collective would time out while that person thinks;
-# waiting for a key of the store does not.
+# that somebody typed, what a tool has answered. A collective would time out
+# while that person thinks or the tool works; waiting for a key of the store
+# does not. A chat asks before every token (chapter 12), so a key is thrown
+# away by the last rank that has read it.
 
 # %% tags=["export"]
-import json
-
 TIMEOUT = timedelta(minutes=10)  # for one collective; then the others fail
 _EVER = timedelta(days=3650)
 
@@ -1126,23 +1181,53 @@ class World:
 
     def same(self, make: Callable[[], object]) -> object:
         """make() of rank 0, told to all ranks as JSON. Waits for it as long
-        as it takes, for a person may be asked."""
+        as it takes, for a person may be asked.
+
+        What make() raises is raised on rank 0. The others raise
+        KeyboardInterrupt if it was that, and ParallelError otherwise.
+        """
         self._asked += 1
         key = str(self._asked)
         if self.rank == 0:
-            self._store.set(key, json.dumps(make()))
+            return self._tell(key, make)
         try:
             self._store.wait([key], _EVER)
-            return json.loads(self._store.get(key))
+            told = json.loads(self._store.get(key))
+            if self._store.add(f"{key} read", 1) == self.size - 1:
+                for each in (key, f"{key} read"):
+                    self._store.delete_key(each)
         except RuntimeError as error:
             raise ParallelError(f"rank {self.rank}: lost rank 0") from error
+        if told.get("error") == "KeyboardInterrupt":
+            raise KeyboardInterrupt
+        if "error" in told:
+            raise ParallelError(f"rank 0: {told['error']}")
+        return told["value"]
+
+    def _tell(self, key: str, make: Callable[[], object]) -> object:
+        """make(), and to the others what came of it."""
+        told: dict = {"error": "no answer"}
+        try:
+            told = {"value": make()}
+            json.dumps(told)
+        except KeyboardInterrupt:
+            told = {"error": "KeyboardInterrupt"}
+            raise
+        except BaseException as error:
+            told = {"error": f"{type(error).__name__}: {error}"}
+            raise
+        finally:
+            text = json.dumps(told)
+            if self.size > 1:
+                self._store.set(key, text)
+        return json.loads(text)["value"]
 
     def link(self, seat: Seat) -> GroupLink:
         """This rank's link, with new groups: all ranks call it alike."""
         mesh = dist.init_device_mesh(
             self.kind, (seat.stages, seat.tensors),
             mesh_dim_names=("pipeline", "tensor"))
-        return GroupLink(seat, mesh)
+        return GroupLink(seat, mesh, self.same)
 
 
 # %% tags=["export"]
@@ -1177,7 +1262,7 @@ def leave() -> None:
 
 
 # %% tags=["export"]
-def load_split(path: str | Path, dtype: torch.dtype = torch.bfloat16,
+def load_split(path: str | Path, dtype: torch.dtype | str = torch.bfloat16,
                device="cpu", packed: bool = True, stages: int = 1
                ) -> SplitGptOss:
     """`GptOss.from_pretrained` for the processes of torchrun: the part of
@@ -1211,11 +1296,12 @@ def traffic(config: GptOssConfig, seat: Seat, tokens: int = 1,
     """
     stream = tokens * config.hidden_size * width
     logits = kept * config.vocab_size * width
+    mine = kept * vocabulary_rows(config, seat.tensors) * width
     first, last = seat.stage == 0, seat.stage == seat.stages - 1
     layers = len(stage_layers(config, seat.stages)[seat.stage])
     several, staged = seat.tensors > 1, seat.stages > 1
     calls = {"allreduce_": (several * (2 * layers + first), stream),
-             "allgather_": (several * last, logits // seat.tensors),
+             "allgather_": (several * last, mine),
              "send": (int(not last), stream),
              "recv_": (int(not first), stream),
              "broadcast_": (int(staged), logits)}
@@ -1282,6 +1368,7 @@ class Card:
 CARDS = (Card("24 GB, PCIe", 24e9, 1008e9, 32e9, 6.6e-6, 1.0e-6),
          Card("40 GB, NVLink", 40e9, 1555e9, 300e9, 6.6e-6, 0.6e-6),
          Card("80 GB, NVLink", 80e9, 3350e9, 450e9, 6.6e-6, 0.6e-6))
+MOST_CONTEXT = 2 ** 30  # tokens; no configuration has more positions
 RESERVE = 1.5e9  # bytes of a card for CUDA, NCCL and activations (assumed)
 
 
@@ -1303,6 +1390,7 @@ def expected_most(experts: int, chosen: int, groups: int) -> float:
 from gptoss.checkpoint import DTYPES, component_of, tensor_table
 from gptoss.config import bytes_read_per_token, cache_bytes, expert_bytes
 from gptoss.parallel import (
+    ParallelError,
     Seat,
     cut,
     fits,
@@ -1357,9 +1445,10 @@ def token_seconds(config: GptOssConfig, seat: Seat, card: Card,
 # %% tags=["export:plan"]
 @dataclass(frozen=True)
 class Setup:
-    """So many cards for a model: bytes on the fullest of them, whether
-    that fits, the longest context that would, and tokens a second with
-    shared tensors, and with a stage a card (None: does not divide)."""
+    """So many cards for a model: bytes on the fullest of them (0: it divides
+    in no way), whether that fits, the longest context that would, and tokens
+    a second with shared tensors, and with a stage a card (None: it does not
+    divide so)."""
 
     gpus: int
     card: str
@@ -1375,6 +1464,8 @@ def setup(config: GptOssConfig, gpus: int, card: Card, context: int
           ) -> Setup:
     """One row of a plan: bf16, one sequence of `context` tokens."""
     shared = fits(config, gpus)
+    if not shared and gpus > config.num_hidden_layers:
+        return Setup(gpus, card.name, 0, 0, False, 0, None, None)
     seats = [take_seat(config, rank, gpus, 1 if shared else gpus)
              for rank in range(gpus)]
     full = max(seats, key=lambda seat: sum(seat_bytes(config, seat).values()))
@@ -1395,6 +1486,10 @@ def setup(config: GptOssConfig, gpus: int, card: Card, context: int
 
 def plan(config: GptOssConfig, context: int = 8192) -> list[Setup]:
     """What 1, 2, 4 and 8 of CARDS can do with a model."""
+    if not 1 <= context <= MOST_CONTEXT:
+        raise ParallelError(f"--context: expected 1 to {MOST_CONTEXT:,} "
+                            "tokens, found "
+                            + ("more" if context > 1 else f"{context}"))
     return [setup(config, gpus, card, context)
             for card in CARDS for gpus in (1, 2, 4, 8)]
 
@@ -1415,7 +1510,8 @@ def plan_table(name: str, config: GptOssConfig, context: int = 8192) -> str:
         lines.append(f"{row.gpus} x {row.card:13} {gb:14.1f} "
                      + (f"{row.longest:14,}{number(row.tensor)} "
                         f"{number(row.pipeline)}" if row.fits
-                        else f"{'does not fit':>14}"))
+                        else f"{'does not fit':>14}" if row.weights
+                        else f"{'not divisible':>14}"))
     return "\n".join(lines)
 
 

@@ -305,10 +305,11 @@ print(f"in fp32 their logits differ by {gap:.1f}")
 # %% tags=["export"]
 import math
 import os
+import sys
 import tempfile
 import types
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -323,7 +324,7 @@ from gptoss.experts import ALPHA, Experts, by_expert, clamped_swiglu
 from gptoss.generate import Sampler, generate
 from gptoss.masks import visible
 from gptoss.model import Block, GptOss, RMSNorm, check_tokens, rms_norm
-from gptoss.mxfp4 import FP4_VALUES, SCALE_BIAS, decode, encode
+from gptoss.mxfp4 import BLOCK, FP4_VALUES, SCALE_BIAS, decode, encode
 from gptoss.rope import (
     apply_rope,
     inverse_frequencies,
@@ -360,11 +361,12 @@ keys = points(TINY)
 print(len(keys), "points:", keys[0], keys[1], "…", keys[-1])
 
 # %% [markdown]
-# ### Three contracts
+# ### Four contracts
 #
-# Which value an implementation rounds, and where, is its *contract*. The
-# three differ in three places: attention, the experts, and which expert they
-# take when two router logits are equal. Everything else they round alike.
+# Which value an implementation rounds, and where, is its *contract*. Three
+# are plain torch, and differ in three places: attention, the experts, and
+# which expert they take when two router logits are equal. Everything else
+# they round alike. The fourth is chapter 13's kernels.
 # First attention: ours is one operator; transformers' rounds after every
 # step; OpenAI's does too, but subtracts no maximum.
 
@@ -373,11 +375,12 @@ def attention_fp32(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
                    positions: Tensor, window: int, scale: float) -> Tensor:
     """Our operator: fp32 from q to the one rounding at the end.
 
-    q (1, T, H, C), k and v (1, T, G, C), positions (1, T), window 0: none.
-    Returns (1, T, H, C).
+    q (1, T, H, C), k and v (1, S, G, C) of positions 0 ... S - 1, positions
+    (1, T) of the queries, window 0: none. Returns (1, T, H, C).
     """
+    keys = torch.arange(k.shape[1])[None]
     return torch.ops.gptoss.sink_attention(
-        q, k, v, sinks, positions, positions, window, scale)
+        q, k, v, sinks, positions, keys, window, scale)
 
 
 def attention_hf(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
@@ -520,6 +523,10 @@ print(tuple(a.shape))
 
 # %% [markdown]
 # A contract is these three functions, and a list of what is rounded where.
+# The kernels are called through the same modules as plain torch, so theirs
+# has the same functions. It differs in the rounding: nothing between q and
+# the output of attention, nothing between an expert's two matrices but the
+# sixteen-bit integers of {eq}`kernels-step`.
 
 # %% tags=["export"]
 @dataclass(frozen=True)
@@ -531,6 +538,7 @@ class Contract:
     experts: Callable[..., Tensor]
     inner: bool  # rounds inside attention and experts; plain torch only
     rules: Mapping[str, str]  # point -> what is rounded there
+    kernels: bool = False  # chapter 13's, which compute in bf16 alone
 
     def describe(self) -> str:
         """A line a point."""
@@ -564,12 +572,62 @@ CONTRACTS = {
         **_ONCE, "weights": "q k, times scale, softmax: each rounded",
         "heads": "summed in fp32; 1 rounding", **_EACH, **_TOPK,
         "experts": "as fp32, but bias rounded apart"}),
+    "kernels": Contract(attention_fp32, choose_stable, experts_fp32, False, {
+        **_ONCE, "turned": "tables in fp32, rounded; 1 rounding",
+        "weights": "never rounded; each exponential off by 1e-6 at most",
+        "heads": "in fp32 from q; 1 rounding", **_EACH,
+        "chosen": "of equal logits the lower index",
+        "experts": "what enters a packed product in 16-bit integers, a step "
+                   "a block; all else in fp32; 1 rounding"}, kernels=True),
 }
+PLAIN = [name for name, use in CONTRACTS.items() if not use.kernels]
 
 # %%
-for name in ("fp32", "hf-eager"):
+for name in ("fp32", "hf-eager", "kernels"):
     print(f"{name}\n{CONTRACTS[name].describe()}\n")
 
+# %% [markdown]
+# A contract that says *kernels* is of no use if plain torch computes, nor the
+# other way round. So a walk sees to it.
+
+# %% tags=["export"]
+def contract_for(contract: str | None, dtype: torch.dtype) -> str:
+    """A name of CONTRACTS; for None that of what runs unasked: in bf16 the
+    kernels where they load, else plain torch, "fp32"."""
+    if contract is None and dtype == torch.bfloat16:
+        from gptoss.kernels import load_kernels
+
+        plain = load_kernels().startswith("torch")
+        return "fp32" if plain else "kernels"
+    return contract or "fp32"
+
+
+@contextmanager
+def computing(contract: str, dtype: torch.dtype) -> Iterator[str]:
+    """Inside, ours computes as the contract says: with the kernels, or with
+    plain torch, whatever is loaded. Yields which, in words.
+
+    ParityError: the kernels cannot be had here, or not for that dtype.
+    """
+    kernels = sys.modules.get("gptoss.kernels")
+    if not CONTRACTS[contract].kernels:  # never imported: none can compute
+        with kernels.plain_torch() if kernels else nullcontext():
+            yield "plain torch"
+        return
+    from gptoss.kernels import load_kernels
+
+    name = load_kernels()
+    if name.startswith("torch") or dtype != torch.bfloat16:
+        raise ParityError("contract: kernels need bfloat16 and a compiler, "
+                          f"found {str(dtype)[6:]} and {name}")
+    yield name
+
+
+# %%
+for contract in (None, "hf-eager"):
+    name = contract_for(contract, torch.float32)
+    with computing(name, torch.float32) as what:
+        print(f"{contract}: {name}, by {what}")
 # %% [markdown]
 # ### Black boxes
 #
@@ -675,9 +733,14 @@ print(tuple(hidden.shape))
 # ### Walking ours
 #
 # Our model needs no hooks: a walk calls its modules one after the other and
-# keeps what they return. Under the contract `fp32` these are the modules as
-# they are, with whatever kernels chapter 13 has registered, so that a walk
-# judges the kernels too; the other two contracts use plain torch.
+# keeps what they return. Under the contracts `fp32` and `kernels` these are
+# the modules as they are; the other two compute with torch's own functions.
+#
+# The kernels have two ways to multiply: with a few tokens, as in decoding, and
+# with many, as in reading a prompt. Both are walked over if a walk takes its
+# tokens in parts, most of them at once and the last ones one by one. No row of
+# any operation depends on another but in attention, where keys and values are
+# there as if from a cache.
 
 # %% tags=["export"]
 def plain_torch_layer(module: nn.Module, x: Tensor) -> Tensor:
@@ -700,56 +763,112 @@ def dense_shares(ids: Tensor, weights: Tensor, experts: int) -> Tensor:
 
 
 # %% tags=["export"]
-def trace_block(block: Block, x: Tensor, tables: tuple[Tensor, Tensor],
-                positions: Tensor, use: Contract) -> dict[str, Tensor]:
-    """x (1, T, D) -> every point of one layer of ours."""
-    a, router = block.self_attn, block.mlp.router
-    call = plain_torch_layer if use.inner else own_layer
-    turn = apply_rope if use.inner else torch.ops.gptoss.rope
+Parts = Sequence[int]  # how many tokens at a time
+
+
+def in_parts(call: Callable, parts: Parts, dim: int = 0) -> Callable:
+    """call(*tensors), its tensors split along dim, its results joined."""
+    def run(*tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        split = zip(*(t.split(list(parts), dim) for t in tensors),
+                    strict=True)
+        out = [call(*part) for part in split]
+        if isinstance(out[0], tuple):
+            return tuple(torch.cat(each, dim)
+                         for each in zip(*out, strict=True))
+        return torch.cat(out, dim)
+    return run
+
+
+# %%
+seen = []
+whole = in_parts(lambda x: seen.append(len(x)) or 2 * x, [3, 1, 1])
+print(whole(torch.arange(5)).tolist(), "from parts of", seen)
+
+# %% tags=["export"]
+def trace_attention(block: Block, x: Tensor, tables: tuple[Tensor, Tensor],
+                    positions: Tensor, use: Contract, parts: Parts
+                    ) -> tuple[Tensor, ...]:
+    """x (1, T, D) -> norm, q, k, v, q and k turned, weights, heads and
+    attention, the first points of a layer of ours."""
+    a = block.self_attn
+    layer = plain_torch_layer if use.inner else own_layer
+
+    def call(module: nn.Module, value: Tensor) -> Tensor:
+        return in_parts(partial(layer, module), parts, 1)(value)
+    turn = in_parts(apply_rope if use.inner else torch.ops.gptoss.rope,
+                    parts, 1)
     norm = call(block.input_layernorm, x)
     q, k, v = (call(project, norm).unflatten(-1, (-1, a.head_dim))
                for project in (a.q_proj, a.k_proj, a.v_proj))
-    turned = [turn(t, *tables) for t in (q, k)]
+    q_turned, k_turned = (turn(t, *tables) for t in (q, k))
 
     def attend(values: Tensor) -> Tensor:
-        return use.attention(*turned, values, a.sinks, positions, a.window,
-                             a.head_dim ** -0.5)
+        return in_parts(lambda queries, at: use.attention(
+            queries, k_turned, values, a.sinks, at, a.window,
+            a.head_dim ** -0.5), parts, 1)(q_turned, positions)
     heads = attend(v)
-    attention = call(a.o_proj, heads.flatten(2))
-    middle = x + attention
-    norm_2 = call(block.post_attention_layernorm, middle)
-    logits = F.linear(norm_2[0], router.weight, router.bias)
-    weights, ids = use.choose(router, norm_2[0])
-    m, ordered = block.mlp.experts, ids.sort(-1)[0]
-    experts = use.experts(m, norm_2[0], ids, weights)
-    hidden = probe_experts(partial(use.experts, m), m, norm_2[0], ordered,
+    return (norm[0], q[0], k[0], v[0], q_turned[0], k_turned[0],
+            probe(attend, v), heads[0], call(a.o_proj, heads.flatten(2))[0])
+
+
+# %% tags=["export"]
+def trace_block(block: Block, x: Tensor, tables: tuple[Tensor, Tensor],
+                positions: Tensor, use: Contract, parts: Parts
+                ) -> dict[str, Tensor]:
+    """x (1, T, D) -> every point of one layer of ours."""
+    first = trace_attention(block, x, tables, positions, use, parts)
+    router, m = block.mlp.router, block.mlp.experts
+    middle = x[0] + first[-1]
+    norm_2 = in_parts(partial(
+        plain_torch_layer if use.inner else own_layer,
+        block.post_attention_layernorm), parts)(middle)
+    product = F.linear if use.inner else torch.ops.gptoss.linear
+    logits = in_parts(lambda rows: product(rows, router.weight, router.bias),
+                      parts)(norm_2)
+    weights, ids = in_parts(partial(use.choose, router), parts)(norm_2)
+    call, ordered = in_parts(partial(use.experts, m), parts), ids.sort(-1)[0]
+    experts = call(norm_2, ids, weights)
+    hidden = probe_experts(call, m, norm_2, ordered,
                            m.gate_up_proj_bias.shape[1] // 2, our_down(m))
     return dict(zip(LAYER_POINTS, (
-        norm[0], q[0], k[0], v[0], turned[0][0], turned[1][0],
-        probe(attend, v), heads[0], attention[0], middle[0], norm_2[0],
-        logits, ordered, dense_shares(ids, weights, logits.shape[1]), hidden,
-        experts, (middle + experts)[0]), strict=True))
+        *first, middle, norm_2, logits, ordered,
+        dense_shares(ids, weights, logits.shape[1]), hidden, experts,
+        middle + experts), strict=True))
 
 
 # %% tags=["export"]
 @torch.inference_mode()
 def trace_ours(model: GptOss, tokens: Tensor, contract: str = "fp32",
-               rope: Callable = rope_parameters) -> Trace:
-    """Every point of our model for tokens (1, T), under a contract."""
-    use, x = CONTRACTS[contract], model.embed_tokens(tokens)
-    positions = torch.arange(tokens.shape[1])[None]
+               rope: Callable = rope_parameters, parts: Parts | None = None
+               ) -> Trace:
+    """Every point of our model for tokens (1, T), under a contract.
+
+    parts: how many tokens at a time, T in sum; None: all at once.
+    ParityError: a contract that cannot be kept here (`computing`).
+    """
+    x, parts = model.embed_tokens(tokens), parts or [tokens.shape[1]]
+    with computing(contract, x.dtype):
+        return _trace(model, x, CONTRACTS[contract], rope, parts)
+
+
+def _trace(model: GptOss, x: Tensor, use: Contract, rope: Callable,
+           parts: Parts) -> Trace:
+    positions = torch.arange(x.shape[1])[None]
     inv_freq, factor = rope(model.config)
     wide = torch.promote_types(x.dtype, torch.float32)
     tables = rope_tables(positions, inv_freq.to(wide), factor, x.dtype)
     out = {(None, "embedding"): x[0]}
     for n, block in enumerate(model.layers):
-        seen = trace_block(block, x, tables, positions, use)
+        seen = trace_block(block, x, tables, positions, use, parts)
         out |= {(n, point): value for point, value in seen.items()}
         x = seen["block"][None]
-    call = plain_torch_layer if use.inner else own_layer
-    last = call(model.norm, x)
-    out[None, "last norm"] = last[0]
-    out[None, "logits"] = call(model.lm_head, last)[0]
+    last = x[0]
+    for point, module in (("last norm", model.norm),
+                          ("logits", model.lm_head)):
+        last = in_parts(partial(
+            plain_torch_layer if use.inner else own_layer, module),
+            parts)(last)
+        out[None, point] = last
     return out
 
 
@@ -761,6 +880,9 @@ assert list(trace) == points(TINY)
 with torch.inference_mode():
     print("its logits are the model's, bit for bit:",
           torch.equal(trace[None, "logits"], model(tokens)[0]))
+parted = trace_ours(model, tokens, parts=[140, 1, 1, 1, 1])
+off = (parted[0, "weights"] - trace[0, "weights"]).abs().max()
+print("in parts it sees the same keys:", bool(off < 0.01))
 
 # %% [markdown]
 # ### Walking transformers
@@ -1092,6 +1214,10 @@ if have_openai:
 # %% tags=["export"]
 DEVIATIONS = 5  # in Hoeffding's inequality; see the derivation
 FLOOR = 2.0 ** -120  # what underflow may leave
+EXPONENTIAL = 1e-6  # the kernels' own, chapter 13
+CHUNK = 64  # keys that their attention takes at a time
+LARGEST = 32639  # of their integers, 127 * 256 + 127
+LOST = 2.0 ** -107  # a block below this may become zeros
 Pair = tuple[Tensor, Tensor]  # float64: a value, and a bound on its error
 
 
@@ -1102,26 +1228,34 @@ class Rounding:
     unit: float  # of the activations' dtype
     wide: float  # of what sums are kept in
     inner: float  # of intermediate results inside attention and experts
+    step: float  # of the steps of a rotation and of an expert
+    power: float = 0.0  # what an exponential is off by, beyond `wide`
+    kernels: bool = False  # {eq}`parity-half`, and attention by chunks
 
     @classmethod
-    def of(cls, dtype: torch.dtype, inner: bool) -> "Rounding":
-        """For activations in dtype; inner as in `Contract`."""
+    def of(cls, dtype: torch.dtype, inner: bool, kernels: bool = False
+           ) -> "Rounding":
+        """For activations in dtype; inner and kernels as in `Contract`."""
         def unit(kind: torch.dtype) -> float:
             return torch.finfo(kind).eps / 2
         wide = unit(torch.promote_types(dtype, torch.float32))
-        return cls(unit(dtype), wide, unit(dtype) if inner else wide)
+        more = (wide, EXPONENTIAL, True) if kernels else (unit(dtype),)
+        return cls(unit(dtype), wide, unit(dtype) if inner else wide, *more)
 
     def sums(self, n: int) -> float:
         """Relative error of a sum of n rounded terms."""
         return min(n, DEVIATIONS * math.sqrt(n)) * self.wide
 
-    def stored(self, value: Tensor, error: Tensor) -> Pair:
-        """Rounded once more, to the activations' dtype."""
-        return value, error + self.unit * (value.abs() + error) + FLOOR
+    def stored(self, value: Tensor, error: Tensor, step: bool = False
+               ) -> Pair:
+        """Rounded once more: as activations are, or as a step is."""
+        unit = self.step if step else self.unit
+        return value, error + unit * (value.abs() + error) + FLOOR
 
     def linear(self, x: Pair, weight: Tensor, bias: Tensor, inner: bool
                ) -> Pair:
-        """x @ weight.T + bias, stored; inner: the bias is added apart."""
+        """x @ weight.T + bias, stored; inner: a step in an expert, its bias
+        added apart."""
         value, error = x
         size = value.abs() @ weight.abs().T + bias.abs()
         carried = torch.minimum(
@@ -1130,7 +1264,7 @@ class Rounding:
         y = value @ weight.T
         apart = self.inner * y.abs() if inner else 0.0
         return self.stored(y + bias, carried + apart + size * self.sums(
-            weight.shape[1] + 1))
+            weight.shape[1] + 1), inner)
 
 
 # %%
@@ -1144,6 +1278,39 @@ ratio = ((F.linear(x, w, b).double() - value).abs() / bound).max().item()
 assert 0.5 < ratio <= 1
 print("a bf16 product uses more than half its bound, and not all:",
       0.5 < ratio <= 1)
+
+# %% [markdown]
+# And {eq}`parity-half`, which the kernels need: by how much an input of a
+# packed product may be off. It enters `linear` as the error of $x$.
+
+# %% tags=["export"]
+def half_step(x: Pair, stored: bool) -> Tensor:
+    """How far from x (…, 32 N) the kernels' integers may be, entry by entry.
+
+    stored: x comes in bf16, its step is a power of two and nothing from
+    1/64 of the block's largest on is changed; else the finest step.
+    """
+    parts = sum(t.abs() for t in x).unflatten(-1, (-1, BLOCK))
+    top = parts.amax(-1, keepdim=True)
+    if stored:
+        whole = torch.ldexp(torch.ones_like(top), top.frexp()[1] - 1)
+        half = torch.where(parts < whole / 64, whole * 2.0 ** -14, 0.0)
+    else:  # a hundredth for the rounding of the step itself
+        half = (1.01 / 2 / LARGEST * top).expand_as(parts)
+    return half.flatten(-2) + LOST
+
+
+# %%
+x = torch.randn(200, 512, generator=torch.Generator().manual_seed(0))
+x = (x.exp() * x).bfloat16().double()  # some entries are much larger
+zero = torch.zeros_like(x)
+top = x.unflatten(-1, (-1, 32)).abs().amax(-1, keepdim=True)
+for stored, step in ((True, 2.0 ** (top.log2().floor() - 13)),
+                     (False, top / LARGEST)):
+    near = ((x.unflatten(-1, (-1, 32)) / step).round() * step).flatten(-2)
+    off, half = (near - x).abs(), half_step((x, zero), stored)
+    assert (off <= half).all() and (off > 0.9 * half).any()
+    print(f"at most half a step off; exact: {(off == 0).double().mean():.0%}")
 
 # %% [markdown]
 # ### A formula with switches
@@ -1197,13 +1364,15 @@ class Judge:
     """Recomputes one operation in float64 from a run's own inputs.
 
     checkpoint: open; its weights are rounded to dtype first, as every
-    loader does. inner: whether the run rounds inside attention and experts.
+    loader does. inner, kernels: of the run's `Contract`.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype,
-                 inner: bool) -> None:
+                 inner: bool, kernels: bool = False) -> None:
         self.checkpoint, self.config = checkpoint, checkpoint.config
-        self.dtype, self.rounding = dtype, Rounding.of(dtype, inner)
+        self.dtype, self.rounding = dtype, Rounding.of(dtype, inner, kernels)
+        packed = kernels and checkpoint.layout != "bf16"
+        self.packed = Rounding.of(dtype, inner, packed)  # of its experts
 
     def weight(self, name: str, layer: int | None = None,
                rows: slice | Tensor = slice(None)) -> Tensor:
@@ -1321,7 +1490,7 @@ def _tables(j: Judge, length: int, f: Formula) -> tuple[Pair, Pair]:
 
 def _turned(j: Judge, see: See, layer: int | None, point: str, f: Formula
             ) -> Pair:
-    x, u = see(point[0]), j.rounding.unit
+    x, u = see(point[0]), j.rounding.step
     (cos, e_cos), (sin, e_sin) = _tables(j, len(x), f)
     half = x.shape[-1] // 2
     a, b = ((x[..., ::2], x[..., 1::2]) if f.interleaved
@@ -1363,6 +1532,8 @@ def _scores(j: Judge, see: See, layer: int, f: Formula) -> Pair:
     top = scores.amax(-1, keepdim=True)
     inner = r.inner * (2 * finite.abs() + (finite - top).abs())
     error = F.pad((r.sums(C) + 2 * r.wide) * size, (0, 1)) + inner
+    if r.kernels:  # what was summed is rescaled when the maximum rises
+        error = error + 3 * r.wide * math.ceil(T / CHUNK)
     return scores, error.masked_fill(scores.isinf(), 0.0)
 
 
@@ -1373,7 +1544,7 @@ def _weights(j: Judge, see: See, layer: int | None, point: str, f: Formula
     r, probs = j.rounding, scores.softmax(-1)
     shift = error + (probs * error).sum(-1, keepdim=True)
     relative = torch.expm1(shift) + r.inner + r.sums(scores.shape[-1]) + (
-        8 * r.wide)
+        8 * r.wide + 2 * r.power)
     value, error = probs[..., :-1], (probs * relative)[..., :-1]
     return r.stored(value, error) if point == "weights" else (value, error)
 
@@ -1424,32 +1595,36 @@ def _chosen(j: Judge, see: See, layer: int | None, point: str, f: Formula
 
 # %% tags=["export"]
 def _swiglu(r: Rounding, gate_up: Pair, f: Formula, limit: float) -> Pair:
-    """The clamped product, each of its five steps stored."""
+    """The clamped product, each of its five steps stored as a step."""
+    keep = partial(r.stored, step=True)
     low, high = ((t[..., ::2], t[..., 1::2]) for t in gate_up)
     (gate, up), (e_gate, e_up) = low, high
     gate, up = (t.clamp(a * limit, b * limit) for t, (a, b) in
                 zip((gate, up), CLAMPS[f.clamp], strict=True))
-    scaled, e = r.stored(f.alpha * gate, f.alpha * e_gate)
+    scaled, e = keep(f.alpha * gate, f.alpha * e_gate)
     sigmoid = torch.sigmoid(scaled)
-    sigmoid, e_sig = r.stored(sigmoid, e / 4 + 4 * r.wide * sigmoid)
-    glu, e_glu = r.stored(gate * sigmoid, e_gate * (sigmoid + e_sig)
-                          + gate.abs() * e_sig)
-    more, e_more = r.stored(up + f.plus_one, e_up)
-    return r.stored(more * glu, more.abs() * e_glu
-                    + e_more * (glu.abs() + e_glu))
+    sigmoid, e_sig = keep(sigmoid, e / 4 + (4 * r.wide + r.power) * sigmoid)
+    glu, e_glu = keep(gate * sigmoid, e_gate * (sigmoid + e_sig)
+                      + gate.abs() * e_sig)
+    more, e_more = keep(up + f.plus_one, e_up)
+    return keep(more * glu, more.abs() * e_glu
+                + e_more * (glu.abs() + e_glu))
 
 
 # %% tags=["export"]
 def _hidden(j: Judge, see: See, layer: int | None, point: str, f: Formula
             ) -> Pair:
     """(T, K, F), experts ascending in each row."""
-    x, ids, r = see("norm 2"), see("chosen"), j.rounding
+    x, ids, r = see("norm 2"), see("chosen"), j.packed
+    half = torch.zeros_like(x)
+    if r.kernels:
+        half = half_step((x, half), stored=True)
     bias = f.up_bias * j.weight("mlp.experts.gate_up_proj_bias", layer)
     out = [torch.zeros(*ids.shape, bias.shape[1] // 2, dtype=x.dtype)
            for _ in range(2)]
     for e in ids.unique().tolist():
         n, k = torch.where(ids == e)
-        both = r.linear((x[n], torch.zeros_like(x[n])),
+        both = r.linear((x[n], half[n]),
                         j.expert("gate_up_proj", layer, e, f), bias[e], True)
         if f.gate_up == "swapped":
             both = [t.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
@@ -1458,6 +1633,9 @@ def _hidden(j: Judge, see: See, layer: int | None, point: str, f: Formula
             both = [torch.stack(t.chunk(2, -1), -1).flatten(-2)
                     for t in both]
         hidden = _swiglu(r, tuple(both), f, j.config.swiglu_limit)
+        if r.kernels:  # integers once more, and only then into bf16
+            value, error = hidden
+            hidden = r.stored(value, error + half_step(hidden, stored=False))
         for whole, part in zip(out, hidden, strict=True):
             whole[n, k] = part
     return tuple(out)
@@ -1468,20 +1646,23 @@ def _experts(j: Judge, see: See, layer: int | None, point: str, f: Formula
              ) -> Pair:
     """The K outputs, weighted and summed, from the hidden vectors."""
     hidden, ids, shares = see("hidden"), see("chosen"), see("shares")
+    r = j.packed
+    off = r.unit * hidden.abs()  # the probe may have rounded the other way
+    if r.kernels:  # and an integer may be another there: a whole step
+        off = off + 2 * half_step((hidden, off), stored=False)
     bias = f.down_bias * j.weight("mlp.experts.down_proj_bias", layer)
     y, size, error = (torch.zeros(len(ids), bias.shape[1], dtype=bias.dtype)
                       for _ in range(3))
     for e in ids.unique().tolist():
         n, k = torch.where(ids == e)
         weight, down = shares[n, e, None], j.expert("down_proj", layer, e, f)
-        h = hidden[n, k]  # the probe may have rounded the other way
-        value, wrong = j.rounding.linear(
-            (h, j.rounding.unit * h.abs()), down, bias[e], True)
+        value, wrong = r.linear((hidden[n, k], off[n, k]), down, bias[e],
+                                True)
         y[n] += weight * value
         size[n] += weight * value.abs()
         error[n] += weight * wrong
     steps = ids.shape[1] + 1  # the weighting, and K additions
-    return j.rounding.stored(y, error + steps * j.rounding.inner * size)
+    return r.stored(y, error + steps * r.inner * size)
 
 
 # %% tags=["export"]
@@ -1654,17 +1835,21 @@ def _swap_nibbles(block: Block) -> None:
 
 # %% tags=["export"]
 def _clamp_below(block: Block) -> None:
-    """The gate's clamp(max=limit) becomes clamp(min=-limit)."""
+    """The gate's clamp(max=limit) becomes clamp(min=-limit); in fp32, which
+    is within the rounding of every contract."""
     experts = block.mlp.experts
 
     def one(e: int, rows: Tensor) -> Tensor:
-        up, down = expert_weights(experts, e, rows.dtype)
-        gate, up = F.linear(rows, up, experts.gate_up_proj_bias[e]).unflatten(
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        up, down, up_bias, down_bias = (t.to(wide) for t in (
+            *expert_weights(experts, e, wide), experts.gate_up_proj_bias[e],
+            experts.down_proj_bias[e]))
+        gate, up = F.linear(rows.to(wide), up, up_bias).unflatten(
             -1, (-1, 2)).unbind(-1)
         gate = gate.clamp(min=-experts.limit)
         up = up.clamp(-experts.limit, experts.limit)
         hidden = (up + 1) * (gate * torch.sigmoid(ALPHA * gate))
-        return F.linear(hidden, down, experts.down_proj_bias[e])
+        return F.linear(hidden, down, down_bias)
     experts.forward = lambda x, ids, weights: by_expert(
         x, ids, weights, len(experts.gate_up_proj_bias), one)
 
@@ -1714,7 +1899,7 @@ FAULTS = {
 
 
 def trace_faulty(model: GptOss, tokens: Tensor, fault: str,
-                 contract: str = "fp32") -> Trace:
+                 contract: str = "fp32", parts: Parts | None = None) -> Trace:
     """`trace_ours` after one of FAULTS was planted; the model stays broken.
 
     ParityError: no such fault.
@@ -1724,10 +1909,10 @@ def trace_faulty(model: GptOss, tokens: Tensor, fault: str,
                           f"found {fault}")
     change = FAULTS[fault][0]
     if change in (_truncated, _unconcentrated):
-        return trace_ours(model, tokens, contract, change)
+        return trace_ours(model, tokens, contract, change, parts)
     for block in model.layers:
         change(block)
-    return trace_ours(model, tokens, contract)
+    return trace_ours(model, tokens, contract, parts=parts)
 
 
 # %%
@@ -1834,12 +2019,12 @@ def table_rows(sides: Mapping[str, Trace | None], excesses: Mapping[str, dict],
 
 # %% tags=["export"]
 def three_traces(model: GptOss, path: Path, tokens: Tensor, against: str,
-                 dtype: torch.dtype, contract: str, fault: str | None
-                 ) -> dict[str, Trace | None]:
+                 dtype: torch.dtype, contract: str, fault: str | None,
+                 parts: Parts | None = None) -> dict[str, Trace | None]:
     """ours, theirs and exact (our float64 run; none beside "streamed",
     which is for models that fill the memory); names as in `report`."""
-    ours = (trace_faulty(model, tokens, fault, contract) if fault
-            else trace_ours(model, tokens, contract))
+    ours = (trace_faulty(model, tokens, fault, contract, parts) if fault
+            else trace_ours(model, tokens, contract, parts=parts))
     theirs = REFERENCES[against][0](path, tokens, dtype)
     exact = (theirs if against == "float64" else None
              if against == "streamed"
@@ -1880,20 +2065,38 @@ def chosen_too(tokens: Tensor, before: int, theirs: Trace) -> dict:
 
 
 # %% tags=["export"]
+ONE_BY_ONE = 16  # tokens that a walk over kernels takes as decoding does
+
+
+def taken(tokens: Tensor, written: int, contract: str) -> list[int]:
+    """The parts of a walk: under "kernels" those that `generate` would take,
+    the prompt at once and each token written after it alone; of a prompt
+    after which nothing is written the last ONE_BY_ONE."""
+    T = tokens.shape[1]
+    alone = min(written or ONE_BY_ONE, T - 1)
+    return ([T - alone] + [1] * alone if CONTRACTS[contract].kernels
+            else [T])
+
+
+# %%
+print(taken(prompt(0), 3, "kernels"), taken(prompt(0), 3, "fp32"))
+
+# %% tags=["export"]
 def report(path: str | Path, against: str = "transformers",
            tokens: Tensor | None = None, dtype: torch.dtype = torch.float32,
-           contract: str = "fp32", fault: str | None = None,
-           new_tokens: int = 0) -> dict:
+           contract: str | None = None, fault: str | None = None,
+           new_tokens: int = 0, compact: bool = False) -> dict:
     """Walk ours and a reference over tokens (1, T), judge both.
 
     path: a folder or hub id; against: one of REFERENCES; dtype: of both
-    (the reference float64 has its own); contract: one of CONTRACTS, ours;
-    fault: one of FAULTS to plant in ours; new_tokens: how many ours writes
-    first, greedily, and both then walk over too. All in memory at once,
+    (the reference float64 has its own); contract: one of CONTRACTS, ours
+    (None: `contract_for`); fault: one of FAULTS to plant in ours;
+    new_tokens: how many ours writes first, greedily, and both then walk over
+    too; compact: decode with matrices in twelve bits. All in memory at once,
     the reference decoded, unless "streamed", which "transformers" becomes
     where `too_large`. ParityError: an unknown name, a missing package.
     Returns what json.dump takes: rows, logits, generated, findings,
-    verdict.
+    verdict, and as "kernels" what ours computed with.
     """
     for option, name, known in (
             ("against", against, REFERENCES), ("fault", fault, FAULTS),
@@ -1901,27 +2104,27 @@ def report(path: str | Path, against: str = "transformers",
         if name is not None and name not in known:
             raise ParityError(f"{option}: expected one of "
                               f"{', '.join(known)}, found {name}")
-    path = resolve(path)
-    with Checkpoint.open(path) as checkpoint:
+    path, contract = resolve(path), contract_for(contract, dtype)
+    with (Checkpoint.open(path) as checkpoint,
+          computing(contract, dtype) as what):
         if tokens is None:
             tokens = default_tokens(checkpoint.config)
         if against == "transformers" and too_large(checkpoint.config, dtype):
             against = "streamed"
-        before = tokens.shape[1]
-        model = GptOss.from_pretrained(path, dtype)
+        before, model = tokens.shape[1], GptOss.from_pretrained(path, dtype)
+        if compact:
+            make_compact(model, contract)
         tokens = written_on(model, tokens, new_tokens)
+        parts = taken(tokens, new_tokens, contract)
         traces = three_traces(model, path, tokens, against, dtype, contract,
-                              fault)
-        kind = torch.float64 if against == "float64" else dtype
-        judged = {side: judge_walk(Judge(checkpoint, *how), traces[side], name)
-                  for side, name, how in (
-                      ("ours", "ours", (dtype, CONTRACTS[contract].inner)),
-                      ("theirs", against, (kind, REFERENCES[against][1])))}
+                              fault, parts)
+        judged = judge_both(checkpoint, traces, dtype, contract, against)
         rows = table_rows(traces, {side: found for side, (found, _)
                                    in judged.items()},
                           points(checkpoint.config))
     findings = [finding for _, finding in judged.values() if finding]
     return {"path": str(path), "against": against, "contract": contract,
+            "kernels": what, "compact": compact, "parts": parts,
             "dtype": str(dtype).removeprefix("torch."),
             "tokens": before, "rows": rows,
             "generated": chosen_too(tokens, before, traces["theirs"]),
@@ -1929,6 +2132,29 @@ def report(path: str | Path, against: str = "transformers",
                                      traces["theirs"][None, "logits"]),
             "findings": [vars(finding) for finding in findings],
             "verdict": verdict(rows, findings)}
+
+
+# %% tags=["export"]
+def judge_both(checkpoint: Checkpoint, traces: Mapping[str, Trace],
+               dtype: torch.dtype, contract: str, against: str
+               ) -> dict[str, tuple[dict[Key, float], Finding | None]]:
+    """`judge_walk` of ours, under its contract, and of the reference."""
+    use, (_, inner) = CONTRACTS[contract], REFERENCES[against]
+    kind = torch.float64 if against == "float64" else dtype
+    return {side: judge_walk(Judge(checkpoint, *how), traces[side], name)
+            for side, name, how in (
+                ("ours", "ours", (dtype, use.inner, use.kernels)),
+                ("theirs", against, (kind, inner)))}
+
+
+def make_compact(model: GptOss, contract: str) -> None:
+    """Chapter 13's, in place. ParityError: not under that contract."""
+    if not CONTRACTS[contract].kernels:
+        raise ParityError(f"compact: expected the contract kernels, found "
+                          f"{contract}")
+    from gptoss import kernels
+
+    kernels.make_compact(model)
 
 
 # %% tags=["export"]
@@ -1947,7 +2173,10 @@ def verdict(rows: list[dict], findings: list[Finding]) -> str:
 
 def parity_table(result: dict) -> str:
     """The report as text."""
-    lines, made = [], result["generated"]
+    made, parts = result["generated"], result["parts"]
+    lines = [f"ours: {result['kernels']}, contract {result['contract']}, "
+             f"{result['dtype']}; {parts[0]} tokens at once"
+             + (f", then {len(parts) - 1} one by one" if parts[1:] else "")]
     if made["tokens"]:
         lines.append(f"{len(made['tokens'])} tokens written by ours; the "
                      f"reference chooses the same {made['same']} times\n")
@@ -1990,13 +2219,15 @@ print(report(path, "float64", tokens)["verdict"])
 # %% tags=["export:vectors"]
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from gptoss.checkpoint import random_tensors
@@ -2016,12 +2247,15 @@ from gptoss.routing import route
 from gptoss.sinks import attention_concat
 
 
-VERSION = 1
+VERSION, FORMAT = 1, "gpt-oss conformance vectors"
+FILES = ("index.json", "vectors.safetensors")
+GREEDY = 1000  # tokens at most that a case may ask for
 Tensors = dict[str, Tensor]
 
 
 class VectorError(ValueError):
-    """A folder of vectors that cannot be read; names the file."""
+    """A folder of vectors that cannot be read or written; names the file,
+    and the case where it is one."""
 
 
 def _op_mxfp4(t: Tensors, p: Mapping, dtype: torch.dtype) -> Tensors:
@@ -2081,9 +2315,19 @@ def _state(t: Tensors, prefix: str) -> Tensors:
             if name.startswith((prefix, "lm_head"))}
 
 
+def _config(t: Tensors, p: Mapping) -> GptOssConfig:
+    """The case's, if it has weights for as many layers: making a million
+    empty ones would take hours."""
+    config = GptOssConfig.from_dict(p["config"])
+    if config.num_hidden_layers > len(t):
+        raise VectorError(f"{config.num_hidden_layers} layers of which only "
+                          f"{len(t)} tensors are there")
+    return config
+
+
 @torch.inference_mode()
 def _op_block(t: Tensors, p: Mapping, dtype: torch.dtype) -> Tensors:
-    config = GptOssConfig.from_dict(p["config"])
+    config = _config(t, p)
     block = Block(config, p["layer"], dtype, "meta")
     block.load_state_dict(_state(t, f"model.layers.{p['layer']}."),
                           assign=True)
@@ -2096,9 +2340,12 @@ def _op_block(t: Tensors, p: Mapping, dtype: torch.dtype) -> Tensors:
 
 @torch.inference_mode()
 def _op_model(t: Tensors, p: Mapping, dtype: torch.dtype) -> Tensors:
-    model = GptOss(GptOssConfig.from_dict(p["config"]), dtype, "meta")
+    model = GptOss(_config(t, p), dtype, "meta")
     model.load_state_dict(_state(t, "model."), assign=True)
     row = t["tokens"].long()[None]
+    if not 0 < p["greedy"] <= GREEDY:
+        raise VectorError(f"greedy: expected 1 to {GREEDY}, found "
+                          f"{p['greedy']}")
     logits = model(row)[0]
     for _ in range(p["greedy"]):
         best = model(row)[:, -1:].argmax(-1)
@@ -2325,7 +2572,7 @@ def far_off(found: Tensor, wanted: Tensor, atol: float, rtol: float
     same = (a == b) | (a.isnan() & b.isnan())
     error = ((a - b).abs() / (atol + rtol * b.abs())).nan_to_num(
         nan=torch.inf, posinf=torch.inf)
-    return error.masked_fill(same, 0.0).max().item()
+    return max(error.masked_fill(same, 0.0).flatten().tolist(), default=0.0)
 
 
 # %% tags=["export:vectors"]
@@ -2334,10 +2581,12 @@ def write(folder: str | Path) -> list[Path]:
 
     Float inputs are bf16 numbers, so they are the same in every dtype.
     Float outputs come from a run in float64, rounded once to fp32: what
-    exact arithmetic gives (frequencies are fp32 by definition).
+    exact arithmetic gives (frequencies are fp32 by definition). An older
+    set is replaced; VectorError: other files of these names are there.
     """
     folder, stored, index = Path(folder), {}, []
-    folder.mkdir(parents=True, exist_ok=True)
+    for file in FILES:
+        _check_ours(folder, folder / file)
     for case in all_cases():
         keys = {name: value if isinstance(value, str)
                 else f"{case.name}/in/{name}"
@@ -2362,55 +2611,201 @@ def write(folder: str | Path) -> list[Path]:
     return _save(folder, stored, index)
 
 
+# %% [markdown]
+# The names are common ones, so a file that is there may be somebody else's.
+# Ours are an index that says so, and the data whose checksum it holds. They
+# are written beside and put in their place when they are whole.
+
+# %% tags=["export:vectors"]
+def _check_ours(folder: Path, file: Path) -> None:
+    """Raise VectorError if `file` is there and not of an earlier set."""
+    if not os.path.lexists(file):
+        return
+    with suppress(OSError, ValueError, RecursionError, TypeError, KeyError):
+        index = json.loads((folder / FILES[0]).read_bytes())
+        whole = file.name == FILES[0] or index["sha256"] == hashlib.sha256(
+            file.read_bytes()).hexdigest()
+        if index["format"] == FORMAT and whole:
+            return
+    raise VectorError(f"{file}: exists, and is not of a set of vectors; "
+                      "nothing was written")
+
+
+def _put(file: Path, data: bytes) -> None:
+    """Write a file beside its place, then move it there."""
+    beside = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        with beside.open("xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(beside, file)
+    except BaseException:
+        with suppress(OSError):
+            beside.unlink()
+        raise
+
+
 def _save(folder: Path, stored: Tensors, cases: list[dict]) -> list[Path]:
-    files = [folder / "index.json", folder / "vectors.safetensors"]
-    files[1].write_bytes(save({key: stored[key].contiguous().clone()
-                               for key in sorted(stored)}))
+    files = [folder / name for name in FILES]
+    data = save({key: stored[key].contiguous().clone()
+                 for key in sorted(stored)})
     index = {
-        "format": "gpt-oss conformance vectors", "version": VERSION,
-        "file": files[1].name,
-        "sha256": hashlib.sha256(files[1].read_bytes()).hexdigest(),
+        "format": FORMAT, "version": VERSION, "file": FILES[1],
+        "sha256": hashlib.sha256(data).hexdigest(),
         "near": "[atol, rtol]: |found - wanted| <= atol + rtol |wanted|; "
                 "NaN equals NaN; null: not defined in this dtype",
         "operations": {name: text for name, (_, text)
                        in OPERATIONS.items()},
         "cases": cases}
-    files[0].write_text(json.dumps(index, indent=1) + "\n", "utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    _put(files[1], data)
+    _put(files[0], (json.dumps(index, indent=1) + "\n").encode())
     return files
+
+
+# %% [markdown]
+# A set may come from anywhere, and damaged. So the index is held to a form
+# before anything is computed, and what it says is wrong names the case.
+
+# %% tags=["export:vectors"]
+_KIND = {str: "a string", dict: "an object", list: "a list"}
+
+
+def _entry(of: object, name: str, kind: type, where: str) -> object:
+    """of[name], which must be of that kind."""
+    found = of.get(name) if isinstance(of, dict) else None
+    if not isinstance(found, kind):
+        raise VectorError(f"{where}: {name}: expected {_KIND[kind]}, found "
+                          f"{type(found).__name__}")
+    return found
+
+
+def _check_near(near: object, where: str) -> None:
+    """[atol, rtol], neither negative nor huge, or None."""
+    if near is not None and not (
+            isinstance(near, list) and len(near) == 2 and all(
+                type(x) in (int, float) and 0 <= x < 2 ** 60
+                for x in near)):
+        raise VectorError(f"{where}: expected [atol, rtol] or null, found "
+                          f"{near!r}")
+
+
+def _check_numbers(value: object, where: str) -> None:
+    """No number is so large that a case could ask for all memory."""
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            _check_numbers(each, where)
+    elif type(value) in (int, float) and not abs(value) <= 2 ** 20:
+        raise VectorError(f"{where}: expected numbers up to 2**20, found "
+                          f"{value!r:.40}")
+
+
+# %% tags=["export:vectors"]
+def _check_case(case: object, number: int, file: Path, stored: Tensors
+                ) -> None:
+    """Raise VectorError unless `check` can work with a case's entries."""
+    where = f"{file}: case {number}"
+    where = f"{file}: case {_entry(case, 'name', str, where)!r}"
+    operation = _entry(case, "operation", str, where)
+    if operation not in OPERATIONS:
+        raise VectorError(f"{where}: operation: expected one of "
+                          f"{', '.join(OPERATIONS)}, found {operation!r}")
+    _check_numbers(_entry(case, "parameters", dict, where),
+                   f"{where}: parameters")
+    used = [*_entry(case, "inputs", dict, where).items()]
+    for name, out in _entry(case, "outputs", dict, where).items():
+        at = f"{where}: outputs: {name}"
+        used.append((name, _entry(out, "tensor", str, at)))
+        for kind in ("float32", "bfloat16"):
+            if kind not in out:
+                raise VectorError(f"{at}: {kind}: expected [atol, rtol] or "
+                                  "null, found nothing")
+            _check_near(out[kind], f"{at}: {kind}")
+    for name, key in used:
+        if not isinstance(key, str) or key not in stored:
+            raise VectorError(f"{where}: {name}: expected a tensor of "
+                              f"{FILES[1]}, found {key!r}")
+
+
+# %% tags=["export:vectors"]
+def _read(file: Path) -> bytes:
+    """A plain file's content, which leaves its folder by no link."""
+    try:
+        if file.resolve().parent != file.parent.resolve():
+            raise VectorError(f"{file}: expected a file in its folder, found "
+                              f"a link to {file.resolve()}")
+        if file.exists() and not file.is_file():
+            raise VectorError(f"{file}: expected a plain file")
+        return file.read_bytes()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a ring
+        why = getattr(error, "strerror", None) or error
+        raise VectorError(f"{file}: {why}") from error
+
+
+def _read_index(file: Path) -> dict:
+    """index.json, its head checked, its cases not yet."""
+    try:
+        index = json.loads(_read(file))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, VectorError):
+            raise
+        raise VectorError(f"{file}: expected an index of vectors, found "
+                          f"{type(error).__name__}: {error}") from error
+    if not isinstance(index, dict) or index.get("version") != VERSION:
+        found = index.get("version") if isinstance(index, dict) else index
+        raise VectorError(f"{file}: version: expected {VERSION}, found "
+                          f"{found!r:.40}")
+    name = _entry(index, "file", str, str(file))
+    if "/" in name or "\\" in name or name in ("", ".", "..") or (
+            "\0" in name):
+        raise VectorError(f"{file}: file: expected a name in this folder, "
+                          f"found {name!r:.80}")
+    _entry(index, "sha256", str, str(file))
+    _entry(index, "cases", list, str(file))
+    return index
 
 
 # %% tags=["export:vectors"]
 def read_vectors(folder: str | Path) -> tuple[dict, Tensors]:
     """The index and all tensors. VectorError: a file that is missing,
-    changed, or of another version."""
-    file = Path(folder) / "index.json"
-    try:
-        index = json.loads(file.read_text("utf-8"))
-        if index["version"] != VERSION:
-            raise VectorError(f"{file}: version: expected {VERSION}, found "
-                              f"{index['version']}")
-        data = file.parent / index["file"]
-        digest = hashlib.sha256(data.read_bytes()).hexdigest()
-    except OSError as error:
-        raise VectorError(f"{error.filename}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, VectorError):
-            raise
-        raise VectorError(f"{file}: expected an index of vectors, found "
-                          f"{type(error).__name__}: {error}") from error
+    changed, or of another version; an index that is not one."""
+    file = Path(folder) / FILES[0]
+    index = _read_index(file)
+    data = file.parent / index["file"]
+    raw = _read(data)
+    digest = hashlib.sha256(raw).hexdigest()
     if digest != index["sha256"]:
-        raise VectorError(f"{data}: expected sha256 {index['sha256']}, "
+        raise VectorError(f"{data}: expected sha256 {index['sha256']:.80}, "
                           f"found {digest}")
-    return index, load_file(data)
+    stored = _tensors(lambda: load(raw), data)
+    for number, case in enumerate(index["cases"]):
+        _check_case(case, number, file, stored)
+    return index, stored
+
+
+def _tensors(read: Callable[[], Tensors], file: Path) -> Tensors:
+    """Tensors of a safetensors file; VectorError, if it is none."""
+    try:
+        return read()
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError,
+            TypeError, AttributeError, OverflowError) as error:
+        raise VectorError(f"{file}: expected a safetensors file, found "
+                          f"{type(error).__name__}: {error}") from error
 
 
 # %% tags=["export:vectors"]
-def _read_answers(file: Path) -> Tensors:
+def _computed(case: dict, inputs: Tensors, kind: str, file: Path) -> Tensors:
+    """`run_case`; what it cannot compute from such inputs is told as the
+    case's mistake."""
     try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise VectorError(f"{file}: expected a safetensors file of answers, "
-                          f"found {error}") from error
+        return run_case(case["operation"], inputs, case["parameters"],
+                        getattr(torch, kind))
+    except Exception as error:  # any: inputs of any shape, type and number
+        raise VectorError(
+            f"{file}: case {case['name']!r}: inputs that {case['operation']} "
+            f"cannot take ({type(error).__name__}: "
+            f"{' '.join(str(error).split()):.160})") from error
 
 
 def check(folder: str | Path, answers: str | Path | None = None,
@@ -2419,17 +2814,18 @@ def check(folder: str | Path, answers: str | Path | None = None,
 
     By default this package, in float32 and bfloat16. With answers: a port's
     safetensors file, which has the outputs that it computed, in dtype, under
-    the names of the index. VectorError: as `read_vectors`.
+    the names of the index. VectorError: as `read_vectors`, and a case that
+    cannot be computed.
     """
     index, stored = read_vectors(folder)
-    given = None if answers is None else _read_answers(Path(answers))
+    given = None if answers is None else _tensors(
+        lambda: load_file(answers), Path(answers))
     wrong = []
     for case in index["cases"]:
         inputs = {name: stored[key] for name, key in case["inputs"].items()}
         for kind in ("float32", "bfloat16") if given is None else (dtype,):
-            found = given if given is not None else run_case(
-                case["operation"], inputs, case["parameters"],
-                getattr(torch, kind))
+            found = given if given is not None else _computed(
+                case, inputs, kind, Path(folder) / FILES[0])
             for name, out in case["outputs"].items():
                 key = name if given is None else out["tensor"]
                 if out[kind] is None:
@@ -2964,7 +3360,9 @@ print("layer 0, norm: more than one rounding, less than 2.1")
 # and see which case tells.
 
 # %% tags=["hide-cell"]
-vector_files = write(vector_folder)  # the file above was damaged
+vector_folder = Path(folder.name) / "vectors again"  # those are damaged
+vector_files = write(vector_folder)
+file = vector_folder / file.name
 parameters = next(case["parameters"] for case in index["cases"]
                   if case["name"] == "frequencies")
 port = {out["tensor"]: stored[out["tensor"]] for case in index["cases"]

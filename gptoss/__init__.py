@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gptoss.chat import Chat as Chat
     from gptoss.config import GptOssConfig as GptOssConfig
+    from gptoss.harmony import Tokenizer as Tokenizer
     from gptoss.model import GptOss as GptOss
 
 __version__ = "0.1.0"
-_HOME = {"Chat": "chat", "GptOss": "model", "GptOssConfig": "config"}
+_HOME = {"Chat": "chat", "GptOss": "model", "GptOssConfig": "config",
+         "Tokenizer": "harmony"}
 _MODULES = ("config", "mxfp4", "checkpoint", "rope", "sinks", "masks",
             "routing", "experts", "cache", "model", "harmony", "generate",
             "chat", "kernels", "compact", "triton_kernels", "decode_step",
-            "stories", "lessons", "exams", "train", "parallel", "plan",
-            "parity", "vectors", "tangle")
+            "stories", "lessons", "leaks", "exams", "train", "parallel",
+            "plan", "parity", "vectors")
 
 
 def __getattr__(name: str) -> object:
@@ -41,4 +43,5 @@ __all__ = [
     "Chat",
     "GptOss",
     "GptOssConfig",
+    "Tokenizer",
 ]

@@ -6,13 +6,18 @@ Generated from book/B_cli.py; edit the chapter, not this file.
 import argparse
 import json
 import os
+import re
 import secrets
+import shutil
+import signal
 import sys
+import threading
 import time
+import traceback
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
-from functools import wraps
 from pathlib import Path
 from typing import NoReturn
 
@@ -62,6 +67,14 @@ MISTAKES = {"gptoss.config": "ConfigError", "gptoss.mxfp4": "MXFP4Error",
             "torch": "OutOfMemoryError"}
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether there was not enough of it: torch's allocator for the CPU
+    says so by a RuntimeError like any other."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and re.search("allocate memory|bad_alloc", str(error)) is not None)
+
+
 def is_mistake(error: BaseException) -> bool:
     """Whether `error` is told in one line. Others are bugs: a traceback.
 
@@ -70,20 +83,102 @@ def is_mistake(error: BaseException) -> bool:
     """
     classes = [getattr(sys.modules[module], name, UsageError)
                for module, name in MISTAKES.items() if module in sys.modules]
-    return isinstance(error, (UsageError, OSError, MemoryError, *classes))
+    return isinstance(error, (UsageError, OSError, *classes)) \
+        or lacks_memory(error)
+
+
+def reason(error: BaseException) -> str:
+    """What `error` says, in one line that a terminal cannot obey."""
+    line = visible(" ".join(str(error).split()), keep="")
+    if lacks_memory(error):
+        asked = re.search(r"[0-9]+ bytes", line)
+        return f"not enough memory{f' for {asked[0]}' if asked else ''}"
+    return line or type(error).__name__
+
+
+# --- Streams that are not there ----------------------------------------------
+
+def fill_streams() -> list[str]:
+    """Opens the null device for each closed standard stream: their names."""
+    closed = [name for name in ("stdin", "stdout", "stderr")
+              if getattr(sys, name) is None]
+    for name in closed:
+        mode = "r" if name == "stdin" else "w"
+        setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+    return closed
+
+
+def drop_stdout() -> None:
+    """If stdout cannot be written to, what it still holds goes nowhere: the
+    interpreter flushes it once more when it exits, and would complain."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):  # no file, but a test's stream
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())
+            os.close(null)
+
+
+def complain(error: BaseException) -> None:
+    """One line on stderr, if there is one that can be written to."""
+    where = ""
+    if process_rank():
+        time.sleep(5)  # the first process says it, if it can
+        where = f"process {process_rank()}: "
+    with suppress(OSError, ValueError):
+        print(f"gptoss: error: {where}{reason(error)}", file=sys.stderr,
+              flush=True)
+
+
+# --- Told to end -------------------------------------------------------------
+
+class Ended(BaseException):
+    """A signal, its number in args[0]; no `except Exception` stops it."""
+
+
+@contextmanager
+def tidily() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP raise Ended instead of ending at once;
+    where they were ignored (nohup) or handled they still are."""
+    def end(number: int, frame: object) -> NoReturn:
+        raise Ended(number)
+
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    main_thread = threading.current_thread() is threading.main_thread()
+    changed = [number for number in map(signal.Signals.__getitem__, names)
+               if main_thread and signal.getsignal(number) == signal.SIG_DFL]
+    for number in changed:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in changed:
+            signal.signal(number, signal.SIG_DFL)
 
 
 # --- One of several processes ------------------------------------------------
 
+def _number(name: str, size: int | None = None) -> int:
+    """A number that torchrun has put into the environment, and which is to
+    be below `size`; -1 for anything else."""
+    text = os.environ.get(name, "")
+    number = int(text) if re.fullmatch("[0-9]{1,9}", text) else -1
+    if size is not None and not 0 <= number < size:
+        raise UsageError(f"{name}: torchrun sets it to 0 ... {size - 1}, "
+                         f"found {text!r}")
+    return number
+
+
 def several() -> int:
     """How many processes torchrun has started, if more than one; else 0."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    return int(size) if size.isdecimal() and int(size) > 1 else 0
+    size = _number("WORLD_SIZE") if "RANK" in os.environ else 0
+    return size if size > 1 else 0
 
 
 def process_rank() -> int:
     """Which of them this is; 0 speaks for all."""
-    return int(os.environ.get("RANK", 0)) if several() else 0
+    return max(_number("RANK"), 0) if several() else 0
 
 
 def agreed(args: argparse.Namespace, make: Callable[[], object]) -> object:
@@ -120,6 +215,12 @@ def _model(args: argparse.Namespace, folder: Path, device="cpu"):
 
 # --- What the options mean ---------------------------------------------------
 
+def _short(value: object) -> str:
+    """A value as a message may show it: nobody reads 400 digits."""
+    text = str(value)
+    return text if len(text) < 40 else f"{text[:20]}... ({len(text)} digits)"
+
+
 def _dtype(name: str):
     import torch
 
@@ -133,12 +234,14 @@ def _device(name: str):
     try:
         device = torch.device(name)
         if device.type == "cuda" and several():  # each its own
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            device = torch.device("cuda", _number("LOCAL_RANK", several()))
         if device.type == "meta":
             raise RuntimeError("holds no numbers")
         torch.empty(1, dtype=torch.uint8, device=device)
         return device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except UsageError:
+        raise
+    except Exception as error:  # a backend may raise anything, ImportError too
         why = (str(error).splitlines() or ["not available"])[0]
         raise UsageError(f"--device {name}: {why}") from error
 
@@ -235,15 +338,25 @@ def drawn(events: Iterable, everything: bool = True
         yield "\n", ""
 
 
+NARROWEST = 40  # columns; some containers say that a terminal has none
+
+
+def _console(stream):
+    """rich's console on a stream: a terminal if that is one."""
+    from rich.console import Console
+
+    return Console(file=stream, force_jupyter=False,
+                   force_terminal=stream.isatty(), width=max(
+                       NARROWEST, shutil.get_terminal_size().columns))
+
+
 def _drawer(stream) -> Callable[[str, str], None]:
     """Writes (text, style) at once; on a terminal in its style and without
     its control characters."""
     write = _writer(stream)
     if not stream.isatty():
         return lambda text, style="": write(text)
-    from rich.console import Console
-
-    console = Console(file=stream, force_jupyter=False, force_terminal=True)
+    console = _console(stream)
 
     def draw(text: str, style: str = "") -> None:
         console.out(visible(text), style=style or None, highlight=False,
@@ -253,6 +366,27 @@ def _drawer(stream) -> Callable[[str, str], None]:
 
 
 # --- chat: a session ---------------------------------------------------------
+
+@contextmanager
+def stoppable() -> Iterator[dict]:
+    """Options of `Chat.events` with which Ctrl-C stops a turn.
+
+    One process needs none: there it is an exception, wherever it comes.
+    One of several must not leave the others in the middle of a sum, so the
+    first notes that the key was pressed, and says so before the next token.
+    """
+    if not several() or (threading.current_thread()
+                         is not threading.main_thread()):
+        yield {}
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame:
+                           pressed.append(number))
+    try:
+        yield {"stop": lambda: bool(pressed)}
+    finally:
+        signal.signal(signal.SIGINT, before)
+
 
 class Session:
     """A chat and the messages that were exchanged."""
@@ -268,15 +402,17 @@ class Session:
 
     def ask(self, text: str) -> None:
         """Draws the answer to `text`. What came of it before a Ctrl-C stays
-        in the messages; if nothing came, the question is forgotten."""
+        in the messages, be it half a thought; if nothing came, the question
+        is forgotten."""
         asked = [*self.messages, {"role": "user", "content": text}]
-        events = self.chat.events(asked)
-        try:
-            for piece in drawn(events, self.everything):
-                self.draw(*piece)
-        finally:
-            if any(message["content"] for message in self.chat.turn):
-                self.messages = asked + self.chat.turn
+        with stoppable() as options:
+            events = self.chat.events(asked, **options)
+            try:
+                for piece in drawn(events, self.everything):
+                    self.draw(*piece)
+            finally:
+                if self.chat.turn:
+                    self.messages = asked + self.chat.turn
 
     def cost(self) -> str:
         """One line about the last turn."""
@@ -288,14 +424,48 @@ class Session:
 
 # --- chat: commands ----------------------------------------------------------
 
-def _save(session: Session, name: str, mode: str = "x") -> str:
+def write_whole(name: str, text: str, again: bool = False) -> None:
+    """Writes a file, all of it or nothing; a link's own file, if it is one.
+
+    FileExistsError if it is there, unless `again`: then it is replaced and
+    keeps its mode. What is no file (a device, a folder) is refused.
+    """
+    path = _local(name)
+    if not again:
+        path.touch(exist_ok=False)  # ours from now on
+    elif path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
+        raise UsageError(f"{name}: expected a file that may be written")
+    draft = path.with_name(f".{secrets.token_hex(8)}.partial")
+    try:
+        with open(draft, "x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, draft)
+        os.replace(draft, path)
+    except BaseException:
+        for mine in (draft, path)[:2 - again]:
+            mine.unlink(missing_ok=True)
+        raise
+
+
+def _local(name: str) -> Path:
+    """The path that a person typed, ~ and links followed."""
+    try:
+        return Path(name).expanduser().resolve()
+    except (ValueError, RuntimeError) as error:  # NUL; no such user; a loop
+        raise UsageError(f"{name}: {error}") from error
+
+
+def _save(session: Session, name: str, again: bool = False) -> str:
     if not name:
         raise UsageError("/save: expected a file name")
     if process_rank():
         return ""
     try:
-        with open(Path(name).expanduser(), mode, encoding="utf-8") as file:
-            json.dump(session.messages, file, ensure_ascii=False, indent=1)
+        write_whole(name, json.dumps(session.messages, ensure_ascii=False,
+                                     indent=1), again)
     except FileExistsError:
         raise UsageError(f"{name} exists; /save! {name} replaces it"
                          ) from None
@@ -334,7 +504,7 @@ SLASH = {"/help": (_help, "this list"),
          "/effort": (_effort, "LEVEL: low, medium or high"),
          "/reset": (_reset, "forget what was said"),
          "/save": (_save, "FILE: write the messages to a new file, as JSON"),
-         "/save!": (lambda session, name: _save(session, name, "w"),
+         "/save!": (lambda session, name: _save(session, name, True),
                     "FILE: the same, over an old file"),
          "/quit": (_quit, "leave, as Ctrl-D does")}
 
@@ -374,8 +544,10 @@ def _step(session: Session, line: str) -> None:
             session.draw(session.cost(), "dim")
     except Exception as error:
         if not is_mistake(error):
-            raise
-        session.draw(f"[error] {error}\n", STYLES["notice"])
+            if several():  # the others have no part in this one's bug
+                raise
+            traceback.print_exc()  # a bug, but not the end of what was said
+        session.draw(f"[error] {reason(error)}\n", STYLES["notice"])
 
 
 def converse(session: Session) -> None:
@@ -430,16 +602,8 @@ def _reader(args: argparse.Namespace) -> Callable[[str], str]:
     return read
 
 
-def _today(args: argparse.Namespace) -> Callable[[], str]:
-    """The tool `today`, asked of one calendar."""
-    from gptoss.chat import today
-
-    return wraps(today)(lambda: agreed(args, today))
-
-
 def _split_chat(args: argparse.Namespace) -> tuple:
-    """Model and tokenizer for this process, the same seed and date in all."""
-    from gptoss.chat import today
+    """Model and tokenizer for this process, the same seed in all."""
     from gptoss.checkpoint import resolve
     from gptoss.harmony import Tokenizer
 
@@ -448,8 +612,6 @@ def _split_chat(args: argparse.Namespace) -> tuple:
     model = _model(args, folder, device)
     if args.seed is None:
         args.seed = agreed(args, lambda: secrets.randbits(48))
-    if args.date is None:
-        args.date = agreed(args, today)
     return model, tokenizer
 
 
@@ -462,7 +624,7 @@ def run_chat(args: argparse.Namespace) -> None:
         raise UsageError("--json: needs --prompt")
     model, tools = args.model, TOOLS
     if several() or args.stages != 1 or args.compact:
-        model, tools = _split_chat(args), TOOLS | {"today": _today(args)}
+        model = _split_chat(args)
     chat = Chat(model, args.effort, _tools(args, tools), date=args.date,
                 temperature=args.temperature, top_k=args.top_k,
                 top_p=args.top_p, seed=args.seed, dtype=_dtype(args.dtype),
@@ -487,7 +649,7 @@ def run_chat(args: argparse.Namespace) -> None:
 
 def show_plan(args: argparse.Namespace) -> None:
     """Prints what 1 to 8 GPUs could do with a model."""
-    from gptoss.checkpoint import resolve
+    from gptoss.checkpoint import config_folder, resolve
     from gptoss.config import GptOssConfig
     from gptoss.plan import plan, plan_table
 
@@ -498,9 +660,8 @@ def show_plan(args: argparse.Namespace) -> None:
     elif args.path in known:
         models = {args.path: known[args.path]()}
     else:
-        models = {args.path: GptOssConfig.from_pretrained(resolve(args.path))}
-    if args.context < 1:
-        raise UsageError(f"--context: expected >= 1, found {args.context}")
+        models = {args.path: GptOssConfig.from_pretrained(
+            config_folder(resolve(args.path)))}
     if args.json:
         print(json.dumps({name: [asdict(row) for row in plan(
             config, args.context)] for name, config in models.items()}))
@@ -563,7 +724,6 @@ def run_inspect(args: argparse.Namespace) -> None:
             for spec in map(checkpoint.spec, checkpoint.names()):
                 print(f"{spec.nbytes:>16,}  {spec.name}  {spec}")
         return
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -572,15 +732,13 @@ def run_inspect(args: argparse.Namespace) -> None:
     table.add_column(overflow="fold")
     for label, value in summary(report):  # Text: nothing in it is markup
         table.add_row(Text(visible(label, "")), Text(visible(value, "")))
-    Console(file=sys.stdout, force_jupyter=False,
-            force_terminal=sys.stdout.isatty()).print(table)
+    _console(sys.stdout).print(table)
 
 
 # --- convert -----------------------------------------------------------------
 
 def run_convert(args: argparse.Namespace) -> None:
     """Rewrites a checkpoint in another layout, with a hash per tensor."""
-    from rich.console import Console
     from rich.progress import Progress
 
     from gptoss.checkpoint import Checkpoint, convert, resolve
@@ -588,11 +746,8 @@ def run_convert(args: argparse.Namespace) -> None:
     source = resolve(args.source)
     with Checkpoint.open(source) as checkpoint:
         count = len(checkpoint.names())
-    terminal = sys.stderr.isatty()
-    screen = Console(file=sys.stderr, force_jupyter=False,
-                     force_terminal=terminal)
-    with Progress(console=screen, disable=not terminal,
-                  transient=True) as bar:
+    with tidily(), Progress(console=_console(sys.stderr), transient=True,
+                            disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("converting", total=count)
         manifest = convert(source, Path(args.target), args.layout,
                            progress=lambda name: bar.advance(task))
@@ -669,8 +824,11 @@ def run_parity(args: argparse.Namespace) -> None:
     if args.new_tokens < 0:
         raise UsageError(f"--new-tokens: expected at least 0, found "
                          f"{args.new_tokens}")
+    if args.plain and args.contract == "kernels":
+        raise UsageError("--plain: not with --contract kernels")
+    contract = args.contract or ("fp32" if args.plain else None)
     results = [report(folder, args.against, tokens, _dtype(args.dtype),
-                      args.contract, args.plant, args.new_tokens)
+                      contract, args.plant, args.new_tokens, args.compact)
                for tokens in _walked(folder, args.prompt)]
     if args.json:
         whole = results[0] if len(results) == 1 else {
@@ -695,7 +853,8 @@ def run_vectors(args: argparse.Namespace) -> None:
         print(*map(str, write(args.folder)), sep="\n")
         return
     wrong = check(args.folder, args.answers, args.dtype)
-    print("\n".join(wrong) if wrong else "every case passes")
+    print("\n".join(visible(line, "") for line in wrong)
+          if wrong else "every case passes")
     if wrong:
         raise SystemExit(1)
 
@@ -710,9 +869,11 @@ def run_train(args: argparse.Namespace) -> None:
     if out.exists() or not out.absolute().parent.is_dir():
         raise UsageError(f"{out}: expected a folder that does not exist, in "
                          f"one that does")
-    if (args.steps is not None and args.steps < 1) or args.seed < 0:
-        raise UsageError(f"expected --steps >= 1 and --seed >= 0, found "
-                         f"{args.steps} and {args.seed}")
+    for option, value, least in (("--steps", args.steps, 1),
+                                 ("--seed", args.seed, 0)):
+        if value is not None and not least <= value < 2 ** 63:
+            raise UsageError(f"{option}: expected {least} to 2**63 - 1, "
+                             f"found {_short(value)}")
     recipe = Recipe(seed=args.seed)
     if args.steps is not None:
         recipe = replace(recipe, steps=args.steps)
@@ -723,7 +884,8 @@ def run_train(args: argparse.Namespace) -> None:
             print(f"step {step} of {recipe.steps}, loss {entry['loss']:.3f}, "
                   f"{entry['seconds']:.0f} s", flush=True)
 
-    make_pocket(out, recipe, report)
+    with tidily():
+        make_pocket(out, recipe, report)
     print(f"written to {visible(args.target, '')}")
 
 
@@ -792,15 +954,18 @@ COMMANDS = {
                      help="folder or hub id (default: the one shipped)"),
         "--against": dict(default="transformers", choices=(
             "transformers", "streamed", "grouped_mm", "openai", "float64")),
-        "--dtype": dict(default="float32", choices=("float32", "bfloat16")),
-        "--contract": dict(default="fp32", choices=(
-            "fp32", "hf-eager", "openai-torch"), help="how ours rounds"),
+        "--dtype": dict(default="bfloat16", choices=("float32", "bfloat16")),
+        "--contract": dict(choices=(
+            "fp32", "hf-eager", "openai-torch", "kernels"),
+            help="how ours rounds (default: as what runs does)"),
+        "--plain": dict(action="store_true",
+                        help="ours in plain torch, not by the kernels"),
         "--prompt": dict(action="append", help="text to walk over, once or "
                          "more (default: random tokens)"),
         "--new-tokens": dict(type=int, default=0, metavar="N",
                              help="written first, and walked over too"),
         "--plant": dict(metavar="FAULT", help="break ours first: window ..."),
-    } | _JSON),
+    } | _COMPACT | _JSON),
     "vectors": (run_vectors, {
         "action": dict(choices=("write", "check")),
         "folder": dict(metavar="DIR"),
@@ -839,37 +1004,40 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, 2 for a mistake in the
     arguments or files (one line on stderr), 130 for Ctrl-C, 141 if nobody
-    reads stdout any more."""
+    reads stdout any more, 128 + n for a signal n that a command minds."""
+    closed = fill_streams()
     if hasattr(sys.stdout, "reconfigure"):  # not every terminal is UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        if process_rank():
-            sys.stdout = open(os.devnull, "w")
-        args = build_parser().parse_args(argv)
-        if several() and not hasattr(args, "stages"):
-            raise UsageError("torchrun is for generate, chat and bench")
-        args.run(args)
-        sys.stdout.flush()
-        if several():
-            sys.modules["gptoss.parallel"].leave()
-        return 0
+        if "stdout" in closed:
+            raise UsageError("stdout is closed: nobody can read the answer")
+        return _run(argv)
     except KeyboardInterrupt:
         return 130
+    except Ended as ended:
+        return 128 + ended.args[0]
     except BrokenPipeError:
-        # else the interpreter would flush stdout once more and complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_stdout()
         return 141
     except Exception as error:
         if not is_mistake(error):
             raise
-        line = visible(" ".join(str(error).split()), keep="")
-        where = ""
-        if process_rank():
-            time.sleep(5)  # the first process says it, if it can
-            where = f"process {process_rank()}: "
-        print(f"gptoss: error: {where}{line or type(error).__name__}",
-              file=sys.stderr)
+        complain(error)
+        drop_stdout()
         return 2
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    if several() and _number("RANK", several()):
+        sys.stdout = open(os.devnull, "w")
+    args = build_parser().parse_args(argv)
+    if several() and not hasattr(args, "stages"):
+        raise UsageError("torchrun is for generate, chat and bench")
+    args.run(args)
+    sys.stdout.flush()
+    if several():
+        sys.modules["gptoss.parallel"].leave()
+    return 0
 
 
 # `python -m gptoss` runs this file as the package's main module; a notebook,

@@ -283,14 +283,19 @@ class _Intake(_Storage):
         return plan is not None and (plan.positions is positions or
                                      torch.equal(plan.positions, positions))
 
-    def _planned(self, layer: int, positions: Tensor) -> Plan:
-        """The plan of this forward, made when its first layer asks."""
-        plan = self._plan
+    def begin(self, positions: Tensor) -> Plan:
+        """Plan a forward, unless it is under way; its first layer would.
+
+        What asks for numbers is then over before the arithmetic begins."""
         if not self._same(positions):
             self.check(positions)
             plan = plan_chunk(self._rows, positions, self.slack)
             self.reserve(plan.tape_positions.shape[1])
             self._plan = plan
+        return self._plan
+
+    def _planned(self, layer: int, positions: Tensor) -> Plan:
+        plan = self.begin(positions)
         if layer in plan.done:
             raise CacheError(f"layer {layer}: updated twice in one forward; "
                              "after a forward that failed call rollback()")

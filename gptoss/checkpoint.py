@@ -7,33 +7,42 @@ import ctypes
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import re
 import secrets
 import shutil
+import signal
+import stat
+import threading
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
+from glob import escape
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gptoss.config import (
+    ConfigError,
     GptOssConfig,
     active_parameters,
     cache_bytes,
     cache_bytes_per_token,
     parameter_counts,
+    read_json,
     total_parameters,
 )
 from gptoss.mxfp4 import BLOCK, SCALE_NAN, MXFP4Error, decode, encode
 
 # --- Names, shapes and dtypes as one table -----------------------------------
+
+_log = logging.getLogger("gptoss")
+
 
 class CheckpointError(Exception):
     """A checkpoint that is not what it should be; names file and tensor."""
@@ -79,9 +88,9 @@ NAME_MAP = (
 
 LAYOUTS = ("hf", "original", "bf16")
 PACKED = ("_blocks", "_scales")
-DTYPES = {"BF16": torch.bfloat16, "U8": torch.uint8,
-          "F32": torch.float32, "F16": torch.float16}
-FLOATS = ("BF16", "F32", "F16")
+DTYPES = {"BF16": torch.bfloat16, "U8": torch.uint8, "F16": torch.float16,
+          "F32": torch.float32, "F64": torch.float64}
+FLOATS = ("BF16", "F16", "F32", "F64")
 
 
 @dataclass(frozen=True)
@@ -191,7 +200,10 @@ def read_header(file: Path) -> dict[str, Stored]:
     CheckpointError if the header is none, if tensors overlap or leave a
     gap, or if the file is shorter or longer than the header says.
     """
-    size = file.stat().st_size
+    status = file.stat()
+    size = status.st_size
+    if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+        raise _wrong(file, "a file", "a folder, a pipe or a device")
     with open(file, "rb") as f:
         first = f.read(8)
         length = int.from_bytes(first, "little")
@@ -250,12 +262,13 @@ def _read_index(index: Path) -> dict[str, str]:
     """The weight_map of an index; file names that leave the folder, or that
     are not there, are a CheckpointError."""
     try:
-        named = json.loads(index.read_bytes())["weight_map"]
-        pairs = list(named.items())
-    except (ValueError, RecursionError, KeyError, TypeError,
-            AttributeError) as error:
-        raise _wrong(index, "JSON with a weight_map", "none") from error
-    for name, file in pairs:
+        said = read_json(index)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    named = said.get("weight_map") if isinstance(said, dict) else None
+    if not isinstance(named, dict):
+        raise _wrong(index, "JSON with a weight_map", "none")
+    for name, file in named.items():
         where = f"{index}: {name}"
         if (not isinstance(file, str) or not file.endswith(".safetensors")
                 or re.search(r"[/\\:\0]", file)):
@@ -266,29 +279,40 @@ def _read_index(index: Path) -> dict[str, str]:
     return named
 
 
-def find_tensors(folder: Path) -> dict[str, Stored]:
-    """All tensors of a folder's *.safetensors, by name; reads headers only.
+WHOLE = "model.safetensors"
 
-    With an index, files and index must name exactly the same tensors.
-    """
-    files = sorted(folder.glob("*.safetensors"))
+
+def weight_files(folder: Path) -> tuple[list[Path], Path | None]:
+    """The safetensors files of a folder that are its model's, and the index
+    that says so, if there is one."""
+    files = sorted(file for file in folder.glob("*.safetensors")
+                   if not file.name.startswith("adapter_"))
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if len(indexes) > 1:
         raise _wrong(folder, "one index",
                      f"{indexes[0].name} and {indexes[1].name}")
-    named = _read_index(indexes[0]) if indexes else None
+    if not indexes:
+        return [file for file in files if file.name == WHOLE] or files, None
+    named = set(_read_index(indexes[0]).values())
+    if (folder / WHOLE).exists() and WHOLE not in named:
+        raise _wrong(folder / WHOLE, f"only files that {indexes[0].name} "
+                     "names", "this one (which of the two is the model?)")
+    return [folder / name for name in sorted(named)], indexes[0]
+
+
+def find_tensors(folder: Path) -> dict[str, Stored]:
+    """All tensors of a folder's model by their names there, from headers
+    alone. An index must name exactly what is in the files that it names."""
+    files, index = weight_files(folder)
     found: dict[str, Stored] = {}
     for file in files:
-        if named is not None and file.name not in named.values():
-            raise _wrong(file, f"only files that {indexes[0].name} names",
-                         "this one")
         for name, stored in read_header(file).items():
             if name in found:
                 raise _wrong(f"{file}: {name}", "once",
                              f"in {found[name].file.name} as well")
             found[name] = stored
-    if named is not None:
-        _check_index(indexes[0], named, found)
+    if index is not None:
+        _check_index(index, _read_index(index), found)
     return found
 
 
@@ -305,6 +329,8 @@ def _check_index(index: Path, named: dict[str, str],
 
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+ADAPTER = ("a LoRA adapter, which changes a model and is none: merge it first "
+           "(peft: merge_and_unload(), then save_pretrained())")
 
 
 def weights_folder(path: Path) -> Path:
@@ -313,9 +339,15 @@ def weights_folder(path: Path) -> Path:
         raise CheckpointError(f"{path}: no such directory")
     if not path.is_dir():
         raise _wrong(path, "a directory", "a file")
+    adapter = any(path.glob("adapter_*"))
     for folder in (path, path / "original"):
-        if any(folder.glob("*.safetensors*")):
+        if weight_files(folder)[0]:
+            if adapter:
+                _log.warning("%s: an adapter lies beside the weights and is "
+                             "not applied", path)
             return folder
+    if adapter:
+        raise _wrong(path, "a model", ADAPTER)
     pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES)
     if pickles:
         raise _wrong(path, "*.safetensors", f"{pickles[0]}: a pickle can run "
@@ -324,10 +356,141 @@ def weights_folder(path: Path) -> Path:
     raise _wrong(path, "config.json and *.safetensors", there)
 
 
+def config_folder(path: Path) -> Path:
+    """`path`, or its original/ if only that has a config.json."""
+    below = path / "original"
+    return below if ((below / "config.json").exists() and not (
+        path / "config.json").exists()) else path
+
+
+# --- Names that other programs give ------------------------------------------
+
+ALIASES = (  # a part of a name, and what we call it
+    (r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|"
+     r"module)\.", ""),
+    (r"^base_model\.model\.", ""),
+    (r"^(?=(embed_tokens|layers|norm\.weight)\b)", "model."),
+    (r"\.router\.linear\.", ".router."),
+)
+ONE_EXPERT = re.compile(
+    r"(.*\.experts\.(?:gate_up|down)_proj)s\.(0|[1-9]\d{0,5})\."
+    r"(weight|bias)")
+NOT_LEARNT = re.compile(r".*\brotary_emb\.(original_)?inv_freq")
+REFUSED = (  # what is in a name, and what it shows
+    (r"\b(lora_|base_layer\b|modules_to_save\b)", ADAPTER),
+    (r"bitsandbytes__|\b(nested_)?(absmax|quant_map)$|\bSCB$",
+     "weights that bitsandbytes has quantised: save the model merged, in 16 "
+     "bits"),
+    (r"\b(qweight|qzeros|g_idx)$",
+     "weights quantised as GPTQ or AWQ do: take the model that was quantised"),
+    (r"(_packed|_scale|_scale_inv|_zero_point)$",
+     "weights quantised to FP8 or INT4: take the model that was quantised"),
+    (r"\bexperts\.((gate|up)_proj\b|(gate_up|down)_proj\.|\d+\.)",
+     "experts as MLX and others save them, each in a way of its own: take "
+     "the model that was converted"),
+    (r"^(score|classifier|v_head)\b",
+     "a model with another head than a language model's"),
+)
+
+
+def known_name(stored: Stored) -> str:
+    """What we call a tensor of a file, if we know it under another name;
+    CheckpointError for one of a kind that is not read."""
+    name = stored.spec.name
+    for pattern, what in REFUSED:
+        if re.search(pattern, name):
+            raise _wrong(f"{stored.file}: {name}", "a tensor of gpt-oss",
+                         what)
+    for pattern, ours in ALIASES:
+        name = re.sub(pattern, ours, name)
+    return name
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A tensor of which each row is one in a file; matrices are turned."""
+
+    name: str
+    parts: tuple[Stored, ...]
+
+    @property
+    def spec(self) -> TensorSpec:
+        first = self.parts[0].spec
+        return TensorSpec(self.name, (len(self.parts), *first.shape[::-1]),
+                          first.dtype)
+
+    @property
+    def file(self) -> Path:
+        return self.parts[0].file
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+
+def stacked(folder: Path, name: str, rows: dict[int, Stored]) -> Stack:
+    """The rows as one tensor; CheckpointError if one is missing or differs."""
+    first = rows[min(rows)].spec
+    for n in range(len(rows)):
+        if n not in rows:
+            raise _wrong(f"{folder}: {name}, expert {n}", "a tensor", "none")
+        spec = rows[n].spec
+        if (spec.shape, spec.dtype) != (first.shape, first.dtype):
+            raise _wrong(f"{rows[n].file}: {spec.name}", first, spec)
+    return Stack(name, tuple(rows[n] for n in sorted(rows)))
+
+
+def recognise(folder: Path, found: dict[str, Stored]
+              ) -> dict[str, Stored | Stack]:
+    """The tensors of a file under the names that we know them by."""
+    known: dict[str, Stored | Stack] = {}
+    experts: dict[str, dict[int, Stored]] = {}
+    for stored in found.values():
+        if NOT_LEARNT.fullmatch(stored.spec.name):
+            continue
+        name = known_name(stored)
+        one = ONE_EXPERT.fullmatch(name)
+        bare = name.removesuffix("_blocks")
+        scales = stored.spec.name.removesuffix("_blocks") + "_scales"
+        if one:
+            name = one[1] + "_bias" * (one[3] == "bias")
+            rows, n = experts.setdefault(name, {}), int(one[2])
+            name = f"{name}, expert {n}" if n in rows else ""
+            rows[n] = stored
+        elif stored.spec.dtype in FLOATS and scales not in found:
+            name = bare
+        if name in known or one and name:
+            raise _wrong(f"{stored.file}: {stored.spec.name}",
+                         f"{name} once", "it under two names")
+        if name:
+            known[name] = stored
+    for name, rows in experts.items():
+        if name in known:
+            raise _wrong(f"{folder}: {name}", "once", "each expert as well")
+        known[name] = stacked(folder, name, rows)
+    return known
+
+
+# --- One matrix for both ends ------------------------------------------------
+
+ENDS = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def untied(config: GptOssConfig, found: dict[str, Stored | Stack]
+           ) -> GptOssConfig:
+    """If embedding and head are tied, the one that is missing is the other,
+    in `found`; returns the configuration of the two matrices."""
+    if config.tie_word_embeddings:
+        for missing, other in (ENDS, ENDS[::-1]):
+            if missing not in found and other in found:
+                found[missing] = found[other]
+    return replace(config, tie_word_embeddings=False)
+
+
 # --- Files against the table -------------------------------------------------
 
 def find_layout(names: Iterable[str]) -> str:
-    """"hf", "original" or "bf16", from the names in the files."""
+    """"hf", "original" or "bf16", from the names that we know."""
     names = set(names)
     if "embedding.weight" in names or any(
             name.startswith("block.") for name in names):
@@ -336,15 +499,17 @@ def find_layout(names: Iterable[str]) -> str:
     return "bf16" if any(name.endswith(dense) for name in names) else "hf"
 
 
-def check_tensors(folder: Path, found: dict[str, Stored],
-                  table: dict[str, TensorSpec], layout: str) -> None:
+def check_tensors(folder: Path, found: dict[str, Stored | Stack],
+                  table: dict[str, TensorSpec]) -> None:
     """CheckpointError at the first tensor that is missing, superfluous, or
-    of another shape or dtype. The bf16 layout may hold any float."""
+    of another shape or dtype. What is not packed may be any float."""
     for name, spec in table.items():
         if name not in found:
-            raise _wrong(f"{folder}: {name}", spec, "no such tensor")
+            tied = " (or tie_word_embeddings)" * (name in ENDS)
+            raise _wrong(f"{folder}: {name}", f"{spec}{tied}",
+                         "no such tensor")
         stored = found[name]
-        dtypes = FLOATS if layout == "bf16" else (spec.dtype,)
+        dtypes = FLOATS if spec.dtype in FLOATS else (spec.dtype,)
         if (stored.spec.shape != spec.shape
                 or stored.spec.dtype not in dtypes):
             raise _wrong(f"{stored.file}: {name}", spec, stored.spec)
@@ -402,6 +567,7 @@ class _Writer:
         self.places = places(config, layout)
         self.hashes = {name: hashlib.sha256() for name in self.places}
         self.rows = dict.fromkeys(self.places, 0)  # written so far
+        config = replace(config, tie_word_embeddings=False)  # it has both
         self.config = (config.to_original_dict() if layout == "original"
                        else config.to_hf_dict())
         if layout == "bf16":
@@ -478,29 +644,128 @@ def _finish(writer: _Writer, extra_files: Iterable[Path]) -> dict[str, str]:
 
 # --- All or nothing ----------------------------------------------------------
 
+def _lock(folder: Path) -> int | None:
+    """A descriptor that holds the folder until it is closed or the process
+    dies; None if another one holds it, or if this system has no locks."""
+    try:
+        import fcntl
+
+        held = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return held
+    except OSError:
+        os.close(held)
+        return None
+
+
+def _sweep(home: Path, name: str) -> None:
+    """Remove the drafts of `name` in `home` whose writers have died. An
+    empty one is left: its writer may be about to lock it."""
+    for old in home.glob(f".{escape(name)}.*.partial"):
+        held = None if old.is_symlink() else _lock(old)
+        if held is not None:
+            if any(old.iterdir()):
+                shutil.rmtree(old, ignore_errors=True)
+            os.close(held)
+
+
+@contextmanager
+def _draft(home: Path, name: str) -> Iterator[Path]:
+    """A hidden folder in `home`, gone at the end."""
+    draft = home / f".{name}.{secrets.token_hex(4)}.partial"
+    draft.mkdir()
+    held = _lock(draft)
+    try:
+        yield draft
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
+@contextmanager
+def _told_to_end() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP end the process by SystemExit, as long as
+    nobody else has a say in that: what was begun is undone on the way."""
+    def end(number: int, frame: object) -> None:
+        for each in mine:  # a second one does not stop the undoing
+            signal.signal(each, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    mine: list[int] = []
+    if threading.current_thread() is threading.main_thread():
+        names = ("SIGTERM", "SIGHUP")
+        mine += [number for name in names
+                 if (number := getattr(signal, name, None)) is not None
+                 and signal.getsignal(number) == signal.SIG_DFL]
+    for each in mine:
+        signal.signal(each, end)
+    try:
+        yield
+    finally:
+        for each in mine:
+            signal.signal(each, signal.SIG_DFL)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or a folder is on the disk."""
+    held = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(held)
+    finally:
+        os.close(held)
+
+
 @contextmanager
 def _new_folder(target: Path) -> Iterator[Path]:
-    """A hidden folder beside `target` that becomes it at the end.
+    """A hidden folder that becomes `target`, or all that is in it.
 
-    Whatever fails before leaves neither behind. CheckpointError if `target`
+    Whatever fails before leaves nothing behind. CheckpointError if `target`
     is there already, unless it is an empty folder.
     """
     target = Path(os.path.abspath(target))
-    if target.is_symlink() or target.exists() and not (
-            target.is_dir() and not any(target.iterdir())):
-        raise _wrong(target, "a new or empty folder", "something there")
-    draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    inside = target.is_dir() and not target.is_symlink()
+    home = target if inside else target.parent
+    above = [path for path in (home, *home.parents) if not path.exists()]
     try:
-        draft.mkdir(parents=True)
-        yield draft
-        for file in draft.iterdir():
-            with open(file, "rb+") as f:
-                os.fsync(f.fileno())  # whole on disk before it has its name
+        _sweep(home, target.name)
+        there = [file for file in target.iterdir()
+                 if file.name != "lost+found"] if inside else []
+        if there or os.path.lexists(target) and not inside:
+            raise _wrong(target, "a new or empty folder", "something there")
+        home.mkdir(parents=True, exist_ok=True)
+        with _told_to_end(), _draft(home, target.name) as draft:
+            yield draft
+            for file in draft.iterdir():
+                _sync(file)  # whole on disk before it has its name
+            _appear(draft, target, inside)
+    except BaseException as error:
+        for path in above:
+            with suppress(OSError):
+                path.rmdir()  # unless somebody has put something there
+        if isinstance(error, OSError):
+            raise CheckpointError(f"{target}: {error.strerror or error}"
+                                  ) from error
+        raise
+
+
+def _appear(draft: Path, target: Path, inside: bool) -> None:
+    """Give the draft its name, or its files their places; all or none."""
+    if not inside:
         os.replace(draft, target)
-    except OSError as error:
-        raise CheckpointError(f"{target}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        return
+    names = sorted((file.name for file in draft.iterdir()),
+                   key=lambda name: (name == "config.json", name))
+    try:
+        for name in names:
+            os.replace(draft / name, target / name)
+    except BaseException:
+        for name in names:
+            (target / name).unlink(missing_ok=True)
+        raise
 
 
 def write_checkpoint(path: str | Path, config: GptOssConfig,
@@ -575,7 +840,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: Path, folder: Path, config: GptOssConfig,
-                 layout: str, found: dict[str, Stored]) -> None:
+                 layout: str, found: dict[str, Stored | Stack]) -> None:
         self.path, self.folder, self.config = path, folder, config
         self.layout, self._found = layout, found
         self._places = places(config, layout)
@@ -593,14 +858,14 @@ class Checkpoint:
         path = Path(path)
         try:
             folder = weights_folder(path)
-            home = path if (path / "config.json").exists() else folder
-            config = config or GptOssConfig.from_pretrained(home)
-            found = find_tensors(folder)
+            config = config or GptOssConfig.from_pretrained(
+                config_folder(path))
+            found = recognise(folder, find_tensors(folder))
         except OSError as error:
             raise CheckpointError(f"{error.filename or path}: "
                                   f"{error.strerror}") from error
-        layout = find_layout(found)
-        check_tensors(folder, found, tensor_table(config, layout), layout)
+        layout, config = find_layout(found), untied(config, found)
+        check_tensors(folder, found, tensor_table(config, layout))
         return cls(path, folder, config, layout, found)
 
     def names(self) -> list[str]:
@@ -620,12 +885,28 @@ class Checkpoint:
     @property
     def files(self) -> list[Path]:
         """All files with weights."""
-        return sorted({stored.file for stored in self._found.values()})
+        return sorted({part.file for stored in self._found.values()
+                       for part in getattr(stored, "parts", [stored])})
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors, without headers."""
-        return sum(stored.nbytes for stored in self._found.values())
+        """Bytes of all tensors, without headers; of a tied one, once."""
+        return sum(stored.nbytes for stored in set(self._found.values()))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What a model of this checkpoint was saved as: `dtype` (before
+        transformers 5, `torch_dtype`) of config.json. Without one bf16 if
+        the experts are packed, else the embedding's."""
+        file = config_folder(self.path) / "config.json"
+        said = read_json(file) if file.exists() else {}
+        for key in ("dtype", "torch_dtype"):
+            name = said.get(key) if isinstance(said, dict) else None
+            for dtype in map(DTYPES.get, FLOATS):
+                if name == str(dtype).removeprefix("torch."):
+                    return dtype
+        return (torch.bfloat16 if self.layout != "bf16"
+                else DTYPES[self.spec(ENDS[0]).dtype])
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """A tensor, or some of its rows (its first dimension).
@@ -672,19 +953,35 @@ class Checkpoint:
 
 
 def _view(checkpoint: Checkpoint, place: Place, rows: slice) -> Tensor:
-    """Rows of a stored tensor as a view of its mapped file."""
+    """Rows of a stored tensor as a view of its mapped file; of a stack, a
+    copy of the rows."""
     start, stop, step = rows.indices(place.spec.shape[0])
     if step != 1:
         raise _wrong(place.spec.name, "rows with step 1", rows)
     stored = checkpoint._found[place.stored]
+    count, shape = max(0, stop - start), place.spec.shape[1:]
+    if isinstance(stored, Stored):
+        return _mapped(checkpoint, stored, place.first + start, count)
+    parts = [_mapped(checkpoint, part, 0, part.spec.shape[0])
+             for part in stored.parts[start:stop]]
+    out = torch.empty(count, *shape, dtype=DTYPES[stored.spec.dtype])
+    for row, part in zip(out, parts, strict=True):
+        row.copy_(part.t())  # a vector stays as it is
+    return out
+
+
+def _mapped(checkpoint: Checkpoint, stored: Stored, first: int, count: int
+            ) -> Tensor:
+    """`count` rows of what is stored, from row `first`."""
     width = stored.nbytes // stored.spec.shape[0]  # bytes in a row
-    count = max(0, stop - start)
-    begin = stored.offset + (place.first + start) * width
-    raw = checkpoint._map(stored.file)[begin:begin + count * width]
+    begin = stored.offset + first * width
+    raw = torch.empty(0, dtype=torch.uint8).set_(
+        checkpoint._map(stored.file).untyped_storage()[
+            begin:begin + count * width])  # for torch.save: its own storage
     dtype = DTYPES[stored.spec.dtype]
     if begin % dtype.itemsize:
         raw = raw.clone()  # a file whose tensors are not aligned
-    return raw.view(dtype).view(count, *place.spec.shape[1:])
+    return raw.view(dtype).view(count, *stored.spec.shape[1:])
 
 
 def check_scales(name: str, scales: Tensor) -> None:
@@ -744,38 +1041,52 @@ def _packed(old: Checkpoint, name: str) -> Iterator[Piece]:
             yield name + part, e, rows
 
 
-COMPANIONS = ("*.json", "*.jinja", "*.txt", "LICENSE*", "README*",
-              "USAGE_POLICY*")
+COMPANIONS = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "generation_config.json", "chat_template.jinja",
+    "chat_template.json", "README.md", "LICENSE", "LICENSE.txt",
+    "LICENSE.md", "NOTICE", "USAGE_POLICY", "USAGE_POLICY.md")
+
+
+def home_file(folder: Path, name: str) -> Path | None:
+    """A small file of a model: in its folder or, for original/ alone, in
+    the folder above, where the released ones lie."""
+    places = [folder]
+    if folder.resolve().name == "original":
+        places.append(folder.resolve().parent)
+    return next((place / name for place in places
+                 if (place / name).is_file()), None)
 
 
 def companions(old: Checkpoint) -> list[Path]:
-    """Tokenizer, generation_config and the like beside the weights; for
-    original/ those of the folder above, where the released ones lie."""
-    folders = [old.folder]
-    if old.folder.name == "original":
-        folders.append(old.folder.resolve().parent)
-    found: dict[str, Path] = {}
-    for folder in folders:
-        for file in sorted(folder.iterdir()):
-            skip = (file.name in (*OUR_FILES, "dtypes.json")
-                    or file.name.endswith(".index.json"))
-            if file.is_file() and not skip and any(
-                    fnmatch(file.name, kind) for kind in COMPANIONS):
-                found.setdefault(file.name, file)
-    return list(found.values())
+    """Tokenizer, generation_config and the like beside the weights."""
+    found = [home_file(old.folder, name) for name in COMPANIONS]
+    return [file for file in found if file and _stays(file)]
+
+
+def _stays(file: Path) -> bool:
+    """Whether a file is where its folder says; if not, one line of log."""
+    folder, real = file.parent.resolve(), file.resolve().parent
+    store = folder.parent.parent / "blobs"
+    if real == folder or (folder.parent.name, real) == ("snapshots", store):
+        return True
+    _log.warning("%s: a link that leaves its folder is not copied", file)
+    return False
 
 
 def _config_for(old: Checkpoint, extra: list[Path]) -> GptOssConfig:
-    """The original spelling has no token ids: generation_config has."""
+    """The configuration to write, with the ids that only
+    generation_config.json says."""
     files = [f for f in extra if f.name == "generation_config.json"]
     if old.layout != "original" or not files:
         return old.config
-    said = json.loads(files[0].read_bytes())
-    eos, pad = said.get("eos_token_id"), said.get("pad_token_id")
-    config = old.config.to_hf_dict()
-    config |= {} if eos is None else {"eos_token_id": eos}
-    config |= {} if pad is None else {"pad_token_id": pad}
-    return GptOssConfig.from_dict(config, str(files[0]))
+    said = read_json(files[0])
+    if not isinstance(said, dict):
+        raise _wrong(files[0], "a JSON object", type(said).__name__)
+    ids = {key: said[key] for key in ("eos_token_id", "pad_token_id")
+           if said.get(key) is not None}
+    return GptOssConfig.from_dict(old.config.to_hf_dict() | ids,
+                                  str(files[0]))
 
 
 def convert(source: str | Path, target: str | Path, layout: str,
@@ -845,7 +1156,7 @@ def describe(path: str | Path) -> dict[str, object]:
             "parameters_total": total_parameters(config),
             "parameters_active": active_parameters(config),
             "bytes_read_per_token":
-                checkpoint.nbytes - parts["embedding"] + row - unread,
+                sum(parts.values()) - parts["embedding"] + row - unread,
             "cache_bytes_per_token": cache_bytes_per_token(config),
             "cache_bytes_full": cache_bytes(
                 config, config.max_position_embeddings)}
@@ -866,20 +1177,32 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
     `revision` (branch, tag or commit), resumed and cached as HF_HOME and
     HF_HUB_OFFLINE say. CheckpointError, in one line, if that fails.
     """
-    local = Path(path).expanduser()
-    if local.exists():
-        return local
+    try:
+        local = Path(path).expanduser()
+        if local.exists():
+            return local
+    except RuntimeError:
+        raise CheckpointError(f"{path}: no such user") from None
     if isinstance(path, Path) or not is_repo_id(path):
         raise CheckpointError(f"{path}: no such directory"
                               " (and a hub id is owner/name)")
-    from huggingface_hub import errors, snapshot_download
+    return _fetch(path, revision)
 
+
+def _fetch(path: str, revision: str | None) -> Path:
     at = f"{path} at revision {revision}" if revision else path
+    try:
+        import huggingface_hub.constants  # noqa: F401  it reads HF_...
+    except ValueError as error:
+        raise CheckpointError(f"{at}: no such directory, and a setting HF_... "
+                              f"of the environment: {error}") from error
+    from huggingface_hub import snapshot_download
+
     try:
         return Path(snapshot_download(
             path, revision=revision, ignore_patterns=["*/*"],
             allow_patterns=["*.json", "*.safetensors"]))
-    except (OSError, ValueError, errors.EntryNotFoundError) as error:
+    except Exception as error:  # the client has many kinds, and so its own
         raise CheckpointError(f"{at}: no such directory, and "
                               f"{_why(error)}") from error
 
@@ -899,44 +1222,60 @@ def _why(error: Exception) -> str:
     for kind, why in known.items():
         if isinstance(error, kind):
             return why
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    line = next(iter(str(error).splitlines()), type(error).__name__)
+    return f"{constants.ENDPOINT} cannot be asked: {line}"
 
 
 __all__ = [
+    "ADAPTER",
+    "ALIASES",
     "CHUNK",
     "COMPANIONS",
     "COMPONENTS",
     "Checkpoint",
     "CheckpointError",
     "DTYPES",
+    "ENDS",
     "FLOATS",
     "LAYOUTS",
     "MAX_HEADER",
     "MAX_SHARD_BYTES",
     "NAME_MAP",
+    "NOT_LEARNT",
+    "ONE_EXPERT",
     "OUR_FILES",
     "PACKED",
     "PICKLES",
     "Piece",
     "Place",
+    "REFUSED",
+    "Stack",
     "Stored",
     "TensorSpec",
+    "WHOLE",
     "check_scales",
     "check_tensors",
     "companions",
     "component_of",
+    "config_folder",
     "convert",
     "describe",
     "find_layout",
     "find_tensors",
+    "home_file",
     "is_repo_id",
+    "known_name",
     "make_header",
     "places",
     "plan_shards",
     "random_tensors",
     "read_header",
+    "recognise",
     "resolve",
+    "stacked",
     "tensor_table",
+    "untied",
+    "weight_files",
     "weights_folder",
     "write_checkpoint",
 ]

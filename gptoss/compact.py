@@ -83,6 +83,21 @@ define_operator(
     " -> Tensor", linear_beside_compact)
 
 
+def _pack_fake(weight: Tensor) -> CompactWeight:
+    """Nobody knows without looking how many numbers stand apart."""
+    m, n = weight.shape
+    apart = torch.library.get_ctx().new_dynamic_size()
+    return CompactWeight(weight.new_empty((m, n // 64, 96), dtype=torch.uint8),
+                         weight.new_empty(16, dtype=torch.uint8),
+                         weight.new_empty(m + 1, dtype=torch.int32),
+                         weight.new_empty(apart, dtype=torch.int32))
+
+
+define_operator("gptoss::pack_compact(Tensor weight)"
+                " -> (Tensor, Tensor, Tensor, Tensor)", pack_by_torch,
+                _pack_fake)
+
+
 class CompactLinear(Linear):
     """A frozen `Linear` with a copy of its weight in twelve bits.
 
@@ -139,10 +154,7 @@ def pack(weight: Tensor) -> CompactWeight:
         raise ValueError("weight: expected bfloat16 (m, n), 64 dividing n up "
                          f"to 65536, found {weight.dtype} of "
                          f"{tuple(weight.shape)}")
-    weight = weight.contiguous()
-    if hasattr(torch.ops.gptoss, "pack_compact"):
-        return CompactWeight(*torch.ops.gptoss.pack_compact(weight))
-    return pack_by_torch(weight)
+    return CompactWeight(*torch.ops.gptoss.pack_compact(weight.contiguous()))
 
 
 def compact_layers(model: GptOss) -> None:

@@ -3,7 +3,10 @@
 Generated from book/01_config.py; edit the chapter, not this file.
 """
 
+import itertools
 import json
+import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +18,17 @@ class ConfigError(ValueError):
 
 def _expect(good: bool, key: str, expected: str, found: object) -> None:
     if not good:
-        raise ConfigError(f"{key}: expected {expected}, found {found!r}")
+        raise ConfigError(f"{key}: expected {expected}, "
+                          f"found {_shown(found)}")
+
+
+def _shown(value: object) -> str:
+    """repr(value), and no more of it than fits into a message."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an int of 5,000 digits
+        return f"a {type(value).__name__} too large to show"
+    return text if len(text) <= 200 else text[:200] + "..."
 
 
 def _is_count(value: object) -> bool:
@@ -105,7 +118,32 @@ class GptOssConfig:
 
 # --- What is refused ---------------------------------------------------------
 
-_MOST_LAYERS = 10_000
+COUNTS = ("num_hidden_layers", "num_local_experts", "num_experts_per_tok",
+          "vocab_size", "hidden_size", "intermediate_size", "head_dim",
+          "num_attention_heads", "num_key_value_heads", "sliding_window",
+          "max_position_embeddings", "initial_context_length")
+POSITIVE = ("rope_theta", "rope_factor", "rope_beta_fast", "rope_beta_slow",
+            "rms_norm_eps", "swiglu_limit")
+LEAST = {"rope_beta_fast": 1e-6, "rope_beta_slow": 1e-6,
+         "rms_norm_eps": 1e-30, "swiglu_limit": 1e-3}
+MOST = dict.fromkeys(COUNTS, 2 ** 24) | {
+    "num_hidden_layers": 10_000, "sliding_window": 2 ** 20,
+    "max_position_embeddings": 2 ** 30, "initial_context_length": 2 ** 30,
+    "rope_theta": 1e15, "rope_factor": 1e6, "rope_beta_fast": 1e6,
+    "rope_beta_slow": 1e6, "rms_norm_eps": 1.0, "swiglu_limit": 65504.0,
+    "eos_token_id": 2 ** 31 - 1, "pad_token_id": 2 ** 31 - 1}
+
+
+def _check_number(key: str, value: object, name: str | None = None) -> None:
+    """ConfigError unless it is a number within the bounds of field `key`;
+    the message calls it `name`."""
+    name, whole = name or key, key in COUNTS
+    good = _is_count(value) if whole else _is_positive(value)
+    kind = "a whole number" if whole else "a number"
+    _expect(good and value > 0, name, f"{kind} above 0", value)
+    least, most = LEAST.get(key, 0), MOST[key]
+    _expect(value >= least, name, f"at least {least:g}", value)
+    _expect(value <= most, name, f"at most {most:,}", value)
 
 
 def fill_kinds(kinds: object, layers: object) -> tuple[str, ...]:
@@ -113,8 +151,8 @@ def fill_kinds(kinds: object, layers: object) -> tuple[str, ...]:
     _expect(_is_count(layers) and layers > 0, "num_hidden_layers",
             "a whole number above 0", layers)
     # a damaged file must not make a list of a billion entries
-    _expect(layers <= _MOST_LAYERS, "num_hidden_layers",
-            f"at most {_MOST_LAYERS}", layers)
+    most = MOST["num_hidden_layers"]
+    _expect(layers <= most, "num_hidden_layers", f"at most {most:,}", layers)
     if kinds is None:
         kinds = [KINDS[n % 2] for n in range(layers)]
     _expect(isinstance(kinds, list | tuple), "layer_types", "a list", kinds)
@@ -125,23 +163,10 @@ def fill_kinds(kinds: object, layers: object) -> tuple[str, ...]:
     return tuple(kinds)
 
 
-COUNTS = ("num_hidden_layers", "num_local_experts", "num_experts_per_tok",
-          "vocab_size", "hidden_size", "intermediate_size", "head_dim",
-          "num_attention_heads", "num_key_value_heads", "sliding_window",
-          "max_position_embeddings", "initial_context_length")
-POSITIVE = ("rope_theta", "rope_factor", "rope_beta_fast", "rope_beta_slow",
-            "rms_norm_eps", "swiglu_limit")
-
-
 def check_sizes(config: GptOssConfig) -> None:
     """ConfigError naming the first size that makes no model."""
-    for key in COUNTS:
-        value = getattr(config, key)
-        _expect(_is_count(value) and value > 0, key,
-                "a whole number above 0", value)
-    for key in POSITIVE:
-        value = getattr(config, key)
-        _expect(_is_positive(value), key, "a number above 0", value)
+    for key in (*COUNTS, *POSITIVE):
+        _check_number(key, getattr(config, key))
     E, K = config.num_local_experts, config.num_experts_per_tok
     H, G = config.num_attention_heads, config.num_key_value_heads
     _expect(K <= E, "num_experts_per_tok",
@@ -154,8 +179,7 @@ def check_sizes(config: GptOssConfig) -> None:
 
 def check_choices(config: GptOssConfig) -> None:
     """ConfigError naming the first choice that gpt-oss does not have."""
-    slow, truncate = config.rope_beta_slow, config.rope_truncate
-    tied = config.tie_word_embeddings
+    slow = config.rope_beta_slow
     _expect(config.rope_type in ROPE_TYPES, "rope_type",
             " or ".join(ROPE_TYPES), config.rope_type)
     _expect(config.rope_factor >= 1, "rope_factor", "at least 1",
@@ -164,13 +188,13 @@ def check_choices(config: GptOssConfig) -> None:
             config.rope_theta)
     _expect(config.rope_beta_fast >= slow, "rope_beta_fast",
             f"at least rope_beta_slow = {slow}", config.rope_beta_fast)
-    _expect(isinstance(truncate, bool), "rope_truncate", "true or false",
-            truncate)
-    _expect(tied is False, "tie_word_embeddings",
-            "false (gpt-oss has its own lm_head)", tied)
+    for key in ("rope_truncate", "tie_word_embeddings"):
+        value = getattr(config, key)
+        _expect(isinstance(value, bool), key, "true or false", value)
     for key in ("eos_token_id", "pad_token_id"):
         value = getattr(config, key)
-        _expect(_is_count(value) and value >= 0, key, "a token id", value)
+        _expect(_is_count(value) and 0 <= value <= MOST[key], key,
+                "a token id", value)
 
 
 # --- Three spellings of the same numbers -------------------------------------
@@ -207,9 +231,8 @@ def _from_original(values: dict) -> dict:
         _expect(values.get(key) is not None, key, "a value", None)
         fields[field] = values[key]
     trained, factor = fields["initial_context_length"], fields["rope_factor"]
-    for key, value in (("initial_context_length", trained),
-                       ("rope_scaling_factor", factor)):
-        _expect(_is_positive(value), key, "a number above 0", value)
+    for field in ("initial_context_length", "rope_factor"):
+        _check_number(field, fields[field], ORIGINAL_KEYS[field])
     fields["max_position_embeddings"] = int(trained * factor)
     fields["rope_type"] = "default" if factor == 1 else "yarn"
     return fields
@@ -217,33 +240,50 @@ def _from_original(values: dict) -> dict:
 
 # --- Reading Hugging Face's, rope first --------------------------------------
 
+ROPE_SPELLINGS = ("rope_parameters", "rope_scaling")
 # keys of yarn that would change the model, and the value that would not
 ROPE_FIXED = {"attention_factor": None, "mscale": None,
               "mscale_all_dim": None, "partial_rotary_factor": 1.0}
 
 
-def _rope_fields(values: dict) -> dict:
-    """Our fields from rope_parameters, or rope_scaling and rope_theta."""
-    new = values.get("rope_parameters") is not None
-    spelling = "rope_parameters" if new else "rope_scaling"
-    rope = values.get(spelling)
-    _expect(isinstance(rope, dict) and rope, spelling, "an object", rope)
+def _rope_object(values: dict, spelling: str) -> dict:
+    """Our fields from one rope object and what lies beside it."""
+    rope = values[spelling]
+    _expect(isinstance(rope, dict), spelling, "an object", rope)
     rope = {"rope_type": rope.get("type"),
             "rope_theta": values.get("rope_theta")} | rope
     kind = rope["rope_type"]
     _expect(kind in ROPE_TYPES, "rope_type", " or ".join(ROPE_TYPES), kind)
-    needed = ["rope_theta"]
     if kind == "yarn":
-        needed += ["factor", "original_max_position_embeddings"]
+        for key in ("factor", "original_max_position_embeddings"):
+            _expect(rope.get(key) is not None, key, "a value", None)
         rope = {"truncate": True} | rope  # transformers' default
-    for key in needed:
-        _expect(rope.get(key) is not None, key, "a value", None)
     for key, value in ROPE_FIXED.items():
         _expect(rope.get(key) in (None, value), key, repr(value),
                 rope.get(key))
     return {field: rope[key] for field, key in ROPE_KEYS.items()
             if rope.get(key) is not None
             and (kind == "yarn" or field in ("rope_type", "rope_theta"))}
+
+
+def _rope_fields(values: dict) -> dict:
+    """Our fields from rope_parameters, from rope_scaling and rope_theta, or
+    from what there is of them."""
+    read = {spelling: _rope_object(values, spelling)
+            for spelling in ROPE_SPELLINGS
+            if values.get(spelling) is not None}
+    if not read:  # the defaults are the released ones
+        theta = values.get("rope_theta")
+        return {} if theta is None else {"rope_theta": theta}
+    first, *others = read.values()
+    for key in itertools.chain(*read.values()):
+        default = getattr(GptOssConfig, key)
+        for other in others:
+            _expect(first.get(key, default) == other.get(key, default),
+                    ROPE_SPELLINGS[0], f"{ROPE_KEYS[key]} as in "
+                    f"{ROPE_SPELLINGS[1]}, {_shown(other.get(key))}",
+                    first.get(key))
+    return first
 
 
 # --- The other keys ----------------------------------------------------------
@@ -268,8 +308,9 @@ def _from_hf(values: dict) -> dict:
     for key in SAME:
         _expect(key in fields or key in OPTIONAL, key, "a value", None)
     stop = fields.get("eos_token_id")
-    if isinstance(stop, list) and stop:  # generation_config has them all
-        fields["eos_token_id"] = stop[0]
+    if isinstance(stop, list):  # stop_ids (chapter 12) reads them all
+        del fields["eos_token_id"]
+        fields |= {"eos_token_id": stop[0]} if stop else {}
     return fields | _rope_fields(values)
 
 
@@ -290,22 +331,50 @@ def config_from_dict(values: dict, source: str) -> GptOssConfig:
         fields = _from_original(values) if original else _from_hf(values)
         return GptOssConfig(**fields)
     except ConfigError as error:
-        field, colon, rest = str(error).partition(":")
-        if original:  # name the key as the file does
-            field = ORIGINAL_KEYS.get(field, field)
-        raise ConfigError(f"{source}: {field}{colon}{rest}") from None
+        keys = ORIGINAL_KEYS if original else ROPE_KEYS
+        said, comma, found = str(error).rpartition(", found ")
+        said = re.sub(r"\w+", lambda word: _spelt(word[0], keys), said)
+        raise ConfigError(f"{source}: {said}{comma}{found}") from None
+
+
+def _spelt(word: str, keys: dict[str, str]) -> str:
+    """A field's name as the file spells it; other words as they are. What
+    Hugging Face calls original_max_position_embeddings may as well stand
+    above the rope object, under our name."""
+    return word if word == "initial_context_length" else keys.get(word, word)
+
+
+MOST_JSON = 2 ** 24  # bytes
+
+
+def read_json(file: Path, most: int = MOST_JSON) -> object:
+    """What a JSON file says; ConfigError, in a line, if it says nothing: no
+    such file, no regular one, one of more than `most` bytes, no JSON."""
+    try:
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise ConfigError(f"{file}: expected a file, found a folder, a "
+                              "pipe or a device")
+        with open(file, "rb") as f:
+            raw = f.read(most + 1)
+        if len(raw) > most:
+            raise ConfigError(f"{file}: expected at most {most:,} bytes of "
+                              "JSON, found more")
+        return json.loads(raw.decode("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file") from None
+    except ConfigError:
+        raise
+    except RecursionError:
+        raise ConfigError(f"{file}: not readable as JSON (too deeply nested)"
+                          ) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: not readable as JSON ({error})") from None
 
 
 def read_config(path: Path) -> GptOssConfig:
     """GptOssConfig of a folder with config.json, or of such a file."""
     file = path / "config.json" if path.is_dir() else path
-    try:
-        values = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{file}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{file}: not readable as JSON ({error})") from None
-    return config_from_dict(values, str(file))
+    return config_from_dict(read_json(file), str(file))
 
 
 # --- Writing both spellings --------------------------------------------------
@@ -472,12 +541,16 @@ __all__ = [
     "FIXED",
     "GptOssConfig",
     "KINDS",
+    "LEAST",
+    "MOST",
+    "MOST_JSON",
     "NOT_CONVERTED",
     "OPTIONAL",
     "ORIGINAL_KEYS",
     "POSITIVE",
     "ROPE_FIXED",
     "ROPE_KEYS",
+    "ROPE_SPELLINGS",
     "ROPE_TYPES",
     "SAME",
     "active_parameters",
@@ -498,5 +571,6 @@ __all__ = [
     "original_dict",
     "parameter_counts",
     "read_config",
+    "read_json",
     "total_parameters",
 ]

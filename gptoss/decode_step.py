@@ -7,13 +7,27 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from gptoss.cache import Cache, CacheError, Rows, Tape
+from gptoss.compact import CompactLinear
+from gptoss.experts import Experts
 from gptoss.generate import forward_step
-from gptoss.model import GptOss, ModelError, check_tokens
+from gptoss.model import (
+    MLP,
+    Attention,
+    Block,
+    GptOss,
+    Linear,
+    ModelError,
+    RMSNorm,
+    Stack,
+    _Router,
+    check_tokens,
+)
 
 # --- A step of decode that can be recorded -----------------------------------
 
@@ -87,14 +101,38 @@ def call_again(run: Work, undo: Work | None = None) -> Work:
     return launch
 
 
-_OURS = ("gptoss.model", "gptoss.experts", "gptoss.compact",
-         "torch.nn.modules.container")
+_FORWARDS = {kind.forward for kind in (
+    Block, Attention, MLP, _Router, Experts, RMSNorm, Linear, CompactLinear,
+    nn.Embedding, nn.ModuleList)}
 
 
-def _as_written(module: nn.Module) -> bool:
-    return (type(module).__module__ in _OURS
-            and not (module._forward_hooks or module._forward_pre_hooks
-                     or "forward" in vars(module)))
+def kernels_loaded(operator: str = "packed_experts") -> bool:
+    """Is there a C++ kernel for the operator?"""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"gptoss::{operator}", "CPU")
+
+
+def _addition(name: str, module: nn.Module) -> str | None:
+    """What a call of the module does beyond a forward of this package."""
+    kind = type(module)
+    known = kind.forward in _FORWARDS or isinstance(module, GptOss) and (
+        kind.forward is GptOss.forward and kind.run is Stack.run)
+    if (not known or kind.__call__ is not nn.Module.__call__
+            or vars(module).keys() & {"forward", "run"}):
+        return f"{name or 'the model'} has a forward of its own"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return f"{name or 'the model'} has a forward hook"
+    if module._compiled_call_impl is not None:
+        return f"{name or 'the model'} is compiled"
+    return None
+
+
+def additions(model: nn.Module) -> str | None:
+    """Why the C++ kernels' calls are not all that a forward does; or None."""
+    if nn.modules.module._has_any_global_hook():
+        return "there is a global module hook"
+    return next(filter(None, (_addition(name, module) for name, module
+                              in model.named_modules())), None)
 
 
 def can_record(model: GptOss) -> bool:
@@ -105,14 +143,13 @@ def can_record(model: GptOss) -> bool:
     package's. Plain torch splits the tokens by expert with sizes that the
     host reads.
     """
-    if not model.layers[0].mlp.experts.packed:
+    # every layer: those of another stage (chapter 15) have none
+    if not all(getattr(m, "packed", True) for m in model.modules()):
         return False
     if model.embed_tokens.weight.device.type != "cpu":
         return torch._C._dispatch_has_kernel_for_dispatch_key(
             "gptoss::packed_experts", "CUDA")
-    return (hasattr(torch.ops.gptoss, "enable_kernels")
-            and all(map(_as_written, model.modules()))
-            and not nn.modules.module._has_any_global_hook())
+    return kernels_loaded() and additions(model) is None
 
 
 class _State:
@@ -271,17 +308,34 @@ class DecodeStep(_Bookkeeping):
         self.lengths.add_(1)
 
 
+_told: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+def _told_why(model: nn.Module, why: str) -> None:
+    """One line a model and reason; parts of this package need none."""
+    if _told.get(model) != why and not type(model).__module__.startswith(
+            "gptoss.parallel"):
+        _told[model] = why
+        _log.warning("gptoss: a step of decode is not recorded, which is "
+                     "slower: %s", why)
+
+
 def quick_step(model: GptOss, cache: Cache) -> Callable[[Tensor], Tensor]:
     """Chapter 12's decoder where the C++ kernels compute the step.
 
     A recorded `DecodeStep` for a bf16 model on the CPU that `can_record`,
-    and a cache without a replay under way; otherwise the model itself.
+    and a cache without a replay under way; otherwise the model itself. If
+    only hooks or other forwards are in the way, one line says which.
     """
     weight = model.embed_tokens.weight
     if (weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-            and can_record(model)
+            and kernels_loaded() and torch.ops.gptoss.kernels_on()
             and torch.equal(cache.rows.lengths, cache.rows.held)):
-        return DecodeStep(model, cache, call_again)
+        why = additions(model)
+        if why:
+            _told_why(model, why)
+        elif can_record(model):
+            return DecodeStep(model, cache, call_again)
     return forward_step(model, cache)
 
 
@@ -289,8 +343,10 @@ __all__ = [
     "DecodeStep",
     "FixedView",
     "Work",
+    "additions",
     "call_again",
     "can_record",
     "cuda_graph",
+    "kernels_loaded",
     "quick_step",
 ]

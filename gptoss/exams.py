@@ -4,6 +4,7 @@ Generated from book/14_train.py; edit the chapter, not this file.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -101,15 +102,20 @@ def take(mark: Mark, tokenizer: Tokenizer, messages: list[Message]) -> None:
         mark.right = right_answer(last.content, mark.lesson)
 
 
+EXAM, MILESTONE = ("exam", 20_000), ("milestone", 10_000)   # shelf, seed
+
+
 @torch.inference_mode()
 def examine(model: GptOss, tokenizer: Tokenizer, kind: str, count: int,
-            seed: int = 1, most: int = 420) -> list[Mark]:
-    """Let the model answer `count` held-out lessons of one kind, greedily.
+            seed: int = EXAM[1], most: int = 420, held: str = EXAM[0]
+            ) -> list[Mark]:
+    """Let the model answer `count` held-out lessons of one kind, greedily,
+    with questions from the shelf `held`.
 
     A question for a tool counts as right only if the call was right and
     the final text, after the tool's result, is too.
     """
-    source = lesson_stream(seed, hold_out=True, mix={kind: 1})
+    source = lesson_stream(seed, hold_out=held, mix={kind: 1})
     marks = [Mark(next(source)) for _ in range(count)]
     prompts = [render(tokenizer, mark.lesson.messages[:mark.lesson.turn],
                       drop="none") for mark in marks]
@@ -138,14 +144,28 @@ def grade(marks: Sequence[Mark]) -> float:
     return sum(mark.right for mark in marks) / len(marks)
 
 
+def error_bar(right: int, count: int, z: float = 1.96) -> list[float]:
+    """Wilson's 95 % interval for a share of `right` in `count`: from where
+    to where the share over all such questions may well lie."""
+    share, more = right / count, z * z / count
+    middle = (share + more / 2) / (1 + more)
+    half = z / (1 + more) * math.sqrt(
+        share * (1 - share) / count + more / count / 4)
+    return [round(max(0.0, middle - half), 4),
+            round(min(1.0, middle + half), 4)]
+
+
 def report_card(model: GptOss, tokenizer: Tokenizer, kinds: Sequence[str],
-                count: int, seed: int = 1) -> dict[str, dict]:
-    """For each kind: how many were asked, the share that was right, and
-    the mean number of tokens of analysis for each effort."""
+                count: int, seed: int = EXAM[1], held: str = EXAM[0]
+                ) -> dict[str, dict]:
+    """For each kind: how many were asked, the share that was right with its
+    error bar, and the mean number of tokens of analysis for each effort."""
     card = {}
     for kind in kinds:
-        marks = examine(model, tokenizer, kind, count, seed)
-        card[kind] = {"count": count, "right": round(grade(marks), 4)}
+        marks = examine(model, tokenizer, kind, count, seed, held=held)
+        right = sum(mark.right for mark in marks)
+        card[kind] = {"count": count, "right": round(right / count, 4),
+                      "between": error_bar(right, count)}
         for effort in EFFORTS:
             found = [mark.thought for mark in marks
                      if mark.lesson.facts["effort"] == effort]
@@ -154,8 +174,11 @@ def report_card(model: GptOss, tokenizer: Tokenizer, kinds: Sequence[str],
 
 
 __all__ = [
+    "EXAM",
+    "MILESTONE",
     "Mark",
     "answers",
+    "error_bar",
     "examine",
     "grade",
     "report_card",

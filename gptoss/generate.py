@@ -4,7 +4,6 @@ Generated from book/12_generate.py; edit the chapter, not this file.
 """
 
 import codecs
-import json
 import math
 import operator
 import sys
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor
 
 from gptoss.cache import Cache
-from gptoss.config import GptOssConfig
+from gptoss.checkpoint import config_folder, home_file
+from gptoss.config import GptOssConfig, read_json
 from gptoss.harmony import Tokenizer
 from gptoss.model import GptOss
 
@@ -187,27 +187,48 @@ class Sampler:
 
 # --- When to stop ------------------------------------------------------------
 
+HARMONY_STOPS = {"<|return|>": 200002, "<|endoftext|>": 199999,
+                 "<|call|>": 200012}
+
+
+def _said_stops(file: Path) -> tuple[int, ...]:
+    """eos_token_id of a JSON file; () if it says nothing of it."""
+    said = read_json(file)
+    if not isinstance(said, dict):
+        _refuse(str(file), "a JSON object", type(said).__name__)
+    found = said.get("eos_token_id")
+    if found is None:
+        return ()
+    ids = found if isinstance(found, list) else [found]
+    if not all(_is_number(n, int) and 0 <= n < 2 ** 31 for n in ids):
+        raise GenerateError(f"{file}: eos_token_id: expected a token id or a"
+                            f" list of them, found {found!r:.200}")
+    return tuple(dict.fromkeys(ids))
+
+
 def stop_ids(source: str | Path | GptOssConfig) -> tuple[int, ...]:
     """The ids that end a text, from `source`.
 
     A folder: `eos_token_id` (a number or a list) of generation_config.json,
-    there or, as for `original/`, in the folder above; without one, of
-    config.json. A config: its own.
+    there or, for `original/`, in the folder above; if it says nothing, of
+    config.json; else harmony's, as the tokenizer there has them. A config:
+    its own. GenerateError or ConfigError names the file.
     """
     if isinstance(source, GptOssConfig):
         return (source.eos_token_id,)
-    folder, name = Path(source), "generation_config.json"
-    file = next((place / name for place in (folder, folder.resolve().parent)
-                 if (place / name).is_file()), None)
-    if file is None:
-        return stop_ids(GptOssConfig.from_pretrained(source))
-    try:
-        found = json.loads(file.read_bytes())["eos_token_id"]
-        ids = found if isinstance(found, list) else [found]
-        return tuple(dict.fromkeys(operator.index(n) for n in ids))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise GenerateError(f"{file}: expected eos_token_id, a number or a "
-                            f"list of numbers, found {error!r}") from error
+    folder = Path(source)
+    file = home_file(folder, "generation_config.json")
+    ids = _said_stops(file) if file else ()
+    ids = ids or _said_stops(config_folder(folder) / "config.json")
+    if ids:
+        return ids
+    known = (Tokenizer.from_pretrained(folder).special
+             if home_file(folder, "tokenizer.json") else HARMONY_STOPS)
+    ids = tuple(known[name] for name in HARMONY_STOPS if name in known)
+    if not ids:
+        _refuse(f"{folder}: eos_token_id", "some in generation_config.json or"
+                " config.json", None)
+    return ids
 
 
 # --- What is checked before any work -----------------------------------------
@@ -261,10 +282,13 @@ def _limit(config: GptOssConfig, cache: Cache | None) -> int:
     return most or config.max_position_embeddings
 
 
-def _generators(seed: int | None, rows: int) -> list[torch.Generator]:
+def _generators(model: GptOss, seed: int | None, rows: int
+                ) -> list[torch.Generator]:
     """A generator for each row; row 0 of a seed is the seed itself."""
     if seed is None:
-        seed = torch.randint(2 ** 48, ()).item()
+        drawn = seed = torch.randint(2 ** 48, ()).item()
+        if (link := getattr(model, "link", None)) is not None:
+            seed = link.same(lambda: drawn)  # one for all its processes
     if not (_is_number(seed, int) and 0 <= seed < 2 ** 63):
         _refuse("seed", "an integer from 0 to 2**63 - 1", seed)
     return [torch.Generator().manual_seed(seed + row) for row in range(rows)]
@@ -273,14 +297,18 @@ def _generators(seed: int | None, rows: int) -> list[torch.Generator]:
 def _generate(model: GptOss, prompt: list[int], count: int,
               sampler: Sampler, stop: frozenset[int],
               generator: torch.Generator, cache: Cache, chunk: int,
-              decode: Decoder | None) -> Iterator[int]:
+              decode: Decoder | None, pauses: bool) -> Iterator[int | None]:
     feed = torch.tensor([prompt], device=model.embed_tokens.weight.device)
     run = forward_step(model, cache)
     for produced in range(1, count + 1):
+        *parts, last = feed.split(chunk, dim=1)
+        for part in parts:  # of the prompt; then `feed` is a single token
+            with torch.inference_mode():
+                run(part)
+            if pauses:
+                yield None
         with torch.inference_mode():
-            for part in feed.split(chunk, dim=1):
-                logits = run(part)
-            chosen = sampler(logits[:, -1], generator)
+            chosen = sampler(run(last)[:, -1], generator)
         token = chosen.item()
         yield token
         if token in stop or produced == count:
@@ -294,7 +322,8 @@ def generate(model: GptOss, prompt: Sequence[int], *,
              max_new_tokens: int = 256, sampler: Sampler | None = None,
              stop: Iterable[int] = (), seed: int | None = None,
              cache: Cache | None = None, prefill_chunk: int = 512,
-             decode: Decoder | None = None) -> Iterator[int]:
+             decode: Decoder | None = None, pauses: bool = False
+             ) -> Iterator[int | None]:
     """Yields the token ids that follow `prompt`, a list of ids.
 
     Ends after `max_new_tokens`, after a token in `stop` (which is
@@ -302,7 +331,9 @@ def generate(model: GptOss, prompt: Sequence[int], *,
     batch 1 whose tokens precede the prompt; afterwards it holds all but the
     last token yielded, so the next prompt begins with that one. `decode`:
     how to run single tokens, `forward_step` or chapter 13's `DecodeStep`;
-    None: as `use_decoder` said.
+    None: as `use_decoder` said. `pauses`: yield None after each chunk of
+    the prompt but the last, so that a long prompt can be left: the cache
+    then holds the chunks that were fed.
     Raises GenerateError at the call, not at the first token.
     """
     prompt = [operator.index(token) for token in prompt]
@@ -315,8 +346,9 @@ def generate(model: GptOss, prompt: Sequence[int], *,
     # the last token needs no position of its own: nothing is fed after it
     count = min(max_new_tokens, limit - held - len(prompt) + 1)
     return _generate(model, prompt, count, sampler or Sampler(),
-                     frozenset(stop), _generators(seed, 1)[0],
-                     cache or model.new_cache(), prefill_chunk, decode)
+                     frozenset(stop), _generators(model, seed, 1)[0],
+                     cache or model.new_cache(), prefill_chunk, decode,
+                     pauses)
 
 
 # --- Many texts at once ------------------------------------------------------
@@ -365,7 +397,7 @@ def generate_batch(model: GptOss, prompts: Sequence[Sequence[int]], *,
             raise GenerateError(f"row {number}: {error}") from None
     if not rows:
         return []
-    generators = _generators(seed, len(rows))
+    generators = _generators(model, seed, len(rows))
     room = [min(max_new_tokens, limit - len(row) + 1) for row in rows]
     cache = model.new_cache(batch_size=len(rows))
     out: list[list[int]] = [[] for _ in rows]
@@ -473,6 +505,7 @@ __all__ = [
     "Completion",
     "Decoder",
     "GenerateError",
+    "HARMONY_STOPS",
     "NUCLEUS",
     "Sampler",
     "TextStream",

@@ -5,10 +5,14 @@ Generated from book/11_harmony.py; edit the chapter, not this file.
 
 import codecs
 import json
+import math
 import operator
+import os
 import re
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from itertools import groupby
 from pathlib import Path
 
@@ -35,6 +39,11 @@ def byte_alphabet() -> tuple[str, ...]:
 
 ALPHABET = byte_alphabet()
 BYTE = {letter: byte for byte, letter in enumerate(ALPHABET)}
+
+
+def disguise(data: bytes) -> str:
+    """`data` as tokenizer.json spells it, one character a byte."""
+    return "".join(ALPHABET[byte] for byte in data)
 
 
 # --- Merging by rank ---------------------------------------------------------
@@ -125,12 +134,9 @@ def tokenizer_json(ranks: Mapping[bytes, int],
             f"control tokens: expected ids from {len(ranks)} on without a "
             f"gap, found {list(control)}")
 
-    def spell(token: bytes) -> str:
-        return "".join(ALPHABET[byte] for byte in token)
-
     built = hf.Tokenizer(hf.models.BPE(
-        vocab={spell(token): rank for token, rank in ranks.items()},
-        merges=[(spell(left), spell(right))
+        vocab={disguise(token): rank for token, rank in ranks.items()},
+        merges=[(disguise(left), disguise(right))
                 for left, right in merges_from_ranks(ranks)],
         ignore_merges=True, fuse_unk=False, byte_fallback=False))
     built.pre_tokenizer = hf.pre_tokenizers.Sequence([
@@ -145,29 +151,169 @@ def tokenizer_json(ranks: Mapping[bytes, int],
     return built.to_str(pretty=True)
 
 
-# --- The encoder knows no control token --------------------------------------
+# --- What the file says, and what the library makes of it --------------------
 
-def _split_control(text: str, source: str) -> tuple[str, dict[str, int]]:
-    """tokenizer.json without its control tokens, and those as a table."""
+_Added = list[tuple[str, int, bool]]  # spelling, id, special
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object; a name that stands in it twice is an error."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = sorted(name for name, _ in pairs)
+        raise ValueError("two entries " + next(
+            repr(one) for one, other in zip(names, names[1:], strict=False)
+            if one == other))
+    return found
+
+
+def _read_json(text: str, source: str) -> tuple[dict, _Added]:
+    """tokenizer.json, and its added tokens."""
     try:
-        data = json.loads(text)
-        special = {str(t["content"]): operator.index(t["id"])
-                   for t in data["added_tokens"]}
-        vocab = data["model"]["vocab"]
-        missing = [b for b, letter in enumerate(ALPHABET)
-                   if letter not in vocab]
-    except (ValueError, KeyError, TypeError) as error:
+        data = json.loads(text, object_pairs_hook=_once)
+        added = [(token["content"], token["id"], token["special"])
+                 for token in data["added_tokens"]]
+        vocab = dict(data["model"]["vocab"].items())
+    except (ValueError, KeyError, TypeError, AttributeError,
+            RecursionError) as error:
         raise HarmonyError(f"{source}: not a tokenizer.json ({error!r})"
                            ) from error
+    missing = [b for b, letter in enumerate(ALPHABET) if letter not in vocab]
     if missing:
         raise HarmonyError(f"{source}: expected a byte-level vocabulary with "
                            f"a token for each of 256 bytes, found none for "
                            f"byte {missing[0]} ({len(missing)} missing)")
-    for name in special:
-        vocab.pop(name, None)
-    data |= {"added_tokens": [], "truncation": None, "padding": None,
-             "post_processor": None}
-    return json.dumps(data, ensure_ascii=False), special
+    return data, added
+
+
+def _check_ids(vocab: Mapping[str, int], added: _Added, source: str) -> None:
+    """Raises HarmonyError unless `tokenizers` gives these ids too."""
+    seen: dict[object, str] = {}
+
+    def check(spelling: object, found: object, wanted: Iterable[int]) -> None:
+        if not isinstance(spelling, str) or not spelling:
+            raise HarmonyError(f"{source}: token with id {found!r}: expected "
+                               f"a spelling, found {spelling!r}")
+        if type(found) is not int or found not in wanted or found in seen:
+            other = seen.get(found) if type(found) is int else None
+            raise HarmonyError(
+                f"{source}: token {spelling[:80]!r}: expected id "
+                f"{' to '.join(map(str, sorted({min(wanted), max(wanted)})))}"
+                f", found {found!r}"
+                + (f", which {other[:80]!r} has" if other is not None else ""))
+        seen[found] = spelling
+
+    for spelling, found in vocab.items():
+        check(spelling, found, range(len(vocab)))
+    free = len(vocab)
+    seen.clear()
+    for spelling, found, _ in added:
+        known = isinstance(spelling, str) and spelling in vocab
+        check(spelling, found, [vocab[spelling] if known else free])
+        free += not known
+
+
+# --- Which added tokens are control tokens -----------------------------------
+
+_HARMONY = re.compile(rf"<\|({'|'.join(NAMED.values())}|reserved_\d+)\|>")
+
+
+def _in_use(model: Mapping, names: set[str]) -> set[str]:
+    """Those of `names` that text is made of: bytes, and what takes part in
+    a merge or comes out of one."""
+    names = names & model["vocab"].keys()
+    found = names & BYTE.keys()
+    for pair in model["merges"] if names else ():
+        left, right = pair.split(" ") if isinstance(pair, str) else pair
+        found |= names & {left, right, left + right}
+    return found
+
+
+def _control_tokens(model: Mapping, added: _Added, source: str
+                    ) -> dict[str, int]:
+    """Name -> id of the added tokens that no text may become."""
+    found = {name: n for name, n, special in added
+             if special or _HARMONY.fullmatch(name)}
+    in_use = _in_use(model, {*found})
+    for name in filter(_HARMONY.fullmatch, sorted(in_use)):
+        raise HarmonyError(f"{source}: token {name!r}: expected a control "
+                           f"token, found one that text is merged into")
+    return {name: n for name, n in found.items() if name not in in_use}
+
+
+# --- The encoder gives no control token --------------------------------------
+
+_NEVER = "\0"  # in no spelling of bytes
+
+
+def _without_control(data: dict, control: Mapping[str, int], source: str
+                     ) -> str:
+    """tokenizer.json for an engine that text cannot get `control` from."""
+    model = data["model"]
+    wrong = [key for key in ("dropout", "continuing_subword_prefix",
+                             "end_of_word_suffix") if model.get(key)]
+    wrong += ["type"] * (model.get("type", "BPE") != "BPE")
+    for key in wrong:
+        raise HarmonyError(f"{source}: model.{key}: expected a plain "
+                           f"byte-level BPE, found {model[key]!r}")
+    vocab = {_NEVER * (name in control) + name: n
+             for name, n in model["vocab"].items()}
+    tokens = [token | {"special": token["special"]
+                       or token["content"] in control}
+              for token in data["added_tokens"]]
+    return json.dumps(data | {
+        "model": model | {"vocab": vocab}, "added_tokens": tokens,
+        "truncation": None, "padding": None, "post_processor": None,
+        "decoder": None}, ensure_ascii=False)
+
+
+def _spellings(vocab: Mapping[str, int], added: _Added,
+               control: Mapping[str, int], source: str) -> dict[int, str]:
+    """Id -> spelling in bytes of all tokens that are text."""
+    found = {n: spelling for spelling, n in vocab.items()
+             if spelling not in control}
+    for spelling, n in vocab.items():
+        if not BYTE.keys() >= set(spelling):  # the library: as it stands
+            found[n] = disguise(spelling.encode("utf-8"))
+    for name, n, special in added:
+        if name in control or special:
+            continue
+        spelling = disguise(name.encode("utf-8"))
+        if found.setdefault(n, spelling) != spelling:
+            raise HarmonyError(f"{source}: token {name!r}: expected an id "
+                               f"of its own, found {n}, which stands for "
+                               f"bytes that are another text")
+    return found
+
+
+# --- Finding the file --------------------------------------------------------
+
+_MOST = 2 ** 28  # bytes of a tokenizer.json; the released one: 28 million
+
+
+def _find_json(folder: Path) -> Path:
+    """The tokenizer.json that belongs to the checkpoint in `folder`."""
+    above = Path(os.path.realpath(folder))
+    places = [folder] + [above.parent] * (above.name == "original")
+    for file in (place / "tokenizer.json" for place in places):
+        if os.path.lexists(file):
+            return file
+    raise HarmonyError(f"{folder}: no tokenizer.json there"
+                       + " or in the folder above" * (len(places) - 1))
+
+
+def _read_text(file: Path) -> str:
+    """The text of `file`; refuses what is no file or far too long."""
+    try:
+        state = file.stat()
+        if not stat.S_ISREG(state.st_mode):
+            raise HarmonyError(f"{file}: expected a regular file")
+        if state.st_size > _MOST:
+            raise HarmonyError(f"{file}: expected at most {_MOST:,} bytes, "
+                               f"found {state.st_size:,}")
+        return file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise HarmonyError(f"{file}: {error}") from error
 
 
 # --- The tokenizer -----------------------------------------------------------
@@ -175,44 +321,63 @@ def _split_control(text: str, source: str) -> tuple[str, dict[str, int]]:
 class Tokenizer:
     """Text to token ids and back; control tokens only by id.
 
-    `special` maps the name of each control token to its id. `encode`
-    knows nothing of them: whatever the text says, it gives text tokens.
-    `text` is the content of a tokenizer.json; `vocab_size` the number
-    of rows of the embedding (default: the ids that the file names). An id
-    below it that has no entry is a control token `<|reserved_ID|>`.
+    `special` maps the name of each control token to its id: what the file
+    marks special, and harmony's own names. `encode` gives none of them,
+    whatever the text says; every other token, added ones included, is text
+    both ways. `text` is the content of a tokenizer.json; `vocab_size` the
+    number of rows of the embedding (default: the ids that the file names).
+    An id below it that has no entry is a control token `<|reserved_ID|>`.
+    Raises HarmonyError, which names `source` and the token, for a file that
+    contradicts itself.
     """
 
     def __init__(self, text: str, vocab_size: int | None = None,
                  source: str = "tokenizer.json") -> None:
+        self._source = source
+        try:
+            self._load(text)
+        except HarmonyError:
+            raise
+        except Exception as error:  # the library raises bare Exception
+            raise HarmonyError(f"{source}: {' '.join(str(error).split())}"
+                               ) from error
+        self._name = {n: name for name, n in self.special.items()}
+        last = max(self._spelling | self._name)
+        self.vocab_size = last + 1 if vocab_size is None else vocab_size
+        if last >= self.vocab_size:
+            raise HarmonyError(
+                f"{source}: token {self.decode([last])!r}: expected an id "
+                f"below {self.vocab_size}, the model's vocab_size, found "
+                f"{last}")
+
+    def _load(self, text: str) -> None:
+        """Reads and checks `text`; makes the engine."""
         from tokenizers import Tokenizer as Engine
 
-        plain, self.special = _split_control(text, source)
-        try:
-            self._engine = Engine.from_str(plain)
-        except Exception as error:  # the library raises bare Exception
-            raise HarmonyError(f"{source}: {error}") from error
-        self._spelling = {n: s for s, n in self._engine.get_vocab().items()}
-        self._name = {n: name for name, n in self.special.items()}
-        known = 1 + max(self._spelling | self._name)
-        self.vocab_size = known if vocab_size is None else vocab_size
-        self._source = source
+        data, added = _read_json(text, self._source)
+        model, vocab = data["model"], data["model"]["vocab"]
+        _check_ids(vocab, added, self._source)
+        self.special = _control_tokens(model, added, self._source)
+        self._spelling = _spellings(vocab, added, self.special, self._source)
+        self._engine = Engine.from_str(_without_control(data, self.special,
+                                                        self._source))
+        self._engine.encode_special_tokens = True  # as text, it means
+        ids = {self._engine.token_to_id(name): n for name, n, _ in added
+               if name not in self.special}
+        # control tokens that the vocabulary held have new ids in the engine
+        self._file_id = {one: n for one, n in ids.items() if one != n}
+        if b"\xf4\x8f\xbf\xbd" not in self.decode_bytes(
+                self.encode("\U0010fffd")):
+            raise HarmonyError(f"{self._source}: pre_tokenizer: expected one "
+                               f"that turns text into bytes, found none")
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Tokenizer":
-        """Reads tokenizer.json in folder `path`, else in its parent."""
+        """Reads tokenizer.json in folder `path`; if that is `original`, the
+        released second copy, it may lie in the folder above."""
         folder = Path(path)
-        for place in (folder, folder.resolve().parent):
-            file = place / "tokenizer.json"
-            if file.is_file():
-                break
-        else:
-            raise HarmonyError(f"{folder}: no tokenizer.json there or in "
-                               f"the folder above")
-        try:
-            text = file.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise HarmonyError(f"{file}: {error}") from error
-        config = folder / "config.json"
+        file = _find_json(folder)
+        text, config = _read_text(file), folder / "config.json"
         size = (GptOssConfig.from_pretrained(config).vocab_size
                 if config.is_file() else None)
         return cls(text, size, str(file))
@@ -226,7 +391,9 @@ class Tokenizer:
                 f"text: expected Unicode characters, found the lone "
                 f"surrogate U+{ord(text[error.start]):04X} at index "
                 f"{error.start}") from error
-        return self._engine.encode(text, add_special_tokens=False).ids
+        ids = self._engine.encode(text, add_special_tokens=False).ids
+        return ([self._file_id.get(n, n) for n in ids] if self._file_id
+                else ids)
 
     def is_special(self, token: int) -> bool:
         """Whether `token` is a control token (named or reserved)."""
@@ -345,6 +512,60 @@ def render_message(tokenizer: Tokenizer, message: Message,
 
 # --- Tools as TypeScript -----------------------------------------------------
 
+def _as_read(text: str) -> float:
+    """The float that serde_json reads in a decimal number."""
+    sign, digits, exponent = Decimal(text).as_tuple()
+    whole = int("".join(map(str, digits)))
+    while whole >= 2 ** 64:
+        whole, exponent = whole // 10, exponent + 1
+    value = float(whole)
+    while exponent < -308:
+        value, exponent = value / 1e308, exponent + 308
+    power = float(f"1e{abs(exponent)}")
+    value = value / power if exponent < 0 else value * power
+    return -value if sign else value
+
+
+def _number(value: int | float) -> str | None:
+    """A number as serde_json spells it; None: JSON has no such number."""
+    if isinstance(value, int) and -2 ** 63 <= value < 2 ** 64:
+        return str(int(value))
+    if not abs(value) < 10 ** 309:  # nor is NaN
+        return None
+    value = _as_read(repr(float(value)) if isinstance(value, float)
+                     else str(value))
+    digits, _, power = repr(value).partition("e")
+    if power == "-05":
+        sign = "-" * (value < 0)
+        return f"{sign}0.0000{digits.lstrip('-').replace('.', '')}"
+    if not math.isfinite(value):
+        return None
+    return f"{digits}e{int(power)}" if power else digits
+
+
+def _json(value: object, where: str) -> str:
+    """`value` as serde_json writes it; `where`: its place, for errors."""
+    if isinstance(value, Mapping):
+        items = [(key if isinstance(key, str) else _json(key, where), item)
+                 for key, item in value.items()]
+        return "{" + ",".join(
+            f"{_json(key, where)}:{_json(item, f'{where}.{key}')}"
+            for key, item in items) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(_json(item, f"{where}[{n}]")
+                              for n, item in enumerate(value)) + "]"
+    if value is None or isinstance(value, bool | str):
+        return json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, int | float):
+        raise HarmonyError(f"{where}: expected JSON, found {value!r}")
+    if (text := _number(value)) is None:
+        raise HarmonyError(
+            f"{where}: expected a number that JSON can hold, found " +
+            (repr(value) if isinstance(value, float) else
+             f"an integer of {value.bit_length()} bits"))
+    return text
+
+
 _NAMES = {"number": "number", "integer": "number", "boolean": "boolean"}
 
 
@@ -392,7 +613,7 @@ def _default(schema: object, bare: bool = True) -> str | None:
     if isinstance(value, str) and not _get(schema, "enum", list):
         return f'default: "{value}"'
     if not (isinstance(value, str) and bare):
-        value = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        value = _json(value, "default")
     return f"default: {value}"
 
 
@@ -461,18 +682,28 @@ class Tool:
 
 
 def _lines(text: str) -> list[str]:
-    """Only LF and CR LF end a line, as in Rust."""
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
-    return lines[:-1] if text.endswith("\n") or not text else lines
+    """Only LF and CR LF end a line, as in Rust; a CR alone is text."""
+    *lines, last = text.split("\n")
+    return [line.removesuffix("\r") for line in lines] + [last] * bool(last)
 
 
 def typescript(tools: Iterable[Tool], namespace: str = "functions") -> str:
-    """`tools` as the TypeScript namespace that the models are shown."""
+    """`tools` as the TypeScript namespace that the models are shown.
+
+    Raises HarmonyError, which names the place, for parameters that are not
+    JSON.
+    """
     out = [f"namespace {namespace} {{\n"]
     for tool in tools:
         out += [f"// {line}" for line in _lines(tool.description)]
-        argument = ("" if tool.parameters is None
-                    else f"_: {_type(tool.parameters)}")
+        argument = ""
+        if tool.parameters is not None:
+            try:
+                _json(tool.parameters, f"tool {tool.name!r}: parameters")
+                argument = f"_: {_type(tool.parameters)}"
+            except RecursionError as error:
+                raise HarmonyError(f"tool {tool.name!r}: parameters: nested "
+                                   f"too deeply") from error
         out.append(f"type {tool.name} = ({argument}) => any;\n")
     return "\n".join([*out, f"}} // namespace {namespace}"])
 
@@ -578,13 +809,20 @@ def developer_message(instructions: str = "",
 
 # --- A conversation ----------------------------------------------------------
 
+def _is_answer(message: Message) -> bool:
+    """Whether `message` ends the assistant's turn."""
+    return (message.role == "assistant" and message.channel == "final"
+            and message.recipient in (None, "all")
+            and message.content != "")
+
+
 def _forgotten(messages: list[Message], drop: str) -> int:
     """Reasoning before this index is dropped."""
     if drop == "none":
         return 0
     if drop == "turns":
         return max((n for n, message in enumerate(messages)
-                    if message.role == "user"), default=0)
+                    if _is_answer(message)), default=0)
     if drop != "official":
         raise HarmonyError(f"drop: expected 'official', 'turns' or 'none', "
                            f"found {drop!r}")
@@ -600,9 +838,9 @@ def render(tokenizer: Tokenizer, messages: Iterable[Message],
     """Token ids of a conversation, and `<|start|>assistant` if `reply`.
 
     `drop`: which messages of the analysis channel are left out. "turns":
-    those before the last user's message. "official", as openai-harmony:
-    those before the first final message, if the assistant's last message is
-    final. "none".
+    those before the assistant's last answer, a final message that is not
+    empty. "official", as openai-harmony: those before the first final
+    message, if the assistant's last message is final. "none".
     """
     messages = list(messages)
     start = _forgotten(messages, drop)
@@ -688,8 +926,13 @@ def _fields(pieces: _Pieces) -> tuple[dict, list[str], list[str]]:
     found, words, wrong = {}, [], []
     for control, data in pieces:
         parts = data.decode("utf-8", "replace").split()
+        if _CONSTRAIN in found and any(word.startswith("to=")
+                                       for word in parts):
+            wrong.append(f"a format before to=: {found[_CONSTRAIN]!r}")
         if control:
             value = parts.pop(0) if parts else ""
+            if control == "<|channel|>" and value and data[:1].isspace():
+                wrong.append("white space behind <|channel|>")
             if control in found:
                 wrong.append(f"two {control} in a header")
             if control == "<|channel|>" and not value:
@@ -733,6 +976,7 @@ def _read_header(pieces: _Pieces, role: str | None, started: bool
     wrong += complaints
     channel, kind = found.get("<|channel|>"), found.get(_CONSTRAIN)
     to = [word[3:] for word in words if word.startswith("to=")]
+    early = not all(word.startswith("to=") for word in words[:len(to)])
     words = [word for word in words if not word.startswith("to=")]
     if channel is None and words and words[0] in CHANNELS:
         channel = words.pop(0)
@@ -743,6 +987,8 @@ def _read_header(pieces: _Pieces, role: str | None, started: bool
         kind = words[0]
     if words and not (words == [kind] and _WORD.fullmatch(kind)):
         wrong.append(f"unexpected text {' '.join(words)!r} in a header")
+    elif words and early:
+        wrong.append(f"a format before to=: {kind!r}")
     if len(to) > 1 or "" in to:
         wrong.append(f"recipients {to} in a header")
     if role == "assistant" and channel not in CHANNELS:
@@ -962,6 +1208,7 @@ __all__ = [
     "byte_alphabet",
     "control_name",
     "developer_message",
+    "disguise",
     "merge_by_rank",
     "merges_from_ranks",
     "parse",

@@ -2,10 +2,8 @@
 // Generated from book/13_kernels.py; edit the chapter, not this file.
 
 #include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/record_function.h>
@@ -701,9 +699,12 @@ inline Floats exponential(Floats x) {
   return (Floats)((Ints)p + power);  // times 2 ** n
 }
 
+constexpr float MAX = std::numeric_limits<float>::max();
+
 inline Floats clamped_swiglu(Floats gate, Floats up, float limit) {
-  const Floats most = Floats{} + limit;
+  const Floats most = Floats{} + limit, least = Floats{} - 1e4f;
   gate = gate > most ? most : gate;  // written so that NaN stays NaN
+  gate = (gate < least) & (gate >= -MAX) ? least : gate;  // as good as zero
   up = up > most ? most : up < -most ? -most : up;
   const Floats t = 1.702f * gate, e = exponential(t > 0 ? -t : t);
   return (up + 1) * gate * (t > 0 ? Floats{} + 1.0f : e) / (1 + e);
@@ -933,7 +934,7 @@ constexpr int64_t WEIGHTS = 64, SIZE = WEIGHTS * 3 / 2;  // of a block, bytes
 struct Compact {  // (rows, blocks, SIZE) bytes
   const uint8_t *bytes, *upper;
   const int32_t *first, *others;  // row r: others[first[r] ... first[r + 1]]
-  int64_t rows, blocks;
+  int64_t rows, blocks, count;    // count: of all others
 
   const uint8_t* row(int64_t r) const { return bytes + r * blocks * SIZE; }
 };
@@ -1027,11 +1028,15 @@ void compact_few(const Compact& w, const Buffer& x, int64_t N, Buffer& y) {
         compact_dots<STREAMS>(w, row0 + r, step, &from[t * n], to + r);
       for (int64_t r = STREAMS * step; r < rows; ++r)
         compact_dots<1>(w, row0 + r, 0, &from[t * n], to + r);
-      for (int64_t r = 0; r < rows; ++r)
-        for (int32_t i = w.first[row0 + r]; i < w.first[row0 + r + 1]; ++i) {
+      for (int64_t r = 0; r < rows; ++r) {
+        const int32_t* from = w.first + row0 + r;
+        const int64_t end = std::min<int64_t>(from[1], w.count);
+        for (int64_t i = std::max(from[0], 0); i < end; ++i) {
           const uint32_t other = w.others[i], bits = other << 16;
-          to[r] += load<float>(&bits) * x[t * n + (other >> 16)];
+          if (other >> 16 < n)
+            to[r] += load<float>(&bits) * x[t * n + (other >> 16)];
         }
+      }
     }
   });
 }
@@ -1092,6 +1097,12 @@ void pack_block(const uint16_t* w, const Codes& codes, int64_t column,
 // weight (rows, n) bf16 -> blocks, upper, first, others
 std::tuple<Tensor, Tensor, Tensor, Tensor> pack_compact(
     const Tensor& weight) {
+  TORCH_CHECK(weight.scalar_type() == at::kBFloat16 && weight.dim() == 2
+                  && weight.is_contiguous() && weight.size(1) % WEIGHTS == 0
+                  && weight.size(1) <= 1 << 16,
+              "pack_compact: weight: expected contiguous bfloat16 (m, n), "
+              "64 dividing n up to 65536, found ", weight.scalar_type(),
+              " ", weight.sizes());
   const int64_t rows = weight.size(0), n = weight.size(1);
   auto w = static_cast<const uint16_t*>(weight.const_data_ptr());
   const Codes codes(count_halves(w, rows, n));
@@ -1404,7 +1415,7 @@ void choose(const float* logits, int64_t E, int64_t k, int64_t* ids,
   for (int64_t i = 0; i < k; ++i) weights[i] /= total;
 }
 
-bool enabled = true;
+thread_local bool enabled = true;
 
 bool ours(std::initializer_list<Tensor> numbers) {  // bf16, on by default
   bool all = enabled;
@@ -1416,6 +1427,12 @@ bool packed(std::initializer_list<Tensor> bytes) {
   bool all = true;
   for (const Tensor& x : bytes)
     all &= x.scalar_type() == at::kByte && x.is_contiguous();
+  return all;
+}
+
+bool whole(std::initializer_list<Tensor> ids) {
+  bool all = true;
+  for (const Tensor& x : ids) all &= x.scalar_type() == at::kLong;
   return all;
 }
 
@@ -1432,6 +1449,7 @@ Tensor result(const Tensor& x, int64_t width, const Buffer& values) {
   auto shape = x.sizes().vec();
   shape.back() = width;
   Tensor y = at::empty(shape, x.options());
+  TORCH_INTERNAL_ASSERT(y.numel() == int64_t(values.size()));
   convert(values.data(), values.size(), static_cast<Number*>(y.data_ptr()));
   return y;
 }
@@ -1446,14 +1464,37 @@ void add_bias(Buffer& y, const std::optional<Tensor>& bias) {
   });
 }
 
+bool has(const Tensor& x, std::initializer_list<int64_t> sizes) {
+  return x.sizes() == at::IntArrayRef(sizes);
+}
+
+// x (..., n) beside a weight (m, n), a bias (m,) or one to be stretched
+void check_linear(const char* name, const Tensor& x, int64_t m, int64_t n,
+                  const std::optional<Tensor>& bias) {
+  TORCH_CHECK(x.dim() && x.size(-1) == n, name, ": x: expected (..., ", n,
+              ") beside a weight (", m, ", ", n, "), found ", x.sizes());
+  TORCH_CHECK(!bias || bias->dim() != 1 || m < 2 || bias->size(0) == m
+                  || bias->size(0) == 1,
+              name, ": bias: expected (", m, "), found ", bias->sizes());
+}
+
 Tensor mxfp4_linear(const Tensor& x, const Tensor& blocks,
                     const Tensor& scales,
                     const std::optional<Tensor>& bias) {
-  if (!ours({x, bias.value_or(x)}) || !packed({blocks, scales}))
+  if (!ours({x, bias.value_or(x)}) || !packed({blocks, scales})
+      || scales.dim() != 2)
     return plain<decltype(mxfp4_linear)>("mxfp4_linear", x, blocks, scales,
                                          bias);
+  TORCH_CHECK(has(blocks, {scales.size(0), scales.size(1), 16}),
+              "mxfp4_linear: blocks: expected (m, n / 32, 16) beside "
+              "scales ", scales.sizes(), ", found ", blocks.sizes());
   const Packed weight(blocks, scales);
-  const int64_t m = weight.rows, N = x.numel() / (weight.blocks * BLOCK);
+  const int64_t m = weight.rows, n = weight.blocks * BLOCK;
+  check_linear("mxfp4_linear", x, m, n, bias);
+  if (!x.numel() || !m || (bias && !has(*bias, {m})))
+    return plain<decltype(mxfp4_linear)>("mxfp4_linear", x, blocks, scales,
+                                         bias);
+  const int64_t N = x.numel() / n;
   Buffer y(N * m);
   const std::vector<int64_t> ids(N, 0);
   grouped_linear(weight, Groups(ids.data(), N, 1),
@@ -1468,9 +1509,12 @@ Tensor mxfp4_linear(const Tensor& x, const Tensor& blocks,
 
 Tensor linear(const Tensor& x, const Tensor& weight,
               const std::optional<Tensor>& bias) {
+  if (!ours({x, weight, bias.value_or(x)}) || weight.dim() != 2)
+    return plain<decltype(linear)>("linear", x, weight, bias);
   const int64_t m = weight.size(0), n = weight.size(1);
-  if (!ours({x, weight, bias.value_or(x)}) || !weight.is_contiguous()
-      || n % BLOCK)
+  check_linear("linear", x, m, n, bias);
+  if (!weight.is_contiguous() || n % BLOCK || !x.numel() || !m
+      || (bias && !has(*bias, {m})))
     return plain<decltype(linear)>("linear", x, weight, bias);
   const Buffer from = floats(x);
   const int64_t N = from.size() / n;
@@ -1486,17 +1530,27 @@ Tensor compact_linear(const Tensor& x, const Tensor& weight,
                       const Tensor& blocks, const Tensor& upper,
                       const Tensor& first, const Tensor& others) {
 #ifdef GPTOSS_AVX2
-  const int64_t m = blocks.size(0), n = blocks.size(1) * WEIGHTS;
-  const int64_t N = x.numel() / n;
-  if (ours({x, weight, bias.value_or(x)}) && N <= FEW) {
-    Buffer y(N * m);
-    compact_few({blocks.const_data_ptr<uint8_t>(),
-                 upper.const_data_ptr<uint8_t>(),
-                 first.const_data_ptr<int32_t>(),
-                 others.const_data_ptr<int32_t>(), m, blocks.size(1)},
-                floats(x), N, y);
-    add_bias(y, bias);
-    return result(x, m, y);
+  const auto integers = [](const Tensor& t) {
+    return t.scalar_type() == at::kInt && t.is_contiguous() && t.dim() == 1;
+  };
+  if (ours({x, weight, bias.value_or(x)}) && weight.dim() == 2) {
+    const int64_t m = weight.size(0), n = weight.size(1);
+    check_linear("compact_linear", x, m, n, bias);
+    if (x.numel() && x.numel() <= FEW * n && m && !(bias && !has(*bias, {m}))
+        && packed({blocks, upper}) && n % WEIGHTS == 0
+        && has(blocks, {m, n / WEIGHTS, SIZE}) && has(upper, {16})
+        && integers(first) && integers(others) && has(first, {m + 1})) {
+      const int64_t N = x.numel() / n;
+      Buffer y(N * m);
+      compact_few({blocks.const_data_ptr<uint8_t>(),
+                   upper.const_data_ptr<uint8_t>(),
+                   first.const_data_ptr<int32_t>(),
+                   others.const_data_ptr<int32_t>(), m, blocks.size(1),
+                   others.size(0)},
+                  floats(x), N, y);
+      add_bias(y, bias);
+      return result(x, m, y);
+    }
   }
 #endif
   return linear(x, weight, bias);
@@ -1508,9 +1562,23 @@ Tensor packed_experts(const Tensor& x, const Tensor& ids,
                       const Tensor& gate_up_bias, const Tensor& down_blocks,
                       const Tensor& down_scales, const Tensor& down_bias,
                       double limit) {
-  if (!ours({x, weights, gate_up_bias, down_bias})
+  auto fits = [&] {  // x (N, D), ids (N, K), gate_up (E, 2 F, D), down ...
+    if (x.dim() != 2 || ids.dim() != 2 || gate_up_scales.dim() != 3)
+      return false;
+    const int64_t N = x.size(0), D = x.size(1), K = ids.size(1);
+    const int64_t E = gate_up_scales.size(0), F = gate_up_scales.size(1) / 2;
+    return N && D && K && E && F && D % BLOCK == 0 && F % BLOCK == 0
+        && has(ids, {N, K}) && has(weights, {N, K})
+        && has(gate_up_scales, {E, 2 * F, D / BLOCK})
+        && has(gate_up_blocks, {E, 2 * F, D / BLOCK, 16})
+        && has(down_scales, {E, D, F / BLOCK})
+        && has(down_blocks, {E, D, F / BLOCK, 16})
+        && has(gate_up_bias, {E, 2 * F}) && has(down_bias, {E, D});
+  };
+  if (!ours({x, weights, gate_up_bias, down_bias}) || !whole({ids})
       || !packed({gate_up_blocks, gate_up_scales, down_blocks, down_scales})
-      || !gate_up_bias.is_contiguous() || !down_bias.is_contiguous())
+      || !gate_up_bias.is_contiguous() || !down_bias.is_contiguous()
+      || !fits())
     return plain<decltype(packed_experts)>(
         "packed_experts", x, ids, weights, gate_up_blocks, gate_up_scales,
         gate_up_bias, down_blocks, down_scales, down_bias, limit);
@@ -1532,38 +1600,67 @@ Tensor packed_experts(const Tensor& x, const Tensor& ids,
 Tensor sink_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                       const Tensor& sinks, const Tensor& q_pos,
                       const Tensor& k_pos, int64_t window, double scale) {
-  const int64_t C = q.size(3), G = k.size(2);
-  if (!ours({q, k, v, sinks}) || C % ROWS || C > WIDEST || q.size(2) % G
-      || k.stride(3) != 1 || k.strides() != v.strides())
+  TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4
+                  && k.size(3) == q.size(3) && window >= 0,
+              "sink_attention: expected q (B, T, H, C), k and v "
+              "(B, S, G, C), window >= 0, found q ", q.sizes(), ", k ",
+              k.sizes(), ", v ", v.sizes(), ", window ", window);
+  const int64_t B = q.size(0), T = q.size(1), H = q.size(2), C = q.size(3);
+  const int64_t S = k.size(1), G = k.size(2);
+  auto fits = [](const Tensor& pos, int64_t rows, int64_t columns) {
+    return pos.dim() == 2 && (pos.size(0) == rows || pos.size(0) == 1)
+        && pos.size(1) == columns;
+  };
+  if (!ours({q, k, v, sinks}) || !whole({q_pos, k_pos}) || !q.numel() || !G
+      || C % ROWS || C > WIDEST || H % G || k.size(0) != B
+      || k.sizes() != v.sizes() || !has(sinks, {H}) || !fits(q_pos, B, T)
+      || !fits(k_pos, B, S) || k.stride(3) != 1
+      || k.strides() != v.strides())
     return plain<decltype(sink_attention)>("sink_attention", q, k, v, sinks,
                                            q_pos, k_pos, window, scale);
   return run_attention({q.contiguous(), k, v, sinks.contiguous(),
-                        q_pos.expand({q.size(0), -1}).contiguous(),
-                        k_pos.expand({q.size(0), -1}).contiguous(), window,
+                        q_pos.expand({B, -1}).contiguous(),
+                        k_pos.expand({B, -1}).contiguous(), window,
                         float(scale)});
 }
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
-  if (!ours({x, weight}))
+  if (!ours({x, weight}) || !x.dim() || weight.dim() != 1)
     return plain<decltype(rms_norm)>("rms_norm", x, weight, eps);
-  return result(x, x.size(-1), norm_rows(floats(x), floats(weight), eps));
+  const int64_t n = weight.size(0);
+  TORCH_CHECK(x.size(-1) == n || x.size(-1) == 1 || n == 1, "rms_norm: "
+              "weight: expected (", x.size(-1), ") beside x ", x.sizes(),
+              ", found ", weight.sizes());
+  if (x.size(-1) != n || !x.numel())
+    return plain<decltype(rms_norm)>("rms_norm", x, weight, eps);
+  return result(x, n, norm_rows(floats(x), floats(weight), eps));
 }
 
 Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin) {
-  if (!ours({x, cos, sin}) || x.dim() != 4)
+  if (!ours({x, cos, sin}) || x.dim() != 4 || cos.dim() != 3)
     return plain<decltype(rope)>("rope", x, cos, sin);
-  const std::vector<int64_t> shape = {x.size(0), x.size(1), cos.size(-1)};
+  const int64_t B = x.size(0), T = x.size(1), half = x.size(3) / 2;
+  auto stretched = [](int64_t size, int64_t to) {
+    return size == to || size == 1;
+  };
+  TORCH_CHECK(half < 2 || x.size(3) % 2 || stretched(cos.size(2), half),
+              "rope: cos: expected (B, T, ", half, ") beside x ", x.sizes(),
+              ", found ", cos.sizes());
+  if (!x.numel() || 2 * cos.size(2) != x.size(3)
+      || cos.sizes() != sin.sizes() || !stretched(cos.size(0), B)
+      || !stretched(cos.size(1), T))
+    return plain<decltype(rope)>("rope", x, cos, sin);
+  const std::vector<int64_t> shape = {B, T, half};
   return result(x, x.size(-1),
                 rope_rows(floats(x), floats(cos.expand(shape)),
-                          floats(sin.expand(shape)), x.size(2), shape[2]));
+                          floats(sin.expand(shape)), x.size(2), half));
 }
 
 std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t k) {
-  const int64_t E = logits.size(-1);
-  if (!ours({logits}) || logits.dim() != 2 || k < 1 || k > E)
+  if (!ours({logits}) || logits.dim() != 2 || k < 1 || k > logits.size(1))
     return plain<decltype(route)>("route", logits, k);
   const Buffer from = floats(logits);
-  const int64_t N = logits.size(0);
+  const int64_t N = logits.size(0), E = logits.size(1);
   Tensor ids = at::empty({N, k}, logits.options().dtype(at::kLong));
   int64_t* id = ids.data_ptr<int64_t>();
   Buffer weights(N * k);
@@ -1607,6 +1704,7 @@ struct Recording : torch::CustomClassHolder {
   }
 
   std::string end() {
+    TORCH_CHECK(current == this, "recording: ended, not begun");
     at::removeCallback(handle);
     current = nullptr;
     known.clear();
@@ -1690,40 +1788,6 @@ struct Recording : torch::CustomClassHolder {
 
 thread_local Recording* Recording::current = nullptr;
 
-bool learns(const Tensor& x) { return x.requires_grad(); }
-bool learns(const std::optional<Tensor>& x) {
-  return x && x->requires_grad();
-}
-template <class Other>
-bool learns(const Other&) { return false; }
-
-// what stands before a kernel while gradients are recorded
-template <auto function, const char* name, class Result, class... Arguments>
-Result gated(Arguments... arguments) {
-  if (at::GradMode::is_enabled() && (learns(arguments) || ...))
-    return plain<Result(Arguments...)>(name, arguments...);
-  at::AutoDispatchBelowADInplaceOrView below;
-  return function(arguments...);
-}
-
-template <auto function, const char* name, class Result, class... Arguments>
-constexpr auto gate(Result (*)(Arguments...)) {
-  return gated<function, name, Result, Arguments...>;
-}
-
-constexpr char COMPACT[] = "compact_linear", LINEAR[] = "linear",
-               NORM[] = "rms_norm", ROPE[] = "rope", ROUTE[] = "route",
-               ATTENTION[] = "sink_attention";
-
-TORCH_LIBRARY_IMPL(gptoss, AutogradCPU, m) {
-  m.impl("linear", gate<linear, LINEAR>(linear));
-  m.impl("compact_linear", gate<compact_linear, COMPACT>(compact_linear));
-  m.impl("rms_norm", gate<rms_norm, NORM>(rms_norm));
-  m.impl("rope", gate<rope, ROPE>(rope));
-  m.impl("route", gate<route, ROUTE>(route));
-  m.impl("sink_attention", gate<sink_attention, ATTENTION>(sink_attention));
-}
-
 TORCH_LIBRARY_IMPL(gptoss, CPU, m) {
   m.impl("linear", linear);
   m.impl("compact_linear", compact_linear);
@@ -1733,6 +1797,9 @@ TORCH_LIBRARY_IMPL(gptoss, CPU, m) {
   m.impl("sink_attention", sink_attention);
   m.impl("mxfp4_linear", mxfp4_linear);
   m.impl("packed_experts", packed_experts);
+#ifdef GPTOSS_AVX2
+  m.impl("pack_compact", pack_compact);
+#endif
 }
 
 #if defined(GPTOSS_AVX512)
@@ -1756,12 +1823,9 @@ TORCH_LIBRARY_FRAGMENT(gptoss, m) {
       .def("replay", &Recording::replay);
   m.def("enable_kernels(bool on) -> bool", [](bool on) {
     std::swap(on, enabled);
-    return on;  // as it was before
+    return on;  // as it was before, in this thread
   });
-#ifdef GPTOSS_AVX2
-  m.def("pack_compact(Tensor weight) -> (Tensor, Tensor, Tensor, Tensor)",
-        pack_compact);
-#endif
+  m.def("kernels_on() -> bool", [] { return enabled; });
 }
 
 }  // namespace

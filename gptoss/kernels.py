@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import statistics
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import RLock
 
 import torch
 import torch.nn.functional as F
@@ -23,17 +25,11 @@ import torch.nn.functional as F
 from gptoss import mxfp4
 from gptoss.compact import compact_layers, linear_beside_compact, saved_bytes
 from gptoss.config import bytes_read_per_token
-from gptoss.decode_step import quick_step
+from gptoss.decode_step import kernels_loaded, quick_step
 from gptoss.experts import packed_by_decoding
-from gptoss.generate import (
-    Sampler,
-    forward_step,
-    generate,
-    peak_rss_bytes,
-    use_decoder,
-)
+from gptoss.generate import Sampler, generate, peak_rss_bytes, use_decoder
 from gptoss.model import GptOss, attention_in_tiles, rms_norm
-from gptoss.mxfp4 import before_first_call, define_operator, linear_by_decoding
+from gptoss.mxfp4 import define_operator, linear_by_decoding
 from gptoss.rope import apply_rope
 from gptoss.routing import route
 
@@ -55,7 +51,10 @@ class KernelError(RuntimeError):
 
 
 def _compiler() -> list[str]:
-    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    try:
+        return shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    except ValueError as error:
+        raise KernelError(f"$CXX: {error}") from error
 
 
 def compile_command(target: Path, variant: str = "auto") -> list[str]:
@@ -64,13 +63,13 @@ def compile_command(target: Path, variant: str = "auto") -> list[str]:
     The compiler is $CXX or c++. variant: one of VARIANTS; "avx2" leaves out
     AVX-512 and VNNI, "portable" every instruction named in the source.
     """
-    from torch.utils.cpp_extension import include_paths, library_paths
-
+    home = Path(torch.__file__).parent
     return [*_compiler(), *OPTIONS,
             *VARIANTS[variant],
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-            *(f"-I{folder}" for folder in include_paths()), str(SOURCE),
-            "-o", str(target), *(f"-L{path}" for path in library_paths()),
+            f"-I{home / 'include'}",
+            f"-I{home / 'include' / 'torch' / 'csrc' / 'api' / 'include'}",
+            str(SOURCE), "-o", str(target), f"-L{home / 'lib'}",
             "-ltorch_cpu", "-lc10"]
 
 
@@ -89,52 +88,121 @@ def library_path(variant: str = "auto") -> Path:
              torch.__version__, platform.machine(), able[:1],
              os.environ.get("CXX"))
     name = hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "gptoss" / f"kernels-{name}.so"
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    cache = cache if cache.is_absolute() else Path.home() / ".cache"
+    return cache / "gptoss" / f"kernels-{name}.so"
+
+
+def _own(path: Path) -> bool:
+    """Is it the user's, and may nobody else write to it?"""
+    if not hasattr(os, "geteuid"):  # Windows
+        return True
+    found = path.stat()
+    return found.st_uid == os.geteuid() and not found.st_mode & 0o022
+
+
+def _seal(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _sound(path: Path) -> bool:
+    """Is the library there, the user's own, and as the compiler left it?"""
+    try:
+        return (_own(path.parent) and _own(path)
+                and path.with_suffix(".sha256").read_text() == _seal(path))
+    except (OSError, ValueError):
+        return False
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """One process at a time; others wait. A dead process holds nothing."""
-    held = os.open(folder, os.O_RDONLY)
+def _alone_in(folder: Path) -> Iterator[bool]:
+    """One process at a time; others wait. A dead process holds nothing.
+
+    Gives whether it is so: not on a network drive that knows no locks."""
+    held, locked = os.open(folder, os.O_RDONLY), False
     try:
-        with suppress(OSError):  # a network drive that knows no locks
+        with suppress(OSError):
             if fcntl:
                 fcntl.flock(held, fcntl.LOCK_EX)
-        yield
+                locked = True
+        yield locked
     finally:
         os.close(held)
+
+
+def _complaint(told: str) -> str:
+    """The line in which a compiler says what went wrong, made printable."""
+    lines = told.splitlines() or ["no message"]
+    bad = [line for line in lines if re.search(
+        "error|no space|failed|cannot|not found", line, re.IGNORECASE)]
+    causes = [line for line in bad if "ld returned" not in line]
+    line = (causes or bad or lines)[0]
+    return "".join(c if c.isprintable() else c.encode("unicode_escape")
+                   .decode() for c in line)
 
 
 def _compile(path: Path, variant: str) -> None:
     _log.warning("gptoss: compiling the kernels, once; it takes about half "
                  "a minute")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
-        done = subprocess.run(compile_command(made, variant),
-                              capture_output=True, text=True)
+        made, seal = Path(folder) / path.name, Path(folder) / "seal"
+        done = subprocess.run(compile_command(made, variant), text=True,
+                              errors="backslashreplace", capture_output=True)
         if done.returncode:
-            lines = [*done.stderr.splitlines(), "no message"]
-            raise KernelError("the compiler failed: " + next(
-                (line for line in lines if "error" in line), lines[0]))
+            raise KernelError("the compiler failed: "
+                              + _complaint(done.stderr))
+        if not made.is_file():
+            raise KernelError(f"{shlex.join(_compiler())} made no library")
+        made.chmod(0o700)
+        seal.write_text(_seal(made))
+        for file in (seal, made):
+            _to_disk(file)
+        os.replace(seal, path.with_suffix(".sha256"))
         os.replace(made, path)
+    with suppress(OSError):  # some file systems do not sync a folder
+        _to_disk(path.parent)
 
 
-def build(variant: str = "auto") -> Path:
+def _to_disk(path: Path) -> None:
+    """Have the system write what it holds of a file or folder."""
+    held = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(held)
+    finally:
+        os.close(held)
+
+
+def _sweep(folder: Path, age: float) -> None:
+    """Remove what killed compilers left, if older than `age` seconds."""
+    for left in folder.glob("tmp*"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > age:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def build(variant: str = "auto", anew: bool = False) -> Path:
     """The compiled kernels; compiles them if they are not there yet.
 
-    That is told in one line on the logger "gptoss". KernelError, with the
-    compiler's own first complaint, if it fails.
+    anew: even if they are. Compiling is told in one line on the logger
+    "gptoss". KernelError, with the compiler's own complaint, if it fails, or
+    if the folder is not the user's own.
     """
     path = library_path(variant)
-    if path.exists():
+    if not anew and _sound(path):
         return path
     if shutil.which(_compiler()[0]) is None:
         raise KernelError(f"no compiler {_compiler()[0]!r} ($CXX names one)")
+    folder = path.parent
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _alone_in(path.parent):
-            if not path.exists():  # else another process was first
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _own(folder):
+            raise KernelError(f"{folder}: expected a folder of yours to which "
+                              "nobody else may write, found owner "
+                              f"{folder.stat().st_uid}, mode "
+                              f"{folder.stat().st_mode & 0o777:o}")
+        with _alone_in(folder) as locked:
+            _sweep(folder, 0 if locked else 3600)
+            if anew or not _sound(path):  # else another process was first
                 _compile(path, variant)
     except OSError as error:
         raise KernelError(f"cannot compile: {error}") from error
@@ -148,18 +216,29 @@ PLAIN: dict[str, Callable] = {
     "linear": F.linear, "compact_linear": linear_beside_compact,
     "rms_norm": rms_norm, "rope": apply_rope, "route": route,
     "sink_attention": attention_in_tiles}
-_DERIVED = ("mxfp4_linear", "packed_experts")  # have a gradient of their own
 
 
 def _define_plain() -> None:
     """Declare gptoss::plain_NAME for every operator that has a kernel."""
     for name, function in PLAIN.items():
         schema = str(getattr(torch.ops.gptoss, name).default._schema)
-        fake = torch.empty_like if name in _DERIVED else None
-        define_operator(schema.replace("::", "::plain_"), function, fake)
+        define_operator(schema.replace("::", "::plain_"), function)
 
 
-_path = ""
+_path, _loading = "", RLock()
+
+
+def _load_library(choice: str) -> None:
+    """Load the compiled kernels; what does not load is compiled anew."""
+    for anew in (False, True):
+        path = build(choice, anew)
+        try:
+            torch.ops.load_library(str(path))
+            torch.ops.gptoss.kernels_name()  # else it is another library
+            return
+        except (OSError, AttributeError, RuntimeError) as error:
+            failed = error.__cause__ or error
+    raise KernelError(f"{path}: {failed}")
 
 
 def _load(choice: str) -> str:
@@ -169,11 +248,10 @@ def _load(choice: str) -> str:
         if choice not in VARIANTS:
             raise KernelError(f"GPTOSS_KERNELS: expected {', '.join(VARIANTS)}"
                               f" or torch, found {choice!r}")
-        library = build(choice)
         _define_plain()
-        torch.ops.load_library(str(library))
-        use_decoder(quick_step)
-    except (KernelError, OSError) as error:
+        use_decoder(quick_step)  # which looks whether there are kernels
+        _load_library(choice)
+    except (RuntimeError, OSError) as error:
         _log.warning(
             "gptoss: no kernels, plain torch is used (many times slower; "
             "GPTOSS_KERNELS=torch silences this): %s", error)
@@ -186,40 +264,37 @@ def load_kernels() -> str:
 
     $GPTOSS_KERNELS chooses: auto (default) or another of VARIANTS, or torch.
     What fails is told in one line on the logger "gptoss", and plain torch
-    goes on computing. Later calls do nothing.
+    goes on computing. Later calls do nothing, one meanwhile waits.
     """
     global _path
-    _path = _path or _load(os.environ.get("GPTOSS_KERNELS", "auto"))
+    with _loading:
+        _path = _path or _load(os.environ.get("GPTOSS_KERNELS", "auto"))
     return _path
 
 
 def kernel_path() -> str:
     """Which path the operators take on the CPU, in words; never compiles."""
     choice = os.environ.get("GPTOSS_KERNELS", "auto")
-    waits = (not _path and choice in VARIANTS
-             and not library_path(choice).exists()
-             and shutil.which(_compiler()[0]))
-    return "C++, to be compiled when first used" if waits else load_kernels()
+    if not _path and choice in VARIANTS:
+        path = library_path(choice)
+        if (not _sound(path) and shutil.which(_compiler()[0])
+                and (not path.parent.exists() or _own(path.parent))):
+            return "C++, to be compiled when first used"
+    return load_kernels()
 
 
 @contextmanager
 def plain_torch() -> Iterator[None]:
-    """Inside, the operators compute with plain torch, kernels or not."""
+    """Inside, this thread computes with plain torch, kernels or not."""
     load_kernels()
-    if not hasattr(torch.ops.gptoss, "enable_kernels"):
+    if not kernels_loaded():
         yield
         return
     before = torch.ops.gptoss.enable_kernels(False)
-    decoder = use_decoder(forward_step)
     try:
         yield
     finally:
         torch.ops.gptoss.enable_kernels(before)
-        use_decoder(decoder)
-
-
-if __name__ != "__main__":  # imported; a notebook loads them when it wants
-    before_first_call(load_kernels)
 
 
 def make_compact(model: GptOss) -> GptOss:
@@ -231,7 +306,7 @@ def make_compact(model: GptOss) -> GptOss:
     the logger "gptoss" says so.
     """
     path = load_kernels()
-    if hasattr(torch.ops.gptoss, "pack_compact"):
+    if kernels_loaded("pack_compact"):
         compact_layers(model)
     else:
         _log.warning("gptoss: matrices stay in sixteen bits: no kernel for "

@@ -5,7 +5,6 @@ Generated from book/14_train.py; edit the chapter, not this file.
 
 import json
 import random
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +15,7 @@ from gptoss.harmony import (
     developer_message,
     system_message,
 )
-from gptoss.stories import WORDS, draw_cast, held_out, tell
+from gptoss.stories import WORDS, cast_key, draw_cast, shelf, tell
 
 # --- A turn of conversation --------------------------------------------------
 
@@ -29,7 +28,7 @@ class Turn:
         think: the analysis for low, medium and high effort.
         call: name and arguments of the tool that it needs, if any, and
             `result` what that tool returns.
-        held: whether training keeps away from it.
+        held: the shelf that it is kept on, "" if training may see it.
         facts: what the examiner needs beyond the answer.
     """
 
@@ -39,7 +38,7 @@ class Turn:
     answer: str
     call: tuple[str, dict] | None = None
     result: str = ""
-    held: bool = False
+    held: str = ""
     facts: dict = field(default_factory=dict)
 
 
@@ -47,20 +46,23 @@ class Turn:
 class Lesson:
     """A conversation; from message `turn` on, the model has to write it.
 
+    `held`: the shelf of the last question; no turn before it is on one.
     `muted`: messages that nobody should learn to write.
     """
 
     kind: str
     messages: list[Message]
     turn: int
-    held: bool = False
+    held: str = ""
     facts: dict = field(default_factory=dict)
     muted: frozenset[int] = frozenset()
 
 
-def kept_back(key: str) -> bool:
-    """Whether `key` is kept from training: one in ten, by a checksum."""
-    return zlib.crc32(key.encode()) % 10 == 0
+def unheld(draw: Callable[[], Turn]) -> Turn:
+    """A turn that training may see: drawn again until it is on no shelf."""
+    while (turn := draw()).held:
+        pass
+    return turn
 
 
 def compact(value: object) -> str:
@@ -186,6 +188,16 @@ THINGS = ("shells", "kites", "books", "bells", "cups", "keys", "apples",
           "stones", "buttons", "balls")
 
 
+def sum_key(a: int, sign: str, b: int) -> str:
+    """The one fact behind 5 + 40, 40 + 5, 45 - 5, 45 - 40 and 5 - 45; ""
+    below twenty, where every sum is a column of some other. A product is
+    a fact of its own."""
+    x, y = (a, b) if sign in "+*" else (abs(a - b), min(a, b))
+    low, high = sorted((x, y))
+    return "" if sign != "*" and high < 20 else \
+        f"{low} {'*' if sign == '*' else '+'} {high}"
+
+
 def sum_turn(rng: random.Random) -> Turn:
     """A sum or a difference of two numbers of up to three digits."""
     sign = rng.choice("+-")
@@ -199,7 +211,7 @@ def sum_turn(rng: random.Random) -> Turn:
     return Turn("sum", ask.format(a=a, b=b, name=a_name(rng),
                                   things=rng.choice(THINGS)),
                 sum_thoughts(a, b, sign), f"{a} {sign} {b} = {result}",
-                held=kept_back(f"{a}{sign}{b}"), facts={"result": result})
+                held=shelf(sum_key(a, sign, b)), facts={"result": result})
 
 
 # --- Stories on request ------------------------------------------------------
@@ -225,7 +237,7 @@ def story_turn(rng: random.Random) -> Turn:
     about = "A story about {hero} the {kind} and the {colour} {thing}."
     think = "A story.", about.format(**cast), plan.format(**cast)
     return Turn("story", ask.format(**cast), think, tell(rng, cast),
-                held=held_out(cast),
+                held=shelf(cast_key(cast)),
                 facts={slot: cast[slot] for slot in slots})
 
 
@@ -271,27 +283,37 @@ def telling(rng: random.Random, told: Sequence[tuple[str, str]]) -> Turn:
                 rng.choice(NOTED))
 
 
+def draw_fact(rng: random.Random, fact: tuple, free: bool = False) -> str:
+    """A value for one of `FACTS`; one that training may see, unless it is
+    to be `free`."""
+    topic, _, _, _, draw = fact
+    while shelf(f"{topic} {(x := draw(rng))}") and not free:
+        pass
+    return x
+
+
 def recall_turns(rng: random.Random) -> tuple[Turn, Turn]:
-    """A turn that tells one to three facts and one that asks for one."""
+    """A turn that tells one to three facts and one that asks for one; on a
+    shelf, if it is, for the fact that is asked for alone."""
     chosen = rng.sample(FACTS, rng.choice((1, 1, 2, 3)))
-    told = [(topic, said, draw(rng)) for topic, said, _, _, draw in chosen]
-    first = telling(rng, [(topic, said.format(x=x)) for topic, said, x
-                          in told])
     at = rng.randrange(len(chosen))
-    topic, said, ask, answer, _ = chosen[at]
-    x = told[at][2]
+    values = [draw_fact(rng, fact, free=n == at)
+              for n, fact in enumerate(chosen)]
+    first = telling(rng, [(fact[0], fact[1].format(x=x)) for fact, x
+                          in zip(chosen, values, strict=True)])
+    (topic, said, ask, answer, _), x = chosen[at], values[at]
     think = (said.format(x=x), f"Asked for {topic}. {said.format(x=x)}",
              f"The user asks for {topic}. The user said: "
              f"{said.format(x=x)} So it is {x}.")
     return first, Turn("recall", ask, think, answer.format(x=x),
-                       held=kept_back(f"{topic} {x}"))
+                       held=shelf(f"{topic} {x}"))
 
 
 def telling_turn(rng: random.Random) -> Turn:
     """One or two facts, with nothing asked."""
     chosen = rng.sample(FACTS, rng.choice((1, 1, 2)))
-    return telling(rng, [(topic, said.format(x=draw(rng)))
-                         for topic, said, _, _, draw in chosen])
+    return telling(rng, [(fact[0], fact[1].format(x=draw_fact(rng, fact)))
+                         for fact in chosen])
 
 
 def unknown_turn(rng: random.Random) -> Turn:
@@ -399,9 +421,9 @@ KITS = {
         ((("word", "text"), TEXT, "the word to translate"),
          (("language", "to"), TEXT | {"enum": list(LANGUAGES)},
           "the language to use")),
-        ("What is {0} in {1}?", "How do you say {0} in {1}?",
-         "Translate {0} into {1}."),
-        "{0} in {1}", "{0} in {1} is {r}.", a_translation),
+        ('What is "{0}" in {1}?', "How do you say {0} in {1}?",
+         'Translate "{0}" into {1}.', "Translate {0} into {1}."),
+        '"{0}" in {1}', '"{0}" in {1} is {r}.', a_translation),
     "timer": Kit(
         ("set_timer", "timer", "start_timer"),
         ("Start a timer.", "Rings after some minutes."),
@@ -484,6 +506,17 @@ def disguise(rng: random.Random, key: str) -> tuple[Tool, list[str]]:
     return Tool(name, says, schema), list(properties)
 
 
+def tool_key(key: str, values: Sequence) -> str:
+    """What a question for the kit `key` is about, whatever the tool and its
+    parameters are called; "" for the date, which is asked in one way."""
+    if key == "calculator":
+        a, sign, b = values[0].split()
+        return sum_key(int(a), sign, int(b))
+    said = [("off", "on")[v] if isinstance(v, bool) else str(v)
+            for v in values]
+    return " ".join([key, *said]) if said else ""
+
+
 def tool_turn(rng: random.Random, key: str, tool: Tool,
               names: Sequence[str]) -> Turn:
     """A question that `tool`, the kit `key` in disguise, can answer."""
@@ -505,9 +538,8 @@ def tool_turn(rng: random.Random, key: str, tool: Tool,
     think = (f"{use}.", f"Asked for {need}. {use}.",
              f"The user asks for {need}. {use}"
              + (f": {where}." if where else "."))
-    look = f"{tool.name} {' '.join(names)} {values}"
     return Turn("tool", ask, think, answer, (tool.name, arguments), result,
-                held=kept_back(look))
+                held=shelf(tool_key(key, values)))
 
 
 def missing_turn(rng: random.Random, given: Sequence[str]) -> Turn:
@@ -517,13 +549,14 @@ def missing_turn(rng: random.Random, given: Sequence[str]) -> Turn:
     values, _ = KITS[key].draw(rng)
     if key == "calculator":     # sums it can do by itself
         values = [f"{a_number(rng)} * {a_number(rng)}"]
-    words = {"s": rng.choice(("on", "off"))}
+    words = {"s": "on" if values[-1:] == [True] else "off"}
     ask = rng.choice(KITS[key].asks).format(*values, **words)
     need = KITS[key].need.format(*values, **words)
     return Turn("missing", ask,
                 ("No tool.", f"Asked for {need}: no tool.",
                  f"The user asks for {need}. No tool that I have does it."),
-                "I have no tool for that.")
+                "I have no tool for that.",
+                held=shelf(tool_key(key, values)))
 
 
 def date_turn(rng: random.Random, date: str | None) -> Turn:
@@ -624,7 +657,8 @@ def fillers(rng: random.Random, far: bool, given: Given) -> list[Turn]:
     else:
         kinds = rng.choices(("sum", "talk", "beyond", *given.kits),
                             k=rng.choice((0, 0, 1, 2)))
-    return [turn_of(rng, kind, given) for kind in kinds]
+    return [unheld(lambda kind=kind: turn_of(rng, kind, given))
+            for kind in kinds]
 
 
 def turns_for(rng: random.Random, kind: str, given: Given) -> list[Turn]:
@@ -636,13 +670,25 @@ def turns_for(rng: random.Random, kind: str, given: Given) -> list[Turn]:
         return first + turns
     first = fillers(rng, rng.random() < 0.1, given)
     first *= rng.random() < 0.4
+    if kind == "after":
+        first, kind = [*first, *recalled(rng)], "sum"
+    elif rng.random() < 0.08:
+        first += recalled(rng)
     last = turn_of(rng, rng.choice(given.kits) if kind == "tool" else kind,
                    given)
     if kind == "unknown" and rng.random() < 0.7:
-        topic, said, ask, _, draw = rng.choice(FACTS)
-        if ask != last.ask:
-            first = [telling(rng, [(topic, said.format(x=draw(rng)))])]
+        fact = topic, said, ask, _, _ = rng.choice(FACTS)
+        x = draw_fact(rng, fact)
+        first = [] if ask == last.ask else [
+            telling(rng, [(topic, said.format(x=x))])]
     return [*first, last]
+
+
+def recalled(rng: random.Random) -> tuple[Turn, Turn]:
+    """A fact told and asked for, as something that came before."""
+    while (turns := recall_turns(rng))[1].held:
+        pass
+    return turns
 
 
 def given_for(rng: random.Random, kind: str) -> Given:
@@ -652,7 +698,7 @@ def given_for(rng: random.Random, kind: str) -> Given:
     if rng.random() < share:
         kits = (["calculator", "date"] if rng.random() < 0.25 else
                 rng.sample(list(KITS), rng.choice((1, 2, 2, 3, 4))))
-    if kind in ("sum", "date"):     # to be done without them
+    if kind in ("sum", "after", "date"):    # to be done without them
         kits = [key for key in kits if key not in ("calculator", "date")]
     return Given(tuple(kits), tuple(disguise(rng, key) for key in kits),
                  a_date(rng) if rng.random() < 0.8 else None)
@@ -665,7 +711,8 @@ def assemble(rng: random.Random, kind: str, turns: Sequence[Turn],
     effort = rng.choice(EFFORTS)
     tools = [tool for tool, _ in given.tools]
     messages = [system_message(effort, given.date, functions=bool(tools))]
-    instructions = (rng.choice(INSTRUCTIONS).format(x=a_name(rng))
+    home = next(fact for fact in FACTS if fact[0] == "your home")
+    instructions = (rng.choice(INSTRUCTIONS).format(x=draw_fact(rng, home))
                     if rng.random() < 0.15 else "")
     if tools or instructions:
         messages.append(developer_message(instructions, tools))
@@ -684,35 +731,38 @@ def assemble(rng: random.Random, kind: str, turns: Sequence[Turn],
                                 "call": last.call}, frozenset(muted))
 
 
-MIX = {"story": 12, "sum": 27, "tool": 29, "recall": 8, "far": 13,
+MIX = {"story": 12, "sum": 26, "tool": 29, "recall": 8, "far": 13,
        "unknown": 2, "telling": 1, "talk": 1, "beyond": 2, "missing": 4,
-       "date": 1}
-SECOND = {"story": 8, "sum": 44, "tool": 26, "recall": 6, "far": 7,
+       "date": 1, "after": 1}
+SECOND = {"story": 8, "sum": 42, "tool": 26, "recall": 6, "far": 7,
           "unknown": 2, "telling": 1, "talk": 1, "beyond": 1, "missing": 3,
-          "date": 1}    # when sums are what is left to learn
-THIRD = {"story": 6, "sum": 32, "tool": 34, "recall": 5, "far": 13,
+          "date": 1, "after": 2}    # when sums are what is left to learn
+THIRD = {"story": 6, "sum": 30, "tool": 34, "recall": 5, "far": 13,
          "unknown": 1, "telling": 1, "talk": 1, "beyond": 1, "missing": 4,
-         "date": 2}     # beside columns of digits, which are sums too
-NEVER_HELD = ("telling", "talk", "beyond", "unknown", "missing", "date")
+         "date": 2, "after": 2}     # beside columns, which are sums too
+NEVER_HELD = ("telling", "talk", "beyond", "unknown", "date")
 
 
 def lesson(rng: random.Random, kind: str) -> Lesson:
-    """A conversation that ends in a turn of `kind`, one of `MIX`; 'far'
-    is a recall over two windows or more."""
+    """A conversation that ends in a turn of `kind`, one of `MIX`: 'far' is
+    a recall over two windows or more, 'after' a sum after a recall."""
     given = given_for(rng, kind)
     return assemble(rng, kind, turns_for(rng, kind, given), given)
 
 
-def lesson_stream(seed: int, hold_out: bool = False,
+def lesson_stream(seed: int, hold_out: bool | str = False,
                   mix: dict[str, int] | None = None) -> Iterator[Lesson]:
-    """Endless lessons in the proportions of `mix` (default `MIX`); those
-    that are held out only, or all the others."""
+    """Endless lessons in the proportions of `mix` (default `MIX`): those
+    that training may see, or those whose last question is on the shelf
+    `hold_out`, "exam" (or True) or "milestone"."""
     rng, mix = random.Random(seed), mix or MIX
+    wanted = {False: "", True: "exam"}.get(hold_out, hold_out)
     while True:
         kind = rng.choices(list(mix), list(mix.values()))[0]
         one = lesson(rng, kind)
-        if one.held == hold_out or kind in NEVER_HELD:
-            yield one
+        while one.held != wanted and kind not in NEVER_HELD:
+            one = lesson(rng, kind)
+        yield one
 
 
 __all__ = [
@@ -766,23 +816,27 @@ __all__ = [
     "compact",
     "date_turn",
     "disguise",
+    "draw_fact",
     "fillers",
     "given_for",
-    "kept_back",
     "lesson",
     "lesson_stream",
     "made_up",
     "missing_turn",
     "recall_turns",
+    "recalled",
     "story_turn",
+    "sum_key",
     "sum_thoughts",
     "sum_turn",
     "talk_turn",
     "telling",
     "telling_turn",
+    "tool_key",
     "tool_turn",
     "turn_of",
     "turns_for",
+    "unheld",
     "unknown_turn",
     "worked",
 ]

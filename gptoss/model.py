@@ -3,6 +3,7 @@
 Generated from book/10_model.py; edit the chapter, not this file.
 """
 
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -12,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptoss.cache import Cache
-from gptoss.checkpoint import Checkpoint, check_scales, resolve
+from gptoss.checkpoint import DTYPES, FLOATS, Checkpoint, check_scales, resolve
 from gptoss.config import GptOssConfig
 from gptoss.experts import Experts
 from gptoss.masks import positions_from_mask, visible
-from gptoss.mxfp4 import decode, define_operator
+from gptoss.mxfp4 import decode, define_operator, prepare
 from gptoss.rope import apply_rope, rope_parameters, rope_tables
 from gptoss.routing import Router, route
 from gptoss.sinks import attention_concat, attention_flash
@@ -78,19 +79,29 @@ def attention_in_tiles(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
         form(
             q[:, t:t + rows], k, v, sinks,
             visible(q_pos[:, t:t + rows], k_pos, window or None), scale)
-        for t in range(0, T, rows)]
+        for t in range(0, max(T, 1), rows)]
     return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=1)
+
+
+def _attention_flops(q, k, *_, out_shape=None, **__) -> int:
+    B, T, H, C = q  # shapes
+    return 4 * B * T * k[1] * H * C
 
 
 define_operator(
     "gptoss::sink_attention(Tensor q, Tensor k, Tensor v, Tensor sinks,"
     " Tensor q_pos, Tensor k_pos, int window, float scale) -> Tensor",
-    attention_in_tiles)
+    attention_in_tiles, lambda q, *_: torch.empty_like(q),
+    flops=_attention_flops)
+
+
+def _linear_flops(x, weight, *_, out_shape=None, **__) -> int:
+    return 2 * math.prod(x) * weight[0]
 
 
 define_operator(
     "gptoss::linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    F.linear)
+    F.linear, flops=_linear_flops)
 define_operator(
     "gptoss::rope(Tensor x, Tensor cos, Tensor sin) -> Tensor", apply_rope)
 define_operator(
@@ -314,6 +325,7 @@ class GptOss(Stack):
         if cache is None:
             return self.run(tokens, positions, None, logits_to_keep)
         cache.check(positions)
+        cache.begin(positions)
         logits = self.run(tokens, positions, cache, logits_to_keep)
         cache.advance(positions)
         return logits
@@ -327,23 +339,27 @@ class GptOss(Stack):
 
     @classmethod
     def from_pretrained(cls, path: str | Path,
-                        dtype: torch.dtype = torch.bfloat16, device="cpu",
-                        packed: bool = True, revision: str | None = None
-                        ) -> "GptOss":
+                        dtype: torch.dtype | str = torch.bfloat16,
+                        device="cpu", packed: bool = True,
+                        revision: str | None = None) -> "GptOss":
         """The model in a folder or a hub repository, in any layout.
 
-        dtype: of everything but packed experts. packed: keep MXFP4 experts
-        packed (a bf16 checkpoint has none and loads dense); False decodes
-        them to dtype. Parameters are frozen; call requires_grad_() to train.
-        Tensors on the CPU whose dtype agrees stay memory-mapped. Raises
-        CheckpointError or ConfigError naming the file and the tensor.
+        dtype: of everything but packed experts; one of torch's, its name, or
+        "auto", the one that the checkpoint was saved in. packed: keep MXFP4
+        experts packed (a bf16 checkpoint has none and loads dense); False
+        decodes them to dtype. Parameters are frozen; call requires_grad_()
+        to train. Tensors on the CPU whose dtype agrees stay memory-mapped.
+        Raises CheckpointError or ConfigError naming the file and the tensor;
+        ModelError for a dtype that none can have.
         """
         with Checkpoint.open(resolve(path, revision)) as checkpoint:
+            dtype = pick_dtype(dtype, checkpoint)
             packed = packed and checkpoint.layout != "bf16"
             model = cls(checkpoint.config, dtype, "meta", packed)
             model.requires_grad_(False)
             tensors = dict(load_tensors(checkpoint, dtype, device, packed))
         model.load_state_dict(tensors, assign=True)
+        prepare()  # chapter 13's kernels, before threads share the model
         return model.eval()
 
 
@@ -372,9 +388,26 @@ def load_tensors(checkpoint: Checkpoint, dtype: torch.dtype, device,
         yield target, tensor.to(device, wanted)
 
 
+FLOATING = {str(dtype).removeprefix("torch."): dtype
+            for dtype in map(DTYPES.get, FLOATS)}
+
+
+def pick_dtype(dtype: torch.dtype | str, checkpoint: Checkpoint
+               ) -> torch.dtype:
+    """A dtype of torch from itself, its name or "auto"; ModelError."""
+    if dtype == "auto":
+        return checkpoint.dtype
+    found = FLOATING.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise ModelError(f"dtype: expected auto, {', '.join(FLOATING)}, "
+                         f"found {dtype!r:.100}")
+    return found
+
+
 __all__ = [
     "Attention",
     "Block",
+    "FLOATING",
     "GptOss",
     "Linear",
     "MLP",
@@ -386,6 +419,7 @@ __all__ = [
     "check_tokens",
     "initialise",
     "load_tensors",
+    "pick_dtype",
     "rms_norm",
     "token_positions",
 ]

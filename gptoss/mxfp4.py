@@ -3,10 +3,15 @@
 Generated from book/02_mxfp4.py; edit the chapter, not this file.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
+from threading import RLock
 
 import torch
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 # --- Names and errors --------------------------------------------------------
 
@@ -112,48 +117,110 @@ def _pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 # --- An operator that may get faster later -----------------------------------
 
-_FIRST_CALL = []
+_FIRST = ["gptoss.kernels:load_kernels"]
+_LOCK = RLock()  # the thread that loads may call operators itself
+_loading = False
 
 
-def before_first_call(action) -> None:
-    """Call action() once, before any operator of the package computes.
-
-    That is how kernels get in from below, as late as they are needed.
-    """
-    _FIRST_CALL.append(action)
+def before_first_call(action: str | Callable) -> None:
+    """Call action(), or "module:function", before the next operator that
+    computes: that is how kernels get in from below, as late as needed."""
+    _FIRST.append(action)
 
 
-def define_operator(schema: str, implementation, fake=None, backward=None,
-                    setup_context=None) -> None:
-    """Declare the torch.library operator `schema` unless it exists.
+def prepare() -> bool:
+    """Do, once, what comes before the first call. True: nothing was left."""
+    global _loading
+    if not _FIRST:
+        return True
+    with _LOCK:
+        if _loading:
+            return True
+        _loading = True
+        try:
+            while _FIRST:
+                action = _FIRST[0]
+                if isinstance(action, str):
+                    module, _, name = action.partition(":")
+                    action = getattr(import_module(module), name)
+                action()
+                _FIRST.pop(0)
+        finally:
+            _loading = False
+    return False
+
+
+def _gate(name: str, implementation: Callable) -> Callable:
+    """What stands at the autograd key of an operator without a formula."""
+    def gate(keys, *args):
+        if ((torch.is_grad_enabled() and torch._C._any_requires_grad(*args))
+                or torch.autograd.forward_ad._current_level >= 0):
+            return implementation(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _operator(name).redispatch(
+                keys & torch._C._after_autograd_keyset, *args)
+    return gate
+
+
+def _words(argument) -> str:
+    """An argument in an error's note: type and sizes of a tensor."""
+    if not isinstance(argument, torch.Tensor):
+        return repr(argument)
+    return f"{argument.dtype} {tuple(argument.shape)}"
+
+
+def _compact(result: torch.Tensor) -> torch.Tensor:
+    """In one piece: torch.compile relies on the strides that `fake` says."""
+    return result.contiguous()
+
+
+def _operator(name: str):
+    namespace, _, operator = name.partition("::")
+    return getattr(getattr(torch.ops, namespace), operator).default
+
+
+def define_operator(schema: str, implementation: Callable, fake=None,
+                    backward=None, setup_context=None, flops=None) -> None:
+    """Declare the torch.library operator `schema`, or declare it anew.
 
     implementation computes it with plain torch on every device; a kernel
-    registered later for "CPU" or "CUDA" takes precedence. fake returns an
-    empty tensor of the right shape (meta device, torch.compile); without
-    one, implementation is a composition that torch differentiates itself.
-    backward and setup_context: as in torch.library.register_autograd. The
-    guard lets a notebook run a cell twice, or beside the installed package.
+    registered for "CPU" or "CUDA" takes precedence. fake returns an empty
+    tensor of the right shape (meta device, torch.compile); None: what
+    implementation gives there. backward and setup_context: as in
+    torch.library.register_autograd; without them torch differentiates
+    implementation. flops: as in torch.utils.flop_counter's formulas.
     """
     name = schema.partition("(")[0]
     namespace, _, operator = name.partition("::")
-    if hasattr(getattr(torch.ops, namespace), operator):
-        return
+    held = vars(getattr(torch.ops, namespace)).setdefault("_held", {})
+    if operator in held:
+        held.pop(operator)._destroy()
+    library = held[operator] = torch.library.Library(namespace, "FRAGMENT")
+    library.define(schema.partition("::")[2],
+                   tags=(torch.Tag.pt2_compliant_tag,))
 
     def run(*args):
-        if not _FIRST_CALL:
-            return implementation(*args)
-        while _FIRST_CALL:
-            _FIRST_CALL.pop()()
-        return getattr(getattr(torch.ops, namespace), operator)(*args)
+        if not prepare():
+            return _operator(name)(*args)  # there may be a kernel now
+        try:
+            return tree_map(_compact, implementation(*args))
+        except Exception as error:
+            error.add_note(f"in {name}({', '.join(map(_words, args))})")
+            raise
 
-    torch.library.define(name, schema.removeprefix(name))
-    kind = "Implicit" if fake is None else "Explicit"
-    torch.library.impl(name, f"Composite{kind}Autograd", run)
-    if fake is not None:
-        torch.library.register_fake(name, fake)
-    if backward is not None:
-        torch.library.register_autograd(name, backward,
-                                        setup_context=setup_context)
+    def shape(*args):
+        return tree_map(_compact, (fake or implementation)(*args))
+
+    library.impl(operator, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(name, shape, lib=library)
+    if backward is None:
+        library.impl(operator, _gate(name, implementation), "Autograd",
+                     with_keyset=True)
+    else:
+        torch.library.register_autograd(
+            name, backward, setup_context=setup_context, lib=library)
+    if flops is not None:
+        flop_registry[_operator(name).overloadpacket] = shape_wrapper(flops)
 
 
 # --- The decoder -------------------------------------------------------------
@@ -392,6 +459,7 @@ def linear_by_decoding(x: torch.Tensor, blocks: torch.Tensor,
 
     The decoded weight lives only inside this call.
     """
+    _check(blocks, scales)
     weight = decode_by_table(blocks, scales, x.dtype)
     return torch.nn.functional.linear(x, weight, bias)
 
@@ -459,4 +527,5 @@ __all__ = [
     "encode",
     "linear_by_decoding",
     "mxfp4_linear",
+    "prepare",
 ]

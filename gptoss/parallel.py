@@ -33,7 +33,7 @@ from gptoss.checkpoint import (
 )
 from gptoss.config import GptOssConfig
 from gptoss.experts import Experts
-from gptoss.model import Attention, GptOss, Linear, load_tensors
+from gptoss.model import Attention, GptOss, Linear, load_tensors, pick_dtype
 from gptoss.mxfp4 import BLOCK
 
 # --- A seat for every rank ---------------------------------------------------
@@ -75,13 +75,20 @@ def hidden_slices(config: GptOssConfig, tensors: int) -> int:
     return math.gcd(tensors, config.intermediate_size // BLOCK)
 
 
+def vocabulary_rows(config: GptOssConfig, tensors: int) -> int:
+    """Rows of the vocabulary on each of so many ranks, if none had fewer."""
+    return -(-config.vocab_size // tensors)
+
+
 def fits(config: GptOssConfig, tensors: int) -> bool:
-    """Whether heads, experts and vocabulary divide among so many ranks."""
+    """Whether heads and experts divide among so many ranks, and each gets
+    some of the vocabulary."""
     H, G = config.num_attention_heads, config.num_key_value_heads
     groups = tensors // hidden_slices(config, tensors)
+    before_last = (tensors - 1) * vocabulary_rows(config, tensors)
     return not (H % tensors or min(G % tensors, tensors % G)
                 or config.num_local_experts % groups
-                or config.vocab_size % tensors)
+                or before_last >= config.vocab_size)
 
 
 def take_seat(config: GptOssConfig, rank: int, world: int,
@@ -158,8 +165,10 @@ def owned(config: GptOssConfig, seat: Seat) -> dict[str, slice]:
     shared = H // config.num_key_value_heads  # query heads of one key head
     first, end = heads.start // shared, -(-heads.stop // shared)
     blocks = config.intermediate_size // BLOCK, seat.part, seat.slices
+    rows = vocabulary_rows(config, seat.tensors)
     return {
-        "V": share(config.vocab_size, seat.tensor, seat.tensors),
+        "V": slice(rows * seat.tensor,
+                   min(rows * (seat.tensor + 1), config.vocab_size)),
         "H": heads, "Q": slice(heads.start * C, heads.stop * C),
         "KV": slice(first * C, end * C),
         "E": share(config.num_local_experts, seat.group, seat.groups),
@@ -252,6 +261,17 @@ class Link:
     """What the modules of a seat ask of the others. This one is for a
     world of one, where there is nothing to ask."""
 
+    seat = Seat()
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that decides for all (chapter 12)."""
+        return self.seat.tensor == self.seat.stage == 0
+
+    def same(self, make: Callable[[], object]) -> object:
+        """make() of the first rank, as JSON has it, on all ranks."""
+        return make()
+
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all x of the stage, the same on all its ranks."""
         return x
@@ -288,11 +308,13 @@ def _told(seat: Seat) -> Iterator[None]:
 class GroupLink(Link):
     """A link through torch.distributed: NCCL on GPUs, gloo on CPUs.
 
-    mesh: a DeviceMesh with dimensions "pipeline" and "tensor".
+    mesh: a DeviceMesh with dimensions "pipeline" and "tensor". same: how
+    the first rank tells something to all, see `World`.
     """
 
-    def __init__(self, seat: Seat, mesh) -> None:
-        self.seat = seat
+    def __init__(self, seat: Seat, mesh,
+                 same: Callable[[Callable[[], object]], object]) -> None:
+        self.seat, self.same = seat, same
         self._row = mesh.get_group("tensor")
         self._column = mesh.get_group("pipeline")
 
@@ -370,6 +392,11 @@ class ThreadLink(Link):
 
     def from_last(self, x: Tensor) -> Tensor:
         return self._column.all(self.seat.stage, x)[-1].clone()
+
+    def same(self, make: Callable[[], object]) -> object:
+        told = json.dumps(make()) if self.first else ""
+        told = self._row.all(self.seat.tensor, told)[0]
+        return json.loads(self._column.all(self.seat.stage, told)[0])
 
 
 def rehearse(config: GptOssConfig, world: int, stages: int,
@@ -477,10 +504,19 @@ class SplitExperts(_Instead, Experts):
 
 
 class SplitHead(_Instead, Linear):
-    """Logits of some rows of the vocabulary, gathered, for all stages."""
+    """Logits of some rows of the vocabulary, gathered, for all stages. A
+    rank with fewer rows fills up with zeros; they come last and are cut."""
+
+    def __init__(self, whole: Linear, here: Here) -> None:
+        super().__init__(whole, here)
+        self.rows = vocabulary_rows(here.config, here.seat.tensors)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.link.from_last(self.link.gather(super().forward(x)))
+        mine = super().forward(x)
+        short = self.rows - mine.shape[-1]
+        mine = nn.functional.pad(mine, (0, short)) if short else mine
+        logits = self.link.gather(mine)[..., :self.out_features]
+        return self.link.from_last(logits)
 
 
 # --- What stands where another stage works -----------------------------------
@@ -612,7 +648,7 @@ class SplitGptOss(GptOss):
                  packed: bool = True) -> None:
         super().__init__(config, dtype, "meta", packed)
         self.requires_grad_(False)
-        self.seat, self.bytes_read = seat, 0
+        self.seat, self.link, self.bytes_read = seat, link, 0
         here = Here(config, seat, link, dtype, torch.device(device))
         for name, module in replacements(self, here):
             self.set_submodule(name, module)
@@ -627,7 +663,7 @@ class SplitGptOss(GptOss):
 
     @classmethod
     def part(cls, path: str | Path, seat: Seat, link: Link,
-             dtype: torch.dtype = torch.bfloat16, device="cpu",
+             dtype: torch.dtype | str = torch.bfloat16, device="cpu",
              packed: bool = True, revision: str | None = None
              ) -> "SplitGptOss":
         """A seat's part of a checkpoint; arguments as `from_pretrained`.
@@ -635,6 +671,7 @@ class SplitGptOss(GptOss):
         Reads nothing else. bytes_read tells how much that was.
         """
         with Checkpoint.open(resolve(path, revision)) as checkpoint:
+            dtype = pick_dtype(dtype, checkpoint)
             packed = packed and checkpoint.layout != "bf16"
             model = cls(checkpoint.config, seat, link, dtype, device, packed)
             shard = Shard(checkpoint, seat)
@@ -664,23 +701,53 @@ class World:
 
     def same(self, make: Callable[[], object]) -> object:
         """make() of rank 0, told to all ranks as JSON. Waits for it as long
-        as it takes, for a person may be asked."""
+        as it takes, for a person may be asked.
+
+        What make() raises is raised on rank 0. The others raise
+        KeyboardInterrupt if it was that, and ParallelError otherwise.
+        """
         self._asked += 1
         key = str(self._asked)
         if self.rank == 0:
-            self._store.set(key, json.dumps(make()))
+            return self._tell(key, make)
         try:
             self._store.wait([key], _EVER)
-            return json.loads(self._store.get(key))
+            told = json.loads(self._store.get(key))
+            if self._store.add(f"{key} read", 1) == self.size - 1:
+                for each in (key, f"{key} read"):
+                    self._store.delete_key(each)
         except RuntimeError as error:
             raise ParallelError(f"rank {self.rank}: lost rank 0") from error
+        if told.get("error") == "KeyboardInterrupt":
+            raise KeyboardInterrupt
+        if "error" in told:
+            raise ParallelError(f"rank 0: {told['error']}")
+        return told["value"]
+
+    def _tell(self, key: str, make: Callable[[], object]) -> object:
+        """make(), and to the others what came of it."""
+        told: dict = {"error": "no answer"}
+        try:
+            told = {"value": make()}
+            json.dumps(told)
+        except KeyboardInterrupt:
+            told = {"error": "KeyboardInterrupt"}
+            raise
+        except BaseException as error:
+            told = {"error": f"{type(error).__name__}: {error}"}
+            raise
+        finally:
+            text = json.dumps(told)
+            if self.size > 1:
+                self._store.set(key, text)
+        return json.loads(text)["value"]
 
     def link(self, seat: Seat) -> GroupLink:
         """This rank's link, with new groups: all ranks call it alike."""
         mesh = dist.init_device_mesh(
             self.kind, (seat.stages, seat.tensors),
             mesh_dim_names=("pipeline", "tensor"))
-        return GroupLink(seat, mesh)
+        return GroupLink(seat, mesh, self.same)
 
 
 @lru_cache(maxsize=1)
@@ -713,7 +780,7 @@ def leave() -> None:
         join.cache_clear()
 
 
-def load_split(path: str | Path, dtype: torch.dtype = torch.bfloat16,
+def load_split(path: str | Path, dtype: torch.dtype | str = torch.bfloat16,
                device="cpu", packed: bool = True, stages: int = 1
                ) -> SplitGptOss:
     """`GptOss.from_pretrained` for the processes of torchrun: the part of
@@ -742,11 +809,12 @@ def traffic(config: GptOssConfig, seat: Seat, tokens: int = 1,
     """
     stream = tokens * config.hidden_size * width
     logits = kept * config.vocab_size * width
+    mine = kept * vocabulary_rows(config, seat.tensors) * width
     first, last = seat.stage == 0, seat.stage == seat.stages - 1
     layers = len(stage_layers(config, seat.stages)[seat.stage])
     several, staged = seat.tensors > 1, seat.stages > 1
     calls = {"allreduce_": (several * (2 * layers + first), stream),
-             "allgather_": (several * last, logits // seat.tensors),
+             "allgather_": (several * last, mine),
              "send": (int(not last), stream),
              "recv_": (int(not first), stream),
              "broadcast_": (int(staged), logits)}
@@ -812,4 +880,5 @@ __all__ = [
     "stage_layers",
     "take_seat",
     "traffic",
+    "vocabulary_rows",
 ]

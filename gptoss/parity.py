@@ -5,10 +5,11 @@ Generated from book/16_parity.py; edit the chapter, not this file.
 
 import math
 import os
+import sys
 import tempfile
 import types
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from gptoss.experts import ALPHA, Experts, by_expert, clamped_swiglu
 from gptoss.generate import Sampler, generate
 from gptoss.masks import visible
 from gptoss.model import Block, GptOss, RMSNorm, check_tokens, rms_norm
-from gptoss.mxfp4 import FP4_VALUES, SCALE_BIAS, decode, encode
+from gptoss.mxfp4 import BLOCK, FP4_VALUES, SCALE_BIAS, decode, encode
 from gptoss.rope import (
     apply_rope,
     inverse_frequencies,
@@ -56,17 +57,18 @@ def points(config: GptOssConfig) -> list[Key]:
             (None, "logits")]
 
 
-# --- Three contracts ---------------------------------------------------------
+# --- Four contracts ----------------------------------------------------------
 
 def attention_fp32(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
                    positions: Tensor, window: int, scale: float) -> Tensor:
     """Our operator: fp32 from q to the one rounding at the end.
 
-    q (1, T, H, C), k and v (1, T, G, C), positions (1, T), window 0: none.
-    Returns (1, T, H, C).
+    q (1, T, H, C), k and v (1, S, G, C) of positions 0 ... S - 1, positions
+    (1, T) of the queries, window 0: none. Returns (1, T, H, C).
     """
+    keys = torch.arange(k.shape[1])[None]
     return torch.ops.gptoss.sink_attention(
-        q, k, v, sinks, positions, positions, window, scale)
+        q, k, v, sinks, positions, keys, window, scale)
 
 
 def attention_hf(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
@@ -173,6 +175,7 @@ class Contract:
     experts: Callable[..., Tensor]
     inner: bool  # rounds inside attention and experts; plain torch only
     rules: Mapping[str, str]  # point -> what is rounded there
+    kernels: bool = False  # chapter 13's, which compute in bf16 alone
 
     def describe(self) -> str:
         """A line a point."""
@@ -205,7 +208,47 @@ CONTRACTS = {
         **_ONCE, "weights": "q k, times scale, softmax: each rounded",
         "heads": "summed in fp32; 1 rounding", **_EACH, **_TOPK,
         "experts": "as fp32, but bias rounded apart"}),
+    "kernels": Contract(attention_fp32, choose_stable, experts_fp32, False, {
+        **_ONCE, "turned": "tables in fp32, rounded; 1 rounding",
+        "weights": "never rounded; each exponential off by 1e-6 at most",
+        "heads": "in fp32 from q; 1 rounding", **_EACH,
+        "chosen": "of equal logits the lower index",
+        "experts": "what enters a packed product in 16-bit integers, a step "
+                   "a block; all else in fp32; 1 rounding"}, kernels=True),
 }
+PLAIN = [name for name, use in CONTRACTS.items() if not use.kernels]
+
+
+def contract_for(contract: str | None, dtype: torch.dtype) -> str:
+    """A name of CONTRACTS; for None that of what runs unasked: in bf16 the
+    kernels where they load, else plain torch, "fp32"."""
+    if contract is None and dtype == torch.bfloat16:
+        from gptoss.kernels import load_kernels
+
+        plain = load_kernels().startswith("torch")
+        return "fp32" if plain else "kernels"
+    return contract or "fp32"
+
+
+@contextmanager
+def computing(contract: str, dtype: torch.dtype) -> Iterator[str]:
+    """Inside, ours computes as the contract says: with the kernels, or with
+    plain torch, whatever is loaded. Yields which, in words.
+
+    ParityError: the kernels cannot be had here, or not for that dtype.
+    """
+    kernels = sys.modules.get("gptoss.kernels")
+    if not CONTRACTS[contract].kernels:  # never imported: none can compute
+        with kernels.plain_torch() if kernels else nullcontext():
+            yield "plain torch"
+        return
+    from gptoss.kernels import load_kernels
+
+    name = load_kernels()
+    if name.startswith("torch") or dtype != torch.bfloat16:
+        raise ParityError("contract: kernels need bfloat16 and a compiler, "
+                          f"found {str(dtype)[6:]} and {name}")
+    yield name
 
 
 # --- Black boxes -------------------------------------------------------------
@@ -301,55 +344,104 @@ def dense_shares(ids: Tensor, weights: Tensor, experts: int) -> Tensor:
     return out.scatter(1, ids, weights)
 
 
-def trace_block(block: Block, x: Tensor, tables: tuple[Tensor, Tensor],
-                positions: Tensor, use: Contract) -> dict[str, Tensor]:
-    """x (1, T, D) -> every point of one layer of ours."""
-    a, router = block.self_attn, block.mlp.router
-    call = plain_torch_layer if use.inner else own_layer
-    turn = apply_rope if use.inner else torch.ops.gptoss.rope
+Parts = Sequence[int]  # how many tokens at a time
+
+
+def in_parts(call: Callable, parts: Parts, dim: int = 0) -> Callable:
+    """call(*tensors), its tensors split along dim, its results joined."""
+    def run(*tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        split = zip(*(t.split(list(parts), dim) for t in tensors),
+                    strict=True)
+        out = [call(*part) for part in split]
+        if isinstance(out[0], tuple):
+            return tuple(torch.cat(each, dim)
+                         for each in zip(*out, strict=True))
+        return torch.cat(out, dim)
+    return run
+
+
+def trace_attention(block: Block, x: Tensor, tables: tuple[Tensor, Tensor],
+                    positions: Tensor, use: Contract, parts: Parts
+                    ) -> tuple[Tensor, ...]:
+    """x (1, T, D) -> norm, q, k, v, q and k turned, weights, heads and
+    attention, the first points of a layer of ours."""
+    a = block.self_attn
+    layer = plain_torch_layer if use.inner else own_layer
+
+    def call(module: nn.Module, value: Tensor) -> Tensor:
+        return in_parts(partial(layer, module), parts, 1)(value)
+    turn = in_parts(apply_rope if use.inner else torch.ops.gptoss.rope,
+                    parts, 1)
     norm = call(block.input_layernorm, x)
     q, k, v = (call(project, norm).unflatten(-1, (-1, a.head_dim))
                for project in (a.q_proj, a.k_proj, a.v_proj))
-    turned = [turn(t, *tables) for t in (q, k)]
+    q_turned, k_turned = (turn(t, *tables) for t in (q, k))
 
     def attend(values: Tensor) -> Tensor:
-        return use.attention(*turned, values, a.sinks, positions, a.window,
-                             a.head_dim ** -0.5)
+        return in_parts(lambda queries, at: use.attention(
+            queries, k_turned, values, a.sinks, at, a.window,
+            a.head_dim ** -0.5), parts, 1)(q_turned, positions)
     heads = attend(v)
-    attention = call(a.o_proj, heads.flatten(2))
-    middle = x + attention
-    norm_2 = call(block.post_attention_layernorm, middle)
-    logits = F.linear(norm_2[0], router.weight, router.bias)
-    weights, ids = use.choose(router, norm_2[0])
-    m, ordered = block.mlp.experts, ids.sort(-1)[0]
-    experts = use.experts(m, norm_2[0], ids, weights)
-    hidden = probe_experts(partial(use.experts, m), m, norm_2[0], ordered,
+    return (norm[0], q[0], k[0], v[0], q_turned[0], k_turned[0],
+            probe(attend, v), heads[0], call(a.o_proj, heads.flatten(2))[0])
+
+
+def trace_block(block: Block, x: Tensor, tables: tuple[Tensor, Tensor],
+                positions: Tensor, use: Contract, parts: Parts
+                ) -> dict[str, Tensor]:
+    """x (1, T, D) -> every point of one layer of ours."""
+    first = trace_attention(block, x, tables, positions, use, parts)
+    router, m = block.mlp.router, block.mlp.experts
+    middle = x[0] + first[-1]
+    norm_2 = in_parts(partial(
+        plain_torch_layer if use.inner else own_layer,
+        block.post_attention_layernorm), parts)(middle)
+    product = F.linear if use.inner else torch.ops.gptoss.linear
+    logits = in_parts(lambda rows: product(rows, router.weight, router.bias),
+                      parts)(norm_2)
+    weights, ids = in_parts(partial(use.choose, router), parts)(norm_2)
+    call, ordered = in_parts(partial(use.experts, m), parts), ids.sort(-1)[0]
+    experts = call(norm_2, ids, weights)
+    hidden = probe_experts(call, m, norm_2, ordered,
                            m.gate_up_proj_bias.shape[1] // 2, our_down(m))
     return dict(zip(LAYER_POINTS, (
-        norm[0], q[0], k[0], v[0], turned[0][0], turned[1][0],
-        probe(attend, v), heads[0], attention[0], middle[0], norm_2[0],
-        logits, ordered, dense_shares(ids, weights, logits.shape[1]), hidden,
-        experts, (middle + experts)[0]), strict=True))
+        *first, middle, norm_2, logits, ordered,
+        dense_shares(ids, weights, logits.shape[1]), hidden, experts,
+        middle + experts), strict=True))
 
 
 @torch.inference_mode()
 def trace_ours(model: GptOss, tokens: Tensor, contract: str = "fp32",
-               rope: Callable = rope_parameters) -> Trace:
-    """Every point of our model for tokens (1, T), under a contract."""
-    use, x = CONTRACTS[contract], model.embed_tokens(tokens)
-    positions = torch.arange(tokens.shape[1])[None]
+               rope: Callable = rope_parameters, parts: Parts | None = None
+               ) -> Trace:
+    """Every point of our model for tokens (1, T), under a contract.
+
+    parts: how many tokens at a time, T in sum; None: all at once.
+    ParityError: a contract that cannot be kept here (`computing`).
+    """
+    x, parts = model.embed_tokens(tokens), parts or [tokens.shape[1]]
+    with computing(contract, x.dtype):
+        return _trace(model, x, CONTRACTS[contract], rope, parts)
+
+
+def _trace(model: GptOss, x: Tensor, use: Contract, rope: Callable,
+           parts: Parts) -> Trace:
+    positions = torch.arange(x.shape[1])[None]
     inv_freq, factor = rope(model.config)
     wide = torch.promote_types(x.dtype, torch.float32)
     tables = rope_tables(positions, inv_freq.to(wide), factor, x.dtype)
     out = {(None, "embedding"): x[0]}
     for n, block in enumerate(model.layers):
-        seen = trace_block(block, x, tables, positions, use)
+        seen = trace_block(block, x, tables, positions, use, parts)
         out |= {(n, point): value for point, value in seen.items()}
         x = seen["block"][None]
-    call = plain_torch_layer if use.inner else own_layer
-    last = call(model.norm, x)
-    out[None, "last norm"] = last[0]
-    out[None, "logits"] = call(model.lm_head, last)[0]
+    last = x[0]
+    for point, module in (("last norm", model.norm),
+                          ("logits", model.lm_head)):
+        last = in_parts(partial(
+            plain_torch_layer if use.inner else own_layer, module),
+            parts)(last)
+        out[None, point] = last
     return out
 
 
@@ -629,6 +721,10 @@ def trace_openai(model: nn.Module, tokens: Tensor) -> Trace:
 
 DEVIATIONS = 5  # in Hoeffding's inequality; see the derivation
 FLOOR = 2.0 ** -120  # what underflow may leave
+EXPONENTIAL = 1e-6  # the kernels' own, chapter 13
+CHUNK = 64  # keys that their attention takes at a time
+LARGEST = 32639  # of their integers, 127 * 256 + 127
+LOST = 2.0 ** -107  # a block below this may become zeros
 Pair = tuple[Tensor, Tensor]  # float64: a value, and a bound on its error
 
 
@@ -639,26 +735,34 @@ class Rounding:
     unit: float  # of the activations' dtype
     wide: float  # of what sums are kept in
     inner: float  # of intermediate results inside attention and experts
+    step: float  # of the steps of a rotation and of an expert
+    power: float = 0.0  # what an exponential is off by, beyond `wide`
+    kernels: bool = False  # {eq}`parity-half`, and attention by chunks
 
     @classmethod
-    def of(cls, dtype: torch.dtype, inner: bool) -> "Rounding":
-        """For activations in dtype; inner as in `Contract`."""
+    def of(cls, dtype: torch.dtype, inner: bool, kernels: bool = False
+           ) -> "Rounding":
+        """For activations in dtype; inner and kernels as in `Contract`."""
         def unit(kind: torch.dtype) -> float:
             return torch.finfo(kind).eps / 2
         wide = unit(torch.promote_types(dtype, torch.float32))
-        return cls(unit(dtype), wide, unit(dtype) if inner else wide)
+        more = (wide, EXPONENTIAL, True) if kernels else (unit(dtype),)
+        return cls(unit(dtype), wide, unit(dtype) if inner else wide, *more)
 
     def sums(self, n: int) -> float:
         """Relative error of a sum of n rounded terms."""
         return min(n, DEVIATIONS * math.sqrt(n)) * self.wide
 
-    def stored(self, value: Tensor, error: Tensor) -> Pair:
-        """Rounded once more, to the activations' dtype."""
-        return value, error + self.unit * (value.abs() + error) + FLOOR
+    def stored(self, value: Tensor, error: Tensor, step: bool = False
+               ) -> Pair:
+        """Rounded once more: as activations are, or as a step is."""
+        unit = self.step if step else self.unit
+        return value, error + unit * (value.abs() + error) + FLOOR
 
     def linear(self, x: Pair, weight: Tensor, bias: Tensor, inner: bool
                ) -> Pair:
-        """x @ weight.T + bias, stored; inner: the bias is added apart."""
+        """x @ weight.T + bias, stored; inner: a step in an expert, its bias
+        added apart."""
         value, error = x
         size = value.abs() @ weight.abs().T + bias.abs()
         carried = torch.minimum(
@@ -667,7 +771,23 @@ class Rounding:
         y = value @ weight.T
         apart = self.inner * y.abs() if inner else 0.0
         return self.stored(y + bias, carried + apart + size * self.sums(
-            weight.shape[1] + 1))
+            weight.shape[1] + 1), inner)
+
+
+def half_step(x: Pair, stored: bool) -> Tensor:
+    """How far from x (…, 32 N) the kernels' integers may be, entry by entry.
+
+    stored: x comes in bf16, its step is a power of two and nothing from
+    1/64 of the block's largest on is changed; else the finest step.
+    """
+    parts = sum(t.abs() for t in x).unflatten(-1, (-1, BLOCK))
+    top = parts.amax(-1, keepdim=True)
+    if stored:
+        whole = torch.ldexp(torch.ones_like(top), top.frexp()[1] - 1)
+        half = torch.where(parts < whole / 64, whole * 2.0 ** -14, 0.0)
+    else:  # a hundredth for the rounding of the step itself
+        half = (1.01 / 2 / LARGEST * top).expand_as(parts)
+    return half.flatten(-2) + LOST
 
 
 # --- A formula with switches -------------------------------------------------
@@ -712,13 +832,15 @@ class Judge:
     """Recomputes one operation in float64 from a run's own inputs.
 
     checkpoint: open; its weights are rounded to dtype first, as every
-    loader does. inner: whether the run rounds inside attention and experts.
+    loader does. inner, kernels: of the run's `Contract`.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype,
-                 inner: bool) -> None:
+                 inner: bool, kernels: bool = False) -> None:
         self.checkpoint, self.config = checkpoint, checkpoint.config
-        self.dtype, self.rounding = dtype, Rounding.of(dtype, inner)
+        self.dtype, self.rounding = dtype, Rounding.of(dtype, inner, kernels)
+        packed = kernels and checkpoint.layout != "bf16"
+        self.packed = Rounding.of(dtype, inner, packed)  # of its experts
 
     def weight(self, name: str, layer: int | None = None,
                rows: slice | Tensor = slice(None)) -> Tensor:
@@ -827,7 +949,7 @@ def _tables(j: Judge, length: int, f: Formula) -> tuple[Pair, Pair]:
 
 def _turned(j: Judge, see: See, layer: int | None, point: str, f: Formula
             ) -> Pair:
-    x, u = see(point[0]), j.rounding.unit
+    x, u = see(point[0]), j.rounding.step
     (cos, e_cos), (sin, e_sin) = _tables(j, len(x), f)
     half = x.shape[-1] // 2
     a, b = ((x[..., ::2], x[..., 1::2]) if f.interleaved
@@ -864,6 +986,8 @@ def _scores(j: Judge, see: See, layer: int, f: Formula) -> Pair:
     top = scores.amax(-1, keepdim=True)
     inner = r.inner * (2 * finite.abs() + (finite - top).abs())
     error = F.pad((r.sums(C) + 2 * r.wide) * size, (0, 1)) + inner
+    if r.kernels:  # what was summed is rescaled when the maximum rises
+        error = error + 3 * r.wide * math.ceil(T / CHUNK)
     return scores, error.masked_fill(scores.isinf(), 0.0)
 
 
@@ -873,7 +997,7 @@ def _weights(j: Judge, see: See, layer: int | None, point: str, f: Formula
     r, probs = j.rounding, scores.softmax(-1)
     shift = error + (probs * error).sum(-1, keepdim=True)
     relative = torch.expm1(shift) + r.inner + r.sums(scores.shape[-1]) + (
-        8 * r.wide)
+        8 * r.wide + 2 * r.power)
     value, error = probs[..., :-1], (probs * relative)[..., :-1]
     return r.stored(value, error) if point == "weights" else (value, error)
 
@@ -915,31 +1039,35 @@ def _chosen(j: Judge, see: See, layer: int | None, point: str, f: Formula
 
 
 def _swiglu(r: Rounding, gate_up: Pair, f: Formula, limit: float) -> Pair:
-    """The clamped product, each of its five steps stored."""
+    """The clamped product, each of its five steps stored as a step."""
+    keep = partial(r.stored, step=True)
     low, high = ((t[..., ::2], t[..., 1::2]) for t in gate_up)
     (gate, up), (e_gate, e_up) = low, high
     gate, up = (t.clamp(a * limit, b * limit) for t, (a, b) in
                 zip((gate, up), CLAMPS[f.clamp], strict=True))
-    scaled, e = r.stored(f.alpha * gate, f.alpha * e_gate)
+    scaled, e = keep(f.alpha * gate, f.alpha * e_gate)
     sigmoid = torch.sigmoid(scaled)
-    sigmoid, e_sig = r.stored(sigmoid, e / 4 + 4 * r.wide * sigmoid)
-    glu, e_glu = r.stored(gate * sigmoid, e_gate * (sigmoid + e_sig)
-                          + gate.abs() * e_sig)
-    more, e_more = r.stored(up + f.plus_one, e_up)
-    return r.stored(more * glu, more.abs() * e_glu
-                    + e_more * (glu.abs() + e_glu))
+    sigmoid, e_sig = keep(sigmoid, e / 4 + (4 * r.wide + r.power) * sigmoid)
+    glu, e_glu = keep(gate * sigmoid, e_gate * (sigmoid + e_sig)
+                      + gate.abs() * e_sig)
+    more, e_more = keep(up + f.plus_one, e_up)
+    return keep(more * glu, more.abs() * e_glu
+                + e_more * (glu.abs() + e_glu))
 
 
 def _hidden(j: Judge, see: See, layer: int | None, point: str, f: Formula
             ) -> Pair:
     """(T, K, F), experts ascending in each row."""
-    x, ids, r = see("norm 2"), see("chosen"), j.rounding
+    x, ids, r = see("norm 2"), see("chosen"), j.packed
+    half = torch.zeros_like(x)
+    if r.kernels:
+        half = half_step((x, half), stored=True)
     bias = f.up_bias * j.weight("mlp.experts.gate_up_proj_bias", layer)
     out = [torch.zeros(*ids.shape, bias.shape[1] // 2, dtype=x.dtype)
            for _ in range(2)]
     for e in ids.unique().tolist():
         n, k = torch.where(ids == e)
-        both = r.linear((x[n], torch.zeros_like(x[n])),
+        both = r.linear((x[n], half[n]),
                         j.expert("gate_up_proj", layer, e, f), bias[e], True)
         if f.gate_up == "swapped":
             both = [t.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
@@ -948,6 +1076,9 @@ def _hidden(j: Judge, see: See, layer: int | None, point: str, f: Formula
             both = [torch.stack(t.chunk(2, -1), -1).flatten(-2)
                     for t in both]
         hidden = _swiglu(r, tuple(both), f, j.config.swiglu_limit)
+        if r.kernels:  # integers once more, and only then into bf16
+            value, error = hidden
+            hidden = r.stored(value, error + half_step(hidden, stored=False))
         for whole, part in zip(out, hidden, strict=True):
             whole[n, k] = part
     return tuple(out)
@@ -957,20 +1088,23 @@ def _experts(j: Judge, see: See, layer: int | None, point: str, f: Formula
              ) -> Pair:
     """The K outputs, weighted and summed, from the hidden vectors."""
     hidden, ids, shares = see("hidden"), see("chosen"), see("shares")
+    r = j.packed
+    off = r.unit * hidden.abs()  # the probe may have rounded the other way
+    if r.kernels:  # and an integer may be another there: a whole step
+        off = off + 2 * half_step((hidden, off), stored=False)
     bias = f.down_bias * j.weight("mlp.experts.down_proj_bias", layer)
     y, size, error = (torch.zeros(len(ids), bias.shape[1], dtype=bias.dtype)
                       for _ in range(3))
     for e in ids.unique().tolist():
         n, k = torch.where(ids == e)
         weight, down = shares[n, e, None], j.expert("down_proj", layer, e, f)
-        h = hidden[n, k]  # the probe may have rounded the other way
-        value, wrong = j.rounding.linear(
-            (h, j.rounding.unit * h.abs()), down, bias[e], True)
+        value, wrong = r.linear((hidden[n, k], off[n, k]), down, bias[e],
+                                True)
         y[n] += weight * value
         size[n] += weight * value.abs()
         error[n] += weight * wrong
     steps = ids.shape[1] + 1  # the weighting, and K additions
-    return j.rounding.stored(y, error + steps * j.rounding.inner * size)
+    return r.stored(y, error + steps * r.inner * size)
 
 
 def _embedding(j: Judge, see: See, layer: int | None, point: str,
@@ -1106,17 +1240,21 @@ def _swap_nibbles(block: Block) -> None:
 
 
 def _clamp_below(block: Block) -> None:
-    """The gate's clamp(max=limit) becomes clamp(min=-limit)."""
+    """The gate's clamp(max=limit) becomes clamp(min=-limit); in fp32, which
+    is within the rounding of every contract."""
     experts = block.mlp.experts
 
     def one(e: int, rows: Tensor) -> Tensor:
-        up, down = expert_weights(experts, e, rows.dtype)
-        gate, up = F.linear(rows, up, experts.gate_up_proj_bias[e]).unflatten(
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        up, down, up_bias, down_bias = (t.to(wide) for t in (
+            *expert_weights(experts, e, wide), experts.gate_up_proj_bias[e],
+            experts.down_proj_bias[e]))
+        gate, up = F.linear(rows.to(wide), up, up_bias).unflatten(
             -1, (-1, 2)).unbind(-1)
         gate = gate.clamp(min=-experts.limit)
         up = up.clamp(-experts.limit, experts.limit)
         hidden = (up + 1) * (gate * torch.sigmoid(ALPHA * gate))
-        return F.linear(hidden, down, experts.down_proj_bias[e])
+        return F.linear(hidden, down, down_bias)
     experts.forward = lambda x, ids, weights: by_expert(
         x, ids, weights, len(experts.gate_up_proj_bias), one)
 
@@ -1164,7 +1302,7 @@ FAULTS = {
 
 
 def trace_faulty(model: GptOss, tokens: Tensor, fault: str,
-                 contract: str = "fp32") -> Trace:
+                 contract: str = "fp32", parts: Parts | None = None) -> Trace:
     """`trace_ours` after one of FAULTS was planted; the model stays broken.
 
     ParityError: no such fault.
@@ -1174,10 +1312,10 @@ def trace_faulty(model: GptOss, tokens: Tensor, fault: str,
                           f"found {fault}")
     change = FAULTS[fault][0]
     if change in (_truncated, _unconcentrated):
-        return trace_ours(model, tokens, contract, change)
+        return trace_ours(model, tokens, contract, change, parts)
     for block in model.layers:
         change(block)
-    return trace_ours(model, tokens, contract)
+    return trace_ours(model, tokens, contract, parts=parts)
 
 
 # --- The report --------------------------------------------------------------
@@ -1269,12 +1407,12 @@ def table_rows(sides: Mapping[str, Trace | None], excesses: Mapping[str, dict],
 
 
 def three_traces(model: GptOss, path: Path, tokens: Tensor, against: str,
-                 dtype: torch.dtype, contract: str, fault: str | None
-                 ) -> dict[str, Trace | None]:
+                 dtype: torch.dtype, contract: str, fault: str | None,
+                 parts: Parts | None = None) -> dict[str, Trace | None]:
     """ours, theirs and exact (our float64 run; none beside "streamed",
     which is for models that fill the memory); names as in `report`."""
-    ours = (trace_faulty(model, tokens, fault, contract) if fault
-            else trace_ours(model, tokens, contract))
+    ours = (trace_faulty(model, tokens, fault, contract, parts) if fault
+            else trace_ours(model, tokens, contract, parts=parts))
     theirs = REFERENCES[against][0](path, tokens, dtype)
     exact = (theirs if against == "float64" else None
              if against == "streamed"
@@ -1313,20 +1451,34 @@ def chosen_too(tokens: Tensor, before: int, theirs: Trace) -> dict:
             "same": int((ours == chosen).sum())}
 
 
+ONE_BY_ONE = 16  # tokens that a walk over kernels takes as decoding does
+
+
+def taken(tokens: Tensor, written: int, contract: str) -> list[int]:
+    """The parts of a walk: under "kernels" those that `generate` would take,
+    the prompt at once and each token written after it alone; of a prompt
+    after which nothing is written the last ONE_BY_ONE."""
+    T = tokens.shape[1]
+    alone = min(written or ONE_BY_ONE, T - 1)
+    return ([T - alone] + [1] * alone if CONTRACTS[contract].kernels
+            else [T])
+
+
 def report(path: str | Path, against: str = "transformers",
            tokens: Tensor | None = None, dtype: torch.dtype = torch.float32,
-           contract: str = "fp32", fault: str | None = None,
-           new_tokens: int = 0) -> dict:
+           contract: str | None = None, fault: str | None = None,
+           new_tokens: int = 0, compact: bool = False) -> dict:
     """Walk ours and a reference over tokens (1, T), judge both.
 
     path: a folder or hub id; against: one of REFERENCES; dtype: of both
-    (the reference float64 has its own); contract: one of CONTRACTS, ours;
-    fault: one of FAULTS to plant in ours; new_tokens: how many ours writes
-    first, greedily, and both then walk over too. All in memory at once,
+    (the reference float64 has its own); contract: one of CONTRACTS, ours
+    (None: `contract_for`); fault: one of FAULTS to plant in ours;
+    new_tokens: how many ours writes first, greedily, and both then walk over
+    too; compact: decode with matrices in twelve bits. All in memory at once,
     the reference decoded, unless "streamed", which "transformers" becomes
     where `too_large`. ParityError: an unknown name, a missing package.
     Returns what json.dump takes: rows, logits, generated, findings,
-    verdict.
+    verdict, and as "kernels" what ours computed with.
     """
     for option, name, known in (
             ("against", against, REFERENCES), ("fault", fault, FAULTS),
@@ -1334,27 +1486,27 @@ def report(path: str | Path, against: str = "transformers",
         if name is not None and name not in known:
             raise ParityError(f"{option}: expected one of "
                               f"{', '.join(known)}, found {name}")
-    path = resolve(path)
-    with Checkpoint.open(path) as checkpoint:
+    path, contract = resolve(path), contract_for(contract, dtype)
+    with (Checkpoint.open(path) as checkpoint,
+          computing(contract, dtype) as what):
         if tokens is None:
             tokens = default_tokens(checkpoint.config)
         if against == "transformers" and too_large(checkpoint.config, dtype):
             against = "streamed"
-        before = tokens.shape[1]
-        model = GptOss.from_pretrained(path, dtype)
+        before, model = tokens.shape[1], GptOss.from_pretrained(path, dtype)
+        if compact:
+            make_compact(model, contract)
         tokens = written_on(model, tokens, new_tokens)
+        parts = taken(tokens, new_tokens, contract)
         traces = three_traces(model, path, tokens, against, dtype, contract,
-                              fault)
-        kind = torch.float64 if against == "float64" else dtype
-        judged = {side: judge_walk(Judge(checkpoint, *how), traces[side], name)
-                  for side, name, how in (
-                      ("ours", "ours", (dtype, CONTRACTS[contract].inner)),
-                      ("theirs", against, (kind, REFERENCES[against][1])))}
+                              fault, parts)
+        judged = judge_both(checkpoint, traces, dtype, contract, against)
         rows = table_rows(traces, {side: found for side, (found, _)
                                    in judged.items()},
                           points(checkpoint.config))
     findings = [finding for _, finding in judged.values() if finding]
     return {"path": str(path), "against": against, "contract": contract,
+            "kernels": what, "compact": compact, "parts": parts,
             "dtype": str(dtype).removeprefix("torch."),
             "tokens": before, "rows": rows,
             "generated": chosen_too(tokens, before, traces["theirs"]),
@@ -1362,6 +1514,28 @@ def report(path: str | Path, against: str = "transformers",
                                      traces["theirs"][None, "logits"]),
             "findings": [vars(finding) for finding in findings],
             "verdict": verdict(rows, findings)}
+
+
+def judge_both(checkpoint: Checkpoint, traces: Mapping[str, Trace],
+               dtype: torch.dtype, contract: str, against: str
+               ) -> dict[str, tuple[dict[Key, float], Finding | None]]:
+    """`judge_walk` of ours, under its contract, and of the reference."""
+    use, (_, inner) = CONTRACTS[contract], REFERENCES[against]
+    kind = torch.float64 if against == "float64" else dtype
+    return {side: judge_walk(Judge(checkpoint, *how), traces[side], name)
+            for side, name, how in (
+                ("ours", "ours", (dtype, use.inner, use.kernels)),
+                ("theirs", against, (kind, inner)))}
+
+
+def make_compact(model: GptOss, contract: str) -> None:
+    """Chapter 13's, in place. ParityError: not under that contract."""
+    if not CONTRACTS[contract].kernels:
+        raise ParityError(f"compact: expected the contract kernels, found "
+                          f"{contract}")
+    from gptoss import kernels
+
+    kernels.make_compact(model)
 
 
 def verdict(rows: list[dict], findings: list[Finding]) -> str:
@@ -1379,7 +1553,10 @@ def verdict(rows: list[dict], findings: list[Finding]) -> str:
 
 def parity_table(result: dict) -> str:
     """The report as text."""
-    lines, made = [], result["generated"]
+    made, parts = result["generated"], result["parts"]
+    lines = [f"ours: {result['kernels']}, contract {result['contract']}, "
+             f"{result['dtype']}; {parts[0]} tokens at once"
+             + (f", then {len(parts) - 1} one by one" if parts[1:] else "")]
     if made["tokens"]:
         lines.append(f"{len(made['tokens'])} tokens written by ours; the "
                      f"reference chooses the same {made['same']} times\n")
@@ -1408,10 +1585,12 @@ def parity_table(result: dict) -> str:
 
 
 __all__ = [
+    "CHUNK",
     "CLAMPS",
     "CONTRACTS",
     "Contract",
     "DEVIATIONS",
+    "EXPONENTIAL",
     "FAULTS",
     "FLOOR",
     "Finding",
@@ -1420,10 +1599,15 @@ __all__ = [
     "JUDGES",
     "Judge",
     "Key",
+    "LARGEST",
     "LAYER_POINTS",
+    "LOST",
+    "ONE_BY_ONE",
     "OPENAI_POINTS",
+    "PLAIN",
     "Pair",
     "ParityError",
+    "Parts",
     "REFERENCES",
     "RIGHT",
     "Rounding",
@@ -1438,6 +1622,8 @@ __all__ = [
     "chosen_too",
     "compare",
     "compare_logits",
+    "computing",
+    "contract_for",
     "copying",
     "default_tokens",
     "dense_shares",
@@ -1448,12 +1634,16 @@ __all__ = [
     "experts_hf",
     "experts_openai",
     "explain",
+    "half_step",
     "hooked",
     "import_transformers",
+    "in_parts",
+    "judge_both",
     "judge_walk",
     "keeper",
     "load_openai",
     "load_transformers",
+    "make_compact",
     "other_experts",
     "our_down",
     "own_layer",
@@ -1467,9 +1657,11 @@ __all__ = [
     "stream_transformers",
     "swapped_in",
     "table_rows",
+    "taken",
     "their_tensors",
     "three_traces",
     "too_large",
+    "trace_attention",
     "trace_block",
     "trace_faulty",
     "trace_openai",

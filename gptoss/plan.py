@@ -15,6 +15,7 @@ from gptoss.config import (
     expert_bytes,
 )
 from gptoss.parallel import (
+    ParallelError,
     Seat,
     cut,
     fits,
@@ -45,6 +46,7 @@ class Card:
 CARDS = (Card("24 GB, PCIe", 24e9, 1008e9, 32e9, 6.6e-6, 1.0e-6),
          Card("40 GB, NVLink", 40e9, 1555e9, 300e9, 6.6e-6, 0.6e-6),
          Card("80 GB, NVLink", 80e9, 3350e9, 450e9, 6.6e-6, 0.6e-6))
+MOST_CONTEXT = 2 ** 30  # tokens; no configuration has more positions
 RESERVE = 1.5e9  # bytes of a card for CUDA, NCCL and activations (assumed)
 
 
@@ -105,9 +107,10 @@ def token_seconds(config: GptOssConfig, seat: Seat, card: Card,
 
 @dataclass(frozen=True)
 class Setup:
-    """So many cards for a model: bytes on the fullest of them, whether
-    that fits, the longest context that would, and tokens a second with
-    shared tensors, and with a stage a card (None: does not divide)."""
+    """So many cards for a model: bytes on the fullest of them (0: it divides
+    in no way), whether that fits, the longest context that would, and tokens
+    a second with shared tensors, and with a stage a card (None: it does not
+    divide so)."""
 
     gpus: int
     card: str
@@ -123,6 +126,8 @@ def setup(config: GptOssConfig, gpus: int, card: Card, context: int
           ) -> Setup:
     """One row of a plan: bf16, one sequence of `context` tokens."""
     shared = fits(config, gpus)
+    if not shared and gpus > config.num_hidden_layers:
+        return Setup(gpus, card.name, 0, 0, False, 0, None, None)
     seats = [take_seat(config, rank, gpus, 1 if shared else gpus)
              for rank in range(gpus)]
     full = max(seats, key=lambda seat: sum(seat_bytes(config, seat).values()))
@@ -143,6 +148,10 @@ def setup(config: GptOssConfig, gpus: int, card: Card, context: int
 
 def plan(config: GptOssConfig, context: int = 8192) -> list[Setup]:
     """What 1, 2, 4 and 8 of CARDS can do with a model."""
+    if not 1 <= context <= MOST_CONTEXT:
+        raise ParallelError(f"--context: expected 1 to {MOST_CONTEXT:,} "
+                            "tokens, found "
+                            + ("more" if context > 1 else f"{context}"))
     return [setup(config, gpus, card, context)
             for card in CARDS for gpus in (1, 2, 4, 8)]
 
@@ -163,13 +172,15 @@ def plan_table(name: str, config: GptOssConfig, context: int = 8192) -> str:
         lines.append(f"{row.gpus} x {row.card:13} {gb:14.1f} "
                      + (f"{row.longest:14,}{number(row.tensor)} "
                         f"{number(row.pipeline)}" if row.fits
-                        else f"{'does not fit':>14}"))
+                        else f"{'does not fit':>14}" if row.weights
+                        else f"{'not divisible':>14}"))
     return "\n".join(lines)
 
 
 __all__ = [
     "CARDS",
     "Card",
+    "MOST_CONTEXT",
     "RESERVE",
     "Setup",
     "expected_most",

@@ -5,13 +5,15 @@ Generated from book/16_parity.py; edit the chapter, not this file.
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from gptoss.checkpoint import random_tensors
@@ -32,12 +34,15 @@ from gptoss.sinks import attention_concat
 
 # --- Vectors for other languages ---------------------------------------------
 
-VERSION = 1
+VERSION, FORMAT = 1, "gpt-oss conformance vectors"
+FILES = ("index.json", "vectors.safetensors")
+GREEDY = 1000  # tokens at most that a case may ask for
 Tensors = dict[str, Tensor]
 
 
 class VectorError(ValueError):
-    """A folder of vectors that cannot be read; names the file."""
+    """A folder of vectors that cannot be read or written; names the file,
+    and the case where it is one."""
 
 
 def _op_mxfp4(t: Tensors, p: Mapping, dtype: torch.dtype) -> Tensors:
@@ -95,9 +100,19 @@ def _state(t: Tensors, prefix: str) -> Tensors:
             if name.startswith((prefix, "lm_head"))}
 
 
+def _config(t: Tensors, p: Mapping) -> GptOssConfig:
+    """The case's, if it has weights for as many layers: making a million
+    empty ones would take hours."""
+    config = GptOssConfig.from_dict(p["config"])
+    if config.num_hidden_layers > len(t):
+        raise VectorError(f"{config.num_hidden_layers} layers of which only "
+                          f"{len(t)} tensors are there")
+    return config
+
+
 @torch.inference_mode()
 def _op_block(t: Tensors, p: Mapping, dtype: torch.dtype) -> Tensors:
-    config = GptOssConfig.from_dict(p["config"])
+    config = _config(t, p)
     block = Block(config, p["layer"], dtype, "meta")
     block.load_state_dict(_state(t, f"model.layers.{p['layer']}."),
                           assign=True)
@@ -110,9 +125,12 @@ def _op_block(t: Tensors, p: Mapping, dtype: torch.dtype) -> Tensors:
 
 @torch.inference_mode()
 def _op_model(t: Tensors, p: Mapping, dtype: torch.dtype) -> Tensors:
-    model = GptOss(GptOssConfig.from_dict(p["config"]), dtype, "meta")
+    model = GptOss(_config(t, p), dtype, "meta")
     model.load_state_dict(_state(t, "model."), assign=True)
     row = t["tokens"].long()[None]
+    if not 0 < p["greedy"] <= GREEDY:
+        raise VectorError(f"greedy: expected 1 to {GREEDY}, found "
+                          f"{p['greedy']}")
     logits = model(row)[0]
     for _ in range(p["greedy"]):
         best = model(row)[:, -1:].argmax(-1)
@@ -321,7 +339,7 @@ def far_off(found: Tensor, wanted: Tensor, atol: float, rtol: float
     same = (a == b) | (a.isnan() & b.isnan())
     error = ((a - b).abs() / (atol + rtol * b.abs())).nan_to_num(
         nan=torch.inf, posinf=torch.inf)
-    return error.masked_fill(same, 0.0).max().item()
+    return max(error.masked_fill(same, 0.0).flatten().tolist(), default=0.0)
 
 
 def write(folder: str | Path) -> list[Path]:
@@ -329,10 +347,12 @@ def write(folder: str | Path) -> list[Path]:
 
     Float inputs are bf16 numbers, so they are the same in every dtype.
     Float outputs come from a run in float64, rounded once to fp32: what
-    exact arithmetic gives (frequencies are fp32 by definition).
+    exact arithmetic gives (frequencies are fp32 by definition). An older
+    set is replaced; VectorError: other files of these names are there.
     """
     folder, stored, index = Path(folder), {}, []
-    folder.mkdir(parents=True, exist_ok=True)
+    for file in FILES:
+        _check_ours(folder, folder / file)
     for case in all_cases():
         keys = {name: value if isinstance(value, str)
                 else f"{case.name}/in/{name}"
@@ -357,53 +377,186 @@ def write(folder: str | Path) -> list[Path]:
     return _save(folder, stored, index)
 
 
+def _check_ours(folder: Path, file: Path) -> None:
+    """Raise VectorError if `file` is there and not of an earlier set."""
+    if not os.path.lexists(file):
+        return
+    with suppress(OSError, ValueError, RecursionError, TypeError, KeyError):
+        index = json.loads((folder / FILES[0]).read_bytes())
+        whole = file.name == FILES[0] or index["sha256"] == hashlib.sha256(
+            file.read_bytes()).hexdigest()
+        if index["format"] == FORMAT and whole:
+            return
+    raise VectorError(f"{file}: exists, and is not of a set of vectors; "
+                      "nothing was written")
+
+
+def _put(file: Path, data: bytes) -> None:
+    """Write a file beside its place, then move it there."""
+    beside = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        with beside.open("xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(beside, file)
+    except BaseException:
+        with suppress(OSError):
+            beside.unlink()
+        raise
+
+
 def _save(folder: Path, stored: Tensors, cases: list[dict]) -> list[Path]:
-    files = [folder / "index.json", folder / "vectors.safetensors"]
-    files[1].write_bytes(save({key: stored[key].contiguous().clone()
-                               for key in sorted(stored)}))
+    files = [folder / name for name in FILES]
+    data = save({key: stored[key].contiguous().clone()
+                 for key in sorted(stored)})
     index = {
-        "format": "gpt-oss conformance vectors", "version": VERSION,
-        "file": files[1].name,
-        "sha256": hashlib.sha256(files[1].read_bytes()).hexdigest(),
+        "format": FORMAT, "version": VERSION, "file": FILES[1],
+        "sha256": hashlib.sha256(data).hexdigest(),
         "near": "[atol, rtol]: |found - wanted| <= atol + rtol |wanted|; "
                 "NaN equals NaN; null: not defined in this dtype",
         "operations": {name: text for name, (_, text)
                        in OPERATIONS.items()},
         "cases": cases}
-    files[0].write_text(json.dumps(index, indent=1) + "\n", "utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    _put(files[1], data)
+    _put(files[0], (json.dumps(index, indent=1) + "\n").encode())
     return files
 
 
-def read_vectors(folder: str | Path) -> tuple[dict, Tensors]:
-    """The index and all tensors. VectorError: a file that is missing,
-    changed, or of another version."""
-    file = Path(folder) / "index.json"
+_KIND = {str: "a string", dict: "an object", list: "a list"}
+
+
+def _entry(of: object, name: str, kind: type, where: str) -> object:
+    """of[name], which must be of that kind."""
+    found = of.get(name) if isinstance(of, dict) else None
+    if not isinstance(found, kind):
+        raise VectorError(f"{where}: {name}: expected {_KIND[kind]}, found "
+                          f"{type(found).__name__}")
+    return found
+
+
+def _check_near(near: object, where: str) -> None:
+    """[atol, rtol], neither negative nor huge, or None."""
+    if near is not None and not (
+            isinstance(near, list) and len(near) == 2 and all(
+                type(x) in (int, float) and 0 <= x < 2 ** 60
+                for x in near)):
+        raise VectorError(f"{where}: expected [atol, rtol] or null, found "
+                          f"{near!r}")
+
+
+def _check_numbers(value: object, where: str) -> None:
+    """No number is so large that a case could ask for all memory."""
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            _check_numbers(each, where)
+    elif type(value) in (int, float) and not abs(value) <= 2 ** 20:
+        raise VectorError(f"{where}: expected numbers up to 2**20, found "
+                          f"{value!r:.40}")
+
+
+def _check_case(case: object, number: int, file: Path, stored: Tensors
+                ) -> None:
+    """Raise VectorError unless `check` can work with a case's entries."""
+    where = f"{file}: case {number}"
+    where = f"{file}: case {_entry(case, 'name', str, where)!r}"
+    operation = _entry(case, "operation", str, where)
+    if operation not in OPERATIONS:
+        raise VectorError(f"{where}: operation: expected one of "
+                          f"{', '.join(OPERATIONS)}, found {operation!r}")
+    _check_numbers(_entry(case, "parameters", dict, where),
+                   f"{where}: parameters")
+    used = [*_entry(case, "inputs", dict, where).items()]
+    for name, out in _entry(case, "outputs", dict, where).items():
+        at = f"{where}: outputs: {name}"
+        used.append((name, _entry(out, "tensor", str, at)))
+        for kind in ("float32", "bfloat16"):
+            if kind not in out:
+                raise VectorError(f"{at}: {kind}: expected [atol, rtol] or "
+                                  "null, found nothing")
+            _check_near(out[kind], f"{at}: {kind}")
+    for name, key in used:
+        if not isinstance(key, str) or key not in stored:
+            raise VectorError(f"{where}: {name}: expected a tensor of "
+                              f"{FILES[1]}, found {key!r}")
+
+
+def _read(file: Path) -> bytes:
+    """A plain file's content, which leaves its folder by no link."""
     try:
-        index = json.loads(file.read_text("utf-8"))
-        if index["version"] != VERSION:
-            raise VectorError(f"{file}: version: expected {VERSION}, found "
-                              f"{index['version']}")
-        data = file.parent / index["file"]
-        digest = hashlib.sha256(data.read_bytes()).hexdigest()
-    except OSError as error:
-        raise VectorError(f"{error.filename}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+        if file.resolve().parent != file.parent.resolve():
+            raise VectorError(f"{file}: expected a file in its folder, found "
+                              f"a link to {file.resolve()}")
+        if file.exists() and not file.is_file():
+            raise VectorError(f"{file}: expected a plain file")
+        return file.read_bytes()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a ring
+        why = getattr(error, "strerror", None) or error
+        raise VectorError(f"{file}: {why}") from error
+
+
+def _read_index(file: Path) -> dict:
+    """index.json, its head checked, its cases not yet."""
+    try:
+        index = json.loads(_read(file))
+    except (ValueError, RecursionError) as error:
         if isinstance(error, VectorError):
             raise
         raise VectorError(f"{file}: expected an index of vectors, found "
                           f"{type(error).__name__}: {error}") from error
+    if not isinstance(index, dict) or index.get("version") != VERSION:
+        found = index.get("version") if isinstance(index, dict) else index
+        raise VectorError(f"{file}: version: expected {VERSION}, found "
+                          f"{found!r:.40}")
+    name = _entry(index, "file", str, str(file))
+    if "/" in name or "\\" in name or name in ("", ".", "..") or (
+            "\0" in name):
+        raise VectorError(f"{file}: file: expected a name in this folder, "
+                          f"found {name!r:.80}")
+    _entry(index, "sha256", str, str(file))
+    _entry(index, "cases", list, str(file))
+    return index
+
+
+def read_vectors(folder: str | Path) -> tuple[dict, Tensors]:
+    """The index and all tensors. VectorError: a file that is missing,
+    changed, or of another version; an index that is not one."""
+    file = Path(folder) / FILES[0]
+    index = _read_index(file)
+    data = file.parent / index["file"]
+    raw = _read(data)
+    digest = hashlib.sha256(raw).hexdigest()
     if digest != index["sha256"]:
-        raise VectorError(f"{data}: expected sha256 {index['sha256']}, "
+        raise VectorError(f"{data}: expected sha256 {index['sha256']:.80}, "
                           f"found {digest}")
-    return index, load_file(data)
+    stored = _tensors(lambda: load(raw), data)
+    for number, case in enumerate(index["cases"]):
+        _check_case(case, number, file, stored)
+    return index, stored
 
 
-def _read_answers(file: Path) -> Tensors:
+def _tensors(read: Callable[[], Tensors], file: Path) -> Tensors:
+    """Tensors of a safetensors file; VectorError, if it is none."""
     try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise VectorError(f"{file}: expected a safetensors file of answers, "
-                          f"found {error}") from error
+        return read()
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError,
+            TypeError, AttributeError, OverflowError) as error:
+        raise VectorError(f"{file}: expected a safetensors file, found "
+                          f"{type(error).__name__}: {error}") from error
+
+
+def _computed(case: dict, inputs: Tensors, kind: str, file: Path) -> Tensors:
+    """`run_case`; what it cannot compute from such inputs is told as the
+    case's mistake."""
+    try:
+        return run_case(case["operation"], inputs, case["parameters"],
+                        getattr(torch, kind))
+    except Exception as error:  # any: inputs of any shape, type and number
+        raise VectorError(
+            f"{file}: case {case['name']!r}: inputs that {case['operation']} "
+            f"cannot take ({type(error).__name__}: "
+            f"{' '.join(str(error).split()):.160})") from error
 
 
 def check(folder: str | Path, answers: str | Path | None = None,
@@ -412,17 +565,18 @@ def check(folder: str | Path, answers: str | Path | None = None,
 
     By default this package, in float32 and bfloat16. With answers: a port's
     safetensors file, which has the outputs that it computed, in dtype, under
-    the names of the index. VectorError: as `read_vectors`.
+    the names of the index. VectorError: as `read_vectors`, and a case that
+    cannot be computed.
     """
     index, stored = read_vectors(folder)
-    given = None if answers is None else _read_answers(Path(answers))
+    given = None if answers is None else _tensors(
+        lambda: load_file(answers), Path(answers))
     wrong = []
     for case in index["cases"]:
         inputs = {name: stored[key] for name, key in case["inputs"].items()}
         for kind in ("float32", "bfloat16") if given is None else (dtype,):
-            found = given if given is not None else run_case(
-                case["operation"], inputs, case["parameters"],
-                getattr(torch, kind))
+            found = given if given is not None else _computed(
+                case, inputs, kind, Path(folder) / FILES[0])
             for name, out in case["outputs"].items():
                 key = name if given is None else out["tensor"]
                 if out[kind] is None:
@@ -437,6 +591,9 @@ def check(folder: str | Path, answers: str | Path | None = None,
 
 __all__ = [
     "EDGES",
+    "FILES",
+    "FORMAT",
+    "GREEDY",
     "OPERATIONS",
     "TINY_CONFIG",
     "Tensors",

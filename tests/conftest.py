@@ -1,17 +1,75 @@
-"""What all tests share: one core, no network, no run-to-run chance."""
+"""What all tests share: one core, no network, no run-to-run chance; and the
+path that the model takes.
+
+GPTOSS_KERNELS decides the path for a whole process: plain torch unless it
+says otherwise. `make unit` runs every test so, and then those marked
+`both_paths` again with GPTOSS_KERNELS=auto, as users run them: with chapter
+13's kernels. Kernels compute in bf16 alone, in fp32 and float64 both paths
+give the same bits (test_paths.py), so the second run leaves out what BOTH
+leaves out.
+"""
 
 import os
+from fnmatch import fnmatch
 
-# kernels register for a whole process; only test_kernels.py wants them
 os.environ.setdefault("GPTOSS_KERNELS", "torch")
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+# the same examples in every run, whatever earlier runs found
+hypothesis.settings.register_profile("fixed", derandomize=True, database=None)
+hypothesis.settings.load_profile("fixed")
+
+# file -> its tests (patterns) that run on the kernels' path too
+BOTH = {
+    "test_paths.py": ["*"],
+    "test_parity.py": ["test_no_false_alarm*", "test_parity_judges*",
+                       "test_plain_torch*", "test_kernels*", "test_twelve*",
+                       "test_planted_in_ours*dtype1*", "test_wrong_choice*",
+                       "test_too_large*", "test_table*",
+                       "test_one_scale*", "test_eight_bits*"],
+    "test_model.py": ["*other_dtypes*", "*every_layout*", "*it_trains*",
+                      "*logits_to_keep*", "*rows_of_a_batch*", "*sees_only*"],
+    "test_cache.py": ["*own_rounding*", "*unequal_prompts*"],
+    "test_generate.py": ["*(model*", "*uncached*", "*chunks_of*",
+                         "*goes_on*", "*a_batch*", "*complete*"],
+    "test_chat.py": ["*answer_alike*", "*memory_is_exact*", "*piped_lines*"],
+    "test_parallel.py": ["*threads_give*", "*experts_are_split*",
+                         "*rehears*"],
+    "test_decode_step.py": ["*bit_for_bit*", "*the_same_text*",
+                            "*near_the_ordinary*"],
+    "test_vectors.py": ["*holds_to_the_set*", "*every_contract*"],
+}
+
+ON_KERNELS = os.environ["GPTOSS_KERNELS"] != "torch"
+if ON_KERNELS:  # now, and not by whichever test calls an operator first
+    from gptoss.kernels import load_kernels
+
+    LOADED = load_kernels()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "both_paths: run with plain torch and with the kernels")
+
+
+def pytest_report_header() -> str | None:
+    return f"path of the model: {LOADED}" if ON_KERNELS else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(fnmatch(item.name, pattern)
+               for pattern in BOTH.get(item.path.name, ())):
+            item.add_marker(pytest.mark.both_paths)
+            if ON_KERNELS and LOADED.startswith("torch"):
+                item.add_marker(pytest.mark.skip(
+                    reason=f"no kernels here: {LOADED}"))
 
 
 @pytest.fixture(autouse=True)

@@ -157,7 +157,7 @@ def wrong_shape(folder):
 
 
 def wrong_dtype(folder):
-    tensor(folder, ROUTER, lambda t: t.to(torch.float64))
+    tensor(folder, ROUTER, lambda t: t.to(torch.int64))
     return ROUTER
 
 
@@ -204,7 +204,7 @@ def another_model(folder):
 
 
 def tied_embeddings(folder):
-    config(folder, tie_word_embeddings=True)
+    config(folder, tie_word_embeddings="yes")
     return "tie_word_embeddings"
 
 

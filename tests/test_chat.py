@@ -4,16 +4,24 @@ Most tests use a small random model whose choices are scripted: it computes
 and fills its cache like any other, and then writes what the test wants.
 """
 
+import asyncio
 import dataclasses
+import datetime
+import enum
+import functools
 import gc
 import json
+import logging
 import os
+import random
 import re
 import select
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
@@ -21,14 +29,17 @@ from typing import (
     Annotated,
     Any,
     Literal,
+    NamedTuple,
     NotRequired,
     Optional,
     TypedDict,
     Union,
 )
 
+import pydantic
 import pytest
 import torch
+import typing_extensions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -48,7 +59,13 @@ from gptoss.chat import (
 )
 from gptoss.config import GptOssConfig
 from gptoss.generate import GenerateError, Sampler
-from gptoss.harmony import Message, Tokenizer, render, tokenizer_json
+from gptoss.harmony import (
+    Message,
+    Tokenizer,
+    render,
+    tokenizer_json,
+    typescript,
+)
 from gptoss.model import GptOss
 
 CONTROL = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>",
@@ -173,7 +190,38 @@ def changed(base: dict, **new: object) -> dict:
      "messages[0].content[0]: expected {'type': 'text'"),
     ([user([{"type": "text"}])], "messages[0].content[0]"),
     ([user("a\ud800")], "messages[0].content: expected Unicode"),
-    ([user("a"), {"role": "assistant"}], "messages[1].content"),
+    ([user("a"), {"role": "assistant"}],
+     "messages[1].role: expected the user or a tool to speak last"),
+    ([user("a") | {"text": "b"}],
+     "messages[0].text: expected no keys but role, content, name, found 'b'"),
+    ([user("a") | {"name": "a b"}], "messages[0].name: expected 1 to 64"),
+    ([{"role": "system", "content": "a", "name": "b"}], "messages[0].name"),
+    ([user([{"type": "text", "text": "a", "style": "b"}])],
+     "messages[0].content[0].style"),
+    ([user("a"), ASKS | {"function_call": {"name": "f"}}, TELLS],
+     "messages[1].function_call"),
+    ([user("a"), {"role": "assistant", "audio": {"id": "x"}}, user("b")],
+     "messages[1].audio"),
+    ([user("a"), {"role": "assistant", "content": "b", "prefix": True},
+      user("b")], "messages[1].prefix"),
+    ([user("a"), {"role": "assistant", "content": "b", "phase": "final"},
+      user("b")], "messages[1].phase: expected one of commentary, "),
+    ([user("a"), {"role": "assistant", "reasoning": "b", "thinking": "c"},
+      user("b")], "messages[1].thinking: expected the same as reasoning"),
+    ([user("a"), {"role": "assistant", "reasoning_details": [
+        {"type": "reasoning.encrypted", "data": "x"}]}, user("b")],
+     "messages[1].reasoning_details[0].type: expected one of"),
+    ([user("a"), ASKS, TELLS | {"name": "g"}],
+     "messages[2].name: expected functions.f, which was called, found 'g'"),
+    ([user("a"), ASKS, TELLS | {"is_error": True}], "messages[2].is_error"),
+    ([{"role": "function", "name": "f", "content": "a"}], "'function'"),
+    ([{"type": "reasoning", "encrypted_content": "x"}, user("a")],
+     "messages[0].encrypted_content"),
+    ([{"type": "web_search_call"}, user("a")], "messages[0].type"),
+    ([{"type": "reasoning", "content": 3}, user("a")],
+     "messages[0]: expected lists"),
+    ([{"type": "function_call", "name": "f", "arguments": ""}, user("a")],
+     "messages[0].tool_calls[0].id"),
     ([user("a"), {"role": "assistant", "content": "b"}],
      "messages[1].role: expected the user or a tool to speak last"),
     ([{"role": "system", "content": "a"}], "speak last, found 'system'"),
@@ -217,7 +265,8 @@ def test_messages_become_harmony():
         {"role": "assistant", "content": "wait", "reasoning": "hm",
          "tool_calls": [CALL]}, TELLS,
         {"role": "assistant", "content": "", "reasoning": "so"},
-        {"role": "developer", "content": "later"}, user("")])
+        {"role": "developer", "content": "later"},
+        user("") | {"name": "Ann"}])
     assert head == "one\n\ntwo"
     assert found == [
         Message("user", "ask"), Message("assistant", "hm", "analysis"),
@@ -226,19 +275,128 @@ def test_messages_become_harmony():
                 "<|constrain|>json"),
         Message("tool", "x", "commentary", "assistant", name="functions.f"),
         Message("assistant", "so", "analysis"),
-        Message("assistant", "", "final"),
         Message("developer", "# Instructions\n\nlater"),
-        Message("user", "")]
+        Message("user", "", name="Ann")]
+
+
+def heard(message: object) -> list[tuple[str | None, str]]:
+    """What a message of the assistant becomes: channel and text."""
+    return [(each.channel, each.content) for each in
+            read_messages([user("a"), message, user("b")])[1][1:-1]]
+
+
+SAYS = {"role": "assistant"}
+TEXT = {"type": "reasoning.text", "text": "hm", "index": 0, "format": "x",
+        "signature": None}
+
+
+@pytest.mark.parametrize("message, wanted", [
+    ({}, []), ({"content": None}, []), ({"content": "", "reasoning": ""}, []),
+    *(({key: "hm", "content": None}, [("analysis", "hm")])
+      for key in ("reasoning", "reasoning_content", "thinking")),
+    ({"reasoning_details": [TEXT, TEXT | {"text": "m"}], "reasoning": "hmm"},
+     [("analysis", "hmm")]),
+    ({"reasoning_details": [{"type": "reasoning.summary", "summary": "s"}]},
+     [("analysis", "s")]),
+    ({"thinking_blocks": [{"type": "thinking", "thinking": "hm",
+                           "signature": "x"}], "reasoning_content": "hm"},
+     [("analysis", "hm")]),
+    ({"refusal": "No.", "content": None}, [("final", "No.")]),
+    ({"refusal": "No.", "content": "Well."}, [("final", "Well.\n\nNo.")]),
+    ({"content": [{"type": "refusal", "refusal": "No."}]},
+     [("final", "No.")]),
+    ({"content": [{"type": "output_text", "text": "a", "annotations": []},
+                  {"type": "input_text", "text": "b"}]}, [("final", "ab")]),
+    ({"content": "a", "phase": "commentary"}, [("commentary", "a")]),
+    ({"content": "a", "phase": "final_answer", "reasoning": "b"},
+     [("analysis", "b"), ("final", "a")]),
+    ({"content": "a", "tool_calls": None, "function_call": None, "audio": {},
+      "annotations": [], "id": "m1", "usage": {"x": 1}}, [("final", "a")]),
+    ({"type": "message", "status": "completed", "content": "a"},
+     [("final", "a")]),
+])
+def test_what_an_assistant_said_under_any_key(message, wanted):
+    assert heard(SAYS | message) == wanted
+
+
+class Dumped:
+    """An object of a client's library."""
+
+    def __init__(self, **fields: object) -> None:
+        self.fields = fields
+
+    def model_dump(self) -> dict:
+        return {key: value.model_dump() if isinstance(value, Dumped)
+                else value for key, value in self.fields.items()}
+
+
+def test_objects_of_clients_are_messages_and_tools():
+    function = Dumped(name="f", arguments="{}")
+    call = Dumped(id="c1", type="function", function=function)
+    message = Dumped(role="assistant", content=None, refusal=None,
+                     tool_calls=[call.model_dump()], audio=None)
+    mixed = SAYS | {"tool_calls": [call]}
+    for asks in (message, mixed):
+        found = read_messages([user("a"), asks, TELLS])[1]
+        assert [each.recipient for each in found] == [
+            None, "functions.f", "assistant"]
+    with pytest.raises(ChatError, match="expected a dict"):
+        read_messages([Dumped])
+    offers = read_tools([Dumped(type="function", function=function.fields | {
+        "arguments": None})])
+    assert offers["f"].run is None
+    one = chat(said("ok"))
+    assert run(one, [user("a"), mixed, TELLS])["final"] == "ok"
+
+
+def test_results_are_rendered_in_the_order_of_the_calls():
+    asks = SAYS | {"tool_calls": [CALL | {"id": n} for n in "abc"]}
+    tells = [TELLS | {"tool_call_id": n, "content": n.upper()} for n in "bca"]
+    found = read_messages([user("a"), asks, *tells, user("b")])[1]
+    assert [each.content for each in found[4:]] == ["A", "B", "C", "b"]
+    with pytest.raises(ChatError, match=r"open call \(b\)"):
+        read_messages([user("a"), asks, *tells[1:], tells[1]])
+    with pytest.raises(ChatError, match="not answered: c"):
+        read_messages([user("a"), asks, tells[0], tells[2]])
+    with pytest.raises(ChatError, match="to answer c, found 'assistant'"):
+        read_messages([user("a"), asks, tells[0], tells[2], SAYS])
+
+
+def test_items_of_responses_are_messages():
+    def calls(id_):
+        return {"type": "function_call", "id": "x", "call_id": id_,
+                "name": "f", "arguments": id_, "status": "completed"}
+
+    def gives(id_):
+        return {"type": "function_call_output", "call_id": id_,
+                "output": id_ * 2}
+
+    talk = [{"type": "message", "role": "user", "content": [
+        {"type": "input_text", "text": "ask"}]},
+        {"type": "reasoning", "id": "r", "summary": [], "content": [
+            {"type": "reasoning_text", "text": "hm"}]},
+        calls("1"), calls("2"), gives("2"), gives("1"),
+        {"type": "message", "role": "assistant", "phase": "commentary",
+         "content": [{"type": "output_text", "text": "so"}]}, user("b")]
+    assert [each.content for each in read_messages(talk)[1]] == [
+        "ask", "hm", "1", "2", "11", "22", "so", "b"]
+    for wrong in ([*talk[:5], calls("3"), gives("1"), gives("3")],
+                  [*talk[:4], calls("1"), *talk[4:]]):
+        with pytest.raises(ChatError, match="call_id|to answer 1"):
+            read_messages(wrong)
 
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-9, 9) | st.sampled_from(
         ["user", "assistant", "tool", "system", "c1", "text", "function",
-         "f", "{}", ""]),
+         "f", "{}", "", "reasoning", "function_call", "commentary",
+         "function_call_output", "reasoning.text", "input_text"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
         st.sampled_from(["role", "content", "tool_calls", "id", "type",
                          "text", "function", "name", "arguments",
-                         "tool_call_id", "reasoning"]), inner, max_size=5),
+                         "tool_call_id", "reasoning", "thinking", "phase",
+                         "reasoning_details", "refusal", "output", "call_id",
+                         "summary", "odd"]), inner, max_size=5),
     max_leaves=25)
 
 
@@ -264,8 +422,39 @@ class Point:
 
 
 class Place(TypedDict):
+    """Not told."""
+
     name: str
     point: NotRequired[Point]
+
+
+class Colour(enum.Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+class Model(pydantic.BaseModel):
+    """A model."""
+
+    n: int = pydantic.Field(ge=0, description="how many")
+    note: str | None = None
+    size: int = 3
+
+
+class Pair(NamedTuple):
+    a: int
+    b: int
+
+
+class NewPlace(typing_extensions.TypedDict):
+    tree: list[int]
+
+
+@dataclasses.dataclass
+class Nested:
+    point: Annotated[Point, "where"]
+    colour: Colour
+    place: Place | None = None
 
 
 POINT = {"type": "object", "properties": {"x": {"type": "number"},
@@ -293,15 +482,45 @@ POINT = {"type": "object", "properties": {"x": {"type": "number"},
     (Place, {"type": "object", "properties": {"name": {"type": "string"},
                                               "point": POINT},
              "required": ["name"], "additionalProperties": False}),
+    (Colour, {"type": "string", "enum": ["red", "blue"]}),
+    (Colour | None, {"type": "string", "enum": ["red", "blue"],
+                     "nullable": True}),
+    (Literal[Colour.RED], {"type": "string", "enum": ["red"]}),
+    (datetime.date, {"type": "string", "format": "date",
+                     "description": "YYYY-MM-DD"}),
+    (Annotated[datetime.date, "when"], {
+        "type": "string", "format": "date",
+        "description": "when (YYYY-MM-DD)"}),
+    (tuple[int, str], {"type": "array", "minItems": 2, "maxItems": 2,
+                       "items": {"type": ["integer", "string"]}}),
+    (tuple[int, ...], {"type": "array", "items": {"type": "integer"}}),
+    (set[int], {"type": "array", "items": {"type": "integer"},
+                "uniqueItems": True}),
+    (dict[int, str], {"type": "object",
+                      "additionalProperties": {"type": "string"}}),
+    (Model, {"type": "object", "description": "A model.", "properties": {
+        "n": {"type": "integer", "description": "how many", "minimum": 0},
+        "note": {"type": "string", "nullable": True},
+        "size": {"type": "integer", "default": 3}}, "required": ["n"]}),
+    (list[Pair], {"type": "array", "items": {
+        "type": "array", "minItems": 2, "maxItems": 2,
+        "items": {"type": "integer"}}}),
+    (Nested, {"type": "object", "properties": {
+        "point": POINT | {"description": "where"},
+        "colour": {"type": "string", "enum": ["red", "blue"]},
+        "place": {"type": "object", "properties": {
+            "name": {"type": "string"}, "point": POINT},
+            "required": ["name"], "additionalProperties": False,
+            "nullable": True}},
+        "required": ["point", "colour"], "additionalProperties": False}),
 ])
 def test_schema_of_a_hint(hint, schema):
     assert json_schema(hint) == schema
 
 
 @pytest.mark.parametrize("hint", [
-    complex, bytes, set[int], tuple[int, str], dict[int, str], type(None),
-    Literal[None], list[complex], int | bytes, "int", Point | set,
-    Literal[b"a"]])
+    Callable[[], int], list[Iterator], Dumped, int | Dumped, "int",
+    tuple[int, threading.Lock], dict[str, Dumped], Point | Dumped])
 def test_a_hint_without_a_schema_names_its_argument(hint):
     def tool(a: int, b: hint) -> str:  # type: ignore[valid-type]
         return ""
@@ -321,10 +540,20 @@ def test_a_hint_without_a_schema_names_its_argument(hint):
     ({"name": "a", "point": {"x": 0}}, Place,
      {"name": "a", "point": Point(0.0)}),
     ([{"a": None}], Any, [{"a": None}]), ("b", Literal["a", "b"], "b"),
-    ("x", Annotated[str, "about"], "x"),
+    ("x", Annotated[str, "about"], "x"), ("blue", Colour, Colour.BLUE),
+    ("2025-06-28", datetime.date, datetime.date(2025, 6, 28)),
+    ([1, "a"], tuple[int, str], (1, "a")), ([1, 2, 1], set[int], {1, 2}),
+    ({"n": "3"}, Model, None), ([{"n": 1}], list[Model], None),
+    ({"tree": [1]}, NewPlace, {"tree": [1]}), ([2, 3], Pair, Pair(2, 3)),
+    ("PT1H", datetime.timedelta, datetime.timedelta(hours=1)),
+    ({"x": 1}, Point | Model, Point(1.0)), (1e300, int, int(1e300)),
+    ([{"point": {"x": 1}, "colour": "red"}], list[Nested],
+     [Nested(Point(1.0), Colour.RED)]),
 ])
 def test_values_that_fit(value, hint, wanted):
     found = fit(value, hint)
+    if wanted is None and value is not None:
+        wanted = pydantic.TypeAdapter(hint).validate_python(value)
     assert found == wanted and type(found) is type(wanted)
     if isinstance(found, list):
         assert list(map(type, found)) == list(map(type, wanted))
@@ -334,8 +563,20 @@ def test_values_that_fit(value, hint, wanted):
     (True, int, "a: expected an integer, found True"), (1, bool, "boolean"),
     (1.5, int, "integer"), ("1", int, "integer"), (1, str, "string"),
     (float("inf"), int, "integer"), (None, str, "string, found nothing"),
-    ("c", Literal["a", "b"], "a: expected one of 'a', 'b', found 'c'"),
-    (True, Literal[1], "one of 1"), ("x", int | None, "; or a: expected"),
+    ("c", Literal["a", "b"], "a: expected 'a' or 'b', found 'c'"),
+    ("x", int | None, "a: expected an integer, found 'x'"),
+    ({}, int | Point, "a: expected an integer, found {}; a.x: expected a v"),
+    ("x", int | bool, "a: expected an integer or a boolean, found 'x'"),
+    ("pink", Colour, "a: expected 'red' or 'blue', found 'pink'"),
+    ("June", datetime.date, "a: expected a valid date in the format YYYY"),
+    (5, datetime.date, "a: expected a valid date, found 5"),
+    ([1], tuple[int, str], "a.1: expected a value, found nothing"),
+    ([1, 2], tuple[int, str], "a[1]: expected a string, found 2"),
+    ({"deep": [{"n": "x"}]}, dict[str, list[Model]],
+     "a.deep[0].n: expected a valid integer, unable to parse"),
+    ({"n": -1}, Model, "a.n: expected greater than or equal to 0, found -1"),
+    ("", Annotated[str, pydantic.Field(min_length=1)],
+     "a: expected a value that fits (String should have at least 1 char"),
     ({"0": 1}, list[int], "a: expected an array"),
     ([1, "x"], list[int], "a[1]: expected an integer"),
     ([], dict[str, int], "an object"), ({"k": "x"}, dict[str, int], "a.k: "),
@@ -437,7 +678,7 @@ def test_what_a_function_returns_is_text():
     assert json.loads(run_('{"value": "point"}')) == {"x": 1, "y": 0,
                                                       "size": 1}
     assert run_('{"value": "half"}') == "?"
-    assert run_('{"value": "set"}') == '"{1}"'
+    assert run_('{"value": "set"}') == "[1]"
     assert function_tool(today).tool.parameters is None
     assert len(function_tool(today).run("")) == 10
 
@@ -454,10 +695,6 @@ def positional(a: int, /) -> None:
     pass
 
 
-async def later() -> str:
-    return ""
-
-
 @dataclasses.dataclass
 class Tree:
     branches: "list[Tree]"
@@ -467,19 +704,41 @@ def grow(tree: Tree) -> None:
     pass
 
 
+class Branch(pydantic.BaseModel):
+    twigs: list["Branch"] = []
+
+
+def climb(branch: Branch) -> None:
+    pass
+
+
 def lost(place: "Nowhere") -> None:  # noqa: F821
     pass
 
 
 @pytest.mark.parametrize("tools, why", [
     ([untyped], "tool untyped, a: expected a type hint"),
+    ([int], "tools: expected a function, not a class, found"),
+    ([max], "tool max: no signature found"),
+    ([{"type": "web_search"}], "tools[0].type: expected 'function' (built-in "
+     "tools are not run here), found 'web_search'"),
+    ([{"type": "function", "name": "f", "inputSchema": {"a": 1}}],
+     "tools[0].inputSchema"),
+    ([{"function": {"name": "f", "parameters": {"default": {1}}}}],
+     "tools[0].function.parameters: expected JSON"),
+    ([{"function": {"name": "f", "parameters": {"default": float("inf")}}}],
+     "tools[0].function.parameters: expected JSON"),
+    ([Branch], "tools: expected a function, not a class"),
+    ([climb], "tool climb, branch: expected type hints that end"),
     ([many], "tool many, a: expected an argument that can be given by name"),
-    ([positional], "tool positional, a: "), ([later], "not async"),
-    ([grow], "tool grow: expected type hints that end"),
+    ([positional], "tool positional, a: "),
+    ([grow], "tool grow, tree: expected type hints that end"),
     ([lost], "tool lost: name 'Nowhere' is not defined"),
-    ([lambda: 1], "a named function"), ([3], "a named function"),
+    ([lambda: 1], "a function with a name, which a lambda has not"),
+    ([3], "tools: expected a function or a dict, found 3"),
     ([today, today], "tools[1]: expected a name of its own, found 'today'"),
-    ([{"name": "f"}], "tools[0].function: expected a dict"),
+    ([{"function": "f"}], "tools[0].function: expected a dict"),
+    ([{}], "tools[0].function: expected a dict, found nothing"),
     ([{"function": {"name": "a b"}}], "tools[0].function.name"),
     ([{"function": {"name": "f", "parameters": []}}], "parameters"),
 ])
@@ -487,6 +746,210 @@ def test_wrong_tools_are_named(tools, why):
     with pytest.raises(ChatError) as error:
         read_tools(tools)
     assert why in str(error.value)
+
+
+# -- tools of every shape ---------------------------------------------------
+
+async def later(text: str, seconds: float = 0) -> str:
+    """Waits."""
+    await asyncio.sleep(seconds)
+    return text.upper()
+
+
+class Shop:
+    """Sells."""
+
+    def __init__(self) -> None:
+        self.sold: list[str] = []
+
+    def __call__(self, thing: str) -> int:
+        """Buys a thing.
+
+        Args:
+            thing: what
+        """
+        self.sold.append(thing)
+        return len(self.sold)
+
+    def price(self, thing: str, *, much: bool = False) -> float:
+        """The price."""
+        return 2.5 * (2 if much else 1)
+
+    async def ship(self, thing: str) -> str:
+        return f"{thing} shipped"
+
+
+def test_async_functions_run_with_and_without_a_loop():
+    offer = function_tool(later)
+    assert offer.run('{"text": "a"}') == "A"
+
+    async def inside() -> str:
+        return offer.run('{"text": "b"}')
+
+    assert asyncio.run(inside()) == "B"
+    partial = functools.partial(later, seconds=0)
+    assert function_tool(partial).run('{"text": "c"}') == "C"
+    assert function_tool(Shop().ship).run('{"thing": "x"}') == "x shipped"
+
+    async def fails() -> str:
+        raise LookupError("nothing there")
+
+    assert function_tool(fails).run("") == "error: LookupError: nothing there"
+
+
+def test_partials_methods_and_objects_are_tools():
+    shop = Shop()
+    offers = read_tools([
+        shop, shop.price, functools.partial(search, limit=7),
+        function_tool(functools.partial(functools.partial(
+            later, seconds=0), "given"), name="say"),
+        function_tool(lambda: 1, name="one"), functools.cache(today)])
+    assert [*offers] == ["Shop", "price", "search", "say", "one", "today"]
+    assert offers["Shop"].tool.description == "Buys a thing."
+    assert offers["Shop"].tool.parameters["properties"] == {
+        "thing": {"type": "string", "description": "what"}}
+    assert offers["Shop"].run('{"thing": "a"}') == "1" == str(len(shop.sold))
+    assert offers["price"].run('{"thing": "a", "much": true}') == "5.0"
+    assert "limit" not in offers["search"].tool.parameters["properties"]
+    assert '"limit": 7' in offers["search"].run('{"query": "a"}')
+    assert "no keys but" in offers["search"].run('{"query": "", "limit": 1}')
+    assert offers["say"].tool.parameters is None
+    assert offers["say"].run("{}") == "GIVEN"
+    assert "no keys but none, found 'x'" in offers["say"].run('{"x": 1}')
+    assert offers["one"].run("") == "1" and len(offers["today"].run("")) == 10
+
+
+def test_what_a_partial_has_filled_in_is_not_shown():
+    def send(text: str, token: str) -> str:
+        return text + token
+
+    offer = function_tool(functools.partial(send, token="secret"))
+    assert "secret" not in str(offer.tool)
+    assert offer.run('{"text": "a "}') == "a secret"
+
+
+def plan(day: datetime.date, model: Model, colours: set[Colour],
+         box: tuple[int, int] = (1, 2), shade: Colour = Colour.RED,
+         end: datetime.date = datetime.date(2025, 1, 2),
+         never: Any = threading.Lock) -> dict:
+    """Plans.
+
+    Args:
+        day: the first
+    """
+    return {"day": day, "model": model, "colours": sorted(
+        colour.name for colour in colours), "box": box, "shade": shade}
+
+
+def test_rich_hints_are_shown_as_typescript_and_come_as_what_they_say():
+    offer = function_tool(plan)
+    shown = typescript([offer.tool])
+    for line in ("// the first (YYYY-MM-DD)\nday: string,", "n: number,",
+                 "note?: string | null,", "size?: number, // default: 3",
+                 'colours: "red" | "blue"[],', "box?: number[],",
+                 'shade?: "red" | "blue", // default: red',
+                 'end?: string, // default: "2025-01-02"', "never?: any,"):
+        assert line in shown.replace("    ", ""), (line, shown)
+    result = offer.run('{"day": "2025-06-28", "model": {"n": 1}, '
+                       '"colours": ["blue", "red"], "box": [3, 4.0]}')
+    assert json.loads(result) == {
+        "day": "2025-06-28", "model": {"n": 1, "note": None, "size": 3},
+        "colours": ["BLUE", "RED"], "box": [3, 4], "shade": "red"}
+    assert offer.run('{"day": "soon", "model": {}, "colours": ["pink"]}'
+                     ).count("expected") == 3
+
+
+class Bad(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+class Mute:
+    def __repr__(self) -> str:
+        raise RuntimeError("no words")
+
+
+def test_whatever_a_tool_does_the_model_gets_a_line(caplog):
+    circle: list = []
+    circle.append(circle)
+    does = {"exit": SystemExit(3), "bad": Bad(), "cancel":
+            asyncio.CancelledError(), "stop": GeneratorExit(),
+            "half": ValueError("\ud800"), "mute": Mute(), "circle": circle,
+            "keys": {(1, 2): 3}, "iterator": iter([1, 2]), "bytes": b"\xff",
+            "nan": float("nan"), "tensor": torch.tensor(3)}
+
+    def do(what: str) -> Any:
+        if isinstance(does[what], BaseException):
+            raise does[what]
+        return does[what]
+
+    offer = function_tool(do)
+    found = {what: offer.run(json.dumps({"what": what})) for what in does}
+    assert found["exit"] == "error: SystemExit: 3"
+    assert found["bad"] == "error: Bad" and found["mute"].startswith("error:")
+    assert found["cancel"] == "error: CancelledError"
+    assert found["half"] == "error: ValueError: ?"
+    assert found["circle"] == "[[...]]" and found["iterator"] == "[1, 2]"
+    assert found["tensor"] == '"tensor(3)"' and found["nan"] == "NaN"
+    for what in does:
+        assert found[what] and found[what].encode()
+    logged = [record for record in caplog.records if record.exc_info]
+    assert len(logged) == 6 and logged[0].name == "gptoss"
+    assert "Traceback" in caplog.text and "does[what]" in caplog.text
+    assert offer.run("{") and len(caplog.records) == 6  # not the tool's fault
+    does["c"] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        offer.run('{"what": "c"}')
+
+
+@pytest.mark.parametrize("kind", ["plain", "async", "stubborn"])
+def test_a_tool_that_hangs_is_left_and_the_turn_goes_on(kind, caplog):
+    ended = threading.Event()
+
+    def plain() -> str:
+        ended.wait(20)
+        return "late"
+
+    async def polite() -> str:
+        try:
+            await asyncio.sleep(20)
+        finally:
+            ended.set()
+        return "late"
+
+    async def stubborn() -> str:
+        ended.wait(20)
+        return "late"
+
+    tool = {"plain": plain, "async": polite, "stubborn": stubborn}[kind]
+    one = chat(called(tool.__name__, ""), said("ok"), tools=[tool],
+               tool_timeout=0.2)
+    began = time.monotonic()
+    found = run(one, [user("a")])
+    assert found["result"].endswith("error: timed out after 0.2 s")
+    assert found["final"] == "ok" and time.monotonic() - began < 15
+    assert "its thread goes on" in caplog.text
+    if kind == "async":  # this one can be ended
+        assert ended.wait(10)
+    ended.set()
+
+
+def test_a_tool_in_time_is_not_limited():
+    where = []
+
+    def quick() -> str:
+        where.append(threading.current_thread())
+        raise TimeoutError("of its own")
+
+    for timeout in (None, 60):
+        one = chat(called("quick", ""), said("ok"), tools=[quick],
+                   tool_timeout=timeout)
+        assert run(one, [user("a")])["result"].endswith(
+            "error: TimeoutError: of its own")
+    assert where[0] is threading.current_thread() is not where[1]
+    for wrong in (0, -1, True, float("nan"), "5"):
+        with pytest.raises(ChatError, match="tool_timeout: expected sec"):
+            chat("", tool_timeout=wrong)
 
 
 # -- the calculator ---------------------------------------------------------
@@ -681,7 +1144,9 @@ def test_rounds_are_bounded():
     ("<|return|>", ""), ("<|end|><|return|>", ""), ("hello<|return|>",
                                                     "hello"),
     ("<|channel|><|return|>", ""), ("<|message|>hello<|return|>", "hello"),
-    ("<|channel|>other<|message|>hello<|return|>", "hello"),
+    ("<|channel|>other<|message|>hello<|return|>", ""),
+    ("<|channel|>analyis<|message|>x<|end|><|start|>assistant<|channel|>final"
+     "<|message|>hello<|return|>", "hello"),
     ("<|channel|>final<|message|><|return|>", ""),
     ("<|channel|>final<|message|>a<|start|>assistant<|channel|>final"
      "<|message|>b<|return|>", "a\n\nb"),
@@ -705,7 +1170,7 @@ def test_malformed_output_is_reported(text, final):
 def test_thinking_only_is_reported():
     one = chat("<|channel|>analysis<|message|>hm<|return|>")
     assert "without an answer" in run(one, [user("a")])["notice"]
-    assert one.turn == [{"role": "assistant", "content": "",
+    assert one.turn == [{"role": "assistant", "content": None,
                          "reasoning": "hm"}]
 
 
@@ -962,6 +1427,193 @@ def test_prompts_again_and_shorter_are_exact():
     torch.testing.assert_close(
         one.model.last, fresh(one.model, one.memory.tokens[:-1]), atol=1e-5,
         rtol=0)
+
+
+# -- the order of what was said ---------------------------------------------
+
+START = "<|start|>assistant"
+
+
+def wrote(channel: str, text: str) -> str:
+    return f"<|channel|>{channel}<|message|>{text}<|end|>{START}"
+
+
+@pytest.mark.parametrize("script, turn", [
+    ([("analysis", "A1"), ("commentary", "C1"), ("analysis", "A2"),
+      ("commentary", "C2"), ("final", "F")],
+     [{"reasoning": "A1", "content": "C1", "phase": "commentary"},
+      {"reasoning": "A2", "content": "C2", "phase": "commentary"},
+      {"content": "F"}]),
+    ([("commentary", "C1"), ("final", "F")],
+     [{"content": "C1", "phase": "commentary"}, {"content": "F"}]),
+    ([("commentary", "C1"), ("commentary", "C2")],
+     [{"content": c, "phase": "commentary"} for c in ("C1", "C2")]),
+    ([("analysis", "A1"), ("analysis", "A2"), ("final", "F")],
+     [{"reasoning": "A1", "content": None},
+      {"reasoning": "A2", "content": "F"}]),
+    ([("final", "F1"), ("analysis", "A"), ("final", "F2")],
+     [{"content": "F1"}, {"reasoning": "A", "content": "F2"}]),
+    ([("analysis", "A")], [{"reasoning": "A", "content": None}]),
+])
+def test_a_turn_keeps_its_messages_in_order(script, turn):
+    text = "".join(wrote(*each) for each in script).removesuffix(
+        "<|end|>" + START) + "<|return|>"
+    one = chat(text)
+    found = run(one, [user("a")])
+    assert one.turn == [SAYS | each for each in turn]
+    for channel in ("analysis", "commentary", "final"):
+        assert found.get(channel, "") == "\n\n".join(
+            said for where, said in script if where == channel)
+    again = read_messages([user("a"), *one.turn, user("b")])[1][1:-1]
+    assert [(each.channel, each.content) for each in again] == script
+
+
+@pytest.mark.parametrize("before", [
+    [("analysis", "A")], [("commentary", "C")],
+    [("analysis", "A1"), ("commentary", "C1"), ("analysis", "A2"),
+     ("commentary", "C2")], [("analysis", "A1"), ("analysis", "A2")], []])
+def test_what_comes_before_a_call_stays_in_the_cache(before):
+    """The next prompt begins with the very tokens that the model wrote."""
+    clock = {"type": "function", "name": "clock"}
+    text = "".join(wrote(*each) for each in before)
+    text += ("<|channel|>commentary to=functions.clock <|constrain|>json"
+             "<|message|>{}<|call|>").replace("<|channel|>commentary to="
+                                              "functions.clock", " to="
+                                              "functions.clock<|channel|>"
+                                              "commentary")
+    one = chat(text, said("noon"), tools=[clock])
+    talk = [user("time?")]
+    assert run(one, talk)["done"] == "tool_calls"
+    held = list(one.memory.tokens)
+    talk += [*one.turn, TELLS | {"tool_call_id": "call_1"}]
+    assert one.prompt(talk)[:len(held)] == held
+    assert run(one, talk)["final"] == "noon"
+    assert one.usage.prefilled_tokens == len(
+        ids("<|start|>functions.clock to=assistant<|channel|>commentary"
+            "<|message|>x<|end|><|start|>assistant")) + 1
+
+
+def test_an_answer_before_a_call_stays_an_answer():
+    one = chat(wrote("final", "F") + called("today", "{}"), said("G"),
+               tools=[today])
+    run(one, [user("a")])
+    assert [(m.get("content"), "tool_calls" in m) for m in one.turn] == [
+        ("F", False), (None, True), (one.turn[2]["content"], False),
+        ("G", False)]
+
+
+def test_a_turn_that_did_not_end_is_no_answer():
+    """Cut off while thinking; "go on" finds the thought, and no answer."""
+    one = chat(said("never", "a long thought"), said("done"),
+               max_new_tokens=22)
+    talk = [user("q")]
+    assert run(one, talk)["done"] == "length"
+    thought = one.turn[0]["reasoning"]
+    assert one.turn == [SAYS | {"content": None, "reasoning": thought}]
+    assert thought and "a long thought".startswith(thought)
+    talk += [*one.turn, user("go on")]
+    assert "final" not in TOKENIZER.decode(one.prompt(talk)).partition(
+        "<|start|>user")[2]
+    assert thought in [each.content for each in read_messages(talk)[1]]
+
+
+# -- left and stopped -------------------------------------------------------
+
+def test_usage_is_of_this_turn():
+    one = chat(said("first"), said("second, longer"))
+    run(one, [user("a")])
+    first = one.usage
+    events = one.events([user("b")])
+    assert one.usage is None
+    assert next(events).kind == "final" and one.usage is None
+    events.close()
+    assert one.usage.finish_reason == "stopped"
+    assert 0 < one.usage.generated_tokens < first.generated_tokens
+    one.model.script, one.model.at = [ids(said("third"))], 0
+    for event in one.events([user("c")]):
+        if event.kind == "final":
+            break
+    del event
+    assert one.usage is None or one.usage.finish_reason == "stopped"
+    one.reset()
+    assert one.usage is None
+
+
+def test_a_long_prompt_can_be_stopped_between_its_chunks():
+    text = "x" * 300
+    for slack in (0, 1024):
+        one = chat(said("ok"), said("ok"), said("ok"), said("ok"),
+                   prefill_chunk=32, slack=slack)
+        size = len(one.prompt([user(text)]))
+        for asked in (1, 2, 5):
+            count = iter(range(asked))
+            events = list(one.events([user(text)], progress=True,
+                                     stop=lambda: next(count, None) is None))
+            assert [event.kind for event in events] == (
+                ["progress"] * asked + ["done"])
+            assert events[-1].text == "stopped" == one.usage.finish_reason
+            assert one.turn == [] and one.usage.generated_tokens == 0
+            assert one.usage.prefilled_tokens <= asked * 32
+            assert one.memory.cache.length >= 32 * asked
+        one.model.script, one.model.at = [ids(said("ok"))], 0
+        fed = one.model.fed
+        assert run(one, [user(text)])["final"] == "ok"
+        assert one.usage.prefilled_tokens < size - 32  # what was fed is kept
+        assert one.model.fed - fed == one.usage.prefilled_tokens + len(
+            ids(said("ok"))) - 1
+        torch.testing.assert_close(
+            one.model.last, fresh(one.model, one.memory.tokens[:-1]),
+            atol=1e-5, rtol=0)
+
+
+def test_progress_counts_down_and_only_if_asked():
+    one = chat(said("ok"), said("ok"), prefill_chunk=64)
+    talk = [user("x" * 200)]
+    size = len(one.prompt(talk))
+    events = list(one.events(talk, progress=True))
+    assert [event.text for event in events if event.kind == "progress"] == [
+        str(size - n) for n in range(64, size, 64)]
+    assert one.usage.prefilled_tokens == size
+    one.reset()
+    assert "progress" not in {event.kind for event in one.events(talk)}
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 40), st.lists(
+    st.tuples(st.integers(0, 120), st.integers(1, 60), st.integers(1, 9),
+              st.integers(0, 9)), min_size=1, max_size=5),
+    st.randoms(use_true_random=False))
+def test_memory_is_exact_after_stops_between_chunks(slack, steps, rng):
+    memory, before = Memory(MODEL, slack), []
+    for keep, new, chunk, pauses in steps:
+        before = before[:keep] + [rng.randrange(256) for _ in range(new)]
+        for n, token in enumerate(memory.write(
+                before, prefill_chunk=chunk, max_new_tokens=1,
+                sampler=Sampler(0))):
+            if token is None and n == pauses:
+                break
+    torch.testing.assert_close(step(memory, before), fresh(MODEL, before),
+                               atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("at", range(0, 30, 3))
+def test_stop_is_asked_before_every_forward(at):
+    one = chat(said("abcdef", "thinking"), called("today", "{}"),
+               tools=[today])
+    count = 0
+
+    def stop() -> bool:
+        nonlocal count
+        count += 1
+        return count > at
+
+    events = list(one.events([user("a")], stop=stop))
+    assert events[-1].kind == "done"
+    assert events[-1].text == "stopped" and count == at + 1
+    assert one.usage.generated_tokens == at
+    with pytest.raises(ZeroDivisionError):
+        list(one.events([user("a")], stop=lambda: 1 / 0))
+    assert list(one.reply([user("a")], stop=lambda: True)) == []
 
 
 # -- the shipped model ------------------------------------------------------

@@ -4,6 +4,8 @@ import hashlib
 import json
 import math
 import os
+import re
+import signal
 import struct
 import subprocess
 import sys
@@ -598,7 +600,7 @@ def test_wrong_shape(folder):
 
 
 @pytest.mark.parametrize("dtype, found", [
-    (torch.float32, "F32"), (torch.float16, "F16"), (torch.int8, "I8"),
+    (torch.int8, "I8"), (torch.uint8, "U8"), (torch.complex64, "C64"),
     (torch.float8_e4m3fn, "F8_E4M3")])
 def test_wrong_dtype(folder, dtype, found):
     def change(t):
@@ -614,11 +616,11 @@ def test_missing_scales(folder):
 
 def test_an_extra_tensor(folder):
     def change(t):
-        t["lora_A"] = torch.zeros(3)
+        t["more"] = torch.zeros(3)
     name = edit(folder, ROUTER, change)
-    refused(folder, name, "lora_A", INDEX)  # not in the index
-    edit_index(folder, lambda m: m.update(lora_A=name))
-    refused(folder, name, "lora_A", "no such tensor")  # nor in the model
+    refused(folder, name, "more", INDEX)  # not in the index
+    edit_index(folder, lambda m: m.update(more=name))
+    refused(folder, name, "more", "no such tensor")  # nor in the model
 
 
 def test_floats_under_packed_names(folder):
@@ -658,8 +660,11 @@ def test_index_and_files_must_agree(folder):
     other.unlink()
     refused(folder, INDEX, other.name)
     other.write_bytes(moved)
-    (folder / "model-00099-of-00099.safetensors").write_bytes(moved)
-    refused(folder, "model-00099-of-00099.safetensors", INDEX)
+    for left in ("model-00099-of-00099", "adapter_model", "optimizer"):
+        (folder / f"{left}.safetensors").write_bytes(b"not even read")
+    Checkpoint.open(folder)  # the index decides
+    (folder / "model.safetensors").write_bytes(moved)  # too close to call
+    refused(folder, "model.safetensors", INDEX, "which of the two")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "3", '"x"',
@@ -671,10 +676,237 @@ def test_an_index_that_is_none(folder, text):
 
 def test_two_files_with_the_same_tensor(made, tmp_path):
     source = made["original"]
-    for name in ("model.safetensors", "again.safetensors", "config.json"):
-        (tmp_path / name).write_bytes(
-            (source / name.replace("again", "model")).read_bytes())
-    refused(tmp_path, "again.safetensors", "model.safetensors", "once")
+    data = (source / "model.safetensors").read_bytes()
+    for name in ("one.safetensors", "again.safetensors"):
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "config.json").write_bytes(
+        (source / "config.json").read_bytes())
+    refused(tmp_path, "again.safetensors", "one.safetensors", "once")
+    (tmp_path / "model.safetensors").write_bytes(data)
+    assert Checkpoint.open(tmp_path).files == [tmp_path / "model.safetensors"]
+
+
+# ---- Files of other programs
+
+def write_as(folder: Path, tensors: dict, config: dict) -> Path:
+    folder.mkdir()
+    save_file({n: t.contiguous().clone() for n, t in tensors.items()},
+              folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def decoded() -> dict[str, torch.Tensor]:
+    return dict(random_tensors(TINY, layout="bf16"))
+
+
+def for_each_expert(tensors: dict) -> dict:
+    """As unsloth names them: linear layers, one for each expert."""
+    out = {}
+    for name, tensor in tensors.items():
+        if ".experts." not in name:
+            out[name.replace(".router.", ".router.linear.")] = tensor
+            continue
+        end = "bias" if name.endswith("_bias") else "weight"
+        for e, row in enumerate(tensor):
+            out[f"{name.removesuffix('_bias')}s.{e}.{end}"] = row.t()
+    return out
+
+
+def spell(pattern: str, put: str):
+    return lambda tensors: {re.sub(pattern, put, name): tensor
+                            for name, tensor in tensors.items()}
+
+
+SPELLINGS = {
+    "plain": spell("^$", ""),
+    "blocks": spell("_proj$", "_proj_blocks"),
+    "no prefix": spell(r"^model\.", ""),
+    "peft": spell("^", "base_model.model."),
+    "data parallel": spell("^", "module."),
+    "compiled": spell("^", "_orig_mod."),
+    "compiled layers": spell(r"(layers\.\d+\.)", r"\1_orig_mod."),
+    "fsdp": spell(r"(layers\.\d+\.)",
+                  r"_fsdp_wrapped_module.\1_checkpoint_wrapped_module."),
+    "each expert": for_each_expert,
+    "frequencies": lambda tensors: tensors | {
+        f"model.{where}rotary_emb.{which}inv_freq": torch.ones(8)
+        for where in ("", "layers.0.self_attn.")
+        for which in ("", "original_")},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32,
+                                   torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spellings_of_one_model(tmp_path, name, dtype):
+    wanted = {n: t.to(dtype) for n, t in decoded().items()}
+    folder = write_as(tmp_path / "m", SPELLINGS[name](wanted),
+                      TINY.to_hf_dict())
+    with Checkpoint.open(folder) as checkpoint:
+        assert checkpoint.layout == "bf16"
+        assert same(read_all(folder), wanted)
+        for each in (ROUTER, "model.layers.1.mlp.experts.down_proj"):
+            assert torch.equal(checkpoint.read(each, slice(1, 3)),
+                               wanted[each][1:3])
+            assert checkpoint.read(each, slice(2, 2)).shape[0] == 0
+        assert checkpoint.nbytes == sum(t.nbytes for t in wanted.values())
+    hashes = [convert(folder, tmp_path / layout, layout)
+              for layout in ("hf", "original")]
+    assert hashes[0] == hashes[1]
+    head = wanted["lm_head.weight"].bfloat16().view(torch.uint8)
+    assert hashes[0]["lm_head.weight"] == hashlib.sha256(
+        head.numpy().tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16"])
+@pytest.mark.parametrize("layout", ["hf", "original"])
+@pytest.mark.parametrize("which", ["norm", "router", "sinks", "attn", "mlp1",
+                                   "embedding", ""])
+def test_any_float_beside_packed_experts(made, tmp_path, dtype, layout,
+                                         which):
+    if layout == "hf":
+        which = {"attn": "self_attn", "mlp1": "gate_up_proj_bias",
+                 "embedding": "lm_head"}.get(which, which)
+    if which == "router" and layout == "original":
+        which = "mlp.gate"
+    tensors = {}
+    for file in made[layout].glob("*.safetensors"):
+        tensors |= load_file(file)
+    wide = {n: t.to(module.DTYPES[dtype])
+            if which in n and t.dtype is torch.bfloat16 else t
+            for n, t in tensors.items()}
+    assert any(t.dtype is module.DTYPES[dtype] for t in wide.values())
+    folder = write_as(tmp_path / "m", wide, json.loads(
+        (made[layout] / "config.json").read_text()))
+    with Checkpoint.open(folder) as checkpoint:
+        assert checkpoint.layout == layout
+        for name, tensor in read_all(made[layout]).items():
+            read = checkpoint.read(name)
+            assert torch.equal(read, tensor.to(read.dtype))
+            assert (name.endswith(("_blocks", "_scales"))
+                    == (read.dtype is torch.uint8))
+
+
+FOREIGN = {
+    "lora": ("model.layers.0.self_attn.q_proj.lora_A.weight", "merge it"),
+    "lora of experts": ("base_model.model.model.layers.0.mlp.experts."
+                        "base_layer.lora_B.weight", "LoRA"),
+    "base layer": ("model.layers.0.self_attn.q_proj.base_layer.weight",
+                   "LoRA"),
+    "bnb": ("model.layers.0.self_attn.q_proj.weight.quant_state."
+            "bitsandbytes__nf4", "bitsandbytes"),
+    "bnb 8": ("model.layers.0.self_attn.q_proj.SCB", "bitsandbytes"),
+    "absmax": ("model.layers.0.mlp.experts.down_projs.3.weight.absmax",
+               "bitsandbytes"),
+    "gptq": ("model.layers.0.self_attn.q_proj.qweight", "GPTQ"),
+    "fp8": ("model.layers.0.self_attn.q_proj.weight_scale", "FP8"),
+    "int4": ("model.layers.0.mlp.experts.0.down_proj.weight_packed", "FP8"),
+    "mlx": ("model.layers.0.mlp.experts.gate_proj.scales", "MLX"),
+    "mixtral": ("model.layers.0.mlp.experts.0.up_proj.weight", "MLX"),
+    "classifier": ("score.weight", "another head"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_files_of_another_kind_are_named(tmp_path, kind):
+    name, said = FOREIGN[kind]
+    folder = write_as(tmp_path / "m", decoded() | {name: torch.ones(4)},
+                      TINY.to_hf_dict())
+    refused(folder, "model.safetensors", name, said)
+
+
+@pytest.mark.parametrize("names", [
+    ("adapter_config.json", "adapter_model.safetensors"),
+    ("adapter_config.json", "adapter_model.bin"),
+    ("adapter_model.safetensors", "config.json")])
+def test_an_adapter_is_no_model(tmp_path, names):
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    refused(tmp_path, "LoRA adapter", "merge it first")
+
+
+def test_an_adapter_beside_a_model(made, tmp_path, caplog):
+    folder = write_as(tmp_path / "m", decoded(), TINY.to_hf_dict())
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_text("not read")
+    Checkpoint.open(folder)
+    (record,) = caplog.records
+    assert "not applied" in record.getMessage()
+
+
+def test_one_tensor_an_expert_and_one_missing(tmp_path):
+    names = for_each_expert(decoded())
+    gone = "model.layers.1.mlp.experts.gate_up_projs.2.weight"
+    for n, (change, parts) in enumerate((
+            ({gone: None}, ("gate_up_proj, expert 2",)),
+            ({gone: names[gone][:-1]}, (gone, "[192, 64]", "[191, 64]")),
+            ({gone: names[gone].float()}, (gone, "F32")),
+            ({gone.replace("2.weight", "02.weight"): names[gone]},
+             ("02.weight", "no such tensor")),
+            ({gone.replace("2.weight", "9.weight"): names[gone]},
+             ("expert 4",)),
+            ({gone.replace("projs.2.weight", "proj"): decoded()[
+                gone.replace("projs.2.weight", "proj")]}, ("once",)),
+            ({"_orig_mod." + gone: names[gone]}, ("two names",)))):
+        tensors = {k: t for k, t in (names | change).items()
+                   if t is not None}
+        refused(write_as(tmp_path / str(n), tensors, TINY.to_hf_dict()),
+                *parts)
+
+
+@pytest.mark.parametrize("missing", ["lm_head.weight",
+                                     "model.embed_tokens.weight", None])
+@pytest.mark.parametrize("layout", ["hf", "bf16"])
+def test_tied_matrices(made, tmp_path, missing, layout):
+    tensors = read_all(made[layout])
+    one = {n: t for n, t in tensors.items() if n != missing}
+    values = TINY.to_hf_dict()
+    folder = write_as(tmp_path / "m", one, values | {
+        "tie_word_embeddings": True})
+    ends = list(module.ENDS)
+    with Checkpoint.open(folder) as checkpoint:
+        assert checkpoint.config == TINY
+        for name in ends:
+            there = name if name != missing else (set(ends) - {name}).pop()
+            assert torch.equal(checkpoint.read(name), tensors[there])
+        assert checkpoint.nbytes == sum(t.nbytes for t in one.values())
+    convert(folder, tmp_path / "new", layout)  # has both, and says so
+    with Checkpoint.open(tmp_path / "new") as checkpoint:
+        assert len(load_file(tmp_path / "new" / "model.safetensors")) == len(
+            tensors)
+    if missing:
+        folder = write_as(tmp_path / "untied", one, values)
+        refused(folder, missing, "tie_word_embeddings", "no such tensor")
+
+
+@pytest.mark.parametrize("layout, said, wanted", [
+    ("hf", {}, "bfloat16"), ("hf", {"dtype": "float32"}, "float32"),
+    ("hf", {"torch_dtype": "float16"}, "float16"),
+    ("hf", {"dtype": None, "torch_dtype": "float64"}, "float64"),
+    ("hf", {"dtype": "float8"}, "bfloat16"), ("hf", {"dtype": [1]},
+                                              "bfloat16"),
+    ("bf16", {}, "float16"), ("bf16", {"dtype": "bfloat16"}, "bfloat16")])
+def test_the_dtype_of_a_checkpoint(made, tmp_path, layout, said, wanted):
+    tensors = {n: t.half() if layout == "bf16" else t
+               for n, t in read_all(made[layout]).items()}
+    folder = write_as(tmp_path / "m", tensors, TINY.to_hf_dict() | said)
+    assert str(Checkpoint.open(folder).dtype) == f"torch.{wanted}"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", INDEX, "config.json"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_file_is_not_waited_for(made, tmp_path, name, kind):
+    folder = write_as(tmp_path / "m", decoded(), TINY.to_hf_dict())
+    (folder / name).unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(folder / name)
+    elif kind == "device":
+        (folder / name).symlink_to("/dev/zero")
+    else:
+        (folder / name).mkdir()
+    with pytest.raises((CheckpointError, ConfigError), match=name):
+        Checkpoint.open(folder)
 
 
 def test_scale_255(folder):
@@ -842,7 +1074,108 @@ def test_a_process_that_dies_leaves_nothing_that_looks_whole(made, tmp_path):
     assert left.name.startswith(".m.") and left.suffix == ".partial"
     with pytest.raises((CheckpointError, ConfigError)):
         Checkpoint.open(left)
-    write_checkpoint(tmp_path / "m", TINY, random_tensors(TINY))
+    for name in ("n", "m.x", "m"):  # the last one sweeps what nobody holds
+        write_checkpoint(tmp_path / name, TINY, random_tensors(TINY))
+        assert left.exists() == (name != "m")
+    assert {p.name for p in tmp_path.iterdir()} == {"n", "m.x", "m"}
+
+
+def test_a_draft_of_a_living_process_is_not_swept(tmp_path):
+    def tensors():
+        yield from list(random_tensors(TINY))[:5]
+        with pytest.raises(CheckpointError, match="nothing"):
+            write_checkpoint(tmp_path / "m", TINY, half)
+        assert len(list(tmp_path.iterdir())) == 1
+        yield from list(random_tensors(TINY))[5:]
+
+    half = list(random_tensors(TINY))[:5]
+    write_checkpoint(tmp_path / "m", TINY, tensors())
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+TOLD = """
+import os, signal, sys, threading
+from gptoss.checkpoint import random_tensors, write_checkpoint
+from gptoss.config import GptOssConfig
+
+config = GptOssConfig.from_pretrained(sys.argv[1])
+
+def tensors():
+    for i, pair in enumerate(random_tensors(config)):
+        yield pair
+        if i == 20:
+            os.kill(os.getpid(), getattr(signal, sys.argv[3]))
+
+write_checkpoint(sys.argv[2], config, tensors())
+"""
+
+
+@pytest.mark.parametrize("name, inside", [("SIGTERM", False),
+                                          ("SIGHUP", True)])
+def test_a_process_told_to_end_removes_its_draft(made, tmp_path, name,
+                                                 inside):
+    if inside:
+        (tmp_path / "a" / "m").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    done = subprocess.run([sys.executable, "-c", TOLD, made["hf"],
+                           tmp_path / "a" / "m", name], check=False,
+                          timeout=60)
+    assert done.returncode == 128 + getattr(signal, name)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_handlers_of_others_are_left_alone(tmp_path):
+    mine = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        before = signal.getsignal(signal.SIGTERM)
+        write_checkpoint(tmp_path / "m", TINY, random_tensors(TINY))
+        assert signal.getsignal(signal.SIGTERM) is before
+    finally:
+        signal.signal(signal.SIGTERM, mine)
+
+
+def test_an_empty_folder_is_filled_and_not_replaced(tmp_path, monkeypatch):
+    """It may be a mounted disk: nothing may be written beside it, and
+    config.json appears when all else is there."""
+    target = tmp_path / "disk"
+    target.mkdir()
+    (target / "lost+found").mkdir()
+    node, order = target.stat().st_ino, []
+
+    def tensors():
+        assert [p.name for p in tmp_path.iterdir()] == ["disk"]
+        yield from random_tensors(TINY)
+
+    replace_ = os.replace
+    monkeypatch.setattr(module.os, "replace", lambda a, b: (
+        order.append(Path(b)), replace_(a, b)))
+    write_checkpoint(target, TINY, tensors(), max_shard_bytes=SHARD)
+    assert target.stat().st_ino == node and len(order) > 3
+    assert order[-1] == target / "config.json"
+    assert all(path.parent == target for path in order)
+    assert not list(target.glob(".*"))
+    assert len(Checkpoint.open(target).names()) == len(tensor_table(TINY))
+
+
+def test_an_empty_folder_stays_empty_if_a_rename_fails(tmp_path, monkeypatch):
+    target, replace_ = tmp_path / "disk", os.replace
+    target.mkdir()
+
+    def failing(a, b):
+        if Path(b).name == "config.json":
+            raise OSError(28, "No space left on device")
+        replace_(a, b)
+
+    monkeypatch.setattr(module.os, "replace", failing)
+    with pytest.raises(CheckpointError, match="No space left"):
+        write_checkpoint(target, TINY, random_tensors(TINY))
+    assert list(target.iterdir()) == []
+
+
+def test_folders_made_on_the_way_are_removed(tmp_path):
+    with pytest.raises(CheckpointError):
+        write_checkpoint(tmp_path / "a" / "b" / "c", TINY, [])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_there_is_not_overwritten(tmp_path):
@@ -1025,6 +1358,58 @@ def test_companions_come_along(made, tmp_path):
         (root / "original" / name).unlink()
     convert(root / "original", tmp_path / "again", "hf")
     assert {p.name for p in (tmp_path / "again").iterdir()} >= set(extra)
+
+
+def test_only_known_companions_come_along(made, tmp_path):
+    """Not what else lies there, and nothing through a link that leaves."""
+    folder, secret = tmp_path / "model", tmp_path / "secret"
+    folder.mkdir()
+    secret.write_text("of somebody else")
+    for file in made["hf"].iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    for name in ("credentials.json", "secret.txt", "README", "LICENSE.pem",
+                 "tokenizer.json"):
+        (folder / name).write_text("{}")
+    (folder / "LICENSE").symlink_to(secret)
+    (folder / "README.md").symlink_to("tokenizer.json")
+    os.mkfifo(folder / "NOTICE")
+    convert(folder, tmp_path / "new", "original")
+    assert {p.name for p in (tmp_path / "new").iterdir()} == {
+        "config.json", "manifest.json", "model.safetensors",
+        "tokenizer.json", "README.md"}
+
+
+def test_companions_of_a_snapshot_are_links_into_its_store(made, tmp_path):
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    store = tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    store.mkdir()
+    (tmp_path / "elsewhere").write_text("{}")
+    for file in made["hf"].iterdir():
+        (store / file.name).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    (store / "blob").write_text("{}")
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/blob")
+    (snapshot / "LICENSE").symlink_to("../../../elsewhere")
+    convert(snapshot, tmp_path / "new", "hf")
+    names = {p.name for p in (tmp_path / "new").iterdir()}
+    assert "tokenizer.json" in names and "LICENSE" not in names
+
+
+@pytest.mark.parametrize("text", [
+    "{", "[]", "[" * 10 ** 5, "3", '{"eos_token_id": "x"}',
+    '{"eos_token_id": [null]}', '{"pad_token_id": -1}', "\xff"])
+def test_a_damaged_generation_config_is_named(made, tmp_path, text):
+    (tmp_path / "original").mkdir()
+    for file in made["original"].iterdir():
+        (tmp_path / "original" / file.name).write_bytes(file.read_bytes())
+    file = tmp_path / "generation_config.json"
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises((CheckpointError, ConfigError),
+                       match="generation_config.json: ") as caught:
+        convert(tmp_path / "original", tmp_path / "new", "hf")
+    assert "\n" not in str(caught.value) and "Error" not in str(caught.value)
+    assert not (tmp_path / "new").exists()
 
 
 def test_progress_and_refusals(made, tmp_path):

@@ -503,8 +503,10 @@ def test_version_help_and_mistake_need_no_torch():
 
 def test_package_offers_its_names():
     code = ("import gptoss, sys; assert 'torch' not in sys.modules\n"
-            "from gptoss import Chat, GptOss, GptOssConfig, mxfp4\n"
+            "from gptoss import Chat, GptOss, GptOssConfig, Tokenizer, mxfp4\n"
             "gptoss.cache.Cache; gptoss.generate.Sampler\n"
+            "assert gptoss.harmony.Tokenizer is Tokenizer is not None\n"
+            "gptoss.mxfp4, gptoss.checkpoint, gptoss.kernels, gptoss.chat\n"
             "assert 'transformers' not in sys.modules\n"
             "assert {'Chat', 'GptOss', 'mxfp4'} <= set(dir(gptoss))\n"
             "try: gptoss.nothing\nexcept AttributeError as e: print(e)")

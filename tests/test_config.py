@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import pathlib
 
 import pytest
@@ -191,6 +192,54 @@ def test_original_refuses_what_it_cannot_say(change, key):
         config.to_original_dict()
 
 
+# --- Gaps in the rope keys ---------------------------------------------------
+
+def rope_of(config):
+    """What transformers would call these fields."""
+    names = {"rope_theta": "rope_theta", "rope_type": "rope_type"}
+    if config.rope_type == "yarn":
+        names |= {"rope_factor": "factor", "rope_beta_fast": "beta_fast",
+                  "rope_beta_slow": "beta_slow", "rope_truncate": "truncate",
+                  "initial_context_length":
+                  "original_max_position_embeddings"}
+    return {name: getattr(config, ours) for ours, name in names.items()}
+
+
+@pytest.mark.parametrize("change", [
+    {}, {"rope_theta": 10000.0}, {"rope_scaling": None},
+    {"rope_parameters": {"rope_type": "default"}},
+    {"rope_scaling": {"type": "default"}, "rope_theta": 5e5},
+    {"rope_parameters": {"rope_type": "yarn", "factor": 8, "truncate": False,
+                         "original_max_position_embeddings": 2048}},
+    {"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "beta_fast": 16,
+                      "original_max_position_embeddings": 2048},
+     "rope_theta": 1234}], ids=str)
+def test_gaps_are_filled_as_transformers_fills_them(change):
+    values = released("20b")
+    del values["rope_scaling"], values["rope_theta"]
+    values |= change
+    theirs = HFConfig(**copy.deepcopy(values)).rope_parameters
+    theirs = {"beta_fast": 32, "beta_slow": 1, "truncate": True,
+              "rope_theta": 150000} | theirs
+    ours = rope_of(GptOssConfig.from_dict(values))
+    assert ours == {key: theirs[key] for key in ours}
+
+
+def test_two_rope_objects_must_agree():
+    values = released("20b") | {
+        "rope_parameters": new_spelling(released("20b"))["rope_parameters"]}
+    assert GptOssConfig.from_dict(values) == MODELS["20b"]
+    values["rope_parameters"]["beta_slow"] = 2.0
+    with pytest.raises(ConfigError, match="^config.json: rope_parameters: "
+                       "expected beta_slow as in rope_scaling, 1.0, found 2"):
+        GptOssConfig.from_dict(values)
+
+
+def test_a_list_of_no_eos_ids_says_nothing():
+    values = released("20b") | {"eos_token_id": []}
+    assert GptOssConfig.from_dict(values) == MODELS["20b"]
+
+
 # --- Bad values --------------------------------------------------------------
 
 COUNTS = ("num_hidden_layers", "num_local_experts", "num_experts_per_tok",
@@ -216,6 +265,48 @@ def test_bad_numbers(key, value):
         GptOssConfig(**{key: value})
 
 
+@pytest.mark.parametrize("key", [*COUNTS, *NUMBERS])
+@pytest.mark.parametrize("value", [10 ** 400, 2 ** 63, 10 ** 5000, 2 ** 31],
+                         ids=["400 digits", "2**63", "endless", "2**31"])
+def test_numbers_that_arithmetic_cannot_hold(key, value):
+    if key in NUMBERS and key != "swiglu_limit" and value == 2 ** 31:
+        value = 1e300
+    with pytest.raises(ConfigError, match=f"^{key}: .*found") as error:
+        GptOssConfig(**{key: value})
+    assert len(str(error.value)) < 350
+
+
+@pytest.mark.parametrize("key", ["rope_beta_fast", "rope_beta_slow",
+                                 "rms_norm_eps", "swiglu_limit"])
+def test_numbers_too_small_to_divide_by(key):
+    with pytest.raises(ConfigError, match=f"^{key}: expected at least"):
+        GptOssConfig(**{key: 5e-324})
+
+
+@pytest.mark.parametrize("key, word", [
+    ("initial_context_length", "initial_context_length"),
+    ("rope_scaling_factor", "rope_scaling_factor"),
+    ("rope_ntk_alpha", "rope_ntk_alpha"), ("num_experts", "num_experts"),
+    ("experts_per_token", "experts_per_token")])
+@pytest.mark.parametrize("value", [10 ** 400, 1e308], ids=["int", "float"])
+def test_large_numbers_of_the_original_are_named_as_there(key, word, value):
+    values = released_original("20b") | {key: value}
+    with pytest.raises(ConfigError, match=f"^here.json: {word}: expected"):
+        GptOssConfig.from_dict(values, "here.json")
+
+
+def test_messages_use_the_words_of_the_file():
+    values = released_original("20b") | {"rope_ntk_alpha": 64}
+    with pytest.raises(ConfigError, match="rope_ntk_beta: expected at least "
+                       "rope_ntk_alpha = 64, found 32"):
+        GptOssConfig.from_dict(values)
+    values = released("20b")
+    values["rope_scaling"]["beta_slow"] = 64
+    with pytest.raises(ConfigError, match="json: beta_fast: expected at least"
+                       " beta_slow = 64, found 32"):
+        GptOssConfig.from_dict(values)
+
+
 @pytest.mark.parametrize("change, key", [
     ({"num_experts_per_tok": 129}, "num_experts_per_tok"),
     ({"num_attention_heads": 63}, "num_attention_heads"),
@@ -235,7 +326,7 @@ def test_bad_numbers(key, value):
     ({"rope_beta_fast": 1.0, "rope_beta_slow": 32.0}, "rope_beta_fast"),
     ({"rope_truncate": "false"}, "rope_truncate"),
     ({"rope_truncate": 0}, "rope_truncate"),
-    ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+    ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
     ({"tie_word_embeddings": None}, "tie_word_embeddings"),
     ({"eos_token_id": -1}, "eos_token_id"),
     ({"eos_token_id": "</s>"}, "eos_token_id"),
@@ -247,7 +338,7 @@ def test_bad_fields(change, key):
 
 
 REQUIRED = (*(key for key in COUNTS if key != "initial_context_length"),
-            "model_type", "rope_theta", "rope_scaling")
+            "model_type")
 
 
 @pytest.mark.parametrize("key", REQUIRED)
@@ -283,10 +374,14 @@ def test_bad_values_of_the_original(key, value):
 
 @pytest.mark.parametrize("change, key", [
     ({"model_type": "llama"}, "model_type"),
-    ({"eos_token_id": []}, "eos_token_id"),
+    ({"eos_token_id": [None]}, "eos_token_id"),
+    ({"eos_token_id": {}}, "eos_token_id"),
     ({"rope_scaling": "yarn"}, "rope_scaling"),
     ({"rope_parameters": 7}, "rope_parameters"),
-    ({"rope_scaling": {}}, "rope_scaling"),
+    ({"rope_scaling": []}, "rope_scaling"),
+    ({"rope_scaling": {}}, "rope_type"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+     "rope_parameters"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type"),
     ({"rope_scaling": {"rope_type": "yarn", "truncate": False}}, "factor"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 32.0}},
@@ -325,6 +420,22 @@ def test_bad_json_names_the_file(tmp_path, text):
         GptOssConfig.from_pretrained(tmp_path)
     assert str(error.value).startswith(f"{file}: ")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "large"])
+def test_what_is_no_small_file_is_not_read(tmp_path, kind):
+    """Without the check the first hangs and the third never ends."""
+    file = tmp_path / "config.json"
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "folder":
+        file.mkdir()
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    else:
+        file.write_bytes(b" " * (2 ** 24 + 1))
+    with pytest.raises(ConfigError, match="expected a(t most| file)"):
+        GptOssConfig.from_pretrained(tmp_path)
 
 
 def test_missing_file_names_the_file(tmp_path):

@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
+from importlib.resources import files
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from gptoss import harmony
-from gptoss.config import GptOssConfig
+from gptoss.config import ConfigError, GptOssConfig
 from gptoss.generate import (
     NUCLEUS,
     Completion,
@@ -27,6 +29,7 @@ from gptoss.generate import (
 )
 from gptoss.model import GptOss
 
+POCKET = files("gptoss") / "pocket"
 CONFIG = GptOssConfig(
     num_hidden_layers=3, num_local_experts=4, num_experts_per_tok=2,
     vocab_size=275, hidden_size=32, intermediate_size=32, head_dim=8,
@@ -449,7 +452,7 @@ def test_no_rows(model):
 
 @pytest.mark.parametrize("value, wanted", [
     ([200002, 199999, 200012], (200002, 199999, 200012)),  # as released
-    (200002, (200002,)), ([7, 7], (7,)), ([], ())])
+    (200002, (200002,)), ([7, 7], (7,)), (0, (0,))])
 def test_stop_ids_of_a_folder(tmp_path, value, wanted):
     (tmp_path / "generation_config.json").write_text(
         json.dumps({"eos_token_id": value}))
@@ -463,10 +466,22 @@ def test_stop_ids_of_the_original_layout(tmp_path):
     inner.mkdir()
     config = replace(CONFIG, max_position_embeddings=64)
     (inner / "config.json").write_text(json.dumps(config.to_original_dict()))
-    assert stop_ids(inner) == (200002,)
+    assert stop_ids(inner) == (200002, 199999, 200012)  # harmony's
     (tmp_path / "generation_config.json").write_text(
-        json.dumps({"eos_token_id": [200002, 199999, 200012]}))
+        json.dumps({"eos_token_id": [200002, 199999, 7]}))
+    assert stop_ids(inner) == (200002, 199999, 7)
+    assert stop_ids(tmp_path) == (200002, 199999, 7)
+    (inner / "generation_config.json").write_text("{}")  # its own, silent
     assert stop_ids(inner) == (200002, 199999, 200012)
+
+
+def test_stop_ids_of_the_folder_above_are_anothers(tmp_path):
+    """Only original/ has its files there."""
+    inner = tmp_path / "model"
+    inner.mkdir()
+    (inner / "config.json").write_text(json.dumps(CONFIG.to_hf_dict()))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 5}')
+    assert stop_ids(inner) == (274,)
 
 
 def test_stop_ids_fall_back_to_the_config(tmp_path):
@@ -476,13 +491,35 @@ def test_stop_ids_fall_back_to_the_config(tmp_path):
 
 
 @pytest.mark.parametrize("text", [
-    "{", "[]", "{}", '{"eos_token_id": "x"}', '{"eos_token_id": [1.5]}',
-    '{"eos_token_id": null}', '"text"', "\xff"])
+    "{}", '{"temperature": 0.7}', '{"eos_token_id": null}',
+    '{"eos_token_id": []}'])
+def test_a_generation_config_that_says_nothing(tmp_path, text):
+    (tmp_path / "generation_config.json").write_text(text)
+    values = CONFIG.to_hf_dict()
+    for said, wanted in ((274, (274,)), ([8, 9], (8, 9)),
+                         (None, (200002, 199999, 200012)),
+                         ([], (200002, 199999, 200012))):
+        (tmp_path / "config.json").write_text(json.dumps(
+            values | {"eos_token_id": said}))
+        assert stop_ids(tmp_path) == wanted
+    shutil.copy(POCKET / "tokenizer.json", tmp_path)
+    assert set(stop_ids(tmp_path)) == set(stop_ids(POCKET))
+
+
+@pytest.mark.parametrize("text", [
+    '{"eos_token_id": "x"}', '{"eos_token_id": [1.5]}',
+    '{"eos_token_id": [2, null]}', '{"eos_token_id": true}',
+    '{"eos_token_id": -1}', '{"eos_token_id": {}}',
+    '{"eos_token_id": 4294967296}', '"text"', "[]", "{", "\xff",
+    "[" * 10 ** 5])
 def test_bad_generation_config_names_the_file(tmp_path, text):
-    (tmp_path / "generation_config.json").write_text(text, "latin-1")
-    with pytest.raises(GenerateError, match="generation_config.json: "
-                       "expected eos_token_id"):
+    file = tmp_path / "generation_config.json"
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_hf_dict()))
+    file.write_text(text, "latin-1")
+    with pytest.raises((GenerateError, ConfigError)) as caught:
         stop_ids(tmp_path)
+    assert str(caught.value).startswith(f"{file}: ")
+    assert "Error" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 # -- text as it comes -------------------------------------------------------

@@ -361,8 +361,8 @@ def test_dropping_by_turns(real):
     for seed in range(60):
         ours, _, _ = conversation(seed)
         kept = parse(real, render(real, ours, reply=False, drop="turns"))
-        last = max((n for n, m in enumerate(ours) if m.role == "user"),
-                   default=0)
+        last = max((n for n, m in enumerate(ours)
+                    if m.channel == "final" and m.content), default=0)
         assert kept == [m for n, m in enumerate(ours)
                         if n >= last or m.channel != "analysis"]
 
@@ -378,6 +378,8 @@ def test_a_turn_only_appends_to_its_prompt(real):
     cuts = Counter()
     for drop in ("turns", "official"):
         for n in range(1, len(talk) + 1):
+            if talk[n - 1].role == "assistant":
+                continue
             prompt = render(real, talk[:n], reply=False, drop=drop)
             cuts[drop, n] = prompt[:len(before)] != before
             before = prompt
@@ -393,7 +395,7 @@ def test_a_turn_only_appends_to_its_prompt(real):
 FIELD = st.text(max_size=6) | st.sampled_from([*CONTROLS, "<|endoftext|>", ""])
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, derandomize=True, max_examples=150)
 @given(role=st.sampled_from(ROLES), fields=st.lists(FIELD, min_size=4,
                                                     max_size=4),
        has=st.lists(st.booleans(), min_size=3, max_size=3),
@@ -552,12 +554,12 @@ def test_a_channel_is_not_cut_at_text(real):
 def test_soup(real, role):
     happened = Counter()
 
-    @settings(deadline=None, max_examples=400)
+    @settings(deadline=None, derandomize=True, max_examples=400)
     @given(st.lists(PARTS, max_size=9))
     def mixed(parts):
         happened[compare(real, build(real, parts), role)] += 1
 
-    @settings(deadline=None, max_examples=400)
+    @settings(deadline=None, derandomize=True, max_examples=400)
     @given(MUTATED)
     def mutated(drawn):
         good, changes = drawn
@@ -587,7 +589,7 @@ def test_a_token_that_is_none_is_reported(real, token):
 
 # -- a character at a time ----------------------------------------------------
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, derandomize=True, max_examples=150)
 @given(st.text(max_size=20))
 def test_deltas_are_whole_characters(text):
     tokenizer = Tokenizer.from_pretrained(POCKET)

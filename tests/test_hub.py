@@ -296,6 +296,56 @@ def test_a_path_is_never_sent_to_the_hub(hub, tmp_path):
     assert hub.requests == []
 
 
+SETTINGS = [
+    ("HF_ENDPOINT", "nonsense", "nonsense cannot be asked"),
+    ("HF_ENDPOINT", "ftp://127.0.0.1", "ftp://127.0.0.1 cannot be asked"),
+    ("HF_ENDPOINT", "http://[::1", "Invalid IPv6"),
+    ("HF_HUB_DOWNLOAD_TIMEOUT", "soon", "'soon'"),
+    ("HTTP_PROXY", "foo://127.0.0.1", "foo://127.0.0.1")]
+EACH = """
+import os, sys
+import gptoss.checkpoint
+from gptoss.__main__ import main
+for setting in sys.argv[2:]:
+    pid = os.fork()  # huggingface_hub reads its settings but once
+    if not pid:
+        name, _, value = setting.partition("=")
+        os.environ[name] = value
+        sys.stderr.write(setting + " ")
+        os._exit(main(["convert", sys.argv[1], "there", "--layout", "hf"]))
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+def test_a_setting_that_makes_no_sense_is_told_in_a_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", EACH, REPO,
+         *(f"{name}={value}" for name, value, _ in SETTINGS)],
+        capture_output=True, text=True, timeout=100, cwd=tmp_path,
+        env=os.environ | {
+            "HF_ENDPOINT": "http://localhost:9", "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path), "NO_PROXY": "", "PYTHONPATH":
+            os.pathsep.join(filter(None, sys.path))})
+    lines = done.stderr.splitlines()
+    for line, (name, value, why) in zip(lines, SETTINGS, strict=True):
+        assert line.startswith(f"{name}={value} gptoss: error: {REPO}: no "
+                               "such directory, and ") and why in line
+    assert done.stdout == "2\n" * len(SETTINGS)
+
+
+@pytest.mark.parametrize("text", [
+    "~nobody-is-called-so/x", "~nobody-is-called-so", "a\0b", "x" * 300])
+def test_a_path_that_cannot_be_is_told_in_a_line(text, monkeypatch):
+    for path in (text, Path(text)):
+        with pytest.raises((CheckpointError, OSError)) as caught:
+            resolve(path)
+        assert text[:30] in str(caught.value)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    with pytest.raises(CheckpointError, match="~/y: no such directory"):
+        resolve("~/y")  # no home at all
+
+
 def test_a_local_folder_comes_before_the_hub(hub, repository, tmp_path,
                                              monkeypatch):
     local = tmp_path / "someone" / "tiny-oss"

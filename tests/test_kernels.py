@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ON_KERNELS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,7 +36,7 @@ with pytest.MonkeyPatch.context() as patch:
     patch.setenv("GPTOSS_KERNELS", "auto")  # the other tests want plain torch
     LOADED = kernels.load_kernels()
 COMPILED = not LOADED.startswith("torch")
-if COMPILED:
+if COMPILED and not ON_KERNELS:
     OPS.enable_kernels(False)
     use_decoder(forward_step)
 needs_compiler = pytest.mark.skipif(
@@ -51,7 +52,7 @@ def kernels_on():
         OPS.enable_kernels(True)
         use_decoder(quick_step)
     yield
-    if COMPILED:
+    if COMPILED and not ON_KERNELS:
         OPS.enable_kernels(False)
         use_decoder(forward_step)
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import random
 from pathlib import Path
 
@@ -11,13 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gptoss.exams as e
+import gptoss.leaks as k
 import gptoss.lessons as t
+import gptoss.stories as st_
 from gptoss.harmony import Message, Tokenizer
 from gptoss.model import GptOss
 
 POCKET = Path(e.__file__).parent / "pocket"
 MANY = settings(deadline=None, max_examples=200)
 KINDS = tuple(t.MIX)
+MORE = int(os.environ.get("GPTOSS_FUZZ", "1"))
 
 
 def some(kind, count=40, seed=0, **options):
@@ -118,10 +122,100 @@ def test_far_facts_stand_beyond_two_windows():
     assert near <= 7
 
 
-@pytest.mark.parametrize("kind", ["story", "sum", "tool", "recall", "far"])
-def test_held_out_questions_never_train(kind):
-    assert all(one.held for one in some(kind, hold_out=True))
+ASKED = ("story", "sum", "tool", "recall", "far", "missing", "after")
+
+
+@pytest.mark.parametrize("kind", ASKED)
+def test_the_shelves_do_not_mix(kind):
+    assert all(one.held == "exam" for one in some(kind, hold_out=True))
+    assert all(one.held == "milestone"
+               for one in some(kind, hold_out="milestone"))
     assert not any(one.held for one in some(kind))
+
+
+@pytest.mark.parametrize("kind", ASKED)
+@pytest.mark.parametrize("held", ["exam", "milestone"])
+def test_the_check_reads_every_question_of_an_exam(kind, held):
+    for one in some(kind, 60, hold_out=held):
+        texts = [m.content for m in one.messages]
+        found = {key for text in texts for key in k.leaks(text)}
+        assert found, texts[-3:]
+        assert {st_.shelf(key) for key in found} == {held}
+        with pytest.raises(k.LeakError, match=f"kind {kind}"):
+            k.without_leaks(one)
+
+
+@pytest.mark.parametrize("mix", [t.MIX, t.SECOND, t.THIRD])
+def test_no_lesson_of_training_holds_a_question_of_the_exam(mix):
+    source = t.lesson_stream(31, mix=mix)
+    for one in itertools.islice(source, 500 * MORE):
+        k.without_leaks(one)
+    for text in itertools.islice(st_.story_stream(31), 300 * MORE):
+        k.story_without_leaks(text)
+
+
+def test_lessons_without_the_rule_are_caught(monkeypatch):
+    monkeypatch.setattr(t, "unheld", lambda draw: draw())
+    caught = sum(bool(k.leaks(m.content)) for one in some("far", 60)
+                 for m in one.messages)
+    assert caught > 5
+    monkeypatch.undo()
+    monkeypatch.setattr(t, "draw_fact",
+                        lambda rng, fact, free=False: fact[4](rng))
+    assert any(k.leaks(m.content) for one in some("telling", 80)
+               for m in one.messages)
+
+
+@MANY
+@given(st.integers(0, 999), st.integers(0, 999), st.randoms())
+def test_every_form_of_a_sum_is_read_as_one_fact(a, b, rng):
+    key = t.sum_key(a, "+", b)
+    assert key == t.sum_key(b, "+", a) == t.sum_key(a + b, "-", b)
+    assert key == t.sum_key(b, "-", a + b)
+    assert (key == "") == (max(a, b) < 20)
+    for sign, x, y in (("+", a, b), ("-", a + b, b), ("-", a + b, a)):
+        ask = rng.choice(t.SUMS[sign]).format(a=x, b=y, name="Bomak",
+                                              things="bells")
+        for text in (ask, *t.sum_thoughts(x, y, sign),
+                     f"It is {x}{sign}{y}=?", f"so {x} {sign} {y}"):
+            assert {*k.sums_in(text)} - {""} == {key} - {""}, text
+
+
+def test_a_column_has_no_key_of_its_own():
+    for a in range(10):
+        for b in range(10):
+            for sign in "+-":
+                for carry in (0, 1):
+                    asked, answer, _ = t.column(a, b, carry, sign)
+                    assert not {*k.sums_in(asked + answer)} - {""}
+
+
+def test_dates_are_no_differences():
+    assert not [*k.sums_in("Today is 2026-11-02 (Monday). 2024-01-28")]
+
+
+def test_a_shelf_is_one_in_ten_and_nothing_has_none():
+    found = [st_.shelf(f"key {n}") for n in range(6000)]
+    assert abs(found.count("") / 6000 - 0.9) < 0.02
+    assert abs(found.count("exam") / found.count("milestone") - 2) < 0.4
+    assert st_.shelf("") == ""
+
+
+def test_a_question_is_the_same_under_any_name_of_its_tool():
+    assert t.tool_key("light", ["hall", True]) == "light hall on"
+    assert t.tool_key("date", []) == ""
+    assert t.tool_key("calculator", ["45 - 5"]) == t.sum_key(5, "+", 40)
+    assert t.sum_key(12, "*", 34) == t.sum_key(34, "*", 12) == "12 * 34"
+
+
+def test_error_bars_hold_the_share_and_narrow():
+    for right, count in ((0, 40), (20, 40), (40, 40), (195, 200)):
+        low, high = e.error_bar(right, count)
+        assert 0 <= low <= right / count <= high <= 1
+    few, many = e.error_bar(38, 40), e.error_bar(190, 200)
+    assert few[1] - few[0] > many[1] - many[0]
+    # by hand: middle 0.941519, half 0.031098
+    assert many == [0.9104, 0.9726]
 
 
 def test_the_stream_repeats_itself_and_keeps_the_mix():

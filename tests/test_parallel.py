@@ -12,11 +12,15 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import socket
 import subprocess
 import sys
+import time
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from importlib.resources import files
 from pathlib import Path
 
@@ -27,6 +31,7 @@ from hypothesis import strategies as st
 
 from gptoss import __main__ as cli
 from gptoss import parallel
+from gptoss.chat import Chat, ChatError, function_tool
 from gptoss.checkpoint import (
     LAYOUTS,
     Checkpoint,
@@ -40,6 +45,7 @@ from gptoss.config import (
     checkpoint_bytes,
 )
 from gptoss.generate import Sampler, generate
+from gptoss.harmony import Tokenizer
 from gptoss.model import GptOss
 from gptoss.parallel import (
     Link,
@@ -246,6 +252,31 @@ def test_plan() -> None:
         assert max(map(len, text.splitlines())) <= 79
 
 
+def test_a_plan_that_does_not_divide() -> None:
+    """Neither 4 nor 8 cards can share it, nor give a layer to each."""
+    config = replace(TINY, num_hidden_layers=3, num_attention_heads=6,
+                     num_key_value_heads=2, layer_types=None)
+    rows = [row for row in plan(config) if row.gpus in (4, 8)]
+    assert rows and not any(row.fits or row.weights or row.tensor
+                            or row.pipeline for row in rows)
+    text = plan_table("odd", config)
+    assert text.count("not divisible") == len(rows)
+
+
+@pytest.mark.parametrize("context", [0, -5, 2 ** 30 + 1, 10 ** 400])
+def test_a_context_that_nothing_has(context, capsys) -> None:
+    assert cli.main(["inspect", "20b", "--plan", "--context",
+                     str(context)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "--context: expected 1 to" in err
+
+
+def test_plan_of_a_folder_with_original_alone(tiny, tmp_path, capsys) -> None:
+    (tmp_path / "original").symlink_to(tiny["original"])
+    assert cli.main(["inspect", "--plan", str(tmp_path)]) == 0
+    assert capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", sorted(RELEASED))
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_meetings_take_the_steps_of_a_ring(name: str, ranks: int) -> None:
@@ -359,6 +390,86 @@ def test_alone_nothing_is_said() -> None:
     assert link.sum(x) is link.gather(x) is link.from_last(x) is x
 
 
+# --- A vocabulary of any size ------------------------------------------------
+
+ODD = replace(TINY, num_attention_heads=12, num_key_value_heads=6,
+              vocab_size=101)  # by nothing; 2, 3 and 6 share the heads
+
+
+@pytest.mark.parametrize("tensors", [1, 2, 3, 4, 7, 8, 64])
+@pytest.mark.parametrize("size", [201_088, 201_089, 200_019, 101, 65])
+def test_rows_cover_a_vocabulary_of_any_size(size, tensors) -> None:
+    config = replace(RELEASED["20b"], vocab_size=size)
+    rows = [len(range(size)[parallel.owned(config, parallel.Seat(
+        n, tensors))["V"]]) for n in range(tensors)]
+    assert sum(rows) == size and max(rows) == rows[0] == -(-size // tensors)
+    assert rows == sorted(rows, reverse=True)
+    divides = not 64 % tensors and not min(8 % tensors, tensors % 8)
+    assert fits(config, tensors) == (divides and rows[-1] > 0)
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("odd") / "model"
+    write_checkpoint(folder, ODD, random_tensors(ODD))
+    return folder
+
+
+@pytest.mark.parametrize(("world", "stages"), [(2, 1), (3, 1), (6, 1),
+                                               (6, 2), (4, 4)])
+def test_threads_share_a_vocabulary_of_any_size(odd, world, stages) -> None:
+    model = whole(odd)
+    wanted = exercise(model)
+    text = list(generate(model, PROMPT[1].tolist(), sampler=GREEDY,
+                         max_new_tokens=24))
+
+    def work(seat, link):
+        part = SplitGptOss.part(odd, seat, link, torch.float32)
+        return exercise(part), list(generate(
+            part, PROMPT[1].tolist(), sampler=GREEDY, max_new_tokens=24))
+
+    for logits, tokens in rehearse(ODD, world, stages, work):
+        assert logits[0].shape[-1] == 101 and tokens == text
+        assert all(map(near, logits[:4], wanted[:4]))
+
+
+def attend_odd(rank: int, world: int, port: int, odd: Path, folder: Path
+               ) -> None:
+    meet(rank, world, port)
+    model = parallel.load_split(odd, "float32")
+    tokens = list(generate(model, PROMPT[1].tolist(), sampler=GREEDY,
+                           max_new_tokens=24))
+    with Tally() as tally, torch.inference_mode():
+        logits = model(PROMPT[:1])
+    torch.save((tokens, logits, dict(tally.counts), model.seat),
+               folder / f"{world}-{rank}.pt")
+    torch.distributed.barrier()
+    parallel.leave()
+
+
+def test_processes_share_a_vocabulary_of_any_size(odd, tmp_path) -> None:
+    model, context = whole(odd), multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "gptoss.parallel", "pytest",
+                                    "hypothesis", "gptoss.chat"])
+    text = list(generate(model, PROMPT[1].tolist(), sampler=GREEDY,
+                         max_new_tokens=24))
+    for world, port in zip((2, 3), free_ports(2), strict=True):
+        made = [context.Process(target=attend_odd, args=(
+            rank, world, port, odd, tmp_path)) for rank in range(world)]
+        for process in made:
+            process.start()
+        for process in made:
+            process.join(300)
+            process.kill()
+        assert [process.exitcode for process in made] == [0] * world
+        for rank in range(world):
+            tokens, logits, counts, seat = torch.load(
+                tmp_path / f"{world}-{rank}.pt", weights_only=False)
+            assert tokens == text and near(logits, model(PROMPT[:1]))
+            assert counts == {(name, size): calls for name, (calls, size)
+                              in traffic(ODD, seat, 40, 40, 4).items()}
+
+
 # --- Processes over gloo -----------------------------------------------------
 
 def free_ports(count: int) -> list[int]:
@@ -391,6 +502,161 @@ def meet(rank: int, world: int, port: int) -> None:
     torch.set_num_threads(1)
 
 
+# --- A chat on several ranks -------------------------------------------------
+
+CALL = ("<|channel|>commentary to=functions.{} <|constrain|>json<|message|>"
+        "{}<|call|>")
+SAID = ("<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
+        "<|channel|>final<|message|>{}<|return|>")
+
+
+def dictate(one: Chat, text: str) -> None:
+    """Have `one` write `text`, control tokens by name, then greedily."""
+    special = one.tokenizer.special
+    ids = iter([n for part in re.split(r"(<\|\w+\|>)", text) for n in (
+        [special[part]] if part in special else one.tokenizer.encode(part))])
+    one.sampler = lambda logits, generator: torch.tensor(
+        [next(ids)]) if ids.__length_hint__() else GREEDY(logits)
+
+
+def agent(model: GptOss, rank: int, note: Callable[[str], None],
+          seconds: float) -> list[dict]:
+    """Turns of which each rank has its own idea: what came of each."""
+    def mail(to: str) -> str:
+        note(f"mail to {to} by {rank}")
+        return "sent" + " again" * rank * 9
+
+    def broken() -> str:
+        note(f"broken by {rank}")
+        if rank == 0:
+            raise OSError("no line")
+        return "fine here"
+
+    def slow() -> str:
+        note(f"slow by {rank}")
+        time.sleep(seconds)
+        return "at last"
+
+    def late() -> str:
+        note(f"late by {rank}")
+        time.sleep(9 * (rank == 0))
+        return "never told"
+
+    one = Chat((model, Tokenizer.from_pretrained(POCKET)), temperature=0.9,
+               tools=[mail, broken, slow,
+                      function_tool(late, timeout=0.1)])
+    found = []
+
+    def turn(text: str, leave: int = -1, count: int = 0, **options) -> None:
+        dictate(one, text)
+        asked = [{"role": "user", "content": f"Question of rank {rank}."}]
+        kinds = []
+        for event in one.events(asked, **options):
+            kinds.append(event.kind)
+            if rank == leave and len(kinds) == count:
+                break
+        found.append({"turn": one.turn, "tokens": one.memory.tokens,
+                      "date": one.date, "kinds": kinds,
+                      "usage": one.usage and replace(one.usage, seconds=0)})
+
+    turn(CALL.format("mail", '{"to": "Ann"}') + CALL.format("broken", "")
+         + CALL.format("slow", "") + CALL.format("late", "{}")
+         + SAID.format("Done."))
+    for left in (0, 1):  # the first is left, and the other follows
+        turn(SAID.format("A long answer, left or not."), left, 9)
+    turn(CALL.format("mail", '{"to": "Eve"}'), 0, 1)  # before the tool runs
+    turn(SAID.format("Stopped."), stop=lambda n=iter(range(9)):
+         rank == 0 and next(n, None) is None)
+    dictate(one, SAID.format("Unread."))
+    one.events([{"role": "user", "content": "?"}])  # nobody reads this one
+    one.sampler, one.max_new_tokens = Sampler(0.9), 20
+    asked = [{"role": "user", "content": f"Hello from {rank}!"}]
+    list(one.events(asked))
+    found.append({"turn": one.turn, "tokens": one.memory.tokens})
+    try:
+        one.reply([] if rank == 0 else asked)
+    except ChatError as error:
+        found.append(str(error))
+    return found
+
+
+def check_agent(ranks: list[list], noted: list[str]) -> None:
+    """All ranks say the same, which is what the first found."""
+    assert sorted(noted) == sorted(
+        f"{name} by 0" for name in ("mail to Ann", "broken", "slow", "late"))
+    for other in ranks:
+        for here, first in zip(other, ranks[0], strict=True):
+            if isinstance(first, dict):
+                assert here["turn"] == first["turn"]
+                assert here["tokens"] == first["tokens"]
+        assert other[0]["date"] == "2025-01-01"
+        for n in (0, 4, 5):  # turns that nobody left
+            assert other[n] == ranks[0][n]
+        assert other[6].startswith("messages: expected a list of at least")
+    first = ranks[0]
+    assert [m["content"] for m in first[0]["turn"] if m["role"] == "tool"
+            ] == ["sent", "error: OSError: no line", "at last",
+                  "error: timed out after 0.1 s"]
+    assert first[1]["usage"].finish_reason == "stopped"
+    assert first[1]["turn"][0]["content"] and "left or not" not in str(
+        first[1]["turn"])
+    assert "left or not." in str(ranks[1][2]["turn"])  # only it was left
+    assert len(ranks[1][2]["kinds"]) == 9
+    assert first[3]["turn"] == [] and "call" in first[3]["kinds"]
+    assert first[4]["usage"].finish_reason == "stopped"
+    assert first[4]["usage"].generated_tokens == 9
+
+
+@pytest.fixture
+def own_dates(monkeypatch) -> None:
+    """A calendar that goes on whenever it is looked at."""
+    days = iter(range(1, 9))
+    monkeypatch.setattr("gptoss.chat.today",
+                        lambda: f"2025-01-0{next(days)}")
+
+
+@pytest.mark.parametrize("world, stages", [(2, 1), (2, 2), (4, 2)])
+def test_a_chat_of_threads(world, stages, own_dates) -> None:
+    noted: list[str] = []
+
+    def work(seat, link):
+        model = SplitGptOss.part(POCKET, seat, link, torch.float32)
+        return agent(model, seat.tensor + seat.stage * seat.tensors,
+                     noted.append, 0.1)
+
+    found = rehearse(GptOssConfig.from_pretrained(POCKET), world, stages,
+                     work)
+    check_agent(found, noted)
+
+
+def work_as_agent(rank: int, port: int, folder: Path) -> list:
+    """In one of two processes; a collective may take four seconds."""
+    from gptoss import chat
+
+    os.environ["MASTER_PORT"] = str(port)
+    joined = parallel.join(timeout=timedelta(seconds=4))
+    chat.today = lambda: f"2025-01-0{rank + 1}"
+    seat = take_seat(GptOssConfig.from_pretrained(POCKET), rank, 2)
+    model = SplitGptOss.part(POCKET, seat, joined.link(seat), torch.float32)
+
+    def note(text: str) -> None:
+        with open(folder / "noted.txt", "a") as file:
+            file.write(text + "\n")
+
+    found = agent(model, rank, note, 6)
+    torch.rand(rank)  # as a tool may do; seeds are told all the same
+    found.append({"turn": list(generate(model, [1, 2], max_new_tokens=9)),
+                  "tokens": []})
+    torch.distributed.barrier()
+    parallel.leave()
+    return found
+
+
+def test_a_chat_of_processes(worlds) -> None:
+    ranks = [rank["agent"] for rank in worlds[2]]
+    check_agent(ranks, worlds[2][0]["noted"])
+
+
 def attend(rank: int, world: int, ports: list[int], folder: Path) -> None:
     """One process: all that a world is asked for, into a file."""
     meet(rank, world, ports[0])
@@ -416,6 +682,8 @@ def attend(rank: int, world: int, ports: list[int], folder: Path) -> None:
     if world == 2:
         found["commands"] = [run(rank, port, *command) for port, command
                              in zip(ports[1:], COMMANDS, strict=False)]
+        found["agent"] = work_as_agent(rank, ports[-1], folder)
+        found["noted"] = (folder / "noted.txt").read_text().splitlines()
     torch.save(found, folder / f"{world}-{rank}.pt")
 
 
@@ -444,7 +712,7 @@ def worlds(tmp_path_factory) -> dict[int, list[dict]]:
                                     "hypothesis", "gptoss.chat"])
     found = {}
     for world in STAGES:
-        ports = free_ports(1 + len(COMMANDS))
+        ports = free_ports(2 + len(COMMANDS))
         made = [context.Process(target=attend,
                                 args=(rank, world, ports, folder))
                 for rank in range(world)]

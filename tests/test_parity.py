@@ -2,8 +2,8 @@
 
 import json
 import math
+import os
 import sys
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -30,13 +30,9 @@ CONFIG = GptOssConfig(
 TOKENS = parity.default_tokens(CONFIG)
 
 
-@pytest.fixture(autouse=True)
-def _plain_torch():
-    """Without the kernels, should another test have loaded them: in bf16
-    they round once more, which hides causes."""
-    kernels = sys.modules.get("gptoss.kernels")
-    with kernels.plain_torch() if kernels else nullcontext():
-        yield
+def contract(dtype):
+    """That of what runs unasked: this file runs on both paths (conftest)."""
+    return parity.contract_for(None, dtype)
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +42,17 @@ def path(tmp_path_factory):
     return folder
 
 
-def examine(path, trace, dtype, inner, side="theirs", tokens=TOKENS):
+def examine(path, trace, dtype, inner, side="theirs", tokens=TOKENS,
+            kernels=False):
     trace[None, "tokens"] = tokens[0]
     with Checkpoint.open(path) as checkpoint:
-        return parity.judge_walk(parity.Judge(checkpoint, dtype, inner), trace,
-                              side)
+        return parity.judge_walk(
+            parity.Judge(checkpoint, dtype, inner, kernels), trace, side)
+
+
+def examine_ours(path, trace, dtype, tokens=TOKENS):
+    use = parity.CONTRACTS[contract(dtype)]
+    return examine(path, trace, dtype, use.inner, "ours", tokens, use.kernels)
 
 
 # --- Nothing is wrong --------------------------------------------------------
@@ -61,10 +63,14 @@ def test_no_false_alarm_and_equal_bits(case: Case, tmp_path):
     path, tokens = case.write(tmp_path), case.prompt()
     for dtype in DTYPES:
         model = GptOss.from_pretrained(path, dtype)
-        ours = parity.trace_ours(model, tokens)
+        ours = parity.trace_ours(model, tokens, contract(dtype))
         with torch.inference_mode():
             assert torch.equal(ours[None, "logits"], model(tokens)[0])
-        assert examine(path, ours, dtype, False, tokens=tokens)[1] is None
+        assert examine_ours(path, ours, dtype, tokens)[1] is None
+        few = min(4, tokens.shape[1] - 1)
+        parts = [tokens.shape[1] - few] + [1] * few
+        ours = parity.trace_ours(model, tokens, contract(dtype), parts=parts)
+        assert examine_ours(path, ours, dtype, tokens)[1] is None
         theirs = parity.trace_transformers(
             parity.load_transformers(path, dtype), tokens)
         same = parity.trace_ours(model, tokens, "hf-eager")
@@ -104,28 +110,71 @@ def test_float64_and_the_other_layouts(path, tmp_path):
         assert result["logits"]["kl_max"] < 1e-9
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_kernels_of_chapter_13_are_within_rounding(path, dtype):
-    """But for `hidden` in bf16, where they round activations once more, to
-    integers. And a walk under another contract does not use them."""
-    from gptoss import kernels
+def test_parity_judges_what_runs(path):
+    """On the kernels' path, their contract in bf16; else plain torch."""
+    runs = os.environ["GPTOSS_KERNELS"] != "torch"
+    assert contract(torch.bfloat16) == ("kernels" if runs else "fp32")
+    assert contract(torch.float32) == "fp32"
+    for dtype in DTYPES:
+        result = parity.report(path, "float64", dtype=dtype)
+        assert result["findings"] == [] and not result["compact"]
+        by_kernels = runs and dtype == torch.bfloat16
+        assert result["contract"] == ("kernels" if by_kernels else "fp32")
+        assert result["kernels"].startswith(
+            ("C++", "portable") if by_kernels else "plain torch")
+        assert result["parts"] == ([128] + [1] * 16 if by_kernels else [144])
+        assert result["kernels"] in parity.parity_table(result)
 
-    if kernels.load_kernels().startswith("torch"):
-        pytest.skip("no kernels here")
-    if hasattr(torch.ops.gptoss, "enable_kernels"):
-        torch.ops.gptoss.enable_kernels(True)  # the fixture turns them off
-    model = GptOss.from_pretrained(path, dtype)
-    ours = parity.trace_ours(model, TOKENS)
-    with torch.inference_mode():
-        assert torch.equal(ours[None, "logits"], model(TOKENS)[0])
-    found, _ = examine(path, ours, dtype, False)
-    beyond = {point for (_, point), value in found.items() if value > 1}
-    assert beyond <= ({"hidden"} if dtype == torch.bfloat16 else set())
-    assert max(found.values()) < 100
-    with kernels.plain_torch():
-        plain = parity.trace_ours(model, TOKENS, "hf-eager")
-    fast = parity.trace_ours(model, TOKENS, "hf-eager")
-    assert all(torch.equal(fast[key], plain[key]) for key in plain)
+
+def test_plain_torch_is_plain_torch_on_both_paths(path):
+    """Contracts of plain torch use no kernel, whatever is loaded; in fp32
+    and float64 both paths give the same bits."""
+    from gptoss.kernels import plain_torch
+
+    for dtype in (torch.float32, torch.bfloat16):
+        model = GptOss.from_pretrained(path, dtype)
+        for name in parity.PLAIN:
+            traces = [parity.trace_ours(model, TOKENS, name)]
+            with plain_torch():
+                traces.append(parity.trace_ours(model, TOKENS, name))
+            assert all(torch.equal(traces[0][key], traces[1][key])
+                       for key in traces[0])
+
+
+def test_kernels_would_not_pass_as_plain_torch(path):
+    """The two contracts are no synonyms: what the kernels compute is beyond
+    the rounding of plain torch, and a model in four bits is judged so."""
+    if contract(torch.bfloat16) != "kernels":
+        pytest.skip("plain torch is in use")
+    model = GptOss.from_pretrained(path)
+    ours = parity.trace_ours(model, TOKENS, "kernels")
+    _, finding = examine(path, ours, torch.bfloat16, False)
+    assert finding is not None and finding.point == "hidden"
+    dense = GptOss.from_pretrained(path, packed=False)
+    ours = parity.trace_ours(dense, TOKENS, "kernels")
+    _, finding = examine_ours(path, ours, torch.bfloat16)
+    assert finding is not None and finding.point == "hidden"
+
+
+def test_twelve_bits(path):
+    """--compact: decoding reads other bytes, and is judged as well."""
+    if contract(torch.bfloat16) != "kernels":
+        with pytest.raises(parity.ParityError, match="compact: expected"):
+            parity.report(path, "float64", dtype=torch.bfloat16, compact=True)
+        pytest.skip("plain torch is in use")
+    result = parity.report(path, "float64", dtype=torch.bfloat16,
+                           compact=True, new_tokens=3)
+    assert result["findings"] == [] and result["compact"]
+    assert result["parts"] == [144, 1, 1, 1]
+
+
+def test_kernels_that_cannot_be_had(path):
+    name = contract(torch.bfloat16)
+    for dtype in DTYPES:
+        if name == "kernels" and dtype == torch.bfloat16:
+            continue
+        with pytest.raises(parity.ParityError, match="need bfloat16"):
+            parity.report(path, "float64", dtype=dtype, contract="kernels")
 
 
 def test_streamed(path, tmp_path):
@@ -178,6 +227,7 @@ def test_too_large_is_streamed_and_what_it_writes_is_walked_over(
 @pytest.mark.parametrize("fault", parity.FAULTS)
 def test_planted_in_ours(path, fault, dtype):
     result = parity.report(path, "float64", dtype=dtype, fault=fault)
+    assert result["contract"] == contract(dtype)
     assert [f["side"] for f in result["findings"]] == ["ours"]
     finding = result["findings"][0]
     assert finding["layer"] == 0
@@ -185,6 +235,41 @@ def test_planted_in_ours(path, fault, dtype):
     assert finding["cause_excess"] <= 1 < finding["excess"]
     assert finding["cause"] in result["verdict"]
     json.dumps(result)
+
+
+@pytest.mark.parametrize(("name", "point"), [
+    ("gate_up_proj", "hidden"), ("down_proj", "experts")])
+@pytest.mark.parametrize("parts", [[144], [140, 1, 1, 1, 1]], ids=len)
+def test_one_scale_of_one_row_is_wrong(path, name, point, parts):
+    """One of 32 * 64 * 2 blocks an expert, in the last layer: on the path
+    that runs, for many tokens at once and for single ones."""
+    model = GptOss.from_pretrained(path)
+    experts = model.layers[1].mlp.experts
+    scales = getattr(experts, f"{name}_scales").clone()
+    scales[:, 5, 1] += 1
+    setattr(experts, f"{name}_scales", scales)
+    trace = parity.trace_ours(model, TOKENS, contract(torch.bfloat16),
+                              parts=parts)
+    _, finding = examine_ours(path, trace, torch.bfloat16)
+    assert (finding.layer, finding.point) == (1, point)
+    assert finding.cause is None and finding.excess > 10
+
+
+def test_eight_bits_are_no_sixteen(path):
+    """Activations in bytes, as others round them: beyond every contract."""
+    model = GptOss.from_pretrained(path)
+    experts = model.layers[0].mlp.experts
+    run = type(experts).forward
+
+    def coarse(x, ids, weights):
+        blocks = x.float().unflatten(-1, (-1, 32))
+        step = blocks.abs().amax(-1, keepdim=True) / 127
+        x = ((blocks / step).round() * step).flatten(-2).to(x.dtype)
+        return run(experts, x, ids, weights)
+    experts.forward = coarse
+    trace = parity.trace_ours(model, TOKENS, contract(torch.bfloat16))
+    _, finding = examine_ours(path, trace, torch.bfloat16)
+    assert (finding.layer, finding.point) == (0, "hidden")
 
 
 # --- Faults in theirs --------------------------------------------------------
@@ -308,6 +393,28 @@ def test_wrong_choice_and_nan(path):
 # --- Bounds ------------------------------------------------------------------
 
 @settings(deadline=None, max_examples=60)
+@given(blocks=st.integers(1, 9), scale=st.sampled_from((1e-30, 1.0, 1e20)),
+       power=st.sampled_from((0, 1, 3)), seed=st.integers(0, 10 ** 6),
+       stored=st.booleans())
+def test_half_step(blocks, scale, power, seed, stored):
+    """Rounded to sixteen bits as chapter 13 does it, no entry is further
+    off; and outliers, which make the step coarse, are allowed for."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(5, 32 * blocks, generator=g, dtype=torch.float64)
+    x = scale * x * x.abs() ** power
+    x = (x.bfloat16() if stored else x.float()).double()
+    parts = x.unflatten(-1, (-1, 32))
+    top = parts.abs().amax(-1, keepdim=True)
+    step = 2.0 ** (top.log2().floor() - 13) if stored else (
+        top / parity.LARGEST)
+    off = ((parts / step).round() * step - parts).abs().flatten(-2)
+    half = parity.half_step((x, torch.zeros_like(x)), stored)
+    assert (off <= half).all()
+    assert (half <= 0.51 * step.expand_as(parts).flatten(-2)
+            + parity.LOST).all()
+
+
+@settings(deadline=None, max_examples=60)
 @given(n=st.integers(1, 300), m=st.integers(1, 20), seed=st.integers(0, 99),
        scale=st.sampled_from((1e-3, 1.0, 1e3)),
        dtype=st.sampled_from(DTYPES))
@@ -347,7 +454,7 @@ def test_compare():
 def test_table_has_a_line_a_point(path):
     result = parity.report(path, "float64", fault="window")
     lines = parity.parity_table(result).splitlines()
-    assert len(lines) == 2 + len(parity.points(CONFIG)) + 1 + 2
+    assert len(lines) == 3 + len(parity.points(CONFIG)) + 1 + 2
     marked = [line for line in lines if "!" in line]
     assert "weights" in marked[0]
 

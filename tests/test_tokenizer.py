@@ -95,7 +95,7 @@ def test_released_ids_equal_an_independent_encoder(released):
 
     other = bpe_openai.get_encoding("o200k_base")
 
-    @settings(deadline=None, max_examples=300)
+    @settings(deadline=None, derandomize=True, max_examples=300)
     @given(TEXTS)
     def same(text):
         assert released.encode(text) == other.encode(
@@ -116,7 +116,7 @@ def test_released_spelling_of_an_end(released):
 
 # -- text is text -----------------------------------------------------------
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, derandomize=True, max_examples=300)
 @given(TEXTS)
 def test_text_goes_round_and_holds_no_control_token(text):
     tokenizer = small()
@@ -162,7 +162,7 @@ def test_truncation_and_padding_of_the_file_are_ignored():
     assert padded.encode("the") == plain.encode("the")
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, derandomize=True, max_examples=200)
 @given(st.text(alphabet="the nd<|>aing123🙂中", max_size=24))
 def test_engine_equals_merging_by_rank(text):
     """With a pre-tokeniser that does not cut, the library's BPE and the slow
@@ -204,7 +204,7 @@ def test_alphabet_is_a_bijection_of_printable_characters():
     assert ALPHABET[ord(" ")] == "Ġ" and ALPHABET[ord("\n")] == "Ċ"
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, derandomize=True, max_examples=200)
 @given(st.binary(max_size=40))
 def test_any_bytes_decode_as_python_decodes_them(data):
     tokenizer = small()

@@ -1,6 +1,10 @@
 """The conformance vectors: complete, right, and able to fail."""
 
+import copy
+import hashlib
 import json
+import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gptoss import parity, vectors
+from gptoss.__main__ import main
 from gptoss.model import GptOss
 
 FOLDER = Path(__file__).parent / "vectors"
@@ -189,8 +194,10 @@ def test_two_roundings_are_too_many():
     assert vectors.far_off(twice, STORED["norm/out/y"], *near) > 1
 
 
-@pytest.mark.parametrize("contract", parity.CONTRACTS)
+@pytest.mark.parametrize("contract", [*parity.PLAIN, None])
 def test_every_contract_is_near_enough_in_bf16(contract):
+    """None: what runs unasked, the kernels on their path."""
+    contract = parity.contract_for(contract, torch.bfloat16)
     model = GptOss(vectors.TINY_CONFIG, torch.bfloat16, "meta")
     model.load_state_dict(vectors._state(inputs("model"), "model."),
                           assign=True)
@@ -244,3 +251,226 @@ def test_broken_sets(tmp_path):
     (tmp_path / "index.json").write_text("{")
     with pytest.raises(vectors.VectorError, match="expected an index"):
         vectors.check(tmp_path)
+
+
+# --- Writing beside what is there --------------------------------------------
+
+def kept(folder):
+    return {file.name: file.read_bytes() if file.is_file() else None
+            for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("index.json", b"{}"), ("index.json", b'{"format": "mine"}'),
+    ("index.json", b"not json"), ("index.json", b"[" * 100_000),
+    ("index.json", b""), ("vectors.safetensors", b"mine"),
+    ("vectors.safetensors", b"")])
+def test_what_is_not_ours_is_not_overwritten(tmp_path, capsys, name, content):
+    (tmp_path / name).write_bytes(content)
+    before = kept(tmp_path)
+    assert main(["vectors", "write", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert str(tmp_path / name) in err and "nothing was written" in err
+    assert kept(tmp_path) == before
+
+
+def test_ours_is_written_again_and_what_replaced_it_is_not(tmp_path):
+    vectors.write(tmp_path)
+    first = kept(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    vectors.write(tmp_path)
+    assert kept(tmp_path) == {**first, "notes.txt": b"mine"}
+    (tmp_path / "vectors.safetensors").write_bytes(b"mine")
+    with pytest.raises(vectors.VectorError, match="vectors.safetensors: exi"):
+        vectors.write(tmp_path)
+    (tmp_path / "vectors.safetensors").unlink()
+    (tmp_path / "index.json").unlink()
+    (tmp_path / "index.json").mkdir()
+    with pytest.raises(vectors.VectorError, match="index.json: exists"):
+        vectors.write(tmp_path)
+    (tmp_path / "index.json").rmdir()
+    (tmp_path / "index.json").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(vectors.VectorError, match="index.json: exists"):
+        vectors.write(tmp_path)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_full_disk_changes_nothing(tmp_path, monkeypatch, capsys):
+    vectors.write(tmp_path)
+    before = kept(tmp_path)
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(vectors.os, "fsync", full)
+    assert main(["vectors", "write", str(tmp_path)]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert kept(tmp_path) == before  # nothing half written, nothing beside
+    (tmp_path / "plain").write_text("a file")
+    assert main(["vectors", "write", str(tmp_path / "plain")]) == 2
+    assert (tmp_path / "plain").read_text() == "a file"
+
+
+# --- Damaged sets: one line, whatever is wrong -------------------------------
+
+def damaged(folder, index, stored=None, raw=None):
+    """A set with that index, its checksum right: only the checks see it."""
+    data = folder / "vectors.safetensors"
+    if raw is not None:
+        data.write_bytes(raw)
+    elif stored is not None:
+        save_file(stored, data)
+    if isinstance(index, dict) and "sha256" in index:
+        index = {**index, "sha256": hashlib.sha256(
+            data.read_bytes()).hexdigest()}
+    (folder / "index.json").write_text(json.dumps(index))
+    return folder
+
+
+def only(name):
+    """The index and the tensors of one case."""
+    case = copy.deepcopy(CASES[name])
+    keys = [*case["inputs"].values(),
+            *(out["tensor"] for out in case["outputs"].values())]
+    return {**INDEX, "cases": [case]}, {key: STORED[key] for key in keys}
+
+
+ODD = (None, True, 0, -1, 7, 99, 1e308, 10 ** 30, -0.5, float("nan"), "",
+       "x", "../index.json", "\x1b[2J", [], [0], [0, 0, 0], [None, None],
+       [-1, 0], {}, {"tensor": 1}, "rope/in/x", "model", "norm")
+
+
+def places(value, at=()):
+    """Every place in nested objects and lists, as a path of keys."""
+    yield at
+    inner = (value.items() if isinstance(value, dict)
+             else enumerate(value) if isinstance(value, list) else ())
+    for key, each in inner:
+        yield from places(each, (*at, key))
+
+
+def mutate(index, rng):
+    """One place of the index becomes something else, goes, or has a twin."""
+    index = copy.deepcopy(index)
+    where = rng.choice([at for at in places(index)
+                        if at and at[0] not in ("operations", "near")])
+    parent = index
+    for key in where[:-1]:
+        parent = parent[key]
+    how = rng.randrange(3)
+    if how == 0:
+        del parent[where[-1]]
+    elif how == 1 and isinstance(parent, list):
+        parent.append(copy.deepcopy(parent[where[-1]]))
+    else:
+        parent[where[-1]] = rng.choice(ODD)
+    return index
+
+
+def scramble(stored, rng):
+    """One tensor is of another shape, type or size, or its numbers odd."""
+    key = rng.choice(sorted(stored))
+    t = stored[key]
+    flat = t.flatten()
+    return {**stored, key: rng.choice([
+        lambda: t[:0].clone(), lambda: flat[:len(flat) // 2].clone(),
+        lambda: flat.clone(), lambda: t[None].clone(),
+        lambda: torch.cat([t, t]), lambda: t.float(), lambda: t.double(),
+        lambda: t.to(torch.uint8), lambda: t.long() * 10 ** 6,
+        lambda: t.bool(), lambda: torch.tensor(3),
+        lambda: torch.full_like(t, -7) if t.dtype != torch.uint8 else ~t,
+        lambda: t.float() * float("nan")])()}
+
+
+def told(folder, capsys):
+    """The exit code of the command, whose words are one line and plain."""
+    try:
+        code = main(["vectors", "check", str(folder)])
+    except SystemExit as ended:
+        code = ended.code
+    out, err = capsys.readouterr()
+    assert code in (0, 1, 2)
+    if code == 2:
+        assert out == "" and err.count("\n") == 1
+        assert err.startswith("gptoss: error: ") and len(err) < 700
+    assert not set(out + err) & {*map(chr, range(10)), "\x1b", "\x07"}
+    return code, out + err
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.filterwarnings("ignore")
+def test_no_damage_gives_a_traceback(tmp_path, capsys, seed):
+    rng = random.Random(seed)
+    codes = []
+    for _ in range(60 * int(os.environ.get("GPTOSS_FUZZ", "1"))):
+        index, stored = only(rng.choice(sorted(CASES)))
+        if rng.random() < 0.7:
+            index = mutate(index, rng)
+        else:
+            stored = scramble(stored, rng)
+        raw = None
+        if rng.random() < 0.1:
+            save_file(stored, tmp_path / "whole")
+            raw = bytearray((tmp_path / "whole").read_bytes())
+            if rng.random() < 0.5:
+                raw = raw[:rng.randrange(len(raw))]
+            else:
+                raw[rng.randrange(min(len(raw), 400))] ^= 1 << rng.randrange(8)
+        codes.append(told(damaged(tmp_path, index, stored, raw), capsys)[0])
+    assert codes.count(2) > len(codes) / 4  # it is not all harmless
+
+
+@pytest.mark.parametrize(("place", "value", "names"), [
+    (("sha256",), ..., "sha256"), (("file",), ..., "file"),
+    (("cases",), ..., "cases"), (("cases",), None, "cases"),
+    (("cases", 0), 7, "case 0"),
+    (("cases", 0, "name"), ..., "name"),
+    (("cases", 0, "operation"), ..., "'model': operation"),
+    (("cases", 0, "operation"), "sink", "found 'sink'"),
+    (("cases", 0, "inputs"), None, "'model': inputs"),
+    (("cases", 0, "inputs", "tokens"), "no such", "tokens"),
+    (("cases", 0, "outputs"), [], "'model': outputs"),
+    (("cases", 0, "outputs", "logits", "bfloat16"), ..., "logits: bfloat16"),
+    (("cases", 0, "outputs", "logits", "float32"), [0.1], "logits: float32"),
+    (("cases", 0, "outputs", "logits", "tensor"), "a\x1b[2Jb", "logits"),
+    (("cases", 0, "parameters"), None, "'model': parameters"),
+    (("cases", 0, "parameters", "greedy"), 10 ** 6, "greedy"),
+    (("cases", 0, "parameters", "config", "num_hidden_layers"), 10 ** 6,
+     "'model'"),
+    (("cases", 0, "parameters", "config", "vocab_size"), 10 ** 12, r"2\*\*20"),
+    (("file",), "../vectors.safetensors", "file: expected a name"),
+    (("file",), "sub/../vectors.safetensors", "file: expected a name"),
+    (("file",), "..", "file: expected a name"),
+    (("file",), "/etc/passwd", "file: expected a name"),
+    (("file",), "link", "link: expected a file in its folder"),
+    (("version",), [], "version"), (("file",), "fifo", "plain file")])
+def test_damage_is_named(tmp_path, capsys, place, value, names):
+    index, stored = only("model")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    save_file(stored, tmp_path / "vectors.safetensors")
+    (folder / "link").symlink_to(tmp_path / "vectors.safetensors")
+    os.mkfifo(folder / "fifo")
+    *path, last = place
+    parent = index
+    for key in path:
+        parent = parent[key]
+    if value is ...:
+        del parent[last]
+    else:
+        parent[last] = value
+    damaged(folder, index, stored)
+    with pytest.raises(vectors.VectorError, match=names):
+        vectors.check(folder)
+    assert told(folder, capsys)[0] == 2
+
+
+def test_a_name_cannot_command_a_terminal(tmp_path, capsys):
+    """Of a tensor, in the words about what is wrong with it."""
+    index, stored = only("ties")
+    out = index["cases"][0]["outputs"]["weights"]
+    name = "ties\x1b[2J\x1b]0;owned\x07\u202e"
+    stored[name] = stored[out["tensor"]] + 1
+    out["tensor"] = name
+    code, text = told(damaged(tmp_path, index, stored), capsys)
+    assert code == 1 and "ties\u241b[2J" in text and "\u202e" not in text

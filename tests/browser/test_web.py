@@ -1,7 +1,7 @@
 """The web book in a real browser: Chromium, driven by Playwright.
 
-Needs the built book (`make book`) and a Chromium or Chrome: the one that
-$CHROMIUM names, or one in PATH. Without a browser these tests fail; with
+Needs the built book (`make book`) and a Chromium or Chrome that
+find_browser.py finds. Without a browser these tests fail; with
 GPTOSS_NO_BROWSER=1 they are skipped, and nothing of this is proved.
 """
 
@@ -9,7 +9,6 @@ import functools
 import http.server
 import os
 import re
-import shutil
 import threading
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -18,6 +17,7 @@ from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 
 import pytest
 import torch
+from find_browser import TO_DO, find
 from playwright.sync_api import Browser, Page, Request, sync_playwright
 
 from gptoss import masks, mxfp4, rope
@@ -27,7 +27,6 @@ SITE = ROOT / "_build" / "html"
 PAGES = ["search.html", "genindex.html", *(f"book/{name}.html" for name in (
     re.findall(r"(?:root|file): book/(\S+)",
                (ROOT / "_toc.yml").read_text("utf-8"))))]
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 PATIENCE = 120_000  # milliseconds: a busy machine is no fault of the book
 WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
 
@@ -101,15 +100,14 @@ def test_every_exported_name_leads_to_its_section() -> None:
 # --- A browser ---------------------------------------------------------------
 
 def browser_path() -> str:
-    named = os.environ.get("CHROMIUM")
-    found = [path for path in map(shutil.which, [named] if named else BROWSERS)
-             if path]
-    if not found:
-        pytest.fail(f"no browser: {named or ', '.join(BROWSERS)} not found. "
-                    "`apt install chromium`, or name one in $CHROMIUM. "
-                    "GPTOSS_NO_BROWSER=1 leaves these tests out.",
+    try:
+        path = find()
+    except LookupError as error:
+        pytest.fail(f"no browser: {error}", pytrace=False)
+    if path is None:
+        pytest.fail(f"no browser: {TO_DO}; `make browser` tries to get one",
                     pytrace=False)
-    return found[0]
+    return path
 
 
 class Silent(http.server.SimpleHTTPRequestHandler):
