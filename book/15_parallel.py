@@ -633,7 +633,7 @@ with Checkpoint.open(POCKET) as checkpoint:
 # say nothing.
 
 # %% tags=["export"]
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -752,7 +752,6 @@ class GroupLink(Link):
 
 # %% tags=["export"]
 import json
-from collections.abc import Callable
 from queue import SimpleQueue
 from threading import Barrier, BrokenBarrierError, Thread
 
