@@ -782,7 +782,8 @@ assert not figures["same"](chart(heights), chart(other))
 
 # %% [markdown]
 # The next check runs nothing. It compares sources, kinds, tags and ids, and
-# asks that every cell was executed, without an error and with nothing on stderr.
+# asks that every cell was executed, without an error and with nothing on
+# stderr.
 
 # %% tags=["export"]
 def stale(path: Path) -> str:
