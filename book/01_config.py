@@ -94,6 +94,7 @@ plt.show()
 
 # %%
 D, V = 2880, 201_088
+# layers, experts, parameters (counted below; published rounded), bytes
 PUBLISHED = {"20b": (24, 32, 20_914_757_184, 13_761_264_768),
              "120b": (36, 128, 116_829_156_672, 65_248_815_744)}
 for size, (L, _, parameters, _) in PUBLISHED.items():
@@ -875,7 +876,8 @@ for size, config in (("20b", small), ("120b", big)):
         print(f"  {part:10}{count:16,}{share:8.2f} %")
 
 # %% [markdown]
-# Both totals are the published ones, to the last parameter. Equation
+# The model card publishes 20.91 and 116.83 billion; to the last parameter the
+# totals are what `transformers` builds ("Against the others"). Equation
 # {eq}`config-active`:
 
 # %% tags=["export"]

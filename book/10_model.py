@@ -1199,6 +1199,7 @@ for n in range(TINY.num_hidden_layers):
 # the dtype. All curves rise from layer to layer; in fp32 transformers and ours
 # are one curve, in bf16 ours lies a little below theirs.
 fig, ax = plt.subplots(figsize=(7, 3.8))
+fig.tolerance = 0.05  # the last bits depend on the processor
 looks = {"transformers, fp32": "C3.--", "ours, fp32": "C2.-",
          "transformers, bf16": "C1.--", "ours, bf16": "C0.-",
          "floor of bf16": "k_"}
@@ -1219,7 +1220,9 @@ plt.show()
 # %% [markdown]
 # A few tokens are far off, in both: where two router logits nearly tie,
 # rounding decides which expert a token goes to, and from there it takes
-# another way through the network.
+# another way through the network. The median hides that, and here ours is
+# not ahead: on the machine that froze this page 22 of 400 tokens went to
+# other experts with ours in bf16, and 18 with transformers.
 
 # %% tags=["nbval-ignore-output"]
 for name, count in other_experts.items():

@@ -635,7 +635,7 @@ with Checkpoint.open(POCKET) as checkpoint:
 # say nothing.
 
 # %% tags=["export"]
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -754,7 +754,6 @@ class GroupLink(Link):
 
 # %% tags=["export"]
 import json
-from collections.abc import Callable
 from queue import SimpleQueue
 from threading import Barrier, BrokenBarrierError, Thread
 
@@ -1789,7 +1788,7 @@ for ax, card in zip(axes, (CARDS[2], CARDS[0]), strict=True):
            xlabel="cards", title=f"{card.read / 1e12:.2f} TB/s, "
            + ("NVLink" if card.link > 1e11 else "PCIe"))
     ax.grid(axis="x", visible=False)
-axes[0].set_ylabel("ms a token, at best")
+axes[0].set(ylabel="ms a token, at best", ylim=(0, 6))
 axes[0].legend(loc="upper right")
 plt.show()
 

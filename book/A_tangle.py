@@ -222,7 +222,9 @@ print(*nbval("executed.ipynb", "not.ipynb"), sep="\n")
 # page belong to the chapter. The exported cells are among $S(c)$, so by the
 # first equation the module holds the very statements that produced them.
 # nbval checks the third equation only for a cell with an execution count,
-# so the second check also has to ask for that count, in every cell.
+# so the second check also has to ask for that count, in every cell. And of a
+# picture it compares nothing that depends on the data, so an output has to
+# say in text what was drawn.
 #
 # That leaves $M$. It moves the imports to the top, which changes the order
 # of execution. Let $i$ be an import that binds the name $a$ and let $s$ be
@@ -736,8 +738,52 @@ for cell in nbformat.read(root / "book" / "01_areas.ipynb", 4).cells:
         print(cell.id, cell.execution_count, cell.outputs[0].output_type)
 
 # %% [markdown]
-# The check runs nothing. It compares sources, kinds, tags and ids, and asks
-# that every cell was executed, without an error and with nothing on stderr.
+# **Pictures.** The bytes of an image differ between machines, so nbval leaves
+# them out, and a frozen figure could go stale unnoticed. What nbval does
+# compare is the text beside the image: the figure's repr, which names a size
+# and nothing else. So a kernel that freezes or checks a chapter first runs
+# `_ext/kernel.py` (by way of `PYTHONSTARTUP`), and there the repr of a figure
+# tells what it shows: labels, colours, and of every array the means of up to
+# 24 stretches, as shares of the frame.
+
+# %%
+import runpy
+
+import numpy as np
+
+figures = runpy.run_path("_ext/figures.py")
+heights = np.array([1.0, 2.0, 3.0])
+
+
+def chart(heights: np.ndarray) -> str:
+    """What a small bar chart says of itself."""
+    figure, axis = plt.subplots(figsize=(3, 2))
+    axis.bar(range(3), heights, color="#0072B2")
+    axis.set(title="three bars", ylim=(0, 4))
+    plt.close(figure)
+    return figures["drawn"](figure)
+
+
+print(chart(heights))
+
+# %% [markdown]
+# `book/conftest.py` lets nbval compare two such texts number by number: words
+# and colours must be equal, and nothing may have moved by more than 0.002 of
+# the frame. Rounding differs between processors by a millionth or so, and
+# passes; a changed datum does not. A figure of rounding errors themselves
+# asks for a coarser comparison in its cell, `fig.tolerance = 0.05`.
+
+# %%
+other = heights + [0, 0, 0.1]
+print("jitter passes:", figures["same"](chart(heights),
+                                        chart(heights * (1 + 1e-6))))
+print("a longer bar passes:", figures["same"](chart(heights), chart(other)))
+assert not figures["same"](chart(heights), chart(other))
+
+# %% [markdown]
+# The next check runs nothing. It compares sources, kinds, tags and ids, and
+# asks that every cell was executed, without an error and with nothing on
+# stderr.
 
 # %% tags=["export"]
 def stale(path: Path) -> str:
@@ -1010,6 +1056,7 @@ print("parses:", counted.call_count)
 #   three equalities, {eq}`tangle-checks`, are checked on every change.
 # - A stored output proves something only if its cell was executed, and nbval
 #   does not ask. The freeze check does.
+# - A picture is compared by what it draws, not by its bytes.
 # - Imports may move to the top because no imported name is bound a second
 #   time; that is tested, not hoped.
 #

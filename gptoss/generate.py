@@ -42,8 +42,8 @@ def best(logits: Tensor, k: int) -> Tensor:
     """Ids (B, k) of the k largest of (B, V), largest first.
 
     Of equals the lower id comes first; torch.topk breaks ties at will, so
-    only its k-th value is used. A full stable sort gives the same, ten
-    times slower for V = 201088.
+    only its k-th value is used. A full stable sort gives the same and
+    takes several times as long for V = 201088.
     """
     if k < logits.shape[-1]:
         edge = logits.topk(k).values[..., -1:]
@@ -125,7 +125,7 @@ def _likeliest(logits: Tensor) -> Tensor:
     Raises unless it is finite: NaN anywhere, +inf, or nothing but -inf would
     otherwise give a token all the same.
     """
-    peak, ids = logits.max(-1)  # in bf16 argmax takes four times as long
+    peak, ids = logits.max(-1)  # in bf16 argmax takes longer
     if not bool(torch.isfinite(peak).all()):
         raise GenerateError(
             f"logits: expected finite numbers, found {peak.tolist()} as the "

@@ -61,6 +61,11 @@ def _boxes(name: str, axes, patches) -> list[str]:
     return _columns(name, axes, np.concatenate(corners))
 
 
+def _clim(artist) -> tuple[float, float]:
+    low, high = artist.get_clim()
+    return (0.0, 1.0) if low is None or high is None else (low, high)
+
+
 def _collection(axes, artist) -> list[str]:
     kind, rows = type(artist).__name__, []
     for part in ("facecolor", "edgecolor"):
@@ -68,7 +73,7 @@ def _collection(axes, artist) -> list[str]:
                     f"{means(getattr(artist, f'get_{part}')())}")
     if artist.get_array() is not None:
         rows.append(f"{kind} values "
-                    f"{means(artist.get_array(), *artist.get_clim())}")
+                    f"{means(artist.get_array(), *_clim(artist))}")
     offsets = artist.get_offsets()
     if len(offsets) > 1:
         rows += _columns(kind, axes, offsets)
@@ -118,7 +123,7 @@ def _axes(axes) -> list[str]:
                 rows.append(f"text {_color(run[0].get_color())} "
                             f"{run[0].get_text()!r}")
         elif isinstance(run[0], image._ImageBase):
-            low, high = run[0].get_clim()
+            low, high = _clim(run[0])
             rows += [f"image {run[0].get_cmap().name} "
                      f"{means(run[0].get_array(), low, high)}",
                      f"limits of colours: {low:.6g} {high:.6g}"]
