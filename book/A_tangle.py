@@ -719,7 +719,8 @@ def freeze(path: Path) -> Path:
                             extra_arguments=["--log-level=ERROR"],
                             resources={"metadata": {"path": path.parent}})
     client.execute(env=os.environ | {
-        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"})
+        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0",
+        "GPTOSS_KERNELS": "torch"})  # chapter 13 asks for its kernels itself
     notebook.metadata["language_info"] = {"name": "python"}
     target = path.with_suffix(".ipynb")
     nbformat.write(notebook, target)
