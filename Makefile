@@ -77,8 +77,8 @@ unit: $(STAMP)
 
 notebooks: $(STAMP)
 	@echo "== nbval: every output is what its cell prints now"
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope \
-	    --nbval --nbval-kernel-name python3 \
+	@HF_HUB_OFFLINE=1 GPTOSS_KERNELS=torch $(BIN)/python -m pytest \
+	    -n $(JOBS) --dist loadscope --nbval --nbval-kernel-name python3 \
 	    --junitxml=_build/notebooks.xml book
 
 book: $(STAMP)

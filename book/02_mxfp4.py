@@ -272,6 +272,7 @@ from importlib import import_module
 from threading import RLock
 
 import torch
+from torch._library.autograd import Info, make_autograd_impl
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
@@ -484,25 +485,38 @@ print(prepare(), prepare(), seen)
 # %% [markdown]
 # An operator is opaque to `torch.compile`, to the meta device and to fake
 # tensors, so it also says what it returns (`fake`). And it stands between
-# torch and what torch would differentiate. Some operators bring a gradient
-# formula; the others are compositions of torch's own functions, and there the
-# gate helps: where a gradient is asked for, backwards or forwards, the
-# composition itself runs, for torch to differentiate; elsewhere the dispatcher
-# goes on below its autograd keys, to a kernel, a fake tensor or whoever
-# listens there. (Calling the kernel at once instead would pass by the
-# listeners, and a fake tensor has no memory to read.)
+# torch and what torch would differentiate. Behind each stands a composition of
+# torch's own functions, which torch can differentiate in every way it knows;
+# some bring a gradient formula, too. So a gate stands at the autograd key.
+# Where a gradient is asked for, the composition itself runs, or the formula;
+# elsewhere the dispatcher goes on below its autograd keys, to a kernel, a fake
+# tensor or whoever listens there. (Calling the kernel at once instead would
+# pass by the listeners, and a fake tensor has no memory to read.) A formula
+# speaks of gradients backwards only, so for forward derivatives and for
+# `torch.func` the composition runs.
 
 # %% tags=["export"]
-def _gate(name: str, implementation: Callable) -> Callable:
-    """What stands at the autograd key of an operator without a formula."""
+def _gate(name: str, implementation: Callable,
+          formula: Callable | None) -> Callable:
+    """What stands at the autograd key of an operator."""
     def gate(keys, *args):
-        if ((torch.is_grad_enabled() and torch._C._any_requires_grad(*args))
-                or torch.autograd.forward_ad._current_level >= 0):
+        if ((torch.autograd.forward_ad._current_level >= 0
+                or torch._C._are_functorch_transforms_active())
+                and any(map(_is_real, args))):
+            return implementation(*args)
+        if formula is not None:
+            return formula(keys, *args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return implementation(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return _operator(name).redispatch(
                 keys & torch._C._after_autograd_keyset, *args)
     return gate
+
+
+def _is_real(argument) -> bool:
+    return (isinstance(argument, torch.Tensor)
+            and argument.is_floating_point())
 
 
 def _words(argument) -> str:
@@ -562,12 +576,10 @@ def define_operator(schema: str, implementation: Callable, fake=None,
 
     library.impl(operator, run, "CompositeExplicitAutograd")
     torch.library.register_fake(name, shape, lib=library)
-    if backward is None:
-        library.impl(operator, _gate(name, implementation), "Autograd",
-                     with_keyset=True)
-    else:
-        torch.library.register_autograd(
-            name, backward, setup_context=setup_context, lib=library)
+    formula = None if backward is None else make_autograd_impl(
+        _operator(name), Info(backward, setup_context))
+    library.impl(operator, _gate(name, implementation, formula), "Autograd",
+                 with_keyset=True)
     if flops is not None:
         flop_registry[_operator(name).overloadpacket] = shape_wrapper(flops)
 
@@ -903,8 +915,7 @@ def linear_by_decoding(x: torch.Tensor, blocks: torch.Tensor,
 
     The decoded weight lives only inside this call.
     """
-    _check(blocks, scales)
-    weight = decode_by_table(blocks, scales, x.dtype)
+    weight = decode(blocks, scales, x.dtype)
     return torch.nn.functional.linear(x, weight, bias)
 
 

@@ -171,9 +171,9 @@ print("ESC reaches the terminal:", "\x1b" in story)
 #
 # `import gptoss` loads nothing: a name is looked up in its module when it is
 # first used (`__getattr__` of a module). With this the command line can
-# answer `--help` without loading torch. Whoever asks for a model gets the
-# kernels of chapter 13 with it: they are compiled, once, when the model first
-# computes, and `GPTOSS_KERNELS=torch` in the environment declines them.
+# answer `--help` without loading torch. A class is the same by whichever path
+# it came: the kernels of chapter 13 are loaded by what first computes (chapter
+# 2), and `GPTOSS_KERNELS=torch` in the environment declines them.
 
 # %% tags=["export:__init__"]
 from importlib import import_module
@@ -197,8 +197,6 @@ _MODULES = ("config", "mxfp4", "checkpoint", "rope", "sinks", "masks",
 
 def __getattr__(name: str) -> object:
     """`gptoss.GptOss`, `gptoss.mxfp4` ...: loaded when first asked for."""
-    if name in ("Chat", "GptOss"):
-        import_module("gptoss.kernels")  # used by what the model then calls
     if name in _HOME:
         return getattr(import_module(f"gptoss.{_HOME[name]}"), name)
     if name in _MODULES:

@@ -26,8 +26,6 @@ _MODULES = ("config", "mxfp4", "checkpoint", "rope", "sinks", "masks",
 
 def __getattr__(name: str) -> object:
     """`gptoss.GptOss`, `gptoss.mxfp4` ...: loaded when first asked for."""
-    if name in ("Chat", "GptOss"):
-        import_module("gptoss.kernels")  # used by what the model then calls
     if name in _HOME:
         return getattr(import_module(f"gptoss.{_HOME[name]}"), name)
     if name in _MODULES:

@@ -364,6 +364,7 @@ def freeze(path: Path) -> Path:
     watch = path.parent.absolute() / "_ext" / "kernel.py"
     client.execute(env=os.environ | {
         "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0",
+        "GPTOSS_KERNELS": "torch",  # chapter 13 asks for its kernels itself
         } | ({"PYTHONSTARTUP": str(watch)} if watch.exists() else {}))
     notebook.metadata["language_info"] = {"name": "python"}
     target = path.with_suffix(".ipynb")

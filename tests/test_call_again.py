@@ -75,7 +75,7 @@ def test_others_may_grow_the_tapes():
         t += count
 
 
-def test_generate_records_unless_told_otherwise(monkeypatch):
+def test_generate_records_unless_told_otherwise(monkeypatch, caplog):
     model = GptOss.from_pretrained(POCKET)
     made = []
 
@@ -95,8 +95,15 @@ def test_generate_records_unless_told_otherwise(monkeypatch):
     with plain_torch():
         text()
     assert not made
-    hook = model.layers[1].mlp.register_forward_hook(lambda *_: None)
-    assert text() == right and not made
+    assert not caplog.records
+    ran = []
+    hook = model.layers[1].mlp.register_forward_hook(
+        lambda *_: ran.append(1))
+    assert text() == right and not made and len(ran) == 60
+    assert text() == right and not made and len(ran) == 120
+    [record] = caplog.records  # once, though asked twice
+    assert "layers.1.mlp has a forward hook" in record.getMessage()
+    assert record.name == "gptoss"
     hook.remove()
     hook = torch.nn.modules.module.register_module_forward_hook(
         lambda *_: None)
@@ -107,10 +114,23 @@ def test_generate_records_unless_told_otherwise(monkeypatch):
         assert text() == right and not made
     assert text() == right and recorded(made[0])
 
-    class Mine(torch.nn.Linear):
-        forward = type(model.lm_head).forward
+    class Mine(type(model.lm_head)):
+        """Another class, the same forward."""
     model.lm_head.__class__ = Mine
-    assert text() == right and not made
+    assert text() == right and recorded(made[0])
+
+    class Whole(GptOss):
+        """A model of one's own, without a forward of its own."""
+    assert text(Whole.from_pretrained(POCKET)) == right and recorded(made[0])
+
+    class Other(Mine):
+        def forward(self, x):
+            return -super().forward(x)
+    caplog.clear()
+    model.lm_head.__class__ = Other
+    assert text() != right and not made
+    [record] = caplog.records
+    assert "lm_head has a forward of its own" in record.getMessage()
     assert text(GptOss.from_pretrained(POCKET, dtype=torch.float32))
     assert not made
 

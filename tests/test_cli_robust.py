@@ -208,7 +208,7 @@ def test_a_plan_for_cards_that_do_not_divide_a_model(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(odd.to_hf_dict()))
     assert main(["inspect", str(tmp_path), "--plan"]) == 0
     rows = capsys.readouterr().out.splitlines()[3:]
-    assert [row.endswith("does not divide") for row in rows] \
+    assert [row.endswith("not divisible") for row in rows] \
         == [False, False, True, True] * 3
     assert main(["inspect", str(tmp_path), "--plan", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)[str(tmp_path)]
