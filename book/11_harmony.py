@@ -581,7 +581,10 @@ def _check_ids(vocab: Mapping[str, int], added: _Added, source: str) -> None:
         check(spelling, found, range(len(vocab)))
     seen.clear()
     fresh: dict[str, int] = {}
-    for spelling, found, _ in added:
+    for spelling, found, special in added:
+        if type(special) is not bool:
+            raise HarmonyError(f"{source}: token {spelling!r}: special: "
+                               f"expected true or false, found {special!r}")
         free = len(vocab) + len(fresh)
         wanted = (vocab.get(spelling, fresh.get(spelling, free))
                   if isinstance(spelling, str) else free)
@@ -1546,9 +1549,11 @@ Event = Opened | Delta | ToolCall | Done | Malformed
 # each control token with the text behind it. The first word behind
 # `<|channel|>` and `<|constrain|>` belongs to it; a word `to=...` is the
 # recipient wherever it stands, so that both orders are one case; what is
-# left is the author and at most a content type, which comes last. Before the
-# recipient it is reported, as is white space where none belongs: the official
-# parser refuses such a header.
+# left is the author and at most a content type. A bare word for it comes
+# last; before the recipient it is reported, as is white space where none
+# belongs: the official parser refuses such a header. It also refuses a format
+# before the recipient that `<|constrain|>` announces, about which there can
+# be no doubt; that one is read in silence.
 
 # %% tags=["export"]
 _Pieces = list[tuple[str, bytearray]]  # control token or "", text behind it
@@ -1584,9 +1589,6 @@ def _fields(pieces: _Pieces) -> tuple[dict, list[str], list[str]]:
             elif (control == _CONSTRAIN or value in CHANNELS
                   or found.get(control) not in CHANNELS):
                 found[control] = value
-        if _CONSTRAIN in found and any(word.startswith("to=")
-                                       for word in parts):
-            wrong.append(f"a format before to=: {found[_CONSTRAIN]!r}")
         words += parts
     return found, words, wrong
 

@@ -207,7 +207,10 @@ def _check_ids(vocab: Mapping[str, int], added: _Added, source: str) -> None:
         check(spelling, found, range(len(vocab)))
     seen.clear()
     fresh: dict[str, int] = {}
-    for spelling, found, _ in added:
+    for spelling, found, special in added:
+        if type(special) is not bool:
+            raise HarmonyError(f"{source}: token {spelling!r}: special: "
+                               f"expected true or false, found {special!r}")
         free = len(vocab) + len(fresh)
         wanted = (vocab.get(spelling, fresh.get(spelling, free))
                   if isinstance(spelling, str) else free)
@@ -950,9 +953,6 @@ def _fields(pieces: _Pieces) -> tuple[dict, list[str], list[str]]:
             elif (control == _CONSTRAIN or value in CHANNELS
                   or found.get(control) not in CHANNELS):
                 found[control] = value
-        if _CONSTRAIN in found and any(word.startswith("to=")
-                                       for word in parts):
-            wrong.append(f"a format before to=: {found[_CONSTRAIN]!r}")
         words += parts
     return found, words, wrong
 

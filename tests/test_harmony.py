@@ -609,8 +609,6 @@ def test_malformed_reply(real, case):
     "assistant json to=functions.f<|channel|>commentary",
     "assistant<|channel|>commentary json to=functions.f",
     "assistant json<|channel|>commentary to=functions.f",
-    "assistant<|channel|>commentary <|constrain|>json to=functions.f",
-    "assistant<|constrain|>json<|channel|>commentary to=functions.f",
     "functions.f code to=assistant<|channel|>commentary",
     "assistant<|channel|> final", "assistant<|channel|>\ncommentary"])
 def test_what_the_official_parser_refuses_is_reported(real, header):

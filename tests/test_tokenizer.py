@@ -537,6 +537,7 @@ def test_an_added_token_that_cannot_be_right_is_named(added, why):
 
 
 @pytest.mark.parametrize(("change", "why"), [
+    (lambda d: d["added_tokens"][1].update(special=[]), "end.*special: exp"),
     (lambda d: d["model"]["vocab"].update(the=257), "'the'.*257.*'he' has"),
     (lambda d: d["model"]["vocab"].update(the=400), "'the'.*found 400"),
     (lambda d: d["model"]["vocab"].update(the=None), "'the'.*found None"),
