@@ -3000,6 +3000,7 @@ right, planted = walk(), walk("--plant", "nibbles")
 by_kernels = not right["kernels"].startswith("plain torch")
 assert right["contract"] == ("kernels" if by_kernels else "fp32")
 assert planted["contract"] == right["contract"]
+assert right["parts"] == ([64] + [1] * 16 if by_kernels else [80])
 print(len(right["rows"]), "operations,", len(right["findings"]), "findings;")
 for found in planted["findings"]:
     print("planted:", found["layer"], found["point"], "-", found["cause"])
