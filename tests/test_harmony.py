@@ -127,7 +127,8 @@ def some_text(rng: random.Random, most: int = 8) -> str:
 def some_value(rng: random.Random) -> object:
     number = some_number(rng)
     return rng.choice([0, -1, 7, 1.5, True, False, None, "c", "a \"b\" é", "",
-                       [], [1, "x"], {"k": [1, None]}, {}, "\x00\x1b\x7f\u2028",
+                       [], [1, "x"], {"k": [1, None]}, {},
+                       "\x00\x1b\x7f\u2028",
                        number, [number, {"z": [number], "b": number}]])
 
 
@@ -172,7 +173,8 @@ def some_schema(rng: random.Random, depth: int = 0) -> object:
         return schema
     for key, value in (("description", lambda: some_text(rng, 3)),
                        ("title", lambda: some_text(rng, 2)),
-                       ("examples", lambda: rng.choice([["SF", 1], [], [1e-5]])),
+                       ("examples", lambda: rng.choice(
+                           [["SF", 1], [], [1e-5]])),
                        ("default", lambda: some_value(rng)),
                        ("nullable", lambda: rng.random() < 0.7),
                        ("const", lambda: some_value(rng)),

@@ -320,7 +320,8 @@ def damaged(rng: random.Random) -> str:
                                  if isinstance(token, dict)] or [{}])
             holder["id"] = rng.choice([*range(250, 300), *JUNK])
         elif kind == 2 and isinstance(model.get("vocab"), dict):
-            model["vocab"][rng.choice([*model["vocab"], "new", "日本", ""])] = (
+            name = rng.choice([*model["vocab"], "new", "日本", ""])
+            model["vocab"][name] = (
                 rng.choice([*range(250, 300), *JUNK]))
         elif kind == 3 and isinstance(model.get("vocab"), dict):
             model["vocab"].pop(rng.choice([*model["vocab"]]))
