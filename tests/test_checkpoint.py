@@ -838,6 +838,15 @@ def test_an_adapter_beside_a_model(made, tmp_path, caplog):
     assert "not applied" in record.getMessage()
 
 
+def test_square_experts_are_turned_too(tmp_path):
+    """No shape tells, as in the released models."""
+    config = replace(TINY, intermediate_size=64)
+    tensors = dict(random_tensors(config, layout="bf16"))
+    folder = write_as(tmp_path / "m", for_each_expert(tensors),
+                      config.to_hf_dict())
+    assert same(read_all(folder), tensors)
+
+
 def test_one_tensor_an_expert_and_one_missing(tmp_path):
     names = for_each_expert(decoded())
     gone = "model.layers.1.mlp.experts.gate_up_projs.2.weight"
