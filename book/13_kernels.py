@@ -3500,7 +3500,7 @@ class Launches(TorchDispatchMode):
 
 
 token_zero = torch.zeros(1, 1, dtype=torch.int64, device="meta")
-with torch.no_grad(), Launches() as launches:
+with Launches() as launches:  # weights that learn: what torch is made of runs
     GptOss(big, device="meta").run(token_zero, token_zero)
 print(f"{launches.count:,} with plain torch, the experts of a layer taken "
       "for one")
