@@ -1602,7 +1602,8 @@ def test_a_long_prompt_can_be_stopped_between_its_chunks():
         for asked in (1, 2, 5):
             count = iter(range(asked))
             events = list(one.events([user(text)], progress=True,
-                                     stop=lambda: next(count, None) is None))
+                                     stop=lambda count=count: next(
+                                         count, None) is None))
             assert [event.kind for event in events] == (
                 ["progress"] * asked + ["done"])
             assert events[-1].text == "stopped" == one.usage.finish_reason
