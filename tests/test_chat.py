@@ -11,7 +11,6 @@ import enum
 import functools
 import gc
 import json
-import logging
 import os
 import random
 import re
