@@ -2425,105 +2425,6 @@ for message in round_messages(reply):
     print(message)
 
 # %% [markdown]
-# ### Settings
-#
-# Model and tokenizer come from a folder, shipped or released, with no special
-# case for either. The three stop tokens are found by name.
-
-# %% tags=["export:chat"]
-SLACK = 1024  # ring slots beyond the window; no longer turn needs a replay
-STOPS = ("<|return|>", "<|call|>", "<|endoftext|>")
-
-
-def load(model: str | Path | tuple[GptOss, Tokenizer] | None = None,
-         dtype: torch.dtype = torch.bfloat16, device="cpu"
-         ) -> tuple[GptOss, Tokenizer]:
-    """Model and tokenizer of a folder or hub id; None: the shipped one."""
-    if isinstance(model, tuple):
-        return model
-    folder = resolve(files("gptoss") / "pocket" if model is None else model)
-    tokenizer = Tokenizer.from_pretrained(folder)  # the quick one first
-    return (GptOss.from_pretrained(folder, dtype=dtype, device=device),
-            tokenizer)
-
-
-def _stops(tokenizer: Tokenizer) -> frozenset[int]:
-    missing = [name for name in STOPS if name not in tokenizer.special]
-    _expect(not missing, "tokenizer", f"the control tokens {STOPS}",
-            f"none for {missing}")
-    return frozenset(tokenizer.special[name] for name in STOPS)
-
-# %%
-assert _stops(tokenizer) == set(stop_ids(POCKET))
-
-# %% tags=["export:chat"]
-class _Settings:
-    """What a chat is made of, and the prompt that follows from it."""
-
-    def __init__(self, model: str | Path | tuple[GptOss, Tokenizer] |
-                 None = None, effort: str = "medium",
-                 tools: Iterable[Callable | Mapping] = (), *,
-                 instructions: str = "", date: str | None = None,
-                 temperature: float = 1.0, top_k: int = 0,
-                 top_p: float = 1.0, seed: int | None = None,
-                 max_new_tokens: int | None = None, rounds: int = 8,
-                 slack: int = SLACK, dtype: torch.dtype = torch.bfloat16,
-                 device="cpu", tool_timeout: float | None = None,
-                 prefill_chunk: int = 512) -> None:
-        for name, value, least in (("max_new_tokens", max_new_tokens, 1),
-                                   ("seed", seed, 0), ("rounds", rounds, 0),
-                                   ("slack", slack, 0),
-                                   ("prefill_chunk", prefill_chunk, 1)):
-            _expect(value is None or type(value) is int and value >= least,
-                    name, f"an integer >= {least}", value)
-        _expect(tool_timeout is None or type(tool_timeout) in (int, float)
-                and 0 < tool_timeout < 1e6, "tool_timeout",
-                "seconds > 0", tool_timeout)
-        self.effort, self.offers = effort, read_tools(tools, tool_timeout)
-        self.instructions = _text(instructions, "instructions")
-        self.date = "" if date is None else _text(date, "date")
-        self.sampler = Sampler(temperature, top_k, top_p)
-        self._head()
-        self.max_new_tokens, self.rounds = max_new_tokens, rounds
-        self._seed, self._slack, self._chunk = seed, slack, prefill_chunk
-        self.model, self.tokenizer = load(model, dtype, device)
-        self._link = getattr(self.model, "link", None) or Alone()
-        if date is None:
-            self.date = self._link.same(today)
-        self._stop = _stops(self.tokenizer)
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the cache; a seed begins anew."""
-        self.memory = Memory(self.model, self._slack)
-        self._random = random.Random(self._seed)
-
-    def _head(self, instructions: str = "") -> list[Message]:
-        """The system message and, if it says anything, the developer's."""
-        _expect(self.effort in EFFORTS, "effort",
-                f"one of {', '.join(EFFORTS)}", self.effort)
-        tools = [offer.tool for offer in self.offers.values()]
-        text = "\n\n".join(filter(None, (self.instructions, instructions)))
-        both = (system_message(self.effort, self.date or None, bool(tools)),
-                developer_message(text, tools))
-        return [message for message in both if message.content]
-
-    def prompt(self, messages: Sequence[Mapping]) -> list[int]:
-        """The tokens that `messages` become, up to the model's turn."""
-        instructions, rest = read_messages(messages)
-        prompt = render(self.tokenizer, [*self._head(instructions), *rest],
-                        drop="turns")
-        most = self.model.config.max_position_embeddings
-        _expect(len(prompt) <= most, "messages", f"at most {most} tokens "
-                "(max_position_embeddings)", len(prompt))
-        return prompt
-
-# %%
-settings = _Settings((model, tokenizer), effort="high", tools=[weather],
-                     date="2025-06-28", instructions="Be kind.")
-print(tokenizer.decode(settings.prompt(talk)))
-
-# %% [markdown]
 # ### Several processes, one decision
 #
 # A large model may be spread over several processes, each of which runs the
@@ -2627,6 +2528,105 @@ told["go"] = agreement.ask(lambda: "go")
 agreement.leave()
 other.join()
 print(told)
+
+# %% [markdown]
+# ### Settings
+#
+# Model and tokenizer come from a folder, shipped or released, with no special
+# case for either. The three stop tokens are found by name.
+
+# %% tags=["export:chat"]
+SLACK = 1024  # ring slots beyond the window; no longer turn needs a replay
+STOPS = ("<|return|>", "<|call|>", "<|endoftext|>")
+
+
+def load(model: str | Path | tuple[GptOss, Tokenizer] | None = None,
+         dtype: torch.dtype = torch.bfloat16, device="cpu"
+         ) -> tuple[GptOss, Tokenizer]:
+    """Model and tokenizer of a folder or hub id; None: the shipped one."""
+    if isinstance(model, tuple):
+        return model
+    folder = resolve(files("gptoss") / "pocket" if model is None else model)
+    tokenizer = Tokenizer.from_pretrained(folder)  # the quick one first
+    return (GptOss.from_pretrained(folder, dtype=dtype, device=device),
+            tokenizer)
+
+
+def _stops(tokenizer: Tokenizer) -> frozenset[int]:
+    missing = [name for name in STOPS if name not in tokenizer.special]
+    _expect(not missing, "tokenizer", f"the control tokens {STOPS}",
+            f"none for {missing}")
+    return frozenset(tokenizer.special[name] for name in STOPS)
+
+# %%
+assert _stops(tokenizer) == set(stop_ids(POCKET))
+
+# %% tags=["export:chat"]
+class _Settings:
+    """What a chat is made of, and the prompt that follows from it."""
+
+    def __init__(self, model: str | Path | tuple[GptOss, Tokenizer] |
+                 None = None, effort: str = "medium",
+                 tools: Iterable[Callable | Mapping] = (), *,
+                 instructions: str = "", date: str | None = None,
+                 temperature: float = 1.0, top_k: int = 0,
+                 top_p: float = 1.0, seed: int | None = None,
+                 max_new_tokens: int | None = None, rounds: int = 8,
+                 slack: int = SLACK, dtype: torch.dtype = torch.bfloat16,
+                 device="cpu", tool_timeout: float | None = None,
+                 prefill_chunk: int = 512) -> None:
+        for name, value, least in (("max_new_tokens", max_new_tokens, 1),
+                                   ("seed", seed, 0), ("rounds", rounds, 0),
+                                   ("slack", slack, 0),
+                                   ("prefill_chunk", prefill_chunk, 1)):
+            _expect(value is None or type(value) is int and value >= least,
+                    name, f"an integer >= {least}", value)
+        _expect(tool_timeout is None or type(tool_timeout) in (int, float)
+                and 0 < tool_timeout < 1e6, "tool_timeout",
+                "seconds > 0", tool_timeout)
+        self.effort, self.offers = effort, read_tools(tools, tool_timeout)
+        self.instructions = _text(instructions, "instructions")
+        self.date = "" if date is None else _text(date, "date")
+        self.sampler = Sampler(temperature, top_k, top_p)
+        self._head()
+        self.max_new_tokens, self.rounds = max_new_tokens, rounds
+        self._seed, self._slack, self._chunk = seed, slack, prefill_chunk
+        self.model, self.tokenizer = load(model, dtype, device)
+        self._link = getattr(self.model, "link", None) or Alone()
+        if date is None:
+            self.date = self._link.same(today)
+        self._stop = _stops(self.tokenizer)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the cache; a seed begins anew."""
+        self.memory = Memory(self.model, self._slack)
+        self._random = random.Random(self._seed)
+
+    def _head(self, instructions: str = "") -> list[Message]:
+        """The system message and, if it says anything, the developer's."""
+        _expect(self.effort in EFFORTS, "effort",
+                f"one of {', '.join(EFFORTS)}", self.effort)
+        tools = [offer.tool for offer in self.offers.values()]
+        text = "\n\n".join(filter(None, (self.instructions, instructions)))
+        both = (system_message(self.effort, self.date or None, bool(tools)),
+                developer_message(text, tools))
+        return [message for message in both if message.content]
+
+    def prompt(self, messages: Sequence[Mapping]) -> list[int]:
+        """The tokens that `messages` become, up to the model's turn."""
+        instructions, rest = read_messages(messages)
+        prompt = render(self.tokenizer, [*self._head(instructions), *rest],
+                        drop="turns")
+        most = self.model.config.max_position_embeddings
+        _expect(len(prompt) <= most, "messages", f"at most {most} tokens "
+                "(max_position_embeddings)", len(prompt))
+        return prompt
+
+# %%
+settings = _Settings((model, tokenizer), effort="high", tools=[weather],
+                     date="2025-06-28", instructions="Be kind.")
+print(tokenizer.decode(settings.prompt(talk)))
 
 # %% [markdown]
 # ### A turn

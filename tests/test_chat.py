@@ -11,7 +11,6 @@ import enum
 import functools
 import gc
 import json
-import logging
 import os
 import random
 import re
@@ -410,6 +409,60 @@ def test_any_messages_are_read_or_refused(messages):
     else:
         assert render(TOKENIZER, found)
         assert found[-1].role in ("user", "tool")
+
+
+# -- odd conversations, from seeds ------------------------------------------
+
+FUZZ = int(os.environ.get("GPTOSS_FUZZ", "1"))  # times as many cases
+ODD = ("name", "refusal", "audio", "function_call", "metadata", "phase",
+       "thinking", "reasoning", "reasoning_content", "reasoning_details",
+       "tool_calls", "tool_call_id", "content", "prefix", "text", "role")
+
+
+def odd_talk(rng: random.Random) -> list[dict]:
+    """A conversation as some client might send it, with odd keys; every
+    text in it is a word of its own."""
+    def word() -> str:
+        return f"w{rng.randrange(10 ** 9)}w"
+
+    def text() -> object:
+        return rng.choice([word(), [{"type": rng.choice(
+            ["text", "input_text", "output_text", "image"]),
+            "text": word()}], None, ""][:rng.choice((2, 2, 4))])
+
+    talk = []
+    for _ in range(rng.randint(1, 4)):
+        talk.append({"role": rng.choice(["user", "system", "developer"]),
+                     "content": text()})
+        calls = [{"id": word(), "type": "function", "function": {
+            "name": "f", "arguments": word()}}
+            for _ in range(rng.randint(0, 3))]
+        said = SAYS | {"content": text(), "tool_calls": calls}
+        said[rng.choice(ODD[6:9])] = word()
+        tells = [TELLS | {"tool_call_id": call["id"], "content": word()}
+                 for call in calls]
+        rng.shuffle(tells)
+        talk += [said, *tells[:rng.choice((9, 9, 9, 1))]]
+    talk.append(user(word()))
+    for _ in range(rng.choice((0, 0, 1))):
+        rng.choice(talk)[rng.choice(ODD)] = rng.choice(
+            [word(), [word()], {word(): word()}, None, 7, True, [{}]])
+    return talk
+
+
+@pytest.mark.parametrize("seed", range(300 * FUZZ))
+def test_odd_conversations_are_rendered_whole_or_refused(seed):
+    talk = odd_talk(random.Random(seed))
+    try:
+        head, found = read_messages(talk)
+    except ChatError as error:
+        assert re.match(r"messages\[\d+\]", str(error))
+        return
+    shown = head + "".join(f"{each.content} {each.name}" for each in found)
+    asked = {call["id"] for each in talk
+             for call in each.get("tool_calls") or ()}
+    for lost in re.findall(r"w\d+w", json.dumps(talk)):
+        assert lost in shown or lost in asked, (lost, talk)
 
 
 # -- hints, schemas, values -------------------------------------------------
@@ -1548,7 +1601,8 @@ def test_a_long_prompt_can_be_stopped_between_its_chunks():
         for asked in (1, 2, 5):
             count = iter(range(asked))
             events = list(one.events([user(text)], progress=True,
-                                     stop=lambda: next(count, None) is None))
+                                     stop=lambda count=count: next(
+                                         count, None) is None))
             assert [event.kind for event in events] == (
                 ["progress"] * asked + ["done"])
             assert events[-1].text == "stopped" == one.usage.finish_reason

@@ -565,8 +565,9 @@ def agent(model: GptOss, rank: int, note: Callable[[str], None],
     for left in (0, 1):  # the first is left, and the other follows
         turn(SAID.format("A long answer, left or not."), left, 9)
     turn(CALL.format("mail", '{"to": "Eve"}'), 0, 1)  # before the tool runs
-    turn(SAID.format("Stopped."), stop=lambda n=iter(range(9)):
-         rank == 0 and next(n, None) is None)
+    nine = iter(range(9))
+    turn(SAID.format("Stopped."),
+         stop=lambda: rank == 0 and next(nine, None) is None)
     dictate(one, SAID.format("Unread."))
     one.events([{"role": "user", "content": "?"}])  # nobody reads this one
     one.sampler, one.max_new_tokens = Sampler(0.9), 20
