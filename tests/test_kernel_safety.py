@@ -168,9 +168,9 @@ def test_a_sealed_library_that_does_not_load_is_compiled_once_more(cache):
 @needs_compiler
 def test_a_compiler_that_makes_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for compiler, words in (("true", "made no library"),
-                            ('g++ "', "CXX"), ("false", "no message")):
-        monkeypatch.setenv("CXX", compiler)
+    for broken, words in (("true", "made no library"),
+                          ('g++ "', "CXX"), ("false", "no message")):
+        monkeypatch.setenv("CXX", broken)
         with pytest.raises(kernels.KernelError, match=words):
             kernels.build()
 

@@ -222,14 +222,14 @@ def test_a_row_of_zeros_and_an_outlier():
 
 @pytest.mark.skipif(not COMPILED, reason="torch checks for itself")
 def test_an_expert_that_is_none_is_refused():
-    packed = PackedMXFP4(*encode(torch.randn(2, 32, 32)))
+    packed = PackedMXFP4(*encode(torch.randn(2, 64, 32)))
     down = PackedMXFP4(*encode(torch.randn(2, 32, 32)[:, :, :]))
     for bad in (-1, 2):
         with pytest.raises(IndexError, match="expected 0 to 1"):
             OPS.packed_experts(
                 torch.ones(1, 32).bfloat16(), torch.tensor([[bad]]),
                 torch.ones(1, 1).bfloat16(), packed.blocks, packed.scales,
-                torch.zeros(2, 32).bfloat16(), down.blocks[:, :, :1],
+                torch.zeros(2, 64).bfloat16(), down.blocks[:, :, :1],
                 down.scales[:, :, :1], torch.zeros(2, 32).bfloat16(), 7.0)
 
 
