@@ -108,6 +108,16 @@ answers = ["A fox named Mira lived on a hill. One day she lost her hat. A "
            "bear had found it. ", "Its name is Mira.", "You are welcome."]
 colours = {"kept in the cache": "C0", "fed anew": "C1",
            "analysis, dropped next turn": "0.75", "answer": "C2"}
+
+
+def model_writes(said: list[Message]) -> list[int]:
+    """What the model adds to a prompt: all since the last user message,
+    less the `<|start|>assistant` with which the prompt ends."""
+    since = max(n for n, m in enumerate(said) if m.role == "user") + 1
+    return render_training(tokenizer, said[since:], "none")[
+        1 + len(tokenizer.encode("assistant")):]
+
+
 fig, ax = plt.subplots(figsize=(7.4, 2.2))
 said, held = [system_message(date="2025-06-28")], []
 for n, (question, thought, answer) in enumerate(
@@ -116,9 +126,9 @@ for n, (question, thought, answer) in enumerate(
     prompt = render(tokenizer, said, drop="turns")
     kept = len(os.path.commonprefix([prompt, held]))
     said.append(Message("assistant", thought, "analysis"))
-    thinking = len(render(tokenizer, said, False, "turns"))
+    thinking = len(prompt) + len(model_writes(said))
     said.append(Message("assistant", answer, "final"))
-    held = render_training(tokenizer, said, "turns")
+    held = prompt + model_writes(said)
     edges = [0, kept, len(prompt), thinking, len(held)]
     for left, right, colour in zip(edges, edges[1:], colours.values(),
                                    strict=False):
@@ -1412,7 +1422,7 @@ def _record(name: str, hints: Mapping[str, object],
             required: Iterable[str]) -> type:
     """The type of a strict object with these keys, for pydantic."""
     from pydantic import ConfigDict
-    from typing_extensions import NotRequired, TypedDict
+    from typing_extensions import NotRequired, TypedDict  # noqa: UP035
 
     made = TypedDict(name, {
         key: _strict(hint) if key in required else NotRequired[_strict(hint)]
@@ -2776,7 +2786,7 @@ class _Turns(_Settings):
 def _followed(turn: Iterator[ChatEvent]) -> Iterator[ChatEvent]:
     """`turn`, and all the rest of it when its reader leaves."""
     try:
-        for event in turn:  # not `yield from`, which would close it
+        for event in turn:  # noqa: UP028  `yield from` would close it
             yield event
     finally:
         for _ in turn:
@@ -3270,7 +3280,7 @@ for name, row in spent.items():
         row.append(len(prompt) - start)
         said += [Message("assistant", thought, "analysis"),
                  Message("assistant", answer, "final")]
-        memory.tokens = render_training(tokenizer, said, "turns")
+        memory.tokens = prompt + model_writes(said)
         if name != "fresh":  # as if the model had written the rest
             with torch.no_grad():
                 model(torch.tensor([memory.tokens[start:-1]]), memory.cache)

@@ -389,7 +389,7 @@ def _record(name: str, hints: Mapping[str, object],
             required: Iterable[str]) -> type:
     """The type of a strict object with these keys, for pydantic."""
     from pydantic import ConfigDict
-    from typing_extensions import NotRequired, TypedDict
+    from typing_extensions import NotRequired, TypedDict  # noqa: UP035
 
     made = TypedDict(name, {
         key: _strict(hint) if key in required else NotRequired[_strict(hint)]
@@ -1460,7 +1460,7 @@ class _Turns(_Settings):
 def _followed(turn: Iterator[ChatEvent]) -> Iterator[ChatEvent]:
     """`turn`, and all the rest of it when its reader leaves."""
     try:
-        for event in turn:  # not `yield from`, which would close it
+        for event in turn:  # noqa: UP028  `yield from` would close it
             yield event
     finally:
         for _ in turn:
