@@ -502,6 +502,8 @@ def test_a_generation_config_that_says_nothing(tmp_path, text):
         (tmp_path / "config.json").write_text(json.dumps(
             values | {"eos_token_id": said}))
         assert stop_ids(tmp_path) == wanted
+    (tmp_path / "config.json").write_text(json.dumps(
+        values | {"eos_token_id": None, "vocab_size": 1536}))
     shutil.copy(POCKET / "tokenizer.json", tmp_path)
     assert set(stop_ids(tmp_path)) == set(stop_ids(POCKET))
 
