@@ -736,7 +736,7 @@ for name in ("model.layers.0.self_attn.q_proj.lora_A.weight",
 
 # %% tags=["export"]
 @dataclass(frozen=True)
-class Stack:
+class PerExpert:
     """A tensor of which each row is one in a file; matrices are turned."""
 
     name: str
@@ -757,7 +757,7 @@ class Stack:
         return sum(part.nbytes for part in self.parts)
 
 
-def stacked(folder: Path, name: str, rows: dict[int, Stored]) -> Stack:
+def stacked(folder: Path, name: str, rows: dict[int, Stored]) -> PerExpert:
     """The rows as one tensor; CheckpointError if one is missing or differs."""
     first = rows[min(rows)].spec
     for n in range(len(rows)):
@@ -766,7 +766,7 @@ def stacked(folder: Path, name: str, rows: dict[int, Stored]) -> Stack:
         spec = rows[n].spec
         if (spec.shape, spec.dtype) != (first.shape, first.dtype):
             raise _wrong(f"{rows[n].file}: {spec.name}", first, spec)
-    return Stack(name, tuple(rows[n] for n in sorted(rows)))
+    return PerExpert(name, tuple(rows[n] for n in sorted(rows)))
 
 # %% [markdown]
 # A fourth kind is read by its dtype. Since transformers 5.5 a model that was
@@ -778,9 +778,9 @@ def stacked(folder: Path, name: str, rows: dict[int, Stored]) -> Stack:
 
 # %% tags=["export"]
 def recognise(folder: Path, found: dict[str, Stored]
-              ) -> dict[str, Stored | Stack]:
+              ) -> dict[str, Stored | PerExpert]:
     """The tensors of a file under the names that we know them by."""
-    known: dict[str, Stored | Stack] = {}
+    known: dict[str, Stored | PerExpert] = {}
     experts: dict[str, dict[int, Stored]] = {}
     for stored in found.values():
         if NOT_LEARNT.fullmatch(stored.spec.name):
@@ -836,7 +836,7 @@ report(recognise, here, {name: tensor for name, tensor in strange.items()
 ENDS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
-def untied(config: GptOssConfig, found: dict[str, Stored | Stack]
+def untied(config: GptOssConfig, found: dict[str, Stored | PerExpert]
            ) -> GptOssConfig:
     """If embedding and head are tied, the one that is missing is the other,
     in `found`; returns the configuration of the two matrices."""
@@ -871,7 +871,7 @@ def find_layout(names: Iterable[str]) -> str:
     return "bf16" if any(name.endswith(dense) for name in names) else "hf"
 
 
-def check_tensors(folder: Path, found: dict[str, Stored | Stack],
+def check_tensors(folder: Path, found: dict[str, Stored | PerExpert],
                   table: dict[str, TensorSpec]) -> None:
     """CheckpointError at the first tensor that is missing, superfluous, or
     of another shape or dtype. What is not packed may be any float."""
@@ -1322,7 +1322,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: Path, folder: Path, config: GptOssConfig,
-                 layout: str, found: dict[str, Stored | Stack]) -> None:
+                 layout: str, found: dict[str, Stored | PerExpert]) -> None:
         self.path, self.folder, self.config = path, folder, config
         self.layout, self._found = layout, found
         self._places = places(config, layout)

@@ -407,7 +407,7 @@ def known_name(stored: Stored) -> str:
 
 
 @dataclass(frozen=True)
-class Stack:
+class PerExpert:
     """A tensor of which each row is one in a file; matrices are turned."""
 
     name: str
@@ -428,7 +428,7 @@ class Stack:
         return sum(part.nbytes for part in self.parts)
 
 
-def stacked(folder: Path, name: str, rows: dict[int, Stored]) -> Stack:
+def stacked(folder: Path, name: str, rows: dict[int, Stored]) -> PerExpert:
     """The rows as one tensor; CheckpointError if one is missing or differs."""
     first = rows[min(rows)].spec
     for n in range(len(rows)):
@@ -437,13 +437,13 @@ def stacked(folder: Path, name: str, rows: dict[int, Stored]) -> Stack:
         spec = rows[n].spec
         if (spec.shape, spec.dtype) != (first.shape, first.dtype):
             raise _wrong(f"{rows[n].file}: {spec.name}", first, spec)
-    return Stack(name, tuple(rows[n] for n in sorted(rows)))
+    return PerExpert(name, tuple(rows[n] for n in sorted(rows)))
 
 
 def recognise(folder: Path, found: dict[str, Stored]
-              ) -> dict[str, Stored | Stack]:
+              ) -> dict[str, Stored | PerExpert]:
     """The tensors of a file under the names that we know them by."""
-    known: dict[str, Stored | Stack] = {}
+    known: dict[str, Stored | PerExpert] = {}
     experts: dict[str, dict[int, Stored]] = {}
     for stored in found.values():
         if NOT_LEARNT.fullmatch(stored.spec.name):
@@ -476,7 +476,7 @@ def recognise(folder: Path, found: dict[str, Stored]
 ENDS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
-def untied(config: GptOssConfig, found: dict[str, Stored | Stack]
+def untied(config: GptOssConfig, found: dict[str, Stored | PerExpert]
            ) -> GptOssConfig:
     """If embedding and head are tied, the one that is missing is the other,
     in `found`; returns the configuration of the two matrices."""
@@ -499,7 +499,7 @@ def find_layout(names: Iterable[str]) -> str:
     return "bf16" if any(name.endswith(dense) for name in names) else "hf"
 
 
-def check_tensors(folder: Path, found: dict[str, Stored | Stack],
+def check_tensors(folder: Path, found: dict[str, Stored | PerExpert],
                   table: dict[str, TensorSpec]) -> None:
     """CheckpointError at the first tensor that is missing, superfluous, or
     of another shape or dtype. What is not packed may be any float."""
@@ -840,7 +840,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: Path, folder: Path, config: GptOssConfig,
-                 layout: str, found: dict[str, Stored | Stack]) -> None:
+                 layout: str, found: dict[str, Stored | PerExpert]) -> None:
         self.path, self.folder, self.config = path, folder, config
         self.layout, self._found = layout, found
         self._places = places(config, layout)
@@ -1246,10 +1246,10 @@ __all__ = [
     "OUR_FILES",
     "PACKED",
     "PICKLES",
+    "PerExpert",
     "Piece",
     "Place",
     "REFUSED",
-    "Stack",
     "Stored",
     "TensorSpec",
     "WHOLE",

@@ -41,7 +41,7 @@ ALPHABET = byte_alphabet()
 BYTE = {letter: byte for byte, letter in enumerate(ALPHABET)}
 
 
-def disguise(data: bytes) -> str:
+def byte_letters(data: bytes) -> str:
     """`data` as tokenizer.json spells it, one character a byte."""
     return "".join(ALPHABET[byte] for byte in data)
 
@@ -135,8 +135,8 @@ def tokenizer_json(ranks: Mapping[bytes, int],
             f"gap, found {list(control)}")
 
     built = hf.Tokenizer(hf.models.BPE(
-        vocab={disguise(token): rank for token, rank in ranks.items()},
-        merges=[(disguise(left), disguise(right))
+        vocab={byte_letters(token): rank for token, rank in ranks.items()},
+        merges=[(byte_letters(left), byte_letters(right))
                 for left, right in merges_from_ranks(ranks)],
         ignore_merges=True, fuse_unk=False, byte_fallback=False))
     built.pre_tokenizer = hf.pre_tokenizers.Sequence([
@@ -277,11 +277,11 @@ def _spellings(vocab: Mapping[str, int], added: _Added,
              if spelling not in control}
     for spelling, n in vocab.items():
         if not BYTE.keys() >= set(spelling):  # the library: as it stands
-            found[n] = disguise(spelling.encode("utf-8"))
+            found[n] = byte_letters(spelling.encode("utf-8"))
     for name, n, special in added:
         if name in control or special:
             continue
-        spelling = disguise(name.encode("utf-8"))
+        spelling = byte_letters(name.encode("utf-8"))
         if found.setdefault(n, spelling) != spelling:
             raise HarmonyError(f"{source}: token {name!r}: expected an id "
                                f"of its own, found {n}, which stands for "
@@ -1221,9 +1221,9 @@ __all__ = [
     "Tool",
     "ToolCall",
     "byte_alphabet",
+    "byte_letters",
     "control_name",
     "developer_message",
-    "disguise",
     "merge_by_rank",
     "merges_from_ranks",
     "parse",
