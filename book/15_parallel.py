@@ -1607,7 +1607,8 @@ for stages in (1, 2, 4):
         first = logits.clone()
         dist.broadcast(first, 0)
         assert torch.equal(first, logits)
-        assert (logits - wanted).abs().max() < 1e-5 * wanted.std()
+        # fp32 itself is up to 1.4e-5 from float64 here, on either side
+        assert (logits - wanted).abs().max() < 4e-5 * wanted.std()
         with Tally() as tally:
             model(prompt[:, :1])
     found = generate(model, prompt[0].tolist(), sampler=greedy,

@@ -342,7 +342,7 @@ def test_a_path_that_cannot_be_is_told_in_a_line(text, monkeypatch):
         assert text[:30] in str(caught.value)
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
-    with pytest.raises(CheckpointError, match="~/y: no such directory"):
+    with pytest.raises(CheckpointError, match="~/y: no such"):
         resolve("~/y")  # no home at all
 
 
