@@ -2973,8 +2973,12 @@ for kind, card in sorted(shipped.items(), key=lambda kv: kv[1]["right"]):
 # The weakest is to notice that a tool is missing. An earlier file of this
 # chapter got 93 % there and 97 % of the facts from a few turns before; but its
 # questions had been practised, with the same city or the same word, when the
-# tool was there. These ones were not, and the model tends to call some other
-# tool that it has. It is the difference between an exam and a rehearsal.
+# tool was there. These ones were not. Looked at one by one, twelve of fourteen
+# errors are of one kind: at medium effort the model begins as if it had the
+# tool ("Asked for a die with 72 sides."), finds none, says "No tool" and runs
+# on into "and no sum is needed", with which it thinks before small talk. It is
+# the difference between an exam and a rehearsal, and a lead for the next run:
+# where two thoughts begin alike, the model takes the one it has read more.
 #
 # It also knows nothing outside of its lessons. Asked in other words, or for
 # something that only looks like a lesson, it answers what it would have
