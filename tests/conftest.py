@@ -6,7 +6,8 @@ says otherwise. `make unit` runs every test so, and then those marked
 `both_paths` again with GPTOSS_KERNELS=auto, as users run them: with chapter
 13's kernels. Kernels compute in bf16 alone, in fp32 and float64 both paths
 give the same bits (test_paths.py), so the second run leaves out what BOTH
-leaves out.
+leaves out. The tests of the kernels themselves are in the second run alone:
+`GPTOSS_KERNELS=auto pytest tests/test_kernels.py`.
 """
 
 import os
@@ -44,13 +45,20 @@ BOTH = {
     "test_decode_step.py": ["*bit_for_bit*", "*the_same_text*",
                             "*near_the_ordinary*"],
     "test_vectors.py": ["*holds_to_the_set*", "*every_contract*"],
+    "test_kernels.py": ["*"],
+    "test_kernel_safety.py": ["*"],
 }
+# these load the kernels for their whole process, so only where they belong;
+# much of them is about machines without a compiler, so nothing skips them
+THEIRS = ("test_kernels.py", "test_kernel_safety.py")
 
 ON_KERNELS = os.environ["GPTOSS_KERNELS"] != "torch"
 if ON_KERNELS:  # now, and not by whichever test calls an operator first
     from gptoss.kernels import load_kernels
 
     LOADED = load_kernels()
+else:
+    collect_ignore = list(THEIRS)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -67,7 +75,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if any(fnmatch(item.name, pattern)
                for pattern in BOTH.get(item.path.name, ())):
             item.add_marker(pytest.mark.both_paths)
-            if ON_KERNELS and LOADED.startswith("torch"):
+            if (ON_KERNELS and LOADED.startswith("torch")
+                    and item.path.name not in THEIRS):
                 item.add_marker(pytest.mark.skip(
                     reason=f"no kernels here: {LOADED}"))
 

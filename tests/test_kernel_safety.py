@@ -10,7 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_kernels import COMPILED, compiler, needs_compiler
+from test_kernels import (
+    COMPILED,
+    compiler,
+    kernels_on,  # noqa: F401  a fixture
+    needs_compiler,
+)
 
 import gptoss.kernels as kernels
 from gptoss.mxfp4 import encode
@@ -77,12 +82,8 @@ def test_under_asan_and_ubsan(monkeypatch):
 def test_what_cannot_be_right_is_refused_by_name(name, given, words):
     arguments = [torch.ones(x).bfloat16() if isinstance(x, tuple) else x
                  for x in given]
-    OPS.enable_kernels(True)
-    try:
-        with pytest.raises(RuntimeError, match=words):
-            getattr(OPS, name)(*arguments)
-    finally:
-        OPS.enable_kernels(False)
+    with pytest.raises(RuntimeError, match=words):
+        getattr(OPS, name)(*arguments)
 
 
 @needs_kernels
@@ -262,7 +263,7 @@ def test_building_needs_no_extension_builder():
 @needs_kernels
 def test_plain_torch_is_this_threads_alone():
     import threading
-    OPS.enable_kernels(True)
+
     weight = encode(torch.randn(5, 64))
     x = torch.randn(3, 64).bfloat16()
     seen = {}
@@ -271,15 +272,12 @@ def test_plain_torch_is_this_threads_alone():
         seen["on"] = OPS.kernels_on()
         with torch.no_grad():
             seen["y"] = OPS.mxfp4_linear(x, *weight, None)
-    try:
-        with torch.no_grad():
-            fast = OPS.mxfp4_linear(x, *weight, None)
-            with kernels.plain_torch():
-                assert not OPS.kernels_on()
-                thread = threading.Thread(target=other)
-                thread.start()
-                thread.join()
-            assert OPS.kernels_on() and seen["on"]
-            assert torch.equal(seen["y"], fast)
-    finally:
-        OPS.enable_kernels(False)
+    with torch.no_grad():
+        fast = OPS.mxfp4_linear(x, *weight, None)
+        with kernels.plain_torch():
+            assert not OPS.kernels_on()
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+        assert OPS.kernels_on() and seen["on"]
+        assert torch.equal(seen["y"], fast)

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ON_KERNELS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +23,7 @@ import gptoss.kernels as kernels
 import gptoss.triton_kernels as triton_kernels
 from gptoss.decode_step import quick_step
 from gptoss.experts import packed_experts
-from gptoss.generate import Sampler, forward_step, generate, use_decoder
+from gptoss.generate import Sampler, generate, use_decoder
 from gptoss.harmony import Tokenizer
 from gptoss.model import GptOss, Linear
 from gptoss.mxfp4 import PackedMXFP4, decode, encode, mxfp4_linear
@@ -32,13 +31,8 @@ from gptoss.stories import story_stream
 
 POCKET = Path(kernels.__file__).parent / "pocket"
 OPS = torch.ops.gptoss
-with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("GPTOSS_KERNELS", "auto")  # the other tests want plain torch
-    LOADED = kernels.load_kernels()
+LOADED = kernels.load_kernels()
 COMPILED = not LOADED.startswith("torch")
-if COMPILED and not ON_KERNELS:
-    OPS.enable_kernels(False)
-    use_decoder(forward_step)
 needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX") or "c++") is None, reason="no c++")
 few = settings(deadline=None, max_examples=25)
@@ -47,14 +41,11 @@ GREEDY = Sampler(temperature=0.0)
 
 @pytest.fixture(autouse=True)
 def kernels_on():
-    """Kernels for the tests of this file only."""
+    """Whatever a test switched off is on again after it."""
+    yield
     if COMPILED:
         OPS.enable_kernels(True)
         use_decoder(quick_step)
-    yield
-    if COMPILED and not ON_KERNELS:
-        OPS.enable_kernels(False)
-        use_decoder(forward_step)
 
 
 def off(y: torch.Tensor, exact: torch.Tensor) -> float:
