@@ -1788,7 +1788,7 @@ def _tool_name(function: object, name: str | None) -> str:
         function = function.func
     own = getattr(function, "__name__", type(function).__name__)
     _expect(name is not None or own != "<lambda>", "tools", "a function with "
-            "a name, which a lambda has not: use def", function)
+            "a name, which a lambda has not: use def", own)
     return _name(own if name is None else name, "tools, name of a function")
 
 
@@ -2114,7 +2114,7 @@ for wrong in ({"type": "web_search"}, lambda: 1, int):
     try:
         read_tools([wrong])
     except ChatError as error:
-        print(str(error).partition(" at 0x")[0])
+        print(error)
 
 # %% [markdown]
 # ### Two tools that can do no harm

@@ -692,7 +692,7 @@ def _tool_name(function: object, name: str | None) -> str:
         function = function.func
     own = getattr(function, "__name__", type(function).__name__)
     _expect(name is not None or own != "<lambda>", "tools", "a function with "
-            "a name, which a lambda has not: use def", function)
+            "a name, which a lambda has not: use def", own)
     return _name(own if name is None else name, "tools, name of a function")
 
 
