@@ -1527,3 +1527,18 @@ def test_describe(made, layout, monkeypatch):
             active_parameters(TINY) + TINY.hidden_size)
     else:
         assert report["bytes_read_per_token"] == bytes_read_per_token(TINY)
+
+
+def test_a_packed_model_can_be_saved_by_torch(made, tmp_path):
+    """Every tensor has a storage of its own, of its own size."""
+    from gptoss.model import GptOss
+
+    model = GptOss.from_pretrained(made["hf"])
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    size = sum(t.nbytes for t in model.state_dict().values())
+    assert (tmp_path / "state.pt").stat().st_size < 1.5 * size + 100_000
+    again = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert again.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again[name], tensor), name
+    model.load_state_dict(again)
