@@ -57,11 +57,11 @@ find-browser: $(STAMP)
 
 check-tangle: $(STAMP)
 	@echo "== gptoss/ and book/api.md are what the chapters export"
-	@$(BIN)/python gptoss/tangle.py --check
+	@$(BIN)/python book/_ext/tangle.py --check
 
 check-frozen: $(STAMP)
 	@echo "== every notebook is its chapter, executed"
-	@$(BIN)/python gptoss/tangle.py --freeze --check
+	@$(BIN)/python book/_ext/tangle.py --freeze --check
 
 lint: $(STAMP)
 	@echo "== ruff"
@@ -92,10 +92,10 @@ browser: find-browser
 	@$(BIN)/python -m pytest -n $(JOBS) --dist load tests/browser
 
 tangle: $(STAMP)
-	@$(BIN)/python gptoss/tangle.py
+	@$(BIN)/python book/_ext/tangle.py
 
 freeze: tangle
-	@$(BIN)/python gptoss/tangle.py --freeze -j $(JOBS)
+	@$(BIN)/python book/_ext/tangle.py --freeze -j $(JOBS)
 
 # the run times that the status page shows where no notebook was run
 status: notebooks

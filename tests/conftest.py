@@ -11,7 +11,12 @@ leaves out. The tests of the kernels themselves are in the second run alone:
 """
 
 import os
+import sys
 from fnmatch import fnmatch
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "book" / "_ext"))  # the tangle
 
 os.environ.setdefault("GPTOSS_KERNELS", "torch")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -107,7 +107,11 @@ class ExportLabels(SphinxPostTransform):
             if not tags:
                 continue
             name = tags[0].partition(":")[2] or own.get("module", "")
-            file = f"gptoss/{name}" + ("" if "." in name else ".py")
+            if "folder" not in own and "/" not in name:
+                part = self.env.docname.split("/")[1:-1]
+                name = "/".join([*part, name])
+            file = (own.get("folder", "gptoss") + "/"
+                    + name.removeprefix("/") + ("" if "." in name else ".py"))
             page = self.app.builder.get_relative_uri(self.env.docname,
                                                      "book/api")
             link = nodes.reference(
@@ -148,7 +152,10 @@ class RunTimes(SphinxDirective):
                      "make notebooks measures anew." if seconds else
                      "No times are stored; make notebooks measures them.")
         rows = [self.row(path, seconds)
-                for path in sorted((root / "book").glob("*_*.ipynb"))]
+                for path in (root / f"{name}.ipynb" for name in re.findall(
+                    r"file: (book/\S+)",
+                    (root / "_toc.yml").read_text("utf-8")))
+                if path.exists()]
         total = ("all", *(sum(column) for column in zip(
             *(row[1:-1] for row in rows), strict=True)),
             f"{sum(float(row[-1] or 0) for row in rows):.1f}")
@@ -168,7 +175,8 @@ class RunTimes(SphinxDirective):
         prose = "\n".join("".join(cell["source"]) for cell in cells
                           if cell["cell_type"] == "markdown")
         exercises = re.findall(r"^(?:#+ |\*\*)Exercise \d", prose, re.M)
-        return (path.stem, len(code), lines, figures, len(exercises),
+        name = path.relative_to(self.env.srcdir).with_suffix("").as_posix()
+        return (name.removeprefix("book/"), len(code), lines, figures, len(exercises),
                 f"{seconds[path.stem]:.1f}" if path.stem in seconds else "")
 
 
@@ -180,7 +188,7 @@ def table(head: tuple, rows: list[tuple]) -> nodes.table:
     def entry(value: object, first: bool) -> nodes.entry:
         text = f"{value:,}" if isinstance(value, int) else str(value)
         made = nodes.paragraph("", text)
-        if first and value != "all" and "_" in text:
+        if first and value not in ("all", "chapter"):
             made = nodes.paragraph("", "", nodes.reference(
                 "", text, internal=True, refuri=f"{text}.html"))
         return nodes.entry("", made, classes=[] if first else ["text-right"])

@@ -9,25 +9,20 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from gptoss.tangle import (
+from api import api_page
+from chapters import (
     Module,
     TangleError,
-    api_page,
-    freeze,
     import_block,
-    main,
     module_text,
-    prepared,
     public_names,
     read_chapter,
-    run_freeze,
     split_imports,
-    stale,
-    tangle,
 )
+from freeze import freeze, prepared, run_freeze, stale
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tangle import left_behind, listed, main, part_text, tangle
 
 HEADER = """\
 # ---
@@ -110,11 +105,13 @@ __all__ = [
 
 
 def write(root: Path, name: str, body: str, module: str = "") -> Path:
-    """A chapter in root/book, with the folders that tangling needs."""
-    for folder in ("book", "gptoss"):
-        (root / folder).mkdir(exist_ok=True)
+    """A chapter in root/book and in root/_toc.yml; `module`: front matter."""
+    (root / "gptoss").mkdir(exist_ok=True)
     front = f"#   gptoss:\n#     module: {module}\n" if module else ""
     path = root / "book" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(root / "_toc.yml", "a") as file:
+        file.write(f"  - file: book/{name.removesuffix('.py')}\n")
     path.write_text(f"{HEADER.format(module=front)}\n{body}", "utf-8")
     return path
 
@@ -169,7 +166,8 @@ def test_a_comment_in_a_fence_is_no_heading(tmp_path: Path) -> None:
     '# %% tags=["export"]\nx = 1\n',
     '# %% tags=["export:"]\nx = 1\n',
     '# %% tags=["export:../x"]\nx = 1\n',
-    '# %% tags=["export:a/b"]\nx = 1\n',
+    '# %% tags=["export://b"]\nx = 1\n',
+    '# %% tags=["export:a/"]\nx = 1\n',
     '# %% tags=["export:x.cpp"]\nx = 1\n',
     '# %% [markdown] tags=["export:x"]\n# text\n',
 ])
@@ -221,10 +219,10 @@ def test_an_import_needs_its_own_line(source: str) -> None:
 
 
 def test_imports_hoisted_merged_grouped() -> None:
-    text = exported("from b import y\nX = 1", "import os\nfrom b import x\n"
-                    "from gptoss.rope import rope\nY = 2")
-    assert ("import os\n\nfrom b import x, y\n\n"
-            "from gptoss.rope import rope\n\nX = 1\n\n\nY = 2\n") in text
+    text = exported("from b import y\nX = y", "import os\nfrom b import x, z\n"
+                    "from gptoss.rope import rope\nY = x, os, rope")
+    assert ("import os\n\nfrom b import x, y\n\nfrom gptoss.rope import rope"
+            "\n\nX = y\n\n\nY = x, os, rope\n") in text
 
 
 def test_aliases() -> None:
@@ -405,12 +403,15 @@ def test_main_reports_errors_in_one_line(
 
 def test_runs_without_the_package(inside: Path) -> None:
     file = Path(main.__code__.co_filename).resolve()
-    copy = inside / "alone.py"
-    copy.write_bytes(file.read_bytes())
+    copy = inside / "alone" / "tangle.py"
+    copy.parent.mkdir()
+    for part in ("tangle", "chapters", "api", "freeze"):
+        copy.with_name(f"{part}.py").write_bytes(
+            file.with_name(f"{part}.py").read_bytes())
     done = subprocess.run([sys.executable, "-S", "-c", (
-        f"import sys; sys.path[:0] = {sys.path!r}; "
+        f"import sys; sys.path[:0] = [{str(copy.parent)!r}, *{sys.path!r}]; "
         "sys.modules['gptoss'] = None; import runpy; "
-        f"sys.argv = ['tangle']; runpy.run_path({str(copy)!r}, "
+        f"sys.argv = ['tangle.py']; runpy.run_path({str(copy)!r}, "
         "run_name='__main__')")], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert (inside / "gptoss/areas.py").read_text("utf-8") == AREAS_MODULE
@@ -576,3 +577,118 @@ def test_a_failing_chapter_writes_nothing_and_stops_nobody(
     assert out == "froze 02_good.ipynb\n"
     assert error.startswith("01_bad.py: ") and "ZeroDivisionError" in error
     assert not bad.with_suffix(".ipynb").exists()
+
+
+# --- Folders, several modules a chapter --------------------------------------
+
+TWO = """\
+# %% [markdown]
+# # Two
+
+# %% tags=["export"]
+import math
+import os
+
+
+def half(x: float) -> float:
+    return x / 2
+
+# %% tags=["export:second"]
+def quarter(x: float) -> float:
+    other = [half for half in (x,)]
+    return half(half(math.fabs(x))) or other
+
+# %% tags=["export:/front"]
+HERE = os.sep
+"""
+
+
+def test_a_folder_of_the_book_is_one_of_the_package(tmp_path: Path) -> None:
+    path = write(tmp_path, "shapes/two.py", TWO, "first")
+    texts = tangle([path])
+    assert list(texts) == ["gptoss/shapes/first.py",
+                           "gptoss/shapes/second.py", "gptoss/front.py"]
+    first, second, front = texts.values()
+    assert "import math" not in first and "import os" not in first
+    assert "import math\n\nfrom gptoss.shapes.first import half\n" in second
+    assert "import os" not in second and "\nimport os\n\n" in front
+    assert "Generated from book/shapes/two.py;" in front
+
+
+def test_only_what_is_read_is_imported(tmp_path: Path) -> None:
+    """A local variable with the name of a sibling's function is none."""
+    path = write(tmp_path, "a/two.py", TWO.replace(
+        "return half(half(math.fabs(x))) or other", "return other"), "first")
+    assert "import" not in tangle([path])["gptoss/a/second.py"].split(
+        "---")[0].replace("edit the chapter", "")
+
+
+@pytest.mark.parametrize(("old", "new", "said"), [
+    ("half", "_half", "'_half' of a/first is used in a/second: no under"),
+    ("HERE", "half", "'half' is bound in front and in a/first"),
+    ("HERE", "math", "'math' is imported and also bound"),
+])
+def test_what_two_modules_may_not_share(tmp_path: Path, old: str, new: str,
+                                        said: str) -> None:
+    path = write(tmp_path, "a/two.py", TWO.replace(old, new), "first")
+    with pytest.raises(TangleError, match=said):
+        tangle([path])
+
+
+def test_the_same_statement_may_stand_in_both(tmp_path: Path) -> None:
+    log = 'import logging\n_log = logging.getLogger("x")\n'
+    path = write(tmp_path, "a/two.py", f'# %% tags=["export:b"]\n{log}\n'
+                 f'# %% tags=["export:c"]\n{log}')
+    for text in tangle([path]).values():
+        assert text.count("_log = ") == text.count("import logging") == 1
+
+
+def test_a_part_hands_on_what_its_chapters_say(tmp_path: Path) -> None:
+    write(tmp_path, "shapes/two.py", TWO, "first\n#     public: [quarter]")
+    texts = tangle(listed(tmp_path), whole=True)
+    assert list(texts)[-2:] == ["gptoss/shapes/__init__.py", "book/api.md"]
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    code = ("import sys; sys.path.insert(0, sys.argv[1])\n"
+            "import gptoss.shapes as s\n"
+            "assert 'gptoss.shapes.second' not in sys.modules\n"
+            "print(s.quarter(0.0), s.first.half(2), s.__all__)\n"
+            "try: s.half\nexcept AttributeError as error: print(error)")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)],
+                          capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.splitlines() == [
+        "[0.0] 1.0 ['quarter']",
+        "module 'gptoss.shapes' has no attribute 'half'"], done.stderr
+
+
+@pytest.mark.parametrize(("public", "said"), [
+    ("third", "two.py: public name 'third' is bound in none"),
+    ("second", "two.py: public name 'second' is a module's too"),
+])
+def test_a_part_cannot_hand_on(tmp_path: Path, public: str,
+                               said: str) -> None:
+    path = write(tmp_path, "a/two.py", TWO, f"first\n#     public: [{public}]")
+    modules = [module for module in read_chapter(path).values()
+               if module.name != "front"]
+    with pytest.raises(TangleError, match=said):
+        part_text("a", modules)
+
+
+def test_what_no_chapter_makes_is_removed(
+        inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([])
+    old = inside / "gptoss" / "shapes" / "old.py"
+    old.parent.mkdir()
+    old.write_text('"""Old\n\nGenerated from book/old.py; edit ..."""\n')
+    ours = old.with_name("hand.py")
+    ours.write_text('"""By hand."""\n')
+    assert left_behind(tangle(listed(inside), True), inside) == [
+        "gptoss/shapes/old.py"]
+    capsys.readouterr()
+    assert main(["--check"]) == 1
+    assert capsys.readouterr().out == (
+        "no chapter makes gptoss/shapes/old.py\n")
+    assert main(["book/01_areas.py"]) == 0 and old.exists()
+    assert main([]) == 0 and not old.exists() and ours.exists()
+    assert main(["--check"]) == 0

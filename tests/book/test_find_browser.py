@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent / "browser" / "find_browser.py"
+SCRIPT = Path(__file__).parents[1] / "browser" / "find_browser.py"
 SPEC = importlib.util.spec_from_file_location("find_browser", SCRIPT)
 find_browser = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(find_browser)
@@ -180,7 +180,7 @@ def test_a_program_that_hangs_is_given_up(machine, monkeypatch):
 
 def test_make_looks_before_it_tests(machine):
     """`make test` knows at once that no browser can be had."""
-    make = Path(__file__).parents[1] / "Makefile"
+    make = Path(__file__).parents[2] / "Makefile"
     steps = next(line for line in make.read_text("utf-8").splitlines()
                  if line.startswith("test:")).split()[1:]
     assert steps[0] == "find-browser" and steps[-1] == "browser"

@@ -11,9 +11,8 @@ import matplotlib
 import nbformat
 import numpy as np
 import pytest
+from freeze import freeze
 from matplotlib.figure import Figure
-
-from gptoss.tangle import freeze
 
 BOOK = Path(__file__).resolve().parent.parent / "book"
 FIGURES = runpy.run_path(str(BOOK / "_ext" / "figures.py"))
