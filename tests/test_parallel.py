@@ -29,7 +29,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptoss import __main__ as cli
+from gptoss import commands as cli
 from gptoss import parallel
 from gptoss.chat import Chat, ChatError, function_tool
 from gptoss.checkpoint import (
@@ -837,7 +837,7 @@ def test_two_machines(capsys) -> None:
 
 DIES = """
 import os, signal, sys
-from gptoss import __main__ as cli
+from gptoss import commands as cli
 from gptoss.parallel import SplitGptOss
 
 if os.environ["RANK"] == "1":
