@@ -191,8 +191,8 @@ _HOME = {"Chat": "chat", "GptOss": "model", "GptOssConfig": "config",
 _MODULES = ("config", "mxfp4", "checkpoint", "rope", "sinks", "masks",
             "routing", "experts", "cache", "model", "harmony", "generate",
             "chat", "kernels", "compact", "triton_kernels", "decode_step",
-            "stories", "lessons", "leaks", "exams", "train", "parallel",
-            "plan", "parity", "vectors")
+            "stories", "lessons", "leaks", "exams", "train", "shards",
+            "launch", "collectives", "split", "plan", "parity", "vectors")
 
 
 def __getattr__(name: str) -> object:
@@ -285,7 +285,7 @@ MISTAKES = {"gptoss.config": "ConfigError", "gptoss.mxfp4": "MXFP4Error",
             "gptoss.chat": "ChatError", "gptoss.parity": "ParityError",
             "gptoss.vectors": "VectorError",
             "gptoss.kernels": "KernelError",
-            "gptoss.parallel": "ParallelError",
+            "gptoss.shards": "ParallelError",
             "torch": "OutOfMemoryError"}
 
 
@@ -455,7 +455,7 @@ def agreed(args: argparse.Namespace, make: Callable[[], object]) -> object:
     """make(), as the first process finds it."""
     if not several():
         return make()
-    from gptoss.parallel import join
+    from gptoss.collectives import join
 
     kind = getattr(args, "device", "cpu").partition(":")[0]
     return join(kind).same(make)
@@ -470,7 +470,7 @@ def _model(args: argparse.Namespace, folder: Path, device="cpu"):
         raise UsageError("--compact: for one process, --device cpu and "
                          "--dtype bfloat16")
     if not alone:
-        from gptoss.parallel import load_split
+        from gptoss.split import load_split
 
         return load_split(folder, dtype, device, stages=args.stages)
     from gptoss.model import GptOss
@@ -1514,7 +1514,7 @@ def _run(argv: Sequence[str] | None) -> int:
     args.run(args)
     sys.stdout.flush()
     if several():
-        sys.modules["gptoss.parallel"].leave()
+        sys.modules["gptoss.collectives"].leave()
     return 0
 
 

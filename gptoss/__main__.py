@@ -63,7 +63,7 @@ MISTAKES = {"gptoss.config": "ConfigError", "gptoss.mxfp4": "MXFP4Error",
             "gptoss.chat": "ChatError", "gptoss.parity": "ParityError",
             "gptoss.vectors": "VectorError",
             "gptoss.kernels": "KernelError",
-            "gptoss.parallel": "ParallelError",
+            "gptoss.shards": "ParallelError",
             "torch": "OutOfMemoryError"}
 
 
@@ -185,7 +185,7 @@ def agreed(args: argparse.Namespace, make: Callable[[], object]) -> object:
     """make(), as the first process finds it."""
     if not several():
         return make()
-    from gptoss.parallel import join
+    from gptoss.collectives import join
 
     kind = getattr(args, "device", "cpu").partition(":")[0]
     return join(kind).same(make)
@@ -200,7 +200,7 @@ def _model(args: argparse.Namespace, folder: Path, device="cpu"):
         raise UsageError("--compact: for one process, --device cpu and "
                          "--dtype bfloat16")
     if not alone:
-        from gptoss.parallel import load_split
+        from gptoss.split import load_split
 
         return load_split(folder, dtype, device, stages=args.stages)
     from gptoss.model import GptOss
@@ -1038,7 +1038,7 @@ def _run(argv: Sequence[str] | None) -> int:
     args.run(args)
     sys.stdout.flush()
     if several():
-        sys.modules["gptoss.parallel"].leave()
+        sys.modules["gptoss.collectives"].leave()
     return 0
 
 
