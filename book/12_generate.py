@@ -718,8 +718,8 @@ def _generators(model: GptOss, seed: int | None, rows: int
     """A generator for each row; row 0 of a seed is the seed itself."""
     if seed is None:
         drawn = seed = torch.randint(2 ** 48, ()).item()
-        if (link := getattr(model, "link", None)) is not None:
-            seed = link.same(lambda: drawn)  # one for all its processes
+        if (group := getattr(model, "group", None)) is not None:
+            seed = group.same(lambda: drawn)  # one for all its processes
     return [torch.Generator().manual_seed(seed + row) for row in range(rows)]
 
 
@@ -2517,7 +2517,7 @@ for message in round_messages(reply):
 #
 # So whatever is not arithmetic is found out by the first process, and told to
 # the others: the date, the prompt, the seed of a round, the answer of a tool,
-# and before every forward whether the turn goes on. The model's `link` says
+# and before every forward whether the turn goes on. The model's `group` says
 # how. A model in one process has none, and every question is its own answer.
 
 # %% tags=["export:chat"]
@@ -2672,7 +2672,7 @@ class _Settings:
         self.max_new_tokens, self.rounds = max_new_tokens, rounds
         self._seed, self._slack, self._chunk = seed, slack, prefill_chunk
         self.model, self.tokenizer = load(model, dtype, device)
-        self._link = getattr(self.model, "link", None) or Alone()
+        self._link = getattr(self.model, "group", None) or Alone()
         if date is None:
             self.date = self._link.same(today)
         self._stop = _stops(self.tokenizer)

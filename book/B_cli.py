@@ -74,7 +74,7 @@ found = {node.name: imported(node)
          for name in ("options", "tables", "commands")
          for node in ast.parse((PACKAGE / f"{name}.py").read_text(
              "utf-8")).body if isinstance(node, ast.FunctionDef)}
-model = found["load_model"] - {"parallel"}  # that is for torchrun
+model = found["load_model"] - {"split"}  # that is for torchrun
 needs = {"--help": set()} | {
     name: closure(found[f"run_{name}"] | (model if name in RUNS else set()))
     for name in ("generate", "chat", "inspect", "convert", "bench", "parity",
@@ -201,9 +201,9 @@ _HOME = {"Chat": "chat", "GptOss": "model", "GptOssConfig": "config",
 _MODULES = ("config", "mxfp4", "checkpoint", "rope", "sinks", "masks",
             "routing", "experts", "cache", "model", "harmony", "generate",
             "chat", "kernels", "compact", "triton_kernels", "decode_step",
-            "stories", "lessons", "leaks", "exams", "train", "parallel",
-            "plan", "parity", "vectors", "mistakes", "options", "terminal",
-            "tables", "commands")
+            "stories", "lessons", "leaks", "exams", "train", "shards",
+            "launch", "collectives", "split", "plan", "parity", "vectors",
+            "mistakes", "options", "terminal", "tables", "commands")
 
 
 def __getattr__(name: str) -> object:
@@ -237,6 +237,8 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
+
+from gptoss.launch import launched, process_rank
 
 BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
@@ -289,7 +291,7 @@ MISTAKES = {"gptoss.config": "ConfigError", "gptoss.mxfp4": "MXFP4Error",
             "gptoss.chat": "ChatError", "gptoss.parity": "ParityError",
             "gptoss.vectors": "VectorError",
             "gptoss.kernels": "KernelError",
-            "gptoss.parallel": "ParallelError",
+            "gptoss.shards": "ParallelError",
             "torch": "OutOfMemoryError"}
 
 
@@ -444,22 +446,11 @@ def torchrun_number(name: str, size: int | None = None) -> int:
     return number
 
 
-def several() -> int:
-    """How many processes torchrun has started, if more than one; else 0."""
-    size = torchrun_number("WORLD_SIZE") if "RANK" in os.environ else 0
-    return size if size > 1 else 0
-
-
-def process_rank() -> int:
-    """Which of them this is; 0 speaks for all."""
-    return max(torchrun_number("RANK"), 0) if several() else 0
-
-
 def agreed(args: argparse.Namespace, make: Callable[[], object]) -> object:
     """make(), as the first process finds it."""
-    if not several():
+    if launched() == 1:
         return make()
-    from gptoss.parallel import join
+    from gptoss.collectives import join
 
     kind = getattr(args, "device", "cpu").partition(":")[0]
     return join(kind).same(make)
@@ -467,7 +458,7 @@ def agreed(args: argparse.Namespace, make: Callable[[], object]) -> object:
 
 # %%
 alone = argparse.Namespace()
-assert several() == process_rank() == 0
+assert launched() == 1 and process_rank() == 0
 assert agreed(alone, lambda: "what was typed") == "what was typed"
 
 # %% [markdown]
@@ -483,7 +474,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gptoss
-from gptoss.mistakes import UsageError, agreed, several, torchrun_number
+from gptoss.launch import launched
+from gptoss.mistakes import UsageError, agreed, torchrun_number
 
 if TYPE_CHECKING:
     import torch
@@ -553,9 +545,9 @@ def torch_device(name: str) -> "torch.device":
 
     try:
         device = torch.device(name)
-        if device.type == "cuda" and several():  # each its own
-            device = torch.device("cuda", torchrun_number("LOCAL_RANK",
-                                                          several()))
+        if device.type == "cuda" and launched() > 1:  # each its own
+            own = torchrun_number("LOCAL_RANK", launched())
+            device = torch.device("cuda", own)
         if device.type == "meta":
             raise RuntimeError("holds no numbers")
         torch.empty(1, dtype=torch.uint8, device=device)
@@ -606,7 +598,7 @@ def load_model(args: argparse.Namespace, folder: Path,
     from gptoss.model import GptOss
 
     dtype = torch_dtype(getattr(args, "dtype", "bfloat16"))
-    alone = not several() and args.stages == 1
+    alone = launched() == args.stages == 1
     if args.compact and (not alone or (str(device), str(dtype))
                          != ("cpu", "torch.bfloat16")):
         raise UsageError("--compact: for one process, --device cpu and "
@@ -614,7 +606,7 @@ def load_model(args: argparse.Namespace, folder: Path,
     if alone:
         model = GptOss.from_pretrained(folder, dtype=dtype, device=device)
     else:
-        from gptoss.parallel import load_split
+        from gptoss.split import load_split
 
         model = load_split(folder, dtype, device, stages=args.stages)
     if args.compact:
@@ -652,14 +644,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from gptoss.launch import launched, process_rank
 from gptoss.mistakes import (
     UsageError,
     agreed,
     is_mistake,
     printable,
-    process_rank,
     reason,
-    several,
 )
 
 if TYPE_CHECKING:
@@ -784,8 +775,8 @@ def stoppable() -> Iterator[dict[str, Callable[[], bool]]]:
     One of several must not leave the others in the middle of a sum, so the
     first notes that the key was pressed, and says so before the next token.
     """
-    if not several() or (threading.current_thread()
-                         is not threading.main_thread()):
+    if launched() == 1 or (threading.current_thread()
+                           is not threading.main_thread()):
         yield {}
         return
     pressed: list[int] = []
@@ -996,7 +987,7 @@ def _step(session: Session, line: str) -> None:
             session.draw(session.cost(), "dim")
     except Exception as error:
         if not is_mistake(error):
-            if several():  # the others have no part in this one's bug
+            if launched() > 1:  # the others have no part in this one's bug
                 raise
             traceback.print_exc()  # a bug, but not the end of what was said
         session.draw(f"[error] {reason(error)}\n", STYLES["notice"])
@@ -1084,7 +1075,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gptoss.mistakes import UsageError, printable, several, tidily
+from gptoss.launch import launched
+from gptoss.mistakes import UsageError, printable, tidily
 from gptoss.options import POCKET, load_model
 from gptoss.terminal import console
 
@@ -1280,8 +1272,8 @@ def run_bench(args: argparse.Namespace) -> None:
             f"{args.new_tokens} new ones")
     found = measure(folder, args.prompt_tokens, args.new_tokens, args.repeats,
                     load=lambda folder: load_model(args, folder))
-    if several():
-        found |= {"processes": several(), "stages": args.stages}
+    if launched() > 1:
+        found |= {"processes": launched(), "stages": args.stages}
     print(json.dumps(found) if args.json else figures(found))
 
 
@@ -1307,6 +1299,7 @@ from importlib import import_module
 from pathlib import Path
 
 import gptoss
+from gptoss.launch import launched
 from gptoss.mistakes import (
     Ended,
     Parser,
@@ -1317,7 +1310,6 @@ from gptoss.mistakes import (
     fill_streams,
     is_mistake,
     printable,
-    several,
     tidily,
     torchrun_number,
 )
@@ -1396,7 +1388,7 @@ def run_chat(args: argparse.Namespace) -> None:
     options, tools = sampling(args), _tools(args, TOOLS)
     pair = load_pair(args)
     seed = options.seed
-    if seed is None and several():
+    if seed is None and launched() > 1:
         seed = agreed(args, lambda: secrets.randbits(48))
     chat = Chat(pair, args.effort, tools, date=args.date, seed=seed,
                 temperature=options.temperature, top_k=options.top_k,
@@ -1697,15 +1689,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    if several() and torchrun_number("RANK", several()):
+    if launched() > 1 and torchrun_number("RANK", launched()):
         sys.stdout = open(os.devnull, "w")
     args = build_parser().parse_args(argv)
-    if several() and not hasattr(args, "stages"):
+    if launched() > 1 and not hasattr(args, "stages"):
         raise UsageError("torchrun is for generate, chat and bench")
     args.run(args)
     sys.stdout.flush()
-    if several():
-        from gptoss.parallel import leave
+    if launched() > 1:
+        from gptoss.collectives import leave
 
         leave()
     return 0

@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 import gptoss
+from gptoss.launch import launched
 from gptoss.mistakes import (
     Ended,
     Parser,
@@ -24,7 +25,6 @@ from gptoss.mistakes import (
     fill_streams,
     is_mistake,
     printable,
-    several,
     tidily,
     torchrun_number,
 )
@@ -98,7 +98,7 @@ def run_chat(args: argparse.Namespace) -> None:
     options, tools = sampling(args), _tools(args, TOOLS)
     pair = load_pair(args)
     seed = options.seed
-    if seed is None and several():
+    if seed is None and launched() > 1:
         seed = agreed(args, lambda: secrets.randbits(48))
     chat = Chat(pair, args.effort, tools, date=args.date, seed=seed,
                 temperature=options.temperature, top_k=options.top_k,
@@ -369,15 +369,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    if several() and torchrun_number("RANK", several()):
+    if launched() > 1 and torchrun_number("RANK", launched()):
         sys.stdout = open(os.devnull, "w")
     args = build_parser().parse_args(argv)
-    if several() and not hasattr(args, "stages"):
+    if launched() > 1 and not hasattr(args, "stages"):
         raise UsageError("torchrun is for generate, chat and bench")
     args.run(args)
     sys.stdout.flush()
-    if several():
-        from gptoss.parallel import leave
+    if launched() > 1:
+        from gptoss.collectives import leave
 
         leave()
     return 0

@@ -346,8 +346,8 @@ def _generators(model: GptOss, seed: int | None, rows: int
     """A generator for each row; row 0 of a seed is the seed itself."""
     if seed is None:
         drawn = seed = torch.randint(2 ** 48, ()).item()
-        if (link := getattr(model, "link", None)) is not None:
-            seed = link.same(lambda: drawn)  # one for all its processes
+        if (group := getattr(model, "group", None)) is not None:
+            seed = group.same(lambda: drawn)  # one for all its processes
     return [torch.Generator().manual_seed(seed + row) for row in range(rows)]
 
 

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
+from gptoss.launch import launched, process_rank
+
 # --- Text that a terminal cannot obey ----------------------------------------
 
 BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
@@ -56,7 +58,7 @@ MISTAKES = {"gptoss.config": "ConfigError", "gptoss.mxfp4": "MXFP4Error",
             "gptoss.chat": "ChatError", "gptoss.parity": "ParityError",
             "gptoss.vectors": "VectorError",
             "gptoss.kernels": "KernelError",
-            "gptoss.parallel": "ParallelError",
+            "gptoss.shards": "ParallelError",
             "torch": "OutOfMemoryError"}
 
 
@@ -163,22 +165,11 @@ def torchrun_number(name: str, size: int | None = None) -> int:
     return number
 
 
-def several() -> int:
-    """How many processes torchrun has started, if more than one; else 0."""
-    size = torchrun_number("WORLD_SIZE") if "RANK" in os.environ else 0
-    return size if size > 1 else 0
-
-
-def process_rank() -> int:
-    """Which of them this is; 0 speaks for all."""
-    return max(torchrun_number("RANK"), 0) if several() else 0
-
-
 def agreed(args: argparse.Namespace, make: Callable[[], object]) -> object:
     """make(), as the first process finds it."""
-    if not several():
+    if launched() == 1:
         return make()
-    from gptoss.parallel import join
+    from gptoss.collectives import join
 
     kind = getattr(args, "device", "cpu").partition(":")[0]
     return join(kind).same(make)
@@ -197,9 +188,7 @@ __all__ = [
     "is_mistake",
     "lacks_memory",
     "printable",
-    "process_rank",
     "reason",
-    "several",
     "tidily",
     "torchrun_number",
 ]

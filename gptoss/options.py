@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gptoss
-from gptoss.mistakes import UsageError, agreed, several, torchrun_number
+from gptoss.launch import launched
+from gptoss.mistakes import UsageError, agreed, torchrun_number
 
 # --- What the options mean ---------------------------------------------------
 
@@ -77,9 +78,9 @@ def torch_device(name: str) -> "torch.device":
 
     try:
         device = torch.device(name)
-        if device.type == "cuda" and several():  # each its own
-            device = torch.device("cuda", torchrun_number("LOCAL_RANK",
-                                                          several()))
+        if device.type == "cuda" and launched() > 1:  # each its own
+            own = torchrun_number("LOCAL_RANK", launched())
+            device = torch.device("cuda", own)
         if device.type == "meta":
             raise RuntimeError("holds no numbers")
         torch.empty(1, dtype=torch.uint8, device=device)
@@ -117,7 +118,7 @@ def load_model(args: argparse.Namespace, folder: Path,
     from gptoss.model import GptOss
 
     dtype = torch_dtype(getattr(args, "dtype", "bfloat16"))
-    alone = not several() and args.stages == 1
+    alone = launched() == args.stages == 1
     if args.compact and (not alone or (str(device), str(dtype))
                          != ("cpu", "torch.bfloat16")):
         raise UsageError("--compact: for one process, --device cpu and "
@@ -125,7 +126,7 @@ def load_model(args: argparse.Namespace, folder: Path,
     if alone:
         model = GptOss.from_pretrained(folder, dtype=dtype, device=device)
     else:
-        from gptoss.parallel import load_split
+        from gptoss.split import load_split
 
         model = load_split(folder, dtype, device, stages=args.stages)
     if args.compact:

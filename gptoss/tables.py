@@ -11,7 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gptoss.mistakes import UsageError, printable, several, tidily
+from gptoss.launch import launched
+from gptoss.mistakes import UsageError, printable, tidily
 from gptoss.options import POCKET, load_model
 from gptoss.terminal import console
 
@@ -163,8 +164,8 @@ def run_bench(args: argparse.Namespace) -> None:
             f"{args.new_tokens} new ones")
     found = measure(folder, args.prompt_tokens, args.new_tokens, args.repeats,
                     load=lambda folder: load_model(args, folder))
-    if several():
-        found |= {"processes": several(), "stages": args.stages}
+    if launched() > 1:
+        found |= {"processes": launched(), "stages": args.stages}
     print(json.dumps(found) if args.json else figures(found))
 
 

@@ -17,15 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from gptoss.mistakes import (
-    UsageError,
-    agreed,
-    is_mistake,
-    printable,
-    process_rank,
-    reason,
-    several,
-)
+from gptoss.launch import launched, process_rank
+from gptoss.mistakes import UsageError, agreed, is_mistake, printable, reason
 
 # --- What a terminal shows ---------------------------------------------------
 
@@ -112,8 +105,8 @@ def stoppable() -> Iterator[dict[str, Callable[[], bool]]]:
     One of several must not leave the others in the middle of a sum, so the
     first notes that the key was pressed, and says so before the next token.
     """
-    if not several() or (threading.current_thread()
-                         is not threading.main_thread()):
+    if launched() == 1 or (threading.current_thread()
+                           is not threading.main_thread()):
         yield {}
         return
     pressed: list[int] = []
@@ -281,7 +274,7 @@ def _step(session: Session, line: str) -> None:
             session.draw(session.cost(), "dim")
     except Exception as error:
         if not is_mistake(error):
-            if several():  # the others have no part in this one's bug
+            if launched() > 1:  # the others have no part in this one's bug
                 raise
             traceback.print_exc()  # a bug, but not the end of what was said
         session.draw(f"[error] {reason(error)}\n", STYLES["notice"])
