@@ -3880,9 +3880,9 @@ _told: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 def _told_why(model: nn.Module, why: str) -> None:
-    """One line a model and reason; parts of this package need none."""
-    if _told.get(model) != why and not type(model).__module__.startswith(
-            "gptoss.parallel"):
+    """One line a model and reason. None for a model that is spread over a
+    group of processes: it has a `group`, and is never recorded."""
+    if _told.get(model) != why and getattr(model, "group", None) is None:
         _told[model] = why
         _log.warning("gptoss: a step of decode is not recorded, which is "
                      "slower: %s", why)

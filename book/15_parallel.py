@@ -10,7 +10,7 @@
 #     language: python
 #     name: python3
 #   gptoss:
-#     module: parallel
+#     module: shards
 # ---
 
 # %% [markdown]
@@ -302,11 +302,14 @@ for R in (2, 3, 4, 8):
 # %% [markdown]
 # ## Code
 #
-# ### A seat for every rank
+# ### Coordinates of a rank
 #
 # Neighbouring ranks share a stage: `torchrun` numbers the processes of a
 # machine in a row, so the many sums stay inside a machine and only the stream
-# between stages leaves it.
+# between stages leaves it. So the ranks form a *mesh* of two dimensions, like
+# torch's `DeviceMesh`: along one they share tensors (`tp`, tensor parallel),
+# along the other they stand in the pipeline (`pp`). Of the ranks that share
+# tensors, those with different experts count along `ep`, expert parallel.
 #
 # Heads, experts and blocks must divide among the ranks of a stage. The
 # vocabulary need not: fine-tunes add a few tokens, and 201,089 rows divide by
@@ -314,9 +317,8 @@ for R in (2, 3, 4, 8):
 # the last has what is left. In the gathering all must give equally much, so
 # there the last one fills up with zeros, which fall away again.
 
-# %% tags=["export"]
+# %% tags=["export:shards"]
 import math
-import os
 from dataclasses import dataclass
 
 from gptoss.config import GptOssConfig
@@ -328,32 +330,34 @@ class ParallelError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Seat:
-    """Where a rank sits: in which stage, and there with which part of the
-    tensors. The `tensors` ranks of a stage are `groups` with different
-    experts, each of `slices` ranks with different slices of F.
+class MeshRank:
+    """Where a rank is in the mesh: in which stage of the pipeline (pp), and
+    there with which part of the tensors (tp). The tp_size ranks of a stage
+    are ep_size groups with different experts, each of `slices` ranks with
+    different slices of F.
     """
 
-    tensor: int = 0
-    tensors: int = 1
-    stage: int = 0
-    stages: int = 1
+    tp_rank: int = 0
+    tp_size: int = 1
+    pp_rank: int = 0
+    pp_size: int = 1
     slices: int = 1
 
     @property
-    def groups(self) -> int:
-        return self.tensors // self.slices
+    def ep_size(self) -> int:
+        return self.tp_size // self.slices
 
     @property
-    def group(self) -> int:
-        return self.tensor // self.slices
+    def ep_rank(self) -> int:
+        return self.tp_rank // self.slices
 
     @property
     def part(self) -> int:
-        return self.tensor % self.slices
+        """Which of the slices of F."""
+        return self.tp_rank % self.slices
 
 
-# %% tags=["export"]
+# %% tags=["export:shards"]
 def hidden_slices(config: GptOssConfig, tensors: int) -> int:
     """Into how many slices F is cut for so many ranks: as many as divide
     both the ranks and the MXFP4 blocks of F; groups of experts do the rest.
@@ -377,9 +381,9 @@ def fits(config: GptOssConfig, tensors: int) -> bool:
                 or before_last >= config.vocab_size)
 
 
-def take_seat(config: GptOssConfig, rank: int, world: int,
-              stages: int = 1) -> Seat:
-    """The seat of a rank; neighbours in rank share a stage.
+def mesh_rank(config: GptOssConfig, rank: int, world: int,
+              stages: int = 1) -> MeshRank:
+    """The coordinates of a rank; neighbours in rank share a stage.
 
     ParallelError, naming the sizes that do, if the world does not divide.
     """
@@ -394,15 +398,15 @@ def take_seat(config: GptOssConfig, rank: int, world: int,
         staged = f" in {stages} stages" * (stages > 1)
         raise ParallelError(f"number of processes{staged}: expected one of "
                             f"{found}, found {world}")
-    return Seat(rank % tensors, tensors, rank // tensors, stages,
+    return MeshRank(rank % tensors, tensors, rank // tensors, stages,
                 hidden_slices(config, tensors))
 
 
 # %%
 for world, stages in ((2, 1), (8, 1), (8, 2)):
-    print(world, stages, take_seat(big, world - 1, world, stages))
+    print(world, stages, mesh_rank(big, world - 1, world, stages))
 try:
-    take_seat(big, 0, 6, 2)
+    mesh_rank(big, 0, 6, 2)
 except ParallelError as error:
     print(error)
 
@@ -412,12 +416,12 @@ except ParallelError as error:
 # How each tensor is cut is a table, as the names were in chapter 3. Its
 # letters are those of the shapes, with Q for the H C rows of the query heads
 # and KV for the G C rows of the key heads. A second table, `owned`, says what
-# a seat has of each letter.
+# a rank has of each letter.
 
-# %% tags=["export"]
+# %% tags=["export:shards"]
 # End of a tensor's name; what each dimension is cut by (- not at all); and
-# of which ranks only the first holds it: of all, or of those that share an
-# expert. The others have zeros there: it is a bias, added once.
+# by which coordinate only rank 0 holds it: among all of the stage, or among
+# those that share an expert. The others have zeros: a bias is added once.
 SHARDS = (
     ("embed_tokens.weight", "V -", ""),
     ("norm.weight", "-", ""),
@@ -429,7 +433,7 @@ SHARDS = (
     ("v_proj.bias", "KV", ""),
     ("sinks", "H", ""),
     ("o_proj.weight", "- Q", ""),
-    ("o_proj.bias", "-", "tensor"),
+    ("o_proj.bias", "-", "tp_rank"),
     ("router.weight", "- -", ""),
     ("router.bias", "-", ""),
     ("gate_up_proj_blocks", "E 2F - -", ""),
@@ -452,7 +456,7 @@ def shard_rule(name: str) -> tuple[tuple[str, ...], str]:
     raise ParallelError(f"{name}: expected a tensor that SHARDS names")
 
 
-# %% tags=["export"]
+# %% tags=["export:shards"]
 from functools import lru_cache
 
 
@@ -463,40 +467,38 @@ def share(size: int, index: int, parts: int, unit: int = 1) -> slice:
 
 
 @lru_cache(maxsize=256)
-def owned(config: GptOssConfig, seat: Seat) -> dict[str, slice]:
-    """What a seat owns along each letter of SHARDS; not to be changed."""
+def owned(config: GptOssConfig, mesh: MeshRank) -> dict[str, slice]:
+    """What a rank owns along each letter of SHARDS; not to be changed."""
     H, C = config.num_attention_heads, config.head_dim
-    heads = share(H, seat.tensor, seat.tensors)
+    heads = share(H, mesh.tp_rank, mesh.tp_size)
     shared = H // config.num_key_value_heads  # query heads of one key head
     first, end = heads.start // shared, -(-heads.stop // shared)
-    blocks = config.intermediate_size // BLOCK, seat.part, seat.slices
-    rows = vocabulary_rows(config, seat.tensors)
+    blocks = config.intermediate_size // BLOCK, mesh.part, mesh.slices
+    rows = vocabulary_rows(config, mesh.tp_size)
     return {
-        "V": slice(rows * seat.tensor,
-                   min(rows * (seat.tensor + 1), config.vocab_size)),
+        "V": slice(rows * mesh.tp_rank,
+                   min(rows * (mesh.tp_rank + 1), config.vocab_size)),
         "H": heads, "Q": slice(heads.start * C, heads.stop * C),
         "KV": slice(first * C, end * C),
-        "E": share(config.num_local_experts, seat.group, seat.groups),
+        "E": share(config.num_local_experts, mesh.ep_rank, mesh.ep_size),
         "F/32": share(*blocks), "F": share(*blocks, BLOCK),
         "2F": share(*blocks, 2 * BLOCK)}
 
 
 # %%
-from dataclasses import replace
-
 for rank in (0, 1, 7):
-    mine = owned(big, take_seat(big, rank, 8))
+    mine = owned(big, mesh_rank(big, rank, 8))
     print(rank, {letter: (part.start, part.stop) for letter, part
                  in mine.items() if letter in ("V", "H", "KV", "E", "F")})
-seats = [take_seat(big, rank, 8) for rank in range(8)]
+ranks = [mesh_rank(big, rank, 8) for rank in range(8)]
 for letter, size in (("V", 201088), ("H", 64), ("KV", 512)):
-    parts = [owned(big, seat)[letter] for seat in seats]
+    parts = [owned(big, mesh)[letter] for mesh in ranks]
     assert [n for part in parts for n in range(size)[part]] == list(
         range(size))
 from dataclasses import replace
 
 more = replace(big, vocab_size=201089)
-print("one token more:", [len(range(201089)[owned(more, take_seat(
+print("one token more:", [len(range(201089)[owned(more, mesh_rank(
     more, rank, 8))["V"]]) for rank in range(8)])
 
 # %% [markdown]
@@ -508,7 +510,7 @@ print("one token more:", [len(range(201089)[owned(more, take_seat(
 # 20b the embedding is as heavy as 2.4 layers, and so is the head, so the
 # outer stages get fewer:
 
-# %% tags=["export"]
+# %% tags=["export:shards"]
 import re
 from itertools import accumulate
 
@@ -539,12 +541,12 @@ def stage_layers(config: GptOssConfig, stages: int) -> tuple[range, ...]:
     return tuple(map(range, borders, [*borders[1:], L]))
 
 
-def on_stage(config: GptOssConfig, seat: Seat, name: str) -> bool:
-    """Whether a tensor or module of this name is on the seat's stage."""
+def on_stage(config: GptOssConfig, mesh: MeshRank, name: str) -> bool:
+    """Whether a tensor or module of this name is on the rank's stage."""
     layer = layer_of(name)
     if layer is not None:
-        return layer in stage_layers(config, seat.stages)[seat.stage]
-    return seat.stage == (0 if "embed_tokens" in name else seat.stages - 1)
+        return layer in stage_layers(config, mesh.pp_size)[mesh.pp_rank]
+    return mesh.pp_rank == (0 if "embed_tokens" in name else mesh.pp_size - 1)
 
 
 # %%
@@ -552,58 +554,90 @@ for stages in (1, 2, 4, 8):
     print([len(layers) for layers in stage_layers(big, stages)])
 
 # %% [markdown]
+# So what a rank has of the layers is a model again, a smaller one, and can be
+# described as one: fewer layers, heads and experts, a smaller F. The
+# vocabulary stays, and so do the positions.
+
+# %% tags=["export:shards"]
+from dataclasses import replace
+
+
+@lru_cache(maxsize=256)
+def rank_config(config: GptOssConfig, mesh: MeshRank) -> GptOssConfig:
+    """The layers that a rank has, and what it has of them, as a model's
+    configuration. A token may choose fewer of its experts than of all."""
+    layers = stage_layers(config, mesh.pp_size)[mesh.pp_rank]
+    mine = {letter: part.stop - part.start
+            for letter, part in owned(config, mesh).items()}
+    return replace(
+        config, num_hidden_layers=len(layers),
+        layer_types=config.layer_types[layers.start:layers.stop],
+        num_attention_heads=mine["H"],
+        num_key_value_heads=mine["KV"] // config.head_dim,
+        num_local_experts=mine["E"],
+        num_experts_per_tok=min(config.num_experts_per_tok, mine["E"]),
+        intermediate_size=mine["F"])
+
+
+# %%
+config = rank_config(big, mesh_rank(big, 7, 16, 2))
+print(config.num_hidden_layers, "layers,", config.num_attention_heads,
+      "query heads,", config.num_key_value_heads, "key heads,",
+      config.num_local_experts, "experts of", config.intermediate_size)
+
+# %% [markdown]
 # ### Reading one's own bytes
 #
 # Chapter 10 loads a model from anything that has names and reads them. A
-# `Shard` has both: it answers as if the file held nothing but this seat's
+# `Shard` has both: it answers as if the file held nothing but this rank's
 # part. Packed experts stay packed. Parts that are whole rows of a tensor
 # remain views of the mapped file. The columns of `o_proj` and of `down_proj`
 # are copied, since they do not lie together; the system reads files in pages
 # of 4 KiB, so of these two it may read more than is taken. With groups of
 # whole experts that is only `o_proj`.
 
-# %% tags=["export"]
+# %% tags=["export:shards"]
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gptoss.checkpoint import DTYPES, Checkpoint
 
 
-def cut(config: GptOssConfig, seat: Seat, spec: TensorSpec
+def cut(config: GptOssConfig, mesh: MeshRank, spec: TensorSpec
         ) -> tuple[tuple[slice, ...], tuple[int, ...], bool]:
-    """Where a seat's part of a tensor lies, its shape, and whether it is
-    read at all: if not, another seat holds it and this one has zeros."""
+    """Where a rank's part of a tensor lies, its shape, and whether it is
+    read at all: if not, another rank holds it and this one has zeros."""
     letters, holder = shard_rule(spec.name)
-    mine = owned(config, seat)
+    mine = owned(config, mesh)
     index = tuple(mine.get(letter, slice(None)) for letter in letters)
     shape = tuple(len(range(size)[part]) for size, part
                   in zip(spec.shape, index, strict=True))
-    return index, shape, not (holder and getattr(seat, holder))
+    return index, shape, not (holder and getattr(mesh, holder))
 
 
 class Shard:
-    """A checkpoint as one seat sees it: fewer tensors, and less of each.
+    """A checkpoint as one rank sees it: fewer tensors, and less of each.
 
     Has what `load_tensors` asks of a Checkpoint: path, names, read.
     bytes_read counts what was taken from the file.
     """
 
-    def __init__(self, checkpoint: Checkpoint, seat: Seat) -> None:
-        self.whole, self.seat = checkpoint, seat
+    def __init__(self, checkpoint: Checkpoint, mesh: MeshRank) -> None:
+        self.whole, self.mesh = checkpoint, mesh
         self.path, self.bytes_read = checkpoint.path, 0
 
     def names(self) -> list[str]:
         config = self.whole.config
         return [name for name in self.whole.names()
-                if on_stage(config, self.seat, name)]
+                if on_stage(config, self.mesh, name)]
 
     def read(self, name: str) -> Tensor:
-        """The seat's part of a tensor, contiguous.
+        """The rank's part of a tensor, contiguous.
 
         Whole rows stay views of the mapped file; others are copied.
         """
         spec = self.whole.spec(name)
-        index, shape, held = cut(self.whole.config, self.seat, spec)
+        index, shape, held = cut(self.whole.config, self.mesh, spec)
         if not held:
             return torch.zeros(shape, dtype=DTYPES[spec.dtype])
         rows = self.whole.read(name, index[0])
@@ -621,7 +655,7 @@ with Checkpoint.open(POCKET) as checkpoint:
     for world, stages in ((1, 1), (2, 1), (4, 2)):
         read = []
         for rank in range(world):
-            shard = Shard(checkpoint, take_seat(pocket, rank, world, stages))
+            shard = Shard(checkpoint, mesh_rank(pocket, rank, world, stages))
             for name in shard.names():
                 shard.read(name)
             read.append(shard.bytes_read)
@@ -634,45 +668,50 @@ with Checkpoint.open(POCKET) as checkpoint:
 # Five things, and the modules below know no others. In a world of one they
 # say nothing.
 
-# %% tags=["export"]
+# %% tags=["export:collectives"]
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from gptoss.config import GptOssConfig
+from gptoss.shards import MeshRank, ParallelError, mesh_rank
 
 
-class Link:
-    """What the modules of a seat ask of the others. This one is for a
+class Group:
+    """What the modules of a rank ask of the others. This one is for a
     world of one, where there is nothing to ask."""
 
-    seat = Seat()
+    mesh = MeshRank()
 
     @property
     def first(self) -> bool:
         """Whether this is the rank that decides for all (chapter 12)."""
-        return self.seat.tensor == self.seat.stage == 0
+        return self.mesh.tp_rank == self.mesh.pp_rank == 0
 
     def same(self, make: Callable[[], object]) -> object:
         """make() of the first rank, as JSON has it, on all ranks."""
         return make()
 
-    def sum(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of all x of the stage, the same on all its ranks."""
         return x
 
-    def gather(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor) -> Tensor:
         """All x of the stage, side by side in the last dimension."""
         return x
 
-    def to_next(self, x: Tensor) -> None:
+    def send_next(self, x: Tensor) -> None:
         """Give x to the same place in the next stage."""
 
-    def from_before(self, x: Tensor) -> Tensor:
+    def recv_previous(self, x: Tensor) -> Tensor:
         """What the stage before gives; x has its shape and dtype."""
         return x
 
-    def from_last(self, x: Tensor) -> Tensor:
+    def broadcast_last(self, x: Tensor) -> Tensor:
         """What the last stage has in x, on all stages."""
         return x
 
@@ -682,150 +721,150 @@ class Link:
 # the next collective of the others fail (gloo notices the closed connection,
 # NCCL after a timeout); what it raises becomes one line.
 
-# %% tags=["export"]
+# %% tags=["export:collectives"]
 @contextmanager
-def _told(seat: Seat) -> Iterator[None]:
+def _told(mesh: MeshRank) -> Iterator[None]:
     """A collective that fails is told in a line."""
     try:
         yield
     except RuntimeError as error:
         why = (str(error).splitlines() or ["no reason given"])[0]
         raise ParallelError(
-            f"tensor rank {seat.tensor} of {seat.tensors}, stage {seat.stage}"
-            f" of {seat.stages}: lost the others: one has ended or hangs "
-            f"({why})") from error
+            f"tensor rank {mesh.tp_rank} of {mesh.tp_size}, stage "
+            f"{mesh.pp_rank} of {mesh.pp_size}: lost the others: one has "
+            f"ended or hangs ({why})") from error
 
 
-# %% tags=["export"]
-class GroupLink(Link):
-    """A link through torch.distributed: NCCL on GPUs, gloo on CPUs.
+# %% tags=["export:collectives"]
+class TorchGroup(Group):
+    """A group of processes: NCCL on GPUs, gloo on CPUs.
 
-    mesh: a DeviceMesh with dimensions "pipeline" and "tensor". same: how
-    the first rank tells something to all, see `World`.
+    device_mesh: torch's, with dimensions "pp" and "tp". same: how the first
+    rank tells something to all, see `World`.
     """
 
-    def __init__(self, seat: Seat, mesh,
+    def __init__(self, mesh: MeshRank, device_mesh,
                  same: Callable[[Callable[[], object]], object]) -> None:
-        self.seat, self.same = seat, same
-        self._row = mesh.get_group("tensor")
-        self._column = mesh.get_group("pipeline")
+        self.mesh, self.same = mesh, same
+        self._tp = device_mesh.get_group("tp")
+        self._pp = device_mesh.get_group("pp")
 
-    def sum(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor) -> Tensor:
         x = x.contiguous()
-        if self.seat.tensors > 1:
-            with _told(self.seat):
-                dist.all_reduce(x, group=self._row)  # in place
+        if self.mesh.tp_size > 1:
+            with _told(self.mesh):
+                dist.all_reduce(x, group=self._tp)  # in place
         return x
 
-    def gather(self, x: Tensor) -> Tensor:
-        if self.seat.tensors == 1:
+    def all_gather(self, x: Tensor) -> Tensor:
+        if self.mesh.tp_size == 1:
             return x
-        parts = [torch.empty_like(x) for _ in range(self.seat.tensors)]
-        with _told(self.seat):
-            dist.all_gather(parts, x.contiguous(), group=self._row)
+        parts = [torch.empty_like(x) for _ in range(self.mesh.tp_size)]
+        with _told(self.mesh):
+            dist.all_gather(parts, x.contiguous(), group=self._tp)
         return torch.cat(parts, -1)
 
-    def to_next(self, x: Tensor) -> None:
-        with _told(self.seat):
-            dist.send(x.contiguous(), group=self._column,
-                      group_dst=self.seat.stage + 1)
+    def send_next(self, x: Tensor) -> None:
+        with _told(self.mesh):
+            dist.send(x.contiguous(), group=self._pp,
+                      group_dst=self.mesh.pp_rank + 1)
 
-    def from_before(self, x: Tensor) -> Tensor:
-        with _told(self.seat):
-            dist.recv(x, group=self._column, group_src=self.seat.stage - 1)
+    def recv_previous(self, x: Tensor) -> Tensor:
+        with _told(self.mesh):
+            dist.recv(x, group=self._pp, group_src=self.mesh.pp_rank - 1)
         return x
 
-    def from_last(self, x: Tensor) -> Tensor:
+    def broadcast_last(self, x: Tensor) -> Tensor:
         x = x.contiguous()
-        if self.seat.stages > 1:
-            with _told(self.seat):
-                dist.broadcast(x, group=self._column,
-                               group_src=self.seat.stages - 1)
+        if self.mesh.pp_size > 1:
+            with _told(self.mesh):
+                dist.broadcast(x, group=self._pp,
+                               group_src=self.mesh.pp_size - 1)
         return x
 
 
 # %% [markdown]
 # ### A rehearsal with threads
 #
-# A link need not be a wire. With threads of this process that put tensors on
-# a board, a split can be tried in a notebook: the same seats, files and
-# modules, no processes. The tests hold many splits to the whole model this
+# Nothing says that ranks must be processes. With threads of this one, which
+# hand tensors to each other, a split can be tried in a notebook: the same
+# mesh, files and modules, no processes. The tests hold many splits to the whole model this
 # way.
 
-# %% tags=["export"]
+# %% tags=["export:collectives"]
 import json
 from queue import SimpleQueue
 from threading import Barrier, BrokenBarrierError, Thread
 
 
-class _Board:
-    """Where threads of one row or column put tensors for each other."""
+class _Exchange:
+    """Where threads along one dimension put tensors for each other."""
 
     def __init__(self, size: int) -> None:
         self.slots: list = [None] * size
         self.queues = [SimpleQueue() for _ in range(size)]
         self.barrier = Barrier(size)
 
-    def all(self, place: int, x: Tensor) -> list[Tensor]:
-        """Put x down and take what lies in every place."""
-        self.slots[place] = x
+    def all(self, rank: int, x: Tensor) -> list[Tensor]:
+        """Put x down and take what lies in every slot."""
+        self.slots[rank] = x
         self.barrier.wait()
         found = list(self.slots)
         self.barrier.wait()  # nobody puts the next before all have taken
         return found
 
 
-class ThreadLink(Link):
-    """A link between threads of one process, to try a split without any."""
+class ThreadGroup(Group):
+    """A group of threads of one process, to try a split without any."""
 
-    def __init__(self, seat: Seat, row: _Board, column: _Board) -> None:
-        self.seat, self._row, self._column = seat, row, column
+    def __init__(self, mesh: MeshRank, tp: _Exchange, pp: _Exchange) -> None:
+        self.mesh, self._tp, self._pp = mesh, tp, pp
 
-    def sum(self, x: Tensor) -> Tensor:
-        first, *rest = self._row.all(self.seat.tensor, x)
+    def all_reduce(self, x: Tensor) -> Tensor:
+        first, *rest = self._tp.all(self.mesh.tp_rank, x)
         return sum(rest, first.clone())
 
-    def gather(self, x: Tensor) -> Tensor:
-        return torch.cat(self._row.all(self.seat.tensor, x), -1)
+    def all_gather(self, x: Tensor) -> Tensor:
+        return torch.cat(self._tp.all(self.mesh.tp_rank, x), -1)
 
-    def to_next(self, x: Tensor) -> None:
-        self._column.queues[self.seat.stage + 1].put(x.clone())
+    def send_next(self, x: Tensor) -> None:
+        self._pp.queues[self.mesh.pp_rank + 1].put(x.clone())
 
-    def from_before(self, x: Tensor) -> Tensor:
-        return self._column.queues[self.seat.stage].get(timeout=60)
+    def recv_previous(self, x: Tensor) -> Tensor:
+        return self._pp.queues[self.mesh.pp_rank].get(timeout=60)
 
-    def from_last(self, x: Tensor) -> Tensor:
-        return self._column.all(self.seat.stage, x)[-1].clone()
+    def broadcast_last(self, x: Tensor) -> Tensor:
+        return self._pp.all(self.mesh.pp_rank, x)[-1].clone()
 
     def same(self, make: Callable[[], object]) -> object:
         told = json.dumps(make()) if self.first else ""
-        told = self._row.all(self.seat.tensor, told)[0]
-        return json.loads(self._column.all(self.seat.stage, told)[0])
+        told = self._tp.all(self.mesh.tp_rank, told)[0]
+        return json.loads(self._pp.all(self.mesh.pp_rank, told)[0])
 
 
-# %% tags=["export"]
+# %% tags=["export:collectives"]
 def rehearse(config: GptOssConfig, world: int, stages: int,
-             work: Callable[[Seat, Link], object]) -> list:
-    """work(seat, link) for all seats at once, as threads; the results.
+             work: Callable[[MeshRank, Group], object]) -> list:
+    """work(mesh, group) for all ranks at once, as threads; the results.
 
     The first error of a thread is raised, after all have ended.
     """
-    seats = [take_seat(config, rank, world, stages) for rank in range(world)]
-    rows = [_Board(world // stages) for _ in range(stages)]
-    columns = [_Board(stages) for _ in range(world // stages)]
+    ranks = [mesh_rank(config, rank, world, stages) for rank in range(world)]
+    rows = [_Exchange(world // stages) for _ in range(stages)]
+    columns = [_Exchange(stages) for _ in range(world // stages)]
     results: list = [None] * world
     failed: list[Exception] = []
 
-    def run(rank: int, seat: Seat) -> None:
-        link = ThreadLink(seat, rows[seat.stage], columns[seat.tensor])
+    def run(rank: int, mesh: MeshRank) -> None:
+        group = ThreadGroup(mesh, rows[mesh.pp_rank], columns[mesh.tp_rank])
         try:
-            results[rank] = work(seat, link)
+            results[rank] = work(mesh, group)
         except Exception as error:
             failed.append(error)
-            for board in rows + columns:
-                board.barrier.abort()
+            for exchange in rows + columns:
+                exchange.barrier.abort()
 
-    threads = [Thread(target=run, args=each) for each in enumerate(seats)]
+    threads = [Thread(target=run, args=each) for each in enumerate(ranks)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -837,340 +876,58 @@ def rehearse(config: GptOssConfig, world: int, stages: int,
 
 
 # %%
-def meet(seat: Seat, link: Link) -> tuple[float, list[float]]:
+def meet(mesh: MeshRank, group: Group) -> tuple[float, list[float]]:
     """A rank that says its number."""
-    x = torch.tensor([float(seat.tensor)])
-    return link.sum(x).item(), link.gather(x).tolist()
+    x = torch.tensor([float(mesh.tp_rank)])
+    return group.all_reduce(x).item(), group.all_gather(x).tolist()
 
 
 print(rehearse(pocket, 4, 1, meet)[3])
 
 # %% [markdown]
-# ### Modules that own a part
-#
-# Chapter 10's modules take their sizes from their weights. So a rank's
-# attention is an `Attention` with fewer heads whose output is summed; that is
-# all the code it needs. The experts must also leave out the tokens that chose
-# experts of other groups.
-
-# %% tags=["export"]
-from pathlib import Path
-
-from gptoss.checkpoint import resolve
-from gptoss.experts import Experts
-from gptoss.model import (
-    Attention,
-    GptOss,
-    Linear,
-    load_tensors,
-    pick_dtype,
-)
-
-
-@dataclass(frozen=True)
-class Here:
-    """What a module must know of the rank that it is on."""
-
-    config: GptOssConfig
-    seat: Seat
-    link: Link
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def mine(self) -> dict[str, slice]:
-        return owned(self.config, self.seat)
-
-    @property
-    def layers(self) -> range:
-        return stage_layers(self.config, self.seat.stages)[self.seat.stage]
-
-
-class _Instead:
-    """Takes over all that the module has in whose place it is put."""
-
-    def __init__(self, whole: nn.Module, here: Here) -> None:
-        vars(self).update(vars(whole))
-        self.link, self.mine = here.link, here.mine
-
-
-class SplitEmbedding(_Instead, nn.Embedding):
-    """Rows of the vocabulary: zeros for tokens of other ranks, then a sum."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        local = tokens - self.mine["V"].start
-        other = (local < 0) | (local >= self.weight.shape[0])
-        x = super().forward(local.masked_fill(other, 0))
-        return self.link.sum(x.masked_fill(other[..., None], 0))
-
-
-class SplitAttention(_Instead, Attention):
-    """Some heads; the output projections' parts are summed."""
-
-    def __init__(self, whole: Attention, here: Here) -> None:
-        super().__init__(whole, here)
-        self.layer = whole.layer - here.layers.start  # in the rank's cache
-
-    def forward(self, *inputs) -> Tensor:
-        return self.link.sum(super().forward(*inputs))
-
-
-# %% tags=["export"]
-class SplitExperts(_Instead, Experts):
-    """Some experts, or slices of them; what they give is summed."""
-
-    def __init__(self, whole: Experts, here: Here) -> None:
-        super().__init__(whole, here)
-        self.every = here.seat.groups == 1
-
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        if self.every:  # a slice of every expert
-            return self.link.sum(super().forward(x, ids, weights))
-        experts = self.mine["E"]
-        n, k = ((ids >= experts.start) & (ids < experts.stop)).nonzero(
-            as_tuple=True)
-        y = torch.zeros_like(
-            x, dtype=torch.promote_types(x.dtype, torch.float32))
-        if len(n):
-            out = super().forward(x[n], ids[n, k, None] - experts.start,
-                                  weights[n, k, None])
-            y.index_add_(0, n, out.to(y.dtype))
-        return self.link.sum(y.to(x.dtype))
-
-
-class SplitHead(_Instead, Linear):
-    """Logits of some rows of the vocabulary, gathered, for all stages. A
-    rank with fewer rows fills up with zeros; they come last and are cut."""
-
-    def __init__(self, whole: Linear, here: Here) -> None:
-        super().__init__(whole, here)
-        self.rows = vocabulary_rows(here.config, here.seat.tensors)
-
-    def forward(self, x: Tensor) -> Tensor:
-        mine = super().forward(x)
-        short = self.rows - mine.shape[-1]
-        mine = nn.functional.pad(mine, (0, short)) if short else mine
-        logits = self.link.gather(mine)[..., :self.out_features]
-        return self.link.from_last(logits)
-
-
-# %% [markdown]
-# ### What stands where another stage works
-#
-# Four stand-ins: one takes the stream from the stage before, one hands it on,
-# one takes the logits from the last stage, and one does nothing.
-
-# %% tags=["export"]
-class FromStageBefore(nn.Module):
-    """In place of the embedding: the stream as the stage before left it."""
-
-    def __init__(self, whole: nn.Embedding, here: Here) -> None:
-        super().__init__()
-        self.link = here.link
-        self.weight = torch.empty(0, whole.weight.shape[1],
-                                  dtype=here.dtype, device=here.device)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.link.from_before(
-            self.weight.new_empty(*tokens.shape, self.weight.shape[1]))
-
-
-class OtherStage(nn.Module):
-    """In place of a layer of another stage: nothing happens."""
-
-    def __init__(self, whole: nn.Module, here: Here) -> None:
-        super().__init__()
-
-    def forward(self, x: Tensor, *others) -> Tensor:
-        return x
-
-
-class ToNextStage(OtherStage):
-    """In place of the next stage's first layer: the stream goes there."""
-
-    def __init__(self, whole: nn.Module, here: Here) -> None:
-        super().__init__(whole, here)
-        self.link = here.link
-
-    def forward(self, x: Tensor, *others) -> Tensor:
-        self.link.to_next(x)
-        return x
-
-
-class FromLastStage(nn.Module):
-    """In place of the head: the logits that the last stage has."""
-
-    def __init__(self, whole: nn.Linear, here: Here) -> None:
-        super().__init__()
-        self.link, self.vocabulary = here.link, whole.out_features
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.link.from_last(
-            x.new_empty(*x.shape[:2], self.vocabulary))
-
-
-# %% [markdown]
-# ### The same model, with other modules
-#
-# A `SplitGptOss` is a `GptOss` on the meta device, where nothing takes
-# memory, in which a table replaces some modules; then the seat's tensors are
-# put in. Its `run` is the one of chapter 10: the layers of other stages are
-# there and do nothing, and names stay those of the file.
-
-# %% tags=["export"]
-# name of a module; what takes its place on its own stage, and on others
-MODULES = (
-    (r"embed_tokens", SplitEmbedding, FromStageBefore),
-    (r"layers\.\d+", None, OtherStage),
-    (r"layers\.\d+\.self_attn", SplitAttention, None),
-    (r"layers\.\d+\.mlp\.experts", SplitExperts, None),
-    (r"norm", None, OtherStage),
-    (r"lm_head", SplitHead, FromLastStage),
-)
-
-
-def replacements(model: nn.Module, here: Here
-                 ) -> Iterator[tuple[str, nn.Module]]:
-    """Name and successor of every module that MODULES replaces."""
-    for name, module in list(model.named_modules()):
-        for pattern, own, other in MODULES:
-            if re.fullmatch(pattern, name):
-                made = own if on_stage(here.config, here.seat, name) else other
-                if made:
-                    yield name, made(module, here)
-    if here.layers.stop < here.config.num_hidden_layers:
-        yield f"layers.{here.layers.stop}", ToNextStage(None, here)
-
-
-def assign(model: nn.Module, tensors: Iterator[tuple[str, Tensor]]) -> None:
-    """Put tensors in the places of the model's, which are on "meta"; their
-    shapes may differ. ParallelError if one of the model's gets none."""
-    for name, tensor in tensors:
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        if leaf in dict(module.named_parameters(recurse=False)):
-            tensor = nn.Parameter(tensor, requires_grad=False)
-        setattr(module, leaf, tensor)
-    for name, tensor in model.state_dict().items():
-        if tensor.is_meta:
-            raise ParallelError(f"{name}: expected in the checkpoint, found "
-                                "nothing")
-
-
-# %% [markdown]
-# ### The cache of a seat
-#
-# A seat remembers its own layers and key heads. One thing it must not decide
-# alone: how far a rollback goes back. Chapter 9 replays (W - 1) tokens for
-# every sliding layer of the model; a stage that counted only its own layers
-# would replay fewer, and its keys would come from a stream that was wrong
-# further down.
-
-# %% tags=["export"]
-from dataclasses import replace
-
-from gptoss.cache import Cache
-
-
-def seat_config(config: GptOssConfig, seat: Seat) -> GptOssConfig:
-    """What a seat's cache is for: its layers, its key/value heads."""
-    layers = stage_layers(config, seat.stages)[seat.stage]
-    keys = owned(config, seat)["KV"]
-    return replace(config, num_hidden_layers=len(layers),
-                   layer_types=config.layer_types[layers.start:layers.stop],
-                   num_key_value_heads=(keys.stop - keys.start)
-                   // config.head_dim)
-
-
-class SeatCache(Cache):
-    """The part of a cache that a seat needs.
-
-    A rollback may have to replay as many tokens as the sliding layers of
-    all stages together see: the same for every seat, so that all replay.
-    """
-
-    def __init__(self, config: GptOssConfig, seat: Seat, *options, **more
-                 ) -> None:
-        super().__init__(seat_config(config, seat), *options, **more)
-        sliding = config.layer_types.count("sliding_attention")
-        self._replay = sliding * (config.sliding_window - 1)
-
-
-# %% tags=["export"]
-class SplitGptOss(GptOss):
-    """What one rank holds of a model; use it as a GptOss, on all ranks.
-
-    Every rank gives the same calls with the same tokens, and every rank
-    gets the same logits, all V of them. For inference only.
-    """
-
-    def __init__(self, config: GptOssConfig, seat: Seat, link: Link,
-                 dtype: torch.dtype = torch.bfloat16, device="cpu",
-                 packed: bool = True) -> None:
-        super().__init__(config, dtype, "meta", packed)
-        self.requires_grad_(False)
-        self.seat, self.link, self.bytes_read = seat, link, 0
-        here = Here(config, seat, link, dtype, torch.device(device))
-        for name, module in replacements(self, here):
-            self.set_submodule(name, module)
-
-    def new_cache(self, batch_size: int = 1, max_tokens: int | None = None,
-                  slack: int = 0) -> Cache:
-        """As `GptOss.new_cache`, for this rank's layers and heads."""
-        weight = self.embed_tokens.weight
-        return SeatCache(self.config, self.seat, batch_size, max_tokens,
-                         slack=slack, dtype=weight.dtype,
-                         device=weight.device)
-
-    @classmethod
-    def part(cls, path: str | Path, seat: Seat, link: Link,
-             dtype: torch.dtype | str = torch.bfloat16, device="cpu",
-             packed: bool = True, revision: str | None = None
-             ) -> "SplitGptOss":
-        """A seat's part of a checkpoint; arguments as `from_pretrained`.
-
-        Reads nothing else. bytes_read tells how much that was.
-        """
-        with Checkpoint.open(resolve(path, revision)) as checkpoint:
-            dtype = pick_dtype(dtype, checkpoint)
-            packed = packed and checkpoint.layout != "bf16"
-            model = cls(checkpoint.config, seat, link, dtype, device, packed)
-            shard = Shard(checkpoint, seat)
-            assign(model, load_tensors(shard, dtype, device, packed))
-        model.bytes_read = shard.bytes_read
-        return model.eval()
-
-
-# %%
-def parts_of(seat: Seat, link: Link) -> list[str]:
-    model = SplitGptOss.part(POCKET, seat, link, torch.float32)
-    parts = [model.embed_tokens, *model.layers, model.lm_head]
-    return [type(part).__name__ for part in parts]
-
-
-for rank, parts in enumerate(rehearse(pocket, 4, 2, parts_of)):
-    print(rank, *parts)
-
-# %% [markdown]
 # ### Processes that belong together
 #
 # `torchrun` starts the processes and tells each its number through the
-# environment. They meet at a store that it keeps, a dictionary over TCP.
+# environment. How many they are must be known before torch is loaded, since
+# a command that refuses should answer at once. So these two questions have a
+# module of their own, which needs nothing.
+
+# %% tags=["export:launch"]
+import os
+import re
+
+
+def launched() -> int:
+    """How many processes torchrun started; 1 without it."""
+    size = os.environ.get("WORLD_SIZE", "")
+    started = "RANK" in os.environ and re.fullmatch("[0-9]{1,9}", size)
+    return max(int(size), 1) if started else 1
+
+
+def process_rank() -> int:
+    """Which of them this is; 0 speaks for all, and is also alone."""
+    rank = os.environ.get("RANK", "")
+    several = launched() > 1 and re.fullmatch("[0-9]{1,9}", rank)
+    return int(rank) if several else 0
+
+
+# %%
+print(launched(), process_rank())
+
+# %% [markdown]
+# They meet at a store that `torchrun` keeps, a dictionary over TCP.
 # Through it rank 0 also tells the others what only it knows: a seed, a line
 # that somebody typed, what a tool has answered. A collective would time out
 # while that person thinks or the tool works; waiting for a key of the store
 # does not. A chat asks before every token (chapter 12), so a key is thrown
 # away by the last rank that has read it.
 
-# %% tags=["export"]
+# %% tags=["export:collectives"]
+import os
+from functools import lru_cache
+
 TIMEOUT = timedelta(minutes=10)  # for one collective; then the others fail
 _EVER = timedelta(days=3650)
-
-
-def launched() -> int:
-    """How many processes torchrun started; 1 without it."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    return int(size) if size.isdecimal() and "RANK" in os.environ else 1
 
 
 class World:
@@ -1223,15 +980,15 @@ class World:
                 self._store.set(key, text)
         return json.loads(text)["value"]
 
-    def link(self, seat: Seat) -> GroupLink:
-        """This rank's link, with new groups: all ranks call it alike."""
-        mesh = dist.init_device_mesh(
-            self.kind, (seat.stages, seat.tensors),
-            mesh_dim_names=("pipeline", "tensor"))
-        return GroupLink(seat, mesh, self.same)
+    def group(self, mesh: MeshRank) -> TorchGroup:
+        """This rank's groups, new ones: all ranks call it alike."""
+        device_mesh = dist.init_device_mesh(
+            self.kind, (mesh.pp_size, mesh.tp_size),
+            mesh_dim_names=("pp", "tp"))
+        return TorchGroup(mesh, device_mesh, self.same)
 
 
-# %% tags=["export"]
+# %% tags=["export:collectives"]
 @lru_cache(maxsize=1)
 def join(kind: str = "cpu", timeout: timedelta = TIMEOUT) -> World:
     """Meet the other processes that torchrun started, once.
@@ -1262,7 +1019,321 @@ def leave() -> None:
         join.cache_clear()
 
 
-# %% tags=["export"]
+# %% [markdown]
+# ### Modules that own a part
+#
+# What a rank has of the layers is a smaller model, with a configuration of its
+# own: `rank_config`. So a rank's attention is an `Attention` made for that
+# configuration, with fewer heads, whose output is summed; that is all the code
+# it needs. The experts must also leave out the tokens that chose experts of
+# other groups.
+
+# %% tags=["export:split"]
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gptoss.collectives import Group
+from gptoss.config import GptOssConfig
+from gptoss.experts import Experts
+from gptoss.model import Attention, GptOss, Linear
+from gptoss.shards import (
+    MeshRank,
+    owned,
+    rank_config,
+    stage_layers,
+    vocabulary_rows,
+)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """What a module must know of the rank that it is on."""
+
+    whole: GptOssConfig  # of the model in one piece
+    mesh: MeshRank
+    group: Group
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def config(self) -> GptOssConfig:
+        """Of what this rank has of it."""
+        return rank_config(self.whole, self.mesh)
+
+    @property
+    def mine(self) -> dict[str, slice]:
+        return owned(self.whole, self.mesh)
+
+    @property
+    def layers(self) -> range:
+        return stage_layers(self.whole, self.mesh.pp_size)[self.mesh.pp_rank]
+
+
+class SplitEmbedding(nn.Module):
+    """Rows of the vocabulary: zeros for tokens of other ranks, then a sum."""
+
+    def __init__(self, whole: nn.Embedding, part: Partition) -> None:
+        super().__init__()
+        self.group, self.rows = part.group, part.mine["V"]
+        self.weight = nn.Parameter(whole.weight[self.rows])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        local = tokens - self.rows.start
+        other = (local < 0) | (local >= self.weight.shape[0])
+        x = nn.functional.embedding(local.masked_fill(other, 0), self.weight)
+        return self.group.all_reduce(x.masked_fill(other[..., None], 0))
+
+
+class SplitAttention(Attention):
+    """Some heads; the output projections' parts are summed."""
+
+    def __init__(self, whole: Attention, part: Partition) -> None:
+        layer = whole.layer - part.layers.start  # in the rank's cache, too
+        super().__init__(part.config, layer, part.dtype, "meta")
+        self.group = part.group
+
+    def forward(self, *inputs) -> Tensor:
+        return self.group.all_reduce(super().forward(*inputs))
+
+
+# %% tags=["export:split"]
+class SplitExperts(Experts):
+    """Some experts, or slices of them; what they give is summed."""
+
+    def __init__(self, whole: Experts, part: Partition) -> None:
+        super().__init__(part.config, whole.packed, part.dtype, "meta")
+        self.group, self.experts = part.group, part.mine["E"]
+        self.every = part.mesh.ep_size == 1
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        if self.every:  # a slice of every expert
+            return self.group.all_reduce(super().forward(x, ids, weights))
+        first, end = self.experts.start, self.experts.stop
+        n, k = ((ids >= first) & (ids < end)).nonzero(as_tuple=True)
+        y = torch.zeros_like(
+            x, dtype=torch.promote_types(x.dtype, torch.float32))
+        if len(n):
+            out = super().forward(x[n], ids[n, k, None] - first,
+                                  weights[n, k, None])
+            y.index_add_(0, n, out.to(y.dtype))
+        return self.group.all_reduce(y.to(x.dtype))
+
+
+class SplitHead(Linear):
+    """Logits of some rows of the vocabulary, gathered, for all stages. A
+    rank with fewer rows fills up with zeros; they come last and are cut."""
+
+    def __init__(self, whole: Linear, part: Partition) -> None:
+        rows = part.mine["V"]
+        super().__init__(whole.in_features, rows.stop - rows.start,
+                         bias=False, dtype=part.dtype, device="meta")
+        self.group, self.vocabulary = part.group, whole.out_features
+        self.rows = vocabulary_rows(part.whole, part.mesh.tp_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mine = super().forward(x)
+        short = self.rows - mine.shape[-1]
+        mine = nn.functional.pad(mine, (0, short)) if short else mine
+        logits = self.group.all_gather(mine)[..., :self.vocabulary]
+        return self.group.broadcast_last(logits)
+
+
+# %% [markdown]
+# ### What stands where another stage works
+#
+# Four stand-ins: one takes the stream from the stage before, one hands it on,
+# one takes the logits from the last stage, and one does nothing.
+
+# %% tags=["export:split"]
+class FromStageBefore(nn.Module):
+    """In place of the embedding: the stream as the stage before left it."""
+
+    def __init__(self, whole: nn.Embedding, part: Partition) -> None:
+        super().__init__()
+        self.group = part.group
+        self.register_buffer("weight", torch.empty(  # its type and place
+            0, whole.embedding_dim, dtype=part.dtype, device=part.device),
+            persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.group.recv_previous(
+            self.weight.new_empty(*tokens.shape, self.weight.shape[1]))
+
+
+class OtherStage(nn.Module):
+    """In place of a layer of another stage: nothing happens."""
+
+    def __init__(self, whole: nn.Module, part: Partition) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor, *others) -> Tensor:
+        return x
+
+
+class ToNextStage(OtherStage):
+    """In place of the next stage's first layer: the stream goes tpart."""
+
+    def __init__(self, whole: nn.Module, part: Partition) -> None:
+        super().__init__(whole, part)
+        self.group = part.group
+
+    def forward(self, x: Tensor, *others) -> Tensor:
+        self.group.send_next(x)
+        return x
+
+
+class FromLastStage(nn.Module):
+    """In place of the head: the logits that the last stage has."""
+
+    def __init__(self, whole: nn.Linear, part: Partition) -> None:
+        super().__init__()
+        self.group, self.vocabulary = part.group, whole.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.group.broadcast_last(
+            x.new_empty(*x.shape[:2], self.vocabulary))
+
+
+# %% [markdown]
+# ### The same model, with other modules
+#
+# A `SplitGptOss` is a `GptOss` on the meta device, where nothing takes
+# memory, in which a table replaces some modules; then the rank's tensors are
+# put in. Its `run` is the one of chapter 10: the layers of other stages are
+# there and do nothing, and names stay those of the file.
+
+# %% tags=["export:split"]
+import re
+from collections.abc import Iterator
+
+from gptoss.shards import on_stage
+
+# name of a module; what takes its place on its own stage, and on others
+MODULES = (
+    (r"embed_tokens", SplitEmbedding, FromStageBefore),
+    (r"layers\.\d+", None, OtherStage),
+    (r"layers\.\d+\.self_attn", SplitAttention, None),
+    (r"layers\.\d+\.mlp\.experts", SplitExperts, None),
+    (r"norm", None, OtherStage),
+    (r"lm_head", SplitHead, FromLastStage),
+)
+
+
+def replacements(model: nn.Module, part: Partition
+                 ) -> Iterator[tuple[str, nn.Module]]:
+    """Name and successor of every module that MODULES replaces."""
+    for name, module in list(model.named_modules()):
+        for pattern, own, other in MODULES:
+            if re.fullmatch(pattern, name):
+                made = own if on_stage(part.whole, part.mesh, name) else other
+                if made:
+                    yield name, made(module, part)
+    if part.layers.stop < part.whole.num_hidden_layers:
+        yield f"layers.{part.layers.stop}", ToNextStage(None, part)
+
+
+# %% [markdown]
+# ### The cache of a rank
+#
+# A rank remembers its own layers and key heads. One thing it must not decide
+# alone: how far a rollback goes back. Chapter 9 replays (W - 1) tokens for
+# every sliding layer of the model; a stage that counted only its own layers
+# would replay fewer, and its keys would come from a stream that was wrong
+# further down.
+
+# %% tags=["export:split"]
+from gptoss.cache import Cache
+
+
+class RankCache(Cache):
+    """The part of a cache that a rank needs.
+
+    A rollback may have to replay as many tokens as the sliding layers of
+    all stages together see: the same for every rank, so that all replay.
+    """
+
+    def __init__(self, config: GptOssConfig, mesh: MeshRank, *options, **more
+                 ) -> None:
+        super().__init__(rank_config(config, mesh), *options, **more)
+        sliding = config.layer_types.count("sliding_attention")
+        self._replay = sliding * (config.sliding_window - 1)
+
+
+# %% tags=["export:split"]
+from pathlib import Path
+
+from gptoss.checkpoint import Checkpoint, resolve
+from gptoss.model import load_tensors, pick_dtype
+from gptoss.shards import Shard
+
+
+class SplitGptOss(GptOss):
+    """What one rank holds of a model; use it as a GptOss, on all ranks.
+
+    Every rank gives the same calls with the same tokens, and every rank
+    gets the same logits, all V of them. For inference only.
+    """
+
+    def __init__(self, config: GptOssConfig, mesh: MeshRank, group: Group,
+                 dtype: torch.dtype = torch.bfloat16, device="cpu",
+                 packed: bool = True) -> None:
+        super().__init__(config, dtype, "meta", packed)
+        self.mesh, self.group, self.bytes_read = mesh, group, 0
+        part = Partition(config, mesh, group, dtype, torch.device(device))
+        for name, module in replacements(self, part):
+            self.set_submodule(name, module)
+        self.requires_grad_(False)
+
+    def new_cache(self, batch_size: int = 1, max_tokens: int | None = None,
+                  slack: int = 0) -> Cache:
+        """As `GptOss.new_cache`, for this rank's layers and heads."""
+        weight = self.embed_tokens.weight
+        return RankCache(self.config, self.mesh, batch_size, max_tokens,
+                         slack=slack, dtype=weight.dtype,
+                         device=weight.device)
+
+    @classmethod
+    def part(cls, path: str | Path, mesh: MeshRank, group: Group,
+             dtype: torch.dtype | str = torch.bfloat16, device="cpu",
+             packed: bool = True, revision: str | None = None
+             ) -> "SplitGptOss":
+        """A rank's part of a checkpoint; arguments as `from_pretrained`.
+
+        Reads nothing else. bytes_read tells how much that was.
+        """
+        with Checkpoint.open(resolve(path, revision)) as checkpoint:
+            dtype = pick_dtype(dtype, checkpoint)
+            packed = packed and checkpoint.layout != "bf16"
+            model = cls(checkpoint.config, mesh, group, dtype, device, packed)
+            shard = Shard(checkpoint, mesh)
+            tensors = dict(load_tensors(shard, dtype, device, packed))
+        model.load_state_dict(tensors, assign=True)
+        model.bytes_read = shard.bytes_read
+        return model.eval()
+
+
+# %%
+def parts_of(mesh: MeshRank, group: Group) -> list[str]:
+    model = SplitGptOss.part(POCKET, mesh, group, torch.float32)
+    parts = [model.embed_tokens, *model.layers, model.lm_head]
+    return [type(part).__name__ for part in parts]
+
+
+for rank, parts in enumerate(rehearse(pocket, 4, 2, parts_of)):
+    print(rank, *parts)
+
+# %% [markdown]
+# Under `torchrun` that is all a program has to call: every process gets its
+# own part of the model.
+
+# %% tags=["export:split"]
+from gptoss.collectives import join
+from gptoss.launch import launched, process_rank
+from gptoss.shards import mesh_rank
+
+
 def load_split(path: str | Path, dtype: torch.dtype | str = torch.bfloat16,
                device="cpu", packed: bool = True, stages: int = 1
                ) -> SplitGptOss:
@@ -1272,24 +1343,28 @@ def load_split(path: str | Path, dtype: torch.dtype | str = torch.bfloat16,
     device, folder = torch.device(device), resolve(path)
     with Checkpoint.open(folder) as checkpoint:
         config = checkpoint.config
-    world, rank = launched(), int(os.environ.get("RANK", 0))
-    seat = take_seat(config, rank, world, stages)  # before any waiting
-    link = join(device.type).link(seat) if world > 1 else Link()
+    world = launched()
+    mesh = mesh_rank(config, process_rank(), world, stages)  # before waiting
+    group = join(device.type).group(mesh) if world > 1 else Group()
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    return SplitGptOss.part(folder, seat, link, dtype, device, packed)
+    return SplitGptOss.part(folder, mesh, group, dtype, device, packed)
 
 
 # %% [markdown]
 # ### What goes over the links
 #
-# {eq}`parallel-calls` for every seat, and a witness: torch dispatches its
+# {eq}`parallel-calls` for every rank, and a witness: torch dispatches its
 # collectives as operators, where they can be counted without asking our code.
 
-# %% tags=["export"]
-def traffic(config: GptOssConfig, seat: Seat, tokens: int = 1,
+# %% tags=["export:plan"]
+from gptoss.config import GptOssConfig
+from gptoss.shards import MeshRank, stage_layers, vocabulary_rows
+
+
+def traffic(config: GptOssConfig, mesh: MeshRank, tokens: int = 1,
             kept: int = 1, width: int = 2) -> dict[str, tuple[int, int]]:
-    """Collectives of one forward on a seat: name -> (calls, bytes a call).
+    """Collectives of one forward on a mesh: name -> (calls, bytes a call).
 
     tokens of all rows together, kept of them with logits, width bytes a
     number. The bytes are those of the tensor that the rank puts in (or, for
@@ -1297,10 +1372,10 @@ def traffic(config: GptOssConfig, seat: Seat, tokens: int = 1,
     """
     stream = tokens * config.hidden_size * width
     logits = kept * config.vocab_size * width
-    mine = kept * vocabulary_rows(config, seat.tensors) * width
-    first, last = seat.stage == 0, seat.stage == seat.stages - 1
-    layers = len(stage_layers(config, seat.stages)[seat.stage])
-    several, staged = seat.tensors > 1, seat.stages > 1
+    mine = kept * vocabulary_rows(config, mesh.tp_size) * width
+    first, last = mesh.pp_rank == 0, mesh.pp_rank == mesh.pp_size - 1
+    layers = len(stage_layers(config, mesh.pp_size)[mesh.pp_rank])
+    several, staged = mesh.tp_size > 1, mesh.pp_size > 1
     calls = {"allreduce_": (several * (2 * layers + first), stream),
              "allgather_": (several * last, mine),
              "send": (int(not last), stream),
@@ -1309,7 +1384,7 @@ def traffic(config: GptOssConfig, seat: Seat, tokens: int = 1,
     return {name: call for name, call in calls.items() if call[0]}
 
 
-# %% tags=["export"]
+# %% tags=["export:plan"]
 from collections import Counter
 
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -1345,9 +1420,6 @@ class Tally(TorchDispatchMode):
 # %% tags=["export:plan"]
 import math
 from dataclasses import dataclass
-from functools import lru_cache
-
-from gptoss.config import GptOssConfig
 
 
 @dataclass(frozen=True)
@@ -1388,54 +1460,54 @@ def expected_most(experts: int, chosen: int, groups: int) -> float:
 
 
 # %% tags=["export:plan"]
+from functools import lru_cache
+
 from gptoss.checkpoint import DTYPES, component_of, tensor_table
 from gptoss.config import bytes_read_per_token, cache_bytes, expert_bytes
-from gptoss.parallel import (
+from gptoss.shards import (
     ParallelError,
-    Seat,
     cut,
     fits,
+    mesh_rank,
     on_stage,
-    seat_config,
-    take_seat,
-    traffic,
+    rank_config,
 )
 
 
 @lru_cache(maxsize=256)
-def seat_bytes(config: GptOssConfig, seat: Seat) -> dict[str, int]:
-    """Bytes of weights on a seat, by component; released layout. Not to be
+def rank_bytes(config: GptOssConfig, mesh: MeshRank) -> dict[str, int]:
+    """Bytes of weights on a mesh, by component; released layout. Not to be
     changed."""
     parts: dict[str, int] = {}
     for spec in tensor_table(config).values():
-        if on_stage(config, seat, spec.name):
-            _, shape, _ = cut(config, seat, spec)
+        if on_stage(config, mesh, spec.name):
+            _, shape, _ = cut(config, mesh, spec)
             part = component_of(spec.name)
             parts[part] = (parts.get(part, 0) + math.prod(shape)
                            * DTYPES[spec.dtype].itemsize)
     return parts
 
 
-def token_seconds(config: GptOssConfig, seat: Seat, card: Card,
+def token_seconds(config: GptOssConfig, mesh: MeshRank, card: Card,
                   context: int) -> float:
-    """Seconds for a token on a seat at the roofline: reading, then talking.
+    """Seconds for a token on a mesh at the roofline: reading, then talking.
 
     Weights that it touches and the cache, from memory; each collective has
     to begin and takes the steps of a ring, one after the other.
     """
-    mine = seat_config(config, seat)
-    parts = seat_bytes(config, seat)
+    mine = rank_config(config, mesh)
+    parts = rank_bytes(config, mesh)
     touched = sum(parts.values()) - parts["experts"] - parts.get(
         "embedding", 0)
     chosen = expected_most(config.num_local_experts,
-                           config.num_experts_per_tok, seat.groups)
+                           config.num_experts_per_tok, mesh.ep_size)
     touched += (mine.num_hidden_layers * chosen * expert_bytes(config)
-                / seat.slices)
+                / mesh.slices)
     seconds = (touched + cache_bytes(mine, context)) / card.read
-    others = seat.tensors - 1  # name -> steps, and the share sent in each
-    ring = {"allreduce_": (2 * others, 1 / seat.tensors),
+    others = mesh.tp_size - 1  # name -> steps, and the share sent in each
+    ring = {"allreduce_": (2 * others, 1 / mesh.tp_size),
             "allgather_": (others, 1)}
-    for name, (calls, size) in traffic(config, seat).items():
+    for name, (calls, size) in traffic(config, mesh).items():
         if name != "recv_":  # the sender's time; others hand on once
             steps, share = ring.get(name, (1, 1))
             seconds += calls * (card.latency + steps * (
@@ -1445,7 +1517,7 @@ def token_seconds(config: GptOssConfig, seat: Seat, card: Card,
 
 # %% tags=["export:plan"]
 @dataclass(frozen=True)
-class Setup:
+class Estimate:
     """So many cards for a model: bytes on the fullest of them (0: it divides
     in no way), whether that fits, the longest context that would, and tokens
     a second with shared tensors, and with a stage a card (None: it does not
@@ -1461,37 +1533,37 @@ class Setup:
     pipeline: float | None
 
 
-def setup(config: GptOssConfig, gpus: int, card: Card, context: int
-          ) -> Setup:
+def estimate(config: GptOssConfig, gpus: int, card: Card, context: int
+          ) -> Estimate:
     """One row of a plan: bf16, one sequence of `context` tokens."""
     shared = fits(config, gpus)
     if not shared and gpus > config.num_hidden_layers:
-        return Setup(gpus, card.name, 0, 0, False, 0, None, None)
-    seats = [take_seat(config, rank, gpus, 1 if shared else gpus)
+        return Estimate(gpus, card.name, 0, 0, False, 0, None, None)
+    ranks = [mesh_rank(config, rank, gpus, 1 if shared else gpus)
              for rank in range(gpus)]
-    full = max(seats, key=lambda seat: sum(seat_bytes(config, seat).values()))
-    weights = sum(seat_bytes(config, full).values())
-    mine = seat_config(config, full)
+    full = max(ranks, key=lambda mesh: sum(rank_bytes(config, mesh).values()))
+    weights = sum(rank_bytes(config, full).values())
+    mine = rank_config(config, full)
     cache = cache_bytes(mine, context)
     grows = (cache_bytes(mine, 2) - cache_bytes(mine, 1)) or 1
     room = card.memory - RESERVE - weights - cache_bytes(mine, 0)
     longest = min(int(max(room, 0) // grows), config.max_position_embeddings)
-    staged = [take_seat(config, rank, gpus, gpus) for rank in range(gpus)
+    staged = [mesh_rank(config, rank, gpus, gpus) for rank in range(gpus)
               ] if gpus <= config.num_hidden_layers else []
-    return Setup(
+    return Estimate(
         gpus, card.name, weights, cache, context <= longest, longest,
         1 / token_seconds(config, full, card, context) if shared else None,
-        1 / sum(token_seconds(config, seat, card, context)
-                for seat in staged) if staged else None)
+        1 / sum(token_seconds(config, mesh, card, context)
+                for mesh in staged) if staged else None)
 
 
-def plan(config: GptOssConfig, context: int = 8192) -> list[Setup]:
+def plan(config: GptOssConfig, context: int = 8192) -> list[Estimate]:
     """What 1, 2, 4 and 8 of CARDS can do with a model."""
     if not 1 <= context <= MOST_CONTEXT:
         raise ParallelError(f"--context: expected 1 to {MOST_CONTEXT:,} "
                             "tokens, found "
                             + ("more" if context > 1 else f"{context}"))
-    return [setup(config, gpus, card, context)
+    return [estimate(config, gpus, card, context)
             for card in CARDS for gpus in (1, 2, 4, 8)]
 
 
@@ -1521,7 +1593,8 @@ by_hand = (1 * (1 - 2 * 1 / 6) + 2 * (2 * 1 / 6))  # 2 of 4, in two pairs
 assert math.isclose(expected_most(4, 2, 2), by_hand)
 print([round(expected_most(32, 4, n), 2) for n in (1, 2, 4, 8)])
 print(plan_table("gpt-oss-20b", big))
-one, two, four, eight = (setup(big, n, CARDS[2], 8192) for n in (1, 2, 4, 8))
+one, two, four, eight = (estimate(big, n, CARDS[2], 8192)
+                         for n in (1, 2, 4, 8))
 assert two.tensor < eight.tensor < four.tensor < 1.4 * one.tensor
 assert eight.pipeline < one.pipeline
 
@@ -1556,13 +1629,13 @@ def trial(model: Whole) -> torch.Tensor:
     return torch.cat([*first, again[:, 50 - start:]], 1)[0]
 
 
-def on_a_seat(seat: Seat, link: Link) -> torch.Tensor:
-    return trial(SplitGptOss.part(POCKET, seat, link, torch.float32))
+def on_a_rank(mesh: MeshRank, group: Group) -> torch.Tensor:
+    return trial(SplitGptOss.part(POCKET, mesh, group, torch.float32))
 
 
 expected = trial(model)
 for world, stages in ((2, 1), (2, 2), (4, 1), (4, 2), (8, 4)):
-    found = rehearse(pocket, world, stages, on_a_seat)
+    found = rehearse(pocket, world, stages, on_a_rank)
     error = max((rank - expected).abs().max() for rank in found)
     same = all(torch.equal(rank, found[0]) for rank in found)
     close = bool(error < 1e-5 * expected.std())  # of the logits' spread
@@ -1588,8 +1661,10 @@ import torch.distributed as dist
 from gptoss.config import GptOssConfig
 from gptoss.generate import Sampler, generate
 from gptoss.model import GptOss
-from gptoss.parallel import (
-    SplitGptOss, Tally, join, leave, take_seat, traffic)
+from gptoss.collectives import join, leave
+from gptoss.plan import Tally, traffic
+from gptoss.shards import mesh_rank
+from gptoss.split import SplitGptOss
 
 path, world, greedy = sys.argv[1], join(), Sampler(temperature=0.0)
 config = GptOssConfig.from_pretrained(path)
@@ -1600,8 +1675,8 @@ with torch.inference_mode():
 text = world.same(lambda: list(generate(
     whole, prompt[0].tolist(), sampler=greedy, max_new_tokens=32)))
 for stages in (1, 2, 4):
-    seat = take_seat(config, world.rank, world.size, stages)
-    model = SplitGptOss.part(path, seat, world.link(seat), torch.float32)
+    mesh = mesh_rank(config, world.rank, world.size, stages)
+    model = SplitGptOss.part(path, mesh, world.group(mesh), torch.float32)
     with torch.inference_mode():
         logits = model(prompt)
         first = logits.clone()
@@ -1615,9 +1690,9 @@ for stages in (1, 2, 4):
                      max_new_tokens=32)
     assert list(found) == text
     assert tally.counts == {(name, size): calls for name, (calls, size)
-                            in traffic(config, seat, width=4).items()}
+                            in traffic(config, mesh, width=4).items()}
     if world.rank == 0:
-        print(f"{seat.tensors} tensor ranks x {stages} stages, one token:",
+        print(f"{mesh.tp_size} tensor ranks x {stages} stages, one token:",
               *(f"{calls} {name.strip('_')} of {size} B" for (name, size),
                 calls in tally.counts.items()), sep="\\n  ")
 leave()
@@ -1706,8 +1781,8 @@ for n in (4, 8):
 from gptoss.experts import Experts as WholeExperts
 
 
-def expert_layer(seat: Seat, link: Link) -> torch.Tensor:
-    layer = SplitGptOss.part(POCKET, seat, link, torch.float32)
+def expert_layer(mesh: MeshRank, group: Group) -> torch.Tensor:
+    layer = SplitGptOss.part(POCKET, mesh, group, torch.float32)
     with torch.inference_mode():
         return layer.layers[0].mlp(hidden)
 
@@ -1733,8 +1808,8 @@ for name, config in released.items():
                  if set(shard_rule(spec.name)[0]) == {"-"})
     print(f"{name}: copied on every rank {copied / 1e6:.0f} MB")
     for n in (2, 4, 8):
-        held = sum(seat_bytes(config, take_seat(config, 0, n)).values())
-        split = sum(seat_bytes(config, take_seat(config, 0, 1)).values())
+        held = sum(rank_bytes(config, mesh_rank(config, 0, n)).values())
+        split = sum(rank_bytes(config, mesh_rank(config, 0, 1)).values())
         share_of = (held - copied) / ((split - copied) / n)
         print(f"  of {n}: {held / 1e9:6.2f} GB, {share_of:.3f} of an even "
               "part")
@@ -1747,11 +1822,11 @@ for name, config in released.items():
 
 # %%
 print(plan_table("gpt-oss-120b", released["120b"]))
-assert not setup(released["120b"], 1, CARDS[1], 8192).fits
-assert setup(released["120b"], 1, CARDS[2], 8192).fits
+assert not estimate(released["120b"], 1, CARDS[1], 8192).fits
+assert estimate(released["120b"], 1, CARDS[2], 8192).fits
 for config in released.values():
     for card in CARDS:
-        speeds = [setup(config, n, card, 8192).tensor for n in (1, 2, 4, 8)]
+        speeds = [estimate(config, n, card, 8192).tensor for n in (1, 2, 4, 8)]
         assert all(b < 2 * a for a, b in zip(speeds, speeds[1:], strict=False))
         assert card.read < 3e12 or speeds[3] < speeds[2]
 
@@ -1776,9 +1851,9 @@ for ax, card in zip(axes, (CARDS[2], CARDS[0]), strict=True):
     free = Card(card.name, card.memory, card.read, math.inf, 0.0)
     for place, (name, config) in enumerate(released.items()):
         for x, n in enumerate((1, 2, 4, 8)):
-            seat = take_seat(config, 0, n)
-            read = 1e3 * token_seconds(config, seat, free, 8192)
-            every = 1e3 * token_seconds(config, seat, card, 8192)
+            mesh = mesh_rank(config, 0, n)
+            read = 1e3 * token_seconds(config, mesh, free, 8192)
+            every = 1e3 * token_seconds(config, mesh, card, 8192)
             at = x + 0.4 * place - 0.2
             ax.bar(at, read, 0.34, color=f"C{2 * place}",
                    label=f"{name}, reading" if x == 0 else None)
@@ -1806,9 +1881,9 @@ print(f"ms, eight cards {'sums':>7} {'MB':>7} "
       + " ".join(f"{link:>6} {what}" for link in ("NVLink", "PCIe")
                  for what in ("send", "meet")))
 for name, config in released.items():
-    seat = take_seat(config, 0, 8)
+    mesh = mesh_rank(config, 0, 8)
     for what, T in (("one token", 1), ("4,096 tokens", 4096)):
-        count, size = traffic(config, seat, tokens=T)["allreduce_"]
+        count, size = traffic(config, mesh, tokens=T)["allreduce_"]
         assert count == 2 * config.num_hidden_layers + 1
         assert size == 2 * config.hidden_size * T
         ring = 2 * 7 / 8 * size * count
@@ -1858,17 +1933,17 @@ for name, config in released.items():
 # than once?
 
 # %% tags=["hide-cell"]
-seats = [take_seat(pocket, rank, 4) for rank in range(4)]
+ranks = [mesh_rank(pocket, rank, 4) for rank in range(4)]
 extra = 0
 with Checkpoint.open(POCKET) as checkpoint:
     for name in checkpoint.names():
         spec, total = checkpoint.spec(name), None
         times = torch.zeros(spec.shape)
         whole = torch.zeros_like(checkpoint.read(name))
-        for seat in seats:
-            index, _, held = cut(pocket, seat, spec)
+        for mesh in ranks:
+            index, _, held = cut(pocket, mesh, spec)
             if held:
-                whole[index] = Shard(checkpoint, seat).read(name)
+                whole[index] = Shard(checkpoint, mesh).read(name)
                 times[index] += 1
         assert torch.equal(whole, checkpoint.read(name)) and times.min() >= 1
         extra += int((times - 1).sum()) * DTYPES[spec.dtype].itemsize
@@ -1885,12 +1960,12 @@ print(f"{extra:,} bytes more than once")  # norms, routers, k and v
 class Forgetful(SplitExperts):
     def forward(self, x, ids, weights):
         size = self.mine["E"].stop - self.mine["E"].start
-        return self.link.sum(WholeExperts.forward(self, x, ids % size,
+        return self.group.all_reduce(WholeExperts.forward(self, x, ids % size,
                                                   weights))
 
 
-def forgetful(seat: Seat, link: Link) -> torch.Tensor:
-    layer = SplitGptOss.part(POCKET, replace(seat, slices=1), link,
+def forgetful(mesh: MeshRank, group: Group) -> torch.Tensor:
+    layer = SplitGptOss.part(POCKET, replace(mesh, slices=1), group,
                              torch.float32).layers[0].mlp
     layer.experts.__class__ = Forgetful
     with torch.inference_mode():
@@ -1913,20 +1988,20 @@ assert error > 0.5
 # %% tags=["hide-cell"]
 def eight(step: float) -> float:
     card = replace(CARDS[2], step=step)
-    return token_seconds(big, take_seat(big, 0, 8), card, 8192)
+    return token_seconds(big, mesh_rank(big, 0, 8), card, 8192)
 
 
-one = token_seconds(big, take_seat(big, 0, 1), CARDS[2], 8192)
+one = token_seconds(big, mesh_rank(big, 0, 1), CARDS[2], 8192)
 low, high = 0.0, 1e-4
 for _ in range(40):
     middle = (low + high) / 2
     low, high = (middle, high) if eight(middle) < one else (low, middle)
 saved = 7 / 8 * bytes_read_per_token(big) / CARDS[2].read
-estimate = (saved / sums - CARDS[2].latency) / (2 * 7)
-print(f"{1e6 * low:.2f} microseconds, estimated {1e6 * estimate:.2f}")
+guess = (saved / sums - CARDS[2].latency) / (2 * 7)
+print(f"{1e6 * low:.2f} microseconds, estimated {1e6 * guess:.2f}")
 print(f"in a tree of 6 steps about {1e6 * low * 14 / 6:.1f}")
 assert eight(0.99 * low) < one < eight(1.01 * low)
-assert 0 < low < estimate < 2 * low
+assert 0 < low < guess < 2 * low
 
 # %% [markdown]
 # ## Sources

@@ -3233,7 +3233,8 @@ assert round(decoded / 1e9, 1) == 41.8
 # %%
 from importlib.resources import files
 
-from gptoss.parallel import SplitGptOss, rehearse
+from gptoss.collectives import rehearse
+from gptoss.split import SplitGptOss
 
 POCKET = files("gptoss") / "pocket"
 KINDS = ("embed_tokens", "self_attn", "mlp", "norm", "lm_head")
@@ -3256,8 +3257,8 @@ whole = GptOss.from_pretrained(POCKET, torch.float32)
 tokens = torch.randint(whole.config.vocab_size, (1, 144),
                        generator=torch.Generator().manual_seed(0))
 exact, names = outputs(whole, tokens), set()
-for found in rehearse(whole.config, 4, 2, lambda seat, link: outputs(
-        SplitGptOss.part(POCKET, seat, link, torch.float32), tokens)):
+for found in rehearse(whole.config, 4, 2, lambda mesh, group: outputs(
+        SplitGptOss.part(POCKET, mesh, group, torch.float32), tokens)):
     names |= set(found)
     for name, out in found.items():
         assert (out - exact[name]).norm() < 1e-5 * exact[name].norm(), name

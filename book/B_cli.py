@@ -10,7 +10,7 @@
 #     language: python
 #     name: python3
 #   gptoss:
-#     module: __main__
+#     module: commands
 # ---
 
 # %% [markdown]
@@ -24,8 +24,11 @@
 # use. And what does it owe to a terminal? Four characters, `ESC [ 2 J`,
 # clear the screen, and a model is free to write them.
 #
-# Two files come out of this appendix: `gptoss/__init__.py`, the names that
-# `import gptoss` offers, and `gptoss/__main__.py`, the commands.
+# Two things come out of this appendix: `gptoss/__init__.py`, the names that
+# `import gptoss` offers, and the commands, in five modules: how a mistake is
+# told (`mistakes`), what the options mean (`options`), what a terminal shows
+# (`terminal`), commands that print tables (`tables`), and the rest with the
+# list of them all (`commands`).
 
 # %% [markdown]
 # ## Picture
@@ -56,6 +59,9 @@ def imported(tree: ast.AST) -> set[str]:
             and (node.module or "").startswith("gptoss.")}
 
 
+RUNS = ("generate", "chat", "bench")  # load a model as options say
+
+
 def closure(names: set[str]) -> set[str]:
     """`names` and all that they import, directly or not."""
     for name in list(names):
@@ -64,11 +70,15 @@ def closure(names: set[str]) -> set[str]:
     return names
 
 
-program = ast.parse((PACKAGE / "__main__.py").read_text("utf-8"))
+found = {node.name: imported(node)
+         for name in ("options", "tables", "commands")
+         for node in ast.parse((PACKAGE / f"{name}.py").read_text(
+             "utf-8")).body if isinstance(node, ast.FunctionDef)}
+model = found["load_model"] - {"split"}  # that is for torchrun
 needs = {"--help": set()} | {
-    node.name.removeprefix("run_"): closure(imported(node))
-    for node in program.body if isinstance(node, ast.FunctionDef)
-    and node.name.startswith("run_")}
+    name: closure(found[f"run_{name}"] | (model if name in RUNS else set()))
+    for name in ("generate", "chat", "inspect", "convert", "bench", "parity",
+                 "vectors", "train")}
 fig, ax = plt.subplots(figsize=(7, 2.1))
 for y, used in enumerate(needs.values()):
     for x, name in enumerate(ORDER):
@@ -191,8 +201,9 @@ _HOME = {"Chat": "chat", "GptOss": "model", "GptOssConfig": "config",
 _MODULES = ("config", "mxfp4", "checkpoint", "rope", "sinks", "masks",
             "routing", "experts", "cache", "model", "harmony", "generate",
             "chat", "kernels", "compact", "triton_kernels", "decode_step",
-            "stories", "lessons", "leaks", "exams", "train", "parallel",
-            "plan", "parity", "vectors")
+            "stories", "lessons", "leaks", "exams", "train", "shards",
+            "launch", "collectives", "split", "plan", "parity", "vectors",
+            "mistakes", "options", "terminal", "tables", "commands")
 
 
 def __getattr__(name: str) -> object:
@@ -214,26 +225,21 @@ print(__getattr__("GptOssConfig").__name__, _HOME)
 # %% [markdown]
 # ### Text that a terminal cannot obey
 
-# %% tags=["export:__main__"]
+# %% tags=["export:mistakes"]
 import argparse
-import json
 import os
 import re
-import secrets
-import shutil
 import signal
 import sys
 import threading
 import time
-import traceback
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
-from pathlib import Path
 from typing import NoReturn
 
-POCKET = Path(__file__).parent / "pocket" if "__file__" in globals() else None
+from gptoss.launch import launched, process_rank
+
 BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
@@ -241,7 +247,7 @@ class UsageError(ValueError):
     """What the command line itself says cannot be done."""
 
 
-def visible(text: str, keep: str = "\n\t") -> str:
+def printable(text: str, keep: str = "\n\t") -> str:
     """`text` with control characters made visible, so that a terminal
     obeys none of them: ESC becomes U+241B and so on; C1 and the ones that
     turn the writing direction become U+FFFD. Those in `keep` stay."""
@@ -257,12 +263,12 @@ def visible(text: str, keep: str = "\n\t") -> str:
 
 
 # %%
-print(visible(story), visible("bell \x07, tab \t, delete \x7f, \x9b2J"))
+print(printable(story), printable("bell \x07, tab \t, delete \x7f, \x9b2J"))
 
 # %% [markdown]
 # ### One line for every mistake
 
-# %% tags=["export:__main__"]
+# %% tags=["export:mistakes"]
 class Parser(argparse.ArgumentParser):
     """argparse, with one line on stderr and exit 2 for a mistake."""
 
@@ -276,7 +282,7 @@ try:
 except UsageError as error:
     print(error)
 
-# %% tags=["export:__main__"]
+# %% tags=["export:mistakes"]
 MISTAKES = {"gptoss.config": "ConfigError", "gptoss.mxfp4": "MXFP4Error",
             "gptoss.checkpoint": "CheckpointError",
             "gptoss.cache": "CacheError", "gptoss.model": "ModelError",
@@ -285,7 +291,7 @@ MISTAKES = {"gptoss.config": "ConfigError", "gptoss.mxfp4": "MXFP4Error",
             "gptoss.chat": "ChatError", "gptoss.parity": "ParityError",
             "gptoss.vectors": "VectorError",
             "gptoss.kernels": "KernelError",
-            "gptoss.parallel": "ParallelError",
+            "gptoss.shards": "ParallelError",
             "torch": "OutOfMemoryError"}
 
 
@@ -311,7 +317,7 @@ def is_mistake(error: BaseException) -> bool:
 
 def reason(error: BaseException) -> str:
     """What `error` says, in one line that a terminal cannot obey."""
-    line = visible(" ".join(str(error).split()), keep="")
+    line = printable(" ".join(str(error).split()), keep="")
     if lacks_memory(error):
         asked = re.search(r"[0-9]+ bytes", line)
         return f"not enough memory{f' for {asked[0]}' if asked else ''}"
@@ -337,7 +343,7 @@ print(is_mistake(greedy), reason(greedy), reason(MemoryError()), sep="\n")
 # No stdin is an empty one; whoever closes stderr wants no complaints; but an
 # answer that nobody can read is refused.
 
-# %% tags=["export:__main__"]
+# %% tags=["export:mistakes"]
 def fill_streams() -> list[str]:
     """Opens the null device for each closed standard stream: their names."""
     closed = [name for name in ("stdin", "stdout", "stderr")
@@ -386,7 +392,7 @@ sys.stderr = kept
 # spot. For the commands that write for minutes they are made an exception
 # too.
 
-# %% tags=["export:__main__"]
+# %% tags=["export:mistakes"]
 class Ended(BaseException):
     """A signal, its number in args[0]; no `except Exception` stops it."""
 
@@ -428,8 +434,8 @@ except Ended as ended:
 # seconds before they say what the first may be saying, and by then `torchrun`
 # has usually ended them.
 
-# %% tags=["export:__main__"]
-def _number(name: str, size: int | None = None) -> int:
+# %% tags=["export:mistakes"]
+def torchrun_number(name: str, size: int | None = None) -> int:
     """A number that torchrun has put into the environment, and which is to
     be below `size`; -1 for anything else."""
     text = os.environ.get(name, "")
@@ -440,78 +446,108 @@ def _number(name: str, size: int | None = None) -> int:
     return number
 
 
-def several() -> int:
-    """How many processes torchrun has started, if more than one; else 0."""
-    size = _number("WORLD_SIZE") if "RANK" in os.environ else 0
-    return size if size > 1 else 0
-
-
-def process_rank() -> int:
-    """Which of them this is; 0 speaks for all."""
-    return max(_number("RANK"), 0) if several() else 0
-
-
 def agreed(args: argparse.Namespace, make: Callable[[], object]) -> object:
     """make(), as the first process finds it."""
-    if not several():
+    if launched() == 1:
         return make()
-    from gptoss.parallel import join
+    from gptoss.collectives import join
 
     kind = getattr(args, "device", "cpu").partition(":")[0]
     return join(kind).same(make)
 
 
-def _model(args: argparse.Namespace, folder: Path, device="cpu"):
-    """The model in a folder, or this process's part of it."""
-    dtype = _dtype(getattr(args, "dtype", "bfloat16"))
-    alone = not several() and args.stages == 1
-    if args.compact and (not alone or (str(device), str(dtype))
-                         != ("cpu", "torch.bfloat16")):
-        raise UsageError("--compact: for one process, --device cpu and "
-                         "--dtype bfloat16")
-    if not alone:
-        from gptoss.parallel import load_split
-
-        return load_split(folder, dtype, device, stages=args.stages)
-    from gptoss.model import GptOss
-
-    model = GptOss.from_pretrained(folder, dtype=dtype, device=device)
-    if args.compact:
-        from gptoss.kernels import make_compact
-
-        make_compact(model)
-    return model
-
-
 # %%
 alone = argparse.Namespace()
-assert several() == process_rank() == 0
+assert launched() == 1 and process_rank() == 0
 assert agreed(alone, lambda: "what was typed") == "what was typed"
 
 # %% [markdown]
 # ### What the options mean
+#
+# An option is written down once, in the words of argparse, and handed to each
+# command that has it.
 
-# %% tags=["export:__main__"]
-def _short(value: object) -> str:
-    """A value as a message may show it: nobody reads 400 digits."""
-    text = str(value)
-    return text if len(text) < 40 else f"{text[:20]}... ({len(text)} digits)"
+# %% tags=["export:options"]
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import gptoss
+from gptoss.launch import launched
+from gptoss.mistakes import UsageError, agreed, torchrun_number
 
-def _dtype(name: str):
+if TYPE_CHECKING:
     import torch
 
-    return getattr(torch, name)
+    from gptoss.generate import SamplingOptions
+    from gptoss.harmony import Tokenizer
+    from gptoss.model import GptOss
+
+POCKET = Path(gptoss.__file__).parent / "pocket"
+FIRST_WORDS = "Once upon a time"
 
 
-def _device(name: str):
+class Option:
+    """One argument of a command: its name, and `how` it is read, which is
+    what argparse's `add_argument` takes."""
+
+    def __init__(self, name: str, **how: Any) -> None:
+        self.name, self.how = name, how
+
+
+MODEL = Option("--model", default=str(POCKET), metavar="PATH_OR_ID",
+               help="folder or hub id (default: the one shipped)")
+PATH = Option("path", metavar="PATH_OR_ID", nargs="?", default=str(POCKET),
+              help="folder or hub id (default: the one shipped)")
+JSON = Option("--json", action="store_true", help="one JSON object")
+STAGES = Option("--stages", type=int, default=1, metavar="N",
+                help="with torchrun: split the layers into N stages, and "
+                "each among the rest (default: 1)")
+COMPACT = Option("--compact", action="store_true", help="on a CPU: dense "
+                 "matrices in twelve bits without loss, a copy to decode "
+                 "faster")
+SAMPLING = (
+    Option("--temperature", type=float, default=1.0, metavar="X",
+           help="0 is greedy (default: 1)"),
+    Option("--top-p", type=float, default=1.0, metavar="X"),
+    Option("--top-k", type=int, default=0, metavar="N"),
+    Option("--seed", type=int, metavar="N"),
+    Option("--dtype", default="bfloat16", choices=(
+        "bfloat16", "float16", "float32"), help="default: bfloat16"),
+    Option("--device", default="cpu", help="cpu (default), cuda, ..."),
+)
+
+# %% [markdown]
+# What stands in an option is looked at before anything slow: a device by
+# putting a byte on it, the numbers of sampling by chapter 12's own object.
+
+# %% tags=["export:options"]
+def torch_dtype(name: str) -> "torch.dtype":
+    import torch
+
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def sampling(args: argparse.Namespace) -> "SamplingOptions":
+    """The options of sampling that a command was given."""
+    from gptoss.generate import SamplingOptions
+
+    return SamplingOptions(
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+        seed=args.seed, max_new_tokens=args.max_new_tokens)
+
+
+def torch_device(name: str) -> "torch.device":
     """The torch device `name`, after a byte was put on it."""
     import torch
 
     try:
         device = torch.device(name)
-        if device.type == "cuda" and several():  # each its own
-            device = torch.device("cuda", _number("LOCAL_RANK", several()))
+        if device.type == "cuda" and launched() > 1:  # each its own
+            own = torchrun_number("LOCAL_RANK", launched())
+            device = torch.device("cuda", own)
         if device.type == "meta":
             raise RuntimeError("holds no numbers")
         torch.empty(1, dtype=torch.uint8, device=device)
@@ -523,7 +559,9 @@ def _device(name: str):
         raise UsageError(f"--device {name}: {why}") from error
 
 
-def _prompt(args: argparse.Namespace) -> str:
+def read_prompt(args: argparse.Namespace) -> str:
+    """--prompt, or what stdin holds, or a beginning for the model that is
+    shipped."""
     if args.prompt is None:
         if args.model != str(POCKET):
             raise UsageError("--prompt: needed with --model")
@@ -542,57 +580,93 @@ def _stdin() -> str:
 # %%
 for device in ("toaster", "meta"):
     try:
-        _device(device)
+        torch_device(device)
     except UsageError as error:
         print(str(error)[:60])
-print(_dtype("bfloat16"), _device("cpu"))
+print(torch_dtype("bfloat16"), torch_device("cpu"))
 
 # %% [markdown]
-# ### generate
+# A model is loaded in one place, whether whole or this process's part. A
+# mistyped folder is told before the kernels are compiled.
 
-# %% tags=["export:__main__"]
-def _writer(stream) -> Callable[[str], None]:
+# %% tags=["export:options"]
+def load_model(args: argparse.Namespace, folder: Path,
+               device: "torch.device | str" = "cpu") -> "GptOss":
+    """The model in a folder, or this process's part of it; the kernels
+    after it, for the first time they are compiled."""
+    from gptoss.kernels import load_kernels, make_compact
+    from gptoss.model import GptOss
+
+    dtype = torch_dtype(getattr(args, "dtype", "bfloat16"))
+    alone = launched() == args.stages == 1
+    if args.compact and (not alone or (str(device), str(dtype))
+                         != ("cpu", "torch.bfloat16")):
+        raise UsageError("--compact: for one process, --device cpu and "
+                         "--dtype bfloat16")
+    if alone:
+        model = GptOss.from_pretrained(folder, dtype=dtype, device=device)
+    else:
+        from gptoss.split import load_split
+
+        model = load_split(folder, dtype, device, stages=args.stages)
+    if args.compact:
+        make_compact(model)
+    load_kernels()
+    return model
+
+
+def load_pair(args: argparse.Namespace) -> "tuple[GptOss, Tokenizer]":
+    """Model and tokenizer, the quick one of the two first."""
+    from gptoss.checkpoint import Checkpoint, resolve
+    from gptoss.harmony import Tokenizer
+
+    device, folder = torch_device(args.device), resolve(args.model)
+    Checkpoint.open(folder).close()  # the headers, before anything slow
+    tokenizer = Tokenizer.from_pretrained(folder)
+    return load_model(args, folder, device), tokenizer
+
+
+# %% [markdown]
+# ### What a terminal shows
+
+# %% tags=["export:terminal"]
+import argparse
+import json
+import os
+import secrets
+import shutil
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from gptoss.launch import launched, process_rank
+from gptoss.mistakes import (
+    UsageError,
+    agreed,
+    is_mistake,
+    printable,
+    reason,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gptoss.chat import Chat, ChatEvent
+
+
+def writer(stream: IO[str]) -> Callable[[str], None]:
     """Writes text at once; to a terminal without its control characters."""
     terminal = stream.isatty()
 
     def write(text: str) -> None:
-        stream.write(visible(text) if terminal else text)
+        stream.write(printable(text) if terminal else text)
         stream.flush()
     return write
-
-
-def run_generate(args: argparse.Namespace) -> None:
-    """Writes the continuation of a prompt to stdout as it comes."""
-    from gptoss.checkpoint import Checkpoint, resolve
-    from gptoss.generate import (
-        Sampler,
-        complete,
-        peak_rss_bytes,
-        stop_ids,
-    )
-    from gptoss.harmony import Tokenizer
-    from gptoss.kernels import load_kernels
-
-    sampler = Sampler(args.temperature, args.top_k, args.top_p)
-    prompt, device = _prompt(args), _device(args.device)
-    folder = resolve(args.model)
-    Checkpoint.open(folder).close()  # the headers, before anything slow
-    tokenizer, stop = Tokenizer.from_pretrained(folder), stop_ids(folder)
-    model = _model(args, folder, device)
-    load_kernels()  # after all that may be wrong: the first time it compiles
-    write = _writer(sys.stdout)
-    if not args.json and sys.stdout.isatty():
-        write(prompt)  # a reader wants the whole; a program has its prompt
-    done = complete(model, tokenizer, prompt, sampler=sampler, stop=stop,
-                    seed=args.seed, max_new_tokens=args.max_new_tokens,
-                    on_text=None if args.json else write)
-    if args.json:
-        print(json.dumps(asdict(done) | {"peak_rss_bytes": peak_rss_bytes()}))
-        return
-    write("\n")
-    if sys.stderr.isatty():
-        print(f"[{len(done.tokens)} tokens, {done.seconds:.1f} s, "
-              f"{done.finish_reason}]", file=sys.stderr)
 
 
 # %%
@@ -604,7 +678,7 @@ class Terminal(list):
 
 
 screen = Terminal()
-_writer(screen)(story)
+writer(screen)(story)
 print(screen)
 
 # %% [markdown]
@@ -613,12 +687,12 @@ print(screen)
 # What the model thinks and calls is labelled in words, so that a file or a
 # terminal without colours says the same as one with them.
 
-# %% tags=["export:__main__"]
+# %% tags=["export:terminal"]
 STYLES = {"user": "bold", "analysis": "dim", "commentary": "dim",
           "final": "", "call": "cyan", "result": "cyan", "notice": "yellow"}
 
 
-def drawn(events: Iterable, everything: bool = True
+def drawn(events: "Iterable[ChatEvent]", everything: bool = True
           ) -> Iterator[tuple[str, str]]:
     """The events of a turn as (text, style); whole lines at its end.
 
@@ -652,11 +726,11 @@ happened = [ChatEvent("analysis", "Six "), ChatEvent("analysis", "sevens."),
 print("".join(text for text, style in drawn(happened)), end="")
 print(list(drawn(happened, everything=False)))
 
-# %% tags=["export:__main__"]
+# %% tags=["export:terminal"]
 NARROWEST = 40  # columns; some containers say that a terminal has none
 
 
-def _console(stream):
+def console(stream: IO[str]) -> "Console":
     """rich's console on a stream: a terminal if that is one."""
     from rich.console import Console
 
@@ -665,17 +739,17 @@ def _console(stream):
                        NARROWEST, shutil.get_terminal_size().columns))
 
 
-def _drawer(stream) -> Callable[[str, str], None]:
+def drawer(stream: IO[str]) -> Callable[..., None]:
     """Writes (text, style) at once; on a terminal in its style and without
     its control characters."""
-    write = _writer(stream)
+    write = writer(stream)
     if not stream.isatty():
         return lambda text, style="": write(text)
-    console = _console(stream)
+    rich = console(stream)
 
     def draw(text: str, style: str = "") -> None:
-        console.out(visible(text), style=style or None, highlight=False,
-                    end="")
+        rich.out(printable(text), style=style or None, highlight=False,
+                 end="")
         stream.flush()
     return draw
 
@@ -683,7 +757,7 @@ def _drawer(stream) -> Callable[[str, str], None]:
 # %%
 screen = type("Tube", (io.StringIO,), {"isatty": lambda self: True})()
 for piece in drawn([ChatEvent("analysis", story), happened[4]]):
-    _drawer(screen)(*piece)
+    drawer(screen)(*piece)
 print(repr(screen.getvalue()))
 
 # %% [markdown]
@@ -692,17 +766,17 @@ print(repr(screen.getvalue()))
 # `Session` holds the messages; the model sees them all in each turn, and
 # `Chat` knows which of their tokens it need not feed again.
 
-# %% tags=["export:__main__"]
+# %% tags=["export:terminal"]
 @contextmanager
-def stoppable() -> Iterator[dict]:
+def stoppable() -> Iterator[dict[str, Callable[[], bool]]]:
     """Options of `Chat.events` with which Ctrl-C stops a turn.
 
     One process needs none: there it is an exception, wherever it comes.
     One of several must not leave the others in the middle of a sum, so the
     first notes that the key was pressed, and says so before the next token.
     """
-    if not several() or (threading.current_thread()
-                         is not threading.main_thread()):
+    if launched() == 1 or (threading.current_thread()
+                           is not threading.main_thread()):
         yield {}
         return
     pressed: list[int] = []
@@ -717,18 +791,18 @@ def stoppable() -> Iterator[dict]:
 with stoppable() as options:
     print(options)  # in one process
 
-# %% tags=["export:__main__"]
+# %% tags=["export:terminal"]
 class Session:
     """A chat and the messages that were exchanged."""
 
-    def __init__(self, chat, draw: Callable[..., None], everything: bool,
-                 system: str | None = None,
+    def __init__(self, chat: "Chat", draw: Callable[..., None],
+                 everything: bool, system: str | None = None,
                  read: Callable[[str], str] = input) -> None:
         self.chat, self.draw, self.everything = chat, draw, everything
         self.read = read
         self.head = ([{"role": "system", "content": system}] if system
                      else [])
-        self.messages = list(self.head)
+        self.messages: list[dict[str, Any]] = list(self.head)
 
     def ask(self, text: str) -> None:
         """Draws the answer to `text`. What came of it before a Ctrl-C stays
@@ -763,7 +837,7 @@ class Session:
 # put into its place in one step: a reader, a full disk or a power cut finds
 # the old file or the new one.
 
-# %% tags=["export:__main__"]
+# %% tags=["export:terminal"]
 def write_whole(name: str, text: str, again: bool = False) -> None:
     """Writes a file, all of it or nothing; a link's own file, if it is one.
 
@@ -807,7 +881,7 @@ with tempfile.TemporaryDirectory() as folder:
             write_whole(str(kept), text, again=True)
         print(kept.read_text(), len(os.listdir(folder)))
 
-# %% tags=["export:__main__"]
+# %% tags=["export:terminal"]
 def _save(session: Session, name: str, again: bool = False) -> str:
     if not name:
         raise UsageError("/save: expected a file name")
@@ -850,7 +924,7 @@ def _help(session: Session, _: str) -> str:
                       "space is never a command."])
 
 
-# %% tags=["export:__main__"]
+# %% tags=["export:terminal"]
 SLASH = {"/help": (_help, "this list"),
          "/effort": (_effort, "LEVEL: low, medium or high"),
          "/reset": (_reset, "forget what was said"),
@@ -887,8 +961,8 @@ with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
 # Without one it reads a message a line and writes the answers: the same
 # conversation for scripts, and for `make demo`.
 
-# %% tags=["export:__main__"]
-def _lines(args: argparse.Namespace) -> Iterator[str]:
+# %% tags=["export:terminal"]
+def piped(args: argparse.Namespace) -> Iterator[str]:
     """The lines of stdin, which must be UTF-8."""
     lines = _own_lines()
     return iter(lambda: agreed(args, lambda: next(lines, None)), None)
@@ -913,7 +987,7 @@ def _step(session: Session, line: str) -> None:
             session.draw(session.cost(), "dim")
     except Exception as error:
         if not is_mistake(error):
-            if several():  # the others have no part in this one's bug
+            if launched() > 1:  # the others have no part in this one's bug
                 raise
             traceback.print_exc()  # a bug, but not the end of what was said
         session.draw(f"[error] {reason(error)}\n", STYLES["notice"])
@@ -945,6 +1019,23 @@ def converse(session: Session) -> None:
                          else "\n[stopped]\n", STYLES["notice"])
 
 
+# %% tags=["export:terminal"]
+def typed(args: argparse.Namespace) -> Callable[[str], str]:
+    """input(), of the first process if there are several."""
+    def asked(words: str) -> str | None:
+        try:
+            return input(words)
+        except EOFError:
+            return None
+
+    def read(words: str) -> str:
+        line = agreed(args, lambda: asked(words))
+        if line is None:
+            raise EOFError
+        return line
+    return read
+
+
 # %%
 heard = []
 session = Session(None, lambda text, style="": heard.append(text), True)
@@ -952,77 +1043,6 @@ for line in ("/reset now", "/sing", "/effort loud", "/help"):
     session.chat = argparse.Namespace(reset=lambda: None, effort="low")
     _step(session, line)
 print("".join(heard))
-
-# %% tags=["export:__main__"]
-def _tools(args: argparse.Namespace, known: dict) -> list:
-    """The tools that the options name."""
-    names = [] if args.no_tools else list(filter(None, args.tools.split(",")))
-    for name in names:
-        if name not in known:
-            raise UsageError(f"--tools: expected {', '.join(known)}, found "
-                             f"{name}")
-    return [known[name] for name in names]
-
-
-# %% tags=["export:__main__"]
-def _reader(args: argparse.Namespace) -> Callable[[str], str]:
-    """input(), of the first process if there are several."""
-    def typed(words: str) -> str | None:
-        try:
-            return input(words)
-        except EOFError:
-            return None
-
-    def read(words: str) -> str:
-        line = agreed(args, lambda: typed(words))
-        if line is None:
-            raise EOFError
-        return line
-    return read
-
-
-def _split_chat(args: argparse.Namespace) -> tuple:
-    """Model and tokenizer for this process, the same seed in all."""
-    from gptoss.checkpoint import resolve
-    from gptoss.harmony import Tokenizer
-
-    folder, device = resolve(args.model), _device(args.device)
-    tokenizer = Tokenizer.from_pretrained(folder)
-    model = _model(args, folder, device)
-    if args.seed is None:
-        args.seed = agreed(args, lambda: secrets.randbits(48))
-    return model, tokenizer
-
-
-# %% tags=["export:__main__"]
-def run_chat(args: argparse.Namespace) -> None:
-    """A conversation; with a pipe, one message a line of stdin."""
-    from gptoss.chat import TOOLS, Chat
-    from gptoss.kernels import load_kernels
-
-    if args.json and args.prompt is None:
-        raise UsageError("--json: needs --prompt")
-    model, tools = args.model, TOOLS
-    if several() or args.stages != 1 or args.compact:
-        model = _split_chat(args)
-    chat = Chat(model, args.effort, _tools(args, tools), date=args.date,
-                temperature=args.temperature, top_k=args.top_k,
-                top_p=args.top_p, seed=args.seed, dtype=_dtype(args.dtype),
-                max_new_tokens=args.max_new_tokens,
-                device=_device(args.device))
-    load_kernels()
-    everything = args.transcript or sys.stdout.isatty()
-    draw = (lambda *_: None) if args.json else _drawer(sys.stdout)
-    session = Session(chat, draw, everything, args.system, _reader(args))
-    if args.prompt is None and agreed(args, sys.stdin.isatty):
-        return converse(session)
-    for line in [_prompt(args)] if args.prompt is not None else _lines(args):
-        if line and args.prompt is None and everything:
-            draw(f"> {line}\n", STYLES["user"])
-        if line or args.prompt is not None:
-            session.ask(line)
-    if args.json:
-        print(json.dumps({"messages": chat.turn} | asdict(chat.usage)))
 
 # %%
 class Terse:
@@ -1046,7 +1066,21 @@ print("".join(screen), end="")
 # `inspect` reads headers, not weights. With `--plan` it answers, from chapter
 # 15's formulas, which cards a model fits on and how fast they could be.
 
-# %% tags=["export:__main__"]
+# %% tags=["export:tables"]
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from gptoss.launch import launched
+from gptoss.mistakes import UsageError, printable, tidily
+from gptoss.options import POCKET, load_model
+from gptoss.terminal import console
+
+
 def show_plan(args: argparse.Namespace) -> None:
     """Prints what 1 to 8 GPUs could do with a model."""
     from gptoss.checkpoint import config_folder, resolve
@@ -1066,7 +1100,7 @@ def show_plan(args: argparse.Namespace) -> None:
         print(json.dumps({name: [asdict(row) for row in plan(
             config, args.context)] for name, config in models.items()}))
         return
-    print(visible("\n\n".join(plan_table(name, config, args.context)
+    print(printable("\n\n".join(plan_table(name, config, args.context)
                               for name, config in models.items())))
 
 # %%
@@ -1077,7 +1111,7 @@ show_plan(argparse.Namespace(path="20b", context=131072, json=False))
 # faster when they share each matrix (`tensor`), not when they take turns
 # (`stages`).
 
-# %% tags=["export:__main__"]
+# %% tags=["export:tables"]
 SIZES = {"bytes": "bytes in the file",
          "parameters_total": "parameters",
          "parameters_active": "parameters a token uses",
@@ -1095,7 +1129,7 @@ def with_unit(number: int) -> str:
     return f"{number:,}"
 
 
-def summary(report: dict) -> Iterator[tuple[str, str]]:
+def summary(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The rows that `inspect` prints of what `describe` returns."""
     yield "folder", report["path"]
     files = report["files"]
@@ -1115,7 +1149,7 @@ def summary(report: dict) -> Iterator[tuple[str, str]]:
             yield f"config.{key}", str(value)
 
 
-# %% tags=["export:__main__"]
+# %% tags=["export:tables"]
 def run_inspect(args: argparse.Namespace) -> None:
     """Prints what a checkpoint holds, without reading its weights."""
     if args.plan:
@@ -1140,8 +1174,8 @@ def run_inspect(args: argparse.Namespace) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for label, value in summary(report):  # Text: nothing in it is markup
-        table.add_row(Text(visible(label, "")), Text(visible(value, "")))
-    _console(sys.stdout).print(table)
+        table.add_row(Text(printable(label, "")), Text(printable(value, "")))
+    console(sys.stdout).print(table)
 
 
 # %%
@@ -1167,7 +1201,7 @@ print(*map(str.rstrip, page.getvalue().splitlines()[:15]), sep="\n")
 #
 # Chapter 3 does the work; the command adds a bar, on a terminal only.
 
-# %% tags=["export:__main__"]
+# %% tags=["export:tables"]
 def run_convert(args: argparse.Namespace) -> None:
     """Rewrites a checkpoint in another layout, with a hash per tensor."""
     from rich.progress import Progress
@@ -1177,12 +1211,12 @@ def run_convert(args: argparse.Namespace) -> None:
     source = resolve(args.source)
     with Checkpoint.open(source) as checkpoint:
         count = len(checkpoint.names())
-    with tidily(), Progress(console=_console(sys.stderr), transient=True,
+    with tidily(), Progress(console=console(sys.stderr), transient=True,
                             disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("converting", total=count)
         manifest = convert(source, Path(args.target), args.layout,
                            progress=lambda name: bar.advance(task))
-    print(f"{len(manifest)} tensors written to {visible(args.target, '')}")
+    print(f"{len(manifest)} tensors written to {printable(args.target, '')}")
 
 
 # %%
@@ -1200,10 +1234,10 @@ with tempfile.TemporaryDirectory() as folder:
 #
 # Chapter 13 measures; here a median stands with its spread beside it.
 
-# %% tags=["export"]
-def figures(found: dict) -> str:
+# %% tags=["export:tables"]
+def figures(found: dict[str, Any]) -> str:
     """What `measure` found, a line each; rates with their spread."""
-    def shown(value) -> str:
+    def number(value: object) -> str:
         return (f"{value:,.4g}" if isinstance(value, float)
                 else f"{value:,}" if isinstance(value, int) else str(value))
 
@@ -1211,8 +1245,8 @@ def figures(found: dict) -> str:
     for key, value in found.items():
         if not isinstance(value, dict):  # a spread goes with its median
             around = found.get(f"{key}_spread")
-            lines.append(f"{key:>26}  {shown(value)}" + (
-                f"  ({shown(around['low'])} to {shown(around['high'])})"
+            lines.append(f"{key:>26}  {number(value)}" + (
+                f"  ({number(around['low'])} to {number(around['high'])})"
                 if around else ""))
     return "\n".join(lines)
 
@@ -1237,9 +1271,9 @@ def run_bench(args: argparse.Namespace) -> None:
             f" tokens, found {args.prompt_tokens} of prompt and "
             f"{args.new_tokens} new ones")
     found = measure(folder, args.prompt_tokens, args.new_tokens, args.repeats,
-                    load=lambda folder: _model(args, folder))
-    if several():
-        found |= {"processes": several(), "stages": args.stages}
+                    load=lambda folder: load_model(args, folder))
+    if launched() > 1:
+        found |= {"processes": launched(), "stages": args.stages}
     print(json.dumps(found) if args.json else figures(found))
 
 
@@ -1249,6 +1283,132 @@ print(figures({"kernels": "C++ with AVX2", "bytes_per_token": 3714085888,
                "decode_tokens_per_second_spread": {"low": 6.5, "high": 7.2}}))
 
 # %% [markdown]
+# ### generate
+#
+# Commands that compute: a `run_` function each, which gets what was typed.
+
+# %% tags=["export:commands"]
+import argparse
+import json
+import os
+import secrets
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import import_module
+from pathlib import Path
+
+import gptoss
+from gptoss.launch import launched
+from gptoss.mistakes import (
+    Ended,
+    Parser,
+    UsageError,
+    agreed,
+    complain,
+    drop_stdout,
+    fill_streams,
+    is_mistake,
+    printable,
+    tidily,
+    torchrun_number,
+)
+from gptoss.options import (
+    COMPACT,
+    JSON,
+    MODEL,
+    PATH,
+    SAMPLING,
+    STAGES,
+    Option,
+    load_pair,
+    read_prompt,
+    sampling,
+    torch_device,
+    torch_dtype,
+)
+from gptoss.terminal import (
+    STYLES,
+    Session,
+    converse,
+    drawer,
+    piped,
+    typed,
+    writer,
+)
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    """Writes the continuation of a prompt to stdout as it comes."""
+    from gptoss.checkpoint import resolve
+    from gptoss.generate import complete, peak_rss_bytes, stop_ids
+
+    options, prompt = sampling(args), read_prompt(args)
+    torch_device(args.device)
+    stop = stop_ids(resolve(args.model))
+    model, tokenizer = load_pair(args)
+    write = writer(sys.stdout)
+    if not args.json and sys.stdout.isatty():
+        write(prompt)  # a reader wants the whole; a program has its prompt
+    done = complete(model, tokenizer, prompt, options, stop=stop,
+                    on_text=None if args.json else write)
+    if args.json:
+        print(json.dumps(asdict(done) | {"peak_rss_bytes": peak_rss_bytes()}))
+        return
+    write("\n")
+    if sys.stderr.isatty():
+        print(f"[{len(done.tokens)} tokens, {done.seconds:.1f} s, "
+              f"{done.finish_reason}]", file=sys.stderr)
+
+
+# %% [markdown]
+# ### chat
+#
+# The prompt of a conversation knows its tools and its date; the seed is the
+# same in all processes.
+
+# %% tags=["export:commands"]
+def _tools(args: argparse.Namespace, known: dict) -> list:
+    """The tools that the options name."""
+    names = [] if args.no_tools else list(filter(None, args.tools.split(",")))
+    for name in names:
+        if name not in known:
+            raise UsageError(f"--tools: expected {', '.join(known)}, found "
+                             f"{name}")
+    return [known[name] for name in names]
+
+
+# %% tags=["export:commands"]
+def run_chat(args: argparse.Namespace) -> None:
+    """A conversation; with a pipe, one message a line of stdin."""
+    from gptoss.chat import TOOLS, Chat
+
+    if args.json and args.prompt is None:
+        raise UsageError("--json: needs --prompt")
+    options, tools = sampling(args), _tools(args, TOOLS)
+    pair = load_pair(args)
+    seed = options.seed
+    if seed is None and launched() > 1:
+        seed = agreed(args, lambda: secrets.randbits(48))
+    chat = Chat(pair, args.effort, tools, date=args.date, seed=seed,
+                temperature=options.temperature, top_k=options.top_k,
+                top_p=options.top_p, max_new_tokens=options.max_new_tokens)
+    everything = args.transcript or sys.stdout.isatty()
+    draw = (lambda *_: None) if args.json else drawer(sys.stdout)
+    session = Session(chat, draw, everything, args.system, typed(args))
+    if args.prompt is None and agreed(args, sys.stdin.isatty):
+        return converse(session)
+    asked = args.prompt is not None
+    for line in [read_prompt(args)] if asked else piped(args):
+        if line and not asked and everything:
+            draw(f"> {line}\n", STYLES["user"])
+        if line or asked:
+            session.ask(line)
+    if args.json:
+        print(json.dumps({"messages": chat.turn} | asdict(chat.usage)))
+
+
+# %% [markdown]
 # ### parity and vectors
 #
 # Chapter 16's walk and vectors. A fault that they find is no mistake of the
@@ -1256,7 +1416,7 @@ print(figures({"kernels": "C++ with AVX2", "bytes_per_token": 3714085888,
 # `generate` computes with: bf16, and the kernels where there are some;
 # `--plain` and `--dtype` ask for something else.
 
-# %% tags=["export"]
+# %% tags=["export:commands"]
 def _walked(folder: Path, prompts: list[str] | None) -> list:
     """Tokens (1, T) of each prompt; [None], the report's own, for none."""
     if prompts is None:
@@ -1284,7 +1444,7 @@ def run_parity(args: argparse.Namespace) -> None:
     if args.plain and args.contract == "kernels":
         raise UsageError("--plain: not with --contract kernels")
     contract = args.contract or ("fp32" if args.plain else None)
-    results = [report(folder, args.against, tokens, _dtype(args.dtype),
+    results = [report(folder, args.against, tokens, torch_dtype(args.dtype),
                       contract, args.plant, args.new_tokens, args.compact)
                for tokens in _walked(folder, args.prompt)]
     if args.json:
@@ -1297,7 +1457,7 @@ def run_parity(args: argparse.Namespace) -> None:
         if len(tables) > 1:
             tables = [f"{prompt!r}\n{table}" for prompt, table
                       in zip(args.prompt, tables, strict=True)]
-        print(visible("\n\n".join(tables)))
+        print(printable("\n\n".join(tables)))
     if any(result["findings"] for result in results):
         raise SystemExit(1)
 
@@ -1307,11 +1467,11 @@ def run_vectors(args: argparse.Namespace) -> None:
     from gptoss.vectors import check, write
 
     if args.action == "write":
-        print(*(visible(str(file), "") for file in write(args.folder)),
+        print(*(printable(str(file), "") for file in write(args.folder)),
               sep="\n")
         return
     wrong = check(args.folder, args.answers, args.dtype)
-    print("\n".join(visible(line, "") for line in wrong)
+    print("\n".join(printable(line, "") for line in wrong)
           if wrong else "every case passes")
     if wrong:
         raise SystemExit(1)
@@ -1324,7 +1484,13 @@ def run_vectors(args: argparse.Namespace) -> None:
 # looked at first: "already there" is no news for somebody who has waited
 # for the whole training.
 
-# %% tags=["export:__main__"]
+# %% tags=["export:commands"]
+def _short(value: object) -> str:
+    """A value as a message may show it: nobody reads 400 digits."""
+    text = str(value)
+    return text if len(text) < 40 else f"{text[:20]}... ({len(text)} digits)"
+
+
 def run_train(args: argparse.Namespace) -> None:
     """Trains the shipped checkpoint anew, with a given seed."""
     from gptoss.train import Recipe, make_pocket
@@ -1350,7 +1516,7 @@ def run_train(args: argparse.Namespace) -> None:
 
     with tidily():
         make_pocket(out, recipe, report)
-    print(f"written to {visible(args.target, '')}")
+    print(f"written to {printable(args.target, '')}")
 
 
 # %%
@@ -1361,113 +1527,130 @@ except UsageError as error:
 
 # %% [markdown]
 # ### The table of commands
+#
+# A row names the function that runs a command, as `module:function`. It is
+# looked up when the command is called, so a command loads what it needs, and
+# `--help` nothing.
 
-# %% tags=["export:__main__"]
-FIRST_WORDS = "Once upon a time"
-_MODEL = {"--model": dict(default=str(POCKET), metavar="PATH_OR_ID",
-                          help="folder or hub id (default: the one shipped)")}
-_JSON = {"--json": dict(action="store_true", help="one JSON object")}
-_STAGES = {"--stages": dict(type=int, default=1, metavar="N",
-                            help="with torchrun: split the layers into N "
-                            "stages, and each among the rest (default: 1)")}
-_COMPACT = {"--compact": dict(action="store_true", help="on a CPU: dense "
-                              "matrices in twelve bits without loss, a copy "
-                              "to decode faster")}
-_SAMPLING = {
-    "--temperature": dict(type=float, default=1.0, metavar="X",
-                          help="0 is greedy (default: 1)"),
-    "--top-p": dict(type=float, default=1.0, metavar="X"),
-    "--top-k": dict(type=int, default=0, metavar="N"),
-    "--seed": dict(type=int, metavar="N"),
-    "--dtype": dict(default="bfloat16", choices=(
-        "bfloat16", "float16", "float32"), help="default: bfloat16"),
-    "--device": dict(default="cpu", help="cpu (default), cuda, ..."),
-}
+# %% tags=["export:commands"]
+@dataclass(frozen=True)
+class Command:
+    """A row of the table: `target` is "module:function", which gets what was
+    typed; `about` is its help."""
+
+    target: str
+    about: str
+    options: tuple[Option, ...] = ()
+
+    def run(self, args: argparse.Namespace) -> None:
+        """Calls the target."""
+        module, _, name = self.target.partition(":")
+        getattr(import_module(module), name)(args)
+
+
 COMMANDS = {
-    "generate": (run_generate, _MODEL | {
-        "--prompt": dict(help="text to go on from; - reads stdin"),
-        "--max-new-tokens": dict(type=int, default=256, metavar="N"),
-    } | _SAMPLING | _COMPACT | _STAGES | _JSON),
-    "chat": (run_chat, _MODEL | {
-        "--prompt": dict(help="one message, answered; - reads stdin"),
-        "--effort": dict(default="medium", choices=(
-            "low", "medium", "high"), help="default: medium"),
-        "--system": dict(metavar="TEXT", help="instructions"),
-        "--max-new-tokens": dict(type=int, metavar="N", help="in an answer"),
-        "--tools": dict(default="calculator,today", metavar="NAMES",
-                        help="default: calculator,today"),
-        "--no-tools": dict(action="store_true"),
-        "--date": dict(help="what the model is told (default: today)"),
-        "--transcript": dict(action="store_true", help="write analysis and "
-                             "calls too, as a terminal always shows"),
-    } | _SAMPLING | _COMPACT | _STAGES | _JSON),
-    "inspect": (run_inspect, {
-        "path": dict(metavar="PATH_OR_ID", nargs="?", default=str(POCKET),
-                     help="folder or hub id (default: the one shipped)"),
-        "--tensors": dict(action="store_true", help="list each tensor"),
-        "--plan": dict(action="store_true", help="what 1 to 8 GPUs could do "
-                       "with it, or with 20b, 120b (default: those two)"),
-        "--context": dict(type=int, default=8192, metavar="N",
-                          help="tokens, for --plan (default: 8192)"),
-    } | _JSON),
-    "convert": (run_convert, {
-        "source": dict(metavar="SOURCE"), "target": dict(metavar="TARGET"),
-        "--layout": dict(required=True, choices=("hf", "original", "bf16")),
-    }),
-    "bench": (run_bench, {
-        "path": dict(metavar="PATH_OR_ID", nargs="?", default=str(POCKET),
-                     help="folder or hub id (default: the one shipped)"),
-        "--prompt-tokens": dict(type=int, default=512, metavar="N"),
-        "--new-tokens": dict(type=int, default=32, metavar="N"),
-        "--repeats": dict(type=int, default=3, metavar="N"),
-    } | _COMPACT | _STAGES | _JSON),
-    "parity": (run_parity, {
-        "path": dict(metavar="PATH_OR_ID", nargs="?", default=str(POCKET),
-                     help="folder or hub id (default: the one shipped)"),
-        "--against": dict(default="transformers", choices=(
-            "transformers", "streamed", "grouped_mm", "openai", "float64")),
-        "--dtype": dict(default="bfloat16", choices=("float32", "bfloat16")),
-        "--contract": dict(choices=(
-            "fp32", "hf-eager", "openai-torch", "kernels"),
-            help="how ours rounds (default: as what runs does)"),
-        "--plain": dict(action="store_true",
-                        help="ours in plain torch, not by the kernels"),
-        "--prompt": dict(action="append", help="text to walk over, once or "
-                         "more (default: random tokens)"),
-        "--new-tokens": dict(type=int, default=0, metavar="N",
-                             help="written first, and walked over too"),
-        "--plant": dict(metavar="FAULT", help="break ours first: window ..."),
-    } | _COMPACT | _JSON),
-    "vectors": (run_vectors, {
-        "action": dict(choices=("write", "check")),
-        "folder": dict(metavar="DIR"),
-        "--answers": dict(metavar="FILE", help="a port's outputs to check"),
-        "--dtype": dict(default="float32", choices=("float32", "bfloat16"),
-                        help="of the answers"),
-    }),
-    "train": (run_train, {
-        "target": dict(metavar="TARGET", help="folder to be made"),
-        "--seed": dict(type=int, default=0, metavar="N"),
-        "--steps": dict(type=int, metavar="N",
-                        help="default: as many as the recipe says"),
-    }),
+    "generate": Command(
+        "gptoss.commands:run_generate",
+        "Writes the continuation of a prompt to stdout as it comes.", (
+            MODEL,
+            Option("--prompt", help="text to go on from; - reads stdin"),
+            Option("--max-new-tokens", type=int, default=256, metavar="N"),
+            *SAMPLING, COMPACT, STAGES, JSON)),
+    "chat": Command(
+        "gptoss.commands:run_chat",
+        "A conversation; with a pipe, one message a line of stdin.", (
+            MODEL,
+            Option("--prompt", help="one message, answered; - reads stdin"),
+            Option("--effort", default="medium", choices=(
+                "low", "medium", "high"), help="default: medium"),
+            Option("--system", metavar="TEXT", help="instructions"),
+            Option("--max-new-tokens", type=int, metavar="N",
+                   help="in an answer"),
+            Option("--tools", default="calculator,today", metavar="NAMES",
+                   help="default: calculator,today"),
+            Option("--no-tools", action="store_true"),
+            Option("--date", help="what the model is told (default: today)"),
+            Option("--transcript", action="store_true", help="write analysis "
+                   "and calls too, as a terminal always shows"),
+            *SAMPLING, COMPACT, STAGES, JSON)),
+    "inspect": Command(
+        "gptoss.tables:run_inspect",
+        "Prints what a checkpoint holds, without reading its weights.", (
+            PATH,
+            Option("--tensors", action="store_true", help="list each tensor"),
+            Option("--plan", action="store_true", help="what 1 to 8 GPUs "
+                   "could do with it, or with 20b, 120b (default: those "
+                   "two)"),
+            Option("--context", type=int, default=8192, metavar="N",
+                   help="tokens, for --plan (default: 8192)"),
+            JSON)),
+    "convert": Command(
+        "gptoss.tables:run_convert",
+        "Rewrites a checkpoint in another layout, with a hash per tensor.", (
+            Option("source", metavar="SOURCE"),
+            Option("target", metavar="TARGET"),
+            Option("--layout", required=True,
+                   choices=("hf", "original", "bf16")))),
+    "bench": Command(
+        "gptoss.tables:run_bench",
+        "Measures loading, reading and writing on random tokens.", (
+            PATH,
+            Option("--prompt-tokens", type=int, default=512, metavar="N"),
+            Option("--new-tokens", type=int, default=32, metavar="N"),
+            Option("--repeats", type=int, default=3, metavar="N"),
+            COMPACT, STAGES, JSON)),
+    "parity": Command(
+        "gptoss.commands:run_parity",
+        "Walks ours and a reference and names the first that goes wrong.", (
+            PATH,
+            Option("--against", default="transformers", choices=(
+                "transformers", "streamed", "grouped_mm", "openai",
+                "float64")),
+            Option("--dtype", default="bfloat16",
+                   choices=("float32", "bfloat16")),
+            Option("--contract", choices=(
+                "fp32", "hf-eager", "openai-torch", "kernels"),
+                help="how ours rounds (default: as what runs does)"),
+            Option("--plain", action="store_true",
+                   help="ours in plain torch, not by the kernels"),
+            Option("--prompt", action="append", help="text to walk over, "
+                   "once or more (default: random tokens)"),
+            Option("--new-tokens", type=int, default=0, metavar="N",
+                   help="written first, and walked over too"),
+            Option("--plant", metavar="FAULT",
+                   help="break ours first: window ..."),
+            COMPACT, JSON)),
+    "vectors": Command(
+        "gptoss.commands:run_vectors",
+        "Writes conformance vectors, or checks this package or a port.", (
+            Option("action", choices=("write", "check")),
+            Option("folder", metavar="DIR"),
+            Option("--answers", metavar="FILE",
+                   help="a port's outputs to check"),
+            Option("--dtype", default="float32",
+                   choices=("float32", "bfloat16"), help="of the answers"))),
+    "train": Command(
+        "gptoss.commands:run_train",
+        "Trains the shipped checkpoint anew, with a given seed.", (
+            Option("target", metavar="TARGET", help="folder to be made"),
+            Option("--seed", type=int, default=0, metavar="N"),
+            Option("--steps", type=int, metavar="N",
+                   help="default: as many as the recipe says"))),
 }
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser for `COMMANDS`."""
-    import gptoss
-
     parser = Parser(prog="gptoss", description="gpt-oss, from the book.")
     parser.add_argument("--version", action="version",
                         version=gptoss.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, (run, options) in COMMANDS.items():
-        command = commands.add_parser(name, help=run.__doc__,
-                                      description=run.__doc__)
-        for option, how in options.items():
-            command.add_argument(option, **how)
-        command.set_defaults(run=run)
+    for name, row in COMMANDS.items():
+        command = commands.add_parser(name, help=row.about,
+                                      description=row.about)
+        for option in row.options:
+            command.add_argument(option.name, **option.how)
+        command.set_defaults(run=row.run)
     return parser
 
 
@@ -1477,7 +1660,7 @@ print(build_parser().parse_args(["generate", "--top-k", "5"]).top_k)
 # %% [markdown]
 # ### From arguments to an exit code
 
-# %% tags=["export:__main__"]
+# %% tags=["export:commands"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, 2 for a mistake in the
     arguments or files (one line on stderr), 130 for Ctrl-C, 141 if nobody
@@ -1506,22 +1689,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    if several() and _number("RANK", several()):
+    if launched() > 1 and torchrun_number("RANK", launched()):
         sys.stdout = open(os.devnull, "w")
     args = build_parser().parse_args(argv)
-    if several() and not hasattr(args, "stages"):
+    if launched() > 1 and not hasattr(args, "stages"):
         raise UsageError("torchrun is for generate, chat and bench")
     args.run(args)
     sys.stdout.flush()
-    if several():
-        sys.modules["gptoss.parallel"].leave()
+    if launched() > 1:
+        from gptoss.collectives import leave
+
+        leave()
     return 0
 
 
-# `python -m gptoss` runs this file as the package's main module; a notebook,
-# whose __name__ is "__main__" too, has no package
-if __name__ == "__main__" and globals().get("__package__") == "gptoss":
-    sys.exit(main())
+# %% [markdown]
+# `python -m gptoss` runs a file of three lines. (A notebook is called
+# `__main__` too, but belongs to no package.)
+
+# %% tags=["export:__main__"]
+import sys
+
+from gptoss import commands
+
+if __name__ == "__main__" and __package__ == "gptoss":
+    sys.exit(commands.main())
 
 
 # %%
@@ -1557,10 +1749,10 @@ print(out)
 
 # %%
 changed = [char for char in map(chr, range(0x110000))
-           if visible(char) != char]
+           if printable(char) != char]
 assert len(changed) == 32 + 1 + 32 + len(BIDI) - len("\n\t")
-assert all(visible(visible(char)) == visible(char) for char in changed)
-assert not any(unicodedata.category(visible(char)) == "Cc"
+assert all(printable(printable(char)) == printable(char) for char in changed)
+assert not any(unicodedata.category(printable(char)) == "Cc"
                for char in map(chr, range(0x110000)) if char not in "\n\t")
 print(len(changed), "characters are shown by a picture of themselves")
 
@@ -1599,7 +1791,7 @@ def buggy(args: argparse.Namespace) -> None:
 
 
 kept = COMMANDS["inspect"]
-COMMANDS["inspect"] = (buggy, kept[1])
+COMMANDS["inspect"] = replace(kept, target="__main__:buggy")
 try:
     run("inspect", "anything")
 except ZeroDivisionError:
@@ -1654,12 +1846,12 @@ for name, real in (("20b", GptOssConfig.gpt_oss_20b()),
 # ## Cost
 #
 # The price of a command is what it imports. `--help` and a mistyped option
-# import nothing of the package beyond its two files:
+# import nothing of the package beyond the modules of this chapter:
 
 # %%
 import subprocess
 
-script = ("import sys; from gptoss.__main__ import main; "
+script = ("import sys; from gptoss.commands import main; "
           "code = main(['generate', '--loud']); "
           "print(code, [m for m in ('torch', 'tokenizers', 'transformers') "
           "if m in sys.modules])")
@@ -1672,7 +1864,7 @@ print(subprocess.run([sys.executable, "-c", script], capture_output=True,
 
 # %%
 pieces = ["a\x1b", "[2", "Jb"]
-assert "".join(map(visible, pieces)) == visible("".join(pieces))
+assert "".join(map(printable, pieces)) == printable("".join(pieces))
 
 # %% [markdown]
 # ## Takeaways
@@ -1698,7 +1890,8 @@ def run_count(args: argparse.Namespace) -> None:
     print(len(Tokenizer.from_pretrained(args.model).encode(args.text)))
 
 
-COMMANDS["count"] = (run_count, _MODEL | {"text": {}})
+COMMANDS["count"] = Command("__main__:run_count", str(run_count.__doc__),
+                            (MODEL, Option("text")))
 code, out, err = run("count", "--model", POCKET, "Once upon a time")
 print(code, out)
 assert code == 0 and int(out) > 0
@@ -1707,12 +1900,12 @@ assert run("count", "--model", "./no-such", "a")[0] == 2  # errors come along
 # %% [markdown]
 # ### Exercise 2
 #
-# Why does `visible` also act on U+202E? Show a file name that reads as a text
-# file and is not one.
+# Why does `printable` also act on U+202E? Show a file name that reads as a
+# text file and is not one.
 
 # %% tags=["hide-cell"]
 name = "report\u202etxt.exe"
-print(visible(name))
+print(printable(name))
 # a terminal that obeys U+202E shows the rest from right to left:
 assert name.replace("\u202etxt.exe", "exe.txt") == "reportexe.txt"
 
@@ -1724,10 +1917,11 @@ assert name.replace("\u202etxt.exe", "exe.txt") == "reportexe.txt"
 # point stdout at the null device first?
 
 # %% tags=["hide-cell"]
-script = ("import sys; from gptoss import __main__ as program\n"
+script = ("import sys; from gptoss import commands\n"
           "def endless(args):\n    while True: print('text')\n"
-          "program.COMMANDS['inspect'] = (endless, {})\n"
-          "sys.exit(program.main(['inspect']))")
+          "row = commands.Command('__main__:endless', '')\n"
+          "commands.COMMANDS['inspect'] = row\n"
+          "sys.exit(commands.main(['inspect']))")
 process = subprocess.Popen([sys.executable, "-c", script],
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 process.stdout.readline()

@@ -20,8 +20,9 @@ _HOME = {"Chat": "chat", "GptOss": "model", "GptOssConfig": "config",
 _MODULES = ("config", "mxfp4", "checkpoint", "rope", "sinks", "masks",
             "routing", "experts", "cache", "model", "harmony", "generate",
             "chat", "kernels", "compact", "triton_kernels", "decode_step",
-            "stories", "lessons", "leaks", "exams", "train", "parallel",
-            "plan", "parity", "vectors")
+            "stories", "lessons", "leaks", "exams", "train", "shards",
+            "launch", "collectives", "split", "plan", "parity", "vectors",
+            "mistakes", "options", "terminal", "tables", "commands")
 
 
 def __getattr__(name: str) -> object:

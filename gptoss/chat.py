@@ -1293,7 +1293,7 @@ class _Settings:
         self.max_new_tokens, self.rounds = max_new_tokens, rounds
         self._seed, self._slack, self._chunk = seed, slack, prefill_chunk
         self.model, self.tokenizer = load(model, dtype, device)
-        self._link = getattr(self.model, "link", None) or Alone()
+        self._link = getattr(self.model, "group", None) or Alone()
         if date is None:
             self.date = self._link.same(today)
         self._stop = _stops(self.tokenizer)

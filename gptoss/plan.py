@@ -4,8 +4,11 @@ Generated from book/15_parallel.py; edit the chapter, not this file.
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
+
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptoss.checkpoint import DTYPES, component_of, tensor_table
 from gptoss.config import (
@@ -14,16 +17,58 @@ from gptoss.config import (
     cache_bytes,
     expert_bytes,
 )
-from gptoss.parallel import (
+from gptoss.shards import (
+    MeshRank,
     ParallelError,
-    Seat,
     cut,
     fits,
+    mesh_rank,
     on_stage,
-    seat_config,
-    take_seat,
-    traffic,
+    rank_config,
+    stage_layers,
+    vocabulary_rows,
 )
+
+# --- What goes over the links ------------------------------------------------
+
+def traffic(config: GptOssConfig, mesh: MeshRank, tokens: int = 1,
+            kept: int = 1, width: int = 2) -> dict[str, tuple[int, int]]:
+    """Collectives of one forward on a mesh: name -> (calls, bytes a call).
+
+    tokens of all rows together, kept of them with logits, width bytes a
+    number. The bytes are those of the tensor that the rank puts in (or, for
+    recv and broadcast, takes out).
+    """
+    stream = tokens * config.hidden_size * width
+    logits = kept * config.vocab_size * width
+    mine = kept * vocabulary_rows(config, mesh.tp_size) * width
+    first, last = mesh.pp_rank == 0, mesh.pp_rank == mesh.pp_size - 1
+    layers = len(stage_layers(config, mesh.pp_size)[mesh.pp_rank])
+    several, staged = mesh.tp_size > 1, mesh.pp_size > 1
+    calls = {"allreduce_": (several * (2 * layers + first), stream),
+             "allgather_": (several * last, mine),
+             "send": (int(not last), stream),
+             "recv_": (int(not first), stream),
+             "broadcast_": (int(staged), logits)}
+    return {name: call for name, call in calls.items() if call[0]}
+
+
+class Tally(TorchDispatchMode):
+    """Inside, counts what torch.distributed is asked for: `counts` has
+    (name, bytes a call) -> calls, as torch dispatches them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.namespace == "c10d":
+            name = operator.overloadpacket.__name__
+            given = args[1] if name == "allgather_" else args[0]
+            size = sum(x.nbytes for x in given)
+            self.counts[name, size] += 1
+        return operator(*args, **(kwargs or {}))
+
 
 # --- A plan ------------------------------------------------------------------
 
@@ -65,39 +110,39 @@ def expected_most(experts: int, chosen: int, groups: int) -> float:
 
 
 @lru_cache(maxsize=256)
-def seat_bytes(config: GptOssConfig, seat: Seat) -> dict[str, int]:
-    """Bytes of weights on a seat, by component; released layout. Not to be
+def rank_bytes(config: GptOssConfig, mesh: MeshRank) -> dict[str, int]:
+    """Bytes of weights on a mesh, by component; released layout. Not to be
     changed."""
     parts: dict[str, int] = {}
     for spec in tensor_table(config).values():
-        if on_stage(config, seat, spec.name):
-            _, shape, _ = cut(config, seat, spec)
+        if on_stage(config, mesh, spec.name):
+            _, shape, _ = cut(config, mesh, spec)
             part = component_of(spec.name)
             parts[part] = (parts.get(part, 0) + math.prod(shape)
                            * DTYPES[spec.dtype].itemsize)
     return parts
 
 
-def token_seconds(config: GptOssConfig, seat: Seat, card: Card,
+def token_seconds(config: GptOssConfig, mesh: MeshRank, card: Card,
                   context: int) -> float:
-    """Seconds for a token on a seat at the roofline: reading, then talking.
+    """Seconds for a token on a mesh at the roofline: reading, then talking.
 
     Weights that it touches and the cache, from memory; each collective has
     to begin and takes the steps of a ring, one after the other.
     """
-    mine = seat_config(config, seat)
-    parts = seat_bytes(config, seat)
+    mine = rank_config(config, mesh)
+    parts = rank_bytes(config, mesh)
     touched = sum(parts.values()) - parts["experts"] - parts.get(
         "embedding", 0)
     chosen = expected_most(config.num_local_experts,
-                           config.num_experts_per_tok, seat.groups)
+                           config.num_experts_per_tok, mesh.ep_size)
     touched += (mine.num_hidden_layers * chosen * expert_bytes(config)
-                / seat.slices)
+                / mesh.slices)
     seconds = (touched + cache_bytes(mine, context)) / card.read
-    others = seat.tensors - 1  # name -> steps, and the share sent in each
-    ring = {"allreduce_": (2 * others, 1 / seat.tensors),
+    others = mesh.tp_size - 1  # name -> steps, and the share sent in each
+    ring = {"allreduce_": (2 * others, 1 / mesh.tp_size),
             "allgather_": (others, 1)}
-    for name, (calls, size) in traffic(config, seat).items():
+    for name, (calls, size) in traffic(config, mesh).items():
         if name != "recv_":  # the sender's time; others hand on once
             steps, share = ring.get(name, (1, 1))
             seconds += calls * (card.latency + steps * (
@@ -106,7 +151,7 @@ def token_seconds(config: GptOssConfig, seat: Seat, card: Card,
 
 
 @dataclass(frozen=True)
-class Setup:
+class Estimate:
     """So many cards for a model: bytes on the fullest of them (0: it divides
     in no way), whether that fits, the longest context that would, and tokens
     a second with shared tensors, and with a stage a card (None: it does not
@@ -122,37 +167,37 @@ class Setup:
     pipeline: float | None
 
 
-def setup(config: GptOssConfig, gpus: int, card: Card, context: int
-          ) -> Setup:
+def estimate(config: GptOssConfig, gpus: int, card: Card, context: int
+          ) -> Estimate:
     """One row of a plan: bf16, one sequence of `context` tokens."""
     shared = fits(config, gpus)
     if not shared and gpus > config.num_hidden_layers:
-        return Setup(gpus, card.name, 0, 0, False, 0, None, None)
-    seats = [take_seat(config, rank, gpus, 1 if shared else gpus)
+        return Estimate(gpus, card.name, 0, 0, False, 0, None, None)
+    ranks = [mesh_rank(config, rank, gpus, 1 if shared else gpus)
              for rank in range(gpus)]
-    full = max(seats, key=lambda seat: sum(seat_bytes(config, seat).values()))
-    weights = sum(seat_bytes(config, full).values())
-    mine = seat_config(config, full)
+    full = max(ranks, key=lambda mesh: sum(rank_bytes(config, mesh).values()))
+    weights = sum(rank_bytes(config, full).values())
+    mine = rank_config(config, full)
     cache = cache_bytes(mine, context)
     grows = (cache_bytes(mine, 2) - cache_bytes(mine, 1)) or 1
     room = card.memory - RESERVE - weights - cache_bytes(mine, 0)
     longest = min(int(max(room, 0) // grows), config.max_position_embeddings)
-    staged = [take_seat(config, rank, gpus, gpus) for rank in range(gpus)
+    staged = [mesh_rank(config, rank, gpus, gpus) for rank in range(gpus)
               ] if gpus <= config.num_hidden_layers else []
-    return Setup(
+    return Estimate(
         gpus, card.name, weights, cache, context <= longest, longest,
         1 / token_seconds(config, full, card, context) if shared else None,
-        1 / sum(token_seconds(config, seat, card, context)
-                for seat in staged) if staged else None)
+        1 / sum(token_seconds(config, mesh, card, context)
+                for mesh in staged) if staged else None)
 
 
-def plan(config: GptOssConfig, context: int = 8192) -> list[Setup]:
+def plan(config: GptOssConfig, context: int = 8192) -> list[Estimate]:
     """What 1, 2, 4 and 8 of CARDS can do with a model."""
     if not 1 <= context <= MOST_CONTEXT:
         raise ParallelError(f"--context: expected 1 to {MOST_CONTEXT:,} "
                             "tokens, found "
                             + ("more" if context > 1 else f"{context}"))
-    return [setup(config, gpus, card, context)
+    return [estimate(config, gpus, card, context)
             for card in CARDS for gpus in (1, 2, 4, 8)]
 
 
@@ -180,13 +225,15 @@ def plan_table(name: str, config: GptOssConfig, context: int = 8192) -> str:
 __all__ = [
     "CARDS",
     "Card",
+    "Estimate",
     "MOST_CONTEXT",
     "RESERVE",
-    "Setup",
+    "Tally",
+    "estimate",
     "expected_most",
     "plan",
     "plan_table",
-    "seat_bytes",
-    "setup",
+    "rank_bytes",
     "token_seconds",
+    "traffic",
 ]

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from test_cli import CONFIG, ROOT, write_model
 
 import gptoss
-from gptoss.__main__ import main
 from gptoss.cache import CacheError
 from gptoss.checkpoint import write_checkpoint
+from gptoss.commands import main
 from gptoss.generate import GenerateError, generate
 from gptoss.model import GptOss
 

@@ -1708,12 +1708,11 @@ def test_package_face():
 
 def child() -> None:
     """`python -m gptoss`, with a scripted model for the shipped one."""
-    from gptoss import __main__ as program
-    from gptoss import chat as module
+    from gptoss import commands
 
     script = json.loads(os.environ["SCRIPT"])
-    module.load = lambda *_: (Scripted(*script), TOKENIZER)
-    sys.exit(program.main(sys.argv[1:]))
+    commands.load_pair = lambda *_: (Scripted(*script), TOKENIZER)
+    sys.exit(commands.main(sys.argv[1:]))
 
 
 ROOT = Path(__file__).parents[1]

@@ -20,13 +20,15 @@ from safetensors.torch import load_file
 from test_chat import TOKENIZER, Scripted, called, said
 
 import gptoss
-from gptoss.__main__ import UsageError, build_parser, drawn, main, visible
 from gptoss.chat import ChatEvent
 from gptoss.checkpoint import write_checkpoint
+from gptoss.commands import build_parser, main
 from gptoss.config import GptOssConfig
 from gptoss.generate import Sampler, complete
 from gptoss.harmony import Tokenizer, tokenizer_json
+from gptoss.mistakes import UsageError, printable
 from gptoss.model import GptOss
+from gptoss.terminal import drawn
 
 ROOT = Path(gptoss.__file__).parents[1]
 CONFIG = GptOssConfig(
@@ -169,18 +171,18 @@ def test_pipe_gets_the_bytes_as_they_are(endless, capsys):
 
 @settings(deadline=None, max_examples=300)
 @given(st.text(), st.text())
-def test_visible_is_harmless_and_works_piece_by_piece(one, two):
-    shown = visible(one + two)
-    assert shown == visible(one) + visible(two)
+def test_printable_is_harmless_and_works_piece_by_piece(one, two):
+    shown = printable(one + two)
+    assert shown == printable(one) + printable(two)
     assert len(shown) == len(one + two)
     assert not set(shown) & {chr(c) for c in (*range(9), *range(11, 32),
                                               *range(127, 160), 0x202E)}
-    assert visible(shown) == shown
+    assert printable(shown) == shown
 
 
-def test_visible_leaves_ordinary_text_alone():
+def test_printable_leaves_ordinary_text_alone():
     text = "né 中文 🙂 a\tb\nc \u200d \u00ad"
-    assert visible(text) == text
+    assert printable(text) == text
 
 
 # -- chat -------------------------------------------------------------------
@@ -188,11 +190,11 @@ def test_visible_leaves_ordinary_text_alone():
 @pytest.fixture
 def script(monkeypatch):
     """Makes the command's model write what is scripted."""
-    from gptoss import chat
+    from gptoss import commands
 
     def use(*rounds: str) -> None:
         monkeypatch.setattr(
-            chat, "load", lambda *_: (Scripted(*rounds), TOKENIZER))
+            commands, "load_pair", lambda *_: (Scripted(*rounds), TOKENIZER))
     return use
 
 
@@ -488,7 +490,7 @@ def start(*args: str, **options) -> subprocess.Popen:
 
 
 def test_version_help_and_mistake_need_no_torch():
-    code = ("import sys; from gptoss.__main__ import main\n"
+    code = ("import sys; from gptoss.commands import main\n"
             "try: main(['--help'])\nexcept SystemExit as e: print(e.code)\n"
             "print(main(['generate', '--no']), main(['convert']))\n"
             "print([m for m in ('torch', 'transformers', 'rich')"
@@ -706,7 +708,7 @@ def test_a_mistake_is_told_before_anything_is_compiled(tmp_path):
         ("generate", "--prompt", "a", "--model"),
         ("chat", "--prompt", "a", "--model"), ("bench",))]
     done = subprocess.run(
-        [sys.executable, "-c", "from gptoss.__main__ import main\n"
+        [sys.executable, "-c", "from gptoss.commands import main\n"
          f"print([main(argv) for argv in {argvs}])"],
         capture_output=True, text=True, timeout=280,
         env=os.environ | {"GPTOSS_KERNELS": "auto", "CXX": "false",

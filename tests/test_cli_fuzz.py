@@ -16,7 +16,7 @@ from test_cli import write_model
 
 import gptoss
 from gptoss import kernels, parity, train, vectors
-from gptoss.__main__ import COMMANDS, main
+from gptoss.commands import COMMANDS, main
 
 ROUNDS = 40 * int(os.environ.get("GPTOSS_FUZZ", "1"))
 INTS = ["0", "-1", "1", "2", "3", "7", str(2 ** 31), str(2 ** 32),
@@ -75,7 +75,7 @@ def value(chance: random.Random, option: str, how: dict, paths: list[str],
 def command(chance: random.Random, name: str, paths: list[str], there: Path
             ) -> list[str]:
     """A command line, of which most values make sense."""
-    _, options = COMMANDS[name]
+    options = {option.name: option.how for option in COMMANDS[name].options}
     argv = [name]
     small = {"--max-new-tokens": "2", "--repeats": "1", "--new-tokens": "2",
              "--prompt-tokens": "9", "--model": paths[0], "path": paths[0],

@@ -14,9 +14,11 @@ import pytest
 import torch
 from test_cli import ROOT, folder, write_model  # noqa: F401  a fixture
 
-import gptoss.__main__ as cli
-from gptoss.__main__ import Session, UsageError, main, obey, tidily
+from gptoss import terminal
+from gptoss.commands import main
 from gptoss.config import GptOssConfig
+from gptoss.mistakes import UsageError, tidily
+from gptoss.terminal import Session, obey
 
 
 def shell(line: str, **changes: str) -> subprocess.CompletedProcess:
@@ -133,7 +135,7 @@ def test_what_cannot_be_saved_is_told_and_the_session_goes_on(
     (tmp_path / "loop").symlink_to("loop")
     said = []
     session.draw = lambda text, style="": said.append(text)
-    cli._step(session, words)
+    terminal._step(session, words)
     assert len(said) == 1 and said[0].startswith("[error] ")
     assert said[0].count("\n") == 1
     assert os.listdir() == ["loop"]
@@ -174,7 +176,7 @@ def test_a_bug_in_a_turn_is_shown_and_the_session_goes_on(session, capsys):
     said = []
     session.draw = lambda text, style="": said.append(text)
     session.ask = lambda text: {}["a bug"]
-    cli._step(session, "hello")
+    terminal._step(session, "hello")
     assert said == ["[error] 'a bug'\n"] and session.messages
     assert "KeyError: 'a bug'" in capsys.readouterr().err
 

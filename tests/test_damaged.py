@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import SPELLINGS
 from test_cli import CONFIG, write_model
 
-from gptoss.__main__ import main
 from gptoss.checkpoint import LAYOUTS, Checkpoint, convert, write_checkpoint
+from gptoss.commands import main
 
 CASES = 12 * int(os.environ.get("GPTOSS_FUZZ", "1"))  # a layout
 KINDS = (*LAYOUTS, "blocks", "each expert")

@@ -19,6 +19,7 @@ from gptoss.generate import (
     Completion,
     GenerateError,
     Sampler,
+    SamplingOptions,
     TextStream,
     best,
     complete,
@@ -360,6 +361,46 @@ def test_ends_where_the_positions_end(model):
     with pytest.raises(GenerateError, match="at most 0 tokens after the 12 "
                        "in the cache .the cache's max_tokens is 12., found"):
         generate(model, [1], cache=cache)
+
+
+@pytest.mark.parametrize("wrong, why", [
+    ({"seed": -1}, "seed: expected an integer from 0 to"),
+    ({"seed": True}, "seed: expected"),
+    ({"max_new_tokens": 0}, "max_new_tokens: expected an integer >= 1"),
+    ({"prefill_chunk": None}, "prefill_chunk: expected an integer >= 1"),
+    ({"stop": "end"}, "stop: expected token ids, found 'end'"),
+    ({"stop": 7}, "stop: expected token ids, found 7"),
+    ({"top_p": 0}, "top_p: expected"),
+    ({"sampler": Sampler(0), "top_k": 3}, "sampler: expected none beside"),
+])
+def test_options_are_checked_where_they_are_made(wrong, why):
+    with pytest.raises(GenerateError, match=why):
+        SamplingOptions(**wrong)
+
+
+def test_options_are_one_object_for_all_callers(model):
+    """An object, single options and both in one call mean the same."""
+    options = SamplingOptions(temperature=0.9, top_k=40, seed=5,
+                              max_new_tokens=20, stop=[3, 4])
+    wanted = list(generate(model, PROMPT, sampler=Sampler(0.9, 40), seed=5,
+                           max_new_tokens=20, stop={3, 4}))
+    assert list(generate(model, PROMPT, options)) == wanted
+    assert list(generate(model, PROMPT, options.with_changes(seed=1),
+                         seed=5)) == wanted
+    assert generate_batch(model, [PROMPT], options) == [wanted]
+    assert options == options.with_changes(stop={4, 3})
+    with pytest.raises(TypeError, match="top_n"):
+        generate(model, PROMPT, options, top_n=3)
+    with pytest.raises(TypeError, match="top_n"):
+        generate_batch(model, [PROMPT], top_n=3)
+
+
+def test_no_limit_is_all_positions(model):
+    options = SamplingOptions(temperature=0, max_new_tokens=None)
+    most = CONFIG.max_position_embeddings
+    assert len(list(generate(model, PROMPT, options))) == (
+        most - len(PROMPT) + 1)
+    assert options.room(0) == 1
 
 
 @pytest.mark.parametrize("prompt, options, why", [

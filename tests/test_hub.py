@@ -305,7 +305,7 @@ SETTINGS = [
 EACH = """
 import os, sys
 import gptoss.checkpoint
-from gptoss.__main__ import main
+from gptoss.commands import main
 for setting in sys.argv[2:]:
     pid = os.fork()  # huggingface_hub reads its settings but once
     if not pid:

@@ -29,7 +29,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptoss import __main__ as cli
+from gptoss import commands as cli
 from gptoss import parallel
 from gptoss.chat import Chat, ChatError, function_tool
 from gptoss.checkpoint import (
@@ -48,9 +48,9 @@ from gptoss.generate import Sampler, generate
 from gptoss.harmony import Tokenizer
 from gptoss.model import GptOss
 from gptoss.parallel import (
-    Link,
+    Group,
     ParallelError,
-    Seat,
+    MeshRank,
     Shard,
     SplitGptOss,
     Tally,
@@ -58,10 +58,10 @@ from gptoss.parallel import (
     fits,
     on_stage,
     rehearse,
-    seat_config,
+    rank_config,
     shard_rule,
     stage_layers,
-    take_seat,
+    mesh_rank,
     traffic,
 )
 from gptoss.plan import (
@@ -69,7 +69,7 @@ from gptoss.plan import (
     expected_most,
     plan,
     plan_table,
-    seat_bytes,
+    rank_bytes,
     setup,
     token_seconds,
 )
@@ -122,8 +122,8 @@ def test_every_tensor_has_a_rule(layout) -> None:
         shard_rule("model.rotary")
 
 
-def seats(config: GptOssConfig, world: int, stages: int = 1) -> list[Seat]:
-    return [take_seat(config, rank, world, stages) for rank in range(world)]
+def ranks(config: GptOssConfig, world: int, stages: int = 1) -> list[MeshRank]:
+    return [mesh_rank(config, rank, world, stages) for rank in range(world)]
 
 
 @pytest.mark.parametrize(("world", "stages"), [
@@ -133,9 +133,9 @@ def test_parts_cover_every_number_once(world, stages) -> None:
     table says copies, or where heads of a group are on several ranks."""
     for name, spec in tensor_table(TINY).items():
         times = torch.zeros(spec.shape)
-        for seat in seats(TINY, world, stages):
-            if on_stage(TINY, seat, name):
-                index, shape, held = cut(TINY, seat, spec)
+        for mesh in ranks(TINY, world, stages):
+            if on_stage(TINY, mesh, name):
+                index, shape, held = cut(TINY, mesh, spec)
                 assert times[index].shape == shape
                 times[index] += held
         letters, holder = shard_rule(name)
@@ -152,9 +152,9 @@ def test_gate_and_up_stay_together() -> None:
     assert not fits(TINY, 3)
     config = replace(TINY, num_attention_heads=24, num_key_value_heads=3,
                      vocab_size=99)
-    for seat in seats(config, 3):
-        mine = parallel.owned(config, seat)
-        assert seat.slices == 3 and seat.groups == 1
+    for mesh in ranks(config, 3):
+        mine = parallel.owned(config, mesh)
+        assert mesh.slices == 3 and mesh.ep_size == 1
         assert mine["2F"].start == 64 * mine["F/32"].start
         assert mine["2F"].stop == 2 * mine["F"].stop
 
@@ -168,15 +168,15 @@ def test_bytes_of_a_rank(name, world) -> None:
         spec.nbytes for spec in tensor_table(config).values()
         if set(shard_rule(spec.name)[0]) == {"-"})
     even = (checkpoint_bytes(config) - copied) / world
-    for seat in seats(config, world):
+    for mesh in ranks(config, world):
         mine = 0
         for spec in tensor_table(config).values():
-            _, shape, held = cut(config, seat, spec)
+            _, shape, held = cut(config, mesh, spec)
             if set(shard_rule(spec.name)[0]) != {"-"} and held:
                 mine += math.prod(shape) * spec.nbytes // math.prod(
                     spec.shape)
         assert abs(mine / even - 1) < 0.05
-        total = sum(seat_bytes(config, seat).values())
+        total = sum(rank_bytes(config, mesh).values())
         assert total < 1.01 * (even + copied)
 
 
@@ -186,8 +186,8 @@ def test_stages_are_of_one_size(stages) -> None:
     layers = stage_layers(config, stages)
     assert list(itertools.chain(*layers)) == list(range(24))
     assert all(layers)
-    sizes = [sum(seat_bytes(config, seat).values())
-             for seat in seats(config, stages, stages)]
+    sizes = [sum(rank_bytes(config, mesh).values())
+             for mesh in ranks(config, stages, stages)]
     layer = (checkpoint_bytes(config) - 2 * 2 * 201088 * 2880) / 24
     slack = max(layer, 2 * 201088 * 2880 - layer)  # a layer, or the head
     assert sum(sizes) == checkpoint_bytes(config)
@@ -205,14 +205,14 @@ def test_stages_are_of_one_size(stages) -> None:
 def test_sizes_that_do_not_divide(world, stages, said) -> None:
     config = GptOssConfig.from_pretrained(POCKET)
     with pytest.raises(ParallelError, match=said):
-        take_seat(config, 0, world, stages)
+        mesh_rank(config, 0, world, stages)
 
 
 def test_bytes_read_are_counted(tiny) -> None:
     with Checkpoint.open(tiny["hf"]) as checkpoint:
         total = 0
-        for seat in seats(TINY, 4, 2):
-            shard = Shard(checkpoint, seat)
+        for mesh in ranks(TINY, 4, 2):
+            shard = Shard(checkpoint, mesh)
             for name in shard.names():
                 assert shard.read(name).is_contiguous()
             total += shard.bytes_read
@@ -245,7 +245,7 @@ def test_plan() -> None:
     assert fitting == {(4, "24"), (8, "24"), (2, "40"), (4, "40"), (8, "40"),
                        (1, "80"), (2, "80"), (4, "80"), (8, "80")}
     for name, config in RELEASED.items():
-        one = token_seconds(config, take_seat(config, 0, 1), CARDS[2], 1)
+        one = token_seconds(config, mesh_rank(config, 0, 1), CARDS[2], 1)
         assert one * 3350e9 == pytest.approx(bytes_read_per_token(config),
                                              rel=2e-3)
         text = plan_table(name, config, 4096)
@@ -283,29 +283,29 @@ def test_meetings_take_the_steps_of_a_ring(name: str, ranks: int) -> None:
     """What a step costs is paid 2(R - 1) times a sum, R - 1 a gathering;
     what beginning costs, once."""
     config = RELEASED[name]
-    seat = take_seat(config, 0, ranks)
-    free = replace(CARDS[2], link=math.inf, latency=0.0, step=0.0)
+    mesh = mesh_rank(config, 0, ranks)
+    free = replace(CARDS[2], group=math.inf, latency=0.0, step=0.0)
     sums = 2 * config.num_hidden_layers + 1
-    least = token_seconds(config, seat, free, 100)
+    least = token_seconds(config, mesh, free, 100)
 
     def more(**costs: float) -> float:
         card = replace(free, **costs)
-        return token_seconds(config, seat, card, 100) - least
+        return token_seconds(config, mesh, card, 100) - least
 
     assert more(step=1.0) == pytest.approx(
         sums * 2 * (ranks - 1) + ranks - 1)
     assert more(latency=1.0) == pytest.approx(sums + 1)
     sent = sums * 2 * (ranks - 1) / ranks * 2 * config.hidden_size
     sent += (ranks - 1) * 2 * config.vocab_size / ranks
-    assert more(link=1.0) == pytest.approx(sent)
+    assert more(group=1.0) == pytest.approx(sent)
 
 
 def test_more_cards_can_be_slower() -> None:
     """Reading shrinks with the ranks, meetings grow."""
     for config in RELEASED.values():
-        four, eight = (setup(config, n, CARDS[2], 8192).tensor for n in (4, 8))
+        four, eight = (estimate(config, n, CARDS[2], 8192).tensor for n in (4, 8))
         assert eight < four
-        speeds = [1 / token_seconds(config, take_seat(config, 0, n),
+        speeds = [1 / token_seconds(config, mesh_rank(config, 0, n),
                                     replace(CARDS[2], step=1e-3),
                                     8192) for n in (1, 2, 4, 8)]
         assert speeds == sorted(speeds, reverse=True)
@@ -352,8 +352,8 @@ def exercise(model: GptOss) -> list[torch.Tensor]:
 def test_threads_give_the_whole_model(tiny, layout, world, stages) -> None:
     model = whole(tiny[layout])
     wanted = exercise(model)
-    found = rehearse(model.config, world, stages, lambda seat, link: exercise(
-        SplitGptOss.part(tiny[layout], seat, link, torch.float32)))
+    found = rehearse(model.config, world, stages, lambda mesh, group: exercise(
+        SplitGptOss.part(tiny[layout], mesh, group, torch.float32)))
     for rank in found:
         assert all(map(near, rank[:4], wanted[:4]))
         assert torch.equal(rank[4], wanted[4])
@@ -362,32 +362,32 @@ def test_threads_give_the_whole_model(tiny, layout, world, stages) -> None:
 
 def test_unpacked_experts_are_split_too(tiny) -> None:
     wanted = exercise(whole(tiny["hf"]))[0]
-    for found in rehearse(TINY, 2, 1, lambda seat, link: exercise(
-            SplitGptOss.part(tiny["hf"], seat, link, torch.float32,
+    for found in rehearse(TINY, 2, 1, lambda mesh, group: exercise(
+            SplitGptOss.part(tiny["hf"], mesh, group, torch.float32,
                              packed=False))[0]):
         assert near(found, wanted)
 
 
 def test_a_failing_thread_ends_the_rehearsal() -> None:
-    def work(seat, link):
-        if seat.tensor == 1:
+    def work(mesh, group):
+        if mesh.tp_rank == 1:
             raise ZeroDivisionError("planted")
-        return link.sum(torch.ones(1))
+        return group.all_reduce(torch.ones(1))
 
     with pytest.raises(ZeroDivisionError, match="planted"):
         rehearse(TINY, 2, 1, work)
 
 
 def test_cache_of_a_seat() -> None:
-    mine = seat_config(TINY, take_seat(TINY, 3, 4, 2))
+    mine = rank_config(TINY, mesh_rank(TINY, 3, 4, 2))
     assert mine.num_key_value_heads == 4
     assert mine.num_hidden_layers == len(mine.layer_types) == len(
         stage_layers(TINY, 2)[1])
 
 
 def test_alone_nothing_is_said() -> None:
-    x, link = torch.ones(2), Link()
-    assert link.sum(x) is link.gather(x) is link.from_last(x) is x
+    x, group = torch.ones(2), Group()
+    assert group.all_reduce(x) is group.all_gather(x) is group.broadcast_last(x) is x
 
 
 # --- A vocabulary of any size ------------------------------------------------
@@ -400,7 +400,7 @@ ODD = replace(TINY, num_attention_heads=12, num_key_value_heads=6,
 @pytest.mark.parametrize("size", [201_088, 201_089, 200_019, 101, 65])
 def test_rows_cover_a_vocabulary_of_any_size(size, tensors) -> None:
     config = replace(RELEASED["20b"], vocab_size=size)
-    rows = [len(range(size)[parallel.owned(config, parallel.Seat(
+    rows = [len(range(size)[parallel.owned(config, parallel.MeshRank(
         n, tensors))["V"]]) for n in range(tensors)]
     assert sum(rows) == size and max(rows) == rows[0] == -(-size // tensors)
     assert rows == sorted(rows, reverse=True)
@@ -423,8 +423,8 @@ def test_threads_share_a_vocabulary_of_any_size(odd, world, stages) -> None:
     text = list(generate(model, PROMPT[1].tolist(), sampler=GREEDY,
                          max_new_tokens=24))
 
-    def work(seat, link):
-        part = SplitGptOss.part(odd, seat, link, torch.float32)
+    def work(mesh, group):
+        part = SplitGptOss.part(odd, mesh, group, torch.float32)
         return exercise(part), list(generate(
             part, PROMPT[1].tolist(), sampler=GREEDY, max_new_tokens=24))
 
@@ -441,7 +441,7 @@ def attend_odd(rank: int, world: int, port: int, odd: Path, folder: Path
                            max_new_tokens=24))
     with Tally() as tally, torch.inference_mode():
         logits = model(PROMPT[:1])
-    torch.save((tokens, logits, dict(tally.counts), model.seat),
+    torch.save((tokens, logits, dict(tally.counts), model.mesh),
                folder / f"{world}-{rank}.pt")
     torch.distributed.barrier()
     parallel.leave()
@@ -463,11 +463,11 @@ def test_processes_share_a_vocabulary_of_any_size(odd, tmp_path) -> None:
             process.kill()
         assert [process.exitcode for process in made] == [0] * world
         for rank in range(world):
-            tokens, logits, counts, seat = torch.load(
+            tokens, logits, counts, mesh = torch.load(
                 tmp_path / f"{world}-{rank}.pt", weights_only=False)
             assert tokens == text and near(logits, model(PROMPT[:1]))
             assert counts == {(name, size): calls for name, (calls, size)
-                              in traffic(ODD, seat, 40, 40, 4).items()}
+                              in traffic(ODD, mesh, 40, 40, 4).items()}
 
 
 # --- Processes over gloo -----------------------------------------------------
@@ -620,9 +620,9 @@ def own_dates(monkeypatch) -> None:
 def test_a_chat_of_threads(world, stages, own_dates) -> None:
     noted: list[str] = []
 
-    def work(seat, link):
-        model = SplitGptOss.part(POCKET, seat, link, torch.float32)
-        return agent(model, seat.tensor + seat.stage * seat.tensors,
+    def work(mesh, group):
+        model = SplitGptOss.part(POCKET, mesh, group, torch.float32)
+        return agent(model, mesh.tp_rank + mesh.pp_rank * mesh.tp_size,
                      noted.append, 0.1)
 
     found = rehearse(GptOssConfig.from_pretrained(POCKET), world, stages,
@@ -637,8 +637,8 @@ def work_as_agent(rank: int, port: int, folder: Path) -> list:
     os.environ["MASTER_PORT"] = str(port)
     joined = parallel.join(timeout=timedelta(seconds=4))
     chat.today = lambda: f"2025-01-0{rank + 1}"
-    seat = take_seat(GptOssConfig.from_pretrained(POCKET), rank, 2)
-    model = SplitGptOss.part(POCKET, seat, joined.link(seat), torch.float32)
+    mesh = mesh_rank(GptOssConfig.from_pretrained(POCKET), rank, 2)
+    model = SplitGptOss.part(POCKET, mesh, joined.group(mesh), torch.float32)
 
     def note(text: str) -> None:
         with open(folder / "noted.txt", "a") as file:
@@ -664,9 +664,9 @@ def attend(rank: int, world: int, ports: list[int], folder: Path) -> None:
     joined, found = parallel.join(), {}
     config = GptOssConfig.from_pretrained(POCKET)
     for stages in STAGES[world]:
-        seat = take_seat(config, rank, world, stages)
+        mesh = mesh_rank(config, rank, world, stages)
         # decoded experts in the largest world: the same numbers, sooner
-        model = SplitGptOss.part(POCKET, seat, joined.link(seat),
+        model = SplitGptOss.part(POCKET, mesh, joined.group(mesh),
                                  torch.float32, packed=world < 8)
         cache = model.new_cache()
         count = 128 if stages == STAGES[world][0] else 32
@@ -675,7 +675,7 @@ def attend(rank: int, world: int, ports: list[int], folder: Path) -> None:
         with Tally() as tally, torch.inference_mode():
             model(PROMPT[:1, :1], cache)
         found[stages] = {
-            "tokens": tokens, "logits": exercise(model), "seat": seat,
+            "tokens": tokens, "logits": exercise(model), "mesh": mesh,
             "tally": dict(tally.counts), "bytes": model.bytes_read,
             "random": torch.rand(1), "same": joined.same(lambda: rank)}
     torch.distributed.barrier()  # rank 0 takes the store with it
@@ -759,7 +759,7 @@ def test_what_was_said_is_what_is_counted(worlds, world, stages) -> None:
     config = GptOssConfig.from_pretrained(POCKET)
     for rank in worlds[world]:
         found = rank[stages]
-        wanted = traffic(config, found["seat"], width=4)
+        wanted = traffic(config, found["mesh"], width=4)
         assert found["tally"] == {
             (name, size): calls for name, (calls, size) in wanted.items()}
 
@@ -837,7 +837,7 @@ def test_two_machines(capsys) -> None:
 
 DIES = """
 import os, signal, sys
-from gptoss import __main__ as cli
+from gptoss import commands as cli
 from gptoss.parallel import SplitGptOss
 
 if os.environ["RANK"] == "1":

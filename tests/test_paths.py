@@ -17,6 +17,7 @@ from oracles import random_tensors
 from gptoss import kernels, parity
 from gptoss.chat import Chat
 from gptoss.checkpoint import write_checkpoint
+from gptoss.collectives import rehearse
 from gptoss.config import GptOssConfig
 from gptoss.decode_step import quick_step
 from gptoss.generate import (
@@ -27,7 +28,7 @@ from gptoss.generate import (
     use_decoder,
 )
 from gptoss.model import GptOss
-from gptoss.parallel import SplitGptOss, rehearse
+from gptoss.split import SplitGptOss
 
 POCKET = Path(kernels.__file__).parent / "pocket"
 GREEDY = Sampler(temperature=0.0)
@@ -247,8 +248,8 @@ def test_a_chat_says_what_its_model_would(slack):
 def test_ranks_are_one_model(path, model, exact, world, stages):
     tokens = prompt(40, 7)
 
-    def work(seat, link):
-        part = SplitGptOss.part(path, seat, link)
+    def work(mesh, group):
+        part = SplitGptOss.part(path, mesh, group)
         with torch.inference_mode():
             logits = part(tokens)
         return logits, list(generate(part, tokens[0].tolist(),

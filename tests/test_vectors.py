@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gptoss import parity, vectors
-from gptoss.__main__ import main
+from gptoss.commands import main
 from gptoss.model import GptOss
 
 FOLDER = Path(__file__).parent / "vectors"

@@ -70,7 +70,7 @@ def test_what_is_installed_needs_no_book(built, tmp_path):
             "assert gptoss.__file__.startswith(r'%s')\n"
             "for name in gptoss._MODULES: importlib.import_module("
             "'gptoss.' + name)\n"
-            "from gptoss.__main__ import main\n"
+            "from gptoss.commands import main\n"
             "assert main(['generate', '--max-new-tokens', '2']) == 0")
     done = subprocess.run(
         [sys.executable, "-c", code % tmp_path], cwd=tmp_path, timeout=120,
