@@ -60,7 +60,7 @@ MISTAKES = {"gptoss.config": "ConfigError", "gptoss.mxfp4": "MXFP4Error",
             "gptoss.cache": "CacheError", "gptoss.model": "ModelError",
             "gptoss.harmony": "HarmonyError",
             "gptoss.generate": "GenerateError",
-            "gptoss.chat": "ChatError", "gptoss.parity": "ParityError",
+            "gptoss.messages": "ChatError", "gptoss.parity": "ParityError",
             "gptoss.vectors": "VectorError",
             "gptoss.kernels": "KernelError",
             "gptoss.parallel": "ParallelError",
@@ -485,8 +485,10 @@ def _effort(session: Session, level: str) -> str:
     if level not in ("", *EFFORTS):
         raise UsageError(f"/effort: expected {', '.join(EFFORTS)}, found "
                          f"{level}")
-    session.chat.effort = level or session.chat.effort
-    return f"effort: {session.chat.effort}"
+    settings = session.chat.settings
+    settings = settings.with_changes(effort=level or settings.effort)
+    session.chat.settings = settings
+    return f"effort: {settings.effort}"
 
 
 def _quit(session: Session, _: str) -> str:
@@ -617,7 +619,8 @@ def _split_chat(args: argparse.Namespace) -> tuple:
 
 def run_chat(args: argparse.Namespace) -> None:
     """A conversation; with a pipe, one message a line of stdin."""
-    from gptoss.chat import TOOLS, Chat
+    from gptoss.calculator import TOOLS
+    from gptoss.chat import Chat
     from gptoss.kernels import load_kernels
 
     if args.json and args.prompt is None:

@@ -17,16 +17,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import random_tensors
 from safetensors.torch import load_file
-from test_chat import TOKENIZER, Scripted, called, said
+from scripted import TOKENIZER, Scripted, called, said
 
 import gptoss
 from gptoss.__main__ import UsageError, build_parser, drawn, main, visible
-from gptoss.chat import ChatEvent
 from gptoss.checkpoint import write_checkpoint
 from gptoss.config import GptOssConfig
 from gptoss.generate import Sampler, complete
 from gptoss.harmony import Tokenizer, tokenizer_json
 from gptoss.model import GptOss
+from gptoss.turn import ChatEvent
 
 ROOT = Path(gptoss.__file__).parents[1]
 CONFIG = GptOssConfig(
