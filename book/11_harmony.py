@@ -1624,30 +1624,26 @@ def _read_header(pieces: _Pieces, role: str | None, started: bool
     """The message that a header announces, and what is wrong with it."""
     found, words, wrong = _fields(pieces)
     role, name, complaints = _author(words, role, started)
-    wrong += complaints
-    channel, kind = found.get("<|channel|>"), found.get(_CONSTRAIN)
     to = [word[3:] for word in words if word.startswith("to=")]
     early = not all(word.startswith("to=") for word in words[:len(to)])
     words = [word for word in words if not word.startswith("to=")]
-    if channel is None and words and words[0] in CHANNELS:
-        channel = words.pop(0)
-        wrong.append("a channel without <|channel|>")
-    if kind is not None:
-        kind = _CONSTRAIN + kind
-    elif len(words) == 1:
-        kind = words[0]
-    if words and not (words == [kind] and _WORD.fullmatch(kind)):
-        wrong.append(f"unexpected text {' '.join(words)!r} in a header")
-    elif words and early:
-        wrong.append(f"a format before to=: {kind!r}")
-    if len(to) > 1 or "" in to:
-        wrong.append(f"recipients {to} in a header")
-    if role == "assistant" and channel not in CHANNELS:
-        wrong.append(f"an unknown channel {channel!r}" if channel
-                     else "a message of the assistant without a channel")
+    bare = "<|channel|>" not in found and words[:1] in [[c] for c in CHANNELS]
+    channel = words.pop(0) if bare else found.get("<|channel|>")
+    kind = (_CONSTRAIN + found[_CONSTRAIN] if _CONSTRAIN in found
+            else words[0] if len(words) == 1 else None)
+    alone = words == [kind] and bool(_WORD.fullmatch(kind))
+    lost = role == "assistant" and channel not in CHANNELS
     text = _spell(pieces)
-    if "\ufffd" in text:
-        wrong.append("a header that is not UTF-8")
+    table = {  # complaint -> whether it holds
+        "a channel without <|channel|>": bare,
+        f"unexpected text {' '.join(words)!r} in a header":
+            words and not alone,
+        f"a format before to=: {kind!r}": alone and early,
+        f"recipients {to} in a header": len(to) > 1 or "" in to,
+        f"an unknown channel {channel!r}": lost and channel,
+        "a message of the assistant without a channel": lost and not channel,
+        "a header that is not UTF-8": "\ufffd" in text}
+    wrong += complaints + [reason for reason, holds in table.items() if holds]
     recipient = next(filter(None, to), None)
     return (Message(role, "", channel, recipient, kind, name),
             [Malformed(reason, text) for reason in wrong])
@@ -1693,14 +1689,27 @@ print(_rescue([("", bytearray(b"I cannot help with that."))]))
 print(_rescue([("", bytearray()), ("<|channel|>", bytearray(b"??"))]))
 
 # %% [markdown]
-# ### Beginning and ending a message
+# ### One token at a time
+#
+# The figure's arrows. The state "between" is a header whose `<|start|>` has
+# not been seen. `feed` and `close` are what a caller sees; `_header` and
+# `_content` are the two states, and each arrow out of them begins, opens,
+# adds to, finishes or abandons the message in progress.
 
 # %% tags=["export"]
 _STOPS = {"<|end|>": "end", "<|return|>": "return", "<|call|>": "call"}
 
 
-class _Messages:
-    """Half of the parser: the message in progress, begun and ended."""
+class StreamParser:
+    """Takes tokens one by one and reports events; never raises on a token.
+
+    `role`: the author of the first message if the tokens continue
+    `<|start|>role`, as a reply to `render` does; None: they begin with
+    `<|start|>`. `messages`: those that are done. What is malformed is
+    reported, and the parser goes on with the next header that it finds.
+    A ToolCall comes only of a message with a stop token: without one its
+    arguments may be cut short.
+    """
 
     def __init__(self, tokenizer: Tokenizer,
                  role: str | None = "assistant") -> None:
@@ -1712,78 +1721,6 @@ class _Messages:
         self._replying = role == "assistant"
         self._stop: str | None = None         # of the message before
         self._begin(role, started=role is not None)
-
-    def _begin(self, role: str | None = None, started: bool = False) -> None:
-        """A new header; `started`: its `<|start|>` has been seen."""
-        self._role, self._started = role, started
-        self._pieces: _Pieces = [("", bytearray())]
-        self._message: Message | None = None  # whose content is being read
-        self._text: list[str] = []
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def _open(self, message: Message) -> list[Event]:
-        """A header is complete."""
-        self._message = message
-        return [Opened(message)]
-
-    def _add(self, data: bytes, final: bool = False) -> list[Event]:
-        """More content; at a `final` half a character becomes U+FFFD."""
-        text = self._utf8.decode(data, final)
-        self._text.append(text)
-        return [Delta(text, self._message.channel)] if text else []
-
-    def _finish(self, stop: str | None) -> list[Event]:
-        """The message ends."""
-        events = self._add(b"", final=True)
-        message = replace(self._message, content="".join(self._text))
-        to, call = message.recipient, None
-        if message.role == "assistant" and to is not None:
-            call = ToolCall(to, message.content_type, message.content)
-        if stop == "call" and call is None:
-            events.append(Malformed("<|call|> without a recipient", ""))
-        if call and to in ROLES:
-            events.append(Malformed("a recipient that is no tool", to))
-        elif call and stop is not None:
-            if stop != "call":
-                events.append(Malformed("a call without <|call|>", to))
-            events.append(call)
-        self.messages.append(message)
-        self._stop = stop
-        self._begin()
-        return [*events, Done(message, stop)]
-
-    def _abandon(self, control: str = "") -> list[Event]:
-        """`control` (or the end) instead of `<|message|>` after a header."""
-        found = _spell(self._pieces) + control
-        reason = ("a header without <|message|>" if self._started else
-                  "text outside of a message")
-        events: list[Event] = [Malformed(reason, found)]
-        message = _rescue(self._pieces) if self._replying else None
-        if message is None or control == "<|start|>":
-            self._begin()
-            return events
-        events += self._open(replace(message, content=""))
-        events += self._add(message.content.encode())
-        return events + self._finish(_STOPS.get(control))
-
-
-# %% [markdown]
-# ### One token at a time
-#
-# The figure's arrows. The state "between" is a header whose `<|start|>` has
-# not been seen.
-
-# %% tags=["export"]
-class StreamParser(_Messages):
-    """Takes tokens one by one and reports events; never raises on a token.
-
-    `role`: the author of the first message if the tokens continue
-    `<|start|>role`, as a reply to `render` does; None: they begin with
-    `<|start|>`. `messages`: those that are done. What is malformed is
-    reported, and the parser goes on with the next header that it finds.
-    A ToolCall comes only of a message with a stop token: without one its
-    arguments may be cut short.
-    """
 
     def feed(self, token: int) -> list[Event]:
         """The events that `token` causes."""
@@ -1843,6 +1780,59 @@ class StreamParser(_Messages):
                   *self._finish(None)]
         self._begin(role, started=role is not None)
         return events + self._header(control, b"")
+
+    def _begin(self, role: str | None = None, started: bool = False) -> None:
+        """A new header; `started`: its `<|start|>` has been seen."""
+        self._role, self._started = role, started
+        self._pieces: _Pieces = [("", bytearray())]
+        self._message: Message | None = None  # whose content is being read
+        self._text: list[str] = []
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def _open(self, message: Message) -> list[Event]:
+        """A header is complete."""
+        self._message = message
+        return [Opened(message)]
+
+    def _add(self, data: bytes, final: bool = False) -> list[Event]:
+        """More content; at a `final` half a character becomes U+FFFD."""
+        text = self._utf8.decode(data, final)
+        self._text.append(text)
+        return [Delta(text, self._message.channel)] if text else []
+
+    def _finish(self, stop: str | None) -> list[Event]:
+        """The message ends."""
+        events = self._add(b"", final=True)
+        message = replace(self._message, content="".join(self._text))
+        to, call = message.recipient, None
+        if message.role == "assistant" and to is not None:
+            call = ToolCall(to, message.content_type, message.content)
+        if stop == "call" and call is None:
+            events.append(Malformed("<|call|> without a recipient", ""))
+        if call and to in ROLES:
+            events.append(Malformed("a recipient that is no tool", to))
+        elif call and stop is not None:
+            if stop != "call":
+                events.append(Malformed("a call without <|call|>", to))
+            events.append(call)
+        self.messages.append(message)
+        self._stop = stop
+        self._begin()
+        return [*events, Done(message, stop)]
+
+    def _abandon(self, control: str = "") -> list[Event]:
+        """`control` (or the end) instead of `<|message|>` after a header."""
+        found = _spell(self._pieces) + control
+        reason = ("a header without <|message|>" if self._started else
+                  "text outside of a message")
+        events: list[Event] = [Malformed(reason, found)]
+        message = _rescue(self._pieces) if self._replying else None
+        if message is None or control == "<|start|>":
+            self._begin()
+            return events
+        events += self._open(replace(message, content=""))
+        events += self._add(message.content.encode())
+        return events + self._finish(_STOPS.get(control))
 
 
 # %%

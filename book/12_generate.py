@@ -834,8 +834,9 @@ def generate_batch(model: GptOss, prompts: Sequence[Sequence[int]],
                    **changes: Any) -> list[list[int]]:
     """The continuations of `prompts` (lists of ids of any lengths).
 
-    `options`, `changes`: as for `generate`. Row r is what `generate` gives for prompt r and the seed `seed` + r,
-    up to the rounding of larger matrix products.
+    `options`, `changes`: as for `generate`. Row r is what `generate` gives
+    for prompt r and the seed `seed` + r, up to the rounding of larger
+    matrix products.
     """
     options = (options or SamplingOptions()).with_changes(**changes)
     draws, stop = options.draws, options.stop
@@ -874,6 +875,78 @@ prompts = [tokenizer.encode(text) for text in (
 for row in generate_batch(model, prompts, max_new_tokens=12,
                           sampler=Sampler(0)):
     print(tokenizer.decode(row))
+
+# %% [markdown]
+# ### As a method of the model
+#
+# Whoever comes from `transformers` writes `model.generate(**inputs)`: a
+# tensor goes in, padded on the left, and one comes out that holds prompts and
+# continuations, with the padding id behind a row that ended early. That is
+# the same loop behind another door. Chapter 10's method calls this function;
+# an option that it does not know is a TypeError, never ignored.
+
+# %% tags=["export"]
+def _unpadded(ids: Tensor, mask: Tensor | None) -> list[list[int]]:
+    """The rows of `ids` (B, T) without the padding on their left."""
+    if ids.ndim != 2 or ids.is_floating_point() or ids.is_complex():
+        _refuse("input_ids", "integers (B, T) or a list of ids",
+                f"{ids.dtype} {tuple(ids.shape)}")
+    if mask is None:
+        return ids.tolist()
+    mask = torch.as_tensor(mask, device=ids.device).bool()
+    if mask.shape != ids.shape:
+        _refuse("attention_mask", f"shape {tuple(ids.shape)}",
+                tuple(mask.shape))
+    if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+        _refuse("attention_mask", "rows padded on the left", mask.tolist())
+    return [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
+
+
+def continue_ids(model: GptOss, input_ids: Tensor | Sequence[int], *,
+                 attention_mask: Tensor | None = None, do_sample: bool = True,
+                 eos_token_id: int | Iterable[int] | None = None,
+                 pad_token_id: int | None = None,
+                 **options: Any) -> Tensor | list[int]:
+    """Prompts with their continuations, as transformers' `generate`.
+
+    input_ids: (B, T) integers give (B, T + new) int64 on the same device;
+    a list of ids gives a list. attention_mask (B, T): 0 is padding, on the
+    left. do_sample: False takes the likeliest token. eos_token_id: what
+    ends a row (None: what the checkpoint says); pad_token_id: what stands
+    behind its end (None: the configuration's). options: fields of
+    `SamplingOptions`, None for a default, TypeError for any other.
+    """
+    given = {key: value for key, value in options.items()
+             if value is not None or key == "max_new_tokens"}
+    if not do_sample:
+        given["temperature"] = 0
+    if eos_token_id is None:
+        eos_token_id = stop_ids(model.source or model.config)
+    elif isinstance(eos_token_id, int):
+        eos_token_id = [eos_token_id]
+    run = SamplingOptions(**{"stop": eos_token_id} | given)
+    if not isinstance(input_ids, Tensor):
+        return [*input_ids, *generate(model, input_ids, run)]
+    rows = _unpadded(input_ids, attention_mask)
+    new = ([list(generate(model, rows[0], run))] if len(rows) == 1
+           else generate_batch(model, rows, run))
+    pad = model.config.pad_token_id if pad_token_id is None else pad_token_id
+    made = torch.full((len(new), max(map(len, new), default=0)), pad)
+    for row, tokens in zip(made, new, strict=True):
+        row[:len(tokens)] = torch.tensor(tokens)
+    return torch.cat([input_ids.long(), made.to(input_ids.device)], 1)
+
+# %%
+both = torch.tensor([tokenizer.encode(opening)] * 2)
+out = model.generate(both, attention_mask=torch.tensor(
+    [[1] * 14, [0] * 7 + [1] * 7])[:, -both.shape[1]:], do_sample=False,
+    max_new_tokens=6)
+print(tuple(both.shape), "->", tuple(out.shape))
+print([tokenizer.decode(row[both.shape[1]:]) for row in out.tolist()])
+try:
+    model.generate(both, num_beams=4)
+except TypeError as error:
+    print(error)
 
 # %% [markdown]
 # ### Text as it comes
@@ -977,7 +1050,8 @@ print(done.finish_reason, len(done.tokens), done.text)
 # %% [markdown]
 # ### A conversation: what a message may look like
 #
-# From here on the chapter writes a second module, `gptoss.chat`. Messages
+# From here on the chapter writes the modules of a chat, one after another.
+# The first, `gptoss.messages`, reads what was said so far. Messages
 # come as the plain dicts of OpenAI's chat interface, as its clients' objects,
 # or as items of its Responses interface. All these were made before gpt-oss
 # was, and everybody has added a key of their own. So we read every key that
@@ -985,68 +1059,22 @@ print(done.finish_reason, len(done.tokens), done.text)
 # that holds something: a text that is left out without a word changes the
 # conversation, and nobody learns why the answer is odd.
 
-# %% tags=["export:chat"]
-import ast
+# %% tags=["export:messages"]
 import dataclasses
-import datetime
-import functools
-import inspect
-import itertools
-import json
-import logging
-import math
-import random
 import re
 import reprlib
-import time
-import typing
-import types
-import warnings
-import weakref
-from collections.abc import (
-    Callable,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
-from decimal import Context, Decimal, Inexact
-from fractions import Fraction
-from importlib.resources import files
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
-import torch
-
-from gptoss.checkpoint import resolve
-from gptoss.generate import Sampler, generate
-from gptoss.harmony import (
-    CHANNELS,
-    EFFORTS,
-    Delta,
-    Event,
-    Malformed,
-    Message,
-    Opened,
-    StreamParser,
-    Tokenizer,
-    Tool,
-    ToolCall,
-    developer_message,
-    render,
-    system_message,
-)
-from gptoss.model import GptOss
-
-_log = logging.getLogger("gptoss")
+from gptoss.harmony import Message, developer_message
 
 
-# %% tags=["export:chat"]
+# %% tags=["export:messages"]
 class ChatError(ValueError):
     """A message, a tool or an option that a chat cannot use."""
 
 
-def _expect(fits: bool, where: str, expected: str, found: object) -> None:
+def expect(fits: bool, where: str, expected: str, found: object) -> None:
+    """Raises ChatError at `where` unless what was `found` fits."""
     if not fits:
         shown = "nothing" if found is None else reprlib.repr(found)
         raise ChatError(f"{where}: expected {expected}, found {shown}")
@@ -1059,29 +1087,29 @@ _IDLE = frozenset({
     "cache_control"})
 
 
-def _dict(value: object, where: str) -> Mapping:
+def as_dict(value: object, where: str) -> Mapping:
     """`value`, a dict or an object that makes one by `model_dump()`."""
     dump = getattr(value, "model_dump", None)
     if callable(dump) and not isinstance(value, Mapping | type):
         value = dump()
-    _expect(isinstance(value, Mapping), where, "a dict", value)
+    expect(isinstance(value, Mapping), where, "a dict", value)
     return value
 
 
-def _known(given: Mapping, keys: Sequence[str], where: str) -> None:
+def only_keys(given: Mapping, keys: Sequence[str], where: str) -> None:
     """Refuse a key that holds something and would not be read."""
     for key, value in given.items():
         empty = value is None or value is False or (
             isinstance(value, str | list | tuple | Mapping) and not value)
-        _expect(empty or key in keys or key in _IDLE, f"{where}.{key}",
-                f"no keys but {', '.join(keys)}", value)
+        expect(empty or key in keys or key in _IDLE, f"{where}.{key}",
+               f"no keys but {', '.join(keys)}", value)
 
 
 # %% [markdown]
 # A text is a string or a list of parts, and three interfaces call their
 # parts by four names:
 
-# %% tags=["export:chat"]
+# %% tags=["export:messages"]
 # type of a part -> the key with its text
 _PARTS = {"text": "text", "input_text": "text", "output_text": "text",
           "refusal": "refusal"}
@@ -1089,33 +1117,34 @@ _PARTS = {"text": "text", "input_text": "text", "output_text": "text",
 
 def _part(part: object, where: str) -> str:
     """The text of one part of a content."""
-    part = _dict(part, where)
+    part = as_dict(part, where)
     kind = part.get("type")
     key = _PARTS.get(kind) if isinstance(kind, str) else None
-    _expect(key is not None and isinstance(part.get(key), str), where,
-            "{'type': 'text', 'text': ...}", part)
-    _known(part, ("type", key), where)
+    expect(key is not None and isinstance(part.get(key), str), where,
+           "{'type': 'text', 'text': ...}", part)
+    only_keys(part, ("type", key), where)
     return part[key]
 
 
-def _text(content: object, where: str) -> str:
+def content_text(content: object, where: str) -> str:
     """The text of `content`, a string or a list of text parts."""
     if isinstance(content, list | tuple):
         content = "".join(_part(part, f"{where}[{n}]")
                           for n, part in enumerate(content))
-    _expect(isinstance(content, str), where,
-            "a string or a list of text parts", content)
-    _expect(not re.search("[\ud800-\udfff]", content), where,
-            "Unicode characters without lone surrogates", content)
+    expect(isinstance(content, str), where,
+           "a string or a list of text parts", content)
+    expect(not re.search("[\ud800-\udfff]", content), where,
+           "Unicode characters without lone surrogates", content)
     return content
 
 # %%
-print(_text([{"type": "text", "text": "two "},
-             {"type": "input_text", "text": "parts"}], "messages[0].content"))
+print(content_text([{"type": "text", "text": "two "},
+                    {"type": "input_text", "text": "parts"}],
+                   "messages[0].content"))
 for wrong in ([{"type": "image_url"}],
               [{"type": "text", "text": "a", "bold": True}]):
     try:
-        _text(wrong, "messages[0].content")
+        content_text(wrong, "messages[0].content")
     except ChatError as error:
         print(error)
 
@@ -1126,7 +1155,7 @@ for wrong in ([{"type": "image_url"}],
 # LiteLLM (`thinking_blocks`). A client may send the same thought under two
 # of them. It counts once; two different ones are a contradiction.
 
-# %% tags=["export:chat"]
+# %% tags=["export:messages"]
 # type of a piece of reasoning -> the key with its text
 _PIECES = {"reasoning.text": "text", "reasoning.summary": "summary",
            "thinking": "thinking", "reasoning_text": "text",
@@ -1137,16 +1166,16 @@ _THOUGHTS = ("reasoning", "reasoning_content", "thinking",
 
 def _piece(piece: object, where: str) -> str:
     """The text of one entry of a list of reasoning."""
-    piece = _dict(piece, where)
+    piece = as_dict(piece, where)
     kind = piece.get("type")
     if isinstance(kind, str) and kind in _PARTS:
         return _part(piece, where)
     key = _PIECES.get(kind) if isinstance(kind, str) else None
-    _expect(key is not None, f"{where}.type",
-            f"one of {', '.join(_PIECES)} (what is encrypted cannot be "
-            "read)", kind)
-    _known(piece, ("type", key, "signature", "format"), where)
-    return _text(piece.get(key) or "", f"{where}.{key}")
+    expect(key is not None, f"{where}.type",
+           f"one of {', '.join(_PIECES)} (what is encrypted cannot be "
+           "read)", kind)
+    only_keys(piece, ("type", key, "signature", "format"), where)
+    return content_text(piece.get(key) or "", f"{where}.{key}")
 
 
 def _thought(message: Mapping, where: str) -> str:
@@ -1157,9 +1186,9 @@ def _thought(message: Mapping, where: str) -> str:
         if isinstance(found, list | tuple):
             found = "".join(_piece(piece, f"{at}[{n}]")
                             for n, piece in enumerate(found))
-        found = _text("" if found is None else found, at)
-        _expect(not (found and thought) or found.strip() == thought.strip(),
-                at, f"the same as {first}, or only one of them", found)
+        found = content_text("" if found is None else found, at)
+        expect(not (found and thought) or found.strip() == thought.strip(),
+               at, f"the same as {first}, or only one of them", found)
         if found and not thought:
             first, thought = key, found
     return thought
@@ -1175,34 +1204,40 @@ for message in ({"reasoning": "Add.", "reasoning_content": "Add."},
     except ChatError as error:
         print(error)
 
-# %% tags=["export:chat"]
+# %% tags=["export:messages"]
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _OTHER = re.compile(r"[^A-Za-z0-9_.-]")
 
 
-def _name(name: object, where: str) -> str:
-    _expect(isinstance(name, str) and bool(_NAME.fullmatch(name)), where,
-            "1 to 64 letters, digits, _ . -", name)
+def checked_name(name: object, where: str) -> str:
+    """`name` of a function or an author, if it may be one."""
+    expect(isinstance(name, str) and bool(_NAME.fullmatch(name)), where,
+           "1 to 64 letters, digits, _ . -", name)
     return name
+
+
+def possible_name(name: str) -> str:
+    """What a model called, made a name that `checked_name` takes."""
+    return _OTHER.sub("_", name)[:64] or "none"
 
 
 def _call(call: object, where: str) -> tuple[str, Message]:
     """One entry of `tool_calls`: its id, and a message to the function."""
-    call = _dict(call, where)
-    _expect(isinstance(call.get("id"), str), f"{where}.id", "a string",
-            call.get("id"))
-    _expect(call.get("type", "function") == "function", f"{where}.type",
-            "'function'", call.get("type"))
-    _known(call, ("id", "type", "function"), where)
-    function = _dict(call.get("function"), f"{where}.function")
-    name = _name(function.get("name"), f"{where}.function.name")
+    call = as_dict(call, where)
+    expect(isinstance(call.get("id"), str), f"{where}.id", "a string",
+           call.get("id"))
+    expect(call.get("type", "function") == "function", f"{where}.type",
+           "'function'", call.get("type"))
+    only_keys(call, ("id", "type", "function"), where)
+    function = as_dict(call.get("function"), f"{where}.function")
+    name = checked_name(function.get("name"), f"{where}.function.name")
     arguments = function.get("arguments")
-    _expect(isinstance(arguments, str), f"{where}.function.arguments",
-            "a string of JSON", arguments)
-    _known(function, ("name", "arguments"), f"{where}.function")
+    expect(isinstance(arguments, str), f"{where}.function.arguments",
+           "a string of JSON", arguments)
+    only_keys(function, ("name", "arguments"), f"{where}.function")
     return call["id"], Message(
-        "assistant", _text(arguments, f"{where}.arguments"), "commentary",
-        f"functions.{name}", "<|constrain|>json")
+        "assistant", content_text(arguments, f"{where}.arguments"),
+        "commentary", f"functions.{name}", "<|constrain|>json")
 
 
 # %% [markdown]
@@ -1215,7 +1250,7 @@ def _call(call: object, where: str) -> tuple[str, Message]:
 # And a dict without content is no answer: somebody who was cut off while
 # thinking has not answered with nothing.
 
-# %% tags=["export:chat"]
+# %% tags=["export:messages"]
 _PHASES = {"commentary": "commentary", "final_answer": "final"}
 _ASSISTANT = ("role", "content", "refusal", "phase", "name", "tool_calls",
               *_THOUGHTS)
@@ -1225,19 +1260,19 @@ def _assistant(message: Mapping, where: str
                ) -> tuple[list[Message], dict[str, str]]:
     """What the assistant thought, said and called, in this order; and the
     calls, id -> function."""
-    _known(message, _ASSISTANT, where)
+    only_keys(message, _ASSISTANT, where)
     calls, phase = message.get("tool_calls") or [], message.get("phase")
-    _expect(isinstance(calls, list | tuple), f"{where}.tool_calls", "a list",
-            calls)
-    _expect(phase is None or phase in tuple(_PHASES), f"{where}.phase",
-            f"one of {', '.join(_PHASES)}", phase)
+    expect(isinstance(calls, list | tuple), f"{where}.tool_calls", "a list",
+           calls)
+    expect(phase is None or phase in tuple(_PHASES), f"{where}.phase",
+           f"one of {', '.join(_PHASES)}", phase)
     made = [_call(call, f"{where}.tool_calls[{n}]")
             for n, call in enumerate(calls)]
     known = {id_: call.recipient for id_, call in made}
-    _expect(len(known) == len(made), f"{where}.tool_calls",
-            "ids that differ", [id_ for id_, _ in made])
+    expect(len(known) == len(made), f"{where}.tool_calls",
+           "ids that differ", [id_ for id_, _ in made])
     said = "\n\n".join(filter(None, (
-        _text(message[key], f"{where}.{key}")
+        content_text(message[key], f"{where}.{key}")
         for key in ("content", "refusal") if message.get(key) is not None)))
     channel = (_PHASES[phase] if phase else
                "commentary" if calls else "final")
@@ -1251,7 +1286,7 @@ def _named(out: list[Message], message: Mapping, where: str
     """The messages with the `name` of their author, if there is one."""
     if not message.get("name"):
         return out
-    name = _name(message["name"], f"{where}.name")
+    name = checked_name(message["name"], f"{where}.name")
     return [dataclasses.replace(each, name=name) for each in out]
 
 # %%
@@ -1270,8 +1305,8 @@ for given in (calling, plan, cut):
 # arrive in another order would be swapped. So they wait until all are there,
 # and are rendered in the order of the calls.
 
-# %% tags=["export:chat"]
-class _Calls:
+# %% tags=["export:messages"]
+class _OpenCalls:
     """Calls that wait for their answers, id -> function."""
 
     def __init__(self) -> None:
@@ -1284,16 +1319,16 @@ class _Calls:
 
     def answer(self, message: Mapping, where: str) -> list[Message]:
         """Takes a tool's message; all answers once none is missing."""
-        _known(message, ("role", "content", "tool_call_id", "name"), where)
+        only_keys(message, ("role", "content", "tool_call_id", "name"), where)
         known, found = ", ".join(self.open), message.get("tool_call_id")
-        _expect(isinstance(found, str) and found in self.open,
-                f"{where}.tool_call_id",
-                f"the id of an open call ({known or 'there is none'})", found)
+        expect(isinstance(found, str) and found in self.open,
+               f"{where}.tool_call_id",
+               f"the id of an open call ({known or 'there is none'})", found)
         to, name = self.to[found], message.get("name")
-        _expect(name in (None, "", to, to.removeprefix("functions.")),
-                f"{where}.name", f"{to}, which was called", name)
+        expect(name in (None, "", to, to.removeprefix("functions.")),
+               f"{where}.name", f"{to}, which was called", name)
         self.answers[found] = Message(
-            "tool", _text(message.get("content"), f"{where}.content"),
+            "tool", content_text(message.get("content"), f"{where}.content"),
             "commentary", "assistant", name=to)
         if self.open:
             return []
@@ -1306,64 +1341,64 @@ class _Calls:
 # The items of the Responses interface say the same in smaller pieces, one for
 # each thought and each call:
 
-# %% tags=["export:chat"]
+# %% tags=["export:messages"]
 def _item(item: Mapping, where: str) -> Mapping:
     """A message, or an item of OpenAI's Responses interface as one."""
     kind = item.get("type") or "message"
     if kind == "message":
         return {key: item[key] for key in item if key != "type"}
     if kind == "reasoning":
-        _known(item, ("type", "summary", "content"), where)
+        only_keys(item, ("type", "summary", "content"), where)
         pieces = [item.get(key) or [] for key in ("summary", "content")]
-        _expect(all(isinstance(each, list) for each in pieces), where,
-                "lists as summary and content", pieces)
+        expect(all(isinstance(each, list) for each in pieces), where,
+               "lists as summary and content", pieces)
         return {"role": "assistant", "reasoning_details": sum(pieces, [])}
     if kind == "function_call":
-        _known(item, ("type", "call_id", "name", "arguments"), where)
+        only_keys(item, ("type", "call_id", "name", "arguments"), where)
         return {"role": "assistant", "tool_calls": [
             {"id": item.get("call_id"), "function": {
                 key: item.get(key) for key in ("name", "arguments")}}]}
-    _expect(kind == "function_call_output", f"{where}.type", "one of message,"
-            " reasoning, function_call, function_call_output", kind)
-    _known(item, ("type", "call_id", "output"), where)
+    expect(kind == "function_call_output", f"{where}.type", "one of message,"
+           " reasoning, function_call, function_call_output", kind)
+    only_keys(item, ("type", "call_id", "output"), where)
     return {"role": "tool", "tool_call_id": item.get("call_id"),
             "content": item.get("output")}
 
 
-# %% tags=["export:chat"]
+# %% tags=["export:messages"]
 _SPEAKERS = ("system", "developer", "user", "assistant", "tool")
 
 
 def _told(message: Mapping, where: str) -> Message:
     """What a system, developer or user message says."""
     role = message["role"]
-    _known(message, ("role", "content") + ("name",) * (role == "user"),
-           where)
-    text = _text(message.get("content"), f"{where}.content")
+    only_keys(message, ("role", "content") + ("name",) * (role == "user"),
+              where)
+    text = content_text(message.get("content"), f"{where}.content")
     return _named([Message(role, text)], message, where)[0]
 
 
-def _next(item: Mapping, where: str, calls: _Calls) -> list[Message]:
+def _next(item: Mapping, where: str, calls: _OpenCalls) -> list[Message]:
     """What a message adds to the conversation, in which `calls` wait."""
     message = _item(item, where)
     role = message.get("role")
-    _expect(role in _SPEAKERS, f"{where}.role",
-            f"one of {', '.join(_SPEAKERS)}", role)
+    expect(role in _SPEAKERS, f"{where}.role",
+           f"one of {', '.join(_SPEAKERS)}", role)
     if role == "tool":
         return calls.answer(message, where)
     more = item.get("type") == "function_call" and not calls.answers
-    _expect(more or not calls.open, f"{where}.role",
-            f"'tool', to answer {', '.join(calls.open)}", role)
+    expect(more or not calls.open, f"{where}.role",
+           f"'tool', to answer {', '.join(calls.open)}", role)
     if role != "assistant":
         return [_told(message, where)]
     out, made = _assistant(message, where)
-    _expect(not made.keys() & calls.to.keys(), f"{where}.call_id",
-            "an id of its own", [*made])
+    expect(not made.keys() & calls.to.keys(), f"{where}.call_id",
+           "an id of its own", [*made])
     calls.to |= made
     return out
 
 
-# %% tags=["export:chat"]
+# %% tags=["export:messages"]
 def read_messages(messages: Sequence[object]) -> tuple[str, list[Message]]:
     """OpenAI's dicts as (instructions, harmony messages).
 
@@ -1373,11 +1408,11 @@ def read_messages(messages: Sequence[object]) -> tuple[str, list[Message]]:
     before anybody else speaks, and the user or a tool must have the last
     word. Raises ChatError naming the message's index and the key.
     """
-    _expect(isinstance(messages, list | tuple) and len(messages) > 0,
-            "messages", "a list of at least one dict", messages)
-    head, out, calls, heading = [], [], _Calls(), True
+    expect(isinstance(messages, list | tuple) and len(messages) > 0,
+           "messages", "a list of at least one dict", messages)
+    head, out, calls, heading = [], [], _OpenCalls(), True
     for n, item in enumerate(messages):
-        item = _dict(item, where := f"messages[{n}]")
+        item = as_dict(item, where := f"messages[{n}]")
         for message in _next(item, where, calls):
             told = message.role in ("system", "developer")
             heading = heading and told
@@ -1387,18 +1422,18 @@ def read_messages(messages: Sequence[object]) -> tuple[str, list[Message]]:
                 out.append(developer_message(message.content) if told
                            else message)
     last = _item(item, where).get("role")
-    _expect(last in ("user", "tool") and not calls.open, f"{where}.role",
-            "the user or a tool to speak last" + (
+    expect(last in ("user", "tool") and not calls.open, f"{where}.role",
+           "the user or a tool to speak last" + (
                 f" (not answered: {', '.join(calls.open)})"
                 if calls.open else ""), last)
     return "\n\n".join(filter(None, head)), out
 
 
 
-def _call_ids(messages: Sequence[object]) -> list[str]:
+def call_ids(messages: Sequence[object]) -> list[str]:
     """The ids of all calls in `messages`, which are right."""
-    dicts = [_dict(each, "messages") for each in messages]
-    return [_dict(call, "tool_calls")["id"] for each in dicts
+    dicts = [as_dict(each, "messages") for each in messages]
+    return [as_dict(call, "tool_calls")["id"] for each in dicts
             for call in _item(each, "messages").get("tool_calls") or ()]
 
 # %%
@@ -1448,12 +1483,23 @@ print([message.content for message in read_messages(both)[1][1:]])
 # *strict*: "3" is no number. Dataclasses go the same way, for they say what
 # their keys are, and are made from them at the end.
 
-# %% tags=["export:chat"]
+# %% tags=["export:schema"]
+import dataclasses
+import functools
+import json
+import reprlib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+
+from gptoss.messages import ChatError
+
 _UNIONS = (typing.Union, types.UnionType)
 _WRAPPERS = (typing.Required, typing.NotRequired)
 
 
-def _type_hints(owner: object, where: str) -> dict[str, object]:
+def type_hints(owner: object, where: str) -> dict[str, object]:
+    """The hints of a function or class; ChatError for one that fails."""
     try:
         return typing.get_type_hints(owner, include_extras=True)
     except RecursionError:
@@ -1462,16 +1508,16 @@ def _type_hints(owner: object, where: str) -> dict[str, object]:
         raise ChatError(f"{where}: {error}") from error
 
 
-def _fields(hint: object) -> tuple[dict[str, object], set[str]] | None:
+def _typed_keys(hint: object) -> tuple[dict[str, object], set[str]] | None:
     """Hints and required keys of a dataclass or TypedDict, else None."""
     from typing_extensions import is_typeddict
 
     if is_typeddict(hint):
-        return _type_hints(hint, hint.__name__), set(hint.__required_keys__)
+        return type_hints(hint, hint.__name__), set(hint.__required_keys__)
     if not (isinstance(hint, type) and dataclasses.is_dataclass(hint)
             ) or hasattr(hint, "__pydantic_core_schema__"):
         return None
-    hints = _type_hints(hint, hint.__name__)
+    hints = type_hints(hint, hint.__name__)
     made = [field for field in dataclasses.fields(hint) if field.init]
     return ({field.name: hints[field.name] for field in made},
             {field.name for field in made
@@ -1485,9 +1531,9 @@ class Place:
     country: str | None = None
 
 
-print(_fields(Place), _fields(int))
+print(_typed_keys(Place), _typed_keys(int))
 
-# %% tags=["export:chat"]
+# %% tags=["export:schema"]
 def _record(name: str, hints: Mapping[str, object],
             required: Iterable[str]) -> type:
     """The type of a strict object with these keys, for pydantic."""
@@ -1509,7 +1555,7 @@ def _strict(hint: object) -> object:
     origin, inside = typing.get_origin(hint), typing.get_args(hint)
     if origin in _WRAPPERS:
         return _strict(inside[0])
-    if (fields := _fields(hint)) is not None:
+    if (fields := _typed_keys(hint)) is not None:
         record = _record(hint.__name__, *fields)
         return (typing.Annotated[record, AfterValidator(
             lambda values: hint(**values))]
@@ -1533,7 +1579,7 @@ def _strict(hint: object) -> object:
 # place, `oneOf` or a list of types, `nullable`. A pair becomes an array of
 # what may stand in it. Only a type that contains itself cannot be said.
 
-# %% tags=["export:chat"]
+# %% tags=["export:schema"]
 _PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean"}
 _FORMATS = {"date": "YYYY-MM-DD", "time": "HH:MM:SS", "duration":
             "ISO 8601, as PT1H30M", "date-time": "YYYY-MM-DDTHH:MM:SS"}
@@ -1553,7 +1599,7 @@ def _either(variants: Sequence[dict]) -> dict:
     return schema | ({"nullable": True} if nullable else {})
 
 
-def _spelt(schema: dict, about: str | None = None) -> dict:
+def spelt(schema: dict, about: str | None = None) -> dict:
     """`schema` of an argument; the way to write a date in its description,
     which is `about` if it has none."""
     told, how = schema.get("description"), _FORMATS.get(schema.get("format"))
@@ -1563,7 +1609,7 @@ def _spelt(schema: dict, about: str | None = None) -> dict:
     return schema | ({"description": told} if told else {})
 
 
-# %% tags=["export:chat"]
+# %% tags=["export:schema"]
 def _flat(schema: dict, defs: Mapping[str, dict], inside: tuple = ()
           ) -> dict:
     """pydantic's `schema` as harmony can show it; `inside`: the classes
@@ -1591,7 +1637,7 @@ def _flat(schema: dict, defs: Mapping[str, dict], inside: tuple = ()
             schema[key] = flat(schema[key])
     if "properties" in schema:
         schema["properties"] = {
-            key: _spelt(_bare(flat(each)))
+            key: spelt(_bare(flat(each)))
             for key, each in schema["properties"].items()}
     return _listed(schema)
 
@@ -1613,7 +1659,7 @@ def _listed(schema: dict) -> dict:
     return schema
 
 
-# %% tags=["export:chat"]
+# %% tags=["export:schema"]
 @functools.cache
 def _schema_maker() -> type:
     """pydantic's maker of schemas, without what nobody has written."""
@@ -1633,7 +1679,7 @@ def _schema_maker() -> type:
     return Maker
 
 
-class _Types:
+class ArgumentTypes:
     """JSON values of an object with the keys of `hints`."""
 
     def __init__(self, hints: Mapping[str, object], required: Iterable[str],
@@ -1641,8 +1687,8 @@ class _Types:
         from pydantic import TypeAdapter
 
         try:
-            self._adapter = TypeAdapter(_record("values", hints, required))
-            schema = self._adapter.json_schema(
+            self.adapter = TypeAdapter(_record("values", hints, required))
+            schema = self.adapter.json_schema(
                 schema_generator=_schema_maker())
             self.schema = _flat(schema, schema.get("$defs", {}))
         except ChatError:
@@ -1662,7 +1708,7 @@ class _Types:
 # `TypeAdapter` is pydantic's door for any type. On top of it the two
 # directions for a single hint:
 
-# %% tags=["export:chat"]
+# %% tags=["export:schema"]
 def json_schema(hint: object, where: str = "hint") -> dict:
     """The JSON schema of a type hint, as harmony can show it.
 
@@ -1671,7 +1717,7 @@ def json_schema(hint: object, where: str = "hint") -> dict:
     models, and Annotated[hint, "what it is"]. Raises ChatError at `where`
     for anything else, and for a type that contains itself.
     """
-    schema = _Types({"value": hint}, ["value"], where).schema
+    schema = ArgumentTypes({"value": hint}, ["value"], where).schema
     return schema["properties"]["value"]
 
 # %%
@@ -1699,7 +1745,7 @@ except ChatError as error:
 # a place with names that the model has never seen; we walk the value along
 # that place, so that only keys that were written remain.
 
-# %% tags=["export:chat"]
+# %% tags=["export:schema"]
 _WANTED = {
     "missing": "a value", "none_required": "null", "bool_type": "a boolean",
     **dict.fromkeys(("int_type", "int_from_float"), "an integer"),
@@ -1738,7 +1784,7 @@ def _known_keys(schema: dict, keys: Sequence[object]) -> str:
     return ", ".join(schema.get("properties", ())) or "those of its type"
 
 
-# %% tags=["export:chat"]
+# %% tags=["export:schema"]
 def _fault(fault: Mapping, value: object, schema: dict
            ) -> tuple[str, str, object]:
     """Place, what was expected there, what was found."""
@@ -1756,13 +1802,14 @@ def _fault(fault: Mapping, value: object, schema: dict
     return _place(value, way, kind == "missing")[0], wanted or message, found
 
 
-def _fit(types_: _Types, value: object, where: str, skip: str = "") -> dict:
+def fit_values(types_: ArgumentTypes, value: object, where: str,
+               skip: str = "") -> dict:
     """JSON `value` as the types say; ChatError names what does not fit,
     `where` and its place there without `skip`."""
     from pydantic import ValidationError
 
     try:
-        return types_._adapter.validate_json(json.dumps(_whole(value)))
+        return types_.adapter.validate_json(json.dumps(_whole(value)))
     except ValidationError as error:
         faults: dict[tuple[str, str], list[str]] = {}
         for each in error.errors(include_url=False):
@@ -1775,7 +1822,7 @@ def _fit(types_: _Types, value: object, where: str, skip: str = "") -> dict:
         for (place, shown), wanted in list(faults.items())[:3]))
 
 
-# %% tags=["export:chat"]
+# %% tags=["export:schema"]
 def _whole(value: object) -> object:
     """`value` with 3.0 as 3: to JSON both are integers."""
     if isinstance(value, dict):
@@ -1791,8 +1838,8 @@ def fit(value: object, hint: object, where: str = "arguments") -> object:
 
     The inverse of what `json_schema` allows. Raises ChatError at `where`.
     """
-    types_ = _Types({"value": hint}, ["value"], where)
-    return _fit(types_, {"value": value}, where, ".value")["value"]
+    types_ = ArgumentTypes({"value": hint}, ["value"], where)
+    return fit_values(types_, {"value": value}, where, ".value")["value"]
 
 # %%
 print(fit([1, 2.0], list[int]), fit(3, float | None), fit(None, str | None))
@@ -1811,7 +1858,34 @@ for value, hint in ((True, int), (["a", 1], list[str]), ("x", int | Place),
 # when the model asks for it. Whatever goes wrong in a call is told to the
 # model in words: it wrote the call, and may write a better one.
 
-# %% tags=["export:chat"]
+# %% tags=["export:tools"]
+import dataclasses
+import functools
+import inspect
+import json
+import logging
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from gptoss.harmony import Tool
+from gptoss.messages import (
+    ChatError,
+    as_dict,
+    checked_name,
+    content_text,
+    expect,
+    only_keys,
+)
+from gptoss.schema import (
+    ArgumentTypes,
+    fit_values,
+    json_schema,
+    spelt,
+    type_hints,
+)
+
+_log = logging.getLogger("gptoss")
 _SECTION = re.compile(r"^(Args|Arguments|Returns|Raises|Yields|Examples?):"
                       r"[ \t]*$", re.MULTILINE)
 _ARGUMENT = re.compile(r"^[ \t]+(\w+)(?: *\([^)]*\))?: *"
@@ -1819,10 +1893,10 @@ _ARGUMENT = re.compile(r"^[ \t]+(\w+)(?: *\([^)]*\))?: *"
 
 
 @dataclasses.dataclass(frozen=True)
-class Offer:
+class FunctionTool:
     """A tool, and how it is run; run None: the caller of the chat does."""
 
-    tool: Tool
+    spec: Tool
     run: Callable[[str], str] | None = None
 
 
@@ -1840,7 +1914,7 @@ def _docs(function: Callable) -> tuple[str, dict[str, str]]:
 # arguments that a partial has filled in are hidden: one of them may be a
 # password.
 
-# %% tags=["export:chat"]
+# %% tags=["export:tools"]
 def _inner(function: Callable) -> Callable:
     """What has the hints and the docstring of `function`."""
     while isinstance(function, functools.partial):
@@ -1851,21 +1925,22 @@ def _inner(function: Callable) -> Callable:
 
 def _tool_name(function: object, name: str | None) -> str:
     """`name`, or the function's; ChatError says why there is none."""
-    _expect(callable(function), "tools", "a function or a dict", function)
-    _expect(not isinstance(function, type), "tools", "a function, not a "
-            "class", function)
+    expect(callable(function), "tools", "a function or a dict", function)
+    expect(not isinstance(function, type), "tools", "a function, not a "
+           "class", function)
     while isinstance(function, functools.partial):
         function = function.func
     own = getattr(function, "__name__", type(function).__name__)
-    _expect(name is not None or own != "<lambda>", "tools", "a function with "
-            "a name, which a lambda has not: use def", own)
-    return _name(own if name is None else name, "tools, name of a function")
+    expect(name is not None or own != "<lambda>", "tools", "a function with "
+           "a name, which a lambda has not: use def", own)
+    return checked_name(own if name is None else name,
+                        "tools, name of a function")
 
 
 def _hints(function: Callable, name: str
            ) -> tuple[dict[str, object], dict[str, object]]:
     """The hint of each argument, and the defaults; ChatError without."""
-    hints, given = _type_hints(_inner(function), f"tool {name}"), function
+    hints, given = type_hints(_inner(function), f"tool {name}"), function
     filled: set[str] = set()
     while isinstance(given, functools.partial):
         filled |= given.keywords.keys()
@@ -1876,11 +1951,11 @@ def _hints(function: Callable, name: str
         raise ChatError(f"tool {name}: {error}") from error
     asked = {key: asked[key] for key in asked if key not in filled}
     for key, argument in asked.items():
-        _expect(argument.kind in (argument.POSITIONAL_OR_KEYWORD,
-                                  argument.KEYWORD_ONLY),
-                f"tool {name}, {key}",
-                "an argument that can be given by name", str(argument))
-        _expect(key in hints, f"tool {name}, {key}", "a type hint", None)
+        expect(argument.kind in (argument.POSITIONAL_OR_KEYWORD,
+                                 argument.KEYWORD_ONLY),
+               f"tool {name}, {key}",
+               "an argument that can be given by name", str(argument))
+        expect(key in hints, f"tool {name}, {key}", "a type hint", None)
     return {key: hints[key] for key in asked}, {
         key: argument.default for key, argument in asked.items()
         if argument.default is not argument.empty}
@@ -1900,7 +1975,7 @@ print(_docs(weather), list(_hints(weather, "weather")[0]))
 warm = functools.partial(weather, unit="kelvin")
 print(_tool_name(warm, None), list(_hints(warm, "weather")[0]))
 
-# %% tags=["export:chat"]
+# %% tags=["export:tools"]
 def _jsonable(value: object, unknown: Callable | None = None) -> object:
     """`value` in terms of JSON; `unknown` is for what has none."""
     from pydantic_core import to_jsonable_python
@@ -1908,7 +1983,7 @@ def _jsonable(value: object, unknown: Callable | None = None) -> object:
     return to_jsonable_python(value, fallback=unknown)
 
 
-def _as_text(value: object) -> str:
+def result_text(value: object) -> str:
     """What a function returned, for the model: text, or else JSON."""
     if isinstance(value, Iterator):
         value = list(value)
@@ -1933,7 +2008,7 @@ def _why(error: BaseException) -> str:
     return "error: " + ": ".join(filter(None, (kind, text)))
 
 # %%
-print(_as_text({"when": datetime.date(2025, 6, 28), "unit": Unit.KELVIN}))
+print(result_text({"when": datetime.date(2025, 6, 28), "unit": Unit.KELVIN}))
 print(_why(KeyError("no such city")))
 
 # %% [markdown]
@@ -1949,7 +2024,7 @@ print(_why(KeyError("no such city")))
 # on in its thread until it returns, whatever it still does is done, and its
 # result is dropped. So it should have time limits of its own, too.
 
-# %% tags=["export:chat"]
+# %% tags=["export:tools"]
 class ToolTimeout(Exception):
     """A tool has not answered in time."""
 
@@ -1990,7 +2065,7 @@ async def _awaited(value: object, timeout: float | None) -> object:
     return task.result()
 
 
-# %% tags=["export:chat"]
+# %% tags=["export:tools"]
 def perform(function: Callable, values: Mapping[str, object],
             timeout: float | None = None) -> object:
     """function(**values), awaited if need be.
@@ -2038,19 +2113,19 @@ try:
 except ToolTimeout as error:
     print(error)
 
-# %% tags=["export:chat"]
+# %% tags=["export:tools"]
 def _not_json(name: str) -> float:
     raise ValueError(f"{name} is no JSON")
 
 
-def _describe(function: Callable, name: str, types_: _Types,
+def _describe(function: Callable, name: str, types_: ArgumentTypes,
               defaults: Mapping[str, object]) -> Tool:
     """A function as it is told to the model."""
     about, told = _docs(function if inspect.isroutine(function)
                         else _inner(function))
     schema = dict(types_.schema)
     schema["properties"] = {
-        key: _spelt(entry, told.get(key))
+        key: spelt(entry, told.get(key))
         for key, entry in schema["properties"].items()}
     for key, default in defaults.items():
         entry = schema["properties"][key]
@@ -2064,10 +2139,10 @@ def _describe(function: Callable, name: str, types_: _Types,
     return Tool(name, about, schema if schema["properties"] else None)
 
 
-# %% tags=["export:chat"]
+# %% tags=["export:tools"]
 def function_tool(function: Callable, *, name: str | None = None,
-                  timeout: float | None = None) -> Offer:
-    """Offers a Python function with type hints; see `json_schema`.
+                  timeout: float | None = None) -> FunctionTool:
+    """A Python function with type hints as a tool; see `json_schema`.
 
     Also an async one, a partial, a bound method, an object that can be
     called. name: instead of its own. timeout: seconds that it may take; one
@@ -2078,17 +2153,18 @@ def function_tool(function: Callable, *, name: str | None = None,
     hints, defaults = _hints(function, name)
     for key, hint in hints.items():  # so that an error names the argument
         json_schema(hint, f"tool {name}, {key}")
-    types_ = _Types(hints, hints.keys() - defaults.keys(), f"tool {name}")
+    types_ = ArgumentTypes(hints, hints.keys() - defaults.keys(),
+                           f"tool {name}")
 
     def run(arguments: str) -> str:
         try:
-            values = _fit(types_, json.loads(
+            values = fit_values(types_, json.loads(
                 arguments.strip() or "{}", parse_constant=_not_json),
                 "arguments")
         except Exception as error:  # the model's own mistake
-            return _as_text(_why(error))
+            return result_text(_why(error))
         try:
-            return _as_text(perform(function, values, timeout))
+            return result_text(perform(function, values, timeout))
         except ToolTimeout as error:
             _log.warning("gptoss: tool %s %s; its thread goes on", name,
                          error)
@@ -2097,15 +2173,15 @@ def function_tool(function: Callable, *, name: str | None = None,
             raise
         except BaseException as error:  # SystemExit too: it is the tool's
             _log.error("gptoss: tool %s failed", name, exc_info=error)
-            return _as_text(_why(error))
-    return Offer(_describe(function, name, types_, defaults), run)
+            return result_text(_why(error))
+    return FunctionTool(_describe(function, name, types_, defaults), run)
 
 # %%
-offer = function_tool(weather)
-print(developer_message(tools=[offer.tool]).content)
+tool = function_tool(weather)
+print(developer_message(tools=[tool.spec]).content)
 for arguments in ('{"city": "Oslo"}', '{"city": 7}', '{"town": "Oslo"}',
                   "Oslo"):
-    print(offer.run(arguments))
+    print(tool.run(arguments))
 
 # %% [markdown]
 # Richer hints are shown as a reader of TypeScript expects them:
@@ -2121,65 +2197,65 @@ def trip(places: list[Place], start: datetime.date, unit: Unit = Unit.KELVIN,
     return f"{places[0].city}, {start:%d.%m.}, {unit.name}"
 
 
-offer = function_tool(trip)
-print(developer_message(tools=[offer.tool]).content.split("\n\n", 2)[2])
-print(offer.run('{"places": [{"city": "Oslo"}], "start": "2025-06-28"}'))
-print(offer.run('{"places": [{"town": "Oslo"}], "start": "today"}'))
+tool = function_tool(trip)
+print(developer_message(tools=[tool.spec]).content.split("\n\n", 2)[2])
+print(tool.run('{"places": [{"city": "Oslo"}], "start": "2025-06-28"}'))
+print(tool.run('{"places": [{"town": "Oslo"}], "start": "today"}'))
 
-# %% tags=["export:chat"]
+# %% tags=["export:tools"]
 def _dict_tool(given: object, where: str) -> Tool:
     """A tool that a dict describes, in either of OpenAI's shapes."""
-    given = _dict(given, where)
-    _expect(given.get("type", "function") == "function", f"{where}.type",
-            "'function' (built-in tools are not run here)",
-            given.get("type"))
+    given = as_dict(given, where)
+    expect(given.get("type", "function") == "function", f"{where}.type",
+           "'function' (built-in tools are not run here)",
+           given.get("type"))
     if "name" not in given or "function" in given:  # not the flat one
-        _known(given, ("type", "function"), where)
+        only_keys(given, ("type", "function"), where)
         where = f"{where}.function"
-        given = _dict(given.get("function"), where)
-    _known(given, ("type", "name", "description", "parameters", "strict"),
-           where)
+        given = as_dict(given.get("function"), where)
+    only_keys(given, ("type", "name", "description", "parameters", "strict"),
+              where)
     name, schema = given.get("name"), given.get("parameters")
-    _name(name, f"{where}.name")
-    _expect(isinstance(schema, Mapping | None), f"{where}.parameters",
-            "a JSON schema", schema)
+    checked_name(name, f"{where}.name")
+    expect(isinstance(schema, Mapping | None), f"{where}.parameters",
+           "a JSON schema", schema)
     try:
         json.dumps(schema, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ChatError(f"{where}.parameters: expected JSON, found "
                         f"{error}") from None
-    return Tool(name, _text(given.get("description") or "",
-                            f"{where}.description"), schema)
+    return Tool(name, content_text(given.get("description") or "",
+                                   f"{where}.description"), schema)
 
 
 def read_tools(tools: Iterable[object], timeout: float | None = None
-               ) -> dict[str, Offer]:
-    """Functions, offers and dicts by their name.
+               ) -> dict[str, FunctionTool]:
+    """Functions, tools and dicts by their name.
 
     A dict is {"type": "function", "function": {"name", "description",
     "parameters"}}, or flat: {"type": "function", "name", ...}. timeout: of
     the functions. Raises ChatError for another shape, a built-in tool, or a
     name used twice.
     """
-    offers: dict[str, Offer] = {}
+    read: dict[str, FunctionTool] = {}
     for n, given in enumerate(tools):
-        if isinstance(given, Offer):
-            offer = given
+        if isinstance(given, FunctionTool):
+            tool = given
         elif isinstance(given, Mapping) or (hasattr(given, "model_dump")
                                             and not callable(given)):
-            offer = Offer(_dict_tool(given, f"tools[{n}]"))
+            tool = FunctionTool(_dict_tool(given, f"tools[{n}]"))
         else:
-            offer = function_tool(given, timeout=timeout)
-        _expect(offer.tool.name not in offers, f"tools[{n}]",
-                "a name of its own", offer.tool.name)
-        offers[offer.tool.name] = offer
-    return offers
+            tool = function_tool(given, timeout=timeout)
+        expect(tool.spec.name not in read, f"tools[{n}]",
+               "a name of its own", tool.spec.name)
+        read[tool.spec.name] = tool
+    return read
 
 # %%
 clock = {"type": "function", "function": {"name": "clock"}}
 flat = {"type": "function", "name": "flat_clock"}
-print({name: offer.run is None
-       for name, offer in read_tools([weather, clock, flat]).items()})
+print({name: tool.run is None
+       for name, tool in read_tools([weather, clock, flat]).items()})
 for wrong in ({"type": "web_search"}, lambda: 1, int):
     try:
         read_tools([wrong])
@@ -2193,7 +2269,13 @@ for wrong in ({"type": "web_search"}, lambda: 1, int):
 # numbers and seven operators, computes in exact fractions, and refuses what
 # would take long.
 
-# %% tags=["export:chat"]
+# %% tags=["export:calculator"]
+import ast
+import datetime
+import warnings
+from decimal import Context, Decimal, Inexact
+from fractions import Fraction
+
 _BITS = 1024  # of numerator and denominator: about 300 digits
 _BINARY = {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__,
            ast.Mult: Fraction.__mul__, ast.Div: Fraction.__truediv__,
@@ -2216,7 +2298,7 @@ def _power(base: Fraction, exponent: Fraction) -> Fraction:
     return base ** exponent.numerator
 
 
-# %% tags=["export:chat"]
+# %% tags=["export:calculator"]
 def _evaluate(node: ast.expr, source: str) -> Fraction:
     """The exact value of a syntax tree of numbers and operators."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
@@ -2240,7 +2322,7 @@ def _evaluate(node: ast.expr, source: str) -> Fraction:
 # %%
 print(_evaluate(ast.parse("0.1 + 0.2", mode="eval").body, "0.1 + 0.2"))
 
-# %% tags=["export:chat"]
+# %% tags=["export:calculator"]
 def _decimal(value: Fraction) -> str:
     """Exact if that ends within 300 digits, else 15 digits and "..."."""
     context = Context(prec=700)  # 309 digits before the point, 300 behind
@@ -2251,7 +2333,7 @@ def _decimal(value: Fraction) -> str:
     return f"{exact:f}"
 
 
-# %% tags=["export:chat"]
+# %% tags=["export:calculator"]
 def calculator(expression: str) -> str:
     """Work out an arithmetic expression.
 
@@ -2290,12 +2372,24 @@ for text in ("347 * 285", "0.1 + 0.2", "-7 // 2", "2 ** -3", "10 / 3",
 # %% [markdown]
 # ### The cache and the tokens in it
 #
-# `Memory` joins a cache to the list of tokens that went into it, and does
-# what the derivation says: keep the common beginning, roll back, feed the
-# rest. It stays right if it is left at any point, because the list is
+# `PrefixCache` joins a cache to the list of tokens that went into it, and
+# does what the derivation says: keep the common beginning, roll back, feed
+# the rest. It stays right if it is left at any point, because the list is
 # extended before a token is fed, and the cache knows how far it came.
 
-# %% tags=["export:chat"]
+# %% tags=["export:memory"]
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from gptoss.generate import SamplingOptions, generate
+from gptoss.model import GptOss
+
+SLACK = 1024  # ring slots beyond the window; no longer turn needs a replay
+
+
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens at the beginning of `a` and `b` are the same."""
     for n, (left, right) in enumerate(zip(a, b, strict=False)):
@@ -2304,8 +2398,8 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return min(len(a), len(b))
 
 
-# %% tags=["export:chat"]
-class Memory:
+# %% tags=["export:memory"]
+class PrefixCache:
     """A cache of batch 1 and the tokens whose keys and values it holds.
 
     `slack`: slots of the rings beyond the window; so many tokens plus one
@@ -2330,14 +2424,18 @@ class Memory:
         self.tokens, self._full = list(prompt), shared
         return start
 
-    def write(self, prompt: Sequence[int], **options
+    def __repr__(self) -> str:
+        return f"PrefixCache({len(self.tokens):,} tokens)"
+
+    def write(self, prompt: Sequence[int],
+              options: SamplingOptions | None = None, **changes: Any
               ) -> Iterator[int | None]:
         """`generate` after `prompt`, feeding only what must be fed; with
         its pauses, after which `self.left` tokens are still to be fed."""
         start = self.resume(prompt)
         self.left = len(prompt) - start
-        for token in generate(self.model, prompt[start:], cache=self.cache,
-                              pauses=True, **options):
+        for token in generate(self.model, prompt[start:], options,
+                              cache=self.cache, pauses=True, **changes):
             left = len(prompt) - self.cache.length if token is None else 0
             self.fed, self.left = self.fed + self.left - left, left
             if token is not None:
@@ -2345,10 +2443,235 @@ class Memory:
             yield token
 
 # %%
-memory, prompt = Memory(model), tokenizer.encode(opening)
-first = list(memory.write(prompt, max_new_tokens=30, sampler=Sampler(0)))
+prefix, prompt = PrefixCache(model), tokenizer.encode(opening)
+first = list(prefix.write(prompt, max_new_tokens=30, temperature=0))
 for written in (first, first[:9]):  # nothing is new; only the end is gone
-    print(memory.resume(prompt + written), "of", len(prompt + written), "kept")
+    print(prefix.resume(prompt + written), "of", len(prompt + written), "kept")
+
+# %% [markdown]
+# ### What belongs to one conversation
+#
+# A model that weighs 13.8 GB should serve many conversations. So what one
+# conversation remembers stands apart from what all of them share: a
+# `Session` has the tokens in its cache, the state of its random numbers, and
+# its last turn. Model, tokenizer, tools and options are none of its business.
+
+# %% tags=["export:memory"]
+class Session:
+    """What one conversation remembers.
+
+    prefix: its cache, and the tokens in it. turn: its last `Turn`, or None.
+    seed: of the seeds of its rounds; None: they come from torch's numbers.
+    """
+
+    def __init__(self, model: GptOss, slack: int = SLACK,
+                 seed: int | None = None) -> None:
+        self.prefix = PrefixCache(model, slack)
+        self.turn: Any = None
+        self._random = None if seed is None else random.Random(seed)
+
+    def __repr__(self) -> str:
+        return f"Session({len(self.prefix.tokens):,} tokens)"
+
+    def next_seed(self) -> int:
+        """Of the next round. Of several processes all draw one, so that
+        torch's numbers stay alike."""
+        return (torch.randint(2 ** 48, ()).item() if self._random is None
+                else self._random.getrandbits(48))
+
+# %%
+print([Session(model, seed=7).next_seed() % 1000 for _ in range(2)])
+
+# %% [markdown]
+# ### What all conversations share
+#
+# The other half: how hard the model shall think, its tools, what it is told
+# before everything else, and how its words are drawn. They make the messages
+# at the head of a prompt. Settings do not change; `with_changes` makes new
+# ones, checked like the first.
+
+# %% tags=["export:settings"]
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from gptoss.generate import SamplingOptions
+from gptoss.harmony import (
+    EFFORTS,
+    Message,
+    developer_message,
+    system_message,
+)
+from gptoss.memory import SLACK
+from gptoss.messages import content_text, expect
+from gptoss.tools import FunctionTool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a chat is asked, whoever speaks to it.
+
+    tools: by name. date: "" or None for none. sampling: of a whole turn;
+    what stands in its `stop` is not read. rounds: calls run in one turn.
+    slack: see `PrefixCache`. Raises ChatError, which names the option.
+    """
+
+    effort: str = "medium"
+    tools: Mapping[str, FunctionTool] = dataclasses.field(
+        default_factory=dict)
+    instructions: str = ""
+    date: str | None = None
+    sampling: SamplingOptions = SamplingOptions(max_new_tokens=None)
+    rounds: int = 8
+    slack: int = SLACK
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "slack"):
+            value = getattr(self, name)
+            expect(type(value) is int and value >= 0, name,
+                   "an integer >= 0", value)
+        expect(self.effort in EFFORTS, "effort",
+               f"one of {', '.join(EFFORTS)}", self.effort)
+        for name, text in (("instructions", self.instructions),
+                           ("date", "" if self.date is None else self.date)):
+            object.__setattr__(self, name, content_text(text, name))
+
+    def with_changes(self, **changes: Any) -> "Settings":
+        """These settings but for `changes`; those of `sampling` by their
+        own names. TypeError for an unknown one."""
+        own = {field.name for field in dataclasses.fields(self)}
+        inner = {name: changes.pop(name) for name in [*changes]
+                 if name not in own}
+        sampling = changes.pop("sampling", self.sampling)
+        return dataclasses.replace(
+            self, sampling=sampling.with_changes(**inner), **changes)
+
+    def head(self, instructions: str = "") -> list[Message]:
+        """The system message and, if it says anything, the developer's."""
+        tools = [tool.spec for tool in self.tools.values()]
+        text = "\n\n".join(filter(None, (self.instructions, instructions)))
+        both = (system_message(self.effort, self.date or None, bool(tools)),
+                developer_message(text, tools))
+        return [message for message in both if message.content]
+
+# %%
+usual = Settings(date="2025-06-28", tools=read_tools([weather]))
+changed = usual.with_changes(effort="high", temperature=0)
+print(usual.effort, usual.sampling.temperature, "->",
+      changed.effort, changed.sampling.temperature)
+print(changed.head()[0].content)
+try:
+    usual.with_changes(effort="utmost")
+except ChatError as error:
+    print(error)
+
+# %% [markdown]
+# ### Several processes, one decision
+#
+# A large model may be spread over several processes, each of which runs the
+# whole program with its part of the weights (chapter 15). Then they must do
+# the same forwards, in the same order, with the same tokens. Arithmetic sees
+# to it that all have the same logits. Nothing sees to the rest: a tool that
+# sends a mail would send one from each process; its answer may differ, as the
+# clock does; one process may be left by its user while the others wait for
+# its part of a sum, for ever.
+#
+# So whatever is not arithmetic is found out by the first process, and told to
+# the others: the date, the prompt, the seed of a round, the answer of a tool,
+# and before every forward whether the turn goes on. The model's `group` says
+# how. A model in one process has none, and every question is its own answer.
+
+# %% tags=["export:agreement"]
+from collections.abc import Callable
+
+
+class SingleProcess:
+    """The group of a process by itself; see chapter 15 for another."""
+
+    first = True
+
+    def same(self, make: Callable[[], object]) -> object:
+        """make() of the first process, as JSON has it, for all."""
+        return make()
+
+
+class Stopped(Exception):
+    """The first process goes no further with this turn."""
+
+
+class Agreement:
+    """What the processes of a model ask the first while a turn lasts."""
+
+    def __init__(self, group: SingleProcess) -> None:
+        self._group, self.open = group, True
+
+    def ask(self, make: Callable[[], object]) -> object:
+        """make() of the first process. What it raises ends the turn: that
+        is raised there, and Stopped by the others."""
+        failed: list[BaseException] = []
+
+        def word() -> list:
+            try:
+                return [make()]
+            except BaseException as error:
+                failed.append(error)
+                return []
+
+        told = self._group.same(word)
+        self.open = bool(told)
+        if failed:
+            raise failed[0]
+        if not told:
+            raise Stopped
+        return told[0]
+
+    def leave(self) -> None:
+        """The first process leaves, and the others at their next question;
+        they cannot leave first."""
+        if self.open and self._group.first:
+            self.open = False
+            self._group.same(list)
+
+# %% [markdown]
+# Two threads for two processes, each with its own idea; the second one learns
+# what the first has found, and that it has left:
+
+# %%
+import queue
+import threading
+
+
+class Told:
+    """A group of two threads."""
+
+    def __init__(self, first: bool, wire: queue.SimpleQueue) -> None:
+        self.first, self.wire = first, wire
+
+    def same(self, make):
+        if not self.first:
+            return self.wire.get()
+        self.wire.put(word := make())
+        return word
+
+
+def decide(first: bool, idea: str) -> None:
+    agreement = Agreement(Told(first, wire))
+    told[idea] = agreement.ask(lambda: idea)
+    try:
+        agreement.leave()
+        told[idea] += ", " + agreement.ask(lambda: "more")
+    except Stopped:
+        told[idea] += ", stopped"
+
+
+wire, told = queue.SimpleQueue(), {}
+other = threading.Thread(target=decide, args=(False, "stay"))
+other.start()
+agreement = Agreement(Told(True, wire))
+told["go"] = agreement.ask(lambda: "go")
+agreement.leave()
+other.join()
+print(told)
 
 # %% [markdown]
 # ### What happened
@@ -2356,7 +2679,31 @@ for written in (first, first[:9]):  # nothing is new; only the end is gone
 # A chat tells what happens as a stream of events; a user interface maps
 # each kind to something it draws.
 
-# %% tags=["export:chat"]
+# %% tags=["export:turn"]
+import dataclasses
+import time
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator
+
+from gptoss.harmony import (
+    CHANNELS,
+    Delta,
+    Event,
+    Malformed,
+    Message,
+    Opened,
+    StreamParser,
+    Tokenizer,
+    ToolCall,
+    render,
+)
+from gptoss.agreement import Agreement, SingleProcess, Stopped
+from gptoss.memory import Session
+from gptoss.messages import ChatError, expect, possible_name
+from gptoss.settings import Settings
+from gptoss.tools import result_text
+
+
 @dataclasses.dataclass(frozen=True)
 class Usage:
     """What a turn took.
@@ -2374,7 +2721,7 @@ class Usage:
     seconds: float
 
 
-# %% tags=["export:chat"]
+# %% tags=["export:turn"]
 @dataclasses.dataclass(frozen=True)
 class ChatEvent:
     """One thing that happened in a turn.
@@ -2403,7 +2750,7 @@ class ChatEvent:
 # that does not exist (a mistyped `analyis`, say) is taken for analysis: a
 # reader may miss something then, but never sees reasoning as the answer.
 
-# %% tags=["export:chat"]
+# %% tags=["export:turn"]
 class Round:
     """What the model writes after a prompt, up to a call or its answer."""
 
@@ -2472,7 +2819,7 @@ print(reply.text("final"))
 # without an answer gives no content: what came of the thinking stays, and an
 # empty answer is not made up.
 
-# %% tags=["export:chat"]
+# %% tags=["export:turn"]
 def round_messages(round_: Round) -> list[dict]:
     """A round as OpenAI's dicts: what the assistant thought, said (marked
     `phase: "commentary"` if that was not the answer) and called, and the
@@ -2505,280 +2852,117 @@ for message in round_messages(reply):
     print(message)
 
 # %% [markdown]
-# ### Several processes, one decision
-#
-# A large model may be spread over several processes, each of which runs the
-# whole program with its part of the weights (chapter 15). Then they must do
-# the same forwards, in the same order, with the same tokens. Arithmetic sees
-# to it that all have the same logits. Nothing sees to the rest: a tool that
-# sends a mail would send one from each process; its answer may differ, as the
-# clock does; one process may be left by its user while the others wait for
-# its part of a sum, for ever.
-#
-# So whatever is not arithmetic is found out by the first process, and told to
-# the others: the date, the prompt, the seed of a round, the answer of a tool,
-# and before every forward whether the turn goes on. The model's `group` says
-# how. A model in one process has none, and every question is its own answer.
-
-# %% tags=["export:chat"]
-class Alone:
-    """The link of a process by itself; see chapter 15 for another."""
-
-    first = True
-
-    def same(self, make: Callable[[], object]) -> object:
-        """make() of the first process, as JSON has it, for all."""
-        return make()
-
-
-class Stopped(Exception):
-    """The first process goes no further with this turn."""
-
-
-class Agreement:
-    """What the processes of a model ask the first while a turn lasts."""
-
-    def __init__(self, link: Alone) -> None:
-        self._link, self.open = link, True
-
-    def ask(self, make: Callable[[], object]) -> object:
-        """make() of the first process. What it raises ends the turn: that
-        is raised there, and Stopped by the others."""
-        failed: list[BaseException] = []
-
-        def word() -> list:
-            try:
-                return [make()]
-            except BaseException as error:
-                failed.append(error)
-                return []
-
-        told = self._link.same(word)
-        self.open = bool(told)
-        if failed:
-            raise failed[0]
-        if not told:
-            raise Stopped
-        return told[0]
-
-    def leave(self) -> None:
-        """The first process leaves, and the others at their next question;
-        they cannot leave first."""
-        if self.open and self._link.first:
-            self.open = False
-            self._link.same(list)
-
-# %% [markdown]
-# Two threads for two processes, each with its own idea; the second one learns
-# what the first has found, and that it has left:
-
-# %%
-import queue
-import threading
-
-
-class Told:
-    """A link between two threads."""
-
-    def __init__(self, first: bool, wire: queue.SimpleQueue) -> None:
-        self.first, self.wire = first, wire
-
-    def same(self, make):
-        if not self.first:
-            return self.wire.get()
-        self.wire.put(word := make())
-        return word
-
-
-def decide(first: bool, idea: str) -> None:
-    agreement = Agreement(Told(first, wire))
-    told[idea] = agreement.ask(lambda: idea)
-    try:
-        agreement.leave()
-        told[idea] += ", " + agreement.ask(lambda: "more")
-    except Stopped:
-        told[idea] += ", stopped"
-
-
-wire, told = queue.SimpleQueue(), {}
-other = threading.Thread(target=decide, args=(False, "stay"))
-other.start()
-agreement = Agreement(Told(True, wire))
-told["go"] = agreement.ask(lambda: "go")
-agreement.leave()
-other.join()
-print(told)
-
-# %% [markdown]
-# ### Settings
-#
-# Model and tokenizer come from a folder, shipped or released, with no special
-# case for either. The three stop tokens are found by name.
-
-# %% tags=["export:chat"]
-SLACK = 1024  # ring slots beyond the window; no longer turn needs a replay
-STOPS = ("<|return|>", "<|call|>", "<|endoftext|>")
-
-
-def load(model: str | Path | tuple[GptOss, Tokenizer] | None = None,
-         dtype: torch.dtype = torch.bfloat16, device="cpu"
-         ) -> tuple[GptOss, Tokenizer]:
-    """Model and tokenizer of a folder or hub id; None: the shipped one."""
-    if isinstance(model, tuple):
-        return model
-    folder = resolve(files("gptoss") / "pocket" if model is None else model)
-    tokenizer = Tokenizer.from_pretrained(folder)  # the quick one first
-    return (GptOss.from_pretrained(folder, dtype=dtype, device=device),
-            tokenizer)
-
-
-def _stops(tokenizer: Tokenizer) -> frozenset[int]:
-    missing = [name for name in STOPS if name not in tokenizer.special]
-    _expect(not missing, "tokenizer", f"the control tokens {STOPS}",
-            f"none for {missing}")
-    return frozenset(tokenizer.special[name] for name in STOPS)
-
-# %%
-assert _stops(tokenizer) == set(stop_ids(POCKET))
-
-# %% tags=["export:chat"]
-class _Settings:
-    """What a chat is made of, and the prompt that follows from it."""
-
-    def __init__(self, model: str | Path | tuple[GptOss, Tokenizer] |
-                 None = None, effort: str = "medium",
-                 tools: Iterable[Callable | Mapping] = (), *,
-                 instructions: str = "", date: str | None = None,
-                 temperature: float = 1.0, top_k: int = 0,
-                 top_p: float = 1.0, seed: int | None = None,
-                 max_new_tokens: int | None = None, rounds: int = 8,
-                 slack: int = SLACK, dtype: torch.dtype = torch.bfloat16,
-                 device="cpu", tool_timeout: float | None = None,
-                 prefill_chunk: int = 512) -> None:
-        for name, value, least in (("max_new_tokens", max_new_tokens, 1),
-                                   ("seed", seed, 0), ("rounds", rounds, 0),
-                                   ("slack", slack, 0),
-                                   ("prefill_chunk", prefill_chunk, 1)):
-            _expect(value is None or type(value) is int and value >= least,
-                    name, f"an integer >= {least}", value)
-        _expect(tool_timeout is None or type(tool_timeout) in (int, float)
-                and 0 < tool_timeout < 1e6, "tool_timeout",
-                "seconds > 0", tool_timeout)
-        self.effort, self.offers = effort, read_tools(tools, tool_timeout)
-        self.instructions = _text(instructions, "instructions")
-        self.date = "" if date is None else _text(date, "date")
-        self.sampler = Sampler(temperature, top_k, top_p)
-        self._head()
-        self.max_new_tokens, self.rounds = max_new_tokens, rounds
-        self._seed, self._slack, self._chunk = seed, slack, prefill_chunk
-        self.model, self.tokenizer = load(model, dtype, device)
-        self._link = getattr(self.model, "group", None) or Alone()
-        if date is None:
-            self.date = self._link.same(today)
-        self._stop = _stops(self.tokenizer)
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the cache; a seed begins anew."""
-        self.memory = Memory(self.model, self._slack)
-        self._random = random.Random(self._seed)
-
-    def _head(self, instructions: str = "") -> list[Message]:
-        """The system message and, if it says anything, the developer's."""
-        _expect(self.effort in EFFORTS, "effort",
-                f"one of {', '.join(EFFORTS)}", self.effort)
-        tools = [offer.tool for offer in self.offers.values()]
-        text = "\n\n".join(filter(None, (self.instructions, instructions)))
-        both = (system_message(self.effort, self.date or None, bool(tools)),
-                developer_message(text, tools))
-        return [message for message in both if message.content]
-
-    def prompt(self, messages: Sequence[Mapping]) -> list[int]:
-        """The tokens that `messages` become, up to the model's turn."""
-        instructions, rest = read_messages(messages)
-        prompt = render(self.tokenizer, [*self._head(instructions), *rest],
-                        drop="turns")
-        most = self.model.config.max_position_embeddings
-        _expect(len(prompt) <= most, "messages", f"at most {most} tokens "
-                "(max_position_embeddings)", len(prompt))
-        return prompt
-
-# %%
-settings = _Settings((model, tokenizer), effort="high", tools=[weather],
-                     date="2025-06-28", instructions="Be kind.")
-print(tokenizer.decode(settings.prompt(talk)))
-
-# %% [markdown]
 # ### A turn
 #
 # Write a round; if it ended with a call, run it, append the answer and go
-# on; else the turn is over.
+# on; else the turn is over. The three stop tokens are found by name.
 #
 # A turn can be left between any two events: whoever reads them stops reading.
 # It can also be stopped where no event comes, while a long prompt is read: a
-# function `stop` is asked before every forward.
+# function `stop` is asked before every forward. In the processes that are not
+# the first, a turn that is left must go on unseen until the first one ends
+# it, or the others would wait for its part.
 
-# %% tags=["export:chat"]
-class _Turns(_Settings):
-    """One turn of the model: rounds of writing, and calls between them."""
+# %% tags=["export:turn"]
+STOPS = ("<|return|>", "<|call|>", "<|endoftext|>")
 
-    usage: Usage | None = None
-    _rounds: list[Round]
 
-    def _round_seed(self) -> int:
-        """Drawn by all processes, so that torch's numbers stay alike."""
-        return (torch.randint(2 ** 48, ()).item() if self._seed is None
-                else self._random.getrandbits(48))
+def stop_tokens(tokenizer: Tokenizer) -> frozenset[int]:
+    """The ids of STOPS; ChatError for a tokenizer without them."""
+    missing = [name for name in STOPS if name not in tokenizer.special]
+    expect(not missing, "tokenizer", f"the control tokens {STOPS}",
+           f"none for {missing}")
+    return frozenset(tokenizer.special[name] for name in STOPS)
 
-    def _tokens(self, prompt: list[int], made: int, agreement: Agreement,
-                stop: Callable[[], object] | None) -> Iterator[int | None]:
-        """What the model writes after `prompt`, having written `made`; None
-        after a part of the prompt."""
-        most = self.model.config.max_position_embeddings
-        left = (self.max_new_tokens or most + made) - made
-        if left <= 0 or len(prompt) > most:
-            return
 
-        def go_on() -> bool:
-            if stop is not None and stop():
-                raise Stopped
-            return True
+def _followed(turn: Iterator[ChatEvent]) -> Iterator[ChatEvent]:
+    """`turn`, and all the rest of it when its reader leaves."""
+    try:
+        for event in turn:  # noqa: UP028  `yield from` would close it
+            yield event
+    finally:
+        for _ in turn:
+            pass
 
-        drawn = self._round_seed()
-        steps = self.memory.write(
-            prompt, max_new_tokens=left, sampler=self.sampler,
-            stop=self._stop, prefill_chunk=self._chunk,
-            seed=agreement.ask(lambda: drawn))
-        end = object()
-        while agreement.ask(go_on) and (step := next(steps, end)) is not end:
-            yield step
+# %%
+assert stop_tokens(tokenizer) == set(stop_ids(POCKET))
 
-    def _turn(self, prompt: list[int], ids: Iterator[str],
-              agreement: Agreement, stop: Callable[[], object] | None,
-              progress: bool) -> Iterator[ChatEvent]:
-        began, fed, made = time.perf_counter(), self.memory.fed, 0
-        before, reason = len(prompt), ""
+# %% tags=["export:turn"]
+class Turn:
+    """One turn of the model: rounds of writing, and calls between them.
+
+    prompt: the tokens before it. ids: of its calls. rounds: what was
+    written so far. usage: what it took; None while it lasts. stop,
+    progress: see `Chat.events`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, settings: Settings,
+                 session: Session, prompt: list[int], ids: Iterator[str], *,
+                 stop: Callable[[], object] | None = None,
+                 progress: bool = False) -> None:
+        self.rounds: list[Round] = []
+        self.usage: Usage | None = None
+        self._tokenizer, self._settings = tokenizer, settings
+        self._session, self._prefix = session, session.prefix
+        self._prompt, self._ids = prompt, ids
+        self._stop_asked, self._progress = stop, progress
+        self._stop = stop_tokens(tokenizer)
+        model = session.prefix.model
+        self._most = model.config.max_position_embeddings
+        self._group = getattr(model, "group", None) or SingleProcess()
+        self._agreement = Agreement(self._group)
+        self._events: Callable[[], object] = lambda: None
+        self._behind: Iterable[ChatEvent] = ()
+
+    def events(self) -> Iterator[ChatEvent]:
+        """What happens, as it happens; to be asked for once."""
+        run = self._run()
+        events = run if self._group.first else _followed(run)
+        self._events = weakref.ref(events)
+        self._behind = () if self._group.first else run
+        return events
+
+    def leave(self) -> None:
+        """End the turn here, if it is still under way."""
+        try:
+            if (running := self._events()) is not None:
+                running.close()
+        except ValueError as error:  # the generator is running right now
+            raise ChatError("chat: in the middle of a turn") from error
+        self._agreement.leave()
+        for _ in self._behind:
+            pass
+        self._events, self._behind = lambda: None, ()
+
+    def messages(self) -> list[dict]:
+        """What the turn has added to the conversation."""
+        return [message for round_ in self.rounds
+                for message in round_messages(round_)]
+
+    def _run(self) -> Iterator[ChatEvent]:
+        prefix, agreement = self._prefix, self._agreement
+        began, fed, made = time.perf_counter(), prefix.fed, 0
+        prompt, reason = self._prompt, ""
 
         def used() -> Usage:
-            return Usage(reason or "stopped", before, self.memory.fed - fed,
-                         made, time.perf_counter() - began)
+            return Usage(reason or "stopped", len(self._prompt),
+                         prefix.fed - fed, made, time.perf_counter() - began)
 
         try:
             while not reason:
-                round_, token = Round(self.tokenizer), None
-                self._rounds.append(round_)
-                for token in self._tokens(prompt, made, agreement, stop):
+                round_, token = Round(self._tokenizer), None
+                self.rounds.append(round_)
+                for token in self._tokens(prompt, made):
                     if token is not None:
                         made += 1
                         yield from round_.feed(token)
-                    elif progress:
-                        yield ChatEvent("progress", str(self.memory.left))
+                    elif self._progress:
+                        yield ChatEvent("progress", str(prefix.left))
                     if round_.over:
                         break
                 yield from round_.close()
                 if round_.call is not None:
-                    reason = yield from self._answer(round_, next(ids),
-                                                     agreement)
+                    reason = yield from self._answer(round_)
                     prompt = self._after(round_)
                 else:
                     reason = ("stop" if round_.over or token in self._stop
@@ -2796,26 +2980,46 @@ class _Turns(_Settings):
         self.usage = used()
         yield ChatEvent("done", reason, usage=self.usage)
 
-    def _complaints(self, reason: str, length: int) -> Iterator[ChatEvent]:
-        most = self.model.config.max_position_embeddings
-        if reason == "stop" and not self._rounds[-1].text("final"):
-            yield ChatEvent("notice", "the model ended without an answer")
-        if max(length, len(self.memory.tokens)) > most:
-            yield ChatEvent("notice", f"the context of {most} tokens is full")
+    def _tokens(self, prompt: list[int], made: int) -> Iterator[int | None]:
+        """What the model writes after `prompt`, having written `made`; None
+        after a part of the prompt."""
+        sampling = self._settings.sampling
+        left = (sampling.max_new_tokens or self._most + made) - made
+        if left <= 0 or len(prompt) > self._most:
+            return
+        drawn = self._session.next_seed()
+        steps = self._prefix.write(
+            prompt, sampling, max_new_tokens=left, stop=self._stop,
+            seed=self._agreement.ask(lambda: drawn))
+        end = object()
+        while (self._agreement.ask(self._goes_on)
+               and (step := next(steps, end)) is not end):
+            yield step
 
-    def _answer(self, round_: Round, id_: str, agreement: Agreement
-                ) -> Generator[ChatEvent, None, str]:
+    def _goes_on(self) -> bool:
+        if self._stop_asked is not None and self._stop_asked():
+            raise Stopped
+        return True
+
+    def _complaints(self, reason: str, length: int) -> Iterator[ChatEvent]:
+        if reason == "stop" and not self.rounds[-1].text("final"):
+            yield ChatEvent("notice", "the model ended without an answer")
+        if max(length, len(self._prefix.tokens)) > self._most:
+            yield ChatEvent("notice", f"the context of {self._most} tokens "
+                                      "is full")
+
+    def _answer(self, round_: Round) -> Generator[ChatEvent, None, str]:
         """Runs the call of a round; returns why the turn ends, or ""."""
-        arguments, to = round_.call.arguments, round_.call.recipient
-        name = _OTHER.sub("_", to.removeprefix("functions."))[:64] or "none"
+        id_, arguments = next(self._ids), round_.call.arguments
+        name = possible_name(round_.call.recipient.removeprefix("functions."))
         yield ChatEvent("call", arguments, name)
-        reason, result = agreement.ask(
-            functools.partial(self._run, name, arguments))
+        reason, result = self._agreement.ask(
+            lambda: self._result(name, arguments))
         call = {"id": id_, "type": "function",
                 "function": {"name": name, "arguments": arguments}}
         if reason == "length":
-            yield ChatEvent("notice", f"not run: call {len(self._rounds)} "
-                            f"of at most {self.rounds} in a turn")
+            yield ChatEvent("notice", f"not run: call {len(self.rounds)} of "
+                            f"at most {self._settings.rounds} in a turn")
         elif reason:
             round_.kept = [call]
         else:
@@ -2824,18 +3028,19 @@ class _Turns(_Settings):
             yield ChatEvent("result", result, name)
         return reason
 
-    def _run(self, name: str, arguments: str) -> tuple[str, str]:
+    def _result(self, name: str, arguments: str) -> tuple[str, str]:
         """Why the turn ends with this call, or "", and what the call gave.
         Of several processes only the first runs it."""
-        offer, known = self.offers.get(name), ", ".join(self.offers)
-        if offer is not None and offer.run is None:
+        tools = self._settings.tools
+        tool, known = tools.get(name), ", ".join(tools)
+        if tool is not None and tool.run is None:
             return "tool_calls", ""
-        if len(self._rounds) > self.rounds:
+        if len(self.rounds) > self._settings.rounds:
             return "length", ""
-        if offer is None:
+        if tool is None:
             return "", (f"error: there is no tool {name}; there are: "
                         f"{known or 'none'}")
-        return "", _as_text(offer.run(arguments))
+        return "", result_text(tool.run(arguments))
 
     def _after(self, round_: Round) -> list[int]:
         """The tokens so far, word for word, and the tool's answer."""
@@ -2844,86 +3049,165 @@ class _Turns(_Settings):
         answer = round_.kept[1]
         message = Message("tool", answer["content"], "commentary",
                           "assistant", name=f"functions.{answer['name']}")
-        return self.memory.tokens + render(self.tokenizer, [message])
+        return self._prefix.tokens + render(self._tokenizer, [message])
+
 
 # %% [markdown]
 # ### Chat
 #
-# In the processes that are not the first, a turn that is left must go on
-# unseen until the first one ends it, or the others would wait for its part.
+# What is left is to put the two halves together: settings and a model, and a
+# session for who brings none. Model and tokenizer come from a folder, shipped
+# or released, with no special case for either.
 
 # %% tags=["export:chat"]
-def _followed(turn: Iterator[ChatEvent]) -> Iterator[ChatEvent]:
-    """`turn`, and all the rest of it when its reader leaves."""
-    try:
-        for event in turn:  # noqa: UP028  `yield from` would close it
-            yield event
-    finally:
-        for _ in turn:
-            pass
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+from gptoss.agreement import SingleProcess
+from gptoss.calculator import today
+from gptoss.checkpoint import resolve
+from gptoss.generate import SamplingOptions
+from gptoss.harmony import Tokenizer, render
+from gptoss.memory import SLACK, Session
+from gptoss.messages import ChatError, call_ids, expect, read_messages
+from gptoss.model import GptOss
+from gptoss.settings import Settings
+from gptoss.tools import read_tools
+from gptoss.turn import ChatEvent, Turn, Usage, stop_tokens
 
 
-class Chat(_Turns):
-    """A conversation with a gpt-oss model, in OpenAI's message dicts.
+def load(model: str | Path | tuple[GptOss, Tokenizer] | None = None,
+         dtype: torch.dtype = torch.bfloat16, device="cpu"
+         ) -> tuple[GptOss, Tokenizer]:
+    """Model and tokenizer of a folder or hub id; None: the shipped one."""
+    if isinstance(model, tuple):
+        return model
+    folder = resolve(files("gptoss") / "pocket" if model is None else model)
+    tokenizer = Tokenizer.from_pretrained(folder)  # the quick one first
+    return (GptOss.from_pretrained(folder, dtype=dtype, device=device),
+            tokenizer)
+
+
+# %% tags=["export:chat"]
+class Chat:
+    """Conversations with a gpt-oss model, in OpenAI's message dicts.
 
     model: a folder, a hub id, a pair (GptOss, Tokenizer), or None for the
     shipped one. effort: low, medium, high. tools: typed Python functions,
     which are called when the model asks, or dicts of OpenAI's shape, which
     end the turn with a call for the caller. instructions: come before those
     of a system message. date: "2025-06-28", "" for none, None for today.
-    temperature, top_k, top_p, seed: as for `Sampler` and `generate`.
+    temperature, top_k, top_p, seed, prefill_chunk: as for `SamplingOptions`.
     max_new_tokens: in a turn, all rounds together (None: until the context
-    is full). rounds: calls run in one turn. slack: see `Memory`.
-    tool_timeout: seconds for a call, see `function_tool`. prefill_chunk:
-    tokens of a prompt that are read at once.
+    is full). rounds: calls run in one turn. slack: see `PrefixCache`.
+    tool_timeout: seconds for a call, see `function_tool`.
 
     One cache is kept from turn to turn; what a new prompt shares with it is
-    not fed again. A turn may be left at any point. Not for several threads.
-    With a model that is spread over processes, all of them make the same
-    calls; what the first is given counts, and its tools alone are run.
+    not fed again. It is that of `session`; for several conversations with
+    one model, give each its own, from `new_session`. A turn may be left at
+    any point. Not for several threads. With a model that is spread over
+    processes, all of them make the same calls; what the first is given
+    counts, and its tools alone are run.
+
+    Attributes: model, tokenizer, settings (set a new one to change
+    something, `chat.settings.with_changes(effort="low")`), session.
     """
 
-    usage: Usage | None = None  # of the last turn; None while it lasts
-    _rounds: Sequence[Round] = ()
-    _turning: tuple = ()  # its events, what is behind them, its agreement
+    def __init__(self, model: str | Path | tuple[GptOss, Tokenizer] |
+                 None = None, effort: str = "medium",
+                 tools: Iterable[Callable | Mapping] = (), *,
+                 instructions: str = "", date: str | None = None,
+                 temperature: float = 1.0, top_k: int = 0,
+                 top_p: float = 1.0, seed: int | None = None,
+                 max_new_tokens: int | None = None, rounds: int = 8,
+                 slack: int = SLACK, dtype: torch.dtype = torch.bfloat16,
+                 device="cpu", tool_timeout: float | None = None,
+                 prefill_chunk: int = 512) -> None:
+        expect(tool_timeout is None or type(tool_timeout) in (int, float)
+               and 0 < tool_timeout < 1e6, "tool_timeout",
+               "seconds > 0", tool_timeout)
+        self.settings = Settings(
+            effort=effort, tools=read_tools(tools, tool_timeout),
+            instructions=instructions, date=date, rounds=rounds, slack=slack,
+            sampling=SamplingOptions(
+                temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+                max_new_tokens=max_new_tokens, prefill_chunk=prefill_chunk))
+        self.model, self.tokenizer = load(model, dtype, device)
+        stop_tokens(self.tokenizer)
+        self._group = getattr(self.model, "group", None) or SingleProcess()
+        if date is None:
+            self.settings = self.settings.with_changes(
+                date=self._group.same(today))
+        self.session = self.new_session()
+
+    def __repr__(self) -> str:
+        config, settings = self.model.config, self.settings
+        return (f"Chat({config.num_hidden_layers} layers, "
+                f"effort={settings.effort!r}, tools={[*settings.tools]}, "
+                f"{len(self.session.prefix.tokens):,} of "
+                f"{config.max_position_embeddings:,} tokens)")
+
+    def new_session(self) -> Session:
+        """The memory of one more conversation with this model."""
+        return Session(self.model, self.settings.slack,
+                       self.settings.sampling.seed)
+
+    def prompt(self, messages: Sequence[object]) -> list[int]:
+        """The tokens that `messages` become, up to the model's turn."""
+        instructions, rest = read_messages(messages)
+        prompt = render(self.tokenizer,
+                        [*self.settings.head(instructions), *rest],
+                        drop="turns")
+        most = self.model.config.max_position_embeddings
+        expect(len(prompt) <= most, "messages", f"at most {most} tokens "
+               "(max_position_embeddings)", len(prompt))
+        return prompt
 
     def events(self, messages: Sequence[object], *,
+               session: Session | None = None,
                stop: Callable[[], object] | None = None,
                progress: bool = False) -> Iterator[ChatEvent]:
         """The turn of the model after `messages`, as it happens.
 
-        stop: asked before every forward; if what it returns is true, the
-        turn ends there with the finish reason "stopped". progress: whether
-        there are events of that kind. Raises ChatError at the call, for
-        messages that are not right or do not fit. A turn that is still
-        under way ends here.
+        session: whose cache is used, and where the turn is noted; None: the
+        chat's own. stop: asked before every forward; if what it returns is
+        true, the turn ends there with the finish reason "stopped".
+        progress: whether there are events of that kind. Raises ChatError at
+        the call, for messages that are not right or do not fit. A turn of
+        the session that is still under way ends here.
         """
-        self._interrupt()
-        begin = self._link.same(functools.partial(self._begin, messages))
+        session = self.session if session is None else session
+        if session.turn is not None:
+            session.turn.leave()
+        begin = self._group.same(functools.partial(self._begin, messages))
         if "error" in begin:
             raise ChatError(begin["error"])
         ids = (f"call_{n}" for n in itertools.count(1)
                if f"call_{n}" not in begin["used"])
-        self._rounds, self.usage = [], None
-        agreement = Agreement(self._link)
-        turn = self._turn(begin["prompt"], ids, agreement, stop, progress)
-        events = turn if self._link.first else _followed(turn)
-        self._turning = (weakref.ref(events), agreement,
-                         None if self._link.first else turn)
-        return events
+        session.turn = Turn(self.tokenizer, self.settings, session,
+                            begin["prompt"], ids, stop=stop,
+                            progress=progress)
+        return session.turn.events()
 
     def _begin(self, messages: Sequence[object]) -> dict:
         """The prompt and the ids of calls that are taken, or an error."""
         try:
             return {"prompt": self.prompt(messages),
-                    "used": _call_ids(messages)}
+                    "used": call_ids(messages)}
         except ChatError as error:
             return {"error": str(error)}
 
     def reply(self, messages: Sequence[object], *,
+              session: Session | None = None,
               stop: Callable[[], object] | None = None) -> Iterator[str]:
         """The text of the final channel, piece by piece; see `events`."""
-        return (event.text for event in self.events(messages, stop=stop)
+        return (event.text for event in self.events(
+                    messages, session=session, stop=stop)
                 if event.kind == "final")
 
     @property
@@ -2931,29 +3215,26 @@ class Chat(_Turns):
         """The messages that the turn has added, to go on with: what was
         thought, said and called, in order, with the answers of the calls,
         then the answer as far as it came."""
-        return [message for round_ in self._rounds
-                for message in round_messages(round_)]
+        turn = self.session.turn
+        return [] if turn is None else turn.messages()
+
+    @property
+    def usage(self) -> Usage | None:
+        """What the last turn took; None while it lasts."""
+        turn = self.session.turn
+        return None if turn is None else turn.usage
 
     def reset(self) -> None:
         """Forget the turn and the cache; a seed begins anew."""
-        self._interrupt()
-        self._rounds, self.usage = (), None
-        super().reset()
+        if self.session.turn is not None:
+            self.session.turn.leave()
+        self.session = self.new_session()
 
-    def _interrupt(self) -> None:
-        """End the turn that is under way, if there is one."""
-        if not self._turning:
-            return
-        events, agreement, behind = self._turning
-        try:
-            if (running := events()) is not None:
-                running.close()
-        except ValueError as error:  # the generator is running right now
-            raise ChatError("chat: in the middle of a turn") from error
-        agreement.leave()
-        for _ in behind or ():
-            pass
-        self._turning = ()
+# %%
+chat = Chat((model, tokenizer), effort="high", tools=[weather],
+            date="2025-06-28", instructions="Be kind.")
+print(chat)
+print(tokenizer.decode(chat.prompt(talk)))
 
 # %% [markdown]
 # A conversation with the shipped model, greedy so that it can be repeated. In
@@ -2991,7 +3272,9 @@ def dictated(*rounds: str, **more) -> Chat:
         [tokenizer.special[part]] if part in tokenizer.special
         else tokenizer.encode(part))])
     chat = Chat((model, tokenizer), **fixed | more)
-    chat.sampler = lambda logits, generator: torch.tensor([next(ids)])
+    chat.settings = chat.settings.with_changes(
+        temperature=1.0,
+        sampler=lambda logits, generator: torch.tensor([next(ids)]))
     return chat
 
 
@@ -3132,20 +3415,20 @@ def halfway(module, inputs):
 
 
 for slack in (0, 60):
-    memory, prompt, count = Memory(model, slack), [], 0
+    prefix, prompt, count = PrefixCache(model, slack), [], 0
     for n in range(12):
         prompt = prompt[:rng.randint(0, len(prompt))] + [
             rng.randrange(256) for _ in range(rng.randint(1, 70))]
-        start = memory.resume(prompt)
+        start = prefix.resume(prompt)
         rest = torch.tensor([prompt[start:]])
         if n % 4 == 3:
             hook = model.layers[2].register_forward_pre_hook(halfway)
             with contextlib.suppress(KeyboardInterrupt):
-                model(rest, memory.cache)
+                model(rest, prefix.cache)
             hook.remove()
             continue
         with torch.no_grad():
-            found = model(rest, memory.cache, logits_to_keep=1)
+            found = model(rest, prefix.cache, logits_to_keep=1)
             wanted = model(torch.tensor([prompt]), logits_to_keep=1)
         assert (found - wanted).abs().max() < 1e-3
         count += len(rest[0])
@@ -3161,9 +3444,30 @@ for question in asked:
     answer = "".join(kept.reply(talk))
     fresh = Chat((model, tokenizer), max_new_tokens=30, **fixed)
     assert "".join(fresh.reply(talk)) == answer
-    assert fresh.memory.tokens == kept.memory.tokens
+    assert fresh.session.prefix.tokens == kept.session.prefix.tokens
     talk += kept.turn
 assert kept.usage.prefilled_tokens < fresh.usage.prefilled_tokens
+
+# %% [markdown]
+# **Conversations that share a model do not hear each other.** Two of them,
+# a piece of each in turn, give what each gives by itself:
+
+# %%
+def alone(question: str) -> str:
+    chat = Chat((model, tokenizer), **brief)
+    return "".join(event.text for event in chat.events(
+        [{"role": "user", "content": question}]))
+
+
+brief = {"seed": 5, "max_new_tokens": 20, "date": "2025-06-28"}
+shared = Chat((model, tokenizer), **brief)
+both = [shared.events([{"role": "user", "content": question}],
+                      session=shared.new_session()) for question in asked[:2]]
+heard = ["".join(event.text for event in events if event is not None)
+         for events in zip(*itertools.zip_longest(*both), strict=True)]
+assert heard == [alone(question) for question in asked[:2]]
+for text in heard:
+    print(repr(text[:60]))
 
 # %% [markdown]
 # **No output of the model is an exception.** Whatever it writes, a turn ends
@@ -3176,7 +3480,8 @@ soup = [*tokenizer.special.values()] + tokenizer.encode(
 notices = collections.Counter()
 chat = Chat((model, tokenizer), tools=[weather], max_new_tokens=30, rounds=2,
             **fixed)
-chat.sampler = lambda *_: torch.tensor([rng.choice(soup)])
+chat.settings = chat.settings.with_changes(
+    temperature=1.0, sampler=lambda *_: torch.tensor([rng.choice(soup)]))
 talk = [{"role": "user", "content": "Hello"}]
 for _ in range(15):
     *events, last = chat.events(talk)
@@ -3255,7 +3560,7 @@ def book(name: str, seats: int, days: list[str], note: str | None = None,
 
 
 theirs = get_json_schema(book)["function"]["parameters"]
-ours = function_tool(book).tool.parameters
+ours = function_tool(book).spec.parameters
 assert theirs["required"] == ours["required"]
 for key, entry in theirs["properties"].items():
     assert entry == {k: v for k, v in ours["properties"][key].items()
@@ -3340,20 +3645,20 @@ print(f"{V * 8 / 1e6:.1f} MB of float64 a row")
 # %%
 spent = {"fresh": [], "kept": [], "no slack": []}
 for name, row in spent.items():
-    memory = Memory(model, SLACK if name == "kept" else 0)
+    prefix = PrefixCache(model, SLACK if name == "kept" else 0)
     said = [system_message(date="2025-06-28")]
     for question, thought, answer in list(zip(asked, thoughts, answers,
                                               strict=True)) * 3:
         said.append(Message("user", question))
         prompt = render(tokenizer, said, drop="turns")
-        start = 0 if name == "fresh" else memory.resume(prompt)
+        start = 0 if name == "fresh" else prefix.resume(prompt)
         row.append(len(prompt) - start)
         said += [Message("assistant", thought, "analysis"),
                  Message("assistant", answer, "final")]
-        memory.tokens = prompt + model_writes(said)
+        prefix.tokens = prompt + model_writes(said)
         if name != "fresh":  # as if the model had written the rest
             with torch.no_grad():
-                model(torch.tensor([memory.tokens[start:-1]]), memory.cache)
+                model(torch.tensor([prefix.tokens[start:-1]]), prefix.cache)
     print(f"{name:9}", row)
 replay = 2 * (model.config.sliding_window - 1)
 assert spent["no slack"] == [
@@ -3437,7 +3742,7 @@ assert chi < 7 + 5 * 14 ** 0.5
 chat = dictated(*[FINAL.format("Yes.")] * 6)
 talk, costs = [], []
 for minute in ("12:00", "12:00", "12:00", "12:01", "12:02", "12:03"):
-    chat.date = f"2025-06-28 {minute}"
+    chat.settings = chat.settings.with_changes(date=f"2025-06-28 {minute}")
     talk.append({"role": "user", "content": "And now?"})
     list(chat.events(talk))
     talk += chat.turn

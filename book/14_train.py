@@ -104,11 +104,11 @@ print(f"{log[-1]['seconds'] / 60:.0f} minutes on one core, "
 # %%
 import random
 
-from gptoss.chat import STOPS
 from gptoss.generate import Sampler, generate_batch
 from gptoss.harmony import Message, Tokenizer, render, system_message
 from gptoss.lessons import lesson_stream
 from gptoss.model import GptOss
+from gptoss.turn import STOPS
 
 pocket = GptOss.from_pretrained(POCKET, dtype=torch.float32)
 reader = Tokenizer.from_pretrained(POCKET)
@@ -2503,7 +2503,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from gptoss.chat import STOPS
 from gptoss.generate import Sampler, generate_batch
 from gptoss.harmony import (
     CHANNELS,
@@ -2516,6 +2515,7 @@ from gptoss.harmony import (
 from gptoss.lessons import NOTED, TALK, Lesson, lesson_stream
 from gptoss.model import GptOss
 from gptoss.stories import CAST_SLOTS, read_story
+from gptoss.turn import STOPS
 
 
 @dataclass

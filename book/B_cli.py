@@ -200,7 +200,9 @@ _HOME = {"Chat": "chat", "GptOss": "model", "GptOssConfig": "config",
          "Tokenizer": "harmony"}
 _MODULES = ("config", "mxfp4", "checkpoint", "rope", "sinks", "masks",
             "routing", "experts", "cache", "model", "harmony", "generate",
-            "chat", "kernels", "compact", "triton_kernels", "decode_step",
+            "messages", "schema", "tools", "calculator", "memory",
+            "settings", "agreement", "turn", "chat", "kernels", "compact",
+            "triton_kernels", "decode_step",
             "stories", "lessons", "leaks", "exams", "train", "shards",
             "launch", "collectives", "split", "plan", "parity", "vectors",
             "mistakes", "options", "terminal", "tables", "commands")
@@ -288,7 +290,7 @@ MISTAKES = {"gptoss.config": "ConfigError", "gptoss.mxfp4": "MXFP4Error",
             "gptoss.cache": "CacheError", "gptoss.model": "ModelError",
             "gptoss.harmony": "HarmonyError",
             "gptoss.generate": "GenerateError",
-            "gptoss.chat": "ChatError", "gptoss.parity": "ParityError",
+            "gptoss.messages": "ChatError", "gptoss.parity": "ParityError",
             "gptoss.vectors": "VectorError",
             "gptoss.kernels": "KernelError",
             "gptoss.shards": "ParallelError",
@@ -656,7 +658,8 @@ from gptoss.mistakes import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from gptoss.chat import Chat, ChatEvent
+    from gptoss.chat import Chat
+    from gptoss.turn import ChatEvent
 
 
 def writer(stream: IO[str]) -> Callable[[str], None]:
@@ -717,7 +720,7 @@ def drawn(events: "Iterable[ChatEvent]", everything: bool = True
 
 
 # %%
-from gptoss.chat import ChatEvent
+from gptoss.turn import ChatEvent
 
 happened = [ChatEvent("analysis", "Six "), ChatEvent("analysis", "sevens."),
             ChatEvent("call", '{"expression": "6*7"}', "calculator"),
@@ -909,8 +912,10 @@ def _effort(session: Session, level: str) -> str:
     if level not in ("", *EFFORTS):
         raise UsageError(f"/effort: expected {', '.join(EFFORTS)}, found "
                          f"{level}")
-    session.chat.effort = level or session.chat.effort
-    return f"effort: {session.chat.effort}"
+    settings = session.chat.settings
+    settings = settings.with_changes(effort=level or settings.effort)
+    session.chat.settings = settings
+    return f"effort: {settings.effort}"
 
 
 def _quit(session: Session, _: str) -> str:
@@ -1040,7 +1045,7 @@ def typed(args: argparse.Namespace) -> Callable[[str], str]:
 heard = []
 session = Session(None, lambda text, style="": heard.append(text), True)
 for line in ("/reset now", "/sing", "/effort loud", "/help"):
-    session.chat = argparse.Namespace(reset=lambda: None, effort="low")
+    session.chat = argparse.Namespace(reset=lambda: None)
     _step(session, line)
 print("".join(heard))
 
@@ -1381,7 +1386,8 @@ def _tools(args: argparse.Namespace, known: dict) -> list:
 # %% tags=["export:commands"]
 def run_chat(args: argparse.Namespace) -> None:
     """A conversation; with a pipe, one message a line of stdin."""
-    from gptoss.chat import TOOLS, Chat
+    from gptoss.calculator import TOOLS
+    from gptoss.chat import Chat
 
     if args.json and args.prompt is None:
         raise UsageError("--json: needs --prompt")

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from gptoss.chat import STOPS
 from gptoss.generate import Sampler, generate_batch
 from gptoss.harmony import (
     CHANNELS,
@@ -23,6 +22,7 @@ from gptoss.harmony import (
 from gptoss.lessons import NOTED, TALK, Lesson, lesson_stream
 from gptoss.model import GptOss
 from gptoss.stories import CAST_SLOTS, read_story
+from gptoss.turn import STOPS
 
 # --- Examination by programs -------------------------------------------------
 

@@ -435,8 +435,9 @@ def generate_batch(model: GptOss, prompts: Sequence[Sequence[int]],
                    **changes: Any) -> list[list[int]]:
     """The continuations of `prompts` (lists of ids of any lengths).
 
-    `options`, `changes`: as for `generate`. Row r is what `generate` gives for prompt r and the seed `seed` + r,
-    up to the rounding of larger matrix products.
+    `options`, `changes`: as for `generate`. Row r is what `generate` gives
+    for prompt r and the seed `seed` + r, up to the rounding of larger
+    matrix products.
     """
     options = (options or SamplingOptions()).with_changes(**changes)
     draws, stop = options.draws, options.stop
@@ -468,6 +469,59 @@ def generate_batch(model: GptOss, prompts: Sequence[Sequence[int]],
         # a finished row goes on as padding: it never enters the cache
         mask = torch.tensor(alive, device=tokens.device)[:, None]
         tokens = torch.where(mask, chosen[:, None], 0)
+
+
+# --- As a method of the model ------------------------------------------------
+
+def _unpadded(ids: Tensor, mask: Tensor | None) -> list[list[int]]:
+    """The rows of `ids` (B, T) without the padding on their left."""
+    if ids.ndim != 2 or ids.is_floating_point() or ids.is_complex():
+        _refuse("input_ids", "integers (B, T) or a list of ids",
+                f"{ids.dtype} {tuple(ids.shape)}")
+    if mask is None:
+        return ids.tolist()
+    mask = torch.as_tensor(mask, device=ids.device).bool()
+    if mask.shape != ids.shape:
+        _refuse("attention_mask", f"shape {tuple(ids.shape)}",
+                tuple(mask.shape))
+    if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+        _refuse("attention_mask", "rows padded on the left", mask.tolist())
+    return [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
+
+
+def continue_ids(model: GptOss, input_ids: Tensor | Sequence[int], *,
+                 attention_mask: Tensor | None = None, do_sample: bool = True,
+                 eos_token_id: int | Iterable[int] | None = None,
+                 pad_token_id: int | None = None,
+                 **options: Any) -> Tensor | list[int]:
+    """Prompts with their continuations, as transformers' `generate`.
+
+    input_ids: (B, T) integers give (B, T + new) int64 on the same device;
+    a list of ids gives a list. attention_mask (B, T): 0 is padding, on the
+    left. do_sample: False takes the likeliest token. eos_token_id: what
+    ends a row (None: what the checkpoint says); pad_token_id: what stands
+    behind its end (None: the configuration's). options: fields of
+    `SamplingOptions`, None for a default, TypeError for any other.
+    """
+    given = {key: value for key, value in options.items()
+             if value is not None or key == "max_new_tokens"}
+    if not do_sample:
+        given["temperature"] = 0
+    if eos_token_id is None:
+        eos_token_id = stop_ids(model.source or model.config)
+    elif isinstance(eos_token_id, int):
+        eos_token_id = [eos_token_id]
+    run = SamplingOptions(**{"stop": eos_token_id} | given)
+    if not isinstance(input_ids, Tensor):
+        return [*input_ids, *generate(model, input_ids, run)]
+    rows = _unpadded(input_ids, attention_mask)
+    new = ([list(generate(model, rows[0], run))] if len(rows) == 1
+           else generate_batch(model, rows, run))
+    pad = model.config.pad_token_id if pad_token_id is None else pad_token_id
+    made = torch.full((len(new), max(map(len, new), default=0)), pad)
+    for row, tokens in zip(made, new, strict=True):
+        row[:len(tokens)] = torch.tensor(tokens)
+    return torch.cat([input_ids.long(), made.to(input_ids.device)], 1)
 
 
 # --- Text as it comes --------------------------------------------------------
@@ -565,6 +619,7 @@ __all__ = [
     "TextStream",
     "best",
     "complete",
+    "continue_ids",
     "draw",
     "forward_step",
     "generate",

@@ -303,6 +303,8 @@ class GptOss(Stack):
     biases and sinks 0 and norms 1: ready to train.
     """
 
+    source: Path | None = None  # the folder of the checkpoint, if from one
+
     def __init__(self, config: GptOssConfig,
                  dtype: torch.dtype = torch.bfloat16, device=None,
                  packed: bool = True) -> None:
@@ -333,6 +335,18 @@ class GptOss(Stack):
         cache.advance(positions)
         return logits
 
+    def generate(self, input_ids, **options) -> Tensor | list[int]:
+        """input_ids (B, T) -> (B, T + new): prompts and continuations.
+
+        The options are those of chapter 12's `continue_ids`, as far as they
+        go those of transformers: attention_mask (padding on the left),
+        max_new_tokens, do_sample, temperature, top_k, top_p, seed,
+        eos_token_id, pad_token_id. TypeError for an unknown one.
+        """
+        from gptoss.generate import continue_ids  # a later chapter's
+
+        return continue_ids(self, input_ids, **options)
+
     def new_cache(self, batch_size: int = 1, max_tokens: int | None = None,
                   slack: int = 0) -> Cache:
         """A `Cache` of this model's configuration, dtype and device."""
@@ -361,6 +375,7 @@ class GptOss(Stack):
             model = cls(checkpoint.config, dtype, "meta", packed)
             model.requires_grad_(False)
             tensors = dict(load_tensors(checkpoint, dtype, device, packed))
+            model.source = checkpoint.folder
         model.load_state_dict(tensors, assign=True)
         prepare()  # chapter 13's kernels, before threads share the model
         return model.eval()

@@ -17,10 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import random_tensors
 from safetensors.torch import load_file
-from test_chat import TOKENIZER, Scripted, called, said
+from scripted import TOKENIZER, Scripted, called, said
 
 import gptoss
-from gptoss.chat import ChatEvent
 from gptoss.checkpoint import write_checkpoint
 from gptoss.commands import build_parser, main
 from gptoss.config import GptOssConfig
@@ -29,6 +28,7 @@ from gptoss.harmony import Tokenizer, tokenizer_json
 from gptoss.mistakes import UsageError, printable
 from gptoss.model import GptOss
 from gptoss.terminal import drawn
+from gptoss.turn import ChatEvent
 
 ROOT = Path(gptoss.__file__).parents[1]
 CONFIG = GptOssConfig(

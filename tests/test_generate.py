@@ -489,6 +489,109 @@ def test_no_rows(model):
     assert generate_batch(model, []) == []
 
 
+# -- as a method of the model -----------------------------------------------
+
+def left_padded(rows: list[list[int]], pad: int = 0
+                ) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(map(len, rows))
+    ids = [[pad] * (longest - len(row)) + row for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+@pytest.mark.parametrize("options, wanted", [
+    ({"do_sample": False}, {"temperature": 0}),
+    ({"temperature": 0.9, "top_k": 30, "top_p": 0.9, "seed": 8},) * 2,
+    ({"seed": 8, "top_k": None, "temperature": None}, {"seed": 8})])
+def test_the_method_is_generate(model, options, wanted):
+    new = list(generate(model, PROMPT, max_new_tokens=15, stop=[274],
+                        **wanted))
+    given = torch.tensor([PROMPT], dtype=torch.int32)
+    out = model.generate(given, max_new_tokens=15, **options)
+    assert out.dtype == torch.int64 and out.tolist() == [PROMPT + new]
+    assert model.generate(input_ids=PROMPT, max_new_tokens=15,
+                          **options) == PROMPT + new
+    out = model.generate(given.expand(3, -1), max_new_tokens=15, **options)
+    assert out[0].tolist()[:len(PROMPT + new)] == PROMPT + new
+
+
+def test_the_method_pads_what_ends_early(model):
+    alone = [greedy(model, prompt, 20) for prompt in PROMPTS]
+    stop = [alone[0][3], alone[2][9]]
+    ids, mask = left_padded(PROMPTS)
+    out = model.generate(ids, attention_mask=mask, do_sample=False,
+                         max_new_tokens=20, eos_token_id=stop,
+                         pad_token_id=271)
+    assert out[:, :ids.shape[1]].equal(ids)
+    new = generate_batch(model, PROMPTS, sampler=Sampler(0), stop=stop,
+                         max_new_tokens=20)
+    assert len({len(row) for row in new}) > 1
+    assert out[:, ids.shape[1]:].tolist() == [
+        row + [271] * (max(map(len, new)) - len(row)) for row in new]
+    one = model.generate(ids[:1], attention_mask=mask[:1], do_sample=False,
+                         max_new_tokens=20, eos_token_id=stop[0])
+    assert one[0, ids.shape[1]:].tolist() == (
+        alone[0][:alone[0].index(stop[0]) + 1])
+
+
+def test_the_method_stops_where_the_checkpoint_says(tmp_path):
+    from oracles import random_case
+
+    case = random_case(1)
+    path = case.write(tmp_path)
+    read = GptOss.from_pretrained(path, torch.float32)
+    prompt = case.prompt()[0].tolist()
+    new = greedy(read, prompt, 20)
+    end = max(new.index(token) for token in new)
+    assert end > 0
+    other = (max(new) + 1) % case.config.vocab_size
+    (path / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [other, new[end]]}))
+    assert read.generate(prompt, do_sample=False) == prompt + new[:end + 1]
+    assert read.generate(prompt, do_sample=False, max_new_tokens=20,
+                         eos_token_id=()) == prompt + new
+
+
+@pytest.mark.parametrize("given, options, why, kind", [
+    ([[1, 2]], {"num_beams": 4}, "num_beams", TypeError),
+    ([[1, 2]], {"top_k": -1}, "top_k: expected", GenerateError),
+    ([1, 2], {}, "input_ids: expected integers .B, T.", GenerateError),
+    ([[1.0, 2.0]], {}, "input_ids: expected integers", GenerateError),
+    ([[1, 2]], {"attention_mask": torch.ones(1, 3)},
+     r"attention_mask: expected shape \(1, 2\)", GenerateError),
+    ([[1, 2]], {"attention_mask": torch.tensor([[1, 0]])},
+     "attention_mask: expected rows padded on the left", GenerateError),
+    ([[1, 2], [3, 4]], {"attention_mask": torch.tensor([[1, 1], [0, 0]])},
+     "row 1: prompt: expected at least one token", GenerateError)])
+def test_the_method_refuses(model, given, options, why, kind):
+    with pytest.raises(kind, match=why):
+        model.generate(torch.tensor(given), **options)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_method_beside_transformers(tmp_path, seed):
+    """Greedy, one row and rows padded on the left, ended early or not."""
+    from oracles import hf, random_case
+
+    case = random_case(seed)
+    path = case.write(tmp_path)
+    theirs, ours = hf.load(path), GptOss.from_pretrained(path, torch.float32)
+    if case.config.sliding_window == 1:
+        pytest.skip("transformers 5.23 keeps every key there")
+    alone = case.prompt()[:1]
+    rows = [alone[0].tolist(), alone[0].tolist()[:3]]
+    for ids, mask in ((alone, torch.ones_like(alone)), left_padded(rows)):
+        last = theirs.generate(
+            ids, attention_mask=mask, do_sample=False, max_new_tokens=12,
+            eos_token_id=-1, pad_token_id=0)[0, -5].item()
+        for stop in (last, [last]):
+            options = {"attention_mask": mask, "do_sample": False,
+                       "max_new_tokens": 12, "eos_token_id": stop,
+                       "pad_token_id": 1}
+            assert ours.generate(ids, **options).equal(
+                theirs.generate(ids, **options))
+
+
 # -- stop ids ---------------------------------------------------------------
 
 @pytest.mark.parametrize("value, wanted", [

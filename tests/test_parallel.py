@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 
 from gptoss import commands as cli
 from gptoss import parallel
-from gptoss.chat import Chat, ChatError, function_tool
+from gptoss.chat import Chat
 from gptoss.checkpoint import (
     LAYOUTS,
     Checkpoint,
@@ -46,6 +46,7 @@ from gptoss.config import (
 )
 from gptoss.generate import Sampler, generate
 from gptoss.harmony import Tokenizer
+from gptoss.messages import ChatError
 from gptoss.model import GptOss
 from gptoss.parallel import (
     Group,
@@ -73,6 +74,7 @@ from gptoss.plan import (
     setup,
     token_seconds,
 )
+from gptoss.tools import function_tool
 
 pytestmark = pytest.mark.xdist_group("parallel")  # one set of processes
 
@@ -515,8 +517,9 @@ def dictate(one: Chat, text: str) -> None:
     special = one.tokenizer.special
     ids = iter([n for part in re.split(r"(<\|\w+\|>)", text) for n in (
         [special[part]] if part in special else one.tokenizer.encode(part))])
-    one.sampler = lambda logits, generator: torch.tensor(
-        [next(ids)]) if ids.__length_hint__() else GREEDY(logits)
+    one.settings = one.settings.with_changes(
+        temperature=1.0, sampler=lambda logits, generator: torch.tensor(
+            [next(ids)]) if ids.__length_hint__() else GREEDY(logits))
 
 
 def agent(model: GptOss, rank: int, note: Callable[[str], None],
@@ -555,8 +558,8 @@ def agent(model: GptOss, rank: int, note: Callable[[str], None],
             kinds.append(event.kind)
             if rank == leave and len(kinds) == count:
                 break
-        found.append({"turn": one.turn, "tokens": one.memory.tokens,
-                      "date": one.date, "kinds": kinds,
+        found.append({"turn": one.turn, "tokens": one.session.prefix.tokens,
+                      "date": one.settings.date, "kinds": kinds,
                       "usage": one.usage and replace(one.usage, seconds=0)})
 
     turn(CALL.format("mail", '{"to": "Ann"}') + CALL.format("broken", "")
@@ -570,10 +573,11 @@ def agent(model: GptOss, rank: int, note: Callable[[str], None],
          stop=lambda: rank == 0 and next(nine, None) is None)
     dictate(one, SAID.format("Unread."))
     one.events([{"role": "user", "content": "?"}])  # nobody reads this one
-    one.sampler, one.max_new_tokens = Sampler(0.9), 20
+    one.settings = one.settings.with_changes(
+        sampler=None, temperature=0.9, max_new_tokens=20)
     asked = [{"role": "user", "content": f"Hello from {rank}!"}]
     list(one.events(asked))
-    found.append({"turn": one.turn, "tokens": one.memory.tokens})
+    found.append({"turn": one.turn, "tokens": one.session.prefix.tokens})
     try:
         one.reply([] if rank == 0 else asked)
     except ChatError as error:

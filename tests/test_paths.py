@@ -237,7 +237,7 @@ def test_a_chat_says_what_its_model_would(slack):
         talk.append({"role": "user", "content": question})
         list(chat.events(talk))
         talk += chat.turn
-        tokens = chat.memory.tokens
+        tokens = chat.session.prefix.tokens
         made = chat.usage.generated_tokens
         judged(chat.model, exact, tokens[:-made], tokens[-made:])
 
