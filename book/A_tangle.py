@@ -276,7 +276,7 @@ class Module:
     """What one chapter gives to one file of the package.
 
     Attributes:
-        name: "sinks", "__init__", or with a suffix "kernels.cpp".
+        name: "sinks", "__init__", or with a suffix "base.h".
         chapter: file name of the chapter.
         title: the chapter's first heading.
         cells: (section heading, source) in reading order.
@@ -296,8 +296,8 @@ class Module:
 # %% [markdown]
 # A code cell tagged `export` goes into the module which the front matter
 # names, one tagged `export:NAME` into `gptoss/NAME.py`. A markdown cell can
-# be exported as well: tagged `export:kernels.cpp`, it gives its fenced blocks
-# to `gptoss/kernels.cpp`.
+# be exported as well: tagged `export:base.h`, it gives its fenced blocks
+# to `gptoss/base.h`.
 
 # %% tags=["export"]
 _TARGET = re.compile(r"[A-Za-z_]\w*(\.\w+)?")
@@ -969,7 +969,7 @@ for pieces in (("math = 1", "import math"), ("import math", "math = 1"),
 # %%
 BAD = ('# %% tags=["export"]\nx = 1',
        '# %% tags=["export:../x"]\nx = 1',
-       '# %% tags=["export:kernels.cpp"]\nx = 1',
+       '# %% tags=["export:base.h"]\nx = 1',
        '# %% [markdown] tags=["export:notes"]\n# text',
        '# %% tags=["export:m"]\nx = (')
 for source in BAD:
@@ -1111,15 +1111,15 @@ print(dict(shares(chapter)))
 
 # %% tags=["hide-cell"]
 CPP = '''
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:base.h"]
 # ```cpp
 # float half(float x) { return 0.5f * x; }
 # ```
 '''
 chapter.write_text(SAMPLE + CPP, "utf-8")
 got = tangle([chapter])
-assert list(got) == ["gptoss/areas.py", "gptoss/kernels.cpp"]
-print(got["gptoss/kernels.cpp"])
+assert list(got) == ["gptoss/areas.py", "gptoss/base.h"]
+print(got["gptoss/base.h"])
 
 # %% [markdown]
 # ### Exercise 4

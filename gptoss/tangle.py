@@ -31,7 +31,7 @@ class Module:
     """What one chapter gives to one file of the package.
 
     Attributes:
-        name: "sinks", "__init__", or with a suffix "kernels.cpp".
+        name: "sinks", "__init__", or with a suffix "base.h".
         chapter: file name of the chapter.
         title: the chapter's first heading.
         cells: (section heading, source) in reading order.
