@@ -1167,7 +1167,7 @@ print(deck[3][:3])
 # All tokens of one expert: for fewer than four, row by row, since the rows
 # just read are still in the L1 cache when the next token wants them; from four
 # on, sixteen rows at a time by tiles. `packed_rows` is the first way alone, an
-# operator that no model calls: by it the part is tested before there are tiles.
+# operator that no model calls: by it this part is tested without the tiles.
 
 # %% [markdown] tags=["export:packed.h"]
 # ```cpp
