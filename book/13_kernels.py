@@ -284,13 +284,18 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 # ### Vectors
 #
 # The C++ stands in this chapter as the Python does: the fenced blocks are the
-# file `gptoss/kernels.cpp`. Where no special instruction is needed, it uses
+# files `gptoss/*.h`, the *parts* of one program. The compiler reads them one
+# after the other, in the order of the list `PARTS` (below), and each uses only
+# what stands before it: so the first few are a program as well, and can be
+# tried alone. What is written for AVX-512, VNNI or NEON stands in parts of its
+# own, `wide.h` and `wide16.h`. Where no special instruction is needed, a part
+# uses
 # the vector types of GCC and Clang: `Floats` behaves like eight floats, and
 # the compiler finds the instructions of the processor at hand. Where those of
 # AVX2, AVX-512 or NEON are needed, it says so, and a portable loop stands
 # beside them.
 
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:base.h"]
 # ```cpp
 # #include <ATen/Parallel.h>
 # #include <ATen/core/Tensor.h>
@@ -385,7 +390,7 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 # 2880 numbers is small beside the 8 million weights of a matrix. Converted
 # weights never go back to memory.
 
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:base.h"]
 # ```cpp
 # // work(0) ... work(count - 1) on all threads, `grain` at a time to whoever
 # // is free
@@ -428,6 +433,9 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 #   convert(numbers(flat), flat.numel(), to.data());
 #   return to;
 # }
+#
+# // rows that are read at the same time; bytes asked for ahead
+# constexpr int64_t STREAMS = 4, AHEAD = 768;
 # ```
 
 # %% [markdown]
@@ -445,8 +453,10 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 # that lies across two cache lines is loaded in two turns, so a group begins on
 # one.
 
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:digits.h"]
 # ```cpp
+# namespace {
+#
 # constexpr int64_t BLOCK = 32;
 # #ifdef GPTOSS_AVX512
 # constexpr int64_t SIDE = 4;  // blocks in a register
@@ -492,7 +502,7 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 # A block whose largest activation is below about $3 \cdot 10^{-33}$ counts as
 # zeros, since one over its step comes near the largest float.
 
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:digits.h"]
 # ```cpp
 # inline float largest(const Floats (&part)[4]) {
 #   Floats top = {};
@@ -594,7 +604,7 @@ print([(h, low) for h, low in zip(((q + 128) >> 8).tolist(),
 # in its place it *is* $2^{s-127}$. Byte 0 means $2^{-127}$, a subnormal number
 # with one bit set, and byte 255, infinity in a float, must become NaN.
 
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:digits.h"]
 # ```cpp
 # inline float power(uint8_t scale) {  // 2 ** (scale - 127); NaN for 255
 #   // a scale byte is a float's exponent field; that of 0 is subnormal
@@ -605,6 +615,11 @@ print([(h, low) for h, low in zip(((q + 128) >> 8).tolist(),
 #
 # constexpr int8_t TWICE[16] = {0, 1, 2, 3, 4, 6, 8, 12,
 #                               0, -1, -2, -3, -4, -6, -8, -12};
+# ```
+
+# %% [markdown] tags=["export:packed.h"]
+# ```cpp
+# namespace {
 #
 # #if !defined(GPTOSS_AVX2) && !defined(GPTOSS_NEON)
 # // out[0], out[step] ...: R rows of a weight, `step` rows apart, times row n
@@ -659,7 +674,7 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 # where the bytes take 13. In the L2 cache that is 28 instead of 22 GB/s a
 # thread.
 
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:digits.h"]
 # ```cpp
 # #ifdef GPTOSS_AVX2
 # constexpr uint8_t ABOVE[16] = {12, 13, 14, 15, 16, 18, 20, 24,  // TWICE + 12
@@ -668,6 +683,14 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 # using Words = int32_t __attribute__((vector_size(16 * SIDE)));
 # using Pairs = uint16_t __attribute__((vector_size(16 * SIDE)));
 # using Digit = int8_t[2][SIDE][16];  // of even elements, of odd ones
+# #endif
+#
+# }  // namespace
+# ```
+
+# %% [markdown] tags=["export:wide.h"]
+# ```cpp
+# namespace {
 #
 # #ifdef GPTOSS_AVX512
 # using Bytes = __m512i;
@@ -688,7 +711,20 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 # inline Bytes add_bytes(Bytes sums, Bytes a, const int8_t (&x)[SIDE][16]) {
 #   return _mm512_dpbusd_epi32(sums, a, load<Bytes>(x));
 # }
-# #else
+# #endif
+#
+# #ifdef GPTOSS_VNNI
+# inline __m256i add_bytes(__m256i sums, __m256i a,
+#                          const int8_t (&x)[SIDE][16]) {
+#   return _mm256_dpbusd_avx_epi32(sums, a, load<__m256i>(x));
+# }
+# #endif
+# ```
+
+# %% [markdown] tags=["export:packed.h"]
+# ```cpp
+# #ifdef GPTOSS_AVX2
+# #ifndef GPTOSS_AVX512
 # using Bytes = __m256i;
 #
 # inline Bytes table() {
@@ -699,12 +735,6 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 #   return _mm256_shuffle_epi8(
 #       values, _mm256_and_si256(nibbles, _mm256_set1_epi8(15)));
 # }
-#
-# #ifdef GPTOSS_VNNI
-# inline Bytes add_bytes(Bytes sums, Bytes a, const int8_t (&x)[SIDE][16]) {
-#   return _mm256_dpbusd_avx_epi32(sums, a, load<Bytes>(x));
-# }
-# #endif
 # #endif
 #
 # // sums + UNIT * (a times digits of even elements, b times those of odd
@@ -756,7 +786,7 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 # its time with a subnormal number: so written, the whole product took 7 %
 # longer (one thread, weights in the L1 cache).
 
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:wide.h"]
 # ```cpp
 # #ifdef GPTOSS_AVX512
 # inline __mmask16 first(int64_t count) { return (1u << count) - 1; }
@@ -785,7 +815,12 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 #   return sum((Floats)_mm512_castpd512_pd256(both)
 #              + (Floats)_mm512_extractf64x4_pd(both, 1));
 # }
-# #else
+# #endif
+# ```
+
+# %% [markdown] tags=["export:packed.h"]
+# ```cpp
+# #ifndef GPTOSS_AVX512
 # // blocks 0, 2, 4, 6 and then 1, 3, 5, 7; more: others stand before them
 # inline Words load_scales(const uint8_t* from, int64_t count, bool more) {
 #   uint64_t eight = 0x7f7f7f7f7f7f7f7f;
@@ -834,7 +869,7 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 # whole registers are loaded without a question, and each permutation is a
 # constant.
 
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:packed.h"]
 # ```cpp
 # // out[0], out[step] ...: R rows of a weight, `step` rows apart, times row n
 # template <int R>
@@ -882,7 +917,7 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 # 32-bit sums. The factor of a block is made where it is used. Tokens that
 # share an expert go through it one by one; the tiles below are x86 only.
 
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:wide.h"]
 # ```cpp
 # #ifdef GPTOSS_NEON
 # inline int32x4_t dots(uint8x16_t bytes, const Line& x, int8x16_t values) {
@@ -918,6 +953,8 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 #   for (int r = 0; r < R; ++r) out[r * step] = vaddvq_f32(total[r]);
 # }
 # #endif
+#
+# }  // namespace
 # ```
 
 # %% [markdown]
@@ -961,8 +998,10 @@ if {"plain torch", "the chapter's kernel", "only reading"} <= set(names):
 # `values[u][2 * m]` of a line and the number behind it. Rows become columns by
 # four rounds of interleaving, like riffling a deck.
 
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:tiles.h"]
 # ```cpp
+# namespace {
+#
 # #ifdef GPTOSS_AVX2
 # constexpr int64_t CHUNK = 10;  // blocks: 10 KiB of integers, a third of L1
 #
@@ -1027,7 +1066,7 @@ print(deck[3][:3])
 # The inner loop is all loads, `pmaddwd` and additions, with every sum in a
 # register. Factors are applied once a block.
 
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:tiles.h"]
 # ```cpp
 # constexpr int TOKENS = 5;  // ten sums, two weights, one activation
 #
@@ -1085,7 +1124,7 @@ print(deck[3][:3])
 # it. A *pick* is one choice of one token: token $n$, choice $k$ is pick
 # $nK + k$.
 
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:packed.h"]
 # ```cpp
 # struct Packed {  // (E, rows, blocks, 16) bytes and (E, rows, blocks) scales
 #   const uint8_t *bytes, *scales;
@@ -1096,6 +1135,11 @@ print(deck[3][:3])
 #         scales(s.const_data_ptr<uint8_t>()), rows(s.size(-2)),
 #         blocks(s.size(-1)) {}
 # };
+# ```
+
+# %% [markdown] tags=["export:experts.h"]
+# ```cpp
+# namespace {
 #
 # // a pick is one choice of one token; those of expert e are
 # // order[begin[e]] ... order[begin[e + 1] - 1]
@@ -1122,13 +1166,11 @@ print(deck[3][:3])
 # %% [markdown]
 # All tokens of one expert: for fewer than four, row by row, since the rows
 # just read are still in the L1 cache when the next token wants them; from four
-# on, sixteen rows at a time by tiles.
+# on, sixteen rows at a time by tiles. `packed_rows` is the first way alone, an
+# operator that no model calls: by it this part is tested without the tiles.
 
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:packed.h"]
 # ```cpp
-# constexpr int64_t ROWS = 16, FEW = 4;  // fewer tokens than FEW: no tile
-# constexpr int64_t TALL = 256;          // rows of a piece of work for those
-#
 # // out[i][0 ... rows - 1]: those rows times the token in inputs[i], by rows
 # void rows_for_few(const uint8_t* w, const uint8_t* scales, int64_t rows,
 #                   const Quantised& x, const std::vector<int64_t>& inputs,
@@ -1142,6 +1184,41 @@ print(deck[3][:3])
 #   for (int64_t r = 0; r < step; ++r) run(packed_dots<4>, r);
 #   for (int64_t r = 4 * step; r < rows; ++r) run(packed_dots<1>, r);
 # }
+#
+#
+# // y (N, m) fp32 = x (N, n) bf16 times the weight transposed, row by row
+# Tensor packed_rows(const Tensor& x, const Tensor& blocks,
+#                    const Tensor& scales) {
+#   TORCH_CHECK(x.scalar_type() == at::kBFloat16 && packed({blocks, scales})
+#                   && x.dim() == 2 && scales.dim() == 2
+#                   && x.size(1) == scales.size(1) * BLOCK
+#                   && has(blocks, {scales.size(0), scales.size(1), 16}),
+#               "packed_rows: expected bfloat16 x (N, n), bytes (m, n / 32, "
+#               "16) and (m, n / 32), found ", x.sizes(), ", ",
+#               blocks.sizes(), ", ", scales.sizes());
+#   const Packed weight(blocks, scales);
+#   const int64_t N = x.size(0);
+#   std::vector<int64_t> inputs(N);
+#   for (int64_t i = 0; i < N; ++i) inputs[i] = i;
+#   Tensor y = at::empty({N, weight.rows}, at::kFloat);
+#   rows_for_few(weight.bytes, weight.scales, weight.rows,
+#                quantised(floats(x), true, N, weight.blocks), inputs,
+#                y.data_ptr<float>());
+#   return y;
+# }
+#
+# TORCH_LIBRARY_FRAGMENT(gptoss, m) {
+#   m.def("packed_rows(Tensor x, Tensor blocks, Tensor scales) -> Tensor");
+# }
+#
+# TORCH_LIBRARY_IMPL(gptoss, CPU, m) { m.impl("packed_rows", packed_rows); }
+#
+# }  // namespace
+# ```
+
+# %% [markdown] tags=["export:tiles.h"]
+# ```cpp
+# constexpr int64_t ROWS = 16;  // of a tile
 #
 # #ifdef GPTOSS_AVX2
 # // the same for sixteen rows and many tokens, by a tile
@@ -1171,7 +1248,13 @@ print(deck[3][:3])
 # #endif
 # ```
 
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:experts.h"]
+# ```cpp
+# constexpr int64_t FEW = 4;     // fewer tokens: no tile
+# constexpr int64_t TALL = 256;  // rows of a piece of work for those
+# ```
+
+# %% [markdown] tags=["export:experts.h"]
 # ```cpp
 # struct Piece {
 #   int64_t expert, row, rows;
@@ -1234,7 +1317,7 @@ print(deck[3][:3])
 # suffices. $\log 2$ is subtracted in two parts so that $r$ keeps its last
 # bits.
 
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:experts.h"]
 # ```cpp
 # // e ** x for -87 <= x <= 0, relative error below 1e-6; less gives e ** -87
 # inline Floats exponential(Floats x) {
@@ -1252,7 +1335,7 @@ print(deck[3][:3])
 
 # %%
 def exponential(x: torch.Tensor) -> torch.Tensor:
-    """`exponential` of kernels.cpp in torch, fp32."""
+    """`exponential` of experts.h in torch, fp32."""
     n = (x * 1.44269504).round()
     r = x - n * 0.693359375 + n * 2.12194440e-4
     p = r / 5040 + 1 / 720
@@ -1266,7 +1349,7 @@ worst = (exponential(line) / line.double().exp() - 1).abs().max().item()
 assert worst < 1e-6
 print("relative error below 1e-6:", worst < 1e-6)
 
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:experts.h"]
 # ```cpp
 # constexpr float MAX = std::numeric_limits<float>::max();
 #
@@ -1341,14 +1424,9 @@ print("relative error below 1e-6:", worst < 1e-6)
 # dense matrices of the 20b (in twelve bits, below) then took 44 to 53 ms a
 # token, by memory's mood, where two rows and no prefetch took 52 to 57.
 
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:wide16.h"]
 # ```cpp
-# inline Floats even(Ints pairs) { return (Floats)(pairs << 16); }
-# inline Floats odd(Ints pairs) {
-#   return (Floats)(pairs & int32_t(0xffff0000));
-# }
-#
-# constexpr int64_t STREAMS = 4, AHEAD = 768;  // rows; bytes
+# namespace {
 #
 # #ifdef GPTOSS_BF16
 # std::vector<Number> ready(const Buffer& x) {
@@ -1367,7 +1445,19 @@ print("relative error below 1e-6:", worst < 1e-6)
 #                               load<__m512bh>(x + k));
 #   for (int r = 0; r < R; ++r) out[r * step] = sum(s[r]);
 # }
-# #else
+# #endif
+# ```
+
+# %% [markdown] tags=["export:dense.h"]
+# ```cpp
+# namespace {
+#
+# inline Floats even(Ints pairs) { return (Floats)(pairs << 16); }
+# inline Floats odd(Ints pairs) {
+#   return (Floats)(pairs & int32_t(0xffff0000));
+# }
+#
+# #ifndef GPTOSS_BF16
 # // sixteen at a time, first the eight even ones, then the eight odd ones
 # Buffer ready(const Buffer& x) {
 #   Buffer to(x.size());
@@ -1407,7 +1497,7 @@ print((pair << 16).view(torch.float32).item(),
 # For many tokens a tile is widened to fp32 and transposed, since AVX2 cannot
 # multiply bf16. Three rounds of the same interleaving.
 
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:tiles.h"]
 # ```cpp
 # // eight rows of eight numbers become eight columns
 # inline void transpose(Ints (&v)[8]) {
@@ -1430,7 +1520,10 @@ print((pair << 16).view(torch.float32).item(),
 #     v[r] = r < rows ? load<Ints>(w + r * stride) : Ints{};
 #   transpose(v);
 # }
-#
+# ```
+
+# %% [markdown] tags=["export:dense.h"]
+# ```cpp
 # // to[k][r] = w[r * stride + k], r < 16, zero from `rows` on; 16 divides n
 # void widen_tile(const Number* w, int64_t stride, int64_t rows, int64_t n,
 #                 float* to) {
@@ -1450,7 +1543,7 @@ print((pair << 16).view(torch.float32).item(),
 # The product of a tile with six tokens at a time: twelve sums, two weights
 # and one activation in fifteen registers. Attention will use it as well.
 
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:tiles.h"]
 # ```cpp
 # template <class Pointer>
 # struct Matrix {  // row-major
@@ -1460,6 +1553,12 @@ print((pair << 16).view(torch.float32).item(),
 # using Source = Matrix<const float*>;
 # using Target = Matrix<float*>;
 #
+#
+# }  // namespace
+# ```
+
+# %% [markdown] tags=["export:dense.h"]
+# ```cpp
 # // out[t][0 ... 15] += sum over k < n of x[t][k] * w[k][0 ... 15]
 # template <int COUNT>
 # void multiply_some(const float* w, int64_t stride, int64_t n, Source x,
@@ -1500,7 +1599,7 @@ print((pair << 16).view(torch.float32).item(),
 # }
 # ```
 
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:dense.h"]
 # ```cpp
 # // y (N, m) = x (N, n) times w (m, n) transposed, for a few tokens
 # void dense_few(const Buffer& x, int64_t N, const Number* w, int64_t m,
@@ -1680,7 +1779,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # Interleaving works within halves (quarters, with 64 bytes) of a register, so
 # the bytes are stored in the order that makes neighbours of neighbours.
 
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:experts.h"]
 # ```cpp
 # #ifdef GPTOSS_AVX2
 # constexpr int64_t WEIGHTS = 64, SIZE = WEIGHTS * 3 / 2;  // of a block, bytes
@@ -1692,13 +1791,11 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 #
 #   const uint8_t* row(int64_t r) const { return bytes + r * blocks * SIZE; }
 # };
-#
-# // weight i of 32 stands at byte i with bits 3 and 4 changed for each other,
-# // so that the halves of a register, interleaved, give sixteen neighbours
-# inline int64_t swapped(int64_t i) {
-#   return (i & 7) | (i & 8) << 1 | (i & 16) >> 1;
-# }
-#
+# #endif
+# ```
+
+# %% [markdown] tags=["export:wide16.h"]
+# ```cpp
 # #ifdef GPTOSS_BF16
 # // of 64 weights, the halves of a register interleaved give 0 ... 15 and
 # // 32 ... 47, then the others
@@ -1733,7 +1830,21 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 #     }
 #   for (int r = 0; r < R; ++r) out[r * step] = sum(s[r][0] + s[r][1]);
 # }
-# #else
+# #endif
+# ```
+
+# %% [markdown] tags=["export:compact.h"]
+# ```cpp
+# namespace {
+#
+# #ifdef GPTOSS_AVX2
+# // weight i of 32 stands at byte i with bits 3 and 4 changed for each other,
+# // so that the halves of a register, interleaved, give sixteen neighbours
+# inline int64_t swapped(int64_t i) {
+#   return (i & 7) | (i & 8) << 1 | (i & 16) >> 1;
+# }
+#
+# #ifndef GPTOSS_BF16
 # Buffer compact_ready(const Buffer& x) { return ready(x); }
 #
 # // out[0], out[step] ...: R rows, `step` rows apart, times x
@@ -1800,7 +1911,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # Packing reads a matrix once, after every eighth row has been counted. What
 # stands apart is noted row by row, and then brought together.
 
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:compact.h"]
 # ```cpp
 # struct Codes {
 #   uint8_t upper[16], code[256];  // of a code; of an upper byte, or NONE
@@ -1903,7 +2014,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # two products at once; else they are widened. Weights times values stays in
 # fp32: rounded to bf16, the weights would lose what the sum keeps.
 
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:wide16.h"]
 # ```cpp
 # #ifdef GPTOSS_BF16
 # using Query = Number;
@@ -1943,7 +2054,16 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 #         w, n, q + r * 2 * n, {out.at + r * out.stride, out.stride});
 #   }
 # }
-# #else
+# #endif
+#
+# }  // namespace
+# ```
+
+# %% [markdown] tags=["export:attention.h"]
+# ```cpp
+# namespace {
+#
+# #ifndef GPTOSS_BF16
 # using Query = float;
 # using Key = float;
 # #endif
@@ -2007,7 +2127,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # Scores and outputs are the product of the dense tiles above. Keys have to be
 # transposed for it; values already lie as it wants them.
 
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:attention.h"]
 # ```cpp
 # // scores of `some` keys, at most sixteen, from column s on
 # void Attention::score(const Number* k, int64_t stride, int64_t some,
@@ -2037,7 +2157,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # }
 # ```
 
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:attention.h"]
 # ```cpp
 # constexpr int64_t RANGE = 512;  // keys of one piece of work in decode
 #
@@ -2088,7 +2208,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # positions alone. A chunk that no row may see is skipped, so prefill does half
 # the work in full layers and a window's worth in sliding ones.
 
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:attention.h"]
 # ```cpp
 # // keys s0 ... s1 - 1, a chunk at a time; those that no row sees are left out
 # void Heads::attend(Attention& a, int64_t b, int64_t g, int64_t s0,
@@ -2134,7 +2254,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # }
 # ```
 
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:attention.h"]
 # ```cpp
 # Tensor run_attention(const Heads& heads) {
 #   const Tensor& q = heads.q;
@@ -2169,8 +2289,10 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # than the arithmetic. Probably they cost more than in a loop of their own,
 # since between two of them a matrix passes through the caches.
 
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:small.h"]
 # ```cpp
+# namespace {
+#
 # Buffer norm_rows(const Buffer& x, const Buffer& weight, double eps) {
 #   const int64_t n = weight.size();
 #   Buffer y(x.size());
@@ -2210,7 +2332,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # The choice, with chapter 7's rule for equal logits, and torch's for NaN,
 # which it sorts before everything:
 
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:small.h"]
 # ```cpp
 # // ids (k,) of the largest logits, and the softmax over these as weights
 # void choose(const float* logits, int64_t E, int64_t k, int64_t* ids,
@@ -2238,9 +2360,11 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # A kernel serves bf16 on the CPU, the type of the released weights. Anything
 # else goes to the same operator in plain torch, which the Python side declares
 # as `gptoss::plain_…`: whoever asks for float32 gets float32. The switch that
-# turns the kernels off is a thread's own.
+# turns the kernels off is a thread's own. All this is needed by every operator
+# and so stands in the first part, `base.h`; each operator is registered at the
+# end of the part that computes it.
 
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:base.h"]
 # ```cpp
 # thread_local bool enabled = true;
 #
@@ -2300,7 +2424,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # torch, which computes it or refuses it: either way both paths do the same,
 # and a test throws wrong shapes at both.
 
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:base.h"]
 # ```cpp
 # bool has(const Tensor& x, std::initializer_list<int64_t> sizes) {
 #   return x.sizes() == at::IntArrayRef(sizes);
@@ -2315,7 +2439,10 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 #                   || bias->size(0) == 1,
 #               name, ": bias: expected (", m, "), found ", bias->sizes());
 # }
-#
+# ```
+
+# %% [markdown] tags=["export:experts.h"]
+# ```cpp
 # Tensor mxfp4_linear(const Tensor& x, const Tensor& blocks,
 #                     const Tensor& scales,
 #                     const std::optional<Tensor>& bias) {
@@ -2344,7 +2471,10 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 #   add_bias(y, bias);
 #   return result(x, m, y);
 # }
-#
+# ```
+
+# %% [markdown] tags=["export:dense.h"]
+# ```cpp
 # Tensor linear(const Tensor& x, const Tensor& weight,
 #               const std::optional<Tensor>& bias) {
 #   if (!ours({x, weight, bias.value_or(x)}) || weight.dim() != 2)
@@ -2361,9 +2491,15 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 #   add_bias(y, bias);
 #   return result(x, m, y);
 # }
+#
+# TORCH_LIBRARY_IMPL(gptoss, CPU, m) {
+#   m.impl("linear", linear);
+# }
+#
+# }  // namespace
 # ```
 
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:compact.h"]
 # ```cpp
 # // as `linear`; blocks ... others: the weight again, by `pack_compact`
 # Tensor compact_linear(const Tensor& x, const Tensor& weight,
@@ -2396,9 +2532,18 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # #endif
 #   return linear(x, weight, bias);
 # }
+#
+# TORCH_LIBRARY_IMPL(gptoss, CPU, m) {
+#   m.impl("compact_linear", compact_linear);
+# #ifdef GPTOSS_AVX2
+#   m.impl("pack_compact", pack_compact);
+# #endif
+# }
+#
+# }  // namespace
 # ```
 
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:experts.h"]
 # ```cpp
 # Tensor packed_experts(const Tensor& x, const Tensor& ids,
 #                       const Tensor& weights, const Tensor& gate_up_blocks,
@@ -2440,9 +2585,16 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 #       quantised(hidden, false, picks, down.blocks), K);
 #   return result(x, down.rows, y);
 # }
+#
+# TORCH_LIBRARY_IMPL(gptoss, CPU, m) {
+#   m.impl("mxfp4_linear", mxfp4_linear);
+#   m.impl("packed_experts", packed_experts);
+# }
+#
+# }  // namespace
 # ```
 
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:attention.h"]
 # ```cpp
 # Tensor sink_attention(const Tensor& q, const Tensor& k, const Tensor& v,
 #                       const Tensor& sinks, const Tensor& q_pos,
@@ -2471,6 +2623,15 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 #                         float(scale)});
 # }
 #
+# TORCH_LIBRARY_IMPL(gptoss, CPU, m) {
+#   m.impl("sink_attention", sink_attention);
+# }
+#
+# }  // namespace
+# ```
+
+# %% [markdown] tags=["export:small.h"]
+# ```cpp
 # Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
 #   if (!ours({x, weight}) || !x.dim() || weight.dim() != 1)
 #     return plain<decltype(rms_norm)>("rms_norm", x, weight, eps);
@@ -2517,6 +2678,14 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 #   });
 #   return {result(logits, k, weights), ids};
 # }
+#
+# TORCH_LIBRARY_IMPL(gptoss, CPU, m) {
+#   m.impl("rms_norm", rms_norm);
+#   m.impl("rope", rope);
+#   m.impl("route", route);
+# }
+#
+# }  // namespace
 # ```
 
 # %% [markdown]
@@ -2543,8 +2712,10 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # tensor something else is refused, as is a list of tensors, whose places are
 # not followed.
 
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:recording.h"]
 # ```cpp
+# namespace {
+#
 # struct Use {
 #   size_t argument, place;
 #   bool last;
@@ -2661,6 +2832,16 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # };
 #
 # thread_local Recording* Recording::current = nullptr;
+#
+# TORCH_LIBRARY_FRAGMENT(gptoss, m) {
+#   m.class_<Recording>("Recording")
+#       .def(torch::init<>())
+#       .def("begin", &Recording::begin)
+#       .def("end", &Recording::end)
+#       .def("replay", &Recording::replay);
+# }
+#
+# }  // namespace
 # ```
 
 # %% [markdown]
@@ -2671,24 +2852,10 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # %% [markdown]
 # Training goes on as before: where a gradient is asked for, chapter 2's
 # operators never come to a kernel, or have a formula of their own. What is
-# left is to register.
+# left is the name of what was compiled, and the switch.
 
-# %% [markdown] tags=["export:kernels.cpp"]
+# %% [markdown] tags=["export:base.h"]
 # ```cpp
-# TORCH_LIBRARY_IMPL(gptoss, CPU, m) {
-#   m.impl("linear", linear);
-#   m.impl("compact_linear", compact_linear);
-#   m.impl("rms_norm", rms_norm);
-#   m.impl("rope", rope);
-#   m.impl("route", route);
-#   m.impl("sink_attention", sink_attention);
-#   m.impl("mxfp4_linear", mxfp4_linear);
-#   m.impl("packed_experts", packed_experts);
-# #ifdef GPTOSS_AVX2
-#   m.impl("pack_compact", pack_compact);
-# #endif
-# }
-#
 # #if defined(GPTOSS_AVX512)
 # constexpr char NAME[] = "C++ with AVX-512 and VNNI";
 # #elif defined(GPTOSS_VNNI)
@@ -2703,11 +2870,6 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 #
 # TORCH_LIBRARY_FRAGMENT(gptoss, m) {
 #   m.def("kernels_name() -> str", [] { return std::string(NAME); });
-#   m.class_<Recording>("Recording")
-#       .def(torch::init<>())
-#       .def("begin", &Recording::begin)
-#       .def("end", &Recording::end)
-#       .def("replay", &Recording::replay);
 #   m.def("enable_kernels(bool on) -> bool", [](bool on) {
 #     std::swap(on, enabled);
 #     return on;  // as it was before, in this thread
@@ -2721,15 +2883,20 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # %% [markdown]
 # ### Built on first use
 #
-# One call of the compiler makes the library. Its name carries a hash of all
-# that it depends on: source, options, PyTorch's version and the processor's
-# abilities, for `-march=native` makes code for this processor only. It is
-# written under a temporary name and renamed, so a process that is killed
-# leaves nothing that looks whole. When several start at once, as the ranks of
-# `torchrun` do, one compiles and the others wait for its file: the folder is
-# locked, with a lock that the system drops when its holder ends, however it
-# ends. (`torch.utils.cpp_extension.load` would need `ninja`, and its lock is
-# a file that outlives a killed process.)
+# One call of the compiler makes the library. An empty file is compiled, and
+# the parts are included before it: one program, so that what one part defines
+# can be inlined in another. The first few of them make a library too, with the
+# operators that they register; a process loads one library.
+#
+# The library's name carries a hash of all that it depends on: the parts'
+# texts, options, PyTorch's version and the processor's abilities, for
+# `-march=native` makes code for this processor only. It is written under a
+# temporary name and renamed, so a process that is killed leaves nothing that
+# looks whole. When several start at once, as the ranks of `torchrun` do, one
+# compiles and the others wait for its file: the folder is locked, with a lock
+# that the system drops when its holder ends, however it ends.
+# (`torch.utils.cpp_extension.load` would need `ninja`, and its lock is a file
+# that outlives a killed process.)
 #
 # What is loaded runs with all rights of the user, and its name can be guessed.
 # So the folder must be the user's own, for nobody else to write, or it is not
@@ -2750,7 +2917,9 @@ import torch
 from gptoss import mxfp4
 
 _log = logging.getLogger("gptoss")
-SOURCE = Path(mxfp4.__file__).with_name("kernels.cpp")
+SOURCE = Path(mxfp4.__file__).parent  # the folder of the parts
+PARTS = ("base", "small", "digits", "wide", "packed", "tiles", "experts",
+         "wide16", "dense", "attention", "compact", "recording")
 OPTIONS = ("-O3", "-march=native", "-std=c++20", "-ffp-contract=fast",
            "-DNDEBUG",  # as torch is compiled, or its structs differ
            "-fopenmp", "-fPIC", "-shared", "-w")
@@ -2771,19 +2940,24 @@ def _compiler() -> list[str]:
         raise KernelError(f"$CXX: {error}") from error
 
 
-def compile_command(target: Path, variant: str = "auto") -> list[str]:
-    """The compiler's command line that makes `target` from kernels.cpp.
+def compile_command(target: Path, variant: str = "auto",
+                    parts: tuple[str, ...] = PARTS) -> list[str]:
+    """The compiler's command line that makes `target` from the parts.
 
     The compiler is $CXX or c++. variant: one of VARIANTS; "avx2" leaves out
     AVX-512 and VNNI, "portable" every instruction named in the source.
+    parts: PARTS or the first few of them.
     """
     home = Path(torch.__file__).parent
+    included = [word for part in parts
+                for word in ("-include", str(SOURCE / f"{part}.h"))]
     return [*_compiler(), *OPTIONS,
             *VARIANTS[variant],
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
             f"-I{home / 'include'}",
             f"-I{home / 'include' / 'torch' / 'csrc' / 'api' / 'include'}",
-            str(SOURCE), "-o", str(target), f"-L{home / 'lib'}",
+            *included, "-x", "c++", os.devnull,
+            "-o", str(target), f"-L{home / 'lib'}",
             "-ltorch_cpu", "-lc10"]
 
 
@@ -2804,15 +2978,17 @@ except ImportError:  # Windows: two processes may both compile
     fcntl = None
 
 
-def library_path(variant: str = "auto") -> Path:
-    """Where the compiled kernels lie: $XDG_CACHE_HOME or ~/.cache."""
+def library_path(variant: str = "auto",
+                 parts: tuple[str, ...] = PARTS) -> Path:
+    """Where the compiled parts lie: $XDG_CACHE_HOME or ~/.cache."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     able = [line for line in lines if line.startswith(("flags", "Features"))]
-    parts = (SOURCE.read_text("utf-8"), OPTIONS, VARIANTS[variant],
-             torch.__version__, platform.machine(), able[:1],
-             os.environ.get("CXX"))
-    name = hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
+    texts = [(part, (SOURCE / f"{part}.h").read_text("utf-8"))
+             for part in parts]
+    known = (texts, OPTIONS, VARIANTS[variant], torch.__version__,
+             platform.machine(), able[:1], os.environ.get("CXX"))
+    name = hashlib.sha256(repr(known).encode()).hexdigest()[:20]
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
     cache = cache if cache.is_absolute() else Path.home() / ".cache"
     return cache / "gptoss" / f"kernels-{name}.so"
@@ -2868,13 +3044,14 @@ def _complaint(told: str) -> str:
 
 
 # %% tags=["export"]
-def _compile(path: Path, variant: str) -> None:
+def _compile(path: Path, variant: str, parts: tuple[str, ...]) -> None:
     _log.warning("gptoss: compiling the kernels, once; it takes about half "
                  "a minute")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made, seal = Path(folder) / path.name, Path(folder) / "seal"
-        done = subprocess.run(compile_command(made, variant), text=True,
-                              errors="backslashreplace", capture_output=True)
+        done = subprocess.run(compile_command(made, variant, parts),
+                              text=True, errors="backslashreplace",
+                              capture_output=True)
         if done.returncode:
             raise KernelError("the compiler failed: "
                               + _complaint(done.stderr))
@@ -2908,14 +3085,16 @@ def _sweep(folder: Path, age: float) -> None:
 
 
 # %% tags=["export"]
-def build(variant: str = "auto", anew: bool = False) -> Path:
+def build(variant: str = "auto", anew: bool = False,
+          parts: tuple[str, ...] = PARTS) -> Path:
     """The compiled kernels; compiles them if they are not there yet.
 
-    anew: even if they are. Compiling is told in one line on the logger
+    anew: even if they are. parts: PARTS or the first few of them, for a
+    process that needs no more. Compiling is told in one line on the logger
     "gptoss". KernelError, with the compiler's own complaint, if it fails, or
     if the folder is not the user's own.
     """
-    path = library_path(variant)
+    path = library_path(variant, parts)
     if not anew and _sound(path):
         return path
     if shutil.which(_compiler()[0]) is None:
@@ -2931,7 +3110,7 @@ def build(variant: str = "auto", anew: bool = False) -> Path:
         with _alone_in(folder) as locked:
             _sweep(folder, 0 if locked else 3600)
             if anew or not _sound(path):  # else another process was first
-                _compile(path, variant)
+                _compile(path, variant, parts)
     except OSError as error:
         raise KernelError(f"cannot compile: {error}") from error
     return path

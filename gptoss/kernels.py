@@ -36,7 +36,9 @@ from gptoss.routing import route
 # --- Built on first use ------------------------------------------------------
 
 _log = logging.getLogger("gptoss")
-SOURCE = Path(mxfp4.__file__).with_name("kernels.cpp")
+SOURCE = Path(mxfp4.__file__).parent  # the folder of the parts
+PARTS = ("base", "small", "digits", "wide", "packed", "tiles", "experts",
+         "wide16", "dense", "attention", "compact", "recording")
 OPTIONS = ("-O3", "-march=native", "-std=c++20", "-ffp-contract=fast",
            "-DNDEBUG",  # as torch is compiled, or its structs differ
            "-fopenmp", "-fPIC", "-shared", "-w")
@@ -57,19 +59,24 @@ def _compiler() -> list[str]:
         raise KernelError(f"$CXX: {error}") from error
 
 
-def compile_command(target: Path, variant: str = "auto") -> list[str]:
-    """The compiler's command line that makes `target` from kernels.cpp.
+def compile_command(target: Path, variant: str = "auto",
+                    parts: tuple[str, ...] = PARTS) -> list[str]:
+    """The compiler's command line that makes `target` from the parts.
 
     The compiler is $CXX or c++. variant: one of VARIANTS; "avx2" leaves out
     AVX-512 and VNNI, "portable" every instruction named in the source.
+    parts: PARTS or the first few of them.
     """
     home = Path(torch.__file__).parent
+    included = [word for part in parts
+                for word in ("-include", str(SOURCE / f"{part}.h"))]
     return [*_compiler(), *OPTIONS,
             *VARIANTS[variant],
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
             f"-I{home / 'include'}",
             f"-I{home / 'include' / 'torch' / 'csrc' / 'api' / 'include'}",
-            str(SOURCE), "-o", str(target), f"-L{home / 'lib'}",
+            *included, "-x", "c++", os.devnull,
+            "-o", str(target), f"-L{home / 'lib'}",
             "-ltorch_cpu", "-lc10"]
 
 
@@ -79,15 +86,17 @@ except ImportError:  # Windows: two processes may both compile
     fcntl = None
 
 
-def library_path(variant: str = "auto") -> Path:
-    """Where the compiled kernels lie: $XDG_CACHE_HOME or ~/.cache."""
+def library_path(variant: str = "auto",
+                 parts: tuple[str, ...] = PARTS) -> Path:
+    """Where the compiled parts lie: $XDG_CACHE_HOME or ~/.cache."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     able = [line for line in lines if line.startswith(("flags", "Features"))]
-    parts = (SOURCE.read_text("utf-8"), OPTIONS, VARIANTS[variant],
-             torch.__version__, platform.machine(), able[:1],
-             os.environ.get("CXX"))
-    name = hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
+    texts = [(part, (SOURCE / f"{part}.h").read_text("utf-8"))
+             for part in parts]
+    known = (texts, OPTIONS, VARIANTS[variant], torch.__version__,
+             platform.machine(), able[:1], os.environ.get("CXX"))
+    name = hashlib.sha256(repr(known).encode()).hexdigest()[:20]
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
     cache = cache if cache.is_absolute() else Path.home() / ".cache"
     return cache / "gptoss" / f"kernels-{name}.so"
@@ -141,13 +150,14 @@ def _complaint(told: str) -> str:
                    .decode() for c in line)
 
 
-def _compile(path: Path, variant: str) -> None:
+def _compile(path: Path, variant: str, parts: tuple[str, ...]) -> None:
     _log.warning("gptoss: compiling the kernels, once; it takes about half "
                  "a minute")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made, seal = Path(folder) / path.name, Path(folder) / "seal"
-        done = subprocess.run(compile_command(made, variant), text=True,
-                              errors="backslashreplace", capture_output=True)
+        done = subprocess.run(compile_command(made, variant, parts),
+                              text=True, errors="backslashreplace",
+                              capture_output=True)
         if done.returncode:
             raise KernelError("the compiler failed: "
                               + _complaint(done.stderr))
@@ -180,14 +190,16 @@ def _sweep(folder: Path, age: float) -> None:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def build(variant: str = "auto", anew: bool = False) -> Path:
+def build(variant: str = "auto", anew: bool = False,
+          parts: tuple[str, ...] = PARTS) -> Path:
     """The compiled kernels; compiles them if they are not there yet.
 
-    anew: even if they are. Compiling is told in one line on the logger
+    anew: even if they are. parts: PARTS or the first few of them, for a
+    process that needs no more. Compiling is told in one line on the logger
     "gptoss". KernelError, with the compiler's own complaint, if it fails, or
     if the folder is not the user's own.
     """
-    path = library_path(variant)
+    path = library_path(variant, parts)
     if not anew and _sound(path):
         return path
     if shutil.which(_compiler()[0]) is None:
@@ -203,7 +215,7 @@ def build(variant: str = "auto", anew: bool = False) -> Path:
         with _alone_in(folder) as locked:
             _sweep(folder, 0 if locked else 3600)
             if anew or not _sound(path):  # else another process was first
-                _compile(path, variant)
+                _compile(path, variant, parts)
     except OSError as error:
         raise KernelError(f"cannot compile: {error}") from error
     return path
@@ -402,6 +414,7 @@ def measure(path: str | Path, prompt_tokens: int = 512, new_tokens: int = 32,
 __all__ = [
     "KernelError",
     "OPTIONS",
+    "PARTS",
     "PLAIN",
     "SOURCE",
     "VARIANTS",

@@ -52,11 +52,12 @@ BOTH = {
                             "*near_the_ordinary*"],
     "test_vectors.py": ["*holds_to_the_set*", "*every_contract*"],
     "test_kernels.py": ["*"],
+    "test_kernel_parts.py": ["*"],
     "test_kernel_safety.py": ["*"],
 }
 # these load the kernels for their whole process, so only where they belong;
 # much of them is about machines without a compiler, so nothing skips them
-THEIRS = ("test_kernels.py", "test_kernel_safety.py")
+THEIRS = ("test_kernels.py", "test_kernel_parts.py", "test_kernel_safety.py")
 
 ON_KERNELS = os.environ["GPTOSS_KERNELS"] != "torch"
 if ON_KERNELS:  # now, and not by whichever test calls an operator first

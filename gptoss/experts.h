@@ -1,0 +1,227 @@
+// Four bits at full speed
+// Generated from book/13_kernels.py; edit the chapter, not this file.
+
+namespace {
+
+// a pick is one choice of one token; those of expert e are
+// order[begin[e]] ... order[begin[e + 1] - 1]
+struct Groups {
+  std::vector<int64_t> order, begin, hit;
+
+  Groups(const int64_t* ids, int64_t picks, int64_t experts)
+      : order(picks), begin(experts + 1) {
+    for (int64_t i = 0; i < picks; ++i) {
+      TORCH_CHECK_INDEX(0 <= ids[i] && ids[i] < experts, "expert: expected "
+                        "0 to ", experts - 1, ", found ", ids[i]);
+      ++begin[ids[i] + 1];
+    }
+    for (int64_t e = 0; e < experts; ++e) {
+      if (begin[e + 1]) hit.push_back(e);
+      begin[e + 1] += begin[e];
+    }
+    std::vector<int64_t> next(begin.begin(), begin.end() - 1);
+    for (int64_t i = 0; i < picks; ++i) order[next[ids[i]]++] = i;
+  }
+};
+
+constexpr int64_t FEW = 4;     // fewer tokens: no tile
+constexpr int64_t TALL = 256;  // rows of a piece of work for those
+
+struct Piece {
+  int64_t expert, row, rows;
+};
+
+// few tokens: tall pieces; many: tiles, and what is left below the last
+std::vector<Piece> pieces(const Packed& weight, const Groups& groups) {
+  std::vector<Piece> all;
+  for (int64_t e : groups.hit) {
+    const bool few = groups.begin[e + 1] - groups.begin[e] < FEW;
+    for (int64_t r = 0, height; r < weight.rows; r += height) {
+      height = std::min(few ? TALL : ROWS, weight.rows - r);
+      all.push_back({e, r, height});
+    }
+  }
+  return all;
+}
+
+// emit(pick, expert, first row, rows, sums) for every pick and piece;
+// K picks in a row share one row of x
+template <class Emit>
+void grouped_linear(const Packed& weight, const Groups& groups,
+                    const Quantised& x, int64_t K, const Emit& emit) {
+  const std::vector<Piece> all = pieces(weight, groups);
+  share(all.size(), 1, [&](int64_t item) {
+    const auto [e, row0, rows] = all[item];
+    const int64_t* picks = &groups.order[groups.begin[e]];
+    const int64_t count = groups.begin[e + 1] - groups.begin[e];
+    thread_local std::vector<int64_t> inputs;
+    thread_local Buffer out;
+    inputs.resize(count);
+    for (int64_t i = 0; i < count; ++i) inputs[i] = picks[i] / K;
+    out.resize(count * rows);
+    const int64_t at = (e * weight.rows + row0) * weight.blocks;
+    const uint8_t *w = weight.bytes + 16 * at, *s = weight.scales + at;
+#ifdef GPTOSS_AVX2
+    if (count >= FEW && rows == ROWS)
+      rows_for_many(w, s, x, inputs, out.data());
+    else
+#endif
+      rows_for_few(w, s, rows, x, inputs, out.data());
+    for (int64_t i = 0; i < count; ++i)
+      emit(picks[i], e, row0, rows, &out[i * rows]);
+  });
+}
+
+// e ** x for -87 <= x <= 0, relative error below 1e-6; less gives e ** -87
+inline Floats exponential(Floats x) {
+  x = x < -87.0f ? Floats{} - 87.0f : x;
+  const Floats shifted = x * 1.44269504f + 12582912.0f;
+  const Floats n = shifted - 12582912.0f;  // x / log 2, rounded
+  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Floats p = r * (1.0f / 5040) + 1.0f / 720;
+  for (float factor : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+    p = p * r + factor;
+  const Ints power = ((Ints)shifted - 0x4b400000) << 23;
+  return (Floats)((Ints)p + power);  // times 2 ** n
+}
+
+constexpr float MAX = std::numeric_limits<float>::max();
+
+inline Floats clamped_swiglu(Floats gate, Floats up, float limit) {
+  const Floats most = Floats{} + limit, least = Floats{} - 1e4f;
+  gate = gate > most ? most : gate;  // written so that NaN stays NaN
+  gate = (gate < least) & (gate >= -MAX) ? least : gate;  // as good as zero
+  up = up > most ? most : up < -most ? -most : up;
+  const Floats t = 1.702f * gate, e = exponential(t > 0 ? -t : t);
+  return (up + 1) * gate * (t > 0 ? Floats{} + 1.0f : e) / (1 + e);
+}
+
+// hidden (picks, F) of the experts' first layer
+Buffer run_gate_up(const Packed& weight, const Number* bias, float limit,
+                   const Groups& groups, const Quantised& x, int64_t K) {
+  const int64_t F = weight.rows / 2;
+  Buffer hidden(groups.order.size() * F);
+  grouped_linear(weight, groups, x, K, [&](int64_t pick, int64_t e,
+      int64_t row0, int64_t rows, const float* v) {
+    const Number* b = bias + e * weight.rows + row0;
+    float* to = &hidden[pick * F + row0 / 2];
+    for (int64_t r = 0; r < rows; r += 16) {  // 2 F is a multiple of 64
+      const Floats one = load<Floats>(v + r) + widen(b + r);
+      const Floats two = load<Floats>(v + r + 8) + widen(b + r + 8);
+      store(to + r / 2, clamped_swiglu(
+          __builtin_shufflevector(one, two, 0, 2, 4, 6, 8, 10, 12, 14),
+          __builtin_shufflevector(one, two, 1, 3, 5, 7, 9, 11, 13, 15),
+          limit));
+    }
+  });
+  return hidden;
+}
+
+// y (tokens, D) of the second layer, the K results weighted and summed
+Buffer run_down(const Packed& weight, const Number* bias,
+                const Number* shares, const Groups& groups,
+                const Quantised& hidden, int64_t K) {
+  const int64_t D = weight.rows, tokens = groups.order.size() / K;
+  Buffer out(tokens * K * D), y(tokens * D);
+  grouped_linear(weight, groups, hidden, 1, [&](int64_t pick, int64_t e,
+      int64_t row0, int64_t rows, const float* v) {
+    const Number* b = bias + e * D + row0;
+    float* to = &out[pick * D + row0];
+    for (int64_t r = 0; r < rows; ++r) to[r] = shares[pick] * (v[r] + b[r]);
+  });
+  at::parallel_for(0, tokens, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t pick = begin * K; pick < end * K; ++pick)
+      for (int64_t d = 0; d < D; ++d)
+        y[pick / K * D + d] += out[pick * D + d];
+  });
+  return y;
+}
+
+#ifdef GPTOSS_AVX2
+constexpr int64_t WEIGHTS = 64, SIZE = WEIGHTS * 3 / 2;  // of a block, bytes
+
+struct Compact {  // (rows, blocks, SIZE) bytes
+  const uint8_t *bytes, *upper;
+  const int32_t *first, *others;  // row r: others[first[r] ... first[r + 1]]
+  int64_t rows, blocks, count;    // count: of all others
+
+  const uint8_t* row(int64_t r) const { return bytes + r * blocks * SIZE; }
+};
+#endif
+
+Tensor mxfp4_linear(const Tensor& x, const Tensor& blocks,
+                    const Tensor& scales,
+                    const std::optional<Tensor>& bias) {
+  if (!ours({x, bias.value_or(x)}) || !packed({blocks, scales})
+      || scales.dim() != 2)
+    return plain<decltype(mxfp4_linear)>("mxfp4_linear", x, blocks, scales,
+                                         bias);
+  TORCH_CHECK(has(blocks, {scales.size(0), scales.size(1), 16}),
+              "mxfp4_linear: blocks: expected (m, n / 32, 16) beside "
+              "scales ", scales.sizes(), ", found ", blocks.sizes());
+  const Packed weight(blocks, scales);
+  const int64_t m = weight.rows, n = weight.blocks * BLOCK;
+  check_linear("mxfp4_linear", x, m, n, bias);
+  if (!x.numel() || !m || (bias && !has(*bias, {m})))
+    return plain<decltype(mxfp4_linear)>("mxfp4_linear", x, blocks, scales,
+                                         bias);
+  const int64_t N = x.numel() / n;
+  Buffer y(N * m);
+  const std::vector<int64_t> ids(N, 0);
+  grouped_linear(weight, Groups(ids.data(), N, 1),
+                 quantised(floats(x), true, N, weight.blocks), 1,
+                 [&](int64_t pick, int64_t, int64_t row0, int64_t rows,
+                     const float* v) {
+    std::copy_n(v, rows, &y[pick * m + row0]);
+  });
+  add_bias(y, bias);
+  return result(x, m, y);
+}
+
+Tensor packed_experts(const Tensor& x, const Tensor& ids,
+                      const Tensor& weights, const Tensor& gate_up_blocks,
+                      const Tensor& gate_up_scales,
+                      const Tensor& gate_up_bias, const Tensor& down_blocks,
+                      const Tensor& down_scales, const Tensor& down_bias,
+                      double limit) {
+  auto fits = [&] {  // x (N, D), ids (N, K), gate_up (E, 2 F, D), down ...
+    if (x.dim() != 2 || ids.dim() != 2 || gate_up_scales.dim() != 3)
+      return false;
+    const int64_t N = x.size(0), D = x.size(1), K = ids.size(1);
+    const int64_t E = gate_up_scales.size(0), F = gate_up_scales.size(1) / 2;
+    return N && D && K && E && F && D % BLOCK == 0 && F % BLOCK == 0
+        && has(ids, {N, K}) && has(weights, {N, K})
+        && has(gate_up_scales, {E, 2 * F, D / BLOCK})
+        && has(gate_up_blocks, {E, 2 * F, D / BLOCK, 16})
+        && has(down_scales, {E, D, F / BLOCK})
+        && has(down_blocks, {E, D, F / BLOCK, 16})
+        && has(gate_up_bias, {E, 2 * F}) && has(down_bias, {E, D});
+  };
+  if (!ours({x, weights, gate_up_bias, down_bias}) || !whole({ids})
+      || !packed({gate_up_blocks, gate_up_scales, down_blocks, down_scales})
+      || !gate_up_bias.is_contiguous() || !down_bias.is_contiguous()
+      || !fits())
+    return plain<decltype(packed_experts)>(
+        "packed_experts", x, ids, weights, gate_up_blocks, gate_up_scales,
+        gate_up_bias, down_blocks, down_scales, down_bias, limit);
+  const Packed gate_up(gate_up_blocks, gate_up_scales);
+  const Packed down(down_blocks, down_scales);
+  const Tensor chosen = ids.contiguous(), shares = weights.contiguous();
+  const int64_t K = ids.size(1), picks = ids.numel();
+  const Groups groups(chosen.const_data_ptr<int64_t>(), picks,
+                      gate_up_scales.size(0));
+  const Buffer hidden = run_gate_up(
+      gate_up, numbers(gate_up_bias), limit, groups,
+      quantised(floats(x), true, picks / K, gate_up.blocks), K);
+  const Buffer y = run_down(
+      down, numbers(down_bias), numbers(shares), groups,
+      quantised(hidden, false, picks, down.blocks), K);
+  return result(x, down.rows, y);
+}
+
+TORCH_LIBRARY_IMPL(gptoss, CPU, m) {
+  m.impl("mxfp4_linear", mxfp4_linear);
+  m.impl("packed_experts", packed_experts);
+}
+
+}  // namespace

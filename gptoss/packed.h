@@ -1,0 +1,194 @@
+// Four bits at full speed
+// Generated from book/13_kernels.py; edit the chapter, not this file.
+
+namespace {
+
+#if !defined(GPTOSS_AVX2) && !defined(GPTOSS_NEON)
+// out[0], out[step] ...: R rows of a weight, `step` rows apart, times row n
+template <int R>
+void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
+                 const Quantised& x, int64_t n, float* out) {
+  for (int r = 0; r < R; ++r, out += step) {
+    *out = 0;
+    for (int64_t b = 0; b < x.blocks; ++b) {
+      const int64_t at = r * step * x.blocks + b;
+      const auto& [even, odd] = x.line(n)[b].values;
+      int32_t s = 0;
+      for (int i = 0; i < 16; ++i)
+        s += TWICE[w[16 * at + i] & 15] * even[i]
+             + TWICE[w[16 * at + i] >> 4] * odd[i];
+      *out += s * (power(scales[at]) * x.half(n)[b]);
+    }
+  }
+}
+#endif
+
+#ifdef GPTOSS_AVX2
+#ifndef GPTOSS_AVX512
+using Bytes = __m256i;
+
+inline Bytes table() {
+  return _mm256_broadcastsi128_si256(load<__m128i>(ABOVE));
+}
+
+inline Bytes look_up(Bytes values, Bytes nibbles) {
+  return _mm256_shuffle_epi8(
+      values, _mm256_and_si256(nibbles, _mm256_set1_epi8(15)));
+}
+#endif
+
+// sums + UNIT * (a times digits of even elements, b times those of odd
+// ones, of four neighbours each); UNIT: 1 or 256
+template <int UNIT>
+inline Words products(Words sums, Bytes a, Bytes b, const Digit& x) {
+#if defined(GPTOSS_AVX512) || defined(GPTOSS_VNNI)
+  if (UNIT == 1)
+    return (Words)add_bytes(add_bytes((Bytes)sums, a, x[0]), b, x[1]);
+  return sums + ((Words)add_bytes(add_bytes(Bytes{}, a, x[0]), b, x[1])
+                 << 8);
+#else
+  const Bytes two = _mm256_add_epi16(
+      _mm256_maddubs_epi16(a, load<Bytes>(x[0])),
+      _mm256_maddubs_epi16(b, load<Bytes>(x[1])));
+  return sums + (Words)_mm256_madd_epi16(two, _mm256_set1_epi16(UNIT));
+#endif
+}
+
+// SIDE blocks of weights times a group: a lane sums what four bytes give
+inline Sums dots(Bytes bytes, const Group& x, Bytes values) {
+  const Bytes a = look_up(values, bytes);
+  const Bytes b = look_up(values, (Bytes)((Pairs)bytes >> 4));
+  const Words low = products<1>(load<Words>(x.offset), a, b, x.digits[1]);
+  return __builtin_convertvector(products<256>(low, a, b, x.digits[0]),
+                                 Sums);
+}
+
+#ifndef GPTOSS_AVX512
+// blocks 0, 2, 4, 6 and then 1, 3, 5, 7; more: others stand before them
+inline Words load_scales(const uint8_t* from, int64_t count, bool more) {
+  uint64_t eight = 0x7f7f7f7f7f7f7f7f;
+  if (count == LANES)
+    eight = load<uint64_t>(from);
+  else if (more)
+    eight = eight << 8 * count
+            | load<uint64_t>(from + count - LANES) >> 8 * (LANES - count);
+  else
+    for (int64_t i = count; i--;) eight = eight << 8 | from[i];
+  return (Words)_mm256_cvtepu8_epi32(_mm_shuffle_epi8(
+      _mm_cvtsi64_si128(eight), _mm_cvtsi64_si128(0x0705030106040200)));
+}
+
+inline Sums arrange(Sums v) {  // in the same order
+  return __builtin_shufflevector(v, v, 0, 2, 4, 6, 1, 3, 5, 7);
+}
+
+inline Bytes load_blocks(const uint8_t* from, int64_t count) {
+  return count < SIDE ? _mm256_zextsi128_si256(load<__m128i>(from))
+                      : load<Bytes>(from);
+}
+
+// number g of either half, in four lanes
+inline Sums spread(Sums factors, int g) {
+  return (Sums)_mm256_permutevar_ps((__m256)factors, _mm256_set1_epi32(g));
+}
+#endif
+
+// 2 ** (scale - 127) times half the step; infinity for 255
+inline Sums factors(Words scales, Sums halves) {
+  const Words bits = scales << 23;
+  const Words least = Words{} + (1 << 22);
+  return (Sums)(bits > least ? bits : least) * halves;
+}
+
+// out[0], out[step] ...: R rows of a weight, `step` rows apart, times row n
+template <int R>
+void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
+                 const Quantised& x, int64_t n, float* out) {
+  const Bytes values = table();
+  const int64_t blocks = x.blocks, row = step * blocks;
+  const Group* group = &x.groups[n * x.per_row];
+  const float* halves = x.half(n);
+  Sums total[R] = {}, factor[R];
+  auto make_factors = [&](int64_t b, int64_t count) {
+    const Sums half = arrange(load<Sums>(halves + b));
+    for (int r = 0; r < R; ++r)
+      factor[r] = factors(load_scales(scales + r * row + b, count, b > 0),
+                          half);
+  };
+  auto add = [&](int64_t b, int g, int64_t count) {  // group g from b on
+    for (int r = 0; r < R; ++r) {
+      const uint8_t* at = w + 16 * (r * row + b + g * SIDE);
+      __builtin_prefetch(at + 256);
+      Bytes bytes = load_blocks(at, count - g * SIDE);
+      hold(bytes);
+      total[r] += dots(bytes, group[g], values) * spread(factor[r], g);
+    }
+  };
+  int64_t b = 0;
+  for (; b + LANES <= blocks; b += LANES, group += 4) {
+    make_factors(b, LANES);
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g) add(b, g, LANES);
+  }
+  if (b < blocks) make_factors(b, blocks - b);
+  for (int g = 0; b + g * SIDE < blocks; ++g) add(b, g, blocks - b);
+  for (int r = 0; r < R; ++r) {
+    const float y = sum(total[r]);
+    out[r * step] = y + 0 * y;  // infinity becomes NaN
+  }
+}
+#endif
+
+struct Packed {  // (E, rows, blocks, 16) bytes and (E, rows, blocks) scales
+  const uint8_t *bytes, *scales;
+  int64_t rows, blocks;
+
+  Packed(const Tensor& b, const Tensor& s)
+      : bytes(b.const_data_ptr<uint8_t>()),
+        scales(s.const_data_ptr<uint8_t>()), rows(s.size(-2)),
+        blocks(s.size(-1)) {}
+};
+
+// out[i][0 ... rows - 1]: those rows times the token in inputs[i], by rows
+void rows_for_few(const uint8_t* w, const uint8_t* scales, int64_t rows,
+                  const Quantised& x, const std::vector<int64_t>& inputs,
+                  float* out) {
+  const int64_t blocks = x.blocks, step = rows / 4;
+  auto run = [&](auto dots, int64_t r) {
+    for (size_t i = 0; i < inputs.size(); ++i)
+      dots(w + 16 * r * blocks, scales + r * blocks, step, x, inputs[i],
+           out + i * rows + r);
+  };
+  for (int64_t r = 0; r < step; ++r) run(packed_dots<4>, r);
+  for (int64_t r = 4 * step; r < rows; ++r) run(packed_dots<1>, r);
+}
+
+
+// y (N, m) fp32 = x (N, n) bf16 times the weight transposed, row by row
+Tensor packed_rows(const Tensor& x, const Tensor& blocks,
+                   const Tensor& scales) {
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && packed({blocks, scales})
+                  && x.dim() == 2 && scales.dim() == 2
+                  && x.size(1) == scales.size(1) * BLOCK
+                  && has(blocks, {scales.size(0), scales.size(1), 16}),
+              "packed_rows: expected bfloat16 x (N, n), bytes (m, n / 32, "
+              "16) and (m, n / 32), found ", x.sizes(), ", ",
+              blocks.sizes(), ", ", scales.sizes());
+  const Packed weight(blocks, scales);
+  const int64_t N = x.size(0);
+  std::vector<int64_t> inputs(N);
+  for (int64_t i = 0; i < N; ++i) inputs[i] = i;
+  Tensor y = at::empty({N, weight.rows}, at::kFloat);
+  rows_for_few(weight.bytes, weight.scales, weight.rows,
+               quantised(floats(x), true, N, weight.blocks), inputs,
+               y.data_ptr<float>());
+  return y;
+}
+
+TORCH_LIBRARY_FRAGMENT(gptoss, m) {
+  m.def("packed_rows(Tensor x, Tensor blocks, Tensor scales) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(gptoss, CPU, m) { m.impl("packed_rows", packed_rows); }
+
+}  // namespace

@@ -1,0 +1,112 @@
+// Four bits at full speed
+// Generated from book/13_kernels.py; edit the chapter, not this file.
+
+namespace {
+
+Buffer norm_rows(const Buffer& x, const Buffer& weight, double eps) {
+  const int64_t n = weight.size();
+  Buffer y(x.size());
+  at::parallel_for(0, x.size() / n, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin * n; at < end * n; at += n) {
+      double squares = 0;
+      for (int64_t i = 0; i < n; ++i) squares += x[at + i] * x[at + i];
+      const float scale = 1 / std::sqrt(squares / n + eps);
+      for (int64_t i = 0; i < n; ++i)
+        y[at + i] = weight[i] * (x[at + i] * scale);
+    }
+  });
+  return y;
+}
+
+// x (..., H, C) turned by tables (..., C/2), half-split as in chapter 4
+Buffer rope_rows(const Buffer& x, const Buffer& cos, const Buffer& sin,
+                 int64_t H, int64_t half) {
+  Buffer y(x.size());
+  const int64_t rows = x.size() / (2 * half);
+  at::parallel_for(0, rows, 256, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const float *from = &x[row * 2 * half], *c = &cos[row / H * half];
+      const float* s = &sin[row / H * half];
+      float* to = &y[row * 2 * half];
+      for (int64_t i = 0; i < half; ++i) {
+        to[i] = from[i] * c[i] - from[half + i] * s[i];
+        to[half + i] = from[half + i] * c[i] + from[i] * s[i];
+      }
+    }
+  });
+  return y;
+}
+
+// ids (k,) of the largest logits, and the softmax over these as weights
+void choose(const float* logits, int64_t E, int64_t k, int64_t* ids,
+            float* weights) {
+  std::vector<int64_t> order(E);
+  for (int64_t e = 0; e < E; ++e) order[e] = e;
+  auto before = [logits](int64_t a, int64_t b) {
+    const bool x = std::isnan(logits[a]), y = std::isnan(logits[b]);
+    if (x || y || logits[a] == logits[b]) return x == y ? a < b : x;
+    return logits[a] > logits[b];
+  };
+  std::partial_sort(order.begin(), order.begin() + k, order.end(), before);
+  float total = 0;
+  for (int64_t i = 0; i < k; ++i) {
+    ids[i] = order[i];
+    total += weights[i] = std::exp(logits[order[i]] - logits[order[0]]);
+  }
+  for (int64_t i = 0; i < k; ++i) weights[i] /= total;
+}
+
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+  if (!ours({x, weight}) || !x.dim() || weight.dim() != 1)
+    return plain<decltype(rms_norm)>("rms_norm", x, weight, eps);
+  const int64_t n = weight.size(0);
+  TORCH_CHECK(x.size(-1) == n || x.size(-1) == 1 || n == 1, "rms_norm: "
+              "weight: expected (", x.size(-1), ") beside x ", x.sizes(),
+              ", found ", weight.sizes());
+  if (x.size(-1) != n || !x.numel())
+    return plain<decltype(rms_norm)>("rms_norm", x, weight, eps);
+  return result(x, n, norm_rows(floats(x), floats(weight), eps));
+}
+
+Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin) {
+  if (!ours({x, cos, sin}) || x.dim() != 4 || cos.dim() != 3)
+    return plain<decltype(rope)>("rope", x, cos, sin);
+  const int64_t B = x.size(0), T = x.size(1), half = x.size(3) / 2;
+  auto stretched = [](int64_t size, int64_t to) {
+    return size == to || size == 1;
+  };
+  TORCH_CHECK(half < 2 || x.size(3) % 2 || stretched(cos.size(2), half),
+              "rope: cos: expected (B, T, ", half, ") beside x ", x.sizes(),
+              ", found ", cos.sizes());
+  if (!x.numel() || 2 * cos.size(2) != x.size(3)
+      || cos.sizes() != sin.sizes() || !stretched(cos.size(0), B)
+      || !stretched(cos.size(1), T))
+    return plain<decltype(rope)>("rope", x, cos, sin);
+  const std::vector<int64_t> shape = {B, T, half};
+  return result(x, x.size(-1),
+                rope_rows(floats(x), floats(cos.expand(shape)),
+                          floats(sin.expand(shape)), x.size(2), half));
+}
+
+std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t k) {
+  if (!ours({logits}) || logits.dim() != 2 || k < 1 || k > logits.size(1))
+    return plain<decltype(route)>("route", logits, k);
+  const Buffer from = floats(logits);
+  const int64_t N = logits.size(0), E = logits.size(1);
+  Tensor ids = at::empty({N, k}, logits.options().dtype(at::kLong));
+  int64_t* id = ids.data_ptr<int64_t>();
+  Buffer weights(N * k);
+  at::parallel_for(0, N, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n)
+      choose(&from[n * E], E, k, id + n * k, &weights[n * k]);
+  });
+  return {result(logits, k, weights), ids};
+}
+
+TORCH_LIBRARY_IMPL(gptoss, CPU, m) {
+  m.impl("rms_norm", rms_norm);
+  m.impl("rope", rope);
+  m.impl("route", route);
+}
+
+}  // namespace

@@ -1,0 +1,159 @@
+// Four bits at full speed
+// Generated from book/13_kernels.py; edit the chapter, not this file.
+
+namespace {
+
+#ifdef GPTOSS_AVX2
+constexpr int64_t CHUNK = 10;  // blocks: 10 KiB of integers, a third of L1
+
+struct Tile {  // 16 rows of a weight, pairs of columns side by side
+  alignas(64) int16_t values[CHUNK][2][8][16][2];
+  alignas(64) float factors[CHUNK][16];
+};
+
+// sixteen rows of sixteen bytes become sixteen columns
+inline void transpose(__m128i (&v)[16]) {
+  for (int step = 0; step < 4; ++step) {
+    __m128i t[16];
+    for (int i = 0; i < 8; ++i) {
+      t[2 * i] = _mm_unpacklo_epi8(v[i], v[i + 8]);
+      t[2 * i + 1] = _mm_unpackhi_epi8(v[i], v[i + 8]);
+    }
+    std::copy(t, t + 16, v);
+  }
+}
+
+void decode_tile(const uint8_t* w, const uint8_t* scales, int64_t blocks,
+                 int64_t count, Tile& tile) {
+  const __m128i values = load<__m128i>(TWICE), low = _mm_set1_epi8(15);
+  for (int64_t b = 0; b < count; ++b) {
+    __m128i v[16];
+    for (int64_t r = 0; r < 16; ++r) {
+      v[r] = load<__m128i>(w + (r * blocks + b) * 16);
+      tile.factors[b][r] = power(scales[r * blocks + b]);
+    }
+    transpose(v);
+    for (int u = 0; u < 2; ++u)  // low nibbles, high nibbles
+      for (int m = 0; m < 8; ++m) {
+        __m128i two[2];
+        for (int i = 0; i < 2; ++i) {
+          __m128i bytes = v[2 * m + i];
+          bytes = u ? _mm_srli_epi16(bytes, 4) : bytes;
+          two[i] = _mm_shuffle_epi8(values, _mm_and_si128(bytes, low));
+        }
+        auto to = reinterpret_cast<__m256i*>(tile.values[b][u][m]);
+        to[0] = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(two[0], two[1]));
+        to[1] = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(two[0], two[1]));
+      }
+  }
+}
+
+constexpr int TOKENS = 5;  // ten sums, two weights, one activation
+
+struct Few {  // tokens that are multiplied with a tile together
+  const Line* lines[TOKENS];
+  const float* halves[TOKENS];
+  float* out[TOKENS];  // 16 sums each
+};
+
+// sums, plus sixteen products added in pairs
+inline __m256i add_products(__m256i sums, __m256i a, __m256i b) {
+#ifdef GPTOSS_AVX512
+  return _mm256_dpwssd_epi32(sums, a, b);
+#elif defined(GPTOSS_VNNI)
+  return _mm256_dpwssd_avx_epi32(sums, a, b);
+#else
+  return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
+#endif
+}
+
+// adds blocks first ... first + count - 1 of 16 rows to the tokens' sums
+void multiply_tile(const Tile& tile, const Few& few, int64_t first,
+                   int64_t count) {
+  for (int64_t b = 0; b < count; ++b) {
+    __m256i s[TOKENS][2] = {};
+    for (int u = 0; u < 2; ++u)
+      for (int m = 0; m < 8; ++m) {
+        auto w = reinterpret_cast<const __m256i*>(tile.values[b][u][m]);
+        const __m256i w0 = w[0], w1 = w[1];
+        for (int t = 0; t < TOKENS; ++t) {
+          const __m256i x = _mm256_set1_epi32(load<int32_t>(
+              &few.lines[t][first + b].values[u][2 * m]));
+          s[t][0] = add_products(s[t][0], w0, x);
+          s[t][1] = add_products(s[t][1], w1, x);
+          hold(s[t][0]), hold(s[t][1]);
+        }
+      }
+    for (int t = 0; t < TOKENS; ++t)
+      for (int half = 0; half < 2; ++half) {
+        float* to = few.out[t] + 8 * half;
+        const Floats f = load<Floats>(&tile.factors[b][8 * half])
+                         * few.halves[t][first + b];
+        store(to, load<Floats>(to)
+                  + (Floats)_mm256_cvtepi32_ps(s[t][half]) * f);
+      }
+  }
+}
+#endif
+
+constexpr int64_t ROWS = 16;  // of a tile
+
+#ifdef GPTOSS_AVX2
+// the same for sixteen rows and many tokens, by a tile
+void rows_for_many(const uint8_t* w, const uint8_t* scales,
+                   const Quantised& x, const std::vector<int64_t>& inputs,
+                   float* out) {
+  const int64_t count = inputs.size(), blocks = x.blocks;
+  Tile tile;
+  std::fill_n(out, count * ROWS, 0.0f);
+  for (int64_t b = 0; b < blocks; b += CHUNK) {
+    const int64_t some = std::min(CHUNK, blocks - b);
+    decode_tile(w + 16 * b, scales + b, blocks, some, tile);
+    for (int64_t i = 0; i < count; i += TOKENS) {
+      float spare[ROWS] = {};  // the last group may have empty places
+      Few few;
+      for (int64_t t = 0; t < TOKENS; ++t) {
+        const bool real = i + t < count;
+        const int64_t n = inputs[real ? i + t : i];
+        few.lines[t] = x.line(n);
+        few.halves[t] = x.half(n);
+        few.out[t] = real ? out + (i + t) * ROWS : spare;
+      }
+      multiply_tile(tile, few, b, some);
+    }
+  }
+}
+#endif
+
+// eight rows of eight numbers become eight columns
+inline void transpose(Ints (&v)[8]) {
+  for (int step = 0; step < 3; ++step) {
+    Ints t[8];
+    for (int i = 0; i < 4; ++i) {
+      t[2 * i] = __builtin_shufflevector(v[i], v[i + 4], 0, 8, 1, 9, 2, 10,
+                                         3, 11);
+      t[2 * i + 1] = __builtin_shufflevector(v[i], v[i + 4], 4, 12, 5, 13,
+                                             6, 14, 7, 15);
+    }
+    std::copy(t, t + 8, v);
+  }
+}
+
+// pairs of sixteen columns of eight rows, zero from `rows` on, as columns
+inline void pair_columns(const Number* w, int64_t stride, int64_t rows,
+                         Ints (&v)[8]) {
+  for (int64_t r = 0; r < 8; ++r)
+    v[r] = r < rows ? load<Ints>(w + r * stride) : Ints{};
+  transpose(v);
+}
+
+template <class Pointer>
+struct Matrix {  // row-major
+  Pointer at;
+  int64_t stride;
+};
+using Source = Matrix<const float*>;
+using Target = Matrix<float*>;
+
+
+}  // namespace
