@@ -112,7 +112,7 @@ plt.show()
 import torch
 from torch.func import functional_call
 
-from gptoss.model import Attention
+from gptoss.layers import Attention
 from gptoss.rope import rope_parameters, rope_tables
 
 torch.manual_seed(0)
@@ -857,14 +857,8 @@ print(rehearse(pocket, 4, 1, meet)[3])
 from pathlib import Path
 
 from gptoss.checkpoint import resolve
-from gptoss.experts import Experts
-from gptoss.model import (
-    Attention,
-    GptOss,
-    Linear,
-    load_tensors,
-    pick_dtype,
-)
+from gptoss.layers import Attention, Experts, Linear
+from gptoss.model import GptOss, load_tensors, pick_dtype
 
 
 @dataclass(frozen=True)
@@ -1703,7 +1697,7 @@ for n in (4, 8):
 # afterwards gives the same layer:
 
 # %%
-from gptoss.experts import Experts as WholeExperts
+from gptoss.layers import Experts as WholeExperts
 
 
 def expert_layer(seat: Seat, link: Link) -> torch.Tensor:

@@ -173,7 +173,7 @@ print("ESC reaches the terminal:", "\x1b" in story)
 # first used (`__getattr__` of a module). With this the command line can
 # answer `--help` without loading torch. A class is the same by whichever path
 # it came: the kernels of chapter 13 are loaded by what first computes (chapter
-# 2), and `GPTOSS_KERNELS=torch` in the environment declines them.
+# 10), and `GPTOSS_KERNELS=torch` in the environment declines them.
 
 # %% tags=["export:__init__"]
 from importlib import import_module
@@ -189,8 +189,8 @@ __version__ = "0.1.0"
 _HOME = {"Chat": "chat", "GptOss": "model", "GptOssConfig": "config",
          "Tokenizer": "harmony"}
 _MODULES = ("config", "mxfp4", "checkpoint", "rope", "sinks", "masks",
-            "routing", "experts", "cache", "model", "harmony", "generate",
-            "chat", "kernels", "compact", "triton_kernels", "decode_step",
+            "routing", "experts", "cache", "norm", "answers", "ops", "layers",
+            "model", "harmony", "generate", "chat", "kernels", "compact", "triton_kernels", "decode_step",
             "stories", "lessons", "leaks", "exams", "train", "parallel",
             "plan", "parity", "vectors")
 
@@ -477,7 +477,7 @@ def _model(args: argparse.Namespace, folder: Path, device="cpu"):
 
     model = GptOss.from_pretrained(folder, dtype=dtype, device=device)
     if args.compact:
-        from gptoss.kernels import make_compact
+        from gptoss.compact import make_compact
 
         make_compact(model)
     return model

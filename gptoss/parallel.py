@@ -32,8 +32,8 @@ from gptoss.checkpoint import (
     tensor_table,
 )
 from gptoss.config import GptOssConfig
-from gptoss.experts import Experts
-from gptoss.model import Attention, GptOss, Linear, load_tensors, pick_dtype
+from gptoss.layers import Attention, Experts, Linear
+from gptoss.model import GptOss, load_tensors, pick_dtype
 from gptoss.mxfp4 import BLOCK
 
 # --- A seat for every rank ---------------------------------------------------
