@@ -51,7 +51,8 @@ def raw(load: float, runs: list[list[float]]) -> dict:
 # ---- the engines, each in a process of its own
 
 def run_ours(path: Path, options) -> dict:
-    from gptoss.kernels import make_compact, measure
+    from gptoss.compact import make_compact
+    from gptoss.kernels import measure
     from gptoss.model import GptOss
 
     def load(path: Path) -> GptOss:

@@ -265,16 +265,10 @@ print("bytes of index for a byte of blocks:",
 # block, the four float types, and checks that name what they refuse.
 
 # %% tags=["export"]
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import import_module
-from threading import RLock
 
 import torch
-from torch._library.autograd import Info, make_autograd_impl
-from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 BLOCK = 32  # values that share one scale
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0,
@@ -295,7 +289,7 @@ class MXFP4Error(ValueError):
     """Blocks, scales or values that are not MXFP4 or cannot become it."""
 
 # %% tags=["export"]
-def _check(blocks: torch.Tensor, scales: torch.Tensor) -> None:
+def check_packed(blocks: torch.Tensor, scales: torch.Tensor) -> None:
     """Raise MXFP4Error unless blocks (…, N, 16) fit scales (…, N)."""
     for name, tensor in (("blocks", blocks), ("scales", scales)):
         if tensor.dtype != torch.uint8:
@@ -309,7 +303,7 @@ def _check(blocks: torch.Tensor, scales: torch.Tensor) -> None:
                          f"{tuple(scales.shape)}")
 
 
-def _check_dtype(dtype: torch.dtype) -> None:
+def check_dtype(dtype: torch.dtype) -> None:
     if dtype not in _FORMATS:
         names = ", ".join(str(known) for known in _FORMATS)
         raise MXFP4Error(f"dtype: expected one of {names}, found {dtype}")
@@ -321,7 +315,7 @@ assert [(-1) ** sign * (mu / 2 if eta == 0 else 2 ** (eta - 1) * (1 + mu / 2))
         for sign, eta, mu in product(range(2), range(4), range(2))
         ] == list(FP4_VALUES)
 try:
-    _check(blocks, scales[:, :3])
+    check_packed(blocks, scales[:, :3])
 except MXFP4Error as error:
     print(error)
 
@@ -339,8 +333,8 @@ def decode_reference(blocks: torch.Tensor, scales: torch.Tensor,
 
     blocks (…, N, 16) and scales (…, N), both uint8 -> (…, 32 N) in dtype.
     """
-    _check(blocks, scales)
-    _check_dtype(dtype)
+    check_packed(blocks, scales)
+    check_dtype(dtype)
     grid = torch.tensor(FP4_VALUES, dtype=torch.float64)
     power = torch.tensor([2.0 ** (s - SCALE_BIAS) for s in range(SCALE_NAN)]
                          + [float("nan")], dtype=torch.float64)
@@ -429,170 +423,6 @@ print(table.shape, table.dtype, table.nbytes // 1024, "KiB")
 print(table[256 * 128 + 0x2F].view(1).view(torch.bfloat16))
 
 # %% [markdown]
-# ### An operator that may get faster later
-#
-# The model must not care how a packed weight is multiplied. So this chapter
-# declares *operators*, names that PyTorch dispatches by device, with plain
-# torch behind them; chapter 13 registers kernels on the same names.
-#
-# Kernels have to be compiled, and nobody should wait for that before it is
-# needed: they are loaded when an operator first computes, or when a model is
-# read. It must not matter who asks first, by which import, or from which
-# thread. Hence one list of what is to be done, a lock around it, and a rule:
-# an entry is struck off when it *is* done. A second thread that comes
-# meanwhile waits and then computes with what was loaded, as the first does.
-# The list names chapter 13 by a string, so that nothing of it is imported
-# here.
-
-# %% tags=["export"]
-_FIRST = ["gptoss.kernels:load_kernels"]
-_LOCK = RLock()  # the thread that loads may call operators itself
-_loading = False
-
-
-def before_first_call(action: str | Callable) -> None:
-    """Call action(), or "module:function", before the next operator that
-    computes: that is how kernels get in from below, as late as needed."""
-    _FIRST.append(action)
-
-
-def prepare() -> bool:
-    """Do, once, what comes before the first call. True: nothing was left."""
-    global _loading
-    if not _FIRST:
-        return True
-    with _LOCK:
-        if _loading:
-            return True
-        _loading = True
-        try:
-            while _FIRST:
-                action = _FIRST[0]
-                if isinstance(action, str):
-                    module, _, name = action.partition(":")
-                    action = getattr(import_module(module), name)
-                action()
-                _FIRST.pop(0)
-        finally:
-            _loading = False
-    return False
-
-# %%
-seen = []
-before_first_call(lambda: seen.append("loaded"))
-print(prepare(), prepare(), seen)
-
-# %% [markdown]
-# An operator is opaque to `torch.compile`, to the meta device and to fake
-# tensors, so it also says what it returns (`fake`). And it stands between
-# torch and what torch would differentiate. Behind each stands a composition of
-# torch's own functions, which torch can differentiate in every way it knows;
-# some bring a gradient formula, too. So a gate stands at the autograd key.
-# Where a gradient is asked for, the composition itself runs, or the formula;
-# elsewhere the dispatcher goes on below its autograd keys, to a kernel, a fake
-# tensor or whoever listens there. (Calling the kernel at once instead would
-# pass by the listeners, and a fake tensor has no memory to read.) A formula
-# speaks of gradients backwards only, so for forward derivatives and for
-# `torch.func` the composition runs.
-
-# %% tags=["export"]
-def _gate(name: str, implementation: Callable,
-          formula: Callable | None) -> Callable:
-    """What stands at the autograd key of an operator."""
-    def gate(keys, *args):
-        if ((torch.autograd.forward_ad._current_level >= 0
-                or torch._C._are_functorch_transforms_active())
-                and any(map(_is_real, args))):
-            return implementation(*args)
-        if formula is not None:
-            return formula(keys, *args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return implementation(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return _operator(name).redispatch(
-                keys & torch._C._after_autograd_keyset, *args)
-    return gate
-
-
-def _is_real(argument) -> bool:
-    return (isinstance(argument, torch.Tensor)
-            and argument.is_floating_point())
-
-
-def _words(argument) -> str:
-    """An argument in an error's note: type and sizes of a tensor."""
-    if not isinstance(argument, torch.Tensor):
-        return repr(argument)
-    return f"{argument.dtype} {tuple(argument.shape)}"
-
-
-def _compact(result: torch.Tensor) -> torch.Tensor:
-    """In one piece: torch.compile relies on the strides that `fake` says."""
-    return result.contiguous()
-
-
-def _operator(name: str):
-    namespace, _, operator = name.partition("::")
-    return getattr(getattr(torch.ops, namespace), operator).default
-
-# %% [markdown]
-# Whoever edits the cell of an operator and runs it again wants the new one. So
-# a definition replaces the one before; the kernels registered on the name
-# stay. What is defined is held by the namespace `torch.ops.gptoss` itself,
-# which a notebook and the package share.
-
-# %% tags=["export"]
-def define_operator(schema: str, implementation: Callable, fake=None,
-                    backward=None, setup_context=None, flops=None) -> None:
-    """Declare the torch.library operator `schema`, or declare it anew.
-
-    implementation computes it with plain torch on every device; a kernel
-    registered for "CPU" or "CUDA" takes precedence. fake returns an empty
-    tensor of the right shape (meta device, torch.compile); None: what
-    implementation gives there. backward and setup_context: as in
-    torch.library.register_autograd; without them torch differentiates
-    implementation. flops: as in torch.utils.flop_counter's formulas.
-    """
-    name = schema.partition("(")[0]
-    namespace, _, operator = name.partition("::")
-    held = vars(getattr(torch.ops, namespace)).setdefault("_held", {})
-    if operator in held:
-        held.pop(operator)._destroy()
-    library = held[operator] = torch.library.Library(namespace, "FRAGMENT")
-    library.define(schema.partition("::")[2],
-                   tags=(torch.Tag.pt2_compliant_tag,))
-
-    def run(*args):
-        if not prepare():
-            return _operator(name)(*args)  # there may be a kernel now
-        try:
-            return tree_map(_compact, implementation(*args))
-        except Exception as error:
-            error.add_note(f"in {name}({', '.join(map(_words, args))})")
-            raise
-
-    def shape(*args):
-        return tree_map(_compact, (fake or implementation)(*args))
-
-    library.impl(operator, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(name, shape, lib=library)
-    formula = None if backward is None else make_autograd_impl(
-        _operator(name), Info(backward, setup_context))
-    library.impl(operator, _gate(name, implementation, formula), "Autograd",
-                 with_keyset=True)
-    if flops is not None:
-        flop_registry[_operator(name).overloadpacket] = shape_wrapper(flops)
-
-# %%
-for factor in (2, 3):  # a cell that was edited and run again
-    define_operator("gptoss::example(Tensor x) -> Tensor",
-                    lambda x, factor=factor: factor * x, torch.empty_like)
-    one = torch.ones(1, requires_grad=True)
-    torch.ops.gptoss.example(one).backward()
-    print(torch.ops.gptoss.example(one).item(), one.grad.item(),
-          tuple(torch.ops.gptoss.example(one.to("meta")).shape))
-
-# %% [markdown]
 # ### The decoder
 #
 # The index for {eq}`mxfp4-value` is `256 * scale + byte`, four bytes for
@@ -620,16 +450,6 @@ def decode_by_table(blocks: torch.Tensor, scales: torch.Tensor,
                            out=target[part].view(-1))
     return out.flatten(-2)
 
-
-def _decode_fake(blocks, scales, dtype):
-    shape = (*scales.shape[:-1], BLOCK * scales.shape[-1])
-    return torch.empty(shape, dtype=dtype, device=blocks.device)
-
-
-define_operator(
-    "gptoss::mxfp4_decode(Tensor blocks, Tensor scales, ScalarType dtype)"
-    " -> Tensor", decode_by_table, _decode_fake)
-
 # %% tags=["export"]
 def decode(blocks: torch.Tensor, scales: torch.Tensor,
            dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -642,9 +462,9 @@ def decode(blocks: torch.Tensor, scales: torch.Tensor,
     MXFP4Error for another dtype or shape. Source: OCP MX v1.0, 5.3.3 (E2M1),
     5.4.1 (E8M0).
     """
-    _check(blocks, scales)
-    _check_dtype(dtype)
-    return torch.ops.gptoss.mxfp4_decode(blocks, scales, dtype)
+    check_packed(blocks, scales)
+    check_dtype(dtype)
+    return decode_by_table(blocks, scales, dtype)
 
 # %%
 for dtype in _FORMATS:
@@ -764,7 +584,7 @@ def _check_values(values, scales) -> torch.Size:
                          f"{BLOCK}, found shape {tuple(values.shape)}")
     shape = torch.Size((*values.shape[:-1], values.shape[-1] // BLOCK))
     if scales is not None:
-        _check(torch.empty(*shape, BLOCK // 2, dtype=torch.uint8,
+        check_packed(torch.empty(*shape, BLOCK // 2, dtype=torch.uint8,
                            device="meta"), scales)
         _refuse("scales", scales, scales == SCALE_NAN)
     return shape
@@ -823,7 +643,7 @@ def audit(blocks: torch.Tensor, scales: torch.Tensor) -> Audit:
     A block is canonical when its largest magnitude is 4 or 6, or when its
     scale is already the lowest, 0. It takes no decoding to see that.
     """
-    _check(blocks, scales)
+    check_packed(blocks, scales)
     largest = torch.maximum(blocks & 7, blocks >> 4 & 7).amax(-1)
     nan = scales == SCALE_NAN
     canonical = ((largest >= 6) | (scales == 0)) & ~nan
@@ -854,7 +674,7 @@ class PackedMXFP4:
     """
 
     def __init__(self, blocks: torch.Tensor, scales: torch.Tensor) -> None:
-        _check(blocks, scales)
+        check_packed(blocks, scales)
         self.blocks, self.scales = blocks, scales
 
     @property
@@ -918,63 +738,15 @@ def linear_by_decoding(x: torch.Tensor, blocks: torch.Tensor,
     weight = decode(blocks, scales, x.dtype)
     return torch.nn.functional.linear(x, weight, bias)
 
-
-def _linear_fake(x, blocks, scales, bias):
-    return x.new_empty((*x.shape[:-1], blocks.shape[0]))
+# %%
+x = torch.randn(3, 128)
+y = linear_by_decoding(x, blocks, scales, None)
+assert torch.equal(y, x @ right.T)
+print(tuple(x.shape), "->", tuple(y.shape))
 
 # %% [markdown]
-# Packed weights are constants, but gradients must pass through them to what
-# lies below (an adapter, an embedding): $\partial x = \partial y\, W$.
-
-# %% tags=["export"]
-def _linear_setup(ctx, inputs, output) -> None:
-    _, blocks, scales, bias = inputs
-    ctx.save_for_backward(blocks, scales)
-    ctx.has_bias = bias is not None
-
-
-def _linear_backward(ctx, grad):
-    """Gradients of x and bias; packed weights are constants."""
-    blocks, scales = ctx.saved_tensors
-    grad_x = grad @ decode(blocks, scales, grad.dtype)
-    grad_bias = grad.reshape(-1, len(blocks)).sum(0) if ctx.has_bias else None
-    return grad_x, None, None, grad_bias
-
-
-define_operator(
-    "gptoss::mxfp4_linear(Tensor x, Tensor blocks, Tensor scales,"
-    " Tensor? bias) -> Tensor", linear_by_decoding, _linear_fake,
-    _linear_backward, _linear_setup)
-
-# %% tags=["export"]
-def mxfp4_linear(x: torch.Tensor, blocks: torch.Tensor,
-                 scales: torch.Tensor, bias: torch.Tensor | None = None
-                 ) -> torch.Tensor:
-    """x @ W.T + bias with a packed weight W (m, n), in x.dtype.
-
-    x (…, n) float16, bfloat16, float32 or float64; blocks (m, n/32, 16) and
-    scales (m, n/32) uint8; bias (m,) in x.dtype or None. Returns (…, m).
-    Differentiable in x and bias. Raises MXFP4Error on a mismatch.
-    """
-    _check(blocks, scales)
-    _check_dtype(x.dtype)
-    n = BLOCK * scales.shape[-1]
-    if scales.ndim != 2 or x.ndim == 0 or x.shape[-1] != n:
-        raise MXFP4Error(f"x: expected (..., {n}) beside blocks (m, "
-                         f"{n // BLOCK}, 16), found x {tuple(x.shape)} and "
-                         f"blocks {tuple(blocks.shape)}")
-    if bias is not None and bias.shape != blocks.shape[:1]:
-        raise MXFP4Error(f"bias: expected {tuple(blocks.shape[:1])}, found "
-                         f"{tuple(bias.shape)}")
-    return torch.ops.gptoss.mxfp4_linear(x, blocks, scales, bias)
-
-# %%
-x = torch.randn(3, 128, requires_grad=True)
-y = mxfp4_linear(x, blocks, scales)
-assert torch.equal(y, x @ right.T)
-y.sum().backward()
-assert torch.allclose(x.grad, right.sum(0).expand(3, 128), atol=1e-5)
-print(tuple(y.shape), "and the gradient reaches x")
+# Chapter 10 makes an operator of it, so that a kernel can take its place and
+# gradients pass through it.
 
 # %% [markdown]
 # ## It holds

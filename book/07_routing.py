@@ -214,9 +214,7 @@ plt.show()
 
 # %% tags=["export"]
 import torch
-from torch import Tensor, nn
-
-from gptoss.config import GptOssConfig
+from torch import Tensor
 
 
 def top_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -287,25 +285,13 @@ for name, values in (("logits", low), ("probabilities", low.softmax(-1))):
 
 # %% [markdown]
 # ### The router
-
-# %% tags=["export"]
-class Router(nn.Linear):
-    """A linear layer with bias from D to E logits, and `route`."""
-
-    def __init__(self, config: GptOssConfig,
-                 dtype: torch.dtype | None = None, device=None) -> None:
-        super().__init__(config.hidden_size, config.num_local_experts,
-                         bias=True, device=device, dtype=dtype)
-        self.k = config.num_experts_per_tok
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N, D) -> weights (N, K) in x.dtype, ids (N, K) int64."""
-        return route(super().forward(x), self.k)
+#
+# What gives the logits is a linear layer with bias, from D to E. Chapter 10
+# makes a module of it and of `route`.
 
 # %%
-small = GptOssConfig(num_hidden_layers=2, hidden_size=96,
-                     num_local_experts=8, num_experts_per_tok=2)
-weights, ids = Router(small)(torch.randn(5, 96))
+layer = torch.nn.Linear(96, 8)
+weights, ids = route(layer(torch.randn(5, 96)), 2)
 print(tuple(weights.shape), weights.dtype, tuple(ids.shape), ids.dtype)
 
 # %% [markdown]
@@ -525,16 +511,14 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 
 
 def compare(E, K, D, dtype, tokens=2000):
-    ours = Router(GptOssConfig(
-        num_hidden_layers=2, hidden_size=D, num_local_experts=E,
-        num_experts_per_tok=K), dtype)
+    ours = torch.nn.Linear(D, E, dtype=dtype)
     hf = GptOssTopKRouter(HFConfig(
         hidden_size=D, num_local_experts=E, num_experts_per_tok=K)).to(dtype)
     hf.load_state_dict(ours.state_dict())
     x = torch.randn(tokens, D, dtype=dtype)
     with torch.no_grad():
         logits, hf_weights, hf_ids = hf(x)
-        weights, ids = ours(x)
+        weights, ids = route(ours(x), K)
     value, chosen = torch.topk(logits, k=K, dim=-1, sorted=True)
     assert torch.equal(weights, hf_weights)
     assert torch.equal(weights, value.softmax(dim=1))
@@ -594,11 +578,13 @@ def expert_bytes(c):
     return weights * 17 // 32 + 2 * biases
 
 
+from gptoss.config import GptOssConfig
+
 configs = {"20b": GptOssConfig.gpt_oss_20b(),
            "120b": GptOssConfig.gpt_oss_120b()}
 for name, c in configs.items():
     E, D, L = c.num_local_experts, c.hidden_size, c.num_hidden_layers
-    router = Router(c, dtype=torch.bfloat16, device="meta")
+    router = torch.nn.Linear(D, E, dtype=torch.bfloat16, device="meta")
     count = sum(p.numel() for p in router.parameters())
     assert count == E * D + E
     four = c.num_experts_per_tok * expert_bytes(c)
@@ -659,9 +645,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 for c in configs.values():
     D, E, K = c.hidden_size, c.num_local_experts, c.num_experts_per_tok
-    router = Router(c, dtype=torch.bfloat16, device="meta")
+    router = torch.nn.Linear(D, E, dtype=torch.bfloat16, device="meta")
     with FlopCounterMode(display=False) as counter:
-        router(torch.empty(16, D, dtype=torch.bfloat16, device="meta"))
+        route(router(torch.empty(16, D, dtype=torch.bfloat16,
+                                 device="meta")), K)
     assert counter.get_total_flops() == 2 * 16 * D * E
     print(f"{100 * E / (3 * K * c.intermediate_size):.2f} %")
 

@@ -209,10 +209,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from gptoss.config import GptOssConfig
-from gptoss.mxfp4 import BLOCK, PackedMXFP4, decode, define_operator
+from gptoss.mxfp4 import decode
 
 ALPHA = 1.702  # makes z * sigmoid(ALPHA * z) close to GELU; not in config
 
@@ -388,8 +387,8 @@ print("grouped = loop:", torch.allclose(grouped, slow, atol=2e-5))
 #
 # The released weights are MXFP4 (chapter 2). Decoding a whole layer of the
 # 20b to bf16 takes 1.59 GB; decoding one expert when its turn comes, and
-# dropping it after, 50 MB. This is an operator of `torch.library`, so that
-# chapter 13 can put a kernel behind the same name.
+# dropping it after, 50 MB. Chapter 10 makes an operator of it, so that
+# chapter 13 can put a kernel behind its name.
 
 # %% tags=["export"]
 def packed_by_decoding(x: Tensor, ids: Tensor, weights: Tensor,
@@ -404,13 +403,6 @@ def packed_by_decoding(x: Tensor, ids: Tensor, weights: Tensor,
             gate_up_bias[e], decode(down_blocks[e], down_scales[e], x.dtype),
             down_bias[e], limit)
     return by_expert(x, ids, weights, len(gate_up_scales), apply)
-
-
-_PACKED = ("(Tensor x, Tensor ids, Tensor weights, Tensor gate_up_blocks,"
-           " Tensor gate_up_scales, Tensor gate_up_bias, Tensor down_blocks,"
-           " Tensor down_scales, Tensor down_bias, float limit)")
-define_operator(f"gptoss::packed_experts{_PACKED} -> Tensor",
-                packed_by_decoding, lambda x, *_: torch.empty_like(x))
 
 # %% [markdown]
 # ### Its gradient
@@ -491,53 +483,17 @@ def packed_backward(grad: Tensor, x: Tensor, ids: Tensor, weights: Tensor,
     return (d_x.to(x.dtype), d_weights.to(weights.dtype),
             d_up.to(gate_up_bias.dtype), d_down.to(down_bias.dtype))
 
-# %% tags=["export"]
-define_operator(
-    f"gptoss::packed_experts_backward(Tensor grad, {_PACKED[1:]}"
-    " -> (Tensor, Tensor, Tensor, Tensor)", packed_backward,
-    lambda grad, x, ids, weights, a, b, up_bias, c, d, down_bias, limit:
-        tuple(map(torch.empty_like, (x, weights, up_bias, down_bias))))
-
-
-def _setup(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:-1])
-    ctx.limit = inputs[-1]
-
-
-def _backward(ctx, grad):
-    d_x, d_weights, d_up, d_down = torch.ops.gptoss.packed_experts_backward(
-        grad.contiguous(), *ctx.saved_tensors, ctx.limit)
-    return (d_x, None, d_weights, None, None, d_up, None, None, d_down,
-            None)
-
-
-define_operator(f"gptoss::packed_experts{_PACKED} -> Tensor",
-                packed_by_decoding, lambda x, *_: torch.empty_like(x),
-                _backward, _setup)
-
-# %% tags=["export"]
-def packed_experts(x: Tensor, ids: Tensor, weights: Tensor,
-                   gate_up: PackedMXFP4, gate_up_bias: Tensor,
-                   down: PackedMXFP4, down_bias: Tensor, limit: float = 7.0
-                   ) -> Tensor:
-    """`experts_grouped` on weights that stay in four bits.
-
-    gate_up (E, 2F, D) and down (E, D, F) packed; the rest as in
-    `experts_loop`. Decodes the experts hit, one at a time. Differentiable
-    in x, weights and the biases; the packed weights are constants.
-    """
-    return torch.ops.gptoss.packed_experts(
-        x, ids, weights, gate_up.blocks, gate_up.scales, gate_up_bias,
-        down.blocks, down.scales, down_bias, limit)
-
 # %%
+from gptoss.mxfp4 import PackedMXFP4
+
 packed = [PackedMXFP4(*encode(t)) for t in (dense[0], dense[2])]
 same = (packed[0].decode(torch.float32), dense[1],
         packed[1].decode(torch.float32), dense[3])
+case = (x, ids, weights, packed[0].blocks, packed[0].scales, dense[1],
+        packed[1].blocks, packed[1].scales, dense[3], 7.0)
+out = packed_by_decoding(*case)
+got, *_ = packed_backward(torch.ones_like(out), *case)
 x.requires_grad_()
-out = packed_experts(x, ids, weights, packed[0], dense[1], packed[1],
-                     dense[3])
-got, = torch.autograd.grad(out.sum(), x)
 wanted, = torch.autograd.grad(
     experts_grouped(x, ids, weights, *same).sum(), x)
 x = x.detach()
@@ -546,76 +502,17 @@ print("packed = grouped on the decoded weights:",
 print("gradients agree:", torch.allclose(got, wanted, atol=1e-4))
 
 # %% [markdown]
-# ### The module
-#
-# Packed, it holds what the released files hold, names and shapes included:
-# four tensors of bytes and two biases. Dense, two tensors [E, out, in] take
-# the place of the four, drawn from N(0, 0.02²); packed ones are zero until a
-# file fills them.
-
-# %% tags=["export"]
-class Experts(nn.Module):
-    """The E experts of one layer, packed (MXFP4) or dense (dtype)."""
-
-    def __init__(self, config: GptOssConfig, packed: bool = True,
-                 dtype: torch.dtype = torch.bfloat16, device=None) -> None:
-        super().__init__()
-        E, D = config.num_local_experts, config.hidden_size
-        width = config.intermediate_size
-        self.packed, self.limit = packed, config.swiglu_limit
-        for name, rows, columns in (("gate_up_proj", 2 * width, D),
-                                    ("down_proj", D, width)):
-            make = self._make_packed if packed else self._make_dense
-            make(name, E, rows, columns, dtype, device)
-            bias = torch.zeros(E, rows, dtype=dtype, device=device)
-            setattr(self, f"{name}_bias", nn.Parameter(bias))
-
-    def _make_dense(self, name, E, rows, columns, dtype, device) -> None:
-        weight = torch.empty(E, rows, columns, dtype=dtype, device=device)
-        if not weight.is_meta:  # there is nothing to draw there
-            nn.init.normal_(weight, std=0.02)
-        setattr(self, name, nn.Parameter(weight))
-
-    def _make_packed(self, name, E, rows, columns, dtype, device) -> None:
-        if columns % BLOCK:
-            raise ValueError(f"{name}: expected an input width divisible by "
-                             f"{BLOCK} to pack it, found {columns}")
-        shape = (E, rows, columns // BLOCK)
-        for part, size in (("blocks", (*shape, BLOCK // 2)),
-                           ("scales", shape)):
-            self.register_buffer(f"{name}_{part}", torch.zeros(
-                size, dtype=torch.uint8, device=device))
-
-    def _weight(self, name: str) -> PackedMXFP4 | Tensor:
-        if not self.packed:
-            return getattr(self, name)
-        return PackedMXFP4(getattr(self, f"{name}_blocks"),
-                           getattr(self, f"{name}_scales"))
-
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """x (N, D), ids and weights (N, K) -> (N, D)."""
-        run = packed_experts if self.packed else experts_grouped
-        return run(x, ids, weights, self._weight("gate_up_proj"),
-                   self.gate_up_proj_bias, self._weight("down_proj"),
-                   self.down_proj_bias, self.limit)
-
-# %%
-tiny = GptOssConfig(
-    num_hidden_layers=1, num_local_experts=E, num_experts_per_tok=K,
-    vocab_size=32, hidden_size=D, intermediate_size=width, head_dim=16,
-    num_attention_heads=4, num_key_value_heads=2)
-layer = Experts(tiny, packed=True, dtype=torch.float32)
-for name, tensor in layer.state_dict().items():
-    print(f"{name:22}{str(tensor.dtype):15}{tuple(tensor.shape)}")
-assert layer(x, ids, weights).shape == x.shape
-
-# %% [markdown]
 # ## It holds
 #
 # The four forms agree for E up to 6, every K, and 0, 1, 2 and 5 tokens;
 # `tests/test_experts.py` draws D and F as well.
 
 # %%
+def by_decoding(x, ids, weights, up, up_bias, down, down_bias):
+    return packed_by_decoding(x, ids, weights, up.blocks, up.scales, up_bias,
+                              down.blocks, down.scales, down_bias, 7.0)
+
+
 cases = 0
 for E in range(1, 7):
     for K in range(1, E + 1):
@@ -631,8 +528,7 @@ for E in range(1, 7):
             for form in (experts_gather, experts_grouped):
                 fast = form(x, ids, weights, *dense)
                 assert torch.allclose(fast, slow, rtol=1e-5, atol=1e-3)
-            fast = packed_experts(x, ids, weights, up, dense[1], down,
-                                  dense[3])
+            fast = by_decoding(x, ids, weights, up, dense[1], down, dense[3])
             assert torch.allclose(fast, slow, rtol=1e-5, atol=1e-3)
             cases += 1
 print(cases, "cases")
@@ -643,12 +539,12 @@ print(cases, "cases")
 
 # %%
 x, ids, weights = x[:1], ids[:1, :2], torch.tensor([[0.25, 0.75]])
-before = packed_experts(x, ids, weights, up, dense[1], down, dense[3])
+before = by_decoding(x, ids, weights, up, dense[1], down, dense[3])
 unhit = torch.ones(E, dtype=torch.bool)
 unhit[ids[0]] = False
 for packed in (up, down):
     packed.scales[unhit] = 255
-after = packed_experts(x, ids, weights, up, dense[1], down, dense[3])
+after = by_decoding(x, ids, weights, up, dense[1], down, dense[3])
 print("poisoned:", int(unhit.sum()), "of", E, "experts; result unchanged:",
       torch.equal(before, after))
 assert torch.equal(before, after)
@@ -734,13 +630,19 @@ assert 2 < ours / least < 2.6 < openai / least < 2.9 < hf / least < 3.4
 #
 # ## In the 20b and the 120b
 #
-# On the meta device the module has the shapes, and therefore the bytes, of
-# the published files.
+# On the meta device a layer's tensors have the shapes, and therefore the
+# bytes, of the published files.
 
 # %%
 for name, config in (("20b", small), ("120b", large)):
-    layer = Experts(config, packed=True, device="meta")
-    held = sum(t.nbytes for t in layer.state_dict().values())
+    held, E = 0, config.num_local_experts
+    D, width = config.hidden_size, config.intermediate_size
+    for rows, columns in ((2 * width, D), (D, width)):
+        shape = (E, rows, columns // 32)
+        held += sum(torch.empty(*size, dtype=dtype, device="meta").nbytes
+                    for size, dtype in (((*shape, 16), torch.uint8),
+                                        (shape, torch.uint8),
+                                        ((E, rows), torch.bfloat16)))
     part = held // config.num_local_experts
     print(f"{name:>4}: {config.num_local_experts:3} experts a layer, "
           f"{held:13,} bytes, {part:,} an expert")

@@ -243,31 +243,9 @@ print(f"{64 * length * length * 4 / 1e12:.1f} TB")
 #
 # ### RMSNorm
 
-# %% tags=["export"]
-import math
-from collections.abc import Iterator
-from functools import lru_cache
-from pathlib import Path
-
+# %% tags=["export:norm"]
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from gptoss.cache import Cache
-from gptoss.checkpoint import (
-    DTYPES,
-    FLOATS,
-    Checkpoint,
-    check_scales,
-    resolve,
-)
-from gptoss.config import GptOssConfig
-from gptoss.experts import Experts
-from gptoss.masks import positions_from_mask, visible
-from gptoss.mxfp4 import decode, define_operator, prepare
-from gptoss.rope import apply_rope, rope_parameters, rope_tables
-from gptoss.routing import Router, route
-from gptoss.sinks import attention_concat, attention_flash
+from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
@@ -292,33 +270,199 @@ assert wrong < 1e-3
 print("nearest bf16 in more than 999 of 1000:", wrong < 1e-3)
 
 
-# %% tags=["export"]
-define_operator(
-    "gptoss::rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
-    rms_norm)
-
-
-class RMSNorm(nn.Module):
-    """`rms_norm` with its weight (D,), at first all ones."""
-
-    def __init__(self, size: int, eps: float, dtype: torch.dtype,
-                 device=None) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(
-            torch.ones(size, dtype=dtype, device=device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.gptoss.rms_norm(x, self.weight, self.eps)
-
-
 # %% [markdown]
-# At first the weight is 1, and the length of a vector does not matter:
+# ### Who answers
+#
+# The model must not care how a norm or a packed weight is computed. So it
+# calls *operators*, names that PyTorch dispatches by device, with plain torch
+# behind them; chapter 13 registers kernels on the same names.
+#
+# Kernels have to be compiled, and nobody should wait for that before it is
+# needed: they are loaded when a model is made, or when an operator computes
+# for somebody who has none. It must not matter who asks first, by which
+# import, or from which thread. Hence one table of what answers, a lock around
+# the loading, and a rule: it counts as loaded when it *is* loaded. A second
+# thread that comes meanwhile waits and then computes with what was loaded, as
+# the first does. The table names chapter 13 by strings, so that nothing of it
+# is imported here, and torch is not, either.
+
+# %% tags=["export:answers"]
+from collections.abc import Callable
+from importlib import import_module
+from threading import RLock
+
+ANSWERS = {"kernels": "gptoss.kernels:load_kernels",
+           "step": "gptoss.decode_step:quick_step"}
+LOADING = RLock()  # the thread that loads may call operators itself
+_state = ""  # then "loading", then "loaded": changed behind LOADING alone
+
+
+def find_answer(what: str) -> Callable:
+    """The function that ANSWERS names; imports its module."""
+    module, _, name = ANSWERS[what].partition(":")
+    return getattr(import_module(module), name)
+
+
+def load_answers() -> bool:
+    """Load, once, the kernels and the step. True: there was nothing to wait
+    for. Whoever comes while another thread loads waits, and gets False; what
+    fails is tried again by the next."""
+    global _state
+    if _state == "loaded":
+        return True
+    with LOADING:
+        if _state == "loading":
+            return True
+        if _state == "loaded":
+            return False
+        _state = "loading"
+        try:
+            find_answer("kernels")()
+            find_answer("step")
+            _state = "loaded"
+        finally:
+            _state = _state if _state == "loaded" else ""
+    return False
 
 # %%
-norm = RMSNorm(2880, 1e-5, torch.float32)
-vector = torch.randn(2880)
-print(torch.allclose(norm(100 * vector), norm(vector), atol=1e-4))
+print(load_answers(), load_answers(), find_answer("step").__name__)
+
+# %% [markdown]
+# ### What an operator is
+#
+# An operator is opaque to `torch.compile`, to the meta device and to fake
+# tensors, so it also says what it returns (`fake`). And it stands between
+# torch and what torch would differentiate. Behind each stands a composition of
+# torch's own functions, which torch can differentiate in every way it knows;
+# some bring a gradient formula, too. What torch cannot know of an operator
+# that it does not look into is how many FLOPs it takes, so some say it.
+
+# %% tags=["export:ops"]
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import flop_registry, shape_wrapper
+
+from gptoss.answers import load_answers
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What an operator promises, whoever computes it."""
+
+    schema: str  # arguments and results, as torch.library writes them
+    plain: Callable  # computes it with plain torch, on every device
+    fake: Callable | None = None  # empty results; None: those of `plain`
+    backward: Callable | None = None  # as in torch.library.register_autograd;
+    setup: Callable | None = None  # None: torch differentiates `plain`
+    flops: Callable | None = None  # as in torch.utils.flop_counter
+
+# %% [markdown]
+# A gate stands at the autograd key. Where a gradient is asked for, the
+# composition itself runs, or the formula; elsewhere the dispatcher goes on
+# below its autograd keys, to a kernel, a fake tensor or whoever listens there.
+# (Calling the kernel at once instead would pass by the listeners, and a fake
+# tensor has no memory to read.) A formula speaks of gradients backwards only,
+# so for forward derivatives and for `torch.func` the composition runs.
+
+# %% tags=["export:ops"]
+def _gate(name: str, plain: Callable, formula: Callable | None) -> Callable:
+    """What stands at the autograd key of an operator."""
+    def gate(keys, *args):
+        if ((torch.autograd.forward_ad._current_level >= 0
+                or torch._C._are_functorch_transforms_active())
+                and any(map(_is_real, args))):
+            return plain(*args)
+        if formula is not None:
+            return formula(keys, *args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return plain(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _overload(name).redispatch(
+                keys & torch._C._after_autograd_keyset, *args)
+    return gate
+
+
+def _is_real(argument) -> bool:
+    return (isinstance(argument, torch.Tensor)
+            and argument.is_floating_point())
+
+
+def _words(argument) -> str:
+    """An argument in an error's note: type and sizes of a tensor."""
+    if not isinstance(argument, torch.Tensor):
+        return repr(argument)
+    return f"{argument.dtype} {tuple(argument.shape)}"
+
+
+def _compact(result: torch.Tensor) -> torch.Tensor:
+    """In one piece: torch.compile relies on the strides that `fake` says."""
+    return result.contiguous()
+
+
+def _overload(name: str):
+    return getattr(torch.ops.gptoss, name).default
+
+# %% [markdown]
+# Whoever edits the cell of an operator and runs it again wants the new one. So
+# a definition replaces the one before; the kernels registered on the name
+# stay. What is defined is held by the namespace `torch.ops.gptoss` itself,
+# which a notebook and the package share.
+#
+# Beside each operator NAME stands a twin, `plain_NAME`, on which nothing
+# faster is ever registered: a kernel that cannot do what it is asked for hands
+# it on to that.
+
+# %% tags=["export:ops"]
+def _declare(name: str, operator: Operator) -> None:
+    held = vars(torch.ops.gptoss).setdefault("_held", {})
+    if name in held:
+        held.pop(name)._destroy()
+    library = held[name] = torch.library.Library("gptoss", "FRAGMENT")
+    library.define(name + operator.schema,
+                   tags=(torch.Tag.pt2_compliant_tag,))
+
+    def run(*args):
+        if not load_answers():
+            return _overload(name)(*args)  # there may be a kernel now
+        try:
+            return tree_map(_compact, operator.plain(*args))
+        except Exception as error:
+            error.add_note(
+                f"in gptoss::{name}({', '.join(map(_words, args))})")
+            raise
+
+    def shape(*args):
+        return tree_map(_compact, (operator.fake or operator.plain)(*args))
+
+    library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gptoss::{name}", shape, lib=library)
+    formula = None if operator.backward is None else make_autograd_impl(
+        _overload(name), Info(operator.backward, operator.setup))
+    library.impl(name, _gate(name, operator.plain, formula), "Autograd",
+                 with_keyset=True)
+    if operator.flops is not None:
+        flop_registry[_overload(name).overloadpacket] = shape_wrapper(
+            operator.flops)
+
+
+def define_operator(name: str, operator: Operator) -> None:
+    """Enter it into OPERATORS and define torch.ops.gptoss.NAME, or define it
+    anew, and its twin plain_NAME. A kernel registered for "CPU" or "CUDA"
+    takes precedence over operator.plain."""
+    OPERATORS[name] = operator
+    _declare(name, operator)
+    _declare(f"plain_{name}", Operator(operator.schema, operator.plain))
+
+
+def has_kernel(name: str = "packed_experts", device: str = "CPU") -> bool:
+    """Is there a kernel for the operator, on "CPU" or "CUDA"?"""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"gptoss::{name}", device)
 
 # %% [markdown]
 # ### Attention as an operator
@@ -326,7 +470,10 @@ print(torch.allclose(norm(100 * vector), norm(vector), atol=1e-4))
 # {eq}`model-tile` in code: `visible` and `attention_concat` on a slice of
 # the queries at a time.
 
-# %% tags=["export"]
+# %% tags=["export:ops"]
+from gptoss.masks import visible
+from gptoss.sinks import attention_concat, attention_flash
+
 SCORES_AT_ONCE = 2 ** 23  # entries of (B, H, T, S) that exist at a time
 
 
@@ -369,50 +516,216 @@ print(tuple(tiled.shape))
 
 
 # %% [markdown]
-# The model does not call this function but the operator
-# `gptoss::sink_attention`, of which it is the plain implementation. Chapter
-# 13 registers faster ones for the same name; nothing here has to know.
-# It is made of torch's own operations, whose gradients torch knows. What torch
-# cannot know of an operator that it does not look into is how many FLOPs it
-# takes, so we say it.
+# ### The table of operators
+#
+# The model calls nine operators: the large matrices are multiplied behind one,
+# chapter 2's packed linear layer, the experts of chapter 8, the rotation of
+# chapter 4, the choice of chapter 7, attention and the norm get one each, and
+# two serve gradients. Chapter 13 registers faster ones for the same names;
+# nothing here has to know.
+#
+# Most are made of torch's own operations, whose gradients torch knows. Two
+# bring a formula, because torch's way would keep the decoded weights until the
+# backward pass. Packed weights are constants, but gradients must pass through
+# them to what lies below (an adapter, an embedding):
+# $\partial x = \partial y\, W$ for the linear layer, and for the experts what
+# chapter 8 derived.
 
-# %% tags=["export"]
+# %% tags=["export:ops"]
+import math
+
+import torch.nn.functional as F
+
+
+def linear_by_operators(x: Tensor, blocks: Tensor, scales: Tensor,
+                        bias: Tensor | None) -> Tensor:
+    """Chapter 2's `linear_by_decoding`, the decoder taken for one thing, so
+    that `torch.func` need not look into its table."""
+    weight = torch.ops.gptoss.mxfp4_decode(blocks, scales, x.dtype)
+    return F.linear(x, weight, bias)
+
+
+def _mxfp4_linear_setup(ctx, inputs, output) -> None:
+    _, blocks, scales, bias = inputs
+    ctx.save_for_backward(blocks, scales)
+    ctx.has_bias = bias is not None
+
+
+def _mxfp4_linear_backward(ctx, grad):
+    """Gradients of x and bias; packed weights are constants."""
+    blocks, scales = ctx.saved_tensors
+    # the operator: torch.compile traces this, but not chapter 2's table
+    grad_x = grad @ torch.ops.gptoss.mxfp4_decode(blocks, scales, grad.dtype)
+    grad_bias = grad.reshape(-1, len(blocks)).sum(0) if ctx.has_bias else None
+    return grad_x, None, None, grad_bias
+
+
+def _experts_setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:-1])
+    ctx.limit = inputs[-1]
+
+
+def _experts_backward(ctx, grad):
+    d_x, d_weights, d_up, d_down = torch.ops.gptoss.packed_experts_backward(
+        grad.contiguous(), *ctx.saved_tensors, ctx.limit)
+    return (d_x, None, d_weights, None, None, d_up, None, None, d_down,
+            None)
+
+
+def _decode_fake(blocks, scales, dtype):
+    shape = (*scales.shape[:-1], BLOCK * scales.shape[-1])
+    return torch.empty(shape, dtype=dtype, device=blocks.device)
+
+
 def _attention_flops(q, k, *_, out_shape=None, **__) -> int:
     B, T, H, C = q  # shapes
     return 4 * B * T * k[1] * H * C
 
 
-define_operator(
-    "gptoss::sink_attention(Tensor q, Tensor k, Tensor v, Tensor sinks,"
-    " Tensor q_pos, Tensor k_pos, int window, float scale) -> Tensor",
-    attention_in_tiles, lambda q, *_: torch.empty_like(q),
-    flops=_attention_flops)
+def _linear_flops(x, weight, *_, out_shape=None, **__) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+# %% tags=["export:ops"]
+from gptoss.experts import packed_backward, packed_by_decoding
+from gptoss.mxfp4 import BLOCK, decode_by_table
+from gptoss.norm import rms_norm
+from gptoss.rope import apply_rope
+from gptoss.routing import route
+
+_EXPERTS = ("Tensor x, Tensor ids, Tensor weights, Tensor gate_up_blocks,"
+            " Tensor gate_up_scales, Tensor gate_up_bias, Tensor down_blocks,"
+            " Tensor down_scales, Tensor down_bias, float limit")
+OPERATORS: dict[str, Operator] = {
+    "rms_norm": Operator(
+        "(Tensor x, Tensor weight, float eps) -> Tensor", rms_norm),
+    "linear": Operator(
+        "(Tensor x, Tensor weight, Tensor? bias) -> Tensor", F.linear,
+        flops=_linear_flops),
+    "rope": Operator("(Tensor x, Tensor cos, Tensor sin) -> Tensor",
+                     apply_rope),
+    "sink_attention": Operator(
+        "(Tensor q, Tensor k, Tensor v, Tensor sinks, Tensor q_pos,"
+        " Tensor k_pos, int window, float scale) -> Tensor",
+        attention_in_tiles, lambda q, *_: torch.empty_like(q),
+        flops=_attention_flops),
+    "route": Operator("(Tensor logits, int k) -> (Tensor, Tensor)", route),
+    "packed_experts": Operator(
+        f"({_EXPERTS}) -> Tensor", packed_by_decoding,
+        lambda x, *_: torch.empty_like(x), _experts_backward, _experts_setup),
+    "packed_experts_backward": Operator(
+        f"(Tensor grad, {_EXPERTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+        packed_backward,
+        lambda grad, x, ids, weights, a, b, up_bias, c, d, down_bias, limit:
+            tuple(map(torch.empty_like, (x, weights, up_bias, down_bias)))),
+    "mxfp4_linear": Operator(
+        "(Tensor x, Tensor blocks, Tensor scales, Tensor? bias) -> Tensor",
+        linear_by_operators, lambda x, blocks, scales, bias:
+            x.new_empty((*x.shape[:-1], blocks.shape[0])),
+        _mxfp4_linear_backward, _mxfp4_linear_setup),
+    "mxfp4_decode": Operator(
+        "(Tensor blocks, Tensor scales, ScalarType dtype) -> Tensor",
+        decode_by_table, _decode_fake),
+}
+for _name, _operator in OPERATORS.items():
+    define_operator(_name, _operator)
+
+# %% [markdown]
+# The operator and the plain function behind it, and what a second definition
+# does:
 
 # %%
 sinks.requires_grad_()
 out = torch.ops.gptoss.sink_attention(q, k, v, sinks, pos, pos, 8, 0.25)
 out.square().sum().backward()
-print(torch.equal(out.detach(), whole), tuple(sinks.grad.shape))
-
+print(torch.equal(out.detach(), whole), tuple(sinks.grad.shape),
+      OPERATORS["sink_attention"].plain.__name__)
+for factor in (2, 3):  # a cell that was edited and run again
+    define_operator("example", Operator(
+        "(Tensor x) -> Tensor", lambda x, factor=factor: factor * x,
+        torch.empty_like))
+    one = torch.ones(1, requires_grad=True)
+    torch.ops.gptoss.example(one).backward()
+    print(torch.ops.gptoss.example(one).item(), one.grad.item(),
+          tuple(torch.ops.gptoss.example(one.to("meta")).shape))
 
 # %% [markdown]
-# The large matrices are multiplied behind an operator too, and the rotation
-# of chapter 4 and the choice of chapter 7 get one each. With the norm above
-# and the experts of chapter 8 that makes six: six kernels, and the whole model
-# runs on another device.
+# An operator takes tensors alone. Two have a function in front of them that
+# takes what people hold, and says what is wrong with it.
 
-# %% tags=["export"]
-def _linear_flops(x, weight, *_, out_shape=None, **__) -> int:
-    return 2 * math.prod(x) * weight[0]
+# %% tags=["export:ops"]
+from gptoss.mxfp4 import MXFP4Error, PackedMXFP4, check_dtype, check_packed
 
 
-define_operator(
-    "gptoss::linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    F.linear, flops=_linear_flops)
-define_operator(
-    "gptoss::rope(Tensor x, Tensor cos, Tensor sin) -> Tensor", apply_rope)
-define_operator(
-    "gptoss::route(Tensor logits, int k) -> (Tensor, Tensor)", route)
+def mxfp4_linear(x: Tensor, blocks: Tensor,
+                 scales: Tensor, bias: Tensor | None = None
+                 ) -> Tensor:
+    """x @ W.T + bias with a packed weight W (m, n), in x.dtype.
+
+    x (…, n) float16, bfloat16, float32 or float64; blocks (m, n/32, 16) and
+    scales (m, n/32) uint8; bias (m,) in x.dtype or None. Returns (…, m).
+    Differentiable in x and bias. Raises MXFP4Error on a mismatch.
+    """
+    check_packed(blocks, scales)
+    check_dtype(x.dtype)
+    n = BLOCK * scales.shape[-1]
+    if scales.ndim != 2 or x.ndim == 0 or x.shape[-1] != n:
+        raise MXFP4Error(f"x: expected (..., {n}) beside blocks (m, "
+                         f"{n // BLOCK}, 16), found x {tuple(x.shape)} and "
+                         f"blocks {tuple(blocks.shape)}")
+    if bias is not None and bias.shape != blocks.shape[:1]:
+        raise MXFP4Error(f"bias: expected {tuple(blocks.shape[:1])}, found "
+                         f"{tuple(bias.shape)}")
+    return torch.ops.gptoss.mxfp4_linear(x, blocks, scales, bias)
+
+
+def packed_experts(x: Tensor, ids: Tensor, weights: Tensor,
+                   gate_up: PackedMXFP4, gate_up_bias: Tensor,
+                   down: PackedMXFP4, down_bias: Tensor, limit: float = 7.0
+                   ) -> Tensor:
+    """`experts_grouped` on weights that stay in four bits.
+
+    gate_up (E, 2F, D) and down (E, D, F) packed; the rest as in
+    `experts_loop`. Decodes the experts hit, one at a time. Differentiable
+    in x, weights and the biases; the packed weights are constants.
+    """
+    return torch.ops.gptoss.packed_experts(
+        x, ids, weights, gate_up.blocks, gate_up.scales, gate_up_bias,
+        down.blocks, down.scales, down_bias, limit)
+
+# %%
+weight = PackedMXFP4(*encode(torch.randn(8, 64)))
+x = torch.randn(3, 64, requires_grad=True)
+y = mxfp4_linear(x, weight.blocks, weight.scales)
+y.sum().backward()
+right = weight.decode(torch.float32).sum(0).expand(3, 64)
+assert torch.allclose(x.grad, right, atol=1e-5)
+print(tuple(y.shape), "and the gradient reaches x")
+
+# %% [markdown]
+# ### Layers
+#
+# A layer holds parameters and calls an operator. The router is a linear layer
+# with bias from D to E logits, and `route`.
+
+# %% tags=["export:layers"]
+import torch
+from torch import Tensor, nn
+
+from gptoss.config import GptOssConfig
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with its weight (D,), at first all ones."""
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype,
+                 device=None) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(
+            torch.ones(size, dtype=dtype, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.gptoss.rms_norm(x, self.weight, self.eps)
 
 
 class Linear(nn.Linear):
@@ -422,16 +735,98 @@ class Linear(nn.Linear):
         return torch.ops.gptoss.linear(x, self.weight, self.bias)
 
 
-class _Router(Router, Linear):
-    """Chapter 7's router, whose product and choice are operators, too."""
+class Router(Linear):
+    """A linear layer with bias from D to E logits, and `route`."""
+
+    def __init__(self, config: GptOssConfig,
+                 dtype: torch.dtype | None = None, device=None) -> None:
+        super().__init__(config.hidden_size, config.num_local_experts,
+                         bias=True, device=device, dtype=dtype)
+        self.k = config.num_experts_per_tok
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ops.gptoss.route(Linear.forward(self, x), self.k)
+        """x (N, D) -> weights (N, K) in x.dtype, ids (N, K) int64."""
+        return torch.ops.gptoss.route(super().forward(x), self.k)
+
+
+# %% [markdown]
+# At first the norm's weight is 1, and the length of a vector does not matter:
+
+# %%
+norm = RMSNorm(2880, 1e-5, torch.float32)
+vector = torch.randn(2880)
+print(torch.allclose(norm(100 * vector), norm(vector), atol=1e-4))
+layer, row = Linear(16, 3), torch.randn(2, 16)
+assert torch.equal(layer(row), F.linear(row, layer.weight, layer.bias))
+
+# %% [markdown]
+# The experts hold, packed, what the released files hold, names and shapes
+# included: four tensors of bytes and two biases. Dense, two tensors
+# [E, out, in] take the place of the four, drawn from N(0, 0.02²); packed ones
+# are zero until a file fills them.
+
+# %% tags=["export:layers"]
+from gptoss.experts import experts_grouped
+from gptoss.mxfp4 import BLOCK, PackedMXFP4
+from gptoss.ops import packed_experts
+
+
+class Experts(nn.Module):
+    """The E experts of one layer, packed (MXFP4) or dense (dtype)."""
+
+    def __init__(self, config: GptOssConfig, packed: bool = True,
+                 dtype: torch.dtype = torch.bfloat16, device=None) -> None:
+        super().__init__()
+        E, D = config.num_local_experts, config.hidden_size
+        width = config.intermediate_size
+        self.packed, self.limit = packed, config.swiglu_limit
+        for name, rows, columns in (("gate_up_proj", 2 * width, D),
+                                    ("down_proj", D, width)):
+            make = self._make_packed if packed else self._make_dense
+            make(name, E, rows, columns, dtype, device)
+            bias = torch.zeros(E, rows, dtype=dtype, device=device)
+            setattr(self, f"{name}_bias", nn.Parameter(bias))
+
+    def _make_dense(self, name, E, rows, columns, dtype, device) -> None:
+        weight = torch.empty(E, rows, columns, dtype=dtype, device=device)
+        if not weight.is_meta:  # there is nothing to draw there
+            nn.init.normal_(weight, std=0.02)
+        setattr(self, name, nn.Parameter(weight))
+
+    def _make_packed(self, name, E, rows, columns, dtype, device) -> None:
+        if columns % BLOCK:
+            raise ValueError(f"{name}: expected an input width divisible by "
+                             f"{BLOCK} to pack it, found {columns}")
+        shape = (E, rows, columns // BLOCK)
+        for part, size in (("blocks", (*shape, BLOCK // 2)),
+                           ("scales", shape)):
+            self.register_buffer(f"{name}_{part}", torch.zeros(
+                size, dtype=torch.uint8, device=device))
+
+    def _weight(self, name: str) -> PackedMXFP4 | Tensor:
+        if not self.packed:
+            return getattr(self, name)
+        return PackedMXFP4(getattr(self, f"{name}_blocks"),
+                           getattr(self, f"{name}_scales"))
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """x (N, D), ids and weights (N, K) -> (N, D)."""
+        run = packed_experts if self.packed else experts_grouped
+        return run(x, ids, weights, self._weight("gate_up_proj"),
+                   self.gate_up_proj_bias, self._weight("down_proj"),
+                   self.down_proj_bias, self.limit)
 
 
 # %%
-layer, row = Linear(16, 3), torch.randn(2, 16)
-assert torch.equal(layer(row), F.linear(row, layer.weight, layer.bias))
+tiny = GptOssConfig(
+    num_hidden_layers=1, num_local_experts=4, num_experts_per_tok=2,
+    vocab_size=32, hidden_size=64, intermediate_size=32, head_dim=16,
+    num_attention_heads=4, num_key_value_heads=2)
+for name, tensor in Experts(tiny).state_dict().items():
+    print(f"{name:22}{str(tensor.dtype):15}{tuple(tensor.shape)}")
+rows, router = torch.randn(5, 64), Router(tiny)
+weights, ids = router(rows)
+assert Experts(tiny, dtype=torch.float32)(rows, ids, weights).shape == (5, 64)
 
 # %% [markdown]
 # ### The attention layer
@@ -439,7 +834,10 @@ assert torch.equal(layer(row), F.linear(row, layer.weight, layer.bias))
 # Four linear layers with biases, and one sink a head. A layer knows its
 # window (0: none) and its number, by which the cache keeps its keys.
 
-# %% tags=["export"]
+# %% tags=["export:layers"]
+from gptoss.cache import Cache
+
+
 class Attention(nn.Module):
     """Grouped-query attention with RoPE, sinks and, perhaps, a window."""
 
@@ -495,14 +893,14 @@ print(tuple(out.shape), "window", attention.window,
 # %% [markdown]
 # ### The block
 
-# %% tags=["export"]
+# %% tags=["export:layers"]
 class MLP(nn.Module):
     """The router and the experts it chooses from."""
 
     def __init__(self, config: GptOssConfig, dtype: torch.dtype,
                  device=None, packed: bool = True) -> None:
         super().__init__()
-        self.router = _Router(config, dtype=dtype, device=device)
+        self.router = Router(config, dtype=dtype, device=device)
         self.experts = Experts(config, packed, dtype, device)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -555,6 +953,29 @@ print(torch.equal(block(x, *tables, pos), x))
 # 4). One computation on the CPU serves every device.
 
 # %% tags=["export"]
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gptoss.answers import load_answers
+from gptoss.cache import Cache
+from gptoss.checkpoint import (
+    DTYPES,
+    FLOATS,
+    Checkpoint,
+    check_scales,
+    resolve,
+)
+from gptoss.config import GptOssConfig
+from gptoss.layers import Block, Embedding, Linear, RMSNorm, initialise
+from gptoss.masks import positions_from_mask
+from gptoss.mxfp4 import decode
+from gptoss.rope import rope_parameters, rope_tables
+
+
 @lru_cache(maxsize=64)
 def _frequencies(config: GptOssConfig, device: torch.device,
                  dtype: torch.dtype) -> tuple[Tensor, float]:
@@ -572,8 +993,8 @@ def _frequencies(config: GptOssConfig, device: torch.device,
 # as loading the shipped model (1.2 s against 0.01 s). So a weight on the meta
 # device is passed over, here and in `initialise` below.
 
-# %% tags=["export"]
-class _Embedding(nn.Embedding):
+# %% tags=["export:layers"]
+class Embedding(nn.Embedding):
     """torch's embedding; on the meta device there is nothing to draw."""
 
     def reset_parameters(self) -> None:
@@ -582,7 +1003,7 @@ class _Embedding(nn.Embedding):
 
 
 # %%
-print(tuple(_Embedding(8, 4, device="meta").weight.shape))
+print(tuple(Embedding(8, 4, device="meta").weight.shape))
 
 
 # %% tags=["export"]
@@ -595,7 +1016,7 @@ class Stack(nn.Module):
         self.config = config
         D, V = config.hidden_size, config.vocab_size
         like = {"dtype": dtype, "device": device}
-        self.embed_tokens = _Embedding(V, D, **like)
+        self.embed_tokens = Embedding(V, D, **like)
         self.layers = nn.ModuleList(
             Block(config, n, dtype, device, packed)
             for n in range(config.num_hidden_layers))
@@ -624,9 +1045,9 @@ print(tuple(stack.run(torch.tensor([[5, 6, 7]]), pos[:, :3]).shape),
 # %% [markdown]
 # For training, every matrix is drawn from a normal distribution of standard
 # deviation 0.02 (the `initializer_range` in the released config); the experts
-# draw theirs in chapter 8. On the meta device this costs nothing.
+# have drawn theirs. On the meta device this costs nothing.
 
-# %% tags=["export"]
+# %% tags=["export:layers"]
 def initialise(model: nn.Module) -> None:
     """Linear and embedding weights normal(0, 0.02), biases 0, in place."""
     for module in model.modules():
@@ -728,6 +1149,7 @@ class GptOss(Stack):
                              "and lm_head are two matrices here), found true")
         super().__init__(config, dtype, device, packed)
         initialise(self)
+        load_answers()  # chapter 13's kernels, before threads share the model
 
     def forward(self, tokens: Tensor, cache: Cache | None = None,
                 attention_mask: Tensor | None = None,
@@ -792,7 +1214,6 @@ class GptOss(Stack):
             tensors = dict(load_tensors(checkpoint, dtype, device, packed))
             model.source = checkpoint.folder
         model.load_state_dict(tensors, assign=True)
-        prepare()  # chapter 13's kernels, before threads share the model
         return model.eval()
 
 

@@ -685,10 +685,16 @@ except GenerateError as error:
 # own because a Python generator runs nothing, not even a check, before its
 # first item is asked for. After the prompt the same model takes one token at
 # a time, always the same work; chapter 13 does it with less ado. It gets its
-# place here: a *decoder* makes of model and cache something that takes a token
-# (1, 1) and gives logits (1, 1, V).
+# place here: a *decoder* makes of model and cache a step, something that takes
+# a token (1, 1) and gives logits (1, 1, V). Which step runs is an argument, and
+# one function decides: it asks for chapter 13's where nobody asked for another.
 
 # %% tags=["export"]
+import logging
+
+from gptoss.answers import find_answer
+
+_log = logging.getLogger("gptoss")
 Decoder = Callable[[GptOss, Cache], Callable[[Tensor], Tensor]]
 
 
@@ -697,14 +703,29 @@ def forward_step(model: GptOss, cache: Cache) -> Callable[[Tensor], Tensor]:
     return partial(model, cache=cache, logits_to_keep=1)
 
 
-_decoder: Decoder = forward_step
+def choose_step(model: GptOss, cache: Cache, decode: Decoder | str = "auto"
+                ) -> Callable[[Tensor], Tensor]:
+    """What runs single tokens of the model, by `decode`.
+
+    "eager": the model's own forward. "auto": a quicker step, where chapter
+    13 has one for this model and cache, else the same. A decoder: what it
+    makes. One line on the logger "gptoss" (INFO) says which, and why.
+    """
+    step, why = None, "asked for"
+    if not isinstance(decode, str):
+        step = decode(model, cache)
+    elif decode == "auto":
+        step, why = find_answer("step")(model, cache)
+    step = step or forward_step(model, cache)
+    _log.info("gptoss: single tokens are run by %s: %s", "the model's forward"
+              if isinstance(step, partial) else type(step).__name__, why)
+    return step
 
 
-def use_decoder(decoder: Decoder) -> Decoder:
-    """Have `generate` run single tokens by it; returns the one before."""
-    global _decoder
-    before, _decoder = _decoder, decoder
-    return before
+def _check_decode(decode: Decoder | str) -> None:
+    if decode not in ("auto", "eager") and not callable(decode):
+        _refuse("decode", "auto, eager or a function of model and cache",
+                decode)
 
 # %% tags=["export"]
 def _limit(config: GptOssConfig, cache: Cache | None) -> int:
@@ -725,7 +746,7 @@ def _generators(model: GptOss, seed: int | None, rows: int
 
 def _generate(model: GptOss, prompt: list[int], count: int,
               options: SamplingOptions, generator: torch.Generator,
-              cache: Cache, decode: Decoder | None, pauses: bool
+              cache: Cache, decode: Decoder | str, pauses: bool
               ) -> Iterator[int | None]:
     draws, stop, chunk = options.draws, options.stop, options.prefill_chunk
     feed = torch.tensor([prompt], device=model.embed_tokens.weight.device)
@@ -744,13 +765,13 @@ def _generate(model: GptOss, prompt: list[int], count: int,
         if token in stop or produced == count:
             return
         if produced == 1:
-            run = (decode or _decoder)(model, cache)
+            run = choose_step(model, cache, decode)
         feed = chosen[:, None]
 
 # %% tags=["export"]
 def generate(model: GptOss, prompt: Sequence[int],
              options: SamplingOptions | None = None, *,
-             cache: Cache | None = None, decode: Decoder | None = None,
+             cache: Cache | None = None, decode: Decoder | str = "auto",
              pauses: bool = False, **changes: Any) -> Iterator[int | None]:
     """Yields the token ids that follow `prompt`, a list of ids.
 
@@ -759,13 +780,15 @@ def generate(model: GptOss, prompt: Sequence[int],
     last), or when the positions are used up. `cache`: a cache of batch 1
     whose tokens precede the prompt; afterwards it holds all but the
     last token yielded, so the next prompt begins with that one. `decode`:
-    how to run single tokens, `forward_step` or chapter 13's `DecodeStep`;
-    None: as `use_decoder` said. `pauses`: yield None after each chunk of
+    how to run single tokens, as in `choose_step`: "auto", "eager" or a
+    function of model and cache such as `DecodeStep`. `pauses`: yield None
+    after each chunk of
     the prompt but the last, so that a long prompt can be left: the cache
     then holds the chunks that were fed.
     Raises GenerateError at the call, not at the first token.
     """
     options = (options or SamplingOptions()).with_changes(**changes)
+    _check_decode(decode)
     prompt = [operator.index(token) for token in prompt]
     if cache is not None and cache.batch_size != 1:
         _refuse("cache", "a batch of 1", cache.batch_size)

@@ -3138,7 +3138,7 @@ print(library_path().name.startswith("kernels-"), library_path().suffix)
 from torch import nn
 
 from gptoss.model import GptOss, Linear
-from gptoss.mxfp4 import define_operator
+from gptoss.ops import Operator, define_operator
 
 
 def linear_beside_compact(x: Tensor, weight: Tensor, bias: Tensor | None,
@@ -3147,10 +3147,9 @@ def linear_beside_compact(x: Tensor, weight: Tensor, bias: Tensor | None,
     return F.linear(x, weight, bias)
 
 
-define_operator(
-    "gptoss::compact_linear(Tensor x, Tensor weight, Tensor? bias,"
-    " Tensor blocks, Tensor upper, Tensor first, Tensor others)"
-    " -> Tensor", linear_beside_compact)
+define_operator("compact_linear", Operator(
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor blocks, Tensor upper,"
+    " Tensor first, Tensor others) -> Tensor", linear_beside_compact))
 
 
 def _pack_fake(weight: Tensor) -> CompactWeight:
@@ -3163,9 +3162,9 @@ def _pack_fake(weight: Tensor) -> CompactWeight:
                          weight.new_empty(apart, dtype=torch.int32))
 
 
-define_operator("gptoss::pack_compact(Tensor weight)"
-                " -> (Tensor, Tensor, Tensor, Tensor)", pack_by_torch,
-                _pack_fake)
+define_operator("pack_compact", Operator(
+    "(Tensor weight) -> (Tensor, Tensor, Tensor, Tensor)", pack_by_torch,
+    _pack_fake))
 
 
 class CompactLinear(Linear):
@@ -3239,6 +3238,35 @@ def compact_layers(model: GptOss) -> None:
                     setattr(parent, name, CompactLinear(layer, copy))
 
 
+# %% [markdown]
+# Without a kernel that reads them the copies would only take memory.
+
+# %% tags=["export:compact"]
+import logging
+
+from gptoss.answers import find_answer
+from gptoss.ops import has_kernel
+
+_log = logging.getLogger("gptoss")
+
+
+def make_compact(model: GptOss) -> GptOss:
+    """The model, its dense matrices also in twelve bits; same numbers.
+
+    Decoding then reads a quarter less of them (`CompactLinear`); the copies
+    take three quarters of the matrices' memory, and some seconds to make.
+    Without kernels that read them the model stays as it is, and one line on
+    the logger "gptoss" says so.
+    """
+    path = find_answer("kernels")()
+    if has_kernel("pack_compact"):
+        compact_layers(model)
+    else:
+        _log.warning("gptoss: matrices stay in sixteen bits: no kernel for "
+                     "twelve here (%s)", path)
+    return model
+
+
 # %%
 layer = Linear(2880, 512, bias=False, dtype=torch.bfloat16)
 layer.requires_grad_(False)
@@ -3252,44 +3280,20 @@ print(f"{double.saved / layer.weight.nbytes:.1%} of its bytes saved")
 # %% [markdown]
 # ### Which path is in use
 #
-# Loading the library registers the kernels. When? Chapter 2's list of what
-# comes before the first call names `load_kernels`, so whoever computes first
+# Loading the library registers the kernels. When? Chapter 10's table of what
+# answers names `load_kernels`, so whoever makes a model or computes first
 # loads them, by whatever import he came, and every thread that comes meanwhile
-# waits. `GptOss.from_pretrained` does not wait for the first call.
+# waits.
 # `GPTOSS_KERNELS=torch` in the environment declines; the book's chapters are
 # run so, or the earlier ones would show something else than they say.
 
 # %% tags=["export"]
 from collections.abc import Callable
-from threading import RLock
 
-import torch.nn.functional as F
+from gptoss.answers import LOADING
+from gptoss.ops import has_kernel
 
-from gptoss.compact import linear_beside_compact
-from gptoss.decode_step import kernels_loaded, quick_step
-from gptoss.experts import packed_by_decoding
-from gptoss.generate import use_decoder
-from gptoss.model import attention_in_tiles, rms_norm
-from gptoss.mxfp4 import define_operator, linear_by_decoding
-from gptoss.rope import apply_rope
-from gptoss.routing import route
-
-PLAIN: dict[str, Callable] = {
-    "mxfp4_linear": linear_by_decoding, "packed_experts": packed_by_decoding,
-    "linear": F.linear, "compact_linear": linear_beside_compact,
-    "rms_norm": rms_norm, "rope": apply_rope, "route": route,
-    "sink_attention": attention_in_tiles}
-
-
-def _define_plain() -> None:
-    """Declare gptoss::plain_NAME for every operator that has a kernel."""
-    for name, function in PLAIN.items():
-        schema = str(getattr(torch.ops.gptoss, name).default._schema)
-        define_operator(schema.replace("::", "::plain_"), function)
-
-
-# %% tags=["export"]
-_path, _loading = "", RLock()
+_path = ""  # in words, once the kernels are loaded; changed behind LOADING
 
 
 def _load_library(choice: str) -> None:
@@ -3312,8 +3316,6 @@ def _load(choice: str) -> str:
         if choice not in VARIANTS:
             raise KernelError(f"GPTOSS_KERNELS: expected {', '.join(VARIANTS)}"
                               f" or torch, found {choice!r}")
-        _define_plain()
-        use_decoder(quick_step)  # which looks whether there are kernels
         _load_library(choice)
     except (RuntimeError, OSError) as error:
         _log.warning(
@@ -3331,7 +3333,7 @@ def load_kernels() -> str:
     goes on computing. Later calls do nothing, one meanwhile waits.
     """
     global _path
-    with _loading:
+    with LOADING:
         _path = _path or _load(os.environ.get("GPTOSS_KERNELS", "auto"))
     return _path
 
@@ -3351,7 +3353,7 @@ def kernel_path() -> str:
 def plain_torch() -> Iterator[None]:
     """Inside, this thread computes with plain torch, kernels or not."""
     load_kernels()
-    if not kernels_loaded():
+    if not has_kernel():
         yield
         return
     before = torch.ops.gptoss.enable_kernels(False)
@@ -3359,29 +3361,6 @@ def plain_torch() -> Iterator[None]:
         yield
     finally:
         torch.ops.gptoss.enable_kernels(before)
-
-# %% [markdown]
-# With kernels at hand, the copies in twelve bits are worth making:
-
-# %% tags=["export"]
-from gptoss.compact import compact_layers
-
-
-def make_compact(model: GptOss) -> GptOss:
-    """The model, its dense matrices also in twelve bits; same numbers.
-
-    Decoding then reads a quarter less of them (`CompactLinear`); the copies
-    take three quarters of the matrices' memory, and some seconds to make.
-    Without kernels that read them the model stays as it is, and one line on
-    the logger "gptoss" says so.
-    """
-    path = load_kernels()
-    if kernels_loaded("pack_compact"):
-        compact_layers(model)
-    else:
-        _log.warning("gptoss: matrices stay in sixteen bits: no kernel for "
-                     "twelve here (%s)", path)
-    return model
 
 # %%
 if os.environ.get("GPTOSS_KERNELS") == "torch":
@@ -3715,19 +3694,18 @@ from torch import Tensor, nn
 
 from gptoss.cache import Cache, CacheError, Rows, Tape
 from gptoss.compact import CompactLinear
-from gptoss.experts import Experts
-from gptoss.model import (
+from gptoss.layers import (
     MLP,
     Attention,
     Block,
-    GptOss,
+    Embedding,
+    Experts,
     Linear,
-    ModelError,
     RMSNorm,
-    Stack,
-    _Router,
-    check_tokens,
+    Router,
 )
+from gptoss.model import GptOss, ModelError, Stack, check_tokens
+from gptoss.ops import has_kernel
 
 
 @dataclass
@@ -3823,14 +3801,8 @@ def call_again(run: Work, undo: Work | None = None) -> Work:
 
 # %% tags=["export:decode_step"]
 _FORWARDS = {kind.forward for kind in (
-    Block, Attention, MLP, _Router, Experts, RMSNorm, Linear, CompactLinear,
-    nn.Embedding, nn.ModuleList)}
-
-
-def kernels_loaded(operator: str = "packed_experts") -> bool:
-    """Is there a C++ kernel for the operator?"""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"gptoss::{operator}", "CPU")
+    Block, Attention, MLP, Router, Experts, RMSNorm, Linear, CompactLinear,
+    Embedding, nn.ModuleList)}
 
 
 def _addition(name: str, module: nn.Module) -> str | None:
@@ -3868,9 +3840,8 @@ def can_record(model: GptOss) -> bool:
     if not all(getattr(m, "packed", True) for m in model.modules()):
         return False
     if model.embed_tokens.weight.device.type != "cpu":
-        return torch._C._dispatch_has_kernel_for_dispatch_key(
-            "gptoss::packed_experts", "CUDA")
-    return kernels_loaded() and additions(model) is None
+        return has_kernel(device="CUDA")
+    return has_kernel() and additions(model) is None
 
 # %% [markdown]
 # Cache and step must not disagree. They cannot if they hold the same tensors:
@@ -3886,8 +3857,21 @@ def can_record(model: GptOss) -> bool:
 # empty: the token can be fed again, and a rollback knows what is missing.
 
 # %% tags=["export:decode_step"]
-class _State:
-    """Model and cache, and the tensors that a step changes in place."""
+class DecodeStep:
+    """One token a row: fixed shapes, fixed addresses, no waiting.
+
+    DecodeStep(model, cache, capture=None): step(tokens), int64 (B, 1), gives
+    the logits (B, 1, V) of model(tokens, cache=cache), in a tensor that the
+    next step overwrites; step() feeds the greedy choice of the step before.
+    Every row takes a token: feed a finished one anything. The cache stays
+    usable by others. What `can_record` is recorded at the first step and
+    whenever the tapes outgrow what is seen of them: as a CUDA graph
+    (`use_triton` first), by `call_again` on the CPU, or by another
+    capture(run, undo); weights must stay where they are. ids in CUDA
+    tensors are not checked.
+    CacheError: no room, a replay under way, a cache that does not fit.
+    ModelError: tokens of another shape or type, or out of range.
+    """
 
     def __init__(self, model: GptOss, cache: Cache,
                  capture: Callable[[Work, Work], Work] | None = None) -> None:
@@ -3941,10 +3925,6 @@ class _State:
                        for y in (x.k, x.v)) for x in layers], kinds)
         self._launch: Work | None = None  # other addresses: record again
 
-# %% tags=["export:decode_step"]
-class _Bookkeeping(_State):
-    """What the host does around a step."""
-
     def _take_over(self) -> None:
         """Copy the cache's state, if another than the step has changed it."""
         rows = self.cache.rows
@@ -3991,23 +3971,6 @@ class _Bookkeeping(_State):
                 x.copy_(old)
         return self._capture(self._run, undo) if self._capture else self._run
 
-# %% tags=["export:decode_step"]
-class DecodeStep(_Bookkeeping):
-    """One token a row: fixed shapes, fixed addresses, no waiting.
-
-    DecodeStep(model, cache, capture=None): step(tokens), int64 (B, 1), gives
-    the logits (B, 1, V) of model(tokens, cache=cache), in a tensor that the
-    next step overwrites; step() feeds the greedy choice of the step before.
-    Every row takes a token: feed a finished one anything. The cache stays
-    usable by others. What `can_record` is recorded at the first step and
-    whenever the tapes outgrow what is seen of them: as a CUDA graph
-    (`use_triton` first), by `call_again` on the CPU, or by another
-    capture(run, undo); weights must stay where they are. ids in CUDA
-    tensors are not checked.
-    CacheError: no room, a replay under way, a cache that does not fit.
-    ModelError: tokens of another shape or type, or out of range.
-    """
-
     @torch.inference_mode()
     def __call__(self, tokens: Tensor | None = None) -> Tensor:
         self._take_over()
@@ -4042,8 +4005,8 @@ class DecodeStep(_Bookkeeping):
         self.lengths.add_(1)
 
 # %% [markdown]
-# Chapter 12's `generate` takes it for all tokens after the prompt, once the
-# kernels are loaded, for a model in their type on the CPU. Elsewhere it has to
+# Chapter 12's `choose_step` asks for it, by chapter 10's table of what answers,
+# and `generate` runs all tokens after the prompt by it, if kernels are loaded, for a model in their type on the CPU. Elsewhere it has to
 # be asked for, `generate(..., decode=DecodeStep)`, and on CUDA for a reason:
 # **no GPU has recorded it yet.** What can be held without one is held below
 # and in `tests/test_decode_step.py`, where something else in the place of
@@ -4052,8 +4015,6 @@ class DecodeStep(_Bookkeeping):
 
 # %% tags=["export:decode_step"]
 from weakref import WeakKeyDictionary
-
-from gptoss.generate import forward_step
 
 _told: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
@@ -4067,23 +4028,29 @@ def _told_why(model: nn.Module, why: str) -> None:
                      "slower: %s", why)
 
 
-def quick_step(model: GptOss, cache: Cache) -> Callable[[Tensor], Tensor]:
-    """Chapter 12's decoder where the C++ kernels compute the step.
+def quick_step(model: GptOss, cache: Cache
+               ) -> tuple["DecodeStep | None", str]:
+    """The step for chapter 12's `choose_step` where the C++ kernels compute
+    it, or None, and why.
 
     A recorded `DecodeStep` for a bf16 model on the CPU that `can_record`,
-    and a cache without a replay under way; otherwise the model itself. If
-    only hooks or other forwards are in the way, one line says which.
+    and a cache without a replay under way. If only hooks or other forwards
+    are in the way, one warning says which.
     """
     weight = model.embed_tokens.weight
-    if (weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-            and kernels_loaded() and torch.ops.gptoss.kernels_on()
-            and torch.equal(cache.rows.lengths, cache.rows.held)):
-        why = additions(model)
-        if why:
-            _told_why(model, why)
-        elif can_record(model):
-            return DecodeStep(model, cache, call_again)
-    return forward_step(model, cache)
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        return None, "the kernels compute in bfloat16 on the CPU"
+    if not (has_kernel() and torch.ops.gptoss.kernels_on()):
+        return None, "plain torch is in use"
+    if not torch.equal(cache.rows.lengths, cache.rows.held):
+        return None, "the cache waits for tokens that were rolled back"
+    why = additions(model)
+    if why:
+        _told_why(model, why)
+        return None, why
+    if not can_record(model):
+        return None, "dense experts are not recorded"
+    return DecodeStep(model, cache, call_again), "the kernels compute it"
 
 # %% [markdown]
 # ### Measuring

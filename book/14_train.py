@@ -2112,7 +2112,7 @@ def start_at_random(model: GptOss, seed: int) -> None:
 # and `carry` says what a head takes along and where it puts it.
 
 # %% tags=["export"]
-from gptoss.model import Attention
+from gptoss.layers import Attention
 from gptoss.rope import rope_parameters
 
 PULL = (8.0, 8.0, 4.0)  # on the score, of the three fastest pairs

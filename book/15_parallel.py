@@ -112,7 +112,7 @@ plt.show()
 import torch
 from torch.func import functional_call
 
-from gptoss.model import Attention
+from gptoss.layers import Attention
 from gptoss.rope import rope_parameters, rope_tables
 
 torch.manual_seed(0)
@@ -1778,7 +1778,7 @@ for n in (4, 8):
 # afterwards gives the same layer:
 
 # %%
-from gptoss.experts import Experts as WholeExperts
+from gptoss.layers import Experts as WholeExperts
 
 
 def expert_layer(mesh: MeshRank, group: Group) -> torch.Tensor:

@@ -183,7 +183,7 @@ print("ESC reaches the terminal:", "\x1b" in story)
 # first used (`__getattr__` of a module). With this the command line can
 # answer `--help` without loading torch. A class is the same by whichever path
 # it came: the kernels of chapter 13 are loaded by what first computes (chapter
-# 2), and `GPTOSS_KERNELS=torch` in the environment declines them.
+# 10), and `GPTOSS_KERNELS=torch` in the environment declines them.
 
 # %% tags=["export:__init__"]
 from importlib import import_module
@@ -199,7 +199,8 @@ __version__ = "0.1.0"
 _HOME = {"Chat": "chat", "GptOss": "model", "GptOssConfig": "config",
          "Tokenizer": "harmony"}
 _MODULES = ("config", "mxfp4", "checkpoint", "rope", "sinks", "masks",
-            "routing", "experts", "cache", "model", "harmony", "generate",
+            "routing", "experts", "cache", "norm", "answers", "ops",
+            "layers", "model", "harmony", "generate",
             "messages", "schema", "tools", "calculator", "memory",
             "settings", "agreement", "turn", "chat", "kernels", "compact",
             "triton_kernels", "decode_step",

@@ -18,10 +18,8 @@ __version__ = "0.1.0"
 _HOME = {"Chat": "chat", "GptOss": "model", "GptOssConfig": "config",
          "Tokenizer": "harmony"}
 _MODULES = ("config", "mxfp4", "checkpoint", "rope", "sinks", "masks",
-            "routing", "experts", "cache", "model", "harmony", "generate",
-            "messages", "schema", "tools", "calculator", "memory",
-            "settings", "agreement", "turn", "chat", "kernels", "compact",
-            "triton_kernels", "decode_step",
+            "routing", "experts", "cache", "norm", "answers", "ops", "layers",
+            "model", "harmony", "generate", "chat", "kernels", "compact", "triton_kernels", "decode_step",
             "stories", "lessons", "leaks", "exams", "train", "parallel",
             "plan", "parity", "vectors")
 

@@ -207,7 +207,7 @@ def _model(args: argparse.Namespace, folder: Path, device="cpu"):
 
     model = GptOss.from_pretrained(folder, dtype=dtype, device=device)
     if args.compact:
-        from gptoss.kernels import make_compact
+        from gptoss.compact import make_compact
 
         make_compact(model)
     return model

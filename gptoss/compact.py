@@ -3,14 +3,16 @@
 Generated from book/13_kernels.py; edit the chapter, not this file.
 """
 
+import logging
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gptoss.answers import find_answer
 from gptoss.model import GptOss, Linear
-from gptoss.mxfp4 import define_operator
+from gptoss.ops import Operator, define_operator, has_kernel
 
 # --- Sixteen bits in twelve --------------------------------------------------
 
@@ -77,10 +79,9 @@ def linear_beside_compact(x: Tensor, weight: Tensor, bias: Tensor | None,
     return F.linear(x, weight, bias)
 
 
-define_operator(
-    "gptoss::compact_linear(Tensor x, Tensor weight, Tensor? bias,"
-    " Tensor blocks, Tensor upper, Tensor first, Tensor others)"
-    " -> Tensor", linear_beside_compact)
+define_operator("compact_linear", Operator(
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor blocks, Tensor upper,"
+    " Tensor first, Tensor others) -> Tensor", linear_beside_compact))
 
 
 def _pack_fake(weight: Tensor) -> CompactWeight:
@@ -93,9 +94,9 @@ def _pack_fake(weight: Tensor) -> CompactWeight:
                          weight.new_empty(apart, dtype=torch.int32))
 
 
-define_operator("gptoss::pack_compact(Tensor weight)"
-                " -> (Tensor, Tensor, Tensor, Tensor)", pack_by_torch,
-                _pack_fake)
+define_operator("pack_compact", Operator(
+    "(Tensor weight) -> (Tensor, Tensor, Tensor, Tensor)", pack_by_torch,
+    _pack_fake))
 
 
 class CompactLinear(Linear):
@@ -168,11 +169,32 @@ def compact_layers(model: GptOss) -> None:
                     setattr(parent, name, CompactLinear(layer, copy))
 
 
+_log = logging.getLogger("gptoss")
+
+
+def make_compact(model: GptOss) -> GptOss:
+    """The model, its dense matrices also in twelve bits; same numbers.
+
+    Decoding then reads a quarter less of them (`CompactLinear`); the copies
+    take three quarters of the matrices' memory, and some seconds to make.
+    Without kernels that read them the model stays as it is, and one line on
+    the logger "gptoss" says so.
+    """
+    path = find_answer("kernels")()
+    if has_kernel("pack_compact"):
+        compact_layers(model)
+    else:
+        _log.warning("gptoss: matrices stay in sixteen bits: no kernel for "
+                     "twelve here (%s)", path)
+    return model
+
+
 __all__ = [
     "CompactLinear",
     "CompactWeight",
     "compact_layers",
     "linear_beside_compact",
+    "make_compact",
     "pack",
     "pack_by_torch",
     "saved_bytes",

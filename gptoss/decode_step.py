@@ -14,20 +14,18 @@ from torch import Tensor, nn
 
 from gptoss.cache import Cache, CacheError, Rows, Tape
 from gptoss.compact import CompactLinear
-from gptoss.experts import Experts
-from gptoss.generate import forward_step
-from gptoss.model import (
+from gptoss.layers import (
     MLP,
     Attention,
     Block,
-    GptOss,
+    Embedding,
+    Experts,
     Linear,
-    ModelError,
     RMSNorm,
-    Stack,
-    _Router,
-    check_tokens,
+    Router,
 )
+from gptoss.model import GptOss, ModelError, Stack, check_tokens
+from gptoss.ops import has_kernel
 
 # --- A step of decode that can be recorded -----------------------------------
 
@@ -102,14 +100,8 @@ def call_again(run: Work, undo: Work | None = None) -> Work:
 
 
 _FORWARDS = {kind.forward for kind in (
-    Block, Attention, MLP, _Router, Experts, RMSNorm, Linear, CompactLinear,
-    nn.Embedding, nn.ModuleList)}
-
-
-def kernels_loaded(operator: str = "packed_experts") -> bool:
-    """Is there a C++ kernel for the operator?"""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"gptoss::{operator}", "CPU")
+    Block, Attention, MLP, Router, Experts, RMSNorm, Linear, CompactLinear,
+    Embedding, nn.ModuleList)}
 
 
 def _addition(name: str, module: nn.Module) -> str | None:
@@ -147,13 +139,25 @@ def can_record(model: GptOss) -> bool:
     if not all(getattr(m, "packed", True) for m in model.modules()):
         return False
     if model.embed_tokens.weight.device.type != "cpu":
-        return torch._C._dispatch_has_kernel_for_dispatch_key(
-            "gptoss::packed_experts", "CUDA")
-    return kernels_loaded() and additions(model) is None
+        return has_kernel(device="CUDA")
+    return has_kernel() and additions(model) is None
 
 
-class _State:
-    """Model and cache, and the tensors that a step changes in place."""
+class DecodeStep:
+    """One token a row: fixed shapes, fixed addresses, no waiting.
+
+    DecodeStep(model, cache, capture=None): step(tokens), int64 (B, 1), gives
+    the logits (B, 1, V) of model(tokens, cache=cache), in a tensor that the
+    next step overwrites; step() feeds the greedy choice of the step before.
+    Every row takes a token: feed a finished one anything. The cache stays
+    usable by others. What `can_record` is recorded at the first step and
+    whenever the tapes outgrow what is seen of them: as a CUDA graph
+    (`use_triton` first), by `call_again` on the CPU, or by another
+    capture(run, undo); weights must stay where they are. ids in CUDA
+    tensors are not checked.
+    CacheError: no room, a replay under way, a cache that does not fit.
+    ModelError: tokens of another shape or type, or out of range.
+    """
 
     def __init__(self, model: GptOss, cache: Cache,
                  capture: Callable[[Work, Work], Work] | None = None) -> None:
@@ -207,10 +211,6 @@ class _State:
                        for y in (x.k, x.v)) for x in layers], kinds)
         self._launch: Work | None = None  # other addresses: record again
 
-
-class _Bookkeeping(_State):
-    """What the host does around a step."""
-
     def _take_over(self) -> None:
         """Copy the cache's state, if another than the step has changed it."""
         rows = self.cache.rows
@@ -256,23 +256,6 @@ class _Bookkeeping(_State):
             for x, old in zip(state, before, strict=True):
                 x.copy_(old)
         return self._capture(self._run, undo) if self._capture else self._run
-
-
-class DecodeStep(_Bookkeeping):
-    """One token a row: fixed shapes, fixed addresses, no waiting.
-
-    DecodeStep(model, cache, capture=None): step(tokens), int64 (B, 1), gives
-    the logits (B, 1, V) of model(tokens, cache=cache), in a tensor that the
-    next step overwrites; step() feeds the greedy choice of the step before.
-    Every row takes a token: feed a finished one anything. The cache stays
-    usable by others. What `can_record` is recorded at the first step and
-    whenever the tapes outgrow what is seen of them: as a CUDA graph
-    (`use_triton` first), by `call_again` on the CPU, or by another
-    capture(run, undo); weights must stay where they are. ids in CUDA
-    tensors are not checked.
-    CacheError: no room, a replay under way, a cache that does not fit.
-    ModelError: tokens of another shape or type, or out of range.
-    """
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor | None = None) -> Tensor:
@@ -320,23 +303,29 @@ def _told_why(model: nn.Module, why: str) -> None:
                      "slower: %s", why)
 
 
-def quick_step(model: GptOss, cache: Cache) -> Callable[[Tensor], Tensor]:
-    """Chapter 12's decoder where the C++ kernels compute the step.
+def quick_step(model: GptOss, cache: Cache
+               ) -> tuple["DecodeStep | None", str]:
+    """The step for chapter 12's `choose_step` where the C++ kernels compute
+    it, or None, and why.
 
     A recorded `DecodeStep` for a bf16 model on the CPU that `can_record`,
-    and a cache without a replay under way; otherwise the model itself. If
-    only hooks or other forwards are in the way, one line says which.
+    and a cache without a replay under way. If only hooks or other forwards
+    are in the way, one warning says which.
     """
     weight = model.embed_tokens.weight
-    if (weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-            and kernels_loaded() and torch.ops.gptoss.kernels_on()
-            and torch.equal(cache.rows.lengths, cache.rows.held)):
-        why = additions(model)
-        if why:
-            _told_why(model, why)
-        elif can_record(model):
-            return DecodeStep(model, cache, call_again)
-    return forward_step(model, cache)
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        return None, "the kernels compute in bfloat16 on the CPU"
+    if not (has_kernel() and torch.ops.gptoss.kernels_on()):
+        return None, "plain torch is in use"
+    if not torch.equal(cache.rows.lengths, cache.rows.held):
+        return None, "the cache waits for tokens that were rolled back"
+    why = additions(model)
+    if why:
+        _told_why(model, why)
+        return None, why
+    if not can_record(model):
+        return None, "dense experts are not recorded"
+    return DecodeStep(model, cache, call_again), "the kernels compute it"
 
 
 __all__ = [
@@ -347,6 +336,5 @@ __all__ = [
     "call_again",
     "can_record",
     "cuda_graph",
-    "kernels_loaded",
     "quick_step",
 ]

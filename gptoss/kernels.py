@@ -17,28 +17,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import RLock
 
 import torch
-import torch.nn.functional as F
 
 from gptoss import mxfp4
-from gptoss.compact import compact_layers, linear_beside_compact, saved_bytes
+from gptoss.answers import LOADING
+from gptoss.compact import saved_bytes
 from gptoss.config import bytes_read_per_token
-from gptoss.decode_step import kernels_loaded, quick_step
-from gptoss.experts import packed_by_decoding
-from gptoss.generate import Sampler, generate, peak_rss_bytes, use_decoder
-from gptoss.model import GptOss, attention_in_tiles, rms_norm
-from gptoss.mxfp4 import define_operator, linear_by_decoding
-from gptoss.rope import apply_rope
-from gptoss.routing import route
+from gptoss.generate import Sampler, generate, peak_rss_bytes
+from gptoss.model import GptOss
+from gptoss.ops import has_kernel
 
 # --- Built on first use ------------------------------------------------------
 
 _log = logging.getLogger("gptoss")
-SOURCE = Path(mxfp4.__file__).parent  # the folder of the parts
-PARTS = ("base", "small", "digits", "wide", "packed", "tiles", "experts",
-         "wide16", "dense", "attention", "compact", "recording")
+SOURCE = Path(mxfp4.__file__).with_name("kernels.cpp")
 OPTIONS = ("-O3", "-march=native", "-std=c++20", "-ffp-contract=fast",
            "-DNDEBUG",  # as torch is compiled, or its structs differ
            "-fopenmp", "-fPIC", "-shared", "-w")
@@ -59,24 +52,19 @@ def _compiler() -> list[str]:
         raise KernelError(f"$CXX: {error}") from error
 
 
-def compile_command(target: Path, variant: str = "auto",
-                    parts: tuple[str, ...] = PARTS) -> list[str]:
-    """The compiler's command line that makes `target` from the parts.
+def compile_command(target: Path, variant: str = "auto") -> list[str]:
+    """The compiler's command line that makes `target` from kernels.cpp.
 
     The compiler is $CXX or c++. variant: one of VARIANTS; "avx2" leaves out
     AVX-512 and VNNI, "portable" every instruction named in the source.
-    parts: PARTS or the first few of them.
     """
     home = Path(torch.__file__).parent
-    included = [word for part in parts
-                for word in ("-include", str(SOURCE / f"{part}.h"))]
     return [*_compiler(), *OPTIONS,
             *VARIANTS[variant],
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
             f"-I{home / 'include'}",
             f"-I{home / 'include' / 'torch' / 'csrc' / 'api' / 'include'}",
-            *included, "-x", "c++", os.devnull,
-            "-o", str(target), f"-L{home / 'lib'}",
+            str(SOURCE), "-o", str(target), f"-L{home / 'lib'}",
             "-ltorch_cpu", "-lc10"]
 
 
@@ -86,17 +74,15 @@ except ImportError:  # Windows: two processes may both compile
     fcntl = None
 
 
-def library_path(variant: str = "auto",
-                 parts: tuple[str, ...] = PARTS) -> Path:
-    """Where the compiled parts lie: $XDG_CACHE_HOME or ~/.cache."""
+def library_path(variant: str = "auto") -> Path:
+    """Where the compiled kernels lie: $XDG_CACHE_HOME or ~/.cache."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     able = [line for line in lines if line.startswith(("flags", "Features"))]
-    texts = [(part, (SOURCE / f"{part}.h").read_text("utf-8"))
-             for part in parts]
-    known = (texts, OPTIONS, VARIANTS[variant], torch.__version__,
-             platform.machine(), able[:1], os.environ.get("CXX"))
-    name = hashlib.sha256(repr(known).encode()).hexdigest()[:20]
+    parts = (SOURCE.read_text("utf-8"), OPTIONS, VARIANTS[variant],
+             torch.__version__, platform.machine(), able[:1],
+             os.environ.get("CXX"))
+    name = hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
     cache = cache if cache.is_absolute() else Path.home() / ".cache"
     return cache / "gptoss" / f"kernels-{name}.so"
@@ -150,14 +136,13 @@ def _complaint(told: str) -> str:
                    .decode() for c in line)
 
 
-def _compile(path: Path, variant: str, parts: tuple[str, ...]) -> None:
+def _compile(path: Path, variant: str) -> None:
     _log.warning("gptoss: compiling the kernels, once; it takes about half "
                  "a minute")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made, seal = Path(folder) / path.name, Path(folder) / "seal"
-        done = subprocess.run(compile_command(made, variant, parts),
-                              text=True, errors="backslashreplace",
-                              capture_output=True)
+        done = subprocess.run(compile_command(made, variant), text=True,
+                              errors="backslashreplace", capture_output=True)
         if done.returncode:
             raise KernelError("the compiler failed: "
                               + _complaint(done.stderr))
@@ -190,16 +175,14 @@ def _sweep(folder: Path, age: float) -> None:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def build(variant: str = "auto", anew: bool = False,
-          parts: tuple[str, ...] = PARTS) -> Path:
+def build(variant: str = "auto", anew: bool = False) -> Path:
     """The compiled kernels; compiles them if they are not there yet.
 
-    anew: even if they are. parts: PARTS or the first few of them, for a
-    process that needs no more. Compiling is told in one line on the logger
+    anew: even if they are. Compiling is told in one line on the logger
     "gptoss". KernelError, with the compiler's own complaint, if it fails, or
     if the folder is not the user's own.
     """
-    path = library_path(variant, parts)
+    path = library_path(variant)
     if not anew and _sound(path):
         return path
     if shutil.which(_compiler()[0]) is None:
@@ -215,7 +198,7 @@ def build(variant: str = "auto", anew: bool = False,
         with _alone_in(folder) as locked:
             _sweep(folder, 0 if locked else 3600)
             if anew or not _sound(path):  # else another process was first
-                _compile(path, variant, parts)
+                _compile(path, variant)
     except OSError as error:
         raise KernelError(f"cannot compile: {error}") from error
     return path
@@ -223,21 +206,7 @@ def build(variant: str = "auto", anew: bool = False,
 
 # --- Which path is in use ----------------------------------------------------
 
-PLAIN: dict[str, Callable] = {
-    "mxfp4_linear": linear_by_decoding, "packed_experts": packed_by_decoding,
-    "linear": F.linear, "compact_linear": linear_beside_compact,
-    "rms_norm": rms_norm, "rope": apply_rope, "route": route,
-    "sink_attention": attention_in_tiles}
-
-
-def _define_plain() -> None:
-    """Declare gptoss::plain_NAME for every operator that has a kernel."""
-    for name, function in PLAIN.items():
-        schema = str(getattr(torch.ops.gptoss, name).default._schema)
-        define_operator(schema.replace("::", "::plain_"), function)
-
-
-_path, _loading = "", RLock()
+_path = ""  # in words, once the kernels are loaded; changed behind LOADING
 
 
 def _load_library(choice: str) -> None:
@@ -260,8 +229,6 @@ def _load(choice: str) -> str:
         if choice not in VARIANTS:
             raise KernelError(f"GPTOSS_KERNELS: expected {', '.join(VARIANTS)}"
                               f" or torch, found {choice!r}")
-        _define_plain()
-        use_decoder(quick_step)  # which looks whether there are kernels
         _load_library(choice)
     except (RuntimeError, OSError) as error:
         _log.warning(
@@ -279,7 +246,7 @@ def load_kernels() -> str:
     goes on computing. Later calls do nothing, one meanwhile waits.
     """
     global _path
-    with _loading:
+    with LOADING:
         _path = _path or _load(os.environ.get("GPTOSS_KERNELS", "auto"))
     return _path
 
@@ -299,7 +266,7 @@ def kernel_path() -> str:
 def plain_torch() -> Iterator[None]:
     """Inside, this thread computes with plain torch, kernels or not."""
     load_kernels()
-    if not kernels_loaded():
+    if not has_kernel():
         yield
         return
     before = torch.ops.gptoss.enable_kernels(False)
@@ -307,23 +274,6 @@ def plain_torch() -> Iterator[None]:
         yield
     finally:
         torch.ops.gptoss.enable_kernels(before)
-
-
-def make_compact(model: GptOss) -> GptOss:
-    """The model, its dense matrices also in twelve bits; same numbers.
-
-    Decoding then reads a quarter less of them (`CompactLinear`); the copies
-    take three quarters of the matrices' memory, and some seconds to make.
-    Without kernels that read them the model stays as it is, and one line on
-    the logger "gptoss" says so.
-    """
-    path = load_kernels()
-    if kernels_loaded("pack_compact"):
-        compact_layers(model)
-    else:
-        _log.warning("gptoss: matrices stay in sixteen bits: no kernel for "
-                     "twelve here (%s)", path)
-    return model
 
 
 # --- Measuring ---------------------------------------------------------------
@@ -414,8 +364,6 @@ def measure(path: str | Path, prompt_tokens: int = 512, new_tokens: int = 32,
 __all__ = [
     "KernelError",
     "OPTIONS",
-    "PARTS",
-    "PLAIN",
     "SOURCE",
     "VARIANTS",
     "build",
@@ -423,7 +371,6 @@ __all__ = [
     "kernel_path",
     "library_path",
     "load_kernels",
-    "make_compact",
     "measure",
     "plain_torch",
     "rates",

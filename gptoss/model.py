@@ -3,197 +3,21 @@
 Generated from book/10_model.py; edit the chapter, not this file.
 """
 
-import math
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gptoss.answers import load_answers
 from gptoss.cache import Cache
 from gptoss.checkpoint import DTYPES, FLOATS, Checkpoint, check_scales, resolve
 from gptoss.config import GptOssConfig
-from gptoss.experts import Experts
-from gptoss.masks import positions_from_mask, visible
-from gptoss.mxfp4 import decode, define_operator, prepare
-from gptoss.rope import apply_rope, rope_parameters, rope_tables
-from gptoss.routing import Router, route
-from gptoss.sinks import attention_concat, attention_flash
-
-# --- RMSNorm -----------------------------------------------------------------
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
-    """x / rms(x) * weight over the last dimension: (…, D) -> (…, D).
-
-    Computed in fp32 (float64 for float64) and rounded ONCE, at the end, to
-    x.dtype: the weight is multiplied before the rounding. The order is that
-    of transformers' GptOssRMSNorm.
-    """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return (weight.to(wide.dtype) * wide).to(x.dtype)
-
-
-define_operator(
-    "gptoss::rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
-    rms_norm)
-
-
-class RMSNorm(nn.Module):
-    """`rms_norm` with its weight (D,), at first all ones."""
-
-    def __init__(self, size: int, eps: float, dtype: torch.dtype,
-                 device=None) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(
-            torch.ones(size, dtype=dtype, device=device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.gptoss.rms_norm(x, self.weight, self.eps)
-
-
-# --- Attention as an operator ------------------------------------------------
-
-SCORES_AT_ONCE = 2 ** 23  # entries of (B, H, T, S) that exist at a time
-
-
-def attention_in_tiles(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
-                       q_pos: Tensor, k_pos: Tensor, window: int,
-                       scale: float) -> Tensor:
-    """`attention_concat` over the visible keys, some queries at a time.
-
-    q (B, T, H, C); k, v (B, S, G, C); sinks (H,); q_pos (B, T) and
-    k_pos (B, S) int64, -1 for padding; window 0 means none. Returns
-    (B, T, H, C). A query's row of scores depends on no other query, so the
-    tiles change the memory, not the result.
-    """
-    B, T, H, _ = q.shape
-    rows = max(1, SCORES_AT_ONCE // max(1, B * H * k.shape[1]))
-    # training on a CPU: torch's kernel keeps no scores for the way back
-    trains = q.requires_grad and q.device.type == "cpu"
-    form = attention_flash if trains else attention_concat
-    tiles = [
-        form(
-            q[:, t:t + rows], k, v, sinks,
-            visible(q_pos[:, t:t + rows], k_pos, window or None), scale)
-        for t in range(0, max(T, 1), rows)]
-    return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=1)
-
-
-def _attention_flops(q, k, *_, out_shape=None, **__) -> int:
-    B, T, H, C = q  # shapes
-    return 4 * B * T * k[1] * H * C
-
-
-define_operator(
-    "gptoss::sink_attention(Tensor q, Tensor k, Tensor v, Tensor sinks,"
-    " Tensor q_pos, Tensor k_pos, int window, float scale) -> Tensor",
-    attention_in_tiles, lambda q, *_: torch.empty_like(q),
-    flops=_attention_flops)
-
-
-def _linear_flops(x, weight, *_, out_shape=None, **__) -> int:
-    return 2 * math.prod(x) * weight[0]
-
-
-define_operator(
-    "gptoss::linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    F.linear, flops=_linear_flops)
-define_operator(
-    "gptoss::rope(Tensor x, Tensor cos, Tensor sin) -> Tensor", apply_rope)
-define_operator(
-    "gptoss::route(Tensor logits, int k) -> (Tensor, Tensor)", route)
-
-
-class Linear(nn.Linear):
-    """torch's linear layer, computed by the operator gptoss::linear."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.gptoss.linear(x, self.weight, self.bias)
-
-
-class _Router(Router, Linear):
-    """Chapter 7's router, whose product and choice are operators, too."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ops.gptoss.route(Linear.forward(self, x), self.k)
-
-
-# --- The attention layer -----------------------------------------------------
-
-class Attention(nn.Module):
-    """Grouped-query attention with RoPE, sinks and, perhaps, a window."""
-
-    def __init__(self, config: GptOssConfig, layer: int,
-                 dtype: torch.dtype, device=None) -> None:
-        super().__init__()
-        D, C = config.hidden_size, config.head_dim
-        H, G = config.num_attention_heads, config.num_key_value_heads
-        self.layer, self.head_dim = layer, C
-        sliding = config.layer_types[layer] == "sliding_attention"
-        self.window = config.sliding_window if sliding else 0
-        like = {"dtype": dtype, "device": device}
-        self.q_proj = Linear(D, H * C, **like)
-        self.k_proj = Linear(D, G * C, **like)
-        self.v_proj = Linear(D, G * C, **like)
-        self.o_proj = Linear(H * C, D, **like)
-        self.sinks = nn.Parameter(torch.zeros(H, **like))
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor,
-                positions: Tensor, cache: Cache | None = None) -> Tensor:
-        """x (B, T, D), tables (B, T, C/2), positions (B, T) -> (B, T, D)."""
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q = torch.ops.gptoss.rope(self.q_proj(x).view(heads), cos, sin)
-        k = torch.ops.gptoss.rope(self.k_proj(x).view(heads), cos, sin)
-        v, k_pos = self.v_proj(x).view(heads), positions
-        if cache is not None:
-            k, v, k_pos = cache.update(self.layer, k, v, positions)
-        out = torch.ops.gptoss.sink_attention(
-            q, k, v, self.sinks, positions, k_pos, self.window,
-            self.head_dim ** -0.5)
-        return self.o_proj(out.flatten(2))
-
-
-# --- The block ---------------------------------------------------------------
-
-class MLP(nn.Module):
-    """The router and the experts it chooses from."""
-
-    def __init__(self, config: GptOssConfig, dtype: torch.dtype,
-                 device=None, packed: bool = True) -> None:
-        super().__init__()
-        self.router = _Router(config, dtype=dtype, device=device)
-        self.experts = Experts(config, packed, dtype, device)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D), each token on its own."""
-        tokens = x.flatten(0, 1)
-        weights, ids = self.router(tokens)
-        return self.experts(tokens, ids, weights).view_as(x)
-
-
-class Block(nn.Module):
-    """One layer: attention and experts, each added to the stream."""
-
-    def __init__(self, config: GptOssConfig, layer: int, dtype: torch.dtype,
-                 device=None, packed: bool = True) -> None:
-        super().__init__()
-        D, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = RMSNorm(D, eps, dtype, device)
-        self.self_attn = Attention(config, layer, dtype, device)
-        self.post_attention_layernorm = RMSNorm(D, eps, dtype, device)
-        self.mlp = MLP(config, dtype, device, packed)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor,
-                positions: Tensor, cache: Cache | None = None) -> Tensor:
-        """x (B, T, D) -> (B, T, D); the rest as in `Attention.forward`."""
-        h = x + self.self_attn(self.input_layernorm(x), cos, sin, positions,
-                               cache)
-        return h + self.mlp(self.post_attention_layernorm(h))
-
+from gptoss.layers import Block, Embedding, Linear, RMSNorm, initialise
+from gptoss.masks import positions_from_mask
+from gptoss.mxfp4 import decode
+from gptoss.rope import rope_parameters, rope_tables
 
 # --- The stack ---------------------------------------------------------------
 
@@ -207,14 +31,6 @@ def _frequencies(config: GptOssConfig, device: torch.device,
         return inv_freq.to(device, wide), concentration
 
 
-class _Embedding(nn.Embedding):
-    """torch's embedding; on the meta device there is nothing to draw."""
-
-    def reset_parameters(self) -> None:
-        if not self.weight.is_meta:
-            super().reset_parameters()
-
-
 class Stack(nn.Module):
     """Embedding, L blocks, norm and head: arithmetic, and no checks."""
 
@@ -224,7 +40,7 @@ class Stack(nn.Module):
         self.config = config
         D, V = config.hidden_size, config.vocab_size
         like = {"dtype": dtype, "device": device}
-        self.embed_tokens = _Embedding(V, D, **like)
+        self.embed_tokens = Embedding(V, D, **like)
         self.layers = nn.ModuleList(
             Block(config, n, dtype, device, packed)
             for n in range(config.num_hidden_layers))
@@ -241,16 +57,6 @@ class Stack(nn.Module):
         for layer in self.layers:
             x = layer(x, cos, sin, positions, cache)
         return self.lm_head(self.norm(x[:, -logits_to_keep:]))
-
-
-def initialise(model: nn.Module) -> None:
-    """Linear and embedding weights normal(0, 0.02), biases 0, in place."""
-    for module in model.modules():
-        if (isinstance(module, nn.Linear | nn.Embedding)
-                and not module.weight.is_meta):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 # --- Checks and positions ----------------------------------------------------
@@ -313,6 +119,7 @@ class GptOss(Stack):
                              "and lm_head are two matrices here), found true")
         super().__init__(config, dtype, device, packed)
         initialise(self)
+        load_answers()  # chapter 13's kernels, before threads share the model
 
     def forward(self, tokens: Tensor, cache: Cache | None = None,
                 attention_mask: Tensor | None = None,
@@ -377,7 +184,6 @@ class GptOss(Stack):
             tensors = dict(load_tensors(checkpoint, dtype, device, packed))
             model.source = checkpoint.folder
         model.load_state_dict(tensors, assign=True)
-        prepare()  # chapter 13's kernels, before threads share the model
         return model.eval()
 
 
@@ -423,21 +229,12 @@ def pick_dtype(dtype: torch.dtype | str, checkpoint: Checkpoint
 
 
 __all__ = [
-    "Attention",
-    "Block",
     "FLOATING",
     "GptOss",
-    "Linear",
-    "MLP",
     "ModelError",
-    "RMSNorm",
-    "SCORES_AT_ONCE",
     "Stack",
-    "attention_in_tiles",
     "check_tokens",
-    "initialise",
     "load_tensors",
     "pick_dtype",
-    "rms_norm",
     "token_positions",
 ]

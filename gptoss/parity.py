@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 from gptoss.checkpoint import Checkpoint, convert, resolve
 from gptoss.config import GptOssConfig, bf16_bytes
-from gptoss.experts import ALPHA, Experts, by_expert, clamped_swiglu
+from gptoss.experts import ALPHA, by_expert, clamped_swiglu
 from gptoss.generate import Sampler, generate
+from gptoss.layers import Block, Experts, RMSNorm
 from gptoss.masks import visible
-from gptoss.model import Block, GptOss, RMSNorm, check_tokens, rms_norm
+from gptoss.model import GptOss, check_tokens
 from gptoss.mxfp4 import BLOCK, FP4_VALUES, SCALE_BIAS, decode, encode
+from gptoss.norm import rms_norm
 from gptoss.rope import (
     apply_rope,
     inverse_frequencies,
@@ -1533,9 +1535,9 @@ def shrink(model: GptOss, contract: str) -> None:
     if not CONTRACTS[contract].kernels:
         raise ParityError(f"compact: expected the contract kernels, found "
                           f"{contract}")
-    from gptoss import kernels
+    from gptoss.compact import make_compact
 
-    kernels.make_compact(model)
+    make_compact(model)
 
 
 def verdict(rows: list[dict], findings: list[Finding]) -> str:

@@ -4,9 +4,7 @@ Generated from book/07_routing.py; edit the chapter, not this file.
 """
 
 import torch
-from torch import Tensor, nn
-
-from gptoss.config import GptOssConfig
+from torch import Tensor
 
 # --- Choose, then weigh ------------------------------------------------------
 
@@ -49,22 +47,6 @@ def softmax_then_topk(logits: Tensor, k: int, renormalise: bool = True
     return probs, ids
 
 
-# --- The router --------------------------------------------------------------
-
-class Router(nn.Linear):
-    """A linear layer with bias from D to E logits, and `route`."""
-
-    def __init__(self, config: GptOssConfig,
-                 dtype: torch.dtype | None = None, device=None) -> None:
-        super().__init__(config.hidden_size, config.num_local_experts,
-                         bias=True, device=device, dtype=dtype)
-        self.k = config.num_experts_per_tok
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N, D) -> weights (N, K) in x.dtype, ids (N, K) int64."""
-        return route(super().forward(x), self.k)
-
-
 # --- Load --------------------------------------------------------------------
 
 def expert_load(ids: Tensor, experts: int) -> Tensor:
@@ -82,7 +64,6 @@ def expected_hits(experts: int, k: int, tokens: int) -> float:
 
 
 __all__ = [
-    "Router",
     "expected_hits",
     "expert_load",
     "route",

@@ -32,9 +32,10 @@ from gptoss.harmony import (
     render_message,
     tokenizer_json,
 )
+from gptoss.layers import Attention
 from gptoss.leaks import story_without_leaks, without_leaks
 from gptoss.lessons import SECOND, THIRD, Lesson, column, lesson_stream
-from gptoss.model import Attention, GptOss
+from gptoss.model import GptOss
 from gptoss.rope import rope_parameters
 from gptoss.routing import expert_load, top_logits
 from gptoss.stories import WORDS, story_stream

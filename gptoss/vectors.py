@@ -19,9 +19,11 @@ from torch import Tensor
 from gptoss.checkpoint import random_tensors
 from gptoss.config import GptOssConfig
 from gptoss.experts import clamped_swiglu
+from gptoss.layers import Block
 from gptoss.masks import visible
-from gptoss.model import Block, GptOss, rms_norm
+from gptoss.model import GptOss
 from gptoss.mxfp4 import decode
+from gptoss.norm import rms_norm
 from gptoss.rope import (
     apply_rope,
     inverse_frequencies,

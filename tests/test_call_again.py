@@ -9,8 +9,8 @@ from test_kernels import COMPILED, kernels_on  # noqa: F401
 
 import gptoss.decode_step as decode_step
 from gptoss.cache import Tape
-from gptoss.decode_step import DecodeStep, quick_step
-from gptoss.generate import Sampler, forward_step, generate
+from gptoss.decode_step import DecodeStep
+from gptoss.generate import Sampler, choose_step, generate
 from gptoss.kernels import plain_torch
 from gptoss.model import GptOss
 
@@ -89,7 +89,7 @@ def test_generate_records_unless_told_otherwise(monkeypatch, caplog):
         made.clear()
         return list(generate(model, [5, 6, 7], max_new_tokens=60,
                              sampler=Sampler(0.0), **options))
-    right = text(decode=forward_step)
+    right = text(decode="eager")
     assert not made
     assert text() == right and recorded(made[0])
     with plain_torch():
@@ -139,12 +139,12 @@ def test_no_step_while_a_replay_is_under_way():
     model = GptOss.from_pretrained(POCKET)
     cache, tokens = model.new_cache(), draw(model, 1, 300)
     model(tokens, cache)
-    assert isinstance(quick_step(model, cache), DecodeStep)
+    assert isinstance(choose_step(model, cache), DecodeStep)
     start = cache.rollback(200)
     assert start < 200
-    assert not isinstance(quick_step(model, cache), DecodeStep)
+    assert not isinstance(choose_step(model, cache), DecodeStep)
     model(tokens[:, start:200], cache)
-    assert isinstance(quick_step(model, cache), DecodeStep)
+    assert isinstance(choose_step(model, cache), DecodeStep)
 
 
 def test_what_cannot_be_called_again(caplog):

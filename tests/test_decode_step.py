@@ -569,7 +569,8 @@ TRITON = """
 import sys, torch
 import torch.nn.functional as F
 from gptoss import triton_kernels as t
-from gptoss.model import GptOss, attention_in_tiles
+from gptoss.model import GptOss
+from gptoss.ops import attention_in_tiles
 from gptoss.decode_step import DecodeStep
 sys.path.insert(0, sys.argv[1])
 from test_decode_step import tiny

@@ -14,16 +14,15 @@ from gptoss import experts as module
 from gptoss.config import GptOssConfig
 from gptoss.experts import (
     ALPHA,
-    Experts,
     by_expert,
     clamped_swiglu,
     experts_gather,
     experts_grouped,
     experts_loop,
-    packed_experts,
     swiglu_backward,
 )
-from gptoss.mxfp4 import MXFP4Error, PackedMXFP4, encode
+from gptoss.mxfp4 import PackedMXFP4, encode
+from gptoss.ops import packed_experts
 from gptoss.routing import route
 
 
@@ -359,74 +358,3 @@ def test_against_openais_mlp_block():
         with torch.no_grad():
             close(experts_grouped(t, ids, weights, *experts), block(x) - x,
                   5e-5)
-
-
-# ------------------------------------------------------------ the module
-
-
-def small(**changes):
-    base = dict(num_hidden_layers=2, num_local_experts=4,
-                num_experts_per_tok=2, vocab_size=64, hidden_size=32,
-                intermediate_size=64, head_dim=16, num_attention_heads=4,
-                num_key_value_heads=2)
-    return GptOssConfig(**(base | changes))
-
-
-def test_module_packed_equals_dense():
-    packed, dense = Experts(small()), Experts(small(), packed=False)
-    assert set(packed.state_dict()) == {
-        f"{name}_{part}" for name in ("gate_up_proj", "down_proj")
-        for part in ("blocks", "scales", "bias")}
-    assert set(dense.state_dict()) == {
-        "gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"}
-    assert dense.gate_up_proj.shape == (4, 128, 32)
-    assert dense.down_proj.shape == (4, 32, 64)
-    state = packed.state_dict()
-    for name in ("gate_up_proj", "down_proj"):
-        weight = getattr(dense, name)
-        blocks, scales = encode(weight.detach())
-        state |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-        with torch.no_grad():
-            weight.copy_(PackedMXFP4(blocks, scales).decode())
-    packed.load_state_dict(state)
-    x, ids, weights, *_ = draw_case(6, 4, 2, 32, 64, dtype=torch.bfloat16)
-    out = packed(x, ids, weights)
-    assert out.dtype == torch.bfloat16 and out.abs().max() > 0
-    assert torch.equal(out, dense(x, ids, weights))
-
-
-def test_module_limit_comes_from_the_config():
-    dense = Experts(small(swiglu_limit=0.01), packed=False,
-                    dtype=torch.float32)
-    case = draw_case(6, 4, 2, 32, 64)
-    got = dense(*case[:3])
-    parts = [p.detach() for p in (dense.gate_up_proj, dense.gate_up_proj_bias,
-                                  dense.down_proj, dense.down_proj_bias)]
-    close(got, experts_loop(*case[:3], *parts, 0.01))
-    assert (got - experts_loop(*case[:3], *parts, 7.0)).abs().max() > 1e-4
-
-
-@pytest.mark.parametrize("config, layer_bytes", (
-    (GptOssConfig.gpt_oss_20b(), 423_567_360),
-    (GptOssConfig.gpt_oss_120b(), 1_694_269_440)))
-def test_published_shapes_on_meta(config, layer_bytes):
-    E = config.num_local_experts
-    layer = Experts(config, device="meta")
-    shapes = {name: tuple(t.shape) for name, t in layer.state_dict().items()}
-    assert shapes == {
-        "gate_up_proj_blocks": (E, 5760, 90, 16),
-        "gate_up_proj_scales": (E, 5760, 90), "gate_up_proj_bias": (E, 5760),
-        "down_proj_blocks": (E, 2880, 90, 16),
-        "down_proj_scales": (E, 2880, 90), "down_proj_bias": (E, 2880)}
-    assert sum(t.nbytes for t in layer.state_dict().values()) == layer_bytes
-    dense = Experts(config, packed=False, device="meta")
-    assert dense.gate_up_proj.shape == (E, 5760, 2880)
-    assert dense.down_proj.shape == (E, 2880, 2880)
-
-
-def test_widths_that_cannot_be_packed():
-    with pytest.raises(ValueError, match="gate_up_proj: .*32.*found 48"):
-        Experts(small(hidden_size=48))
-    with pytest.raises(ValueError, match="down_proj: .*32.*found 40"):
-        Experts(small(intermediate_size=40))
-    assert issubclass(MXFP4Error, ValueError)

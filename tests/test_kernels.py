@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 import gptoss.compact as compact
 import gptoss.kernels as kernels
 import gptoss.triton_kernels as triton_kernels
-from gptoss.decode_step import quick_step
-from gptoss.experts import packed_experts
-from gptoss.generate import Sampler, generate, use_decoder
+from gptoss.generate import Sampler, generate
 from gptoss.harmony import Tokenizer
-from gptoss.model import GptOss, Linear
-from gptoss.mxfp4 import PackedMXFP4, decode, encode, mxfp4_linear
+from gptoss.layers import Linear
+from gptoss.model import GptOss
+from gptoss.mxfp4 import PackedMXFP4, decode, encode
+from gptoss.ops import mxfp4_linear, packed_experts
 from gptoss.stories import story_stream
 
 POCKET = Path(kernels.__file__).parent / "pocket"
@@ -45,7 +45,6 @@ def kernels_on():
     yield
     if COMPILED:
         OPS.enable_kernels(True)
-        use_decoder(quick_step)
 
 
 def off(y: torch.Tensor, exact: torch.Tensor) -> float:
@@ -512,7 +511,7 @@ def test_compact_linear(tokens, rows, blocks, with_bias, seed):
 
 @needs_compact
 def test_a_compact_model_writes_what_the_model_writes(model, stories):
-    copy = kernels.make_compact(GptOss.from_pretrained(POCKET))
+    copy = compact.make_compact(GptOss.from_pretrained(POCKET))
     made = [m for m in copy.modules()
             if isinstance(m, compact.CompactLinear)]
     layers = model.config.num_hidden_layers
@@ -530,7 +529,7 @@ def test_a_compact_model_writes_what_the_model_writes(model, stories):
 def test_what_is_not_frozen_or_not_bf16_stays():
     for model in (GptOss.from_pretrained(POCKET).requires_grad_(),
                   GptOss.from_pretrained(POCKET, dtype=torch.float32)):
-        kernels.make_compact(model)
+        compact.make_compact(model)
         assert not any(isinstance(m, compact.CompactLinear)
                        for m in model.modules())
 
@@ -553,7 +552,7 @@ def test_a_matrix_without_regularity_stays():
     wild = torch.randint(-2 ** 15, 2 ** 15, model.lm_head.weight.shape)
     model.lm_head.weight = torch.nn.Parameter(
         wild.to(torch.int16).view(torch.bfloat16), requires_grad=False)
-    kernels.make_compact(model)
+    compact.make_compact(model)
     assert type(model.lm_head) is Linear
 
 
@@ -566,7 +565,7 @@ def test_what_cannot_be_packed_is_refused(shape):
 
 
 def test_without_a_kernel_the_model_stays_and_one_line_says_so():
-    code = ("import logging, gptoss.kernels as k; from gptoss import GptOss;"
+    code = ("import logging, gptoss.compact as k; from gptoss import GptOss;"
             f"m = k.make_compact(GptOss.from_pretrained({str(POCKET)!r}));"
             "print(type(m.lm_head).__name__)")
     done = subprocess.run([sys.executable, "-c", code], text=True,
@@ -583,8 +582,9 @@ CHILD = """
 import logging, sys, torch
 from gptoss import kernels
 from gptoss.compact import CompactLinear, pack
-from gptoss.model import Linear
-from gptoss.mxfp4 import decode, encode, mxfp4_linear
+from gptoss.layers import Linear
+from gptoss.mxfp4 import decode, encode
+from gptoss.ops import mxfp4_linear
 torch.manual_seed(0)
 y = mxfp4_linear(torch.randn(3, 96).bfloat16(), *encode(torch.randn(20, 96)))
 print(kernels.kernel_path())
@@ -842,8 +842,8 @@ TRITON = """
 import sys, torch
 from gptoss import triton_kernels as t
 from gptoss.experts import packed_by_decoding
-from gptoss.model import attention_in_tiles
 from gptoss.mxfp4 import encode
+from gptoss.ops import attention_in_tiles
 
 dtype, bound = getattr(torch, sys.argv[1]), float(sys.argv[2])
 torch.manual_seed(0)

@@ -22,13 +22,9 @@ from gptoss.checkpoint import (
     write_checkpoint,
 )
 from gptoss.config import GptOssConfig
-from gptoss.model import (
-    SCORES_AT_ONCE,
-    GptOss,
-    ModelError,
-    attention_in_tiles,
-    rms_norm,
-)
+from gptoss.model import GptOss, ModelError
+from gptoss.norm import rms_norm
+from gptoss.ops import SCORES_AT_ONCE, attention_in_tiles
 from gptoss.rope import rope_parameters
 
 TINY = GptOssConfig(

@@ -19,8 +19,8 @@ from gptoss.mxfp4 import (
     decode,
     decode_reference,
     encode,
-    mxfp4_linear,
 )
+from gptoss.ops import mxfp4_linear
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # the E2M1 grid written from the definition, not from the package

@@ -7,17 +7,19 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import gptoss.model as model_module
-import gptoss.mxfp4 as mxfp4
+import gptoss.ops as ops
+from gptoss import answers
 from gptoss.compact import pack_by_torch
-from gptoss.mxfp4 import define_operator, encode
+from gptoss.mxfp4 import encode
+from gptoss.ops import OPERATORS, Operator, define_operator
 
-POCKET = Path(model_module.__file__).parent / "pocket"
+POCKET = Path(ops.__file__).parent / "pocket"
 OPS = torch.ops.gptoss
 
 
@@ -76,7 +78,8 @@ def operator():
     return told(gptoss.model.GptOss)
 
 def layer():
-    from gptoss.model import GptOss, Linear
+    from gptoss.layers import Linear
+    from gptoss.model import GptOss
     with torch.no_grad():
         Linear(64, 8, dtype=torch.bfloat16)(torch.ones(1, 64).bfloat16())
     assert torch.ops.gptoss.kernels_on()
@@ -89,16 +92,9 @@ def subclass():
     return told(Mine)
 
 def threads():
-    # the model is made by hand, so that loading waits for the first call;
-    # and loading takes a while, so that the second thread comes meanwhile
+    # loading takes a while, so that the second thread comes meanwhile
     import time
     from gptoss import kernels, model, generate
-    from gptoss.checkpoint import Checkpoint
-    with Checkpoint.open(sys.argv[1]) as checkpoint:
-        made = model.GptOss(checkpoint.config, torch.bfloat16, "meta")
-        made.requires_grad_(False)
-        made.load_state_dict(dict(model.load_tensors(
-            checkpoint, torch.bfloat16, "cpu", True)), assign=True)
     real, count = kernels.build, []
     def build(*arguments):
         count.append(1)
@@ -110,7 +106,7 @@ def threads():
     def work(n):
         barrier.wait()
         texts[n] = list(generate.generate(
-            made, [5, 6, 7], max_new_tokens=24,
+            model.GptOss.from_pretrained(sys.argv[1]), [5, 6, 7], max_new_tokens=24,
             sampler=generate.Sampler(temperature=0.0)))
     both = [threading.Thread(target=work, args=(n,)) for n in (0, 1)]
     for thread in both: thread.start()
@@ -148,7 +144,38 @@ def test_every_route_and_thread_does_the_same(choice):
                                ("C++", "portable", "torch ("))
 
 
-def test_what_comes_first_is_struck_off_when_done(monkeypatch):
+THREADS = """
+import sys, threading, time
+import torch
+import gptoss.layers
+from gptoss import kernels
+real, count = kernels.build, []
+def build(*arguments):
+    count.append(1)
+    time.sleep(0.5)
+    return real(*arguments)
+kernels.build = build
+x, found = torch.randn(4, 64).bfloat16(), [None] * 3
+barrier = threading.Barrier(3)
+def work(n):
+    barrier.wait()
+    with torch.inference_mode():
+        found[n] = torch.ops.gptoss.rms_norm(x, x[0], 1e-5)
+threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+with torch.inference_mode():
+    last = torch.ops.gptoss.rms_norm(x, x[0], 1e-5)
+print(len(count), *(torch.equal(y, last) for y in found))
+"""
+
+
+def test_threads_that_use_a_bare_operator_load_once():
+    """No model is made: the first call loads, the others wait for it."""
+    assert run(THREADS) == "1 True True True\n"
+
+
+def test_answers_count_as_loaded_when_they_are(monkeypatch):
     """A thread that comes meanwhile waits; a failure is tried again; what
     loads may call operators itself."""
     begun, go, done = threading.Event(), threading.Event(), []
@@ -156,13 +183,16 @@ def test_what_comes_first_is_struck_off_when_done(monkeypatch):
     def action():
         begun.set()
         assert go.wait(60)
-        assert mxfp4.prepare()  # in this thread: under way
+        assert answers.load_answers()  # in this thread: under way
         done.append(1)
-    monkeypatch.setattr(mxfp4, "_FIRST", [action])
-    answers = []
+    loader = SimpleNamespace(load=action)
+    monkeypatch.setitem(sys.modules, "gptoss_loader", loader)
+    monkeypatch.setitem(answers.ANSWERS, "kernels", "gptoss_loader:load")
+    monkeypatch.setattr(answers, "_state", "")
+    told = []
 
     def ask():
-        answers.append((mxfp4.prepare(), list(done)))
+        told.append((answers.load_answers(), list(done)))
     threads = [threading.Thread(target=ask) for _ in range(3)]
     threads[0].start()
     assert begun.wait(60)
@@ -171,19 +201,66 @@ def test_what_comes_first_is_struck_off_when_done(monkeypatch):
     go.set()
     for thread in threads:
         thread.join(60)
-    assert answers == [(False, [1])] + answers[1:]
-    assert all(seen == [1] for _, seen in answers) and done == [1]
-    assert mxfp4.prepare()
+    # one that came before the end had to wait: there may be a kernel now
+    assert told[0] == (False, [1]) and len(told) == 3
+    assert all(seen == [1] for _, seen in told) and done == [1]
+    assert answers.load_answers()
 
     def fails():
         if not tried:
             tried.append(1)
             raise KeyboardInterrupt
-    tried = []
-    mxfp4.before_first_call(fails)
+    tried, loader.load = [], fails
+    monkeypatch.setattr(answers, "_state", "")
     with pytest.raises(KeyboardInterrupt):
-        mxfp4.prepare()
-    assert not mxfp4.prepare() and mxfp4.prepare()
+        answers.load_answers()
+    assert not answers.load_answers() and answers.load_answers()
+
+
+def test_answers_import_neither_torch_nor_the_package():
+    assert run("import sys, gptoss.answers; print(sorted(name for name in "
+               "sys.modules if name.partition('.')[0] in ('torch', "
+               "'gptoss')))") == "['gptoss', 'gptoss.answers']\n"
+
+
+@pytest.mark.parametrize("make", [
+    ".from_pretrained(sys.argv[1])",
+    "(GptOssConfig.gpt_oss_20b(), device='meta')"], ids=["read", "drawn"])
+def test_who_makes_a_model_loads(make):
+    """Before any call, so before threads share it."""
+    code = ("import sys\nfrom gptoss import GptOss, GptOssConfig, answers\n"
+            f"assert not answers._state\nGptOss{make}\n"
+            "from gptoss import kernels\nprint(answers._state, kernels._path)")
+    assert run(code, GPTOSS_KERNELS="torch") == (
+        "loaded torch (GPTOSS_KERNELS=torch)\n")
+
+
+# ---- the table
+
+def test_every_operator_is_in_the_table_and_has_its_twin():
+    """What is defined comes from the table, schema by schema."""
+    made = {name.removeprefix("gptoss::")
+            for name in torch._C._dispatch_get_all_op_names()
+            if name.startswith("gptoss::")}
+    plain = {name for name in made if name.startswith("plain_")}
+    assert {f"plain_{name}" for name in OPERATORS} == plain
+    assert set(OPERATORS) >= {
+        "mxfp4_decode", "mxfp4_linear", "packed_experts",
+        "packed_experts_backward", "rms_norm", "linear", "rope", "route",
+        "sink_attention", "compact_linear", "pack_compact"}
+    for name, operator in OPERATORS.items():
+        for of in (name, f"plain_{name}"):
+            assert str(getattr(OPS, of).default._schema) == (
+                f"gptoss::{of}{operator.schema}")
+
+
+def test_twins_are_the_plain_functions():
+    for name, (operator, case) in arguments(torch.bfloat16, False).items():
+        name = name.split()[0]
+        twin = getattr(OPS, f"plain_{name}")(*case)
+        right = OPERATORS[name].plain(*case)
+        both = [x if isinstance(x, tuple) else (x,) for x in (twin, right)]
+        assert all(map(torch.equal, *both)), name
 
 
 # ---- defining anew
@@ -191,25 +268,26 @@ def test_what_comes_first_is_struck_off_when_done(monkeypatch):
 def test_a_definition_replaces_the_one_before():
     """With its fake and its gradient, and another schema if need be."""
     for n in (2, 3):
-        define_operator(
-            "gptoss::tested(Tensor x) -> Tensor", lambda x, n=n: n * x,
+        define_operator("tested", Operator(
+            "(Tensor x) -> Tensor", lambda x, n=n: n * x,
             lambda x, n=n: x.new_empty(n),
-            lambda ctx, grad, n=n: 10 * n * grad, lambda *_, **__: None)
+            lambda ctx, grad, n=n: 10 * n * grad, lambda *_, **__: None))
         x = torch.ones(2, requires_grad=True)
         y = OPS.tested(x)
         y.sum().backward()
         assert y.tolist() == [n, n] and x.grad.tolist() == [10 * n] * 2
         assert OPS.tested(x.to("meta")).shape == (n,)
-    define_operator("gptoss::tested(Tensor x, int n) -> Tensor",
-                    lambda x, n: x + n)
+    define_operator("tested", Operator("(Tensor x, int n) -> Tensor",
+                                       lambda x, n: x + n))
     assert OPS.tested(torch.zeros(1), 4).item() == 4
+    assert OPS.plain_tested(torch.zeros(1), 4).item() == 4
     with pytest.raises((TypeError, RuntimeError)):
         OPS.tested(torch.zeros(1))
 
 
 def test_an_error_names_the_operator_and_what_it_was_given():
-    define_operator("gptoss::tested(Tensor x, int n) -> Tensor",
-                    lambda x, n: x.view(n))
+    define_operator("tested", Operator("(Tensor x, int n) -> Tensor",
+                                       lambda x, n: x.view(n)))
     with pytest.raises(RuntimeError, match="invalid for input") as caught:
         OPS.tested(torch.zeros(3, 2), 5)
     [note] = caught.value.__notes__

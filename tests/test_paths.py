@@ -19,13 +19,11 @@ from gptoss.chat import Chat
 from gptoss.checkpoint import write_checkpoint
 from gptoss.collectives import rehearse
 from gptoss.config import GptOssConfig
-from gptoss.decode_step import quick_step
 from gptoss.generate import (
     Sampler,
-    forward_step,
+    choose_step,
     generate,
     generate_batch,
-    use_decoder,
 )
 from gptoss.model import GptOss
 from gptoss.split import SplitGptOss
@@ -151,7 +149,7 @@ def test_each_operation_of_every_way_to_read(path, model, parts):
 
 
 @needs_kernels
-@pytest.mark.parametrize("step", [forward_step, quick_step])
+@pytest.mark.parametrize("step", ["eager", "auto"])
 def test_decoding_computes_what_the_walk_judged(model, step):
     """Through the cache, by the recorded step too: the same bits, as long
     as no ring has turned (then keys come in another order)."""
@@ -161,7 +159,7 @@ def test_decoding_computes_what_the_walk_judged(model, step):
     with torch.inference_mode():
         cache = model.new_cache()
         found = [model(tokens[:, :14], cache)[0]]
-        run = step(model, cache)
+        run = choose_step(model, cache, step)
         found += [run(tokens[:, t:t + 1])[0].clone() for t in range(14, 24)]
     assert torch.equal(torch.cat(found), wanted[None, "logits"])
 
@@ -197,11 +195,7 @@ def test_generate(model, exact):
     rest = [*first[-1:], 5, 9]
     more = list(generate(model, rest, cache=cache, **options))
     judged(model, exact, start + first + rest[1:], more)
-    before = use_decoder(forward_step)
-    try:
-        slow = list(generate(model, start, **options))
-    finally:
-        use_decoder(before)
+    slow = list(generate(model, start, decode="eager", **options))
     judged(model, exact, start, slow)
     if conftest.ON_KERNELS:
         assert slow == first  # the recorded step: the same bits
