@@ -262,6 +262,7 @@ from gptoss.checkpoint import (
     resolve,
 )
 from gptoss.config import GptOssConfig
+from gptoss.errors import Error, mismatch
 from gptoss.experts import Experts
 from gptoss.masks import positions_from_mask, visible
 from gptoss.mxfp4 import decode, define_operator, prepare
@@ -651,7 +652,7 @@ print(f"{stack.lm_head.weight.std().item():.2f}",
 # out of range would otherwise end the process with a device assert.
 
 # %% tags=["export"]
-class ModelError(ValueError):
+class ModelError(Error):
     """Tokens or a mask that the model cannot take."""
 
 
@@ -660,21 +661,22 @@ def check_tokens(tokens: Tensor, attention_mask: Tensor | None,
     """Raise ModelError unless tokens (B, T) and the mask can be run."""
     shape, most = tuple(tokens.shape), config.max_position_embeddings
     if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
-        raise ModelError("tokens: expected int64 of shape (B, T), found "
-                         f"{tokens.dtype} of shape {shape}")
+        raise mismatch(ModelError, "tokens", "int64 of shape (B, T)",
+                       f"{tokens.dtype} of shape {shape}")
     if tokens.numel() == 0:
-        raise ModelError("tokens: expected at least one, found an empty "
-                         f"prompt of shape {shape}")
+        raise mismatch(ModelError, "tokens", "at least one",
+                       f"an empty prompt of shape {shape}")
     if attention_mask is not None and attention_mask.shape != tokens.shape:
-        raise ModelError(f"attention_mask: expected shape {shape} as tokens "
-                         f"has, found {tuple(attention_mask.shape)}")
+        raise mismatch(ModelError, "attention_mask",
+                       f"shape {shape} as tokens has",
+                       tuple(attention_mask.shape))
     if tokens.shape[1] > most:
-        raise ModelError(f"tokens: expected at most {most} "
-                         f"(max_position_embeddings), found {shape[1]}")
+        raise mismatch(ModelError, "tokens",
+                       f"at most {most} (max_position_embeddings)", shape[1])
     for token in torch.stack(tokens.aminmax()).tolist():
         if not 0 <= token < config.vocab_size:
-            raise ModelError(f"token id: expected 0 to "
-                             f"{config.vocab_size - 1}, found {token}")
+            raise mismatch(ModelError, "token id",
+                           f"0 to {config.vocab_size - 1}", token)
 
 
 # %%
@@ -722,8 +724,9 @@ class GptOss(Stack):
                  dtype: torch.dtype = torch.bfloat16, device=None,
                  packed: bool = True) -> None:
         if config.tie_word_embeddings:  # chapter 3 reads such files untied
-            raise ModelError("tie_word_embeddings: expected false (embedding "
-                             "and lm_head are two matrices here), found true")
+            raise mismatch(ModelError, "tie_word_embeddings",
+                           "false (embedding and lm_head are two matrices "
+                           "here)", "true")
         super().__init__(config, dtype, device, packed)
         initialise(self)
 
@@ -854,8 +857,8 @@ def pick_dtype(dtype: torch.dtype | str, checkpoint: Checkpoint
         return checkpoint.dtype
     found = FLOATING.get(str(dtype).removeprefix("torch."))
     if found is None:
-        raise ModelError(f"dtype: expected auto, {', '.join(FLOATING)}, "
-                         f"found {dtype!r:.100}")
+        raise mismatch(ModelError, "dtype", f"auto, {', '.join(FLOATING)}",
+                       f"{dtype!r:.100}")
     return found
 
 

@@ -1531,6 +1531,7 @@ for message in shown.messages[1:]:
 import re
 from collections.abc import Iterator
 
+from gptoss.errors import Error
 from gptoss.lessons import (
     FACTS,
     KITS,
@@ -1547,7 +1548,7 @@ from gptoss.lessons import (
 from gptoss.stories import BEATS, WORDS, cast_key, line_pattern, shelf
 
 
-class LeakError(ValueError):
+class LeakError(Error):
     """A text for training holds a question that is kept for the exam."""
 
 

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from glob import escape
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from gptoss.config import (
     read_json,
     total_parameters,
 )
+from gptoss.errors import Error, mismatch
 from gptoss.mxfp4 import BLOCK, SCALE_NAN, MXFP4Error, decode, encode
 
 # --- Names, shapes and dtypes as one table -----------------------------------
@@ -44,13 +46,11 @@ from gptoss.mxfp4 import BLOCK, SCALE_NAN, MXFP4Error, decode, encode
 _log = logging.getLogger("gptoss")
 
 
-class CheckpointError(Exception):
+class CheckpointError(Error):
     """A checkpoint that is not what it should be; names file and tensor."""
 
 
-def _wrong(where: object, expected: object, found: object
-           ) -> CheckpointError:
-    return CheckpointError(f"{where}: expected {expected}, found {found}")
+_wrong = partial(mismatch, CheckpointError)
 
 
 # Hugging Face name, original name, shape. `L.` is "model.layers.N." in the
@@ -219,6 +219,8 @@ def read_header(file: Path) -> dict[str, Stored]:
         header.pop("__metadata__", None)
         stored = [_stored(file, name, entry, 8 + length)
                   for name, entry in header.items()]
+    except CheckpointError:
+        raise
     except (ValueError, RecursionError, AttributeError, TypeError,
             KeyError) as error:
         raise _wrong(file, "a safetensors header",

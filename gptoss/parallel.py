@@ -32,13 +32,14 @@ from gptoss.checkpoint import (
     tensor_table,
 )
 from gptoss.config import GptOssConfig
+from gptoss.errors import Error
 from gptoss.experts import Experts
 from gptoss.model import Attention, GptOss, Linear, load_tensors, pick_dtype
 from gptoss.mxfp4 import BLOCK
 
 # --- A seat for every rank ---------------------------------------------------
 
-class ParallelError(RuntimeError):
+class ParallelError(Error, RuntimeError):
     """Ranks that do not fit the model, or that lost each other."""
 
 
