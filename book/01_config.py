@@ -320,7 +320,8 @@ _expect = partial(expect, ConfigError)
 # ### One dataclass for both models
 #
 # Frozen, and complete: whoever holds a `GptOssConfig` holds a model that
-# can be built.
+# can be built. Files are read and written by functions that know this class;
+# it looks for them only when it is asked, and can be used without them.
 
 # %% tags=["export"]
 KINDS = ("sliding_attention", "full_attention")
@@ -380,24 +381,34 @@ class GptOssConfig:
     def from_dict(cls, values: dict, source: str = "config.json"
                   ) -> "GptOssConfig":
         """From the keys of either spelling; `source` names the file."""
+        from gptoss.config import config_from_dict
+
         return config_from_dict(values, source)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "GptOssConfig":
         """From a folder with a config.json, or from such a file."""
+        from gptoss.config import read_config
+
         return read_config(Path(path))
 
     def to_hf_dict(self) -> dict:
         """What Hugging Face's config.json holds."""
+        from gptoss.config import hf_dict
+
         return hf_dict(self)
 
     def to_original_dict(self) -> dict:
         """What OpenAI's original/config.json holds."""
+        from gptoss.config import original_dict
+
         return original_dict(self)
 
 
 # %%
 from dataclasses import asdict, fields, replace
+
+from gptoss.config import ConfigError, GptOssConfig, _expect  # with readers
 
 print(len(fields(GptOssConfig)), "fields; the sizes of the 120b:")
 print([f.default for f in fields(GptOssConfig)][:10])

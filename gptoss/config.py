@@ -81,19 +81,27 @@ class GptOssConfig:
     def from_dict(cls, values: dict, source: str = "config.json"
                   ) -> "GptOssConfig":
         """From the keys of either spelling; `source` names the file."""
+        from gptoss.config import config_from_dict
+
         return config_from_dict(values, source)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "GptOssConfig":
         """From a folder with a config.json, or from such a file."""
+        from gptoss.config import read_config
+
         return read_config(Path(path))
 
     def to_hf_dict(self) -> dict:
         """What Hugging Face's config.json holds."""
+        from gptoss.config import hf_dict
+
         return hf_dict(self)
 
     def to_original_dict(self) -> dict:
         """What OpenAI's original/config.json holds."""
+        from gptoss.config import original_dict
+
         return original_dict(self)
 
 
