@@ -2915,6 +2915,7 @@ from pathlib import Path
 import torch
 
 from gptoss import mxfp4
+from gptoss.errors import Error
 
 _log = logging.getLogger("gptoss")
 SOURCE = Path(mxfp4.__file__).parent  # the folder of the parts
@@ -2929,7 +2930,7 @@ VARIANTS = {"auto": (), "avx2": ("-DGPTOSS_NARROW",),
             "portable": ("-DGPTOSS_PORTABLE",)}
 
 
-class KernelError(RuntimeError):
+class KernelError(Error, RuntimeError):
     """The kernels cannot be compiled or loaded here."""
 
 

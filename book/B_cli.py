@@ -192,14 +192,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gptoss.chat import Chat as Chat
     from gptoss.config import GptOssConfig as GptOssConfig
+    from gptoss.errors import Error as Error
     from gptoss.harmony import Tokenizer as Tokenizer
     from gptoss.model import GptOss as GptOss
 
 __version__ = "0.1.0"
-_HOME = {"Chat": "chat", "GptOss": "model", "GptOssConfig": "config",
-         "Tokenizer": "harmony"}
-_MODULES = ("config", "mxfp4", "checkpoint", "rope", "sinks", "masks",
-            "routing", "experts", "cache", "norm", "answers", "ops",
+_HOME = {"Chat": "chat", "Error": "errors", "GptOss": "model",
+         "GptOssConfig": "config", "Tokenizer": "harmony"}
+_MODULES = ("errors", "config", "mxfp4", "checkpoint", "rope", "sinks",
+            "masks", "routing", "experts", "cache", "norm", "answers", "ops",
             "layers", "model", "harmony", "generate",
             "messages", "schema", "tools", "calculator", "memory",
             "settings", "agreement", "turn", "chat", "kernels", "compact",

@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from gptoss.mxfp4 import decode
+from gptoss.config import GptOssConfig
+from gptoss.mxfp4 import BLOCK, PackedMXFP4, decode, define_operator
 
 # --- The clamped SwiGLU ------------------------------------------------------
 
@@ -138,6 +139,13 @@ def packed_by_decoding(x: Tensor, ids: Tensor, weights: Tensor,
     return by_expert(x, ids, weights, len(gate_up_scales), apply)
 
 
+_PACKED = ("(Tensor x, Tensor ids, Tensor weights, Tensor gate_up_blocks,"
+           " Tensor gate_up_scales, Tensor gate_up_bias, Tensor down_blocks,"
+           " Tensor down_scales, Tensor down_bias, float limit)")
+define_operator(f"gptoss::packed_experts{_PACKED} -> Tensor",
+                packed_by_decoding, lambda x, *_: torch.empty_like(x))
+
+
 # --- Its gradient ------------------------------------------------------------
 
 def swiglu_backward(gate_up: Tensor, grad: Tensor, limit: float) -> Tensor:
@@ -177,8 +185,102 @@ def packed_backward(grad: Tensor, x: Tensor, ids: Tensor, weights: Tensor,
             d_up.to(gate_up_bias.dtype), d_down.to(down_bias.dtype))
 
 
+define_operator(
+    f"gptoss::packed_experts_backward(Tensor grad, {_PACKED[1:]}"
+    " -> (Tensor, Tensor, Tensor, Tensor)", packed_backward,
+    lambda grad, x, ids, weights, a, b, up_bias, c, d, down_bias, limit:
+        tuple(map(torch.empty_like, (x, weights, up_bias, down_bias))))
+
+
+def _setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:-1])
+    ctx.limit = inputs[-1]
+
+
+def _backward(ctx, grad):
+    d_x, d_weights, d_up, d_down = torch.ops.gptoss.packed_experts_backward(
+        grad.contiguous(), *ctx.saved_tensors, ctx.limit)
+    return (d_x, None, d_weights, None, None, d_up, None, None, d_down,
+            None)
+
+
+define_operator(f"gptoss::packed_experts{_PACKED} -> Tensor",
+                packed_by_decoding, lambda x, *_: torch.empty_like(x),
+                _backward, _setup)
+
+
+def packed_experts(x: Tensor, ids: Tensor, weights: Tensor,
+                   gate_up: PackedMXFP4, gate_up_bias: Tensor,
+                   down: PackedMXFP4, down_bias: Tensor, limit: float = 7.0
+                   ) -> Tensor:
+    """`experts_grouped` on weights that stay in four bits.
+
+    gate_up (E, 2F, D) and down (E, D, F) packed; the rest as in
+    `experts_loop`. Decodes the experts hit, one at a time. Differentiable
+    in x, weights and the biases; the packed weights are constants.
+    """
+    return torch.ops.gptoss.packed_experts(
+        x, ids, weights, gate_up.blocks, gate_up.scales, gate_up_bias,
+        down.blocks, down.scales, down_bias, limit)
+
+
+# --- The module --------------------------------------------------------------
+
+class Experts(nn.Module):
+    """The E experts of one layer, packed (MXFP4) or dense (dtype)."""
+
+    def __init__(self, config: GptOssConfig, packed: bool = True,
+                 dtype: torch.dtype = torch.bfloat16, device=None) -> None:
+        super().__init__()
+        E, D = config.num_local_experts, config.hidden_size
+        width = config.intermediate_size
+        self.packed, self.limit = packed, config.swiglu_limit
+        for name, rows, columns in (("gate_up_proj", 2 * width, D),
+                                    ("down_proj", D, width)):
+            make = self._make_packed if packed else self._make_dense
+            make(name, E, rows, columns, dtype, device)
+            bias = torch.zeros(E, rows, dtype=dtype, device=device)
+            setattr(self, f"{name}_bias", nn.Parameter(bias))
+
+    def _make_dense(self, name, E, rows, columns, dtype, device) -> None:
+        weight = torch.empty(E, rows, columns, dtype=dtype, device=device)
+        if not weight.is_meta:  # there is nothing to draw there
+            nn.init.normal_(weight, std=0.02)
+        setattr(self, name, nn.Parameter(weight))
+
+    def _make_packed(self, name, E, rows, columns, dtype, device) -> None:
+        if columns % BLOCK:
+            raise ValueError(f"{name}: expected an input width divisible by "
+                             f"{BLOCK} to pack it, found {columns}")
+        shape = (E, rows, columns // BLOCK)
+        for part, size in (("blocks", (*shape, BLOCK // 2)),
+                           ("scales", shape)):
+            self.register_buffer(f"{name}_{part}", torch.zeros(
+                size, dtype=torch.uint8, device=device))
+
+    def _weight(self, name: str) -> PackedMXFP4 | Tensor:
+        if not self.packed:
+            return getattr(self, name)
+        return PackedMXFP4(getattr(self, f"{name}_blocks"),
+                           getattr(self, f"{name}_scales"))
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """x (N, D), ids and weights (N, K) -> (N, D)."""
+        run = packed_experts if self.packed else experts_grouped
+        return run(x, ids, weights, self._weight("gate_up_proj"),
+                   self.gate_up_proj_bias, self._weight("down_proj"),
+                   self.down_proj_bias, self.limit)
+
+    def extra_repr(self) -> str:
+        E, D = self.down_proj_bias.shape
+        return (f"experts={E}, hidden={D}, "
+                f"intermediate={self.gate_up_proj_bias.shape[1] // 2}, "
+                f"packed={self.packed}")
+
+
 __all__ = [
     "ALPHA",
+    "Experts",
     "by_expert",
     "clamped_swiglu",
     "experts_gather",
@@ -187,5 +289,6 @@ __all__ = [
     "one_expert",
     "packed_backward",
     "packed_by_decoding",
+    "packed_experts",
     "swiglu_backward",
 ]

@@ -17,16 +17,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import RLock
 
 import torch
+import torch.nn.functional as F
 
 from gptoss import mxfp4
-from gptoss.answers import LOADING
-from gptoss.compact import saved_bytes
+from gptoss.compact import compact_layers, linear_beside_compact, saved_bytes
 from gptoss.config import bytes_read_per_token
-from gptoss.generate import Sampler, generate, peak_rss_bytes
-from gptoss.model import GptOss
-from gptoss.ops import has_kernel
+from gptoss.decode_step import kernels_loaded, quick_step
+from gptoss.errors import Error
+from gptoss.experts import packed_by_decoding
+from gptoss.generate import Sampler, generate, peak_rss_bytes, use_decoder
+from gptoss.model import GptOss, attention_in_tiles, rms_norm
+from gptoss.mxfp4 import define_operator, linear_by_decoding
+from gptoss.rope import apply_rope
+from gptoss.routing import route
 
 # --- Built on first use ------------------------------------------------------
 
@@ -41,7 +47,7 @@ VARIANTS = {"auto": (), "avx2": ("-DGPTOSS_NARROW",),
             "portable": ("-DGPTOSS_PORTABLE",)}
 
 
-class KernelError(RuntimeError):
+class KernelError(Error, RuntimeError):
     """The kernels cannot be compiled or loaded here."""
 
 
@@ -206,7 +212,21 @@ def build(variant: str = "auto", anew: bool = False) -> Path:
 
 # --- Which path is in use ----------------------------------------------------
 
-_path = ""  # in words, once the kernels are loaded; changed behind LOADING
+PLAIN: dict[str, Callable] = {
+    "mxfp4_linear": linear_by_decoding, "packed_experts": packed_by_decoding,
+    "linear": F.linear, "compact_linear": linear_beside_compact,
+    "rms_norm": rms_norm, "rope": apply_rope, "route": route,
+    "sink_attention": attention_in_tiles}
+
+
+def _define_plain() -> None:
+    """Declare gptoss::plain_NAME for every operator that has a kernel."""
+    for name, function in PLAIN.items():
+        schema = str(getattr(torch.ops.gptoss, name).default._schema)
+        define_operator(schema.replace("::", "::plain_"), function)
+
+
+_path, _loading = "", RLock()
 
 
 def _load_library(choice: str) -> None:
@@ -229,6 +249,8 @@ def _load(choice: str) -> str:
         if choice not in VARIANTS:
             raise KernelError(f"GPTOSS_KERNELS: expected {', '.join(VARIANTS)}"
                               f" or torch, found {choice!r}")
+        _define_plain()
+        use_decoder(quick_step)  # which looks whether there are kernels
         _load_library(choice)
     except (RuntimeError, OSError) as error:
         _log.warning(
@@ -246,7 +268,7 @@ def load_kernels() -> str:
     goes on computing. Later calls do nothing, one meanwhile waits.
     """
     global _path
-    with LOADING:
+    with _loading:
         _path = _path or _load(os.environ.get("GPTOSS_KERNELS", "auto"))
     return _path
 
@@ -266,7 +288,7 @@ def kernel_path() -> str:
 def plain_torch() -> Iterator[None]:
     """Inside, this thread computes with plain torch, kernels or not."""
     load_kernels()
-    if not has_kernel():
+    if not kernels_loaded():
         yield
         return
     before = torch.ops.gptoss.enable_kernels(False)
@@ -274,6 +296,23 @@ def plain_torch() -> Iterator[None]:
         yield
     finally:
         torch.ops.gptoss.enable_kernels(before)
+
+
+def make_compact(model: GptOss) -> GptOss:
+    """The model, its dense matrices also in twelve bits; same numbers.
+
+    Decoding then reads a quarter less of them (`CompactLinear`); the copies
+    take three quarters of the matrices' memory, and some seconds to make.
+    Without kernels that read them the model stays as it is, and one line on
+    the logger "gptoss" says so.
+    """
+    path = load_kernels()
+    if kernels_loaded("pack_compact"):
+        compact_layers(model)
+    else:
+        _log.warning("gptoss: matrices stay in sixteen bits: no kernel for "
+                     "twelve here (%s)", path)
+    return model
 
 
 # --- Measuring ---------------------------------------------------------------
@@ -364,6 +403,7 @@ def measure(path: str | Path, prompt_tokens: int = 512, new_tokens: int = 32,
 __all__ = [
     "KernelError",
     "OPTIONS",
+    "PLAIN",
     "SOURCE",
     "VARIANTS",
     "build",
@@ -371,6 +411,7 @@ __all__ = [
     "kernel_path",
     "library_path",
     "load_kernels",
+    "make_compact",
     "measure",
     "plain_torch",
     "rates",

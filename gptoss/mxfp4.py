@@ -3,10 +3,18 @@
 Generated from book/02_mxfp4.py; edit the chapter, not this file.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
+from threading import RLock
 
 import torch
+from torch._library.autograd import Info, make_autograd_impl
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import flop_registry, shape_wrapper
+
+from gptoss.errors import Error, mismatch
 
 # --- Names and errors --------------------------------------------------------
 
@@ -25,28 +33,28 @@ _FORMATS = {
 }
 
 
-class MXFP4Error(ValueError):
+class MXFP4Error(Error):
     """Blocks, scales or values that are not MXFP4 or cannot become it."""
 
 
-def check_packed(blocks: torch.Tensor, scales: torch.Tensor) -> None:
+def _check(blocks: torch.Tensor, scales: torch.Tensor) -> None:
     """Raise MXFP4Error unless blocks (…, N, 16) fit scales (…, N)."""
     for name, tensor in (("blocks", blocks), ("scales", scales)):
         if tensor.dtype != torch.uint8:
-            raise MXFP4Error(f"{name}: expected uint8, found {tensor.dtype}")
+            raise mismatch(MXFP4Error, name, "uint8", tensor.dtype)
     if blocks.ndim < 2 or blocks.shape[-1] != BLOCK // 2:
-        raise MXFP4Error("blocks: expected shape (..., N, 16), found "
-                         f"{tuple(blocks.shape)}")
+        raise mismatch(MXFP4Error, "blocks", "shape (..., N, 16)",
+                       tuple(blocks.shape))
     if scales.shape != blocks.shape[:-1]:
-        raise MXFP4Error(f"scales: expected shape {tuple(blocks.shape[:-1])} "
-                         f"beside blocks {tuple(blocks.shape)}, found "
-                         f"{tuple(scales.shape)}")
+        raise mismatch(MXFP4Error, "scales",
+                       f"shape {tuple(blocks.shape[:-1])} beside blocks "
+                       f"{tuple(blocks.shape)}", tuple(scales.shape))
 
 
-def check_dtype(dtype: torch.dtype) -> None:
+def _check_dtype(dtype: torch.dtype) -> None:
     if dtype not in _FORMATS:
         names = ", ".join(str(known) for known in _FORMATS)
-        raise MXFP4Error(f"dtype: expected one of {names}, found {dtype}")
+        raise mismatch(MXFP4Error, "dtype", f"one of {names}", dtype)
 
 
 # --- The obvious decoder -----------------------------------------------------
@@ -57,8 +65,8 @@ def decode_reference(blocks: torch.Tensor, scales: torch.Tensor,
 
     blocks (…, N, 16) and scales (…, N), both uint8 -> (…, 32 N) in dtype.
     """
-    check_packed(blocks, scales)
-    check_dtype(dtype)
+    _check(blocks, scales)
+    _check_dtype(dtype)
     grid = torch.tensor(FP4_VALUES, dtype=torch.float64)
     power = torch.tensor([2.0 ** (s - SCALE_BIAS) for s in range(SCALE_NAN)]
                          + [float("nan")], dtype=torch.float64)
@@ -110,6 +118,123 @@ def _pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return table.view(pair).flatten().to(device)
 
 
+# --- An operator that may get faster later -----------------------------------
+
+_FIRST = ["gptoss.kernels:load_kernels"]
+_LOCK = RLock()  # the thread that loads may call operators itself
+_loading = False
+
+
+def before_first_call(action: str | Callable) -> None:
+    """Call action(), or "module:function", before the next operator that
+    computes: that is how kernels get in from below, as late as needed."""
+    _FIRST.append(action)
+
+
+def prepare() -> bool:
+    """Do, once, what comes before the first call. True: nothing was left."""
+    global _loading
+    if not _FIRST:
+        return True
+    with _LOCK:
+        if _loading:
+            return True
+        _loading = True
+        try:
+            while _FIRST:
+                action = _FIRST[0]
+                if isinstance(action, str):
+                    module, _, name = action.partition(":")
+                    action = getattr(import_module(module), name)
+                action()
+                _FIRST.pop(0)
+        finally:
+            _loading = False
+    return False
+
+
+def _gate(name: str, implementation: Callable,
+          formula: Callable | None) -> Callable:
+    """What stands at the autograd key of an operator."""
+    def gate(keys, *args):
+        if ((torch.autograd.forward_ad._current_level >= 0
+                or torch._C._are_functorch_transforms_active())
+                and any(map(_is_real, args))):
+            return implementation(*args)
+        if formula is not None:
+            return formula(keys, *args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return implementation(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _operator(name).redispatch(
+                keys & torch._C._after_autograd_keyset, *args)
+    return gate
+
+
+def _is_real(argument) -> bool:
+    return (isinstance(argument, torch.Tensor)
+            and argument.is_floating_point())
+
+
+def _words(argument) -> str:
+    """An argument in an error's note: type and sizes of a tensor."""
+    if not isinstance(argument, torch.Tensor):
+        return repr(argument)
+    return f"{argument.dtype} {tuple(argument.shape)}"
+
+
+def _compact(result: torch.Tensor) -> torch.Tensor:
+    """In one piece: torch.compile relies on the strides that `fake` says."""
+    return result.contiguous()
+
+
+def _operator(name: str):
+    namespace, _, operator = name.partition("::")
+    return getattr(getattr(torch.ops, namespace), operator).default
+
+
+def define_operator(schema: str, implementation: Callable, fake=None,
+                    backward=None, setup_context=None, flops=None) -> None:
+    """Declare the torch.library operator `schema`, or declare it anew.
+
+    implementation computes it with plain torch on every device; a kernel
+    registered for "CPU" or "CUDA" takes precedence. fake returns an empty
+    tensor of the right shape (meta device, torch.compile); None: what
+    implementation gives there. backward and setup_context: as in
+    torch.library.register_autograd; without them torch differentiates
+    implementation. flops: as in torch.utils.flop_counter's formulas.
+    """
+    name = schema.partition("(")[0]
+    namespace, _, operator = name.partition("::")
+    held = vars(getattr(torch.ops, namespace)).setdefault("_held", {})
+    if operator in held:
+        held.pop(operator)._destroy()
+    library = held[operator] = torch.library.Library(namespace, "FRAGMENT")
+    library.define(schema.partition("::")[2],
+                   tags=(torch.Tag.pt2_compliant_tag,))
+
+    def run(*args):
+        if not prepare():
+            return _operator(name)(*args)  # there may be a kernel now
+        try:
+            return tree_map(_compact, implementation(*args))
+        except Exception as error:
+            error.add_note(f"in {name}({', '.join(map(_words, args))})")
+            raise
+
+    def shape(*args):
+        return tree_map(_compact, (fake or implementation)(*args))
+
+    library.impl(operator, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(name, shape, lib=library)
+    formula = None if backward is None else make_autograd_impl(
+        _operator(name), Info(backward, setup_context))
+    library.impl(operator, _gate(name, implementation, formula), "Autograd",
+                 with_keyset=True)
+    if flops is not None:
+        flop_registry[_operator(name).overloadpacket] = shape_wrapper(flops)
+
+
 # --- The decoder -------------------------------------------------------------
 
 def decode_by_table(blocks: torch.Tensor, scales: torch.Tensor,
@@ -132,6 +257,16 @@ def decode_by_table(blocks: torch.Tensor, scales: torch.Tensor,
     return out.flatten(-2)
 
 
+def _decode_fake(blocks, scales, dtype):
+    shape = (*scales.shape[:-1], BLOCK * scales.shape[-1])
+    return torch.empty(shape, dtype=dtype, device=blocks.device)
+
+
+define_operator(
+    "gptoss::mxfp4_decode(Tensor blocks, Tensor scales, ScalarType dtype)"
+    " -> Tensor", decode_by_table, _decode_fake)
+
+
 def decode(blocks: torch.Tensor, scales: torch.Tensor,
            dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """MXFP4 -> floats: the exact value, rounded once to dtype.
@@ -143,9 +278,9 @@ def decode(blocks: torch.Tensor, scales: torch.Tensor,
     MXFP4Error for another dtype or shape. Source: OCP MX v1.0, 5.3.3 (E2M1),
     5.4.1 (E8M0).
     """
-    check_packed(blocks, scales)
-    check_dtype(dtype)
-    return decode_by_table(blocks, scales, dtype)
+    _check(blocks, scales)
+    _check_dtype(dtype)
+    return torch.ops.gptoss.mxfp4_decode(blocks, scales, dtype)
 
 
 # --- Rounding to the grid ----------------------------------------------------
@@ -201,7 +336,7 @@ def encode(values: torch.Tensor, scales: torch.Tensor | None = None
     for start in range(0, len(rows), 2 ** 15):
         part = slice(start, start + 2 ** 15)
         if not torch.isfinite(rows[part]).all():
-            _refuse("values", values, ~torch.isfinite(values))
+            _check_finite("values", values, ~torch.isfinite(values))
         if not kept:
             flat[part] = _choose_scales(rows[part].double().abs().amax(-1))
         target[part] = _encode_rows(rows[part].double(), flat[part])
@@ -221,19 +356,21 @@ def _encode_rows(rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 def _check_values(values, scales) -> torch.Size:
     """Shape of the scales of values, or MXFP4Error."""
     if values.dtype not in _FORMATS:
-        raise MXFP4Error(f"values: expected floats, found {values.dtype}")
+        raise mismatch(MXFP4Error, "values", "floats", values.dtype)
     if values.ndim == 0 or values.shape[-1] % BLOCK:
-        raise MXFP4Error(f"values: expected a last dimension divisible by "
-                         f"{BLOCK}, found shape {tuple(values.shape)}")
+        raise mismatch(MXFP4Error, "values",
+                       f"a last dimension divisible by {BLOCK}",
+                       f"shape {tuple(values.shape)}")
     shape = torch.Size((*values.shape[:-1], values.shape[-1] // BLOCK))
     if scales is not None:
-        check_packed(torch.empty(*shape, BLOCK // 2, dtype=torch.uint8,
+        _check(torch.empty(*shape, BLOCK // 2, dtype=torch.uint8,
                            device="meta"), scales)
-        _refuse("scales", scales, scales == SCALE_NAN)
+        _check_finite("scales", scales, scales == SCALE_NAN)
     return shape
 
 
-def _refuse(name: str, tensor: torch.Tensor, bad: torch.Tensor) -> None:
+def _check_finite(name: str, tensor: torch.Tensor, bad: torch.Tensor
+                  ) -> None:
     """Raise MXFP4Error with the first position where bad is true."""
     if bad.any():
         first = tuple(bad.nonzero()[0].tolist())
@@ -267,7 +404,7 @@ def audit(blocks: torch.Tensor, scales: torch.Tensor) -> Audit:
     A block is canonical when its largest magnitude is 4 or 6, or when its
     scale is already the lowest, 0. It takes no decoding to see that.
     """
-    check_packed(blocks, scales)
+    _check(blocks, scales)
     largest = torch.maximum(blocks & 7, blocks >> 4 & 7).amax(-1)
     nan = scales == SCALE_NAN
     canonical = ((largest >= 6) | (scales == 0)) & ~nan
@@ -286,7 +423,7 @@ class PackedMXFP4:
     """
 
     def __init__(self, blocks: torch.Tensor, scales: torch.Tensor) -> None:
-        check_packed(blocks, scales)
+        _check(blocks, scales)
         self.blocks, self.scales = blocks, scales
 
     @property
@@ -340,6 +477,52 @@ def linear_by_decoding(x: torch.Tensor, blocks: torch.Tensor,
     return torch.nn.functional.linear(x, weight, bias)
 
 
+def _linear_fake(x, blocks, scales, bias):
+    return x.new_empty((*x.shape[:-1], blocks.shape[0]))
+
+
+def _linear_setup(ctx, inputs, output) -> None:
+    _, blocks, scales, bias = inputs
+    ctx.save_for_backward(blocks, scales)
+    ctx.has_bias = bias is not None
+
+
+def _linear_backward(ctx, grad):
+    """Gradients of x and bias; packed weights are constants."""
+    blocks, scales = ctx.saved_tensors
+    grad_x = grad @ decode(blocks, scales, grad.dtype)
+    grad_bias = grad.reshape(-1, len(blocks)).sum(0) if ctx.has_bias else None
+    return grad_x, None, None, grad_bias
+
+
+define_operator(
+    "gptoss::mxfp4_linear(Tensor x, Tensor blocks, Tensor scales,"
+    " Tensor? bias) -> Tensor", linear_by_decoding, _linear_fake,
+    _linear_backward, _linear_setup)
+
+
+def mxfp4_linear(x: torch.Tensor, blocks: torch.Tensor,
+                 scales: torch.Tensor, bias: torch.Tensor | None = None
+                 ) -> torch.Tensor:
+    """x @ W.T + bias with a packed weight W (m, n), in x.dtype.
+
+    x (…, n) float16, bfloat16, float32 or float64; blocks (m, n/32, 16) and
+    scales (m, n/32) uint8; bias (m,) in x.dtype or None. Returns (…, m).
+    Differentiable in x and bias. Raises MXFP4Error on a mismatch.
+    """
+    _check(blocks, scales)
+    _check_dtype(x.dtype)
+    n = BLOCK * scales.shape[-1]
+    if scales.ndim != 2 or x.ndim == 0 or x.shape[-1] != n:
+        raise mismatch(MXFP4Error, "x",
+                       f"(..., {n}) beside blocks (m, {n // BLOCK}, 16)",
+                       f"x {tuple(x.shape)} and blocks {tuple(blocks.shape)}")
+    if bias is not None and bias.shape != blocks.shape[:1]:
+        raise mismatch(MXFP4Error, "bias", tuple(blocks.shape[:1]),
+                       tuple(bias.shape))
+    return torch.ops.gptoss.mxfp4_linear(x, blocks, scales, bias)
+
+
 __all__ = [
     "Audit",
     "BLOCK",
@@ -349,11 +532,13 @@ __all__ = [
     "SCALE_BIAS",
     "SCALE_NAN",
     "audit",
-    "check_dtype",
-    "check_packed",
+    "before_first_call",
     "decode",
     "decode_by_table",
     "decode_reference",
+    "define_operator",
     "encode",
     "linear_by_decoding",
+    "mxfp4_linear",
+    "prepare",
 ]

@@ -20,13 +20,12 @@ from torch import Tensor, nn
 
 from gptoss.checkpoint import Checkpoint, convert, resolve
 from gptoss.config import GptOssConfig, bf16_bytes
-from gptoss.experts import ALPHA, by_expert, clamped_swiglu
+from gptoss.errors import Error
+from gptoss.experts import ALPHA, Experts, by_expert, clamped_swiglu
 from gptoss.generate import Sampler, generate
-from gptoss.layers import Block, Experts, RMSNorm
 from gptoss.masks import visible
-from gptoss.model import GptOss, check_tokens
+from gptoss.model import Block, GptOss, RMSNorm, check_tokens, rms_norm
 from gptoss.mxfp4 import BLOCK, FP4_VALUES, SCALE_BIAS, decode, encode
-from gptoss.norm import rms_norm
 from gptoss.rope import (
     apply_rope,
     inverse_frequencies,
@@ -38,7 +37,7 @@ from gptoss.routing import softmax_then_topk
 
 # --- The points --------------------------------------------------------------
 
-class ParityError(ValueError):
+class ParityError(Error):
     """A comparison that cannot be made, and what is missing for it."""
 
 
@@ -1535,9 +1534,9 @@ def shrink(model: GptOss, contract: str) -> None:
     if not CONTRACTS[contract].kernels:
         raise ParityError(f"compact: expected the contract kernels, found "
                           f"{contract}")
-    from gptoss.compact import make_compact
+    from gptoss import kernels
 
-    make_compact(model)
+    kernels.make_compact(model)
 
 
 def verdict(rows: list[dict], findings: list[Finding]) -> str:

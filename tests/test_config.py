@@ -689,3 +689,16 @@ def test_no_import_needs_torch():
 def test_a_billion_layers_are_refused_at_once():
     with pytest.raises(ConfigError, match="num_hidden_layers.*at most"):
         GptOssConfig(num_hidden_layers=10**9)
+
+
+def test_the_class_needs_no_reader_before_it_is_asked():
+    """What reads and writes files is looked up in a method, so the class can
+    stand in a module that does not import it."""
+    import ast
+    import inspect
+
+    tree = ast.parse(inspect.getsource(GptOssConfig))
+    readers = {"config_from_dict", "read_config", "hf_dict", "original_dict"}
+    inside = {alias.name for node in ast.walk(tree)
+              if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert inside == readers
