@@ -788,8 +788,8 @@ class TorchGroup(Group):
 #
 # Nothing says that ranks must be processes. With threads of this one, which
 # hand tensors to each other, a split can be tried in a notebook: the same
-# mesh, files and modules, no processes. The tests hold many splits to the whole model this
-# way.
+# mesh, files and modules, no processes. The tests hold many splits to the
+# whole model this way.
 
 # %% tags=["export:collectives"]
 import json
@@ -1173,7 +1173,7 @@ class OtherStage(nn.Module):
 
 
 class ToNextStage(OtherStage):
-    """In place of the next stage's first layer: the stream goes tpart."""
+    """In place of the next stage's first layer: the stream goes there."""
 
     def __init__(self, whole: nn.Module, part: Partition) -> None:
         super().__init__(whole, part)
@@ -1959,9 +1959,9 @@ print(f"{extra:,} bytes more than once")  # norms, routers, k and v
 # %% tags=["hide-cell"]
 class Forgetful(SplitExperts):
     def forward(self, x, ids, weights):
-        size = self.mine["E"].stop - self.mine["E"].start
-        return self.group.all_reduce(WholeExperts.forward(self, x, ids % size,
-                                                  weights))
+        size = self.experts.stop - self.experts.start
+        return self.group.all_reduce(
+            WholeExperts.forward(self, x, ids % size, weights))
 
 
 def forgetful(mesh: MeshRank, group: Group) -> torch.Tensor:

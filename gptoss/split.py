@@ -151,7 +151,7 @@ class OtherStage(nn.Module):
 
 
 class ToNextStage(OtherStage):
-    """In place of the next stage's first layer: the stream goes tpart."""
+    """In place of the next stage's first layer: the stream goes there."""
 
     def __init__(self, whole: nn.Module, part: Partition) -> None:
         super().__init__(whole, part)
