@@ -622,18 +622,15 @@ def seat_config(config: GptOssConfig, seat: Seat) -> GptOssConfig:
                    // config.head_dim)
 
 
-class SeatCache(Cache):
-    """The part of a cache that a seat needs.
+def seat_cache(config: GptOssConfig, seat: Seat, *options, **more) -> Cache:
+    """The part of a cache that a seat needs; options as of `Cache`.
 
     A rollback may have to replay as many tokens as the sliding layers of
     all stages together see: the same for every seat, so that all replay.
     """
-
-    def __init__(self, config: GptOssConfig, seat: Seat, *options, **more
-                 ) -> None:
-        super().__init__(seat_config(config, seat), *options, **more)
-        sliding = config.layer_types.count("sliding_attention")
-        self._replay = sliding * (config.sliding_window - 1)
+    sliding = config.layer_types.count("sliding_attention")
+    return Cache(seat_config(config, seat), *options, **more,
+                 replay=sliding * (config.sliding_window - 1))
 
 
 class SplitGptOss(GptOss):
@@ -657,9 +654,9 @@ class SplitGptOss(GptOss):
                   slack: int = 0) -> Cache:
         """As `GptOss.new_cache`, for this rank's layers and heads."""
         weight = self.embed_tokens.weight
-        return SeatCache(self.config, self.seat, batch_size, max_tokens,
-                         slack=slack, dtype=weight.dtype,
-                         device=weight.device)
+        return seat_cache(self.config, self.seat, batch_size, max_tokens,
+                          slack=slack, dtype=weight.dtype,
+                          device=weight.device)
 
     @classmethod
     def part(cls, path: str | Path, seat: Seat, link: Link,
@@ -849,7 +846,6 @@ __all__ = [
     "ParallelError",
     "SHARDS",
     "Seat",
-    "SeatCache",
     "Shard",
     "SplitAttention",
     "SplitEmbedding",
@@ -874,6 +870,7 @@ __all__ = [
     "owned",
     "rehearse",
     "replacements",
+    "seat_cache",
     "seat_config",
     "shard_rule",
     "share",
