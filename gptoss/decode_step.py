@@ -12,36 +12,39 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from gptoss.cache import Cache, CacheError, Rows, Tape
+from gptoss.cache import Cache, CacheError, FullCache, Rows
 from gptoss.compact import CompactLinear
-from gptoss.layers import (
+from gptoss.experts import Experts
+from gptoss.generate import forward_step
+from gptoss.model import (
     MLP,
     Attention,
     Block,
-    Embedding,
-    Experts,
+    GptOss,
     Linear,
+    ModelError,
     RMSNorm,
-    Router,
+    Stack,
+    _Router,
+    check_tokens,
 )
-from gptoss.model import GptOss, ModelError, Stack, check_tokens
-from gptoss.ops import has_kernel
 
 # --- A step of decode that can be recorded -----------------------------------
 
 @dataclass
 class FixedView:
-    """A cache as `Stack.run` sees it for one token a row: S slots a layer."""
+    """The plan of a forward of one token a row: a `CacheView`, S slots a
+    layer."""
 
     seen: list[tuple[Tensor, Tensor]]  # of each layer: k, v (B, S, G, C)
     lines: list[tuple[Tensor, Tensor]]  # the same memory, (B * G * …, C)
-    kinds: list[int]  # of each layer: 0 = ring, 1 = tape
+    kinds: list[int]  # of each layer: 0 = sliding, 1 = full
     target: list[Tensor]  # of each kind: (B * G,) lines to write to
     positions: tuple[Tensor, Tensor]  # of each kind: (B, S), -1 = empty
 
-    def update(self, layer: int, k: Tensor, v: Tensor, positions: Tensor
+    def update(self, layer: int, k: Tensor, v: Tensor
                ) -> tuple[Tensor, Tensor, Tensor]:
-        """`Cache.update` for k, v (B, 1, G, C) and no padding."""
+        """`Plan.update` for k, v (B, 1, G, C) and no padding."""
         kind = self.kinds[layer]
         for to, new in zip(self.lines[layer], (k, v), strict=True):
             to.index_copy_(0, self.target[kind], new.flatten(0, 2))
@@ -100,8 +103,14 @@ def call_again(run: Work, undo: Work | None = None) -> Work:
 
 
 _FORWARDS = {kind.forward for kind in (
-    Block, Attention, MLP, Router, Experts, RMSNorm, Linear, CompactLinear,
-    Embedding, nn.ModuleList)}
+    Block, Attention, MLP, _Router, Experts, RMSNorm, Linear, CompactLinear,
+    nn.Embedding, nn.ModuleList)}
+
+
+def kernels_loaded(operator: str = "packed_experts") -> bool:
+    """Is there a C++ kernel for the operator?"""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"gptoss::{operator}", "CPU")
 
 
 def _addition(name: str, module: nn.Module) -> str | None:
@@ -139,25 +148,13 @@ def can_record(model: GptOss) -> bool:
     if not all(getattr(m, "packed", True) for m in model.modules()):
         return False
     if model.embed_tokens.weight.device.type != "cpu":
-        return has_kernel(device="CUDA")
-    return has_kernel() and additions(model) is None
+        return torch._C._dispatch_has_kernel_for_dispatch_key(
+            "gptoss::packed_experts", "CUDA")
+    return kernels_loaded() and additions(model) is None
 
 
-class DecodeStep:
-    """One token a row: fixed shapes, fixed addresses, no waiting.
-
-    DecodeStep(model, cache, capture=None): step(tokens), int64 (B, 1), gives
-    the logits (B, 1, V) of model(tokens, cache=cache), in a tensor that the
-    next step overwrites; step() feeds the greedy choice of the step before.
-    Every row takes a token: feed a finished one anything. The cache stays
-    usable by others. What `can_record` is recorded at the first step and
-    whenever the tapes outgrow what is seen of them: as a CUDA graph
-    (`use_triton` first), by `call_again` on the CPU, or by another
-    capture(run, undo); weights must stay where they are. ids in CUDA
-    tensors are not checked.
-    CacheError: no room, a replay under way, a cache that does not fit.
-    ModelError: tokens of another shape or type, or out of range.
-    """
+class _State:
+    """Model and cache, and the tensors that a step changes in place."""
 
     def __init__(self, model: GptOss, cache: Cache,
                  capture: Callable[[Work, Work], Work] | None = None) -> None:
@@ -189,17 +186,18 @@ class DecodeStep:
     @staticmethod
     def _kind(cache: Cache) -> list[tuple]:
         return [(type(x), x.k.dtype, len(x.k), x.k.shape[2:],
-                 isinstance(x, Tape) or x.k.shape[1]) for x in cache.layers]
+                 isinstance(x, FullCache) or x.k.shape[1])
+                for x in cache.layers]
 
     def _see(self, needed: int) -> None:
-        """Have slots for `needed` tokens: 256, 512, 1024 … of each tape."""
+        """Have slots for `needed` tokens: 256, 512, 1024 … of full layers."""
         self.cache.reserve(needed)
         layers, ring = self.cache.layers, self.ring.shape[1]
         room = min([self.cache.limit[0], *(
-            x.k.shape[1] for x in layers if isinstance(x, Tape))])
+            x.k.shape[1] for x in layers if isinstance(x, FullCache))])
         self._size = min(max(256, 1 << (needed - 1).bit_length()), room)
         self._memory = [x.k for x in layers]
-        kinds = [int(isinstance(x, Tape)) for x in layers]
+        kinds = [int(isinstance(x, FullCache)) for x in layers]
         self._strides, shown = (ring, room), (ring, self._size)
         with torch.inference_mode(False):
             self.slots = torch.arange(self._size, device=self.ring.device)
@@ -210,6 +208,10 @@ class DecodeStep:
                 [tuple(y.transpose(1, 2).view(-1, y.shape[-1])
                        for y in (x.k, x.v)) for x in layers], kinds)
         self._launch: Work | None = None  # other addresses: record again
+
+
+class _Bookkeeping(_State):
+    """What the host does around a step."""
 
     def _take_over(self) -> None:
         """Copy the cache's state, if another than the step has changed it."""
@@ -228,7 +230,7 @@ class DecodeStep:
         self._counts, self._chosen = lengths, False
         if any(x.k is not k for x, k in zip(self.cache.layers, self._memory,
                                             strict=True)):
-            self._size = 0  # the tapes are others: look at them anew
+            self._size = 0  # full layers moved: look at them anew
 
     def _check(self, tokens: Tensor | None) -> None:
         expected = self.tokens.shape
@@ -244,7 +246,6 @@ class DecodeStep:
             check_tokens(tokens, None, self.model.config)
         needed = max(self._counts) + 1
         if needed > self._size:
-            self.cache.check(self.lengths[:, None])
             self._see(needed)
 
     def _record(self) -> Work:
@@ -256,6 +257,23 @@ class DecodeStep:
             for x, old in zip(state, before, strict=True):
                 x.copy_(old)
         return self._capture(self._run, undo) if self._capture else self._run
+
+
+class DecodeStep(_Bookkeeping):
+    """One token a row: fixed shapes, fixed addresses, no waiting.
+
+    DecodeStep(model, cache, capture=None): step(tokens), int64 (B, 1), gives
+    the logits (B, 1, V) of model(tokens, cache=cache), in a tensor that the
+    next step overwrites; step() feeds the greedy choice of the step before.
+    Every row takes a token: feed a finished one anything. The cache stays
+    usable by others. What `can_record` is recorded at the first step and
+    whenever full layers outgrow what is seen of them: as a CUDA graph
+    (`use_triton` first), by `call_again` on the CPU, or by another
+    capture(run, undo); weights must stay where they are. ids in CUDA
+    tensors are not checked.
+    CacheError: no room, a replay under way, a cache that does not fit.
+    ModelError: tokens of another shape or type, or out of range.
+    """
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor | None = None) -> Tensor:
@@ -280,11 +298,11 @@ class DecodeStep:
         at = self.lengths[:, None]
         place = at % self.ring.shape[1]
         ring = self.ring.scatter(1, place, at)
-        tape = self.slots.where(self.slots <= at, -1)
+        full = self.slots.where(self.slots <= at, -1)
         target = [(self.heads * stride + slot).flatten() for stride, slot
                   in zip(self._strides, (place, at), strict=True)]
         logits = self.model.run(
-            self.tokens, at, self._view(target, (ring, tape)), 1)
+            self.tokens, at, self._view(target, (ring, full)), 1)
         self.logits.copy_(logits)
         self.tokens.copy_(logits.max(-1).indices)
         self.ring.copy_(ring)  # last, so that a failure leaves the state
@@ -303,29 +321,23 @@ def _told_why(model: nn.Module, why: str) -> None:
                      "slower: %s", why)
 
 
-def quick_step(model: GptOss, cache: Cache
-               ) -> tuple["DecodeStep | None", str]:
-    """The step for chapter 12's `choose_step` where the C++ kernels compute
-    it, or None, and why.
+def quick_step(model: GptOss, cache: Cache) -> Callable[[Tensor], Tensor]:
+    """Chapter 12's decoder where the C++ kernels compute the step.
 
     A recorded `DecodeStep` for a bf16 model on the CPU that `can_record`,
-    and a cache without a replay under way. If only hooks or other forwards
-    are in the way, one warning says which.
+    and a cache without a replay under way; otherwise the model itself. If
+    only hooks or other forwards are in the way, one line says which.
     """
     weight = model.embed_tokens.weight
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
-        return None, "the kernels compute in bfloat16 on the CPU"
-    if not (has_kernel() and torch.ops.gptoss.kernels_on()):
-        return None, "plain torch is in use"
-    if not torch.equal(cache.rows.lengths, cache.rows.held):
-        return None, "the cache waits for tokens that were rolled back"
-    why = additions(model)
-    if why:
-        _told_why(model, why)
-        return None, why
-    if not can_record(model):
-        return None, "dense experts are not recorded"
-    return DecodeStep(model, cache, call_again), "the kernels compute it"
+    if (weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+            and kernels_loaded() and torch.ops.gptoss.kernels_on()
+            and torch.equal(cache.rows.lengths, cache.rows.held)):
+        why = additions(model)
+        if why:
+            _told_why(model, why)
+        elif can_record(model):
+            return DecodeStep(model, cache, call_again)
+    return forward_step(model, cache)
 
 
 __all__ = [
@@ -336,5 +348,6 @@ __all__ = [
     "call_again",
     "can_record",
     "cuda_graph",
+    "kernels_loaded",
     "quick_step",
 ]

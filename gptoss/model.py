@@ -4,7 +4,6 @@ Generated from book/10_model.py; edit the chapter, not this file.
 """
 
 import math
-import re
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -12,22 +11,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _IncompatibleKeys
 
-from gptoss.cache import Cache
-from gptoss.checkpoint import (
-    DTYPES,
-    FLOATS,
-    MAX_SHARD_BYTES,
-    PACKED,
-    Checkpoint,
-    check_scales,
-    companions,
-    resolve,
-    write_checkpoint,
-)
+from gptoss.cache import Cache, CacheView
+from gptoss.checkpoint import DTYPES, FLOATS, Checkpoint, check_scales, resolve
 from gptoss.config import GptOssConfig
-from gptoss.errors import Error, mismatch
 from gptoss.experts import Experts
 from gptoss.masks import positions_from_mask, visible
 from gptoss.mxfp4 import decode, define_operator, prepare
@@ -66,9 +53,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.gptoss.rms_norm(x, self.weight, self.eps)
-
-    def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, eps={self.eps}"
 
 
 # --- Attention as an operator ------------------------------------------------
@@ -159,22 +143,18 @@ class Attention(nn.Module):
         self.sinks = nn.Parameter(torch.zeros(H, **like))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor,
-                positions: Tensor, cache: Cache | None = None) -> Tensor:
+                positions: Tensor, plan: CacheView | None = None) -> Tensor:
         """x (B, T, D), tables (B, T, C/2), positions (B, T) -> (B, T, D)."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q = torch.ops.gptoss.rope(self.q_proj(x).view(heads), cos, sin)
         k = torch.ops.gptoss.rope(self.k_proj(x).view(heads), cos, sin)
         v, k_pos = self.v_proj(x).view(heads), positions
-        if cache is not None:
-            k, v, k_pos = cache.update(self.layer, k, v, positions)
+        if plan is not None:
+            k, v, k_pos = plan.update(self.layer, k, v)
         out = torch.ops.gptoss.sink_attention(
             q, k, v, self.sinks, positions, k_pos, self.window,
             self.head_dim ** -0.5)
         return self.o_proj(out.flatten(2))
-
-    def extra_repr(self) -> str:
-        return (f"layer={self.layer}, heads={len(self.sinks)}, "
-                f"head_dim={self.head_dim}, window={self.window or None}")
 
 
 # --- The block ---------------------------------------------------------------
@@ -194,9 +174,6 @@ class MLP(nn.Module):
         weights, ids = self.router(tokens)
         return self.experts(tokens, ids, weights).view_as(x)
 
-    def extra_repr(self) -> str:
-        return f"experts_per_token={self.router.k}"
-
 
 class Block(nn.Module):
     """One layer: attention and experts, each added to the stream."""
@@ -211,10 +188,10 @@ class Block(nn.Module):
         self.mlp = MLP(config, dtype, device, packed)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor,
-                positions: Tensor, cache: Cache | None = None) -> Tensor:
+                positions: Tensor, plan: CacheView | None = None) -> Tensor:
         """x (B, T, D) -> (B, T, D); the rest as in `Attention.forward`."""
         h = x + self.self_attn(self.input_layernorm(x), cos, sin, positions,
-                               cache)
+                               plan)
         return h + self.mlp(self.post_attention_layernorm(h))
 
 
@@ -255,14 +232,18 @@ class Stack(nn.Module):
         self.lm_head = Linear(D, V, bias=False, **like)
 
     def run(self, tokens: Tensor, positions: Tensor,
-            cache: Cache | None = None, logits_to_keep: int = 0) -> Tensor:
-        """tokens, positions (B, T), -1 = padding -> logits (B, T, V)."""
+            plan: CacheView | None = None, logits_to_keep: int = 0
+            ) -> Tensor:
+        """tokens, positions (B, T), -1 = padding -> logits (B, T, V).
+
+        plan: of a cache, for these positions (`Cache.begin`).
+        """
         x = self.embed_tokens(tokens)
         cos, sin = rope_tables(
             positions, *_frequencies(self.config, x.device, x.dtype),
             x.dtype)
         for layer in self.layers:
-            x = layer(x, cos, sin, positions, cache)
+            x = layer(x, cos, sin, positions, plan)
         return self.lm_head(self.norm(x[:, -logits_to_keep:]))
 
 
@@ -278,7 +259,7 @@ def initialise(model: nn.Module) -> None:
 
 # --- Checks and positions ----------------------------------------------------
 
-class ModelError(Error):
+class ModelError(ValueError):
     """Tokens or a mask that the model cannot take."""
 
 
@@ -287,22 +268,21 @@ def check_tokens(tokens: Tensor, attention_mask: Tensor | None,
     """Raise ModelError unless tokens (B, T) and the mask can be run."""
     shape, most = tuple(tokens.shape), config.max_position_embeddings
     if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
-        raise mismatch(ModelError, "tokens", "int64 of shape (B, T)",
-                       f"{tokens.dtype} of shape {shape}")
+        raise ModelError("tokens: expected int64 of shape (B, T), found "
+                         f"{tokens.dtype} of shape {shape}")
     if tokens.numel() == 0:
-        raise mismatch(ModelError, "tokens", "at least one",
-                       f"an empty prompt of shape {shape}")
+        raise ModelError("tokens: expected at least one, found an empty "
+                         f"prompt of shape {shape}")
     if attention_mask is not None and attention_mask.shape != tokens.shape:
-        raise mismatch(ModelError, "attention_mask",
-                       f"shape {shape} as tokens has",
-                       tuple(attention_mask.shape))
+        raise ModelError(f"attention_mask: expected shape {shape} as tokens "
+                         f"has, found {tuple(attention_mask.shape)}")
     if tokens.shape[1] > most:
-        raise mismatch(ModelError, "tokens",
-                       f"at most {most} (max_position_embeddings)", shape[1])
+        raise ModelError(f"tokens: expected at most {most} "
+                         f"(max_position_embeddings), found {shape[1]}")
     for token in torch.stack(tokens.aminmax()).tolist():
         if not 0 <= token < config.vocab_size:
-            raise mismatch(ModelError, "token id",
-                           f"0 to {config.vocab_size - 1}", token)
+            raise ModelError(f"token id: expected 0 to "
+                             f"{config.vocab_size - 1}, found {token}")
 
 
 def token_positions(tokens: Tensor, attention_mask: Tensor | None = None,
@@ -319,119 +299,49 @@ def token_positions(tokens: Tensor, attention_mask: Tensor | None = None,
 
 # --- The front door ----------------------------------------------------------
 
-_DENSE = re.compile(r".*\.experts\.(parametrizations\.)?"
-                    r"(gate_up|down)_proj(\.original)?")
-_OURS = re.compile(r"(embed_tokens|layers|norm)\.")
-
-
-def file_name(name: str) -> str:
-    """What a file calls a tensor of `GptOss`."""
-    return f"model.{name}" if _OURS.match(name) else name
-
-
-def file_tensor(name: str, tensor: Tensor) -> Tensor:
-    """Dense experts (E, out, in) <-> (E, in, out); others as they are."""
-    turned = _DENSE.fullmatch(name) and tensor.ndim == 3
-    return tensor.transpose(1, 2) if turned else tensor
-
-
-def _name_as_file(model: nn.Module, state: dict[str, Tensor], prefix: str,
-                  metadata: object) -> None:
-    """After `state_dict`: the names and orientations of a file."""
-    for name in [name for name in state if name.startswith(prefix)]:
-        tensor = file_tensor(name, state.pop(name))
-        state[prefix + file_name(name.removeprefix(prefix))] = tensor
-
-
-def _name_as_module(model: nn.Module, state: dict[str, Tensor], prefix: str,
-                    *_: object) -> None:
-    """Before `load_state_dict`: the names and orientations of ours."""
-    for name in [name for name in state if name.startswith(prefix)]:
-        tensor = file_tensor(name, state.pop(name))
-        ours = name.removeprefix(prefix).removeprefix("model.")
-        state[prefix + ours] = tensor
-
-
-def _say_as_file(model: nn.Module, incompatible: _IncompatibleKeys) -> None:
-    """After `load_state_dict`: what it missed, by the names of a file."""
-    for names in incompatible:
-        names[:] = map(file_name, names)
-
-
-def one_of(tokens: Tensor | None, input_ids: Tensor | None) -> Tensor:
-    """The one that is given; ModelError for both or none."""
-    if (tokens is None) == (input_ids is None):
-        raise mismatch(ModelError, "tokens", "either tokens or input_ids",
-                       "neither" if tokens is None else "both")
-    return input_ids if tokens is None else tokens
-
-
 class GptOss(Stack):
     """gpt-oss: token ids in, logits out.
 
     With packed=True the experts hold MXFP4 (zeros until loaded); with
     packed=False they are dense and, like the rest, drawn at random with
     biases and sinks 0 and norms 1: ready to train.
-
-    `state_dict` has the names and orientations of a Hugging Face file, and
-    `load_state_dict` takes them, with or without "model." before them: dense
-    experts are (E, in, out) there, and parameters of (E, out, in) here.
     """
-
-    sources: tuple[Path, ...] = ()  # small files beside the weights
 
     def __init__(self, config: GptOssConfig,
                  dtype: torch.dtype = torch.bfloat16, device=None,
                  packed: bool = True) -> None:
         if config.tie_word_embeddings:  # chapter 3 reads such files untied
-            raise mismatch(ModelError, "tie_word_embeddings",
-                           "false (embedding and lm_head are two matrices "
-                           "here)", "true")
+            raise ModelError("tie_word_embeddings: expected false (embedding "
+                             "and lm_head are two matrices here), found true")
         super().__init__(config, dtype, device, packed)
         initialise(self)
-        self.register_state_dict_post_hook(_name_as_file)
-        self.register_load_state_dict_pre_hook(_name_as_module)
-        self.register_load_state_dict_post_hook(_say_as_file)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are, and the tokens have to be."""
-        return self.embed_tokens.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the logits, and of all weights that are not packed."""
-        return self.embed_tokens.weight.dtype
-
-    def forward(self, tokens: Tensor | None = None,
-                cache: Cache | None = None,
+    def forward(self, tokens: Tensor, cache: Cache | None = None,
                 attention_mask: Tensor | None = None,
-                logits_to_keep: int = 0, *,
-                input_ids: Tensor | None = None) -> Tensor:
+                logits_to_keep: int = 0) -> Tensor:
         """tokens (B, T) int64 -> logits (B, T, V) in the model's dtype.
 
-        input_ids: another name for tokens. cache: the tokens continue what it holds, and enter it.
+        cache: the tokens continue what it holds, and enter it.
         attention_mask (B, T): false = padding, anywhere; its logits mean
         nothing. logits_to_keep: only the last so many columns (0: all).
         ModelError: ids out of range, no tokens, wrong rank, too many.
         CacheError: no room; the cache is then unchanged.
         """
-        tokens = one_of(tokens, input_ids)
         check_tokens(tokens, attention_mask, self.config)
         positions = token_positions(tokens, attention_mask, cache)
         if cache is None:
             return self.run(tokens, positions, None, logits_to_keep)
-        cache.check(positions)
-        cache.begin(positions)
-        logits = self.run(tokens, positions, cache, logits_to_keep)
-        cache.advance(positions)
+        plan = cache.begin(positions)
+        logits = self.run(tokens, positions, plan, logits_to_keep)
+        cache.commit(plan)
         return logits
 
     def new_cache(self, batch_size: int = 1, max_tokens: int | None = None,
                   slack: int = 0) -> Cache:
         """A `Cache` of this model's configuration, dtype and device."""
+        weight = self.embed_tokens.weight
         return Cache(self.config, batch_size, max_tokens, slack=slack,
-                     dtype=self.dtype, device=self.device)
+                     dtype=weight.dtype, device=weight.device)
 
     @classmethod
     def from_pretrained(cls, path: str | Path,
@@ -453,32 +363,10 @@ class GptOss(Stack):
             packed = packed and checkpoint.layout != "bf16"
             model = cls(checkpoint.config, dtype, "meta", packed)
             model.requires_grad_(False)
-            tensors = {file_name(name): file_tensor(name, tensor)
-                       for name, tensor in load_tensors(
-                           checkpoint, dtype, device, packed)}
-            model.sources = tuple(companions(checkpoint))
+            tensors = dict(load_tensors(checkpoint, dtype, device, packed))
         model.load_state_dict(tensors, assign=True)
         prepare()  # chapter 13's kernels, before threads share the model
         return model.eval()
-
-    def save_pretrained(self, path: str | Path,
-                        max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-        """Write a folder that `from_pretrained` and transformers read.
-
-        config.json, safetensors in shards, and the tokenizer and generation
-        config that lay beside the weights when they were read. Packed experts
-        are written packed, byte for byte; dense ones dense, in Hugging Face's
-        orientation. A dtype other than bf16 is named in config.json, and
-        from_pretrained(path, dtype="auto") reads it back. The folder must be
-        new or empty, and appears whole or not at all. CheckpointError names
-        the tensor or the file.
-        """
-        state = self.state_dict()
-        packed = any(name.endswith(PACKED) for name in state)
-        write_checkpoint(
-            path, self.config, state.items(), "hf" if packed else "bf16",
-            max_shard_bytes, [file for file in self.sources if file.exists()
-                              and file.name != "README.md"], self.dtype)
 
 
 # --- Loading -----------------------------------------------------------------
@@ -517,8 +405,8 @@ def pick_dtype(dtype: torch.dtype | str, checkpoint: Checkpoint
         return checkpoint.dtype
     found = FLOATING.get(str(dtype).removeprefix("torch."))
     if found is None:
-        raise mismatch(ModelError, "dtype", f"auto, {', '.join(FLOATING)}",
-                       f"{dtype!r:.100}")
+        raise ModelError(f"dtype: expected auto, {', '.join(FLOATING)}, "
+                         f"found {dtype!r:.100}")
     return found
 
 
@@ -535,11 +423,8 @@ __all__ = [
     "Stack",
     "attention_in_tiles",
     "check_tokens",
-    "file_name",
-    "file_tensor",
     "initialise",
     "load_tensors",
-    "one_of",
     "pick_dtype",
     "rms_norm",
     "token_positions",
