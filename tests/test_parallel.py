@@ -31,6 +31,7 @@ from hypothesis import strategies as st
 
 from gptoss import __main__ as cli
 from gptoss import parallel
+from gptoss.cache import Cache
 from gptoss.chat import Chat, ChatError, function_tool
 from gptoss.checkpoint import (
     LAYOUTS,
@@ -58,6 +59,7 @@ from gptoss.parallel import (
     fits,
     on_stage,
     rehearse,
+    seat_cache,
     seat_config,
     shard_rule,
     stage_layers,
@@ -383,6 +385,11 @@ def test_cache_of_a_seat() -> None:
     assert mine.num_key_value_heads == 4
     assert mine.num_hidden_layers == len(mine.layer_types) == len(
         stage_layers(TINY, 2)[1])
+    # a stage has fewer sliding layers; all replay as the whole model does
+    caches = [seat_cache(TINY, take_seat(TINY, rank, 4, 2), 1, 20)
+              for rank in range(4)]
+    assert {cache.replay for cache in caches} == {Cache(TINY).replay}
+    assert Cache(mine).replay < Cache(TINY).replay
 
 
 def test_alone_nothing_is_said() -> None:
