@@ -423,7 +423,7 @@ print("rings:", plan.rows.ring.tolist())
 print("look at a copy:", plan.before is not None)
 print("full layers:", plan.full_positions.tolist())
 try:
-    plan_chunk(rows, chunk + 1, slack=0)
+    plan_chunk(rows, chunk + (chunk >= 0), slack=0)
 except CacheError as error:
     print(error)
 

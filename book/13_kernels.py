@@ -4337,7 +4337,7 @@ print("float32: the same bits")
 # %% [markdown]
 # **The step with fixed shapes** gives the logits of the ordinary path, 150
 # tokens long, past the window of 64 and with most slots empty at first.
-# The sums over keys are over all slots now, and a library may cut a
+# The sums over keys run over all slots now, and a library may cut a
 # longer sum otherwise, hence a tolerance; the greedy tokens are the same.
 
 # %%
