@@ -234,26 +234,37 @@ for size, (*_, parameters, stored) in PUBLISHED.items():
 # nothing is guessed: an error says which key, what was expected and what
 # was found.
 
-# %% tags=["export"]
-import itertools
-import json
-import re
-import stat
-from dataclasses import dataclass
-from pathlib import Path
+# %% tags=["export:errors"]
+from typing import NoReturn, TypeGuard, TypeVar
 
 
-class ConfigError(ValueError):
-    """A configuration that is not one of a gpt-oss model."""
+class Error(ValueError):
+    """What this package refuses: each of its errors is one of these."""
 
 
-def _expect(good: bool, key: str, expected: str, found: object) -> None:
+E = TypeVar("E", bound=Error)
+
+
+def mismatch(error: type[E], what: object, expected: object,
+             found: object) -> E:
+    """An error of this class, worded; `found` is said as it is."""
+    return error(f"{what}: expected {expected}, found {found}")
+
+
+def refuse(error: type[Error], what: object, expected: object,
+           found: object) -> NoReturn:
+    """Raise `mismatch`; a value that was found is `shown`."""
+    raise mismatch(error, what, expected, shown(found))
+
+
+def expect(error: type[Error], good: bool, what: object, expected: object,
+           found: object) -> None:
+    """`refuse` unless it is good."""
     if not good:
-        raise ConfigError(f"{key}: expected {expected}, "
-                          f"found {_shown(found)}")
+        refuse(error, what, expected, found)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """repr(value), and no more of it than fits into a message."""
     try:
         text = repr(value)
@@ -262,19 +273,48 @@ def _shown(value: object) -> str:
     return text if len(text) <= 200 else text[:200] + "..."
 
 
-def _is_count(value: object) -> bool:
+def is_count(value: object) -> TypeGuard[int]:
     """A whole number; True is none, although Python thinks it is 1."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_positive(value: object) -> bool:
-    number = _is_count(value) or isinstance(value, float)
-    return number and 0 < value < float("inf")
+def is_number(value: object) -> TypeGuard[int | float]:
+    """A whole number or a float, infinity and NaN among them."""
+    return is_count(value) or isinstance(value, float)
+
+
+def is_positive(value: object) -> TypeGuard[int | float]:
+    """A finite number above 0."""
+    return is_number(value) and 0 < value < float("inf")
 
 
 # %%
-print([_is_count(v) for v in (24, 24.0, "24", True)])
-print([_is_positive(v) for v in (7, 7.0, 0.0, math.nan, math.inf, True)])
+print([is_count(v) for v in (24, 24.0, "24", True)])
+print([is_positive(v) for v in (7, 7.0, 0.0, math.nan, math.inf, True)])
+
+# %% [markdown]
+# All errors of the package are this one's children, so that a program can
+# catch what we refuse and nothing else: `except gptoss.Error`. It is a
+# `ValueError`, because that is what people catch who do not know us. The
+# configuration's own:
+
+# %% tags=["export"]
+import itertools
+import json
+import re
+import stat
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from gptoss.errors import Error, expect, is_count, is_positive, shown
+
+
+class ConfigError(Error):
+    """A configuration that is not one of a gpt-oss model."""
+
+
+_expect = partial(expect, ConfigError)
 
 # %% [markdown]
 # ### One dataclass for both models
@@ -394,7 +434,7 @@ def _check_number(key: str, value: object, name: str | None = None) -> None:
     """ConfigError unless it is a number within the bounds of field `key`;
     the message calls it `name`."""
     name, whole = name or key, key in COUNTS
-    good = _is_count(value) if whole else _is_positive(value)
+    good = is_count(value) if whole else is_positive(value)
     kind = "a whole number" if whole else "a number"
     _expect(good and value > 0, name, f"{kind} above 0", value)
     least, most = LEAST.get(key, 0), MOST[key]
@@ -416,7 +456,7 @@ for key, value in (("hidden_size", 2880.0), ("rope_theta", 10 ** 30),
 # %% tags=["export"]
 def fill_kinds(kinds: object, layers: object) -> tuple[str, ...]:
     """The kinds of all layers, alternating if None; ConfigError if none."""
-    _expect(_is_count(layers) and layers > 0, "num_hidden_layers",
+    _expect(is_count(layers) and layers > 0, "num_hidden_layers",
             "a whole number above 0", layers)
     # a damaged file must not make a list of a billion entries
     most = MOST["num_hidden_layers"]
@@ -474,7 +514,7 @@ def check_choices(config: GptOssConfig) -> None:
         _expect(isinstance(value, bool), key, "true or false", value)
     for key in ("eos_token_id", "pad_token_id"):
         value = getattr(config, key)
-        _expect(_is_count(value) and 0 <= value <= MOST[key], key,
+        _expect(is_count(value) and 0 <= value <= MOST[key], key,
                 "a token id", value)
 
 
@@ -631,7 +671,7 @@ def _rope_fields(values: dict) -> dict:
         for other in others:
             _expect(first.get(key, default) == other.get(key, default),
                     ROPE_SPELLINGS[0], f"{ROPE_KEYS[key]} as in "
-                    f"{ROPE_SPELLINGS[1]}, {_shown(other.get(key))}",
+                    f"{ROPE_SPELLINGS[1]}, {shown(other.get(key))}",
                     first.get(key))
     return first
 

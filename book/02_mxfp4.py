@@ -276,6 +276,8 @@ from torch._library.autograd import Info, make_autograd_impl
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
+from gptoss.errors import Error, mismatch
+
 BLOCK = 32  # values that share one scale
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0,
               -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -291,7 +293,7 @@ _FORMATS = {
 }
 
 
-class MXFP4Error(ValueError):
+class MXFP4Error(Error):
     """Blocks, scales or values that are not MXFP4 or cannot become it."""
 
 # %% tags=["export"]
@@ -299,20 +301,20 @@ def _check(blocks: torch.Tensor, scales: torch.Tensor) -> None:
     """Raise MXFP4Error unless blocks (…, N, 16) fit scales (…, N)."""
     for name, tensor in (("blocks", blocks), ("scales", scales)):
         if tensor.dtype != torch.uint8:
-            raise MXFP4Error(f"{name}: expected uint8, found {tensor.dtype}")
+            raise mismatch(MXFP4Error, name, "uint8", tensor.dtype)
     if blocks.ndim < 2 or blocks.shape[-1] != BLOCK // 2:
-        raise MXFP4Error("blocks: expected shape (..., N, 16), found "
-                         f"{tuple(blocks.shape)}")
+        raise mismatch(MXFP4Error, "blocks", "shape (..., N, 16)",
+                       tuple(blocks.shape))
     if scales.shape != blocks.shape[:-1]:
-        raise MXFP4Error(f"scales: expected shape {tuple(blocks.shape[:-1])} "
-                         f"beside blocks {tuple(blocks.shape)}, found "
-                         f"{tuple(scales.shape)}")
+        raise mismatch(MXFP4Error, "scales",
+                       f"shape {tuple(blocks.shape[:-1])} beside blocks "
+                       f"{tuple(blocks.shape)}", tuple(scales.shape))
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
     if dtype not in _FORMATS:
         names = ", ".join(str(known) for known in _FORMATS)
-        raise MXFP4Error(f"dtype: expected one of {names}, found {dtype}")
+        raise mismatch(MXFP4Error, "dtype", f"one of {names}", dtype)
 
 # %%
 from itertools import product
@@ -735,7 +737,7 @@ def encode(values: torch.Tensor, scales: torch.Tensor | None = None
     for start in range(0, len(rows), 2 ** 15):
         part = slice(start, start + 2 ** 15)
         if not torch.isfinite(rows[part]).all():
-            _refuse("values", values, ~torch.isfinite(values))
+            _check_finite("values", values, ~torch.isfinite(values))
         if not kept:
             flat[part] = _choose_scales(rows[part].double().abs().amax(-1))
         target[part] = _encode_rows(rows[part].double(), flat[part])
@@ -758,19 +760,21 @@ def _encode_rows(rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 def _check_values(values, scales) -> torch.Size:
     """Shape of the scales of values, or MXFP4Error."""
     if values.dtype not in _FORMATS:
-        raise MXFP4Error(f"values: expected floats, found {values.dtype}")
+        raise mismatch(MXFP4Error, "values", "floats", values.dtype)
     if values.ndim == 0 or values.shape[-1] % BLOCK:
-        raise MXFP4Error(f"values: expected a last dimension divisible by "
-                         f"{BLOCK}, found shape {tuple(values.shape)}")
+        raise mismatch(MXFP4Error, "values",
+                       f"a last dimension divisible by {BLOCK}",
+                       f"shape {tuple(values.shape)}")
     shape = torch.Size((*values.shape[:-1], values.shape[-1] // BLOCK))
     if scales is not None:
         _check(torch.empty(*shape, BLOCK // 2, dtype=torch.uint8,
                            device="meta"), scales)
-        _refuse("scales", scales, scales == SCALE_NAN)
+        _check_finite("scales", scales, scales == SCALE_NAN)
     return shape
 
 
-def _refuse(name: str, tensor: torch.Tensor, bad: torch.Tensor) -> None:
+def _check_finite(name: str, tensor: torch.Tensor, bad: torch.Tensor
+                  ) -> None:
     """Raise MXFP4Error with the first position where bad is true."""
     if bad.any():
         first = tuple(bad.nonzero()[0].tolist())
@@ -960,12 +964,12 @@ def mxfp4_linear(x: torch.Tensor, blocks: torch.Tensor,
     _check_dtype(x.dtype)
     n = BLOCK * scales.shape[-1]
     if scales.ndim != 2 or x.ndim == 0 or x.shape[-1] != n:
-        raise MXFP4Error(f"x: expected (..., {n}) beside blocks (m, "
-                         f"{n // BLOCK}, 16), found x {tuple(x.shape)} and "
-                         f"blocks {tuple(blocks.shape)}")
+        raise mismatch(MXFP4Error, "x",
+                       f"(..., {n}) beside blocks (m, {n // BLOCK}, 16)",
+                       f"x {tuple(x.shape)} and blocks {tuple(blocks.shape)}")
     if bias is not None and bias.shape != blocks.shape[:1]:
-        raise MXFP4Error(f"bias: expected {tuple(blocks.shape[:1])}, found "
-                         f"{tuple(bias.shape)}")
+        raise mismatch(MXFP4Error, "bias", tuple(blocks.shape[:1]),
+                       tuple(bias.shape))
     return torch.ops.gptoss.mxfp4_linear(x, blocks, scales, bias)
 
 # %%

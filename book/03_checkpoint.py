@@ -239,6 +239,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from glob import escape
 from pathlib import Path
 
@@ -255,19 +256,17 @@ from gptoss.config import (
     read_json,
     total_parameters,
 )
+from gptoss.errors import Error, mismatch
 from gptoss.mxfp4 import BLOCK, SCALE_NAN, MXFP4Error, decode, encode
-
 
 _log = logging.getLogger("gptoss")
 
 
-class CheckpointError(Exception):
+class CheckpointError(Error):
     """A checkpoint that is not what it should be; names file and tensor."""
 
 
-def _wrong(where: object, expected: object, found: object
-           ) -> CheckpointError:
-    return CheckpointError(f"{where}: expected {expected}, found {found}")
+_wrong = partial(mismatch, CheckpointError)
 
 # %% tags=["export"]
 # Hugging Face name, original name, shape. `L.` is "model.layers.N." in the
@@ -356,23 +355,24 @@ def _rows(c: GptOssConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
                 yield hf, original, tuple(sizes[s] for s in shape.split())
 
 # %% tags=["export"]
-def tensor_table(config: GptOssConfig, layout: str = "hf"
-                 ) -> dict[str, TensorSpec]:
+def tensor_table(config: GptOssConfig, layout: str = "hf",
+                 floats: str = "BF16") -> dict[str, TensorSpec]:
     """Every tensor of a checkpoint: name there -> TensorSpec, in order.
 
     "hf" and "original" are the released layouts; "bf16" is Hugging Face's
     with decoded experts, (E, in, out). Other layouts: CheckpointError.
+    floats: the dtype of what is not packed, as safetensors spells it.
     """
     if layout not in LAYOUTS:
         raise _wrong("layout", f"one of {LAYOUTS}", repr(layout))
     table: dict[str, TensorSpec] = {}
     for hf, original, shape in _rows(config):
         name = original if layout == "original" else hf
-        dtype = "U8" if hf.endswith(PACKED) else "BF16"
+        dtype = "U8" if hf.endswith(PACKED) else floats
         if layout == "bf16" and dtype == "U8":
             if hf.endswith("_scales"):
                 continue
-            name, dtype = hf.removesuffix("_blocks"), "BF16"
+            name, dtype = hf.removesuffix("_blocks"), floats
             experts, out, blocks, _ = shape
             shape = (experts, 32 * blocks, out)
         if name in table:  # k below q, v below k
@@ -403,12 +403,13 @@ class Place:
     first: int  # its first row there
 
 
-def places(config: GptOssConfig, layout: str) -> dict[str, Place]:
+def places(config: GptOssConfig, layout: str, floats: str = "BF16"
+           ) -> dict[str, Place]:
     """Canonical name -> Place. Only q, k, v of "original" share one."""
     if layout != "original":
-        table = tensor_table(config, layout)
+        table = tensor_table(config, layout, floats)
         return {name: Place(spec, name, 0) for name, spec in table.items()}
-    table, filled, found = tensor_table(config), Counter(), {}
+    table, filled, found = tensor_table(config, "hf", floats), Counter(), {}
     for hf, original, shape in _rows(config):
         found[hf] = Place(table[hf], original, filled[original])
         filled[original] += shape[0]
@@ -466,6 +467,8 @@ def read_header(file: Path) -> dict[str, Stored]:
         header.pop("__metadata__", None)
         stored = [_stored(file, name, entry, 8 + length)
                   for name, entry in header.items()]
+    except CheckpointError:
+        raise
     except (ValueError, RecursionError, AttributeError, TypeError,
             KeyError) as error:
         raise _wrong(file, "a safetensors header",
@@ -961,14 +964,25 @@ for config in (SMALL, LARGE):
 # counts and hashes them as they pass.
 
 # %% tags=["export"]
-class _Writer:
-    """Files of full length with headers; rows are put where they belong."""
+OUR_FILES = ("config.json", "manifest.json", "model.safetensors.index.json")
+
+
+class Writer:
+    """Files of full length with headers; rows are put where they belong.
+
+    `put` every canonical tensor once, in any order and a few rows at a time,
+    then `finish`. dtype: of what is not packed.
+    """
 
     def __init__(self, folder: Path, config: GptOssConfig, layout: str,
-                 max_shard_bytes: int) -> None:
+                 max_shard_bytes: int, dtype: torch.dtype = torch.bfloat16
+                 ) -> None:
         self.folder, self.layout = folder, layout
-        table = tensor_table(config, layout)
-        self.places = places(config, layout)
+        floats = next((name for name in FLOATS if DTYPES[name] == dtype), "")
+        if not floats:
+            raise _wrong("dtype", f"one of {FLOATS}", dtype)
+        table = tensor_table(config, layout, floats)
+        self.places = places(config, layout, floats)
         self.hashes = {name: hashlib.sha256() for name in self.places}
         self.rows = dict.fromkeys(self.places, 0)  # written so far
         config = replace(config, tie_word_embeddings=False)  # it has both
@@ -976,6 +990,8 @@ class _Writer:
                        else config.to_hf_dict())
         if layout == "bf16":
             del self.config["quantization_config"]
+        if dtype != torch.bfloat16:
+            self.config["dtype"] = str(dtype).removeprefix("torch.")
         self.shards = plan_shards(table, max_shard_bytes)
         need = sum(spec.nbytes for spec in table.values())
         free = shutil.disk_usage(folder).free
@@ -990,60 +1006,55 @@ class _Writer:
                 f.truncate(len(header) + sum(s.nbytes for s in specs))
             self.stored |= read_header(file)
 
-# %% tags=["export"]
-def _put(writer: _Writer, name: str, tensor: Tensor,
-         start: int | None = None) -> None:
-    """Write rows from `start` on; None: the whole tensor at once."""
-    if name not in writer.places:
-        raise _wrong(name, f"a canonical name of layout {writer.layout}",
-                     "this")
-    place, shape = writer.places[name], tuple(tensor.shape)
-    spec = place.spec
-    good = (shape == spec.shape if start is None
-            else shape[1:] == spec.shape[1:])
-    if not good or tensor.dtype != DTYPES[spec.dtype]:
-        raise _wrong(name, spec, f"{tensor.dtype} {list(shape)}")
-    if writer.rows[name] != (start or 0):
-        raise _wrong(name, "once", "again")
-    stored = writer.stored[place.stored]
-    width = stored.nbytes // stored.spec.shape[0]
-    data = tensor.detach().cpu().contiguous()
-    # numpy is no dependency of ours: the bytes straight from memory
-    raw = memoryview((ctypes.c_ubyte * data.nbytes).from_address(
-        data.data_ptr()))
-    with open(stored.file, "r+b") as f:
-        f.seek(stored.offset + (place.first + (start or 0)) * width)
-        f.write(raw)
-    writer.hashes[name].update(raw)
-    writer.rows[name] += shape[0]
+    def put(self, name: str, tensor: Tensor, start: int | None = None
+            ) -> None:
+        """Write rows from `start` on; None: the whole tensor at once."""
+        if name not in self.places:
+            raise _wrong(name, f"a canonical name of layout {self.layout}",
+                         "this")
+        place, shape = self.places[name], tuple(tensor.shape)
+        spec = place.spec
+        good = (shape == spec.shape if start is None
+                else shape[1:] == spec.shape[1:])
+        if not good or tensor.dtype != DTYPES[spec.dtype]:
+            raise _wrong(name, spec, f"{tensor.dtype} {list(shape)}")
+        if self.rows[name] != (start or 0):
+            raise _wrong(name, "once", "again")
+        stored = self.stored[place.stored]
+        width = stored.nbytes // stored.spec.shape[0]
+        data = tensor.detach().cpu().contiguous()
+        # numpy is no dependency of ours: the bytes straight from memory
+        raw = memoryview((ctypes.c_ubyte * data.nbytes).from_address(
+            data.data_ptr()))
+        with open(stored.file, "r+b") as f:
+            f.seek(stored.offset + (place.first + (start or 0)) * width)
+            f.write(raw)
+        self.hashes[name].update(raw)
+        self.rows[name] += shape[0]
 
-# %% tags=["export"]
-OUR_FILES = ("config.json", "manifest.json", "model.safetensors.index.json")
+    def finish(self, extra_files: Iterable[Path]) -> dict[str, str]:
+        """Check that nothing is missing, write the JSON; returns the hashes."""
+        for name, place in self.places.items():
+            rows = self.rows[name]
+            if rows != place.spec.shape[0]:
+                raise _wrong(name, place.spec, f"{rows} rows" if rows
+                             else "nothing")
+        for file in map(Path, extra_files):
+            if (self.folder / file.name).exists() or file.name in OUR_FILES:
+                raise CheckpointError(f"{file}: expected another name")
+            shutil.copyfile(file, self.folder / file.name)
+        _write_json(self.folder / "config.json", self.config)
+        if len(self.shards) > 1:
+            total = sum(stored.nbytes for stored in self.stored.values())
+            _write_json(self.folder / "model.safetensors.index.json", {
+                "metadata": {"total_size": total},
+                "weight_map": {name: stored.file.name for name, stored
+                               in sorted(self.stored.items())}})
+        return {name: each.hexdigest() for name, each in self.hashes.items()}
 
 
 def _write_json(file: Path, value: object) -> None:
     file.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
-
-
-def _finish(writer: _Writer, extra_files: Iterable[Path]) -> dict[str, str]:
-    """Check that nothing is missing, write the JSON; returns the hashes."""
-    for name, place in writer.places.items():
-        rows = writer.rows[name]
-        if rows != place.spec.shape[0]:
-            raise _wrong(name, place.spec, f"{rows} rows" if rows
-                         else "nothing")
-    for file in map(Path, extra_files):
-        if (writer.folder / file.name).exists() or file.name in OUR_FILES:
-            raise CheckpointError(f"{file}: expected another name")
-        shutil.copyfile(file, writer.folder / file.name)
-    _write_json(writer.folder / "config.json", writer.config)
-    if len(writer.shards) > 1:
-        total = sum(stored.nbytes for stored in writer.stored.values())
-        _write_json(writer.folder / "model.safetensors.index.json", {
-            "metadata": {"total_size": total},
-            "weight_map": {name: stored.file.name for name, stored
-                           in sorted(writer.stored.items())}})
-    return {name: each.hexdigest() for name, each in writer.hashes.items()}
 
 # %% [markdown]
 # The three biases go into one joined vector, v first, and come to lie in
@@ -1051,17 +1062,17 @@ def _finish(writer: _Writer, extra_files: Iterable[Path]) -> dict[str, str]:
 
 # %%
 (here / "draft").mkdir()
-writer = _Writer(here / "draft", TINY, "original", MAX_SHARD_BYTES)
+writer = Writer(here / "draft", TINY, "original", MAX_SHARD_BYTES)
 for part in "vqk":
     name = f"model.layers.0.self_attn.{part}_proj.bias"
-    _put(writer, name, torch.full(writer.places[name].spec.shape,
-                                  float("qkv".index(part)),
-                                  dtype=torch.bfloat16))
+    writer.put(name, torch.full(writer.places[name].spec.shape,
+                                float("qkv".index(part)),
+                                dtype=torch.bfloat16))
 stored = writer.stored["block.0.attn.qkv.bias"]
 data = stored.file.read_bytes()[stored.offset:][:stored.nbytes]
 values = torch.frombuffer(bytearray(data), dtype=torch.bfloat16)
 print([x.tolist() for x in values.unique_consecutive(return_counts=True)])
-report(_finish, writer, [])
+report(writer.finish, [])
 
 # %% [markdown]
 # ### All or nothing
@@ -1219,20 +1230,21 @@ def write_checkpoint(path: str | Path, config: GptOssConfig,
                      tensors: Iterable[tuple[str, Tensor]],
                      layout: str = "hf",
                      max_shard_bytes: int = MAX_SHARD_BYTES,
-                     extra_files: Iterable[str | Path] = ()
-                     ) -> dict[str, str]:
+                     extra_files: Iterable[str | Path] = (),
+                     dtype: torch.dtype = torch.bfloat16) -> dict[str, str]:
     """Write a checkpoint; returns canonical name -> sha256 of its bytes.
 
     tensors: (canonical name, tensor) in any order, one held at a time; with
     layout "original" q, k and v still come apart. Shapes and dtypes must be
-    those of `tensor_table`. extra_files are copied along. The folder appears
-    whole or not at all. CheckpointError names the tensor or the file.
+    those of `tensor_table`, and `dtype` that of what is not packed. extra_files
+    are copied along. The folder appears whole or not at all. CheckpointError
+    names the tensor or the file.
     """
     with _new_folder(Path(path)) as draft:
-        writer = _Writer(draft, config, layout, max_shard_bytes)
+        writer = Writer(draft, config, layout, max_shard_bytes, dtype)
         for name, tensor in tensors:
-            _put(writer, name, tensor)
-        return _finish(writer, map(Path, extra_files))
+            writer.put(name, tensor)
+        return writer.finish(map(Path, extra_files))
 
 # %% [markdown]
 # ### Random checkpoints
@@ -1395,9 +1407,23 @@ class Checkpoint:
 
         A view of the mapped file: no byte is read before it is used, none
         outside `rows` ever, and writing to it does not reach the file. It
-        outlives `close`. Unknown name, or a step: CheckpointError.
+        outlives `close`. Of a stack of experts, a copy of the rows. Unknown
+        name, or a step: CheckpointError.
         """
-        return _view(self, self._place(name), rows or slice(None))
+        place, rows = self._place(name), rows or slice(None)
+        start, stop, step = rows.indices(place.spec.shape[0])
+        if step != 1:
+            raise _wrong(place.spec.name, "rows with step 1", rows)
+        stored = self._found[place.stored]
+        count, shape = max(0, stop - start), place.spec.shape[1:]
+        if isinstance(stored, Stored):
+            return self._mapped(stored, place.first + start, count)
+        parts = [self._mapped(part, 0, part.spec.shape[0])
+                 for part in stored.parts[start:stop]]
+        out = torch.empty(count, *shape, dtype=DTYPES[stored.spec.dtype])
+        for row, part in zip(out, parts, strict=True):
+            row.copy_(part.t())  # a vector stays as it is
+        return out
 
     def check_scales(self, name: str | None = None) -> None:
         """CheckpointError if a scale is 255 (NaN), in one tensor or in all.
@@ -1433,39 +1459,19 @@ class Checkpoint:
                 dtype=torch.uint8)
         return self._maps[file]
 
+    def _mapped(self, stored: Stored, first: int, count: int) -> Tensor:
+        """`count` rows of what is stored, from row `first`."""
+        width = stored.nbytes // stored.spec.shape[0]  # bytes in a row
+        begin = stored.offset + first * width
+        whole = self._map(stored.file).untyped_storage()
+        raw = torch.empty(0, dtype=torch.uint8).set_(
+            whole[begin:begin + count * width])  # torch.save: its own storage
+        dtype = DTYPES[stored.spec.dtype]
+        if begin % dtype.itemsize:
+            raw = raw.clone()  # a file whose tensors are not aligned
+        return raw.view(dtype).view(count, *stored.spec.shape[1:])
+
 # %% tags=["export"]
-def _view(checkpoint: Checkpoint, place: Place, rows: slice) -> Tensor:
-    """Rows of a stored tensor as a view of its mapped file; of a stack, a
-    copy of the rows."""
-    start, stop, step = rows.indices(place.spec.shape[0])
-    if step != 1:
-        raise _wrong(place.spec.name, "rows with step 1", rows)
-    stored = checkpoint._found[place.stored]
-    count, shape = max(0, stop - start), place.spec.shape[1:]
-    if isinstance(stored, Stored):
-        return _mapped(checkpoint, stored, place.first + start, count)
-    parts = [_mapped(checkpoint, part, 0, part.spec.shape[0])
-             for part in stored.parts[start:stop]]
-    out = torch.empty(count, *shape, dtype=DTYPES[stored.spec.dtype])
-    for row, part in zip(out, parts, strict=True):
-        row.copy_(part.t())  # a vector stays as it is
-    return out
-
-
-def _mapped(checkpoint: Checkpoint, stored: Stored, first: int, count: int
-            ) -> Tensor:
-    """`count` rows of what is stored, from row `first`."""
-    width = stored.nbytes // stored.spec.shape[0]  # bytes in a row
-    begin = stored.offset + first * width
-    raw = torch.empty(0, dtype=torch.uint8).set_(
-        checkpoint._map(stored.file).untyped_storage()[
-            begin:begin + count * width])  # for torch.save: its own storage
-    dtype = DTYPES[stored.spec.dtype]
-    if begin % dtype.itemsize:
-        raw = raw.clone()  # a file whose tensors are not aligned
-    return raw.view(dtype).view(count, *stored.spec.shape[1:])
-
-
 def check_scales(name: str, scales: Tensor) -> None:
     """CheckpointError naming `name` if a scale byte is 255, which is NaN."""
     if scales.numel() and scales.max() == SCALE_NAN:
@@ -1626,15 +1632,15 @@ def convert(source: str | Path, target: str | Path, layout: str,
     """
     with Checkpoint.open(source) as old, _new_folder(Path(target)) as draft:
         extra = companions(old)
-        writer = _Writer(draft, _config_for(old, extra), layout,
-                         max_shard_bytes)
+        writer = Writer(draft, _config_for(old, extra), layout,
+                        max_shard_bytes)
         for source_name in old.names():
             if progress:
                 progress(source_name)
             for name, start, rows in _pieces(old, source_name, layout):
-                _put(writer, name, rows, start)
+                writer.put(name, rows, start)
             old.close()  # unmap: pages read so far count as memory in use
-        manifest = _finish(writer, extra)
+        manifest = writer.finish(extra)
         _write_json(draft / "manifest.json", manifest)
     return manifest
 

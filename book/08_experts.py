@@ -599,6 +599,12 @@ class Experts(nn.Module):
                    self.gate_up_proj_bias, self._weight("down_proj"),
                    self.down_proj_bias, self.limit)
 
+    def extra_repr(self) -> str:
+        E, D = self.down_proj_bias.shape
+        return (f"experts={E}, hidden={D}, "
+                f"intermediate={self.gate_up_proj_bias.shape[1] // 2}, "
+                f"packed={self.packed}")
+
 # %%
 tiny = GptOssConfig(
     num_hidden_layers=1, num_local_experts=E, num_experts_per_tok=K,

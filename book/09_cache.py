@@ -254,9 +254,10 @@ import torch
 from torch import Tensor
 
 from gptoss.config import GptOssConfig
+from gptoss.errors import Error
 
 
-class CacheError(RuntimeError):
+class CacheError(Error, RuntimeError):
     """The cache cannot hold, or was not given, what a forward needs."""
 
 

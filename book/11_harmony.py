@@ -341,9 +341,10 @@ from itertools import groupby
 from pathlib import Path
 
 from gptoss.config import GptOssConfig
+from gptoss.errors import Error
 
 
-class HarmonyError(ValueError):
+class HarmonyError(Error):
     """A tokenizer, a text or a token that cannot be right."""
 
 

@@ -280,20 +280,16 @@ from torch import Tensor
 from gptoss.cache import Cache
 from gptoss.checkpoint import config_folder, home_file
 from gptoss.config import GptOssConfig, read_json
+from gptoss.errors import Error, is_count, is_number, refuse
 from gptoss.harmony import Tokenizer
 from gptoss.model import GptOss
 
 
-class GenerateError(ValueError):
+class GenerateError(Error):
     """An option, a prompt or logits that generation cannot use."""
 
 
-def _refuse(option: str, expected: str, found: object) -> None:
-    raise GenerateError(f"{option}: expected {expected}, found {found!r}")
-
-
-def _is_number(value: object, kind: type | tuple[type, ...]) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
+_refuse = partial(refuse, GenerateError)
 
 # %%
 try:
@@ -444,14 +440,13 @@ class Sampler:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        number = (int, float)
-        if not (_is_number(self.temperature, number)
+        if not (is_number(self.temperature)
                 and math.isfinite(self.temperature)
                 and self.temperature >= 0):
             _refuse("temperature", "a finite number >= 0", self.temperature)
-        if not (_is_number(self.top_k, int) and self.top_k >= 0):
+        if not (is_count(self.top_k) and self.top_k >= 0):
             _refuse("top_k", "an integer >= 0", self.top_k)
-        if not (_is_number(self.top_p, number) and 0 < self.top_p <= 1):
+        if not (is_number(self.top_p) and 0 < self.top_p <= 1):
             _refuse("top_p", "a number > 0 and <= 1", self.top_p)
 
     def __call__(self, logits: Tensor,
@@ -534,7 +529,7 @@ class SamplingOptions:
             value = getattr(self, name)
             if value is None and name != "prefill_chunk":
                 continue
-            if not (_is_number(value, int) and least <= value <= most):
+            if not (is_count(value) and least <= value <= most):
                 _refuse(name, f"an integer {words}", value)
         try:
             ids = frozenset(map(operator.index, self.stop))
@@ -594,7 +589,7 @@ def _said_stops(file: Path) -> tuple[int, ...]:
     if found is None:
         return ()
     ids = found if isinstance(found, list) else [found]
-    if not all(_is_number(n, int) and 0 <= n < 2 ** 31 for n in ids):
+    if not all(is_count(n) and 0 <= n < 2 ** 31 for n in ids):
         raise GenerateError(f"{file}: eos_token_id: expected a token id or a"
                             f" list of them, found {found!r:.200}")
     return tuple(dict.fromkeys(ids))
@@ -1019,6 +1014,7 @@ from pathlib import Path
 import torch
 
 from gptoss.checkpoint import resolve
+from gptoss.errors import Error, mismatch
 from gptoss.generate import Sampler, generate
 from gptoss.harmony import (
     CHANNELS,
@@ -1042,14 +1038,14 @@ _log = logging.getLogger("gptoss")
 
 
 # %% tags=["export:chat"]
-class ChatError(ValueError):
+class ChatError(Error):
     """A message, a tool or an option that a chat cannot use."""
 
 
 def _expect(fits: bool, where: str, expected: str, found: object) -> None:
     if not fits:
-        shown = "nothing" if found is None else reprlib.repr(found)
-        raise ChatError(f"{where}: expected {expected}, found {shown}")
+        said = "nothing" if found is None else reprlib.repr(found)
+        raise mismatch(ChatError, where, expected, said)
 
 
 # keys of clients that tell a model nothing

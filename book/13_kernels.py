@@ -2748,6 +2748,7 @@ from pathlib import Path
 import torch
 
 from gptoss import mxfp4
+from gptoss.errors import Error
 
 _log = logging.getLogger("gptoss")
 SOURCE = Path(mxfp4.__file__).with_name("kernels.cpp")
@@ -2760,7 +2761,7 @@ VARIANTS = {"auto": (), "avx2": ("-DGPTOSS_NARROW",),
             "portable": ("-DGPTOSS_PORTABLE",)}
 
 
-class KernelError(RuntimeError):
+class KernelError(Error, RuntimeError):
     """The kernels cannot be compiled or loaded here."""
 
 

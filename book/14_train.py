@@ -1531,6 +1531,7 @@ for message in shown.messages[1:]:
 import re
 from collections.abc import Iterator
 
+from gptoss.errors import Error
 from gptoss.lessons import (
     FACTS,
     KITS,
@@ -1547,7 +1548,7 @@ from gptoss.lessons import (
 from gptoss.stories import BEATS, WORDS, cast_key, line_pattern, shelf
 
 
-class LeakError(ValueError):
+class LeakError(Error):
     """A text for training holds a question that is kept for the exam."""
 
 
@@ -2461,12 +2462,10 @@ plt.show()
 def released_tensors(model: GptOss) -> Iterator[tuple[str, Tensor]]:
     """The model's tensors as the released layout stores them: experts in
     MXFP4 blocks and scales, everything else in bf16."""
-    outside = ("lm_head",)
     for name, value in plain_state(model).items():
         value = value.detach()
-        name = name if name.startswith(outside) else f"model.{name}"
-        if name.endswith(("gate_up_proj", "down_proj")):
-            blocks, scales = mxfp4.encode(value.float())
+        if name.endswith(("gate_up_proj", "down_proj")):  # (E, in, out)
+            blocks, scales = mxfp4.encode(value.transpose(1, 2).float())
             yield f"{name}_blocks", blocks
             yield f"{name}_scales", scales
         else:

@@ -322,10 +322,11 @@ import math
 from dataclasses import dataclass
 
 from gptoss.config import GptOssConfig
+from gptoss.errors import Error
 from gptoss.mxfp4 import BLOCK
 
 
-class ParallelError(RuntimeError):
+class ParallelError(Error, RuntimeError):
     """Ranks that do not fit the model, or that lost each other."""
 
 

@@ -347,6 +347,7 @@ from torch import Tensor, nn
 
 from gptoss.checkpoint import Checkpoint, convert, resolve
 from gptoss.config import GptOssConfig, bf16_bytes
+from gptoss.errors import Error
 from gptoss.experts import ALPHA, Experts, by_expert, clamped_swiglu
 from gptoss.generate import Sampler, generate
 from gptoss.masks import visible
@@ -362,7 +363,7 @@ from gptoss.rope import concentration as rope_concentration
 from gptoss.routing import softmax_then_topk
 
 
-class ParityError(ValueError):
+class ParityError(Error):
     """A comparison that cannot be made, and what is missing for it."""
 
 
@@ -2259,6 +2260,7 @@ from torch import Tensor
 
 from gptoss.checkpoint import random_tensors
 from gptoss.config import GptOssConfig
+from gptoss.errors import Error
 from gptoss.experts import clamped_swiglu
 from gptoss.masks import visible
 from gptoss.model import Block, GptOss, rms_norm
@@ -2280,7 +2282,7 @@ GREEDY = 1000  # tokens at most that a case may ask for
 Tensors = dict[str, Tensor]
 
 
-class VectorError(ValueError):
+class VectorError(Error):
     """A folder of vectors that cannot be read or written; names the file,
     and the case where it is one."""
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from gptoss.config import GptOssConfig
+from gptoss.errors import Error
 
 # --- What a row holds --------------------------------------------------------
 
-class CacheError(RuntimeError):
+class CacheError(Error, RuntimeError):
     """The cache cannot hold, or was not given, what a forward needs."""
 
 

@@ -36,6 +36,7 @@ from pathlib import Path
 import torch
 
 from gptoss.checkpoint import resolve
+from gptoss.errors import Error, mismatch
 from gptoss.generate import Sampler, generate
 from gptoss.harmony import (
     CHANNELS,
@@ -60,14 +61,14 @@ from gptoss.model import GptOss
 _log = logging.getLogger("gptoss")
 
 
-class ChatError(ValueError):
+class ChatError(Error):
     """A message, a tool or an option that a chat cannot use."""
 
 
 def _expect(fits: bool, where: str, expected: str, found: object) -> None:
     if not fits:
-        shown = "nothing" if found is None else reprlib.repr(found)
-        raise ChatError(f"{where}: expected {expected}, found {shown}")
+        said = "nothing" if found is None else reprlib.repr(found)
+        raise mismatch(ChatError, where, expected, said)
 
 
 # keys of clients that tell a model nothing

@@ -8,37 +8,18 @@ import json
 import re
 import stat
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+from gptoss.errors import Error, expect, is_count, is_positive, shown
 
 # --- A mistake has a name ----------------------------------------------------
 
-class ConfigError(ValueError):
+class ConfigError(Error):
     """A configuration that is not one of a gpt-oss model."""
 
 
-def _expect(good: bool, key: str, expected: str, found: object) -> None:
-    if not good:
-        raise ConfigError(f"{key}: expected {expected}, "
-                          f"found {_shown(found)}")
-
-
-def _shown(value: object) -> str:
-    """repr(value), and no more of it than fits into a message."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an int of 5,000 digits
-        return f"a {type(value).__name__} too large to show"
-    return text if len(text) <= 200 else text[:200] + "..."
-
-
-def _is_count(value: object) -> bool:
-    """A whole number; True is none, although Python thinks it is 1."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_positive(value: object) -> bool:
-    number = _is_count(value) or isinstance(value, float)
-    return number and 0 < value < float("inf")
+_expect = partial(expect, ConfigError)
 
 
 # --- One dataclass for both models -------------------------------------------
@@ -138,7 +119,7 @@ def _check_number(key: str, value: object, name: str | None = None) -> None:
     """ConfigError unless it is a number within the bounds of field `key`;
     the message calls it `name`."""
     name, whole = name or key, key in COUNTS
-    good = _is_count(value) if whole else _is_positive(value)
+    good = is_count(value) if whole else is_positive(value)
     kind = "a whole number" if whole else "a number"
     _expect(good and value > 0, name, f"{kind} above 0", value)
     least, most = LEAST.get(key, 0), MOST[key]
@@ -148,7 +129,7 @@ def _check_number(key: str, value: object, name: str | None = None) -> None:
 
 def fill_kinds(kinds: object, layers: object) -> tuple[str, ...]:
     """The kinds of all layers, alternating if None; ConfigError if none."""
-    _expect(_is_count(layers) and layers > 0, "num_hidden_layers",
+    _expect(is_count(layers) and layers > 0, "num_hidden_layers",
             "a whole number above 0", layers)
     # a damaged file must not make a list of a billion entries
     most = MOST["num_hidden_layers"]
@@ -193,7 +174,7 @@ def check_choices(config: GptOssConfig) -> None:
         _expect(isinstance(value, bool), key, "true or false", value)
     for key in ("eos_token_id", "pad_token_id"):
         value = getattr(config, key)
-        _expect(_is_count(value) and 0 <= value <= MOST[key], key,
+        _expect(is_count(value) and 0 <= value <= MOST[key], key,
                 "a token id", value)
 
 
@@ -281,7 +262,7 @@ def _rope_fields(values: dict) -> dict:
         for other in others:
             _expect(first.get(key, default) == other.get(key, default),
                     ROPE_SPELLINGS[0], f"{ROPE_KEYS[key]} as in "
-                    f"{ROPE_SPELLINGS[1]}, {_shown(other.get(key))}",
+                    f"{ROPE_SPELLINGS[1]}, {shown(other.get(key))}",
                     first.get(key))
     return first
 

@@ -20,21 +20,17 @@ from torch import Tensor
 from gptoss.cache import Cache
 from gptoss.checkpoint import config_folder, home_file
 from gptoss.config import GptOssConfig, read_json
+from gptoss.errors import Error, is_count, is_number, refuse
 from gptoss.harmony import Tokenizer
 from gptoss.model import GptOss
 
 # --- Refusing by name --------------------------------------------------------
 
-class GenerateError(ValueError):
+class GenerateError(Error):
     """An option, a prompt or logits that generation cannot use."""
 
 
-def _refuse(option: str, expected: str, found: object) -> None:
-    raise GenerateError(f"{option}: expected {expected}, found {found!r}")
-
-
-def _is_number(value: object, kind: type | tuple[type, ...]) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
+_refuse = partial(refuse, GenerateError)
 
 
 # --- The k best --------------------------------------------------------------
@@ -150,14 +146,13 @@ class Sampler:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        number = (int, float)
-        if not (_is_number(self.temperature, number)
+        if not (is_number(self.temperature)
                 and math.isfinite(self.temperature)
                 and self.temperature >= 0):
             _refuse("temperature", "a finite number >= 0", self.temperature)
-        if not (_is_number(self.top_k, int) and self.top_k >= 0):
+        if not (is_count(self.top_k) and self.top_k >= 0):
             _refuse("top_k", "an integer >= 0", self.top_k)
-        if not (_is_number(self.top_p, number) and 0 < self.top_p <= 1):
+        if not (is_number(self.top_p) and 0 < self.top_p <= 1):
             _refuse("top_p", "a number > 0 and <= 1", self.top_p)
 
     def __call__(self, logits: Tensor,
@@ -221,7 +216,7 @@ class SamplingOptions:
             value = getattr(self, name)
             if value is None and name != "prefill_chunk":
                 continue
-            if not (_is_number(value, int) and least <= value <= most):
+            if not (is_count(value) and least <= value <= most):
                 _refuse(name, f"an integer {words}", value)
         try:
             ids = frozenset(map(operator.index, self.stop))
@@ -263,7 +258,7 @@ def _said_stops(file: Path) -> tuple[int, ...]:
     if found is None:
         return ()
     ids = found if isinstance(found, list) else [found]
-    if not all(_is_number(n, int) and 0 <= n < 2 ** 31 for n in ids):
+    if not all(is_count(n) and 0 <= n < 2 ** 31 for n in ids):
         raise GenerateError(f"{file}: eos_token_id: expected a token id or a"
                             f" list of them, found {found!r:.200}")
     return tuple(dict.fromkeys(ids))

@@ -26,6 +26,7 @@ from gptoss import mxfp4
 from gptoss.compact import compact_layers, linear_beside_compact, saved_bytes
 from gptoss.config import bytes_read_per_token
 from gptoss.decode_step import kernels_loaded, quick_step
+from gptoss.errors import Error
 from gptoss.experts import packed_by_decoding
 from gptoss.generate import Sampler, generate, peak_rss_bytes, use_decoder
 from gptoss.model import GptOss, attention_in_tiles, rms_norm
@@ -46,7 +47,7 @@ VARIANTS = {"auto": (), "avx2": ("-DGPTOSS_NARROW",),
             "portable": ("-DGPTOSS_PORTABLE",)}
 
 
-class KernelError(RuntimeError):
+class KernelError(Error, RuntimeError):
     """The kernels cannot be compiled or loaded here."""
 
 

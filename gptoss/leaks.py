@@ -6,6 +6,7 @@ Generated from book/14_train.py; edit the chapter, not this file.
 import re
 from collections.abc import Iterator
 
+from gptoss.errors import Error
 from gptoss.lessons import (
     FACTS,
     KITS,
@@ -23,7 +24,7 @@ from gptoss.stories import BEATS, WORDS, cast_key, line_pattern, shelf
 
 # --- No question twice -------------------------------------------------------
 
-class LeakError(ValueError):
+class LeakError(Error):
     """A text for training holds a question that is kept for the exam."""
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from gptoss.checkpoint import Checkpoint, convert, resolve
 from gptoss.config import GptOssConfig, bf16_bytes
+from gptoss.errors import Error
 from gptoss.experts import ALPHA, Experts, by_expert, clamped_swiglu
 from gptoss.generate import Sampler, generate
 from gptoss.masks import visible
@@ -36,7 +37,7 @@ from gptoss.routing import softmax_then_topk
 
 # --- The points --------------------------------------------------------------
 
-class ParityError(ValueError):
+class ParityError(Error):
     """A comparison that cannot be made, and what is missing for it."""
 
 

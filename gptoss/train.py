@@ -525,12 +525,10 @@ def train(model: GptOss, source: Iterator[tuple[Tensor, Tensor]],
 def released_tensors(model: GptOss) -> Iterator[tuple[str, Tensor]]:
     """The model's tensors as the released layout stores them: experts in
     MXFP4 blocks and scales, everything else in bf16."""
-    outside = ("lm_head",)
     for name, value in plain_state(model).items():
         value = value.detach()
-        name = name if name.startswith(outside) else f"model.{name}"
-        if name.endswith(("gate_up_proj", "down_proj")):
-            blocks, scales = mxfp4.encode(value.float())
+        if name.endswith(("gate_up_proj", "down_proj")):  # (E, in, out)
+            blocks, scales = mxfp4.encode(value.transpose(1, 2).float())
             yield f"{name}_blocks", blocks
             yield f"{name}_scales", scales
         else:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gptoss.checkpoint import random_tensors
 from gptoss.config import GptOssConfig
+from gptoss.errors import Error
 from gptoss.experts import clamped_swiglu
 from gptoss.masks import visible
 from gptoss.model import Block, GptOss, rms_norm
@@ -40,7 +41,7 @@ GREEDY = 1000  # tokens at most that a case may ask for
 Tensors = dict[str, Tensor]
 
 
-class VectorError(ValueError):
+class VectorError(Error):
     """A folder of vectors that cannot be read or written; names the file,
     and the case where it is one."""
 

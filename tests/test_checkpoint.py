@@ -1039,12 +1039,12 @@ def test_tensors_that_do_not_fit(tmp_path, tensors, parts, layout):
 
 def test_rows_that_are_missing(tmp_path):
     """What `convert` would notice if it lost the end of a tensor."""
-    writer = module._Writer(tmp_path, TINY, "hf", 10 ** 9)
+    writer = module.Writer(tmp_path, TINY, "hf", 10 ** 9)
     for name, tensor in random_tensors(TINY):
         rows = tensor[:-1] if name == ROUTER else tensor
-        module._put(writer, name, rows, 0)
+        writer.put(name, rows, 0)
     with pytest.raises(CheckpointError, match=f"{ROUTER}.*found 3 rows"):
-        module._finish(writer, [])
+        writer.finish([])
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
