@@ -48,12 +48,12 @@ def filled(model: GptOss, count: int, room: int) -> Cache:
     """A cache that holds `count` tokens, with space for `room` more."""
     c = model.config
     cache = model.new_cache(max_tokens=count + room)
-    positions = torch.arange(count)[None]
+    plan = cache.begin(torch.arange(count)[None])
     for layer in range(c.num_hidden_layers):
         k, v = torch.randn(2, 1, count, c.num_key_value_heads,
                            c.head_dim).bfloat16()
-        cache.update(layer, k, v, positions)
-    cache.advance(positions)
+        plan.update(layer, k, v)
+    cache.commit(plan)
     return cache
 
 

@@ -1004,7 +1004,7 @@ assert [round(x, 2) for x in times] == [5.59, 4.74, 1.35]
 # %% [markdown]
 # ### The cache
 #
-# Equation {eq}`config-cache`. Chapter 9 builds the ring and the tape.
+# Equation {eq}`config-cache`. Chapter 9 builds both caches.
 
 # %% tags=["export"]
 def layer_cache_bytes(config: GptOssConfig, dtype_bytes: int = 2) -> int:
@@ -1021,7 +1021,7 @@ def cache_bytes_per_token(config: GptOssConfig, dtype_bytes: int = 2) -> int:
 
 def cache_bytes(config: GptOssConfig, tokens: int, batch_size: int = 1,
                 dtype_bytes: int = 2) -> int:
-    """Bytes of a cache with room for `tokens`: tapes and full rings."""
+    """Bytes of a cache with room for `tokens`, its rings included."""
     sliding = config.layer_types.count("sliding_attention")
     rings = sliding * config.sliding_window * layer_cache_bytes(
         config, dtype_bytes)
@@ -1461,9 +1461,9 @@ assert abs(limit - 8 * checkpoint_bytes(c) / total_parameters(c)) < 1e-3
 # %% tags=["hide-cell"]
 free = 80 * 10 ** 9 - checkpoint_bytes(big)
 rings = free // cache_bytes(big, S)
-tapes = free // (big.num_hidden_layers * S * layer_cache_bytes(big))
-print(f"rings {rings}, everything {tapes} (activations not counted)")
-assert (rings, tapes) == (3, 1)
+everything = free // (big.num_hidden_layers * S * layer_cache_bytes(big))
+print(f"rings {rings}, everything {everything} (activations not counted)")
+assert (rings, everything) == (3, 1)
 
 # %% [markdown]
 # ### Exercise 4

@@ -45,35 +45,36 @@ small, large = GptOssConfig.gpt_oss_20b(), GptOssConfig.gpt_oss_120b()
 sliding = small.layer_types.count("sliding_attention")
 token = 2 * small.num_key_value_heads * small.head_dim * 2  # k and v, bf16
 print(f"{token} bytes a token and layer")
-print(f"one tape a layer: {small.num_hidden_layers * token * 131_072:,}")
+print(f"all in every layer: {small.num_hidden_layers * token * 131_072:,}")
 print(f"sliding layers need: {sliding * token * small.sliding_window:,}")
 print(f"replay: {sliding * (small.sliding_window - 1)} tokens")
 
 # %% [markdown]
 # ## Picture
 #
-# A *ring* of R slots puts position p into slot p mod R; a *tape* puts it into
-# slot p and is replaced by one of twice the size when it is full. Read a
+# A *ring* of R slots, for a sliding layer, puts position p into slot p mod R;
+# the *full cache* of a full layer puts it into slot p and is replaced by one
+# of twice the size when there is no slot left. Read a
 # column as the memory after that many tokens; the colour says which position
 # a slot holds. In the ring the colours climb in a sawtooth, each slot being
-# overwritten after R tokens; on the tape a slot keeps its colour for ever,
+# overwritten after R tokens; in the full cache it keeps its colour for ever,
 # and the white area under the line is memory reserved but not yet used.
 
 # %% tags=["hide-input"]
 # Figure: the position held by each slot over the tokens taken in. Left, a ring
-# of 8 slots: each is overwritten every 8 tokens. Right, a tape: each slot
-# keeps its first position, and the capacity doubles when it is full.
+# of 8 slots: each is overwritten every 8 tokens. Right, a full cache: each
+# slot keeps its first position, and the capacity doubles when it is full.
 R, steps = 8, 40
 time = torch.arange(1, steps + 1)[None, :]
 slot = torch.arange(R)[:, None]
 ring = time - 1 - (time - 1 - slot) % R  # the latest p < time with p % R = s
 ring = ring.float().masked_fill(ring < 0, float("nan"))
 slot = torch.arange(64)[:, None]
-tape = slot.expand(64, steps).float().masked_fill(slot >= time, float("nan"))
+full = slot.expand(64, steps).float().masked_fill(slot >= time, float("nan"))
 figure, (left, right) = plt.subplots(
     1, 2, figsize=(7, 2.9), gridspec_kw={"width_ratios": [1, 1.15]})
 for axes, held, title in ((left, ring, f"Ring, R = {R}"),
-                          (right, tape, "Tape, doubling from 4")):
+                          (right, full, "Full cache, doubling from 4")):
     drawn = axes.imshow(held, origin="lower", aspect="auto", vmin=0,
                         vmax=steps, extent=(0.5, steps + 0.5, -0.5,
                                             len(held) - 0.5))
@@ -173,8 +174,8 @@ for full, part in zip(picture(truth[0]).split(), picture(found[0]).split(),
 #
 # ### Taking back more: replay
 #
-# Beyond the slack the rings have lost keys. The tapes have not: a full
-# layer's keys of positions below $\ell$ are still there and still right.
+# Beyond the slack the rings have lost keys. The full layers have not: their
+# keys of positions below $\ell$ are still there and still right.
 # Clear the rings and feed positions $r, …, \ell - 1$ again. From where on is
 # what the layers compute right?
 #
@@ -182,16 +183,17 @@ for full, part in zip(picture(truth[0]).split(), picture(found[0]).split(),
 # input, and so its keys, be right from position $c_j$ on. Its output at p
 # mixes values of $p - W + 1, …, p$ and is right from $c_j + W - 1$ on. A full
 # layer delays nothing: where its input is right its query is, and the keys
-# it looks at are those on the tape. Nor do norms and experts, which see one
+# it looks at are those in its cache. Nor do norms and experts, which see one
 # token at a time. Embeddings know nothing of the past, so $c_0 = r$ and
 #
 # $$ c_{j+1} = c_j + (W - 1) \quad\Rightarrow\quad
 #    c_j = r + j\,(W - 1) . $$ (eq-cache-front)
 #
-# A replayed token must therefore **not** be written to a tape that already
-# holds its position: where the layer's input is not right yet, the new key is
-# wrong and the old one right. The next query, at $\ell$, needs all rings
-# right from $\ell - W + 1$ on. The last one, $j = n - 1$, is the hardest:
+# A replayed token must therefore **not** be written to a full layer's cache,
+# which already holds its position: where the layer's input is not right yet,
+# the new key is wrong and the old one right. The next query, at $\ell$, needs
+# all rings right from $\ell - W + 1$ on. The last one, $j = n - 1$, is the
+# hardest:
 # $r + (n-1)(W-1) \le \ell - W + 1$, or
 #
 # $$ r = \max\bigl(0,\; \ell - n\,(W - 1)\bigr) . $$ (eq-cache-replay)
@@ -204,20 +206,20 @@ for full, part in zip(picture(truth[0]).split(), picture(found[0]).split(),
 # just where the framed keys, those the next query needs, begin.
 
 # %% tags=["hide-input"]
-# Figure: six layers by position after the replay of nine tokens. Tapes keep
-# all they held. In the sliding layers the wrong keys form a stair, three
+# Figure: six layers by position after the replay of nine tokens. Full layers
+# keep all they held. In the sliding layers the wrong keys form a stair, three
 # more a layer, and end where the framed keys begin that the next query needs.
 W, n, length = 4, 3, 20
 start = length - n * (W - 1)
 names = [f"{kind} {j}" for j in range(n) for kind in ("sliding", "full")]
-styles = {"on the tape, kept": ("s", "#0072B2"),
+styles = {"in a full layer, kept": ("s", "#0072B2"),
           "replayed, wrong": ("x", "#D55E00"),
           "replayed, right": ("s", "#009E73")}
 points = {name: [] for name in styles}
 for row, name in enumerate(names):
     for p in range(6, length):
         if name.startswith("full"):
-            points["on the tape, kept"].append((p, row))
+            points["in a full layer, kept"].append((p, row))
         elif p >= start:
             ok = p >= start + (row // 2) * (W - 1)
             points[f"replayed, {'right' if ok else 'wrong'}"].append((p, row))
@@ -243,12 +245,14 @@ plt.show()
 #
 # A batch has rows of unequal length, and padding never enters the cache.
 # Every row counts its own positions. All rings hold the same positions, and
-# so do all tapes: four small tensors describe the whole cache. They are
+# so do all full layers: four small tensors describe the whole cache. They are
 # never changed, only replaced, so that a failed forward leaves them as they
 # were.
 
 # %% tags=["export"]
+from collections import Counter
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -266,7 +270,7 @@ class Rows:
     """The state of B rows, the same for every layer; int64 tensors."""
 
     lengths: Tensor  # (B,) tokens taken in; the next has this position
-    held: Tensor  # (B,) positions on the tapes; above lengths in a replay
+    held: Tensor  # (B,) positions in full layers; in a replay above lengths
     start: Tensor  # (B,) where the last replay began, 0 without one
     ring: Tensor  # (B, W + slack) position in each ring slot, -1 = empty
 
@@ -284,15 +288,14 @@ print(rows.lengths.tolist(), rows.ring.tolist())
 # ### Refusing before writing
 #
 # Positions come from `positions_from_mask` of chapter 6. A row that does not
-# continue where the cache stands would be a silent error, and a cache that
-# is too small a late one: both are found before the first layer writes.
+# continue where the cache stands would be a silent error: it is found before
+# the first layer writes.
 
 # %% tags=["export"]
-def check_positions(rows: Rows, positions: Tensor, max_tokens: int,
-                    option: str) -> None:
-    """Raise CacheError unless positions (B, T) continue the rows.
+def discontinued(rows: Rows, positions: Tensor) -> Tensor:
+    """(B,) bool: rows that positions (B, T), -1 = padding, do not continue.
 
-    option names the limit max_tokens in the message.
+    CacheError if positions are of another batch size or no int64.
     """
     batch = rows.lengths.shape[0]
     if (positions.ndim != 2 or positions.shape[0] != batch
@@ -301,95 +304,135 @@ def check_positions(rows: Rows, positions: Tensor, max_tokens: int,
                          f"{tuple(positions.shape)} {positions.dtype}")
     real = positions >= 0
     expected = rows.lengths[:, None] + real.cumsum(1) - 1
-    wrong = (positions != expected.where(real, -1)).any(1)
-    if wrong.any():
-        b = int(wrong.nonzero()[0])
-        raise CacheError(f"positions: expected row {b} to continue at "
-                         f"{int(rows.lengths[b])} (-1 for padding), found "
-                         f"{positions[b].tolist()[:8]}")
-    needed = int((rows.lengths + real.sum(1)).max())
-    if needed > max_tokens:
-        raise CacheError(f"cache too small: {option} is {max_tokens}, this "
-                         f"forward needs {needed} tokens")
+    return (positions != expected.where(real, -1)).any(1)
 
 # %%
 mask = torch.tensor([[False, True, True, True], [True, True, True, True]])
 chunk = positions_from_mask(mask, rows.lengths)
-check_positions(rows, chunk, max_tokens=4, option="max_tokens")
-for case, limit in ((chunk + 1, 9), (chunk, 3)):
-    try:
-        check_positions(rows, case, limit, option="max_tokens")
-    except CacheError as error:
-        print(error)
+print(discontinued(rows, chunk).tolist(),
+      discontinued(rows, chunk + torch.tensor([[0], [1]])).tolist())
 
 # %% [markdown]
 # ### One plan for all layers
 #
-# Which column of the chunk goes into which slot is the same for all rings
-# and the same for all tapes. So it is computed once, and every layer only
-# copies.
+# Which column of the chunk goes into which slot is the same for all sliding
+# layers and the same for all full ones. So it is computed once a forward, and
+# every layer only copies. All that a layer needs is one call, `update`, and
+# whatever has it can stand for a cache (chapter 13 has another).
 
 # %% tags=["export"]
+class CacheView(Protocol):
+    """A cache as the layers see it in one forward."""
+
+    def update(self, layer: int, k: Tensor, v: Tensor
+               ) -> tuple[Tensor, Tensor, Tensor]:
+        """Take in k, v (B, T, G, C) of one layer; return what it may see.
+
+        Returns k (B, S, G, C), v and their positions (B, S), -1 = empty
+        slot.
+        """
+        ...
+
+
 @dataclass
 class Plan:
-    """Where one chunk goes; computed once and used by every layer."""
+    """Where one chunk goes: a `CacheView`, made once for all layers."""
 
     positions: Tensor  # (B, T) of the chunk, -1 = padding
     rows: Rows  # the state afterwards
     before: Tensor | None  # (B, size) ring positions, None = read in place
-    ring: tuple[Tensor, Tensor, Tensor]  # row, column, slot to write
-    tape: tuple[Tensor, Tensor, Tensor]  # row, column, slot to write
-    tape_positions: Tensor  # (B, S) position in each tape slot, or -1
+    sliding: tuple[Tensor, Tensor, Tensor]  # row, column, slot to write
+    full: tuple[Tensor, Tensor, Tensor]  # row, column, slot to write
+    full_positions: Tensor  # (B, S) position in each slot, or -1
+    layers: list["SlidingCache | FullCache"] = field(default_factory=list)
     done: set[int] = field(default_factory=set)  # layers already written
+    open: bool = True  # until committed, or given up
 
+    @torch.no_grad()
+    def update(self, layer: int, k: Tensor, v: Tensor
+               ) -> tuple[Tensor, Tensor, Tensor]:
+        """As in `CacheView`; padding is never stored."""
+        store = self.layers[layer]
+        shape = (*self.positions.shape, *store.k.shape[2:])
+        if (k.shape, v.shape, k.dtype) != (shape, shape, store.k.dtype):
+            raise CacheError(f"layer {layer}: expected k and v {shape} "
+                             f"{store.k.dtype}, found {tuple(k.shape)}, "
+                             f"{tuple(v.shape)} {k.dtype}")
+        if layer in self.done or not self.open:
+            raise CacheError(f"layer {layer}: updated twice in one forward, "
+                             "or after its end; begin() another")
+        self.done.add(layer)
+        return store.update(k, v, self)
 
-def _targets(keep: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """keep, slots (B, T) -> row, column and slot of what is kept."""
-    row, column = keep.nonzero(as_tuple=True)
-    return row, column, slots[row, column]
+# %% [markdown]
+# What is counted and what is wrong must be known to the host: the sizes of
+# what comes out, and whether to go on. On a GPU each such question waits for
+# the device, so there is one, for four numbers together.
 
 # %% tags=["export"]
-def plan_chunk(rows: Rows, positions: Tensor, slack: int) -> Plan:
-    """Plan for positions (B, T) that `check_positions` has passed.
+def _targets(keep: Tensor, slots: Tensor, count: int
+             ) -> tuple[Tensor, Tensor, Tensor]:
+    """keep, slots (B, T) -> row, column and slot of the count kept."""
+    row, column = torch.nonzero_static(keep, size=count).unbind(1)
+    return row, column, slots[row, column]
 
-    A ring keeps the last of each row; a tape, what it does not hold yet.
+
+def plan_chunk(rows: Rows, positions: Tensor, slack: int) -> Plan:
+    """Plan for positions (B, T); CacheError unless they continue the rows.
+
+    A ring keeps the last of each row; a full layer, what it does not hold
+    yet.
     """
-    size = rows.ring.shape[1]
+    wrong, size = discontinued(rows, positions), rows.ring.shape[1]
     real = positions >= 0
     lengths = rows.lengths + real.sum(1)
     held = torch.maximum(lengths, rows.held)
     kept = real & (positions >= (lengths - size)[:, None])
-    ring = _targets(kept, positions % size)
+    new = real & (positions >= rows.held[:, None])
+    bad, n_kept, n_new, longest = torch.stack(
+        [wrong.sum(), kept.sum(), new.sum(), held.max()]).tolist()
+    if bad:
+        b = int(wrong.nonzero()[0])
+        raise CacheError(f"positions: expected row {b} to continue at "
+                         f"{int(rows.lengths[b])} (-1 for padding), found "
+                         f"{positions[b].tolist()[:8]}")
+    sliding = _targets(kept, positions % size, n_kept)
     after = rows.ring.clone()
-    after[ring[0], ring[2]] = positions[ring[0], ring[1]]
-    slots = torch.arange(max(1, int(held.max())), device=held.device)
+    after[sliding[0], sliding[2]] = positions[sliding[0], sliding[1]]
+    slots = torch.arange(max(1, longest), device=held.device)
     return Plan(
         positions, Rows(lengths, held, rows.start, after),
-        None if positions.shape[1] <= slack + 1 else rows.ring, ring,
-        _targets(real & (positions >= rows.held[:, None]), positions),
+        None if positions.shape[1] <= slack + 1 else rows.ring, sliding,
+        _targets(new, positions, n_new),
         slots.where(slots < held[:, None], -1))
 
 # %% [markdown]
 # Two rows of 3 and 4 tokens, then 3 more for the second: the first row, all
 # padding, keeps its ring; the second overwrites three of its slots. `before`
-# says that a chunk of three has to look at the old ring.
+# says that a chunk of three has to look at the old ring. A row that leaves
+# out a position is refused.
 
 # %%
 plan = plan_chunk(rows, chunk, slack=0)
 rows = plan.rows
 print("rings:", rows.ring.tolist(), "lengths:", rows.lengths.tolist())
 mask = torch.tensor([[False] * 3, [True] * 3])
-plan = plan_chunk(rows, positions_from_mask(mask, rows.lengths), slack=0)
+chunk = positions_from_mask(mask, rows.lengths)
+plan = plan_chunk(rows, chunk, slack=0)
 print("rings:", plan.rows.ring.tolist())
 print("look at a copy:", plan.before is not None)
-print("tapes:", plan.tape_positions.tolist())
+print("full layers:", plan.full_positions.tolist())
+try:
+    plan_chunk(rows, chunk + 1, slack=0)
+except CacheError as error:
+    print(error)
 
 # %% [markdown]
-# ### The ring
+# ### A sliding layer
 
 # %% tags=["export"]
-class Ring:
-    """Keys and values of one sliding layer: position p in slot p % size."""
+class SlidingCache:
+    """Keys and values of one sliding layer, a ring: p in slot p % size."""
 
     def __init__(self, shape: tuple[int, int, int, int], dtype, device):
         self.k, self.v = _zeros(shape, dtype, device)  # (B, size, G, C)
@@ -405,8 +448,8 @@ class Ring:
         if plan.before is not None:
             seen = (torch.cat([self.k, k], 1), torch.cat([self.v, v], 1))
             positions = torch.cat([plan.before, plan.positions], 1)
-        _write(self.k, k, plan.ring)
-        _write(self.v, v, plan.ring)
+        _write(self.k, k, plan.sliding)
+        _write(self.v, v, plan.sliding)
         return *seen, positions
 
 
@@ -435,17 +478,20 @@ def _zeros(shape, dtype, device) -> tuple[Tensor, Tensor]:
     return pair[0].transpose(1, 2), pair[1].transpose(1, 2)
 
 # %%
-ring = Ring((2, 4, 1, 1), torch.float32, None)
+ring = SlidingCache((2, 4, 1, 1), torch.float32, None)
 values = 10 * plan.positions[..., None, None].float()
 seen, _, positions = ring.update(values, values, plan)
 print("looks at positions", positions[1].tolist())
 print("ring afterwards   ", ring.k[1].flatten().tolist())
 
 # %% [markdown]
-# ### The tape
+# ### A full layer
+#
+# A cache that is too small would be a late error: it, too, is found before
+# the first layer writes, where the slots are reserved.
 
 # %% tags=["export"]
-class Tape:
+class FullCache:
     """Keys and values of one full layer: position p in slot p."""
 
     def __init__(self, shape: tuple[int, int, int, int], dtype, device):
@@ -465,25 +511,25 @@ class Tape:
     def update(self, k: Tensor, v: Tensor, plan: Plan
                ) -> tuple[Tensor, Tensor, Tensor]:
         """Write the chunk; return views of all that is held."""
-        _write(self.k, k, plan.tape)
-        _write(self.v, v, plan.tape)
-        used = plan.tape_positions.shape[1]
-        return self.k[:, :used], self.v[:, :used], plan.tape_positions
+        _write(self.k, k, plan.full)
+        _write(self.v, v, plan.full)
+        used = plan.full_positions.shape[1]
+        return self.k[:, :used], self.v[:, :used], plan.full_positions
 
 # %%
-tape = Tape((2, 4, 1, 1), torch.float32, None)
-tape.reserve(7, limit=100)
-seen, _, positions = tape.update(values, values, plan)
-print("slots:", tape.k.shape[1], " returned:", seen.shape[1], " a view:",
-      seen.data_ptr() == tape.k.data_ptr())
+full = FullCache((2, 4, 1, 1), torch.float32, None)
+full.reserve(7, limit=100)
+seen, _, positions = full.update(values, values, plan)
+print("slots:", full.k.shape[1], " returned:", seen.shape[1], " a view:",
+      seen.data_ptr() == full.k.data_ptr())
 
 # %% [markdown]
 # ### Going back
 #
 # {eq}`eq-cache-slack` and {eq}`eq-cache-replay` for a batch. `held` stays
 # above `lengths` while a replay is under way; that is how `plan_chunk` knows
-# what not to write to a tape. Two conditions must hold for a row to go on
-# without a replay: its ring reaches back far enough, and what lies in it is
+# what not to write to a full layer. Two conditions must hold for a row to go
+# on without a replay: its ring reaches back far enough, and what lies in it is
 # right. The second can fail when one replay is cut short by the next
 # rollback.
 
@@ -513,22 +559,32 @@ full = Rows(*torch.tensor([[20], [20], [0]]),
 for length in (19, 18):  # window 4, two sliding layers, no slack
     after, again = roll_back(full, length, window=4, replay=2 * 3)
     print(f"to {length}: replay {again.item()}, feed from "
-          f"{after.lengths.item()}, tapes hold {after.held.item()}")
+          f"{after.lengths.item()}, full layers hold {after.held.item()}")
 
 # %% [markdown]
 # ### The memory of all layers
 #
-# Three steps make the class: what it holds, how it takes tokens in, how it
-# gives them up again.
+# A forward calls `begin` and gets a plan, hands it to each layer, and ends
+# with `commit`. The rows change in `commit` only. A forward that dies
+# half-way (memory, an interrupt) leaves some rings overwritten; the plan that
+# is still open gives it away, and `rollback` knows that these rings cannot be
+# trusted. One that dies before its first layer has written leaves no trace.
 
 # %% tags=["export"]
-class _Storage:
-    """A ring or a tape for every layer, and the state of the rows."""
+class Cache:
+    """Keys and values of all layers, for a batch of unequal rows.
+
+    max_tokens preallocates the full layers and is a limit; without it they
+    grow by doubling. slack: ring slots beyond the window; slack + 1 tokens
+    can be taken back without replay. replay: how many tokens a rollback
+    feeds again at most; if None, what these layers need, sliding layers *
+    (window - 1). Keys and values are detached. Misuse raises CacheError.
+    """
 
     def __init__(self, config: GptOssConfig, batch_size: int = 1,
                  max_tokens: int | None = None,
                  dtype: torch.dtype = torch.bfloat16, device=None,
-                 slack: int = 0) -> None:
+                 slack: int = 0, replay: int | None = None) -> None:
         longest = config.max_position_embeddings
         if max_tokens is not None and not 1 <= max_tokens <= longest:
             raise CacheError(f"max_tokens: expected 1 to {longest} (max_"
@@ -538,23 +594,29 @@ class _Storage:
                              f"{batch_size} and {slack}")
         self.batch_size, self.max_tokens = batch_size, max_tokens
         self.window, self.slack = config.sliding_window, slack
-        sizes = {"sliding_attention": (Ring, self.window + slack),
-                 "full_attention": (Tape, max_tokens or min(256, longest))}
-        self.layers: list[Ring | Tape] = [
-            make((batch_size, size, config.num_key_value_heads,
-                  config.head_dim), dtype, device)
-            for make, size in map(sizes.get, config.layer_types)]
+        sliding = config.layer_types.count("sliding_attention")
+        self.replay = (sliding * (self.window - 1) if replay is None
+                       else replay)
         self.limit = ((longest, "max_position_embeddings")
                       if max_tokens is None else (max_tokens, "max_tokens"))
-        rings = sum(isinstance(layer, Ring) for layer in self.layers)
-        self._replay = rings * (self.window - 1)
+        sizes = {"sliding_attention": (SlidingCache, self.window + slack),
+                 "full_attention": (FullCache,
+                                    max_tokens or min(256, longest))}
+        self.layers: list[SlidingCache | FullCache] = [
+            make((batch_size, size, config.num_key_value_heads,
+                  config.head_dim), dtype, device)
+            for make, size in map(sizes.__getitem__, config.layer_types)]
+        self._plan: Plan | None = None  # of a forward under way
         self.reset()
 
-    def reset(self) -> None:
-        """Forget everything; keep the memory."""
-        self._plan: Plan | None = None  # of a forward under way
-        self._rows = Rows.empty(self.batch_size, self.window + self.slack,
-                                self.layers[0].k.device)
+    def __repr__(self) -> str:
+        kinds = Counter((type(x).__name__, x.k.shape[1], x.k.dtype)
+                        for x in self.layers)
+        stores = "".join(
+            f"{count} {name} of {slots} slots {str(dtype)[6:]}, "
+            for (name, slots, dtype), count in kinds.items())
+        return (f"Cache(batch_size={self.batch_size}, {stores}"
+                f"{self.nbytes:,} bytes)")
 
     @property
     def rows(self) -> Rows:
@@ -563,14 +625,16 @@ class _Storage:
         Who can run a forward by other means sets it. CacheError while a
         forward is under way, or after one that failed.
         """
-        if self._plan is not None:
+        if self._plan is not None and self._plan.done:
             raise CacheError("the forward before this one did not reach "
-                             "advance(): call rollback() or reset()")
+                             "commit(): call rollback() or reset()")
         return self._rows
 
     @rows.setter
     def rows(self, rows: Rows) -> None:
-        self._rows = rows
+        if self._plan is not None:
+            self._plan.open = False
+        self._rows, self._plan = rows, None
 
     @property
     def lengths(self) -> Tensor:
@@ -587,115 +651,42 @@ class _Storage:
         """Bytes of all keys and values, slots not yet used included."""
         return sum(x.k.nbytes + x.v.nbytes for x in self.layers)
 
-# %%
-tiny = GptOssConfig(
-    num_hidden_layers=4, num_local_experts=2, num_experts_per_tok=1,
-    vocab_size=64, hidden_size=16, intermediate_size=32, head_dim=8,
-    num_attention_heads=4, num_key_value_heads=2, sliding_window=8)
-storage = _Storage(tiny, batch_size=3, max_tokens=100, slack=2)
-print([f"{type(x).__name__} {x.k.shape[1]}" for x in storage.layers])
-assert storage.nbytes == 3 * 2 * 2 * 8 * 2 * (2 * (8 + 2) + 2 * 100)
-
-# %% [markdown]
-# ### Taking tokens in
-#
-# A forward calls `check`, then `update` once a layer, then `advance`. The
-# rows change in `advance` only. A forward that dies half-way (memory, an
-# interrupt) leaves some rings overwritten; the plan that is still open gives
-# it away, and `rollback` knows that these rings cannot be trusted.
-
-# %% tags=["export"]
-class _Intake(_Storage):
-    """check, update once a layer, advance: with the same positions."""
-
-    def check(self, positions: Tensor) -> None:
-        """Raise CacheError if a forward of positions (B, T) cannot run."""
-        check_positions(self.rows, positions, *self.limit)
-
-    def _same(self, positions: Tensor) -> bool:
-        """Are these the positions of the forward under way?"""
-        plan = self._plan
-        return plan is not None and (plan.positions is positions or
-                                     torch.equal(plan.positions, positions))
-
-    def begin(self, positions: Tensor) -> Plan:
-        """Plan a forward, unless it is under way; its first layer would.
-
-        What asks for numbers is then over before the arithmetic begins."""
-        if not self._same(positions):
-            self.check(positions)
-            plan = plan_chunk(self._rows, positions, self.slack)
-            self.reserve(plan.tape_positions.shape[1])
-            self._plan = plan
-        return self._plan
-
-    def _planned(self, layer: int, positions: Tensor) -> Plan:
-        plan = self.begin(positions)
-        if layer in plan.done:
-            raise CacheError(f"layer {layer}: updated twice in one forward; "
-                             "after a forward that failed call rollback()")
-        return plan
+    def reset(self) -> None:
+        """Forget everything; keep the memory."""
+        self.rows = Rows.empty(self.batch_size, self.window + self.slack,
+                               self.layers[0].k.device)
 
     def reserve(self, tokens: int) -> None:
-        """Have at least `tokens` slots on every tape."""
-        for tape in self.layers:
-            if isinstance(tape, Tape):
-                tape.reserve(tokens, self.limit[0])
+        """Have at least `tokens` slots in every full layer."""
+        most, option = self.limit
+        if tokens > most:
+            raise CacheError(f"cache too small: {option} is {most}, this "
+                             f"forward needs {tokens} tokens")
+        for layer in self.layers:
+            if isinstance(layer, FullCache):
+                layer.reserve(tokens, most)
 
-    @torch.no_grad()
-    def update(self, layer: int, k: Tensor, v: Tensor, positions: Tensor
-               ) -> tuple[Tensor, Tensor, Tensor]:
-        """Take in k, v (B, T, G, C) of one layer; return what it may see.
+    def begin(self, positions: Tensor) -> Plan:
+        """Plan a forward of positions (B, T) int64, -1 = padding.
 
-        positions (B, T) int64, -1 = padding, which is never stored. Returns
-        k (B, S, G, C), v and their positions (B, S), -1 = empty slot.
+        CacheError if it cannot run; nothing is changed then. All that asks
+        for numbers is over before the arithmetic begins.
         """
-        store = self.layers[layer]
-        shape = (*positions.shape, *store.k.shape[2:])
-        if (k.shape, v.shape, k.dtype) != (shape, shape, store.k.dtype):
-            raise CacheError(f"layer {layer}: expected k and v {shape} "
-                             f"{store.k.dtype}, found {tuple(k.shape)}, "
-                             f"{tuple(v.shape)} {k.dtype}")
-        plan = self._planned(layer, positions)
-        plan.done.add(layer)
-        return store.update(k, v, plan)
+        plan = plan_chunk(self.rows, positions, self.slack)
+        self.reserve(plan.full_positions.shape[1])
+        self.rows = self._rows  # gives up a plan that nobody used
+        plan.layers, self._plan = self.layers, plan
+        return plan
 
-    def advance(self, positions: Tensor) -> None:
+    def commit(self, plan: Plan) -> None:
         """End a forward: from now on its tokens belong to the rows."""
-        done = self._plan.done if self._same(positions) else ()
-        if len(done) < len(self.layers):
-            raise CacheError(f"advance: expected {len(self.layers)} layers "
-                             f"updated at these positions, found {len(done)}")
-        self._rows, self._plan = self._plan.rows, None
-
-# %%
-cache = _Intake(tiny, batch_size=1, max_tokens=10)
-k, v = torch.randn(2, 1, 9, 2, 8, dtype=torch.bfloat16).unbind()
-for positions in (torch.arange(9)[None], torch.tensor([[9]])):
-    T = positions.shape[1]
-    cache.check(positions)
-    shapes = [cache.update(i, k[:, :T], v[:, :T], positions)[0].shape[1]
-              for i in range(4)]
-    cache.advance(positions)
-    print(f"{T} tokens: the layers look at {shapes} keys")
-try:
-    cache.check(torch.tensor([[10]]))
-except CacheError as error:
-    print(error)
-
-# %% [markdown]
-# ### Giving tokens up
-
-# %% tags=["export"]
-class Cache(_Intake):
-    """Keys and values of all layers, for a batch of unequal rows.
-
-    Cache(config, batch_size=1, max_tokens=None, dtype=bfloat16, device=None,
-    slack=0): max_tokens preallocates the tapes and is a limit; without it
-    they grow by doubling. slack: ring slots beyond the window; slack + 1
-    tokens can be taken back without replay. Keys and values are detached.
-    Misuse raises CacheError.
-    """
+        if plan is not self._plan:
+            raise CacheError("commit: expected the plan of the forward under "
+                             "way, found another")
+        if len(plan.done) < len(self.layers):
+            raise CacheError(f"commit: expected {len(self.layers)} layers "
+                             f"updated, found {len(plan.done)}")
+        self.rows = plan.rows
 
     def rollback(self, length: int) -> int:
         """Forget every position >= length; return where to feed again.
@@ -711,12 +702,41 @@ class Cache(_Intake):
         rows = self._rows
         if self._plan is not None and self._plan.done:  # half written rings
             rows = replace(rows, ring=torch.full_like(rows.ring, -1))
-        self._rows, again = roll_back(rows, length, self.window,
-                                      self._replay)
-        self._plan = None
+        self.rows, again = roll_back(rows, length, self.window, self.replay)
         if again.any():
             return int(self.lengths[again].min())
         return self.length
+
+# %%
+tiny = GptOssConfig(
+    num_hidden_layers=4, num_local_experts=2, num_experts_per_tok=1,
+    vocab_size=64, hidden_size=16, intermediate_size=32, head_dim=8,
+    num_attention_heads=4, num_key_value_heads=2, sliding_window=8)
+cache = Cache(tiny, batch_size=3, max_tokens=100, slack=2)
+print(cache)
+assert cache.nbytes == 3 * 2 * 2 * 8 * 2 * (2 * (8 + 2) + 2 * 100)
+
+# %% [markdown]
+# Nine tokens at once, then one, and no room for an eleventh:
+
+# %%
+cache = Cache(tiny, max_tokens=10)
+k, v = torch.randn(2, 1, 9, 2, 8, dtype=torch.bfloat16).unbind()
+for positions in (torch.arange(9)[None], torch.tensor([[9]])):
+    T = positions.shape[1]
+    plan = cache.begin(positions)
+    shapes = [plan.update(i, k[:, :T], v[:, :T])[0].shape[1]
+              for i in range(4)]
+    cache.commit(plan)
+    print(f"{T} tokens: the layers look at {shapes} keys")
+try:
+    cache.begin(torch.tensor([[10]]))
+except CacheError as error:
+    print(error)
+
+# %% [markdown]
+# Taking back three tokens of forty costs nothing with a slack of two; ten
+# more cost a replay of the fourteen before them:
 
 # %%
 cache = Cache(tiny, batch_size=1, max_tokens=40, slack=2)
@@ -724,10 +744,10 @@ k, v = torch.randn(2, 1, 40, 2, 8, dtype=torch.bfloat16).unbind()
 
 
 def feed(cache, first, last):
-    positions = torch.arange(first, last)[None]
+    plan = cache.begin(torch.arange(first, last)[None])
     for i in range(4):
-        cache.update(i, k[:, first:last], v[:, first:last], positions)
-    cache.advance(positions)
+        plan.update(i, k[:, first:last], v[:, first:last])
+    cache.commit(plan)
 
 
 feed(cache, 0, 40)
@@ -762,21 +782,22 @@ class Stack:
     def __call__(self, tokens, cache=None, mask=None):
         mask = torch.ones_like(tokens) > 0 if mask is None else mask
         positions = positions_from_mask(mask, cache and cache.lengths)
+        plan = cache and cache.begin(positions)
         x = self.embed[tokens] + self.place[positions]
         for i, (into, out, sinks) in enumerate(self.layers):
             normed = 4 * x / x.norm(dim=-1, keepdim=True)
             qkv = (normed @ into).unflatten(-1, (sum(self.heads), 8))
             q, k, v = qkv.split(self.heads, dim=2)
             where = positions
-            if cache is not None:
-                k, v, where = cache.update(i, k, v, positions)
+            if plan is not None:
+                k, v, where = plan.update(i, k, v)
             slides = self.config.layer_types[i] == "sliding_attention"
             seen = visible(positions, where,
                            self.config.sliding_window if slides else None)
             x = x + attention_concat(q, k, v, sinks, seen,
                                      8 ** -0.5).flatten(2) @ out
         if cache is not None:
-            cache.advance(positions)
+            cache.commit(plan)
         return x
 
 
@@ -843,8 +864,8 @@ for length in range(1, 79):
         start = cache.rollback(length)
         assert start == max(0, length - n * (W - 1))
         if delay and start:
-            state = cache._rows
-            cache._rows = replace(state, lengths=state.lengths + 1)
+            cache.rows = replace(cache.rows,
+                                 lengths=cache.rows.lengths + 1)
         if cache.length < length:
             net(tokens[:, cache.length:length], cache)
         got = net(other, cache)
@@ -872,8 +893,9 @@ ours, first = Cache(tiny, dtype=torch.float32), 0
 for T in (5, 1, 1, 20, 1, 9):
     positions = torch.arange(first, first + T)[None]
     k = torch.randn(1, T, 2, 8)
+    plan = ours.begin(positions)
     for i, kind in enumerate(tiny.layer_types):
-        a, _, at = ours.update(i, k, k, positions)
+        a, _, at = plan.update(i, k, k)
         b, _ = hf.update(k.transpose(1, 2), k.transpose(1, 2), i)
         b = b.transpose(1, 2)  # (B, G, S, C) to (B, S, G, C)
         b_at = torch.arange(first + T - b.shape[1], first + T)[None]
@@ -884,7 +906,7 @@ for T in (5, 1, 1, 20, 1, 9):
             at_mine = at[0][visible(p, at, window)[0, 0]]
             theirs = b[0][visible(p, b_at, window)[0, 0]]
             assert torch.equal(mine[at_mine.argsort()], theirs)
-    ours.advance(positions)
+    ours.commit(plan)
     first += T
 print(f"{first} tokens, 4 layers: the same keys")
 
@@ -920,10 +942,10 @@ for name, config in (("20b", small), ("120b", large)):
         assert cache.nbytes == token * layers // 2 * (128 + tokens_held)
         assert cache.nbytes == cache_bytes(config, tokens_held)  # chapter 1
         print(f"{name:>4} {tokens_held:8,} tokens {cache.nbytes:14,} bytes, "
-              f"{100 * cache.nbytes / plain:.1f} % of one tape a layer")
+              f"{100 * cache.nbytes / plain:.1f} % of all in every layer")
     reach = receptive_field(config.layer_types, 128)[-1].sliding
-    assert cache._replay == reach - 1  # chapter 6, without the query itself
-    print(f"{name:>4} replay: {cache._replay} tokens")
+    assert cache.replay == reach - 1  # chapter 6, without the query itself
+    print(f"{name:>4} replay: {cache.replay} tokens")
 
 # %% [markdown]
 # ## Cost
@@ -943,9 +965,10 @@ H, G, C = 4, 2, 8
 k = torch.zeros(1, 1, G, C, dtype=torch.float64)
 q, sinks = torch.zeros(1, 1, H, C, dtype=torch.float64), torch.zeros(H)
 flops = read = 0
+plan = cache.begin(torch.tensor([[79]]))
 for i in range(4):
     with FlopCounterMode(display=False) as counter:
-        keys, vals, at = cache.update(i, k, k, torch.tensor([[79]]))
+        keys, vals, at = plan.update(i, k, k)
         seen = visible(torch.tensor([[79]]), at, 8 if i % 2 == 0 else None)
         attention_concat(q, keys, vals, sinks, seen, C ** -0.5)
     flops += counter.get_total_flops()
@@ -961,24 +984,25 @@ print(f"{flops:,} FLOPs, {read:,} bytes")
 #
 # ## Takeaways
 #
-# - Sliding layers need a ring of W slots, full layers a tape; together half
-#   the bytes of one tape a layer, at 131,072 tokens 3.2 GB for the 20b.
+# - Sliding layers need a ring of W slots, full layers a slot for every token;
+#   together half the bytes of full caches alone, at 131,072 tokens 3.2 GB for
+#   the 20b.
 # - A chunk of at most s + 1 tokens may be written before it is read; a longer
 #   one looks at the old ring and at itself. Masks are made of positions.
 # - s + 1 tokens can be taken back for nothing, any number for a replay of
-#   n (W - 1) tokens, which must not touch what the tapes hold.
+#   n (W - 1) tokens, which must not touch what full layers hold.
 #
 # ## Exercises
 #
 # ### Exercise 1
 #
 # How many conversations of 8192 tokens fit beside the packed
-# 120b (65.2 GB) in 80 GB? How many with one tape a layer?
+# 120b (65.2 GB) in 80 GB? How many with every layer full?
 
 # %% tags=["hide-cell"]
 room = 80e9 - 65.25e9
-ring_and_tape = Cache(large, max_tokens=8192, device="meta").nbytes
-assert int(room // ring_and_tape) == 48
+ring_and_full = Cache(large, max_tokens=8192, device="meta").nbytes
+assert int(room // ring_and_full) == 48
 assert int(room // (36 * token * 8192)) == 24
 
 # %% [markdown]
@@ -1008,7 +1032,8 @@ for slack in (4, 5):
     net(tokens[:, :60], cache)
     memory = cache.layers[0].k.data_ptr()
     k = torch.zeros(1, 6, 2, 8, dtype=torch.float64)
-    seen, _, _ = cache.update(0, k, k, torch.arange(60, 66)[None])
+    plan = cache.begin(torch.arange(60, 66)[None])
+    seen, _, _ = plan.update(0, k, k)
     print(f"slack {slack}: in place {seen.data_ptr() == memory}")
 for back in range(6):
     cache = net.new_cache(slack=5)
@@ -1019,7 +1044,7 @@ for back in range(6):
 # %% [markdown]
 # ### Exercise 4
 #
-# Let the replay overwrite the tapes (set `held` to where the
+# Let the replay overwrite the full layers (set `held` to where the
 # replay starts). Is the next output still right?
 
 # %% tags=["hide-cell"]
@@ -1029,7 +1054,7 @@ for overwrite in (False, True):
     net(tokens, cache)
     start = cache.rollback(60)
     if overwrite:
-        cache._rows = replace(cache._rows, held=cache._rows.lengths)
+        cache.rows = replace(cache.rows, held=cache.rows.lengths)
     net(tokens[:, start:60], cache)
     got = net(tokens[:, 60:], cache)
     errors.append(float((got - whole[:, 60:]).abs().max()))
@@ -1054,7 +1079,7 @@ assert same(a, whole[:, 50:60])
 assert same(b, net(torch.cat([tokens[:, :50], other], 1))[:, 50:])
 cost = Cache(small, max_tokens=8192, device="meta").nbytes
 assert cost == 12 * 2048 * (8192 + 128)  # 204 MB
-# of the tapes all 8192 tokens could be shared, being read only from then on;
+# of the full layers all 8192 tokens could be shared, only read from then on;
 # the rings (3.1 MB) are overwritten and could not
 
 # %% [markdown]

@@ -255,7 +255,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from gptoss.cache import Cache
+from gptoss.cache import Cache, CacheView
 from gptoss.checkpoint import (
     DTYPES,
     FLOATS,
@@ -447,7 +447,9 @@ assert torch.equal(layer(row), F.linear(row, layer.weight, layer.bias))
 # ### The attention layer
 #
 # Four linear layers with biases, and one sink a head. A layer knows its
-# window (0: none) and its number, by which the cache keeps its keys.
+# window (0: none) and its number, by which the cache keeps its keys. What it
+# gets is the plan of a forward (chapter 9): it gives its keys and values, and
+# sees what the plan returns.
 
 # %% tags=["export"]
 class Attention(nn.Module):
@@ -469,14 +471,14 @@ class Attention(nn.Module):
         self.sinks = nn.Parameter(torch.zeros(H, **like))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor,
-                positions: Tensor, cache: Cache | None = None) -> Tensor:
+                positions: Tensor, plan: CacheView | None = None) -> Tensor:
         """x (B, T, D), tables (B, T, C/2), positions (B, T) -> (B, T, D)."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q = torch.ops.gptoss.rope(self.q_proj(x).view(heads), cos, sin)
         k = torch.ops.gptoss.rope(self.k_proj(x).view(heads), cos, sin)
         v, k_pos = self.v_proj(x).view(heads), positions
-        if cache is not None:
-            k, v, k_pos = cache.update(self.layer, k, v, positions)
+        if plan is not None:
+            k, v, k_pos = plan.update(self.layer, k, v)
         out = torch.ops.gptoss.sink_attention(
             q, k, v, self.sinks, positions, k_pos, self.window,
             self.head_dim ** -0.5)
@@ -542,10 +544,10 @@ class Block(nn.Module):
         self.mlp = MLP(config, dtype, device, packed)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor,
-                positions: Tensor, cache: Cache | None = None) -> Tensor:
+                positions: Tensor, plan: CacheView | None = None) -> Tensor:
         """x (B, T, D) -> (B, T, D); the rest as in `Attention.forward`."""
         h = x + self.self_attn(self.input_layernorm(x), cos, sin, positions,
-                               cache)
+                               plan)
         return h + self.mlp(self.post_attention_layernorm(h))
 
 
@@ -620,14 +622,18 @@ class Stack(nn.Module):
         self.lm_head = Linear(D, V, bias=False, **like)
 
     def run(self, tokens: Tensor, positions: Tensor,
-            cache: Cache | None = None, logits_to_keep: int = 0) -> Tensor:
-        """tokens, positions (B, T), -1 = padding -> logits (B, T, V)."""
+            plan: CacheView | None = None, logits_to_keep: int = 0
+            ) -> Tensor:
+        """tokens, positions (B, T), -1 = padding -> logits (B, T, V).
+
+        plan: of a cache, for these positions (`Cache.begin`).
+        """
         x = self.embed_tokens(tokens)
         cos, sin = rope_tables(
             positions, *_frequencies(self.config, x.device, x.dtype),
             x.dtype)
         for layer in self.layers:
-            x = layer(x, cos, sin, positions, cache)
+            x = layer(x, cos, sin, positions, plan)
         return self.lm_head(self.norm(x[:, -logits_to_keep:]))
 
 
@@ -850,10 +856,9 @@ class GptOss(Stack):
         positions = token_positions(tokens, attention_mask, cache)
         if cache is None:
             return self.run(tokens, positions, None, logits_to_keep)
-        cache.check(positions)
-        cache.begin(positions)
-        logits = self.run(tokens, positions, cache, logits_to_keep)
-        cache.advance(positions)
+        plan = cache.begin(positions)
+        logits = self.run(tokens, positions, plan, logits_to_keep)
+        cache.commit(plan)
         return logits
 
     def new_cache(self, batch_size: int = 1, max_tokens: int | None = None,

@@ -3379,7 +3379,7 @@ def experts_by_triton(x, ids, weights, gate_up_blocks, gate_up_scales,
 # decoding that is a row of the batch and a key head, 8 programs for one text,
 # where a GPU has a hundred processors or more. So the keys are divided, too,
 # among P programs {cite}`flashdecoding2023`: part p takes the tiles of keys p,
-# p + P, p + 2P, … (in turns, so that the filled slots of a tape are shared
+# p + P, p + 2P, … (in turns, so that the filled slots of a cache are shared
 # evenly), and leaves the mean of its values and the log-sum-exp of its scores.
 # A part then acts like a single key with that score and that value:
 #
@@ -3518,12 +3518,12 @@ assert launches.count * 5e-6 > 9 * bytes_read_per_token(big) / 3e12
 # 2. it lies where it lay, and what changes is written into it,
 # 3. nothing waits for the device to choose what comes next.
 #
-# `model(token, cache=cache)` breaks all three: what it sees of a tape grows
+# `model(token, cache=cache)` breaks all three: what full layers see grows
 # by a slot a token, the state is a new tensor each time, and its checks ask
 # whether ids and positions are right. `Stack.run` (chapter 10) does none of
 # this, it computes; what it needs is a cache that answers in one shape. A
 # slot that holds nothing has position -1, and no query sees it. So the whole
-# ring and the first 256, 512, 1024 ... slots of the tape, empty ones included,
+# ring and the first 256, 512, 1024 ... slots of full layers, empty ones too,
 # are as good an answer as the filled part.
 
 # %% tags=["export:decode_step"]
@@ -3535,7 +3535,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from gptoss.cache import Cache, CacheError, Rows, Tape
+from gptoss.cache import Cache, CacheError, FullCache, Rows
 from gptoss.compact import CompactLinear
 from gptoss.experts import Experts
 from gptoss.model import (
@@ -3554,17 +3554,18 @@ from gptoss.model import (
 
 @dataclass
 class FixedView:
-    """A cache as `Stack.run` sees it for one token a row: S slots a layer."""
+    """The plan of a forward of one token a row: a `CacheView`, S slots a
+    layer."""
 
     seen: list[tuple[Tensor, Tensor]]  # of each layer: k, v (B, S, G, C)
     lines: list[tuple[Tensor, Tensor]]  # the same memory, (B * G * …, C)
-    kinds: list[int]  # of each layer: 0 = ring, 1 = tape
+    kinds: list[int]  # of each layer: 0 = sliding, 1 = full
     target: list[Tensor]  # of each kind: (B * G,) lines to write to
     positions: tuple[Tensor, Tensor]  # of each kind: (B, S), -1 = empty
 
-    def update(self, layer: int, k: Tensor, v: Tensor, positions: Tensor
+    def update(self, layer: int, k: Tensor, v: Tensor
                ) -> tuple[Tensor, Tensor, Tensor]:
-        """`Cache.update` for k, v (B, 1, G, C) and no padding."""
+        """`Plan.update` for k, v (B, 1, G, C) and no padding."""
         kind = self.kinds[layer]
         for to, new in zip(self.lines[layer], (k, v), strict=True):
             to.index_copy_(0, self.target[kind], new.flatten(0, 2))
@@ -3573,7 +3574,7 @@ class FixedView:
 # %% [markdown]
 # The new token's keys go into the lines that its slots have in memory
 # (`scatter_` along the slots would need no numbers of lines, but it copies a
-# tape whose heads lie apart: 100 to 200 µs a call against 5).
+# cache whose heads lie apart: 100 to 200 µs a call against 5).
 #
 # Recording follows torch's notes on CUDA graphs: some runs on another stream
 # first, so that what happens once (compiling a kernel, a library's work space)
@@ -3741,17 +3742,18 @@ class _State:
     @staticmethod
     def _kind(cache: Cache) -> list[tuple]:
         return [(type(x), x.k.dtype, len(x.k), x.k.shape[2:],
-                 isinstance(x, Tape) or x.k.shape[1]) for x in cache.layers]
+                 isinstance(x, FullCache) or x.k.shape[1])
+                for x in cache.layers]
 
     def _see(self, needed: int) -> None:
-        """Have slots for `needed` tokens: 256, 512, 1024 … of each tape."""
+        """Have slots for `needed` tokens: 256, 512, 1024 … of full layers."""
         self.cache.reserve(needed)
         layers, ring = self.cache.layers, self.ring.shape[1]
         room = min([self.cache.limit[0], *(
-            x.k.shape[1] for x in layers if isinstance(x, Tape))])
+            x.k.shape[1] for x in layers if isinstance(x, FullCache))])
         self._size = min(max(256, 1 << (needed - 1).bit_length()), room)
         self._memory = [x.k for x in layers]
-        kinds = [int(isinstance(x, Tape)) for x in layers]
+        kinds = [int(isinstance(x, FullCache)) for x in layers]
         self._strides, shown = (ring, room), (ring, self._size)
         with torch.inference_mode(False):
             self.slots = torch.arange(self._size, device=self.ring.device)
@@ -3784,7 +3786,7 @@ class _Bookkeeping(_State):
         self._counts, self._chosen = lengths, False
         if any(x.k is not k for x, k in zip(self.cache.layers, self._memory,
                                             strict=True)):
-            self._size = 0  # the tapes are others: look at them anew
+            self._size = 0  # full layers moved: look at them anew
 
     def _check(self, tokens: Tensor | None) -> None:
         expected = self.tokens.shape
@@ -3800,7 +3802,6 @@ class _Bookkeeping(_State):
             check_tokens(tokens, None, self.model.config)
         needed = max(self._counts) + 1
         if needed > self._size:
-            self.cache.check(self.lengths[:, None])
             self._see(needed)
 
     def _record(self) -> Work:
@@ -3822,7 +3823,7 @@ class DecodeStep(_Bookkeeping):
     next step overwrites; step() feeds the greedy choice of the step before.
     Every row takes a token: feed a finished one anything. The cache stays
     usable by others. What `can_record` is recorded at the first step and
-    whenever the tapes outgrow what is seen of them: as a CUDA graph
+    whenever full layers outgrow what is seen of them: as a CUDA graph
     (`use_triton` first), by `call_again` on the CPU, or by another
     capture(run, undo); weights must stay where they are. ids in CUDA
     tensors are not checked.
@@ -3853,11 +3854,11 @@ class DecodeStep(_Bookkeeping):
         at = self.lengths[:, None]
         place = at % self.ring.shape[1]
         ring = self.ring.scatter(1, place, at)
-        tape = self.slots.where(self.slots <= at, -1)
+        full = self.slots.where(self.slots <= at, -1)
         target = [(self.heads * stride + slot).flatten() for stride, slot
                   in zip(self._strides, (place, at), strict=True)]
         logits = self.model.run(
-            self.tokens, at, self._view(target, (ring, tape)), 1)
+            self.tokens, at, self._view(target, (ring, full)), 1)
         self.logits.copy_(logits)
         self.tokens.copy_(logits.max(-1).indices)
         self.ring.copy_(ring)  # last, so that a failure leaves the state
@@ -4189,8 +4190,8 @@ print("float32: the same bits")
 
 # %% [markdown]
 # **The step with fixed shapes** gives the logits of the ordinary path, 150
-# tokens long, past the window of 64 and with most of the tape empty at first.
-# The sums over keys are as long as the tape now, and a library may cut a
+# tokens long, past the window of 64 and with most slots empty at first.
+# The sums over keys are over all slots now, and a library may cut a
 # longer sum otherwise, hence a tolerance; the greedy tokens are the same.
 
 # %%

@@ -789,8 +789,8 @@ class TorchGroup(Group):
 #
 # Nothing says that ranks must be processes. With threads of this one, which
 # hand tensors to each other, a split can be tried in a notebook: the same
-# mesh, files and modules, no processes. The tests hold many splits to the whole model this
-# way.
+# mesh, files and modules, no processes. The tests hold many splits to the
+# whole model this way.
 
 # %% tags=["export:collectives"]
 import json
@@ -1174,7 +1174,7 @@ class OtherStage(nn.Module):
 
 
 class ToNextStage(OtherStage):
-    """In place of the next stage's first layer: the stream goes tpart."""
+    """In place of the next stage's first layer: the stream goes there."""
 
     def __init__(self, whole: nn.Module, part: Partition) -> None:
         super().__init__(whole, part)
@@ -1248,18 +1248,16 @@ def replacements(model: nn.Module, part: Partition
 from gptoss.cache import Cache
 
 
-class RankCache(Cache):
-    """The part of a cache that a rank needs.
+def rank_cache(config: GptOssConfig, mesh: MeshRank, *options, **more
+               ) -> Cache:
+    """The part of a cache that a rank needs; options as of `Cache`.
 
     A rollback may have to replay as many tokens as the sliding layers of
     all stages together see: the same for every rank, so that all replay.
     """
-
-    def __init__(self, config: GptOssConfig, mesh: MeshRank, *options, **more
-                 ) -> None:
-        super().__init__(rank_config(config, mesh), *options, **more)
-        sliding = config.layer_types.count("sliding_attention")
-        self._replay = sliding * (config.sliding_window - 1)
+    sliding = config.layer_types.count("sliding_attention")
+    return Cache(rank_config(config, mesh), *options, **more,
+                 replay=sliding * (config.sliding_window - 1))
 
 
 # %% tags=["export:split"]
@@ -1291,9 +1289,9 @@ class SplitGptOss(GptOss):
                   slack: int = 0) -> Cache:
         """As `GptOss.new_cache`, for this rank's layers and heads."""
         weight = self.embed_tokens.weight
-        return RankCache(self.config, self.mesh, batch_size, max_tokens,
-                         slack=slack, dtype=weight.dtype,
-                         device=weight.device)
+        return rank_cache(self.config, self.mesh, batch_size, max_tokens,
+                          slack=slack, dtype=weight.dtype,
+                          device=weight.device)
 
     @classmethod
     def part(cls, path: str | Path, mesh: MeshRank, group: Group,
@@ -1960,9 +1958,9 @@ print(f"{extra:,} bytes more than once")  # norms, routers, k and v
 # %% tags=["hide-cell"]
 class Forgetful(SplitExperts):
     def forward(self, x, ids, weights):
-        size = self.mine["E"].stop - self.mine["E"].start
-        return self.group.all_reduce(WholeExperts.forward(self, x, ids % size,
-                                                  weights))
+        size = self.experts.stop - self.experts.start
+        return self.group.all_reduce(
+            WholeExperts.forward(self, x, ids % size, weights))
 
 
 def forgetful(mesh: MeshRank, group: Group) -> torch.Tensor:

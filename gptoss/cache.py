@@ -3,7 +3,9 @@
 Generated from book/09_cache.py; edit the chapter, not this file.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ class Rows:
     """The state of B rows, the same for every layer; int64 tensors."""
 
     lengths: Tensor  # (B,) tokens taken in; the next has this position
-    held: Tensor  # (B,) positions on the tapes; above lengths in a replay
+    held: Tensor  # (B,) positions in full layers; in a replay above lengths
     start: Tensor  # (B,) where the last replay began, 0 without one
     ring: Tensor  # (B, W + slack) position in each ring slot, -1 = empty
 
@@ -35,11 +37,10 @@ class Rows:
 
 # --- Refusing before writing -------------------------------------------------
 
-def check_positions(rows: Rows, positions: Tensor, max_tokens: int,
-                    option: str) -> None:
-    """Raise CacheError unless positions (B, T) continue the rows.
+def discontinued(rows: Rows, positions: Tensor) -> Tensor:
+    """(B,) bool: rows that positions (B, T), -1 = padding, do not continue.
 
-    option names the limit max_tokens in the message.
+    CacheError if positions are of another batch size or no int64.
     """
     batch = rows.lengths.shape[0]
     if (positions.ndim != 2 or positions.shape[0] != batch
@@ -48,64 +49,96 @@ def check_positions(rows: Rows, positions: Tensor, max_tokens: int,
                          f"{tuple(positions.shape)} {positions.dtype}")
     real = positions >= 0
     expected = rows.lengths[:, None] + real.cumsum(1) - 1
-    wrong = (positions != expected.where(real, -1)).any(1)
-    if wrong.any():
-        b = int(wrong.nonzero()[0])
-        raise CacheError(f"positions: expected row {b} to continue at "
-                         f"{int(rows.lengths[b])} (-1 for padding), found "
-                         f"{positions[b].tolist()[:8]}")
-    needed = int((rows.lengths + real.sum(1)).max())
-    if needed > max_tokens:
-        raise CacheError(f"cache too small: {option} is {max_tokens}, this "
-                         f"forward needs {needed} tokens")
+    return (positions != expected.where(real, -1)).any(1)
 
 
 # --- One plan for all layers -------------------------------------------------
 
+class CacheView(Protocol):
+    """A cache as the layers see it in one forward."""
+
+    def update(self, layer: int, k: Tensor, v: Tensor
+               ) -> tuple[Tensor, Tensor, Tensor]:
+        """Take in k, v (B, T, G, C) of one layer; return what it may see.
+
+        Returns k (B, S, G, C), v and their positions (B, S), -1 = empty
+        slot.
+        """
+        ...
+
+
 @dataclass
 class Plan:
-    """Where one chunk goes; computed once and used by every layer."""
+    """Where one chunk goes: a `CacheView`, made once for all layers."""
 
     positions: Tensor  # (B, T) of the chunk, -1 = padding
     rows: Rows  # the state afterwards
     before: Tensor | None  # (B, size) ring positions, None = read in place
-    ring: tuple[Tensor, Tensor, Tensor]  # row, column, slot to write
-    tape: tuple[Tensor, Tensor, Tensor]  # row, column, slot to write
-    tape_positions: Tensor  # (B, S) position in each tape slot, or -1
+    sliding: tuple[Tensor, Tensor, Tensor]  # row, column, slot to write
+    full: tuple[Tensor, Tensor, Tensor]  # row, column, slot to write
+    full_positions: Tensor  # (B, S) position in each slot, or -1
+    layers: list["SlidingCache | FullCache"] = field(default_factory=list)
     done: set[int] = field(default_factory=set)  # layers already written
+    open: bool = True  # until committed, or given up
+
+    @torch.no_grad()
+    def update(self, layer: int, k: Tensor, v: Tensor
+               ) -> tuple[Tensor, Tensor, Tensor]:
+        """As in `CacheView`; padding is never stored."""
+        store = self.layers[layer]
+        shape = (*self.positions.shape, *store.k.shape[2:])
+        if (k.shape, v.shape, k.dtype) != (shape, shape, store.k.dtype):
+            raise CacheError(f"layer {layer}: expected k and v {shape} "
+                             f"{store.k.dtype}, found {tuple(k.shape)}, "
+                             f"{tuple(v.shape)} {k.dtype}")
+        if layer in self.done or not self.open:
+            raise CacheError(f"layer {layer}: updated twice in one forward, "
+                             "or after its end; begin() another")
+        self.done.add(layer)
+        return store.update(k, v, self)
 
 
-def _targets(keep: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """keep, slots (B, T) -> row, column and slot of what is kept."""
-    row, column = keep.nonzero(as_tuple=True)
+def _targets(keep: Tensor, slots: Tensor, count: int
+             ) -> tuple[Tensor, Tensor, Tensor]:
+    """keep, slots (B, T) -> row, column and slot of the count kept."""
+    row, column = torch.nonzero_static(keep, size=count).unbind(1)
     return row, column, slots[row, column]
 
 
 def plan_chunk(rows: Rows, positions: Tensor, slack: int) -> Plan:
-    """Plan for positions (B, T) that `check_positions` has passed.
+    """Plan for positions (B, T); CacheError unless they continue the rows.
 
-    A ring keeps the last of each row; a tape, what it does not hold yet.
+    A ring keeps the last of each row; a full layer, what it does not hold
+    yet.
     """
-    size = rows.ring.shape[1]
+    wrong, size = discontinued(rows, positions), rows.ring.shape[1]
     real = positions >= 0
     lengths = rows.lengths + real.sum(1)
     held = torch.maximum(lengths, rows.held)
     kept = real & (positions >= (lengths - size)[:, None])
-    ring = _targets(kept, positions % size)
+    new = real & (positions >= rows.held[:, None])
+    bad, n_kept, n_new, longest = torch.stack(
+        [wrong.sum(), kept.sum(), new.sum(), held.max()]).tolist()
+    if bad:
+        b = int(wrong.nonzero()[0])
+        raise CacheError(f"positions: expected row {b} to continue at "
+                         f"{int(rows.lengths[b])} (-1 for padding), found "
+                         f"{positions[b].tolist()[:8]}")
+    sliding = _targets(kept, positions % size, n_kept)
     after = rows.ring.clone()
-    after[ring[0], ring[2]] = positions[ring[0], ring[1]]
-    slots = torch.arange(max(1, int(held.max())), device=held.device)
+    after[sliding[0], sliding[2]] = positions[sliding[0], sliding[1]]
+    slots = torch.arange(max(1, longest), device=held.device)
     return Plan(
         positions, Rows(lengths, held, rows.start, after),
-        None if positions.shape[1] <= slack + 1 else rows.ring, ring,
-        _targets(real & (positions >= rows.held[:, None]), positions),
+        None if positions.shape[1] <= slack + 1 else rows.ring, sliding,
+        _targets(new, positions, n_new),
         slots.where(slots < held[:, None], -1))
 
 
-# --- The ring ----------------------------------------------------------------
+# --- A sliding layer ---------------------------------------------------------
 
-class Ring:
-    """Keys and values of one sliding layer: position p in slot p % size."""
+class SlidingCache:
+    """Keys and values of one sliding layer, a ring: p in slot p % size."""
 
     def __init__(self, shape: tuple[int, int, int, int], dtype, device):
         self.k, self.v = _zeros(shape, dtype, device)  # (B, size, G, C)
@@ -121,8 +154,8 @@ class Ring:
         if plan.before is not None:
             seen = (torch.cat([self.k, k], 1), torch.cat([self.v, v], 1))
             positions = torch.cat([plan.before, plan.positions], 1)
-        _write(self.k, k, plan.ring)
-        _write(self.v, v, plan.ring)
+        _write(self.k, k, plan.sliding)
+        _write(self.v, v, plan.sliding)
         return *seen, positions
 
 
@@ -151,9 +184,9 @@ def _zeros(shape, dtype, device) -> tuple[Tensor, Tensor]:
     return pair[0].transpose(1, 2), pair[1].transpose(1, 2)
 
 
-# --- The tape ----------------------------------------------------------------
+# --- A full layer ------------------------------------------------------------
 
-class Tape:
+class FullCache:
     """Keys and values of one full layer: position p in slot p."""
 
     def __init__(self, shape: tuple[int, int, int, int], dtype, device):
@@ -173,10 +206,10 @@ class Tape:
     def update(self, k: Tensor, v: Tensor, plan: Plan
                ) -> tuple[Tensor, Tensor, Tensor]:
         """Write the chunk; return views of all that is held."""
-        _write(self.k, k, plan.tape)
-        _write(self.v, v, plan.tape)
-        used = plan.tape_positions.shape[1]
-        return self.k[:, :used], self.v[:, :used], plan.tape_positions
+        _write(self.k, k, plan.full)
+        _write(self.v, v, plan.full)
+        used = plan.full_positions.shape[1]
+        return self.k[:, :used], self.v[:, :used], plan.full_positions
 
 
 # --- Going back --------------------------------------------------------------
@@ -203,13 +236,20 @@ def roll_back(rows: Rows, length: int, window: int, replay: int
 
 # --- The memory of all layers ------------------------------------------------
 
-class _Storage:
-    """A ring or a tape for every layer, and the state of the rows."""
+class Cache:
+    """Keys and values of all layers, for a batch of unequal rows.
+
+    max_tokens preallocates the full layers and is a limit; without it they
+    grow by doubling. slack: ring slots beyond the window; slack + 1 tokens
+    can be taken back without replay. replay: how many tokens a rollback
+    feeds again at most; if None, what these layers need, sliding layers *
+    (window - 1). Keys and values are detached. Misuse raises CacheError.
+    """
 
     def __init__(self, config: GptOssConfig, batch_size: int = 1,
                  max_tokens: int | None = None,
                  dtype: torch.dtype = torch.bfloat16, device=None,
-                 slack: int = 0) -> None:
+                 slack: int = 0, replay: int | None = None) -> None:
         longest = config.max_position_embeddings
         if max_tokens is not None and not 1 <= max_tokens <= longest:
             raise CacheError(f"max_tokens: expected 1 to {longest} (max_"
@@ -219,23 +259,29 @@ class _Storage:
                              f"{batch_size} and {slack}")
         self.batch_size, self.max_tokens = batch_size, max_tokens
         self.window, self.slack = config.sliding_window, slack
-        sizes = {"sliding_attention": (Ring, self.window + slack),
-                 "full_attention": (Tape, max_tokens or min(256, longest))}
-        self.layers: list[Ring | Tape] = [
-            make((batch_size, size, config.num_key_value_heads,
-                  config.head_dim), dtype, device)
-            for make, size in map(sizes.get, config.layer_types)]
+        sliding = config.layer_types.count("sliding_attention")
+        self.replay = (sliding * (self.window - 1) if replay is None
+                       else replay)
         self.limit = ((longest, "max_position_embeddings")
                       if max_tokens is None else (max_tokens, "max_tokens"))
-        rings = sum(isinstance(layer, Ring) for layer in self.layers)
-        self._replay = rings * (self.window - 1)
+        sizes = {"sliding_attention": (SlidingCache, self.window + slack),
+                 "full_attention": (FullCache,
+                                    max_tokens or min(256, longest))}
+        self.layers: list[SlidingCache | FullCache] = [
+            make((batch_size, size, config.num_key_value_heads,
+                  config.head_dim), dtype, device)
+            for make, size in map(sizes.__getitem__, config.layer_types)]
+        self._plan: Plan | None = None  # of a forward under way
         self.reset()
 
-    def reset(self) -> None:
-        """Forget everything; keep the memory."""
-        self._plan: Plan | None = None  # of a forward under way
-        self._rows = Rows.empty(self.batch_size, self.window + self.slack,
-                                self.layers[0].k.device)
+    def __repr__(self) -> str:
+        kinds = Counter((type(x).__name__, x.k.shape[1], x.k.dtype)
+                        for x in self.layers)
+        stores = "".join(
+            f"{count} {name} of {slots} slots {str(dtype)[6:]}, "
+            for (name, slots, dtype), count in kinds.items())
+        return (f"Cache(batch_size={self.batch_size}, {stores}"
+                f"{self.nbytes:,} bytes)")
 
     @property
     def rows(self) -> Rows:
@@ -244,14 +290,16 @@ class _Storage:
         Who can run a forward by other means sets it. CacheError while a
         forward is under way, or after one that failed.
         """
-        if self._plan is not None:
+        if self._plan is not None and self._plan.done:
             raise CacheError("the forward before this one did not reach "
-                             "advance(): call rollback() or reset()")
+                             "commit(): call rollback() or reset()")
         return self._rows
 
     @rows.setter
     def rows(self, rows: Rows) -> None:
-        self._rows = rows
+        if self._plan is not None:
+            self._plan.open = False
+        self._rows, self._plan = rows, None
 
     @property
     def lengths(self) -> Tensor:
@@ -268,84 +316,42 @@ class _Storage:
         """Bytes of all keys and values, slots not yet used included."""
         return sum(x.k.nbytes + x.v.nbytes for x in self.layers)
 
-
-# --- Taking tokens in --------------------------------------------------------
-
-class _Intake(_Storage):
-    """check, update once a layer, advance: with the same positions."""
-
-    def check(self, positions: Tensor) -> None:
-        """Raise CacheError if a forward of positions (B, T) cannot run."""
-        check_positions(self.rows, positions, *self.limit)
-
-    def _same(self, positions: Tensor) -> bool:
-        """Are these the positions of the forward under way?"""
-        plan = self._plan
-        return plan is not None and (plan.positions is positions or
-                                     torch.equal(plan.positions, positions))
-
-    def begin(self, positions: Tensor) -> Plan:
-        """Plan a forward, unless it is under way; its first layer would.
-
-        What asks for numbers is then over before the arithmetic begins."""
-        if not self._same(positions):
-            self.check(positions)
-            plan = plan_chunk(self._rows, positions, self.slack)
-            self.reserve(plan.tape_positions.shape[1])
-            self._plan = plan
-        return self._plan
-
-    def _planned(self, layer: int, positions: Tensor) -> Plan:
-        plan = self.begin(positions)
-        if layer in plan.done:
-            raise CacheError(f"layer {layer}: updated twice in one forward; "
-                             "after a forward that failed call rollback()")
-        return plan
+    def reset(self) -> None:
+        """Forget everything; keep the memory."""
+        self.rows = Rows.empty(self.batch_size, self.window + self.slack,
+                               self.layers[0].k.device)
 
     def reserve(self, tokens: int) -> None:
-        """Have at least `tokens` slots on every tape."""
-        for tape in self.layers:
-            if isinstance(tape, Tape):
-                tape.reserve(tokens, self.limit[0])
+        """Have at least `tokens` slots in every full layer."""
+        most, option = self.limit
+        if tokens > most:
+            raise CacheError(f"cache too small: {option} is {most}, this "
+                             f"forward needs {tokens} tokens")
+        for layer in self.layers:
+            if isinstance(layer, FullCache):
+                layer.reserve(tokens, most)
 
-    @torch.no_grad()
-    def update(self, layer: int, k: Tensor, v: Tensor, positions: Tensor
-               ) -> tuple[Tensor, Tensor, Tensor]:
-        """Take in k, v (B, T, G, C) of one layer; return what it may see.
+    def begin(self, positions: Tensor) -> Plan:
+        """Plan a forward of positions (B, T) int64, -1 = padding.
 
-        positions (B, T) int64, -1 = padding, which is never stored. Returns
-        k (B, S, G, C), v and their positions (B, S), -1 = empty slot.
+        CacheError if it cannot run; nothing is changed then. All that asks
+        for numbers is over before the arithmetic begins.
         """
-        store = self.layers[layer]
-        shape = (*positions.shape, *store.k.shape[2:])
-        if (k.shape, v.shape, k.dtype) != (shape, shape, store.k.dtype):
-            raise CacheError(f"layer {layer}: expected k and v {shape} "
-                             f"{store.k.dtype}, found {tuple(k.shape)}, "
-                             f"{tuple(v.shape)} {k.dtype}")
-        plan = self._planned(layer, positions)
-        plan.done.add(layer)
-        return store.update(k, v, plan)
+        plan = plan_chunk(self.rows, positions, self.slack)
+        self.reserve(plan.full_positions.shape[1])
+        self.rows = self._rows  # gives up a plan that nobody used
+        plan.layers, self._plan = self.layers, plan
+        return plan
 
-    def advance(self, positions: Tensor) -> None:
+    def commit(self, plan: Plan) -> None:
         """End a forward: from now on its tokens belong to the rows."""
-        done = self._plan.done if self._same(positions) else ()
-        if len(done) < len(self.layers):
-            raise CacheError(f"advance: expected {len(self.layers)} layers "
-                             f"updated at these positions, found {len(done)}")
-        self._rows, self._plan = self._plan.rows, None
-
-
-# --- Giving tokens up --------------------------------------------------------
-
-class Cache(_Intake):
-    """Keys and values of all layers, for a batch of unequal rows.
-
-    Cache(config, batch_size=1, max_tokens=None, dtype=bfloat16, device=None,
-    slack=0): max_tokens preallocates the tapes and is a limit; without it
-    they grow by doubling. slack: ring slots beyond the window; slack + 1
-    tokens can be taken back without replay. Keys and values are detached.
-    Misuse raises CacheError.
-    """
+        if plan is not self._plan:
+            raise CacheError("commit: expected the plan of the forward under "
+                             "way, found another")
+        if len(plan.done) < len(self.layers):
+            raise CacheError(f"commit: expected {len(self.layers)} layers "
+                             f"updated, found {len(plan.done)}")
+        self.rows = plan.rows
 
     def rollback(self, length: int) -> int:
         """Forget every position >= length; return where to feed again.
@@ -361,9 +367,7 @@ class Cache(_Intake):
         rows = self._rows
         if self._plan is not None and self._plan.done:  # half written rings
             rows = replace(rows, ring=torch.full_like(rows.ring, -1))
-        self._rows, again = roll_back(rows, length, self.window,
-                                      self._replay)
-        self._plan = None
+        self.rows, again = roll_back(rows, length, self.window, self.replay)
         if again.any():
             return int(self.lengths[again].min())
         return self.length
@@ -372,11 +376,12 @@ class Cache(_Intake):
 __all__ = [
     "Cache",
     "CacheError",
+    "CacheView",
+    "FullCache",
     "Plan",
-    "Ring",
     "Rows",
-    "Tape",
-    "check_positions",
+    "SlidingCache",
+    "discontinued",
     "plan_chunk",
     "roll_back",
 ]

@@ -489,7 +489,7 @@ def cache_bytes_per_token(config: GptOssConfig, dtype_bytes: int = 2) -> int:
 
 def cache_bytes(config: GptOssConfig, tokens: int, batch_size: int = 1,
                 dtype_bytes: int = 2) -> int:
-    """Bytes of a cache with room for `tokens`: tapes and full rings."""
+    """Bytes of a cache with room for `tokens`, its rings included."""
     sliding = config.layer_types.count("sliding_attention")
     rings = sliding * config.sliding_window * layer_cache_bytes(
         config, dtype_bytes)

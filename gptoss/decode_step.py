@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from gptoss.cache import Cache, CacheError, Rows, Tape
+from gptoss.cache import Cache, CacheError, FullCache, Rows
 from gptoss.compact import CompactLinear
 from gptoss.experts import Experts
 from gptoss.generate import forward_step
@@ -33,17 +33,18 @@ from gptoss.model import (
 
 @dataclass
 class FixedView:
-    """A cache as `Stack.run` sees it for one token a row: S slots a layer."""
+    """The plan of a forward of one token a row: a `CacheView`, S slots a
+    layer."""
 
     seen: list[tuple[Tensor, Tensor]]  # of each layer: k, v (B, S, G, C)
     lines: list[tuple[Tensor, Tensor]]  # the same memory, (B * G * …, C)
-    kinds: list[int]  # of each layer: 0 = ring, 1 = tape
+    kinds: list[int]  # of each layer: 0 = sliding, 1 = full
     target: list[Tensor]  # of each kind: (B * G,) lines to write to
     positions: tuple[Tensor, Tensor]  # of each kind: (B, S), -1 = empty
 
-    def update(self, layer: int, k: Tensor, v: Tensor, positions: Tensor
+    def update(self, layer: int, k: Tensor, v: Tensor
                ) -> tuple[Tensor, Tensor, Tensor]:
-        """`Cache.update` for k, v (B, 1, G, C) and no padding."""
+        """`Plan.update` for k, v (B, 1, G, C) and no padding."""
         kind = self.kinds[layer]
         for to, new in zip(self.lines[layer], (k, v), strict=True):
             to.index_copy_(0, self.target[kind], new.flatten(0, 2))
@@ -185,17 +186,18 @@ class _State:
     @staticmethod
     def _kind(cache: Cache) -> list[tuple]:
         return [(type(x), x.k.dtype, len(x.k), x.k.shape[2:],
-                 isinstance(x, Tape) or x.k.shape[1]) for x in cache.layers]
+                 isinstance(x, FullCache) or x.k.shape[1])
+                for x in cache.layers]
 
     def _see(self, needed: int) -> None:
-        """Have slots for `needed` tokens: 256, 512, 1024 … of each tape."""
+        """Have slots for `needed` tokens: 256, 512, 1024 … of full layers."""
         self.cache.reserve(needed)
         layers, ring = self.cache.layers, self.ring.shape[1]
         room = min([self.cache.limit[0], *(
-            x.k.shape[1] for x in layers if isinstance(x, Tape))])
+            x.k.shape[1] for x in layers if isinstance(x, FullCache))])
         self._size = min(max(256, 1 << (needed - 1).bit_length()), room)
         self._memory = [x.k for x in layers]
-        kinds = [int(isinstance(x, Tape)) for x in layers]
+        kinds = [int(isinstance(x, FullCache)) for x in layers]
         self._strides, shown = (ring, room), (ring, self._size)
         with torch.inference_mode(False):
             self.slots = torch.arange(self._size, device=self.ring.device)
@@ -228,7 +230,7 @@ class _Bookkeeping(_State):
         self._counts, self._chosen = lengths, False
         if any(x.k is not k for x, k in zip(self.cache.layers, self._memory,
                                             strict=True)):
-            self._size = 0  # the tapes are others: look at them anew
+            self._size = 0  # full layers moved: look at them anew
 
     def _check(self, tokens: Tensor | None) -> None:
         expected = self.tokens.shape
@@ -244,7 +246,6 @@ class _Bookkeeping(_State):
             check_tokens(tokens, None, self.model.config)
         needed = max(self._counts) + 1
         if needed > self._size:
-            self.cache.check(self.lengths[:, None])
             self._see(needed)
 
     def _record(self) -> Work:
@@ -266,7 +267,7 @@ class DecodeStep(_Bookkeeping):
     next step overwrites; step() feeds the greedy choice of the step before.
     Every row takes a token: feed a finished one anything. The cache stays
     usable by others. What `can_record` is recorded at the first step and
-    whenever the tapes outgrow what is seen of them: as a CUDA graph
+    whenever full layers outgrow what is seen of them: as a CUDA graph
     (`use_triton` first), by `call_again` on the CPU, or by another
     capture(run, undo); weights must stay where they are. ids in CUDA
     tensors are not checked.
@@ -297,11 +298,11 @@ class DecodeStep(_Bookkeeping):
         at = self.lengths[:, None]
         place = at % self.ring.shape[1]
         ring = self.ring.scatter(1, place, at)
-        tape = self.slots.where(self.slots <= at, -1)
+        full = self.slots.where(self.slots <= at, -1)
         target = [(self.heads * stride + slot).flatten() for stride, slot
                   in zip(self._strides, (place, at), strict=True)]
         logits = self.model.run(
-            self.tokens, at, self._view(target, (ring, tape)), 1)
+            self.tokens, at, self._view(target, (ring, full)), 1)
         self.logits.copy_(logits)
         self.tokens.copy_(logits.max(-1).indices)
         self.ring.copy_(ring)  # last, so that a failure leaves the state

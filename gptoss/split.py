@@ -151,7 +151,7 @@ class OtherStage(nn.Module):
 
 
 class ToNextStage(OtherStage):
-    """In place of the next stage's first layer: the stream goes tpart."""
+    """In place of the next stage's first layer: the stream goes there."""
 
     def __init__(self, whole: nn.Module, part: Partition) -> None:
         super().__init__(whole, part)
@@ -202,18 +202,16 @@ def replacements(model: nn.Module, part: Partition
 
 # --- The cache of a rank -----------------------------------------------------
 
-class RankCache(Cache):
-    """The part of a cache that a rank needs.
+def rank_cache(config: GptOssConfig, mesh: MeshRank, *options, **more
+               ) -> Cache:
+    """The part of a cache that a rank needs; options as of `Cache`.
 
     A rollback may have to replay as many tokens as the sliding layers of
     all stages together see: the same for every rank, so that all replay.
     """
-
-    def __init__(self, config: GptOssConfig, mesh: MeshRank, *options, **more
-                 ) -> None:
-        super().__init__(rank_config(config, mesh), *options, **more)
-        sliding = config.layer_types.count("sliding_attention")
-        self._replay = sliding * (config.sliding_window - 1)
+    sliding = config.layer_types.count("sliding_attention")
+    return Cache(rank_config(config, mesh), *options, **more,
+                 replay=sliding * (config.sliding_window - 1))
 
 
 class SplitGptOss(GptOss):
@@ -237,9 +235,9 @@ class SplitGptOss(GptOss):
                   slack: int = 0) -> Cache:
         """As `GptOss.new_cache`, for this rank's layers and heads."""
         weight = self.embed_tokens.weight
-        return RankCache(self.config, self.mesh, batch_size, max_tokens,
-                         slack=slack, dtype=weight.dtype,
-                         device=weight.device)
+        return rank_cache(self.config, self.mesh, batch_size, max_tokens,
+                          slack=slack, dtype=weight.dtype,
+                          device=weight.device)
 
     @classmethod
     def part(cls, path: str | Path, mesh: MeshRank, group: Group,
@@ -284,7 +282,6 @@ __all__ = [
     "MODULES",
     "OtherStage",
     "Partition",
-    "RankCache",
     "SplitAttention",
     "SplitEmbedding",
     "SplitExperts",
@@ -292,5 +289,6 @@ __all__ = [
     "SplitHead",
     "ToNextStage",
     "load_split",
+    "rank_cache",
     "replacements",
 ]

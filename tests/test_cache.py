@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptoss import cache as cache_module
-from gptoss.cache import Cache, CacheError, Ring, Tape, roll_back
+from gptoss.cache import (
+    Cache, CacheError, FullCache, SlidingCache, plan_chunk, roll_back)
 from gptoss.config import GptOssConfig, cache_bytes
 from gptoss.masks import positions_from_mask, receptive_field, visible
 from gptoss.sinks import attention_concat
@@ -52,8 +53,7 @@ class Stack:
             mask = torch.ones_like(tokens, dtype=torch.bool)
         positions = positions_from_mask(
             mask, None if cache is None else cache.lengths)
-        if cache is not None:
-            cache.check(positions)
+        plan = None if cache is None else cache.begin(positions)
         x = self.embed[tokens] + self.place[positions]
         B, T, _ = x.shape
         for i, (into, out, sinks) in enumerate(self.layers):
@@ -61,15 +61,15 @@ class Stack:
             qkv = (normed @ into).view(B, T, H + 2 * G, C)
             q, k, v = qkv.split((H, G, G), 2)
             where = positions
-            if cache is not None:
-                k, v, where = cache.update(i, k, v, positions)
+            if plan is not None:
+                k, v, where = plan.update(i, k, v)
             sliding = self.config.layer_types[i] == S
             seen = visible(positions, where,
                            self.config.sliding_window if sliding else None)
             x = x + attention_concat(q, k, v, sinks, seen,
                                      C ** -0.5).flatten(2) @ out
         if cache is not None:
-            cache.advance(positions)
+            cache.commit(plan)
         return x * mask[..., None]
 
 
@@ -206,8 +206,9 @@ def test_padding_is_never_stored():
     k = torch.full((2, 1, G, C), float("nan"), dtype=torch.float64)
     alone = torch.tensor([[2], [-1]])
     k[0] = 1.0  # row 1 is padding: its NaN must not reach the cache
+    plan = cache.begin(alone)
     for i in range(4):
-        keys, values, where = cache.update(i, k, k, alone)
+        keys, values, where = plan.update(i, k, k)
         assert not keys.isnan().any() and not values.isnan().any()
         held = [sorted(p for p in row if p >= 0) for row in where.tolist()]
         assert held == [[0, 1, 2], [0, 1, 2, 3]]
@@ -286,8 +287,8 @@ def test_replay_is_exact_and_no_shorter_one_is():
         net(tokens[:, :300], cache)
         assert cache.rollback(length) == length - 2 * 15
         if late:  # pretend the rule said one token less
-            cache._rows = cache_module.replace(
-                cache._rows, lengths=cache._rows.lengths + 1)
+            cache.rows = cache_module.replace(
+                cache.rows, lengths=cache.rows.lengths + 1)
         net(tokens[:, cache.length:length], cache)
         got = net(tokens[:, length:], cache)
         error = float((got - expected).abs().max())
@@ -296,17 +297,18 @@ def test_replay_is_exact_and_no_shorter_one_is():
     assert cache.length == 320
 
 
-def test_replay_keeps_the_tapes():
+def test_replay_keeps_what_full_layers_hold():
     net, tokens = stack(window=4), draw_tokens(1, 100)
     cache = net.new_cache()
     net(tokens, cache)
-    kept = [x.k[:, :60].clone() for x in cache.layers if isinstance(x, Tape)]
+    kept = [x.k[:, :60].clone() for x in cache.layers
+            if isinstance(x, FullCache)]
     where = cache.rollback(60)
     assert where == 60 - 2 * 3
     for i in range(where, 60):
         net(tokens[:, i:i + 1], cache)
-    tapes = [x.k[:, :60] for x in cache.layers if isinstance(x, Tape)]
-    assert all(map(torch.equal, kept, tapes))
+    full = [x.k[:, :60] for x in cache.layers if isinstance(x, FullCache)]
+    assert all(map(torch.equal, kept, full))
 
 
 def test_rollback_during_replay_and_to_the_ends():
@@ -372,9 +374,8 @@ def test_too_small_writes_nothing(chunk):
     with pytest.raises(CacheError, match="max_tokens is 100.* needs 101"):
         net(tokens[:, :chunk], cache)
     positions = torch.arange(101 - chunk, 101)[None]
-    k = torch.ones(1, chunk, G, C, dtype=torch.float64)
     with pytest.raises(CacheError, match="max_tokens is 100"):
-        cache.update(0, k, k, positions)  # also without check()
+        cache.begin(positions)
     assert all(map(torch.equal, before, snapshot(cache)))
     if chunk > 1:  # and it can go on with less
         rest = net(tokens[:, 101 - chunk:100], cache)
@@ -386,7 +387,7 @@ def test_beyond_the_model():
     cache = net.new_cache()
     net(draw_tokens(1, 64), cache)
     with pytest.raises(CacheError, match="max_position_embeddings is 64"):
-        cache.check(torch.tensor([[64]]))
+        cache.begin(torch.tensor([[64]]))
     for bad in (0, 65):
         with pytest.raises(CacheError, match=f"1 to 64.*found {bad}"):
             net.new_cache(max_tokens=bad)
@@ -402,21 +403,73 @@ def test_wrong_positions_and_shapes():
             (torch.tensor([[0]]), r"expected \(2, T\) int64"),
             (torch.tensor([[0.0], [0.0]]), "int64, found")):
         with pytest.raises(CacheError, match=text):
-            cache.check(bad)
+            cache.begin(bad)
     good = torch.tensor([[0], [0]])
     k = torch.zeros(2, 1, G, C, dtype=torch.float64)
+    plan = cache.begin(good)
     with pytest.raises(CacheError, match="layer 0: expected k and v"):
-        cache.update(0, k.float(), k.float(), good)
+        plan.update(0, k.float(), k.float())
     with pytest.raises(CacheError, match="layer 0: expected k and v"):
-        cache.update(0, k[:, :, :1], k, good)
+        plan.update(0, k[:, :, :1], k)
     for i in range(4):
         with pytest.raises(CacheError, match=f"4 layers .* found {i}"):
-            cache.advance(good)
-        cache.update(i, k, k, good)
-    with pytest.raises(CacheError, match="4 layers .* found 0"):
-        cache.advance(good + 1)
-    cache.advance(good.clone())
+            cache.commit(plan)
+        plan.update(i, k, k)
+    with pytest.raises(CacheError, match="plan of the forward under way"):
+        cache.commit(plan_chunk(cache._rows, good, 0))
+    cache.commit(plan)
     assert cache.lengths.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("end", (
+    lambda cache, plan: cache.commit(plan),
+    lambda cache, plan: cache.rollback(0), lambda cache, plan: cache.reset(),
+    lambda cache, plan: cache.begin(plan.positions)),
+    ids=("commit", "rollback", "reset", "begin"))
+def test_a_plan_serves_one_forward(end):
+    """After its end it would write where other tokens stand by now."""
+    k = torch.zeros(1, 1, G, C, dtype=torch.float64)
+    cache = stack().new_cache()
+    plan = cache.begin(torch.tensor([[0]]))
+    if end.__code__.co_names[0] == "commit":
+        for i in range(4):
+            plan.update(i, k, k)
+    end(cache, plan)
+    length = cache.length
+    with pytest.raises(CacheError, match="layer 0: .*begin"):
+        plan.update(0, k, k)
+    with pytest.raises(CacheError, match="commit: expected the plan"):
+        cache.commit(plan)
+    assert cache.length == length
+
+
+def test_begin_asks_once(monkeypatch):
+    """All that the host must know comes in one transfer."""
+    net, asked = stack(), []
+    cache = net.new_cache(2)
+    net(draw_tokens(2, 20), cache)
+    for name in ("tolist", "item", "__bool__", "__int__", "nonzero", "cpu"):
+        usual = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda self, *args, name=name, usual=usual,
+            **more: asked.append(name) or usual(self, *args, **more))
+    plan = cache.begin(torch.tensor([[20, 21], [20, -1]]))
+    assert asked == ["tolist"]
+    k = torch.ones(2, 2, G, C, dtype=torch.float64)
+    for i in range(4):
+        plan.update(i, k, k)
+    cache.commit(plan)
+    assert asked == ["tolist"]
+    assert cache.lengths.tolist() == [22, 21]
+
+
+def test_repr_says_the_sizes():
+    cache = stack().new_cache(3, max_tokens=100, slack=2)
+    assert repr(cache) == (
+        "Cache(batch_size=3, 2 SlidingCache of 18 slots float64, 2 FullCache "
+        f"of 100 slots float64, {cache.nbytes:,} bytes)")
+    assert "131072 slots bfloat16" in repr(Cache(
+        GptOssConfig.gpt_oss_20b(), max_tokens=131_072, device="meta"))
 
 
 def test_a_forward_that_fails():
@@ -425,11 +478,11 @@ def test_a_forward_that_fails():
     cache = net.new_cache()
     net(tokens[:, :60], cache)
     k = torch.ones(1, 30, G, C, dtype=torch.float64)
-    positions = torch.arange(60, 90)[None]
-    cache.update(0, k, k, positions)
+    plan = cache.begin(torch.arange(60, 90)[None])
+    plan.update(0, k, k)
     with pytest.raises(CacheError, match="layer 0: updated twice"):
-        cache.update(0, k, k, positions)
-    with pytest.raises(CacheError, match="did not reach advance"):
+        plan.update(0, k, k)
+    with pytest.raises(CacheError, match="did not reach commit"):
         net(tokens[:, 60:61], cache)
     assert cache.rollback(60) == 60 - 14
     close(net(tokens[:, 46:], cache)[:, 14:], net(tokens)[:, 60:])
@@ -438,12 +491,15 @@ def test_a_forward_that_fails():
     mask[0, 20:] = False
     net(tokens[:, :60].expand(2, -1), two, mask)
     k = torch.ones(2, 1, G, C, dtype=torch.float64)
-    two.update(0, k, k, torch.tensor([[20], [60]]))
+    two.begin(torch.tensor([[20], [60]])).update(0, k, k)
     assert two.rollback(100) == 20 - 14
     assert two.lengths.tolist() == [20 - 14, 60 - 14]
     # an announced forward that wrote nothing costs nothing
-    cache.check(torch.tensor([[100]]))
+    cache.begin(torch.tensor([[100]]))
     assert cache.rollback(100) == 100
+    cache.begin(torch.tensor([[100]]))
+    more = draw_tokens(1, 1, seed=3)
+    close(net(more, cache), net(torch.cat([tokens, more], 1))[:, 100:])
 
 
 @pytest.mark.parametrize("slack", (0, 5))
@@ -461,7 +517,7 @@ def test_published_sizes_on_meta(config, replay):
     for tokens in (128, 4096, 131_072):
         cache = Cache(config, 2, max_tokens=tokens, device="meta")
         assert cache.nbytes == cache_bytes(config, tokens, batch_size=2)
-    assert cache._replay == replay
+    assert cache.replay == replay
     assert replay == receptive_field(config.layer_types, 128)[-1].sliding - 1
 
 
@@ -471,10 +527,10 @@ def test_growth_by_doubling():
     for part in draw_tokens(1, LONGEST).split(100, dim=1):
         net(part, cache)
         sizes.append({x.k.shape[1] for x in cache.layers
-                      if isinstance(x, Tape)})
+                      if isinstance(x, FullCache)})
     assert sizes == [{256}] * 2 + [{512}] * 3 + [{1024}] * 6
     assert all(x.k.shape[1] == 16 for x in cache.layers
-               if isinstance(x, Ring))
+               if isinstance(x, SlidingCache))
     one = net.new_cache()
     net(draw_tokens(1, 700), one)  # more than double: exactly what it needs
     assert one.layers[1].k.shape[1] == 700
@@ -488,11 +544,12 @@ def test_decode_returns_views():
     cache = net.new_cache(max_tokens=50)
     net(draw_tokens(1, 49), cache)
     k = torch.ones(1, 1, G, C, dtype=torch.float64)
+    plan = cache.begin(torch.tensor([[49]]))
     for i, layer in enumerate(cache.layers):
         before = layer.k.data_ptr(), layer.v.data_ptr()
-        keys, values, where = cache.update(i, k, k, torch.tensor([[49]]))
+        keys, values, where = plan.update(i, k, k)
         assert (keys.data_ptr(), values.data_ptr()) == before
-        assert keys.shape[1] == (50 if isinstance(layer, Tape) else 16)
+        assert keys.shape[1] == (50 if isinstance(layer, FullCache) else 16)
         assert int(where.max()) == 49
 
 
@@ -501,7 +558,8 @@ def test_short_chunks_are_views_too():
     cache = net.new_cache(max_tokens=50, slack=3)
     net(draw_tokens(1, 40), cache)
     k = torch.ones(1, 4, G, C, dtype=torch.float64)
-    keys, _, _ = cache.update(0, k, k, torch.arange(40, 44)[None])
+    keys, _, _ = cache.begin(torch.arange(40, 44)[None]).update(
+        0, k, k)
     assert keys.data_ptr() == cache.layers[0].k.data_ptr()
 
 
@@ -513,7 +571,7 @@ def test_inference_mode_and_gradients():
         net(tokens[:, :300], cache)
     close(net(tokens[:, 300:], cache), net(tokens)[:, 300:])
     k = torch.ones(1, 1, G, C, dtype=torch.float64, requires_grad=True)
-    keys, _, _ = cache.update(0, k, k, torch.tensor([[310]]))
+    keys, _, _ = cache.begin(torch.tensor([[310]])).update(0, k, k)
     assert not keys.requires_grad
 
 

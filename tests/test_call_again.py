@@ -8,7 +8,7 @@ from test_decode_step import POCKET, draw, pair, tiny
 from test_kernels import COMPILED, kernels_on  # noqa: F401
 
 import gptoss.decode_step as decode_step
-from gptoss.cache import Tape
+from gptoss.cache import FullCache
 from gptoss.decode_step import DecodeStep, quick_step
 from gptoss.generate import Sampler, forward_step, generate
 from gptoss.kernels import plain_torch
@@ -27,7 +27,7 @@ def recorded(step: DecodeStep) -> bool:
 @pytest.mark.parametrize("room", [None, 600])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_recorded_steps_are_the_ordinary_ones(batch, room):
-    """To the last bit, in the type of the kernels, while the tapes grow
+    """To the last bit, in the type of the kernels, while full layers grow
     and what is seen of them does: at 257 tokens and at 513."""
     model = GptOss.from_pretrained(POCKET)
     ours, theirs = model.new_cache(batch, room), model.new_cache(batch)
@@ -44,7 +44,7 @@ def test_recorded_steps_are_the_ordinary_ones(batch, room):
                 changes.append(t + 1)
     assert changes == [201, 257, 513]
     for a, b in zip(ours.layers, theirs.layers, strict=True):
-        n = 560 if isinstance(a, Tape) else a.k.shape[1]
+        n = 560 if isinstance(a, FullCache) else a.k.shape[1]
         assert torch.equal(a.k[:, :n], b.k[:, :n])
         assert torch.equal(a.v[:, :n], b.v[:, :n])
 
@@ -61,7 +61,7 @@ def test_recorded_in_plain_torch(dtype):
     assert [recorded(step) for step in steps[:1]] == [True]
 
 
-def test_others_may_grow_the_tapes():
+def test_others_may_grow_full_layers():
     model = GptOss.from_pretrained(POCKET)
     ours, theirs = model.new_cache(), model.new_cache()
     step, tokens = DecodeStep(model, ours), draw(model, 1, 900)

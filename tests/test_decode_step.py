@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import (
 
 import gptoss.decode_step as decode_step
 import gptoss.triton_kernels as triton_kernels
-from gptoss.cache import Cache, CacheError, Tape
+from gptoss.cache import Cache, CacheError, FullCache
 from gptoss.config import GptOssConfig
 from gptoss.decode_step import DecodeStep
 from gptoss.generate import Sampler, forward_step, generate
@@ -63,16 +63,16 @@ def pair(model: GptOss, batch: int = 1, room: int = 96, **options
     return [model.new_cache(batch, room, **options) for _ in range(2)]
 
 
-def whole_tapes(patch: pytest.MonkeyPatch) -> None:
-    """Let the ordinary path see the whole tape, as the step does."""
-    update = Tape.update
+def whole_slots(patch: pytest.MonkeyPatch) -> None:
+    """Let the ordinary path see all slots of full layers, as a step does."""
+    update = FullCache.update
 
     def wide(self, k, v, plan):
         positions = update(self, k, v, plan)[2]
         more = self.k.shape[1] - positions.shape[1]
         return self.k, self.v, torch.nn.functional.pad(
             positions, (0, more), value=-1)
-    patch.setattr(Tape, "update", wide)
+    patch.setattr(FullCache, "update", wide)
 
 
 # ---- the same numbers
@@ -82,10 +82,10 @@ def whole_tapes(patch: pytest.MonkeyPatch) -> None:
     lambda dtype: GptOss.from_pretrained(POCKET, dtype=dtype), tiny,
     lambda dtype: tiny(dtype, packed=False)], ids=["pocket", "packed",
                                                    "dense"])
-def test_bit_for_bit_with_whole_tapes(model, dtype, monkeypatch):
+def test_bit_for_bit_with_whole_slots(model, dtype, monkeypatch):
     """Rows of 13 and 20 tokens, then 80 more: past either window."""
     model = model(dtype)
-    whole_tapes(monkeypatch)
+    whole_slots(monkeypatch)
     tokens, mask = draw(model, 2, 100), torch.ones(2, 20) > 0
     mask[0, :7] = False
     ours, theirs = pair(model, 2, 128)
@@ -105,7 +105,7 @@ def test_bit_for_bit_with_whole_tapes(model, dtype, monkeypatch):
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-11),
                                               (torch.float32, 1e-3)])
 def test_near_the_ordinary_path(dtype, bound):
-    """A sum over the whole tape may be cut otherwise than over a part."""
+    """A sum over all slots may be cut otherwise than over a part."""
     model = tiny(dtype)
     ours, theirs = pair(model)
     step = DecodeStep(model, ours)
@@ -286,7 +286,7 @@ def test_no_step_asks_for_a_number(monkeypatch):
         with pytest.raises(ASKS):  # what the ordinary path does
             model(token, theirs)
         with pytest.raises(ASKS):
-            theirs.check(token)
+            theirs.begin(token)
         run = DecodeStep._run
 
         def asking(self):
@@ -575,7 +575,7 @@ sys.path.insert(0, sys.argv[1])
 from test_decode_step import tiny
 
 torch.manual_seed(0)
-# attention: keys in 1 to 7 parts, of a tape filled to `filled`, none else read
+# attention: keys in 1 to 7 parts, of a cache filled to `filled`, no others read
 for window in (0, 9):
     for filled, programs in ((1, 256), (5, 8), (33, 256), (70, 12), (200, 1),
                              (200, 28)):

@@ -368,9 +368,9 @@ def cached(backend):
     with torch.no_grad():
         for t in (tokens, tokens[:, :1], tokens[:, 1:2]):
             place = at[:, :t.shape[1]] + caches[0].length
-            caches[0].begin(place)
-            y = compiled(t, place, caches[0])
-            caches[0].advance(place)
+            plan = caches[0].begin(place)
+            y = compiled(t, place, plan)
+            caches[0].commit(plan)
             assert same(y, model(t, caches[1])), "cache"
 
 def step(backend):

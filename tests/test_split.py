@@ -1,19 +1,15 @@
 """Chapter 15: a split model is the model, whoever carries the messages.
 
-Three kinds of proof, from cheap to dear: tables alone; threads of this
-process (`rehearse`); processes that talk over gloo, started once for each
-size of the world and by torchrun.
+Two kinds of proof: threads of this process (`rehearse`); processes that talk
+over gloo, started once for each size of the world and by torchrun.
 """
 
 import contextlib
 import io
-import itertools
 import json
-import math
 import multiprocessing
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -21,329 +17,44 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
-from importlib.resources import files
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from splits import (
+    GREEDY,
+    ODD,
+    POCKET,
+    PROMPT,
+    TINY,
+    exercise,
+    free_ports,
+    meet,
+    near,
+    whole,
+    write_tiny,
+)
 
 from gptoss import commands as cli
-from gptoss import parallel
 from gptoss.chat import Chat, ChatError, function_tool
-from gptoss.checkpoint import (
-    LAYOUTS,
-    Checkpoint,
-    random_tensors,
-    tensor_table,
-    write_checkpoint,
-)
-from gptoss.config import (
-    GptOssConfig,
-    bytes_read_per_token,
-    checkpoint_bytes,
-)
+from gptoss.checkpoint import random_tensors, tensor_table, write_checkpoint
+from gptoss.collectives import Group, join, leave, rehearse
+from gptoss.config import GptOssConfig, checkpoint_bytes
 from gptoss.generate import Sampler, generate
 from gptoss.harmony import Tokenizer
 from gptoss.model import GptOss
-from gptoss.parallel import (
-    Group,
-    ParallelError,
-    MeshRank,
-    Shard,
-    SplitGptOss,
-    Tally,
-    cut,
-    fits,
-    on_stage,
-    rehearse,
-    rank_config,
-    shard_rule,
-    stage_layers,
-    mesh_rank,
-    traffic,
-)
-from gptoss.plan import (
-    CARDS,
-    expected_most,
-    plan,
-    plan_table,
-    rank_bytes,
-    setup,
-    token_seconds,
-)
+from gptoss.plan import Tally, traffic
+from gptoss.shards import cut, mesh_rank
+from gptoss.split import Partition, SplitGptOss, load_split, replacements
 
-pytestmark = pytest.mark.xdist_group("parallel")  # one set of processes
-
-POCKET = Path(str(files("gptoss") / "pocket"))
-RELEASED = {"20b": GptOssConfig.gpt_oss_20b(),
-            "120b": GptOssConfig.gpt_oss_120b()}
-GREEDY = Sampler(temperature=0.0)
-# more key/value heads, and an F of 6 blocks: slices and groups of experts
-TINY = GptOssConfig(
-    num_hidden_layers=5, num_local_experts=8, num_experts_per_tok=3,
-    vocab_size=96, hidden_size=64, intermediate_size=192, head_dim=8,
-    num_attention_heads=16, num_key_value_heads=8, sliding_window=6,
-    max_position_embeddings=256, initial_context_length=32,
-    eos_token_id=1, pad_token_id=0)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> dict[str, Path]:
-    """TINY in each layout, the same numbers."""
-    folder = tmp_path_factory.mktemp("tiny")
-    original = replace(TINY, layer_types=None, max_position_embeddings=131072,
-                       initial_context_length=4096)
-    for layout in LAYOUTS:
-        config = original if layout == "original" else TINY
-        write_checkpoint(folder / layout, config,
-                         random_tensors(config, 3, layout), layout)
-    return {layout: folder / layout for layout in LAYOUTS}
-
-
-def whole(path: Path) -> GptOss:
-    return GptOss.from_pretrained(path, dtype=torch.float32)
-
-
-def near(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """Within 1e-5 of the spread of the logits."""
-    return float((found - wanted).abs().max() / wanted.std()) < 1e-5
-
-
-# --- Tables ------------------------------------------------------------------
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_tensor_has_a_rule(layout) -> None:
-    for name, spec in tensor_table(TINY, layout).items():
-        if layout != "original":  # read under the names of "hf"
-            assert len(shard_rule(name)[0]) == len(spec.shape), name
-    with pytest.raises(ParallelError, match="rotary"):
-        shard_rule("model.rotary")
-
-
-def ranks(config: GptOssConfig, world: int, stages: int = 1) -> list[MeshRank]:
-    return [mesh_rank(config, rank, world, stages) for rank in range(world)]
-
-
-@pytest.mark.parametrize(("world", "stages"), [
-    (1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (4, 2), (8, 4), (5, 5), (10, 5)])
-def test_parts_cover_every_number_once(world, stages) -> None:
-    """Each element of each tensor is read by somebody; twice only where the
-    table says copies, or where heads of a group are on several ranks."""
-    for name, spec in tensor_table(TINY).items():
-        times = torch.zeros(spec.shape)
-        for mesh in ranks(TINY, world, stages):
-            if on_stage(TINY, mesh, name):
-                index, shape, held = cut(TINY, mesh, spec)
-                assert times[index].shape == shape
-                times[index] += held
-        letters, holder = shard_rule(name)
-        copies = 1
-        if set(letters) == {"-"} and not holder:
-            copies = world // stages
-        if letters[0] == "KV":
-            copies = max(1, world // stages // TINY.num_key_value_heads)
-        assert (times == copies).all(), name
-
-
-def test_gate_and_up_stay_together() -> None:
-    """A slice begins at a gate row, at a border of blocks of F."""
-    assert not fits(TINY, 3)
-    config = replace(TINY, num_attention_heads=24, num_key_value_heads=3,
-                     vocab_size=99)
-    for mesh in ranks(config, 3):
-        mine = parallel.owned(config, mesh)
-        assert mesh.slices == 3 and mesh.ep_size == 1
-        assert mine["2F"].start == 64 * mine["F/32"].start
-        assert mine["2F"].stop == 2 * mine["F"].stop
-
-
-@pytest.mark.parametrize("name", RELEASED)
-@pytest.mark.parametrize("world", [2, 4, 8])
-def test_bytes_of_a_rank(name, world) -> None:
-    """The sharded part within 5 % of total / world, on every rank."""
-    config = RELEASED[name]
-    copied = sum(
-        spec.nbytes for spec in tensor_table(config).values()
-        if set(shard_rule(spec.name)[0]) == {"-"})
-    even = (checkpoint_bytes(config) - copied) / world
-    for mesh in ranks(config, world):
-        mine = 0
-        for spec in tensor_table(config).values():
-            _, shape, held = cut(config, mesh, spec)
-            if set(shard_rule(spec.name)[0]) != {"-"} and held:
-                mine += math.prod(shape) * spec.nbytes // math.prod(
-                    spec.shape)
-        assert abs(mine / even - 1) < 0.05
-        total = sum(rank_bytes(config, mesh).values())
-        assert total < 1.01 * (even + copied)
-
-
-@pytest.mark.parametrize("stages", [1, 2, 3, 4, 8, 24])
-def test_stages_are_of_one_size(stages) -> None:
-    config = RELEASED["20b"]
-    layers = stage_layers(config, stages)
-    assert list(itertools.chain(*layers)) == list(range(24))
-    assert all(layers)
-    sizes = [sum(rank_bytes(config, mesh).values())
-             for mesh in ranks(config, stages, stages)]
-    layer = (checkpoint_bytes(config) - 2 * 2 * 201088 * 2880) / 24
-    slack = max(layer, 2 * 201088 * 2880 - layer)  # a layer, or the head
-    assert sum(sizes) == checkpoint_bytes(config)
-    assert max(sizes) <= max(checkpoint_bytes(config) / stages + slack,
-                             2 * 201088 * 2880 + layer + 10_000)
-
-
-@pytest.mark.parametrize(("world", "stages", "said"), [
-    (3, 1, "expected one of 1, 2, 4, 8, found 3"),
-    (16, 1, "expected one of 1, 2, 4, 8, found 16"),
-    (6, 2, "in 2 stages: expected one of 2, 4, 8, 16, found 6"),
-    (3, 2, "in 2 stages: expected one of 2, 4, 8, 16, found 3"),
-    (4, 0, "--stages: expected 1 to 4 .* found 0"),
-    (8, 5, "--stages: expected 1 to 4 .* found 5")])
-def test_sizes_that_do_not_divide(world, stages, said) -> None:
-    config = GptOssConfig.from_pretrained(POCKET)
-    with pytest.raises(ParallelError, match=said):
-        mesh_rank(config, 0, world, stages)
-
-
-def test_bytes_read_are_counted(tiny) -> None:
-    with Checkpoint.open(tiny["hf"]) as checkpoint:
-        total = 0
-        for mesh in ranks(TINY, 4, 2):
-            shard = Shard(checkpoint, mesh)
-            for name in shard.names():
-                assert shard.read(name).is_contiguous()
-            total += shard.bytes_read
-        copied = sum(spec.nbytes for spec in tensor_table(TINY).values()
-                     if set(shard_rule(spec.name)[0]) == {"-"}
-                     and not shard_rule(spec.name)[1])
-        assert total == checkpoint.nbytes + copied
-
-
-# --- The plan ----------------------------------------------------------------
-
-@given(st.sampled_from([(1, 4), (2, 2), (4, 2), (4, 1), (3, 3)]),
-       st.integers(1, 4))
-@settings(deadline=None, max_examples=15)
-def test_busiest_group(shape, chosen) -> None:
-    """Against all ways to choose."""
-    groups, size = shape
-    experts = groups * size
-    chosen = min(chosen, experts)
-    every = [max(sum(e // size == g for e in ids) for g in range(groups))
-             for ids in itertools.combinations(range(experts), chosen)]
-    assert math.isclose(expected_most(experts, chosen, groups),
-                        sum(every) / len(every))
-
-
-def test_plan() -> None:
-    rows = plan(RELEASED["120b"], 8192)
-    assert len(rows) == 4 * len(CARDS)
-    fitting = {(row.gpus, row.card[:2]) for row in rows if row.fits}
-    assert fitting == {(4, "24"), (8, "24"), (2, "40"), (4, "40"), (8, "40"),
-                       (1, "80"), (2, "80"), (4, "80"), (8, "80")}
-    for name, config in RELEASED.items():
-        one = token_seconds(config, mesh_rank(config, 0, 1), CARDS[2], 1)
-        assert one * 3350e9 == pytest.approx(bytes_read_per_token(config),
-                                             rel=2e-3)
-        text = plan_table(name, config, 4096)
-        assert max(map(len, text.splitlines())) <= 79
-
-
-def test_a_plan_that_does_not_divide() -> None:
-    """Neither 4 nor 8 cards can share it, nor give a layer to each."""
-    config = replace(TINY, num_hidden_layers=3, num_attention_heads=6,
-                     num_key_value_heads=2, layer_types=None)
-    rows = [row for row in plan(config) if row.gpus in (4, 8)]
-    assert rows and not any(row.fits or row.weights or row.tensor
-                            or row.pipeline for row in rows)
-    text = plan_table("odd", config)
-    assert text.count("not divisible") == len(rows)
-
-
-@pytest.mark.parametrize("context", [0, -5, 2 ** 30 + 1, 10 ** 400])
-def test_a_context_that_nothing_has(context, capsys) -> None:
-    assert cli.main(["inspect", "20b", "--plan", "--context",
-                     str(context)]) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "--context: expected 1 to" in err
-
-
-def test_plan_of_a_folder_with_original_alone(tiny, tmp_path, capsys) -> None:
-    (tmp_path / "original").symlink_to(tiny["original"])
-    assert cli.main(["inspect", "--plan", str(tmp_path)]) == 0
-    assert capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", sorted(RELEASED))
-@pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_meetings_take_the_steps_of_a_ring(name: str, ranks: int) -> None:
-    """What a step costs is paid 2(R - 1) times a sum, R - 1 a gathering;
-    what beginning costs, once."""
-    config = RELEASED[name]
-    mesh = mesh_rank(config, 0, ranks)
-    free = replace(CARDS[2], group=math.inf, latency=0.0, step=0.0)
-    sums = 2 * config.num_hidden_layers + 1
-    least = token_seconds(config, mesh, free, 100)
-
-    def more(**costs: float) -> float:
-        card = replace(free, **costs)
-        return token_seconds(config, mesh, card, 100) - least
-
-    assert more(step=1.0) == pytest.approx(
-        sums * 2 * (ranks - 1) + ranks - 1)
-    assert more(latency=1.0) == pytest.approx(sums + 1)
-    sent = sums * 2 * (ranks - 1) / ranks * 2 * config.hidden_size
-    sent += (ranks - 1) * 2 * config.vocab_size / ranks
-    assert more(group=1.0) == pytest.approx(sent)
-
-
-def test_more_cards_can_be_slower() -> None:
-    """Reading shrinks with the ranks, meetings grow."""
-    for config in RELEASED.values():
-        four, eight = (estimate(config, n, CARDS[2], 8192).tensor for n in (4, 8))
-        assert eight < four
-        speeds = [1 / token_seconds(config, mesh_rank(config, 0, n),
-                                    replace(CARDS[2], step=1e-3),
-                                    8192) for n in (1, 2, 4, 8)]
-        assert speeds == sorted(speeds, reverse=True)
-
-
-def test_plan_command(capsys) -> None:
-    assert cli.main(["inspect", "--plan"]) == 0
-    shown = capsys.readouterr().out
-    assert "120b" in shown and "20b" in shown and "does not fit" in shown
-    assert cli.main(["inspect", "120b", "--plan", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)["120b"]
-    assert rows[0]["fits"] is False and rows[-1]["tensor"] > 0
-    assert cli.main(["inspect", "120b", "--plan", "--context", "0"]) == 2
-    assert "--context" in capsys.readouterr().err
+pytestmark = pytest.mark.xdist_group("split")  # one set of processes
 
 
 # --- Threads -----------------------------------------------------------------
 
-PROMPT = torch.randint(2, 96, (2, 40),
-                       generator=torch.Generator().manual_seed(5))
-MASK = torch.ones(2, 40, dtype=torch.bool)
-MASK[0, :7] = False
-
-
-def exercise(model: GptOss) -> list[torch.Tensor]:
-    """Logits of a padded batch: at once, in pieces, after a rollback."""
-    with torch.inference_mode():
-        at_once = model(PROMPT, attention_mask=MASK)[MASK]
-        cache = model.new_cache(2, slack=2)
-        pieces = [model(PROMPT[:, part], cache, MASK[:, part])
-                  for part in (slice(0, 13), slice(13, 14), slice(14, 40))]
-        one = model.new_cache(max_tokens=60)
-        model(PROMPT[1:], one)
-        start = one.rollback(20)
-        again = model(PROMPT[1:, start:], one)[:, 20 - start:]
-        last = model(PROMPT[1:, :3], one, logits_to_keep=1)
-    return [at_once, torch.cat(pieces, 1)[MASK], again, last,
-            torch.tensor([start])]
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> dict[str, Path]:
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.mark.parametrize(("layout", "world", "stages"), [
@@ -368,45 +79,7 @@ def test_unpacked_experts_are_split_too(tiny) -> None:
         assert near(found, wanted)
 
 
-def test_a_failing_thread_ends_the_rehearsal() -> None:
-    def work(mesh, group):
-        if mesh.tp_rank == 1:
-            raise ZeroDivisionError("planted")
-        return group.all_reduce(torch.ones(1))
-
-    with pytest.raises(ZeroDivisionError, match="planted"):
-        rehearse(TINY, 2, 1, work)
-
-
-def test_cache_of_a_seat() -> None:
-    mine = rank_config(TINY, mesh_rank(TINY, 3, 4, 2))
-    assert mine.num_key_value_heads == 4
-    assert mine.num_hidden_layers == len(mine.layer_types) == len(
-        stage_layers(TINY, 2)[1])
-
-
-def test_alone_nothing_is_said() -> None:
-    x, group = torch.ones(2), Group()
-    assert group.all_reduce(x) is group.all_gather(x) is group.broadcast_last(x) is x
-
-
 # --- A vocabulary of any size ------------------------------------------------
-
-ODD = replace(TINY, num_attention_heads=12, num_key_value_heads=6,
-              vocab_size=101)  # by nothing; 2, 3 and 6 share the heads
-
-
-@pytest.mark.parametrize("tensors", [1, 2, 3, 4, 7, 8, 64])
-@pytest.mark.parametrize("size", [201_088, 201_089, 200_019, 101, 65])
-def test_rows_cover_a_vocabulary_of_any_size(size, tensors) -> None:
-    config = replace(RELEASED["20b"], vocab_size=size)
-    rows = [len(range(size)[parallel.owned(config, parallel.MeshRank(
-        n, tensors))["V"]]) for n in range(tensors)]
-    assert sum(rows) == size and max(rows) == rows[0] == -(-size // tensors)
-    assert rows == sorted(rows, reverse=True)
-    divides = not 64 % tensors and not min(8 % tensors, tensors % 8)
-    assert fits(config, tensors) == (divides and rows[-1] > 0)
-
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory) -> Path:
@@ -436,7 +109,7 @@ def test_threads_share_a_vocabulary_of_any_size(odd, world, stages) -> None:
 def attend_odd(rank: int, world: int, port: int, odd: Path, folder: Path
                ) -> None:
     meet(rank, world, port)
-    model = parallel.load_split(odd, "float32")
+    model = load_split(odd, "float32")
     tokens = list(generate(model, PROMPT[1].tolist(), sampler=GREEDY,
                            max_new_tokens=24))
     with Tally() as tally, torch.inference_mode():
@@ -444,12 +117,12 @@ def attend_odd(rank: int, world: int, port: int, odd: Path, folder: Path
     torch.save((tokens, logits, dict(tally.counts), model.mesh),
                folder / f"{world}-{rank}.pt")
     torch.distributed.barrier()
-    parallel.leave()
+    leave()
 
 
 def test_processes_share_a_vocabulary_of_any_size(odd, tmp_path) -> None:
     model, context = whole(odd), multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "gptoss.parallel", "pytest",
+    context.set_forkserver_preload(["torch", "gptoss.split", "pytest",
                                     "hypothesis", "gptoss.chat"])
     text = list(generate(model, PROMPT[1].tolist(), sampler=GREEDY,
                          max_new_tokens=24))
@@ -472,14 +145,6 @@ def test_processes_share_a_vocabulary_of_any_size(odd, tmp_path) -> None:
 
 # --- Processes over gloo -----------------------------------------------------
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
 STAGES = {1: [1], 2: [1, 2], 4: [2, 1], 8: [1]}
 COMMANDS = (
     (["generate", "--prompt", "-", "--temperature", "0", "--dtype",
@@ -492,16 +157,6 @@ COMMANDS = (
       "--json"], b""),
     (["inspect"], b""),
 )
-
-
-def meet(rank: int, world: int, port: int) -> None:
-    """What torchrun would have set."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world),
-                      LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
-    torch.set_num_threads(1)
-
-
 # --- A chat on several ranks -------------------------------------------------
 
 CALL = ("<|channel|>commentary to=functions.{} <|constrain|>json<|message|>"
@@ -635,7 +290,7 @@ def work_as_agent(rank: int, port: int, folder: Path) -> list:
     from gptoss import chat
 
     os.environ["MASTER_PORT"] = str(port)
-    joined = parallel.join(timeout=timedelta(seconds=4))
+    joined = join(timeout=timedelta(seconds=4))
     chat.today = lambda: f"2025-01-0{rank + 1}"
     mesh = mesh_rank(GptOssConfig.from_pretrained(POCKET), rank, 2)
     model = SplitGptOss.part(POCKET, mesh, joined.group(mesh), torch.float32)
@@ -649,7 +304,7 @@ def work_as_agent(rank: int, port: int, folder: Path) -> list:
     found.append({"turn": list(generate(model, [1, 2], max_new_tokens=9)),
                   "tokens": []})
     torch.distributed.barrier()
-    parallel.leave()
+    leave()
     return found
 
 
@@ -661,7 +316,7 @@ def test_a_chat_of_processes(worlds) -> None:
 def attend(rank: int, world: int, ports: list[int], folder: Path) -> None:
     """One process: all that a world is asked for, into a file."""
     meet(rank, world, ports[0])
-    joined, found = parallel.join(), {}
+    joined, found = join(), {}
     config = GptOssConfig.from_pretrained(POCKET)
     for stages in STAGES[world]:
         mesh = mesh_rank(config, rank, world, stages)
@@ -679,7 +334,7 @@ def attend(rank: int, world: int, ports: list[int], folder: Path) -> None:
             "tally": dict(tally.counts), "bytes": model.bytes_read,
             "random": torch.rand(1), "same": joined.same(lambda: rank)}
     torch.distributed.barrier()  # rank 0 takes the store with it
-    parallel.leave()
+    leave()
     if world == 2:
         found["commands"] = [run(rank, port, *command) for port, command
                              in zip(ports[1:], COMMANDS, strict=False)]
@@ -700,7 +355,7 @@ def run(rank: int, port: int, argv: list[str], said: bytes
         except BaseException:
             traceback.print_exc()
             code = -1
-    parallel.leave()
+    leave()
     return code, out.getvalue(), err.getvalue()
 
 
@@ -709,7 +364,7 @@ def worlds(tmp_path_factory) -> dict[int, list[dict]]:
     """Size of the world -> what each of its ranks found."""
     folder = tmp_path_factory.mktemp("worlds")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "gptoss.parallel", "pytest",
+    context.set_forkserver_preload(["torch", "gptoss.split", "pytest",
                                     "hypothesis", "gptoss.chat"])
     found = {}
     for world in STAGES:
@@ -838,7 +493,7 @@ def test_two_machines(capsys) -> None:
 DIES = """
 import os, signal, sys
 from gptoss import commands as cli
-from gptoss.parallel import SplitGptOss
+from gptoss.split import SplitGptOss
 
 if os.environ["RANK"] == "1":
     forward = SplitGptOss.forward
@@ -857,4 +512,24 @@ def test_one_dies_and_all_end(tmp_path) -> None:
                                   str(tmp_path / "dies.py")))
     assert code == 1
     assert "lost the others" in err or "SIGKILL" in err, err[-2000:]
-    assert "gptoss/parallel.py" not in err  # no traceback of ours
+    for module in ("split", "collectives"):
+        assert f"gptoss/{module}.py" not in err  # no traceback of ours
+
+
+# --- Modules -----------------------------------------------------------------
+
+def test_parts_are_modules_of_their_own() -> None:
+    """Made for the shapes that a rank has; the whole model stays whole."""
+    part = Partition(TINY, mesh_rank(TINY, 3, 4, 2), Group(), torch.float32,
+                     torch.device("cpu"))
+    model = GptOss(TINY, torch.float32, "meta")
+    shapes = {name: x.shape for name, x in model.state_dict().items()}
+    made = dict(replacements(model, part))
+    assert {name: x.shape for name, x in model.state_dict().items()} == shapes
+    assert not {id(x) for x in model.modules()} & {
+        id(x) for module in made.values() for x in module.modules()}
+    for name, module in made.items():
+        for leaf, tensor in module.state_dict().items():
+            spec = tensor_table(TINY)[f"model.{name}.{leaf}" if "lm_head"
+                                      not in name else f"{name}.{leaf}"]
+            assert tensor.shape == cut(TINY, part.mesh, spec)[1], name
