@@ -529,7 +529,7 @@ class SamplingOptions:
             value = getattr(self, name)
             if value is None and name != "prefill_chunk":
                 continue
-            if not (_is_number(value, int) and least <= value <= most):
+            if not (is_count(value) and least <= value <= most):
                 _refuse(name, f"an integer {words}", value)
         try:
             ids = frozenset(map(operator.index, self.stop))

@@ -242,12 +242,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
+from gptoss.errors import Error
 from gptoss.launch import launched, process_rank
 
 BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
-class UsageError(ValueError):
+class UsageError(Error):
     """What the command line itself says cannot be done."""
 
 
@@ -287,18 +288,6 @@ except UsageError as error:
     print(error)
 
 # %% tags=["export:mistakes"]
-MISTAKES = {"gptoss.config": "ConfigError", "gptoss.mxfp4": "MXFP4Error",
-            "gptoss.checkpoint": "CheckpointError",
-            "gptoss.cache": "CacheError", "gptoss.model": "ModelError",
-            "gptoss.harmony": "HarmonyError",
-            "gptoss.generate": "GenerateError",
-            "gptoss.messages": "ChatError", "gptoss.parity": "ParityError",
-            "gptoss.vectors": "VectorError",
-            "gptoss.kernels": "KernelError",
-            "gptoss.shards": "ParallelError",
-            "torch": "OutOfMemoryError"}
-
-
 def lacks_memory(error: BaseException) -> bool:
     """Whether there was not enough of it: torch's allocator for the CPU
     says so by a RuntimeError like any other."""
@@ -310,13 +299,12 @@ def lacks_memory(error: BaseException) -> bool:
 def is_mistake(error: BaseException) -> bool:
     """Whether `error` is told in one line. Others are bugs: a traceback.
 
-    A module that was never imported has raised nothing, so none is imported
+    If torch was never imported, it has raised nothing, and is not imported
     here: a wrong option answers at once.
     """
-    classes = [getattr(sys.modules[module], name, UsageError)
-               for module, name in MISTAKES.items() if module in sys.modules]
-    return isinstance(error, (UsageError, OSError, *classes)) \
-        or lacks_memory(error)
+    torch_lacks = getattr(sys.modules.get("torch"), "OutOfMemoryError", Error)
+    return (isinstance(error, (Error, OSError, torch_lacks))
+            or lacks_memory(error))
 
 
 def reason(error: BaseException) -> str:

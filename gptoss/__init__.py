@@ -22,7 +22,9 @@ _MODULES = ("errors", "config", "mxfp4", "checkpoint", "rope", "sinks",
             "masks", "routing", "experts", "cache", "model", "harmony",
             "generate", "chat", "kernels", "compact", "triton_kernels",
             "decode_step", "stories", "lessons", "leaks", "exams", "train",
-            "parallel", "plan", "parity", "vectors")
+            "shards", "launch", "collectives", "split", "plan", "parity",
+            "vectors", "mistakes", "options", "terminal", "tables",
+            "commands")
 
 
 def __getattr__(name: str) -> object:

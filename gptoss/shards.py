@@ -14,11 +14,12 @@ from torch import Tensor
 
 from gptoss.checkpoint import DTYPES, Checkpoint, TensorSpec, tensor_table
 from gptoss.config import GptOssConfig
+from gptoss.errors import Error
 from gptoss.mxfp4 import BLOCK
 
 # --- Coordinates of a rank ---------------------------------------------------
 
-class ParallelError(RuntimeError):
+class ParallelError(Error, RuntimeError):
     """Ranks that do not fit the model, or that lost each other."""
 
 

@@ -3,12 +3,14 @@
 import io
 import json
 import os
+import pkgutil
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import unicodedata
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -21,11 +23,11 @@ from scripted import TOKENIZER, Scripted, called, said
 
 import gptoss
 from gptoss.checkpoint import write_checkpoint
-from gptoss.commands import build_parser, main
+from gptoss.commands import COMMANDS, build_parser, main
 from gptoss.config import GptOssConfig
 from gptoss.generate import Sampler, complete
 from gptoss.harmony import Tokenizer, tokenizer_json
-from gptoss.mistakes import UsageError, printable
+from gptoss.mistakes import UsageError, is_mistake, printable
 from gptoss.model import GptOss
 from gptoss.terminal import drawn
 from gptoss.turn import ChatEvent
@@ -469,6 +471,26 @@ def test_ctrl_c_is_130_and_quiet(monkeypatch, capsys):
     monkeypatch.setattr(checkpoint, "resolve", interrupted)
     assert main(["inspect", "anything"]) == 130
     assert capsys.readouterr().err == ""
+
+
+def test_every_error_of_the_package_is_told_in_a_line():
+    """Whatever class a module refuses with, by the one they derive from."""
+    for info in pkgutil.iter_modules(gptoss.__path__):
+        if info.name in ("__main__", "tangle", "triton_kernels"):
+            continue
+        module = import_module(f"gptoss.{info.name}")
+        for name, value in vars(module).items():
+            if name.endswith("Error") and value.__module__ == module.__name__:
+                assert is_mistake(value("no")), name
+    assert is_mistake(torch.OutOfMemoryError("no"))
+    assert not is_mistake(ValueError("a bug"))
+
+
+def test_the_table_names_functions_and_says_what_they_say():
+    for name, row in COMMANDS.items():
+        module, _, function = row.target.partition(":")
+        run = getattr(import_module(module), function)
+        assert run.__doc__ == row.about and function == f"run_{name}"
 
 
 def test_parser_itself_raises_usage_errors():
