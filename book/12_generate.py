@@ -956,9 +956,10 @@ def continue_ids(model: GptOss, input_ids: Tensor | Sequence[int], *,
 
 # %%
 both = torch.tensor([tokenizer.encode(opening)] * 2)
-out = model.generate(both, attention_mask=torch.tensor(
-    [[1] * 14, [0] * 7 + [1] * 7])[:, -both.shape[1]:], do_sample=False,
-    max_new_tokens=6)
+mask = torch.ones_like(both)
+mask[1, :7] = 0  # the second row is only the end of the first
+out = model.generate(both, attention_mask=mask, do_sample=False,
+                     max_new_tokens=6)
 print(tuple(both.shape), "->", tuple(out.shape))
 print([tokenizer.decode(row[both.shape[1]:]) for row in out.tolist()])
 try:

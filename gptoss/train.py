@@ -25,6 +25,7 @@ from gptoss.config import GptOssConfig
 from gptoss.exams import MILESTONE, report_card
 from gptoss.harmony import (
     ALPHABET,
+    CHAT_TEMPLATE,
     NAMED,
     PATTERN,
     RANKS,
@@ -555,8 +556,9 @@ def make_pocket(out: Path, recipe: Recipe,
     """Train the shipped checkpoint and write it to the new folder `out`.
 
     Writes model.safetensors, config.json, generation_config.json,
-    tokenizer.json and train_log.json: the recipe, every eighth step, what
-    the model could do at every thousandth, and the last examination.
+    tokenizer.json, chat_template.jinja and train_log.json: the recipe,
+    every eighth step, what the model could do at every thousandth, and the
+    last examination.
     """
     config, log, marks = pocket_config(), [], []
     vocabulary = train_tokenizer(sample_texts(6000), config.vocab_size)
@@ -603,7 +605,7 @@ def milestone(model: GptOss, tokenizer: Tokenizer, step: int) -> dict:
 def write_pocket(out: Path, model: GptOss, vocabulary: str, recipe: Recipe,
                  log: list[dict], marks: list[dict], count: int = 200
                  ) -> None:
-    """The five files of a trained model, into the new folder `out`; the
+    """The six files of a trained model, into the new folder `out`; the
     last examination, `count` questions of a kind, is of these files. They
     are written beside `out` and moved there when all are whole."""
     out = Path(out)
@@ -611,6 +613,7 @@ def write_pocket(out: Path, model: GptOss, vocabulary: str, recipe: Recipe,
         draft = Path(beside) / out.name
         write_checkpoint(draft, model.config, released_tensors(model))
         (draft / "tokenizer.json").write_text(vocabulary, "utf-8")
+        (draft / "chat_template.jinja").write_text(CHAT_TEMPLATE, "utf-8")
         write_json(draft / "generation_config.json",
                    generation_config(model.config), 2)
         written = GptOss.from_pretrained(draft, dtype=torch.float32)

@@ -589,3 +589,145 @@ def test_pocket_tokenizer():
             tokenizer.special.values())
     for text in ("Once upon a time", "é🙂中文\x00\r\n", " " * 9):
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+# -- as transformers' users know it -----------------------------------------
+
+SCHEMA = {"type": "object", "description": "what to do", "properties": {
+    "place": {"type": "string", "description": "a city", "title": "Place",
+              "examples": ["Rome", "Oslo"]},
+    "unit": {"type": "string", "enum": ["C", "F"], "default": "C"},
+    "days": {"type": "array", "items": {"type": "integer"}},
+    "deep": {"type": "object", "properties": {
+        "flag": {"type": "boolean", "nullable": True, "default": True},
+        "any": {}}},
+    "either": {"description": "one of two", "default": 3, "oneOf": [
+        {"type": "string", "description": "a name", "default": "x"},
+        {"type": "number", "nullable": True}]},
+    "both": {"type": ["string", "integer", "null"], "default": "x"}},
+    "required": ["place", "deep"]}
+WORDS = ["Hi", "né 🙂", '{"a": 1}', "'''", "\n\nTwo\n", "<|", "a|>b", "", " ",
+         "\\n {{ x }} {% raw %}", "中文", "don't", "<|nothing|>"]
+
+
+def conversation(rng: random.Random) -> tuple[list[dict], dict]:
+    """OpenAI's dicts with a user or a tool at their end, and options."""
+    def text() -> str:
+        return "".join(rng.choices(WORDS, k=rng.randint(1, 4)))
+
+    talk = [{"role": role, "content": text()} for role in
+            rng.choice([[], ["system"], ["developer"],
+                        ["system", "developer"]])]
+    for turn in range(rng.randint(1, 4)):
+        parts = [{"type": "text", "text": text()} for _ in range(2)]
+        talk.append({"role": "user", "content": rng.choice([text(), parts])}
+                    | rng.choice([{}, {"name": "ada"}]))
+        for step in range(rng.randint(0, 2)):
+            calls = [{"id": f"{turn}.{step}.{n}", "type": "function",
+                      "function": {"name": rng.choice(["add", "see"]),
+                                   "arguments": text()}}
+                     for n in range(rng.randint(1, 3))]
+            key = rng.choice(["reasoning", "reasoning_content", "thinking"])
+            talk.append({"role": "assistant", "tool_calls": calls,
+                         "content": rng.choice([None, text()]),
+                         key: text()})
+            talk += [{"role": "tool", "tool_call_id": call["id"],
+                      "content": text()}
+                     for call in rng.sample(calls, len(calls))]
+        if turn and rng.random() < 0.2:
+            talk.append({"role": "developer", "content": text()})
+        if rng.random() < 0.8:
+            talk.append({"role": "assistant", "content": text()}
+                        | rng.choice([{}, {"thinking": text()}])
+                        | rng.choice([{}, {}, {"phase": "commentary"}]))
+    talk.append({"role": "user", "content": text()})
+    plain = {"type": "object", "properties": {}}
+    tools = [{"type": "function", "function": {
+        "name": f"tool{n}", "description": text(),
+        "parameters": rng.choice([SCHEMA, plain])}}
+             for n in range(rng.choice([0, 0, 1, 3]))]
+    return talk, {"tools": tools or None, "reasoning_effort": rng.choice(
+        ["low", "medium", "high"]), "date": rng.choice(["", "2025-06-28"])}
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(POCKET)
+
+
+def test_the_shipped_template_is_the_chapters():
+    assert (POCKET / "chat_template.jinja").read_text("utf-8") == (
+        harmony.CHAT_TEMPLATE)
+
+
+@pytest.mark.parametrize("seed", range(20 * FUZZ))
+def test_the_template_gives_the_tokens_of_render(theirs, seed):
+    ours = Tokenizer.from_pretrained(POCKET)
+    for n in range(10):
+        talk, options = conversation(random.Random(1000 * seed + n))
+        text = theirs.apply_chat_template(
+            talk, tokenize=False, add_generation_prompt=True, **options)
+        assert text == ours.apply_chat_template(talk, tokenize=False,
+                                                **options)
+        ids = theirs.apply_chat_template(
+            talk, add_generation_prompt=True, return_dict=False, **options)
+        assert ids == ours.apply_chat_template(talk, **options)
+        closed = ours.apply_chat_template(talk, add_generation_prompt=False,
+                                          **options)
+        assert closed == theirs.apply_chat_template(
+            talk, add_generation_prompt=False, return_dict=False, **options)
+        assert ids[:len(closed)] == closed
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_typed_control_token_is_text_here_and_refused_there(theirs, name):
+    from jinja2 import TemplateError
+
+    ours = Tokenizer.from_pretrained(POCKET)
+    call = {"id": "1", "type": "function", "function": {
+        "name": "f", "arguments": name}}
+    user = {"role": "user", "content": "Hi"}
+    for talk in ([{"role": "system", "content": name}, user],
+                 [{"role": "user", "content": f"a{name}b"}],
+                 [user, {"role": "assistant", "content": name}, user],
+                 [user, {"role": "assistant", "tool_calls": [call]},
+                  {"role": "tool", "tool_call_id": "1", "content": "x"}]):
+        ids = ours.apply_chat_template(talk)
+        safe = json.loads(json.dumps(talk).replace(name, "safe"))
+        assert name in ours.decode(ids)
+        assert sum(map(ours.is_special, ids)) == sum(map(
+            ours.is_special, ours.apply_chat_template(safe)))
+        theirs.apply_chat_template(safe)
+        with pytest.raises(TemplateError, match="control token"):
+            theirs.apply_chat_template(talk)
+
+
+def test_a_template_of_messages_is_render():
+    ours = Tokenizer.from_pretrained(POCKET)
+    talk = [harmony.Message("user", "Q"),
+            harmony.Message("assistant", "so", "analysis")]
+    assert ours.apply_chat_template(talk) == harmony.render(ours, talk)
+    assert ours.apply_chat_template(talk, add_generation_prompt=False) == (
+        harmony.render(ours, talk, reply=False))
+    with pytest.raises(HarmonyError, match="tools: expected none"):
+        ours.apply_chat_template(talk, tools=[{}])
+    with pytest.raises(ValueError, match=r"messages\[0\]"):
+        ours.apply_chat_template([{"role": "nobody"}])
+    ended = [{"role": "user", "content": "Q"},
+             {"role": "assistant", "content": "A"}]
+    assert ours.apply_chat_template(
+        ended, add_generation_prompt=False, tokenize=False).endswith(
+            "<|channel|>final<|message|>A<|end|>")
+
+
+def test_what_transformers_users_look_for():
+    ours = Tokenizer.from_pretrained(POCKET)
+    said = json.loads((POCKET / "generation_config.json").read_text("utf-8"))
+    assert ours("Hi <|end|>") == {"input_ids": ours.encode("Hi <|end|>")}
+    assert ours.eos_token_id == said["eos_token_id"][0]
+    assert ours.pad_token_id == said["pad_token_id"]
+    assert repr(ours) == "Tokenizer(vocab_size=1536, text=1515, control=21)"
+    bare = Tokenizer(tokenizer_json(few_ranks(), {}))
+    assert bare.eos_token_id is None is bare.pad_token_id
