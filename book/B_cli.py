@@ -190,9 +190,9 @@ _HOME = {"Chat": "chat", "GptOss": "model", "GptOssConfig": "config",
          "Tokenizer": "harmony"}
 _MODULES = ("config", "mxfp4", "checkpoint", "rope", "sinks", "masks",
             "routing", "experts", "cache", "norm", "answers", "ops", "layers",
-            "model", "harmony", "generate", "chat", "kernels", "compact", "triton_kernels", "decode_step",
-            "stories", "lessons", "leaks", "exams", "train", "parallel",
-            "plan", "parity", "vectors")
+            "model", "harmony", "generate", "chat", "kernels", "compact",
+            "triton_kernels", "decode_step", "stories", "lessons", "leaks",
+            "exams", "train", "parallel", "plan", "parity", "vectors")
 
 
 def __getattr__(name: str) -> object:

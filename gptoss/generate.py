@@ -349,9 +349,9 @@ def generate(model: GptOss, prompt: Sequence[int], *,
     batch 1 whose tokens precede the prompt; afterwards it holds all but the
     last token yielded, so the next prompt begins with that one. `decode`:
     how to run single tokens, as in `choose_step`: "auto", "eager" or a
-    function of model and cache such as `DecodeStep`. `pauses`: yield None after each chunk of
-    the prompt but the last, so that a long prompt can be left: the cache
-    then holds the chunks that were fed.
+    function of model and cache such as `DecodeStep`. `pauses`: yield None
+    after each chunk of the prompt but the last, so that a long prompt can
+    be left: the cache then holds the chunks that were fed.
     Raises GenerateError at the call, not at the first token.
     """
     _check_decode(decode)
