@@ -440,8 +440,11 @@ def decode_by_table(blocks: torch.Tensor, scales: torch.Tensor,
     The index takes 4 bytes for every byte of blocks, so it is made for at
     most 2**15 blocks (2 MiB, inside a cache) on a CPU, 2**22 elsewhere.
     """
-    out = torch.empty(*scales.shape, BLOCK, dtype=dtype, device=blocks.device)
     table = _pairs(dtype, blocks.device)
+    if torch._C._are_functorch_transforms_active():  # they lose what `out=`
+        index = (scales.int() << 8)[..., None] + blocks  # writes
+        return table[index].view(dtype).flatten(-2)
+    out = torch.empty(*scales.shape, BLOCK, dtype=dtype, device=blocks.device)
     target = out.view(table.dtype).view(-1, BLOCK // 2)
     blocks, scales = blocks.reshape(-1, BLOCK // 2), scales.reshape(-1)
     step = 2 ** 15 if blocks.device.type == "cpu" else 2 ** 22

@@ -534,16 +534,6 @@ print(tuple(tiled.shape))
 # %% tags=["export:ops"]
 import math
 
-import torch.nn.functional as F
-
-
-def linear_by_operators(x: Tensor, blocks: Tensor, scales: Tensor,
-                        bias: Tensor | None) -> Tensor:
-    """Chapter 2's `linear_by_decoding`, the decoder taken for one thing, so
-    that `torch.func` need not look into its table."""
-    weight = torch.ops.gptoss.mxfp4_decode(blocks, scales, x.dtype)
-    return F.linear(x, weight, bias)
-
 
 def _mxfp4_linear_setup(ctx, inputs, output) -> None:
     _, blocks, scales, bias = inputs
@@ -586,8 +576,10 @@ def _linear_flops(x, weight, *_, out_shape=None, **__) -> int:
     return 2 * math.prod(x) * weight[0]
 
 # %% tags=["export:ops"]
+import torch.nn.functional as F
+
 from gptoss.experts import packed_backward, packed_by_decoding
-from gptoss.mxfp4 import BLOCK, decode_by_table
+from gptoss.mxfp4 import BLOCK, decode_by_table, linear_by_decoding
 from gptoss.norm import rms_norm
 from gptoss.rope import apply_rope
 from gptoss.routing import route
@@ -619,7 +611,7 @@ OPERATORS: dict[str, Operator] = {
             tuple(map(torch.empty_like, (x, weights, up_bias, down_bias)))),
     "mxfp4_linear": Operator(
         "(Tensor x, Tensor blocks, Tensor scales, Tensor? bias) -> Tensor",
-        linear_by_operators, lambda x, blocks, scales, bias:
+        linear_by_decoding, lambda x, blocks, scales, bias:
             x.new_empty((*x.shape[:-1], blocks.shape[0])),
         _mxfp4_linear_backward, _mxfp4_linear_setup),
     "mxfp4_decode": Operator(
@@ -693,6 +685,8 @@ def packed_experts(x: Tensor, ids: Tensor, weights: Tensor,
         down.blocks, down.scales, down_bias, limit)
 
 # %%
+from gptoss.mxfp4 import encode
+
 weight = PackedMXFP4(*encode(torch.randn(8, 64)))
 x = torch.randn(3, 64, requires_grad=True)
 y = mxfp4_linear(x, weight.blocks, weight.scales)
@@ -892,6 +886,8 @@ class Attention(nn.Module):
 # 128.
 
 # %%
+from gptoss.rope import rope_parameters, rope_tables
+
 TINY = GptOssConfig(
     num_hidden_layers=4, num_local_experts=8, num_experts_per_tok=2,
     vocab_size=96, hidden_size=64, intermediate_size=64, head_dim=32,

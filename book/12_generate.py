@@ -681,8 +681,9 @@ except GenerateError as error:
 # first item is asked for. After the prompt the same model takes one token at
 # a time, always the same work; chapter 13 does it with less ado. It gets its
 # place here: a *decoder* makes of model and cache a step, something that takes
-# a token (1, 1) and gives logits (1, 1, V). Which step runs is an argument, and
-# one function decides: it asks for chapter 13's where nobody asked for another.
+# a token (1, 1) and gives logits (1, 1, V). Which step runs is an argument,
+# and one function decides: it asks for chapter 13's where nobody asked for
+# another.
 
 # %% tags=["export"]
 import logging
@@ -777,9 +778,8 @@ def generate(model: GptOss, prompt: Sequence[int],
     last token yielded, so the next prompt begins with that one. `decode`:
     how to run single tokens, as in `choose_step`: "auto", "eager" or a
     function of model and cache such as `DecodeStep`. `pauses`: yield None
-    after each chunk of
-    the prompt but the last, so that a long prompt can be left: the cache
-    then holds the chunks that were fed.
+    after each chunk of the prompt but the last, so that a long prompt can
+    be left: the cache then holds the chunks that were fed.
     Raises GenerateError at the call, not at the first token.
     """
     options = (options or SamplingOptions()).with_changes(**changes)

@@ -4007,9 +4007,10 @@ class DecodeStep:
         self.lengths.add_(1)
 
 # %% [markdown]
-# Chapter 12's `choose_step` asks for it, by chapter 10's table of what answers,
-# and `generate` runs all tokens after the prompt by it, if kernels are loaded, for a model in their type on the CPU. Elsewhere it has to
-# be asked for, `generate(..., decode=DecodeStep)`, and on CUDA for a reason:
+# Chapter 12's `choose_step` asks for it, by chapter 10's table of what
+# answers, and `generate` runs all tokens after the prompt by it where kernels
+# are loaded, for a model in their type on the CPU. Elsewhere it has to be
+# asked for, `generate(..., decode=DecodeStep)`, and on CUDA for a reason:
 # **no GPU has recorded it yet.** What can be held without one is held below
 # and in `tests/test_decode_step.py`, where something else in the place of
 # `cuda_graph` warms up, undoes and replays. Sampling still waits for the
@@ -4172,7 +4173,7 @@ assert told["prefill_tokens_per_second_spread"] == {"low": 200, "high": 400}
 # The experts keep fp32 in between and must be nearer.
 
 # %%
-from gptoss.mxfp4 import mxfp4_linear
+from gptoss.ops import mxfp4_linear
 
 
 def errors_of(run, *tensors) -> tuple[float, float]:
@@ -4367,7 +4368,7 @@ print(len(stepped), "greedy tokens are the same, logits to 1e-4")
 # what it costs in the shipped model, where the arithmetic is small.
 
 # %% tags=["nbval-ignore-output"]
-from gptoss.decode_step import quick_step
+from gptoss.generate import choose_step
 
 
 def timed_steps(step):
@@ -4382,7 +4383,7 @@ def timed_steps(step):
 
 with torch.inference_mode():
     by_forward, by_step = (timed_steps(make(model, model.new_cache()))
-                           for make in (forward_step, quick_step))
+                           for make in (forward_step, choose_step))
 assert torch.equal(by_forward[0], by_step[0])
 print(f"{1e3 * by_forward[1]:.2f} ms a token by the model's forward, "
       f"{1e3 * by_step[1]:.2f} called again")

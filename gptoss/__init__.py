@@ -11,20 +11,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gptoss.chat import Chat as Chat
     from gptoss.config import GptOssConfig as GptOssConfig
-    from gptoss.errors import Error as Error
     from gptoss.harmony import Tokenizer as Tokenizer
     from gptoss.model import GptOss as GptOss
 
 __version__ = "0.1.0"
-_HOME = {"Chat": "chat", "Error": "errors", "GptOss": "model",
-         "GptOssConfig": "config", "Tokenizer": "harmony"}
-_MODULES = ("errors", "config", "mxfp4", "checkpoint", "rope", "sinks",
-            "masks", "routing", "experts", "cache", "model", "harmony",
-            "generate", "chat", "kernels", "compact", "triton_kernels",
-            "decode_step", "stories", "lessons", "leaks", "exams", "train",
-            "shards", "launch", "collectives", "split", "plan", "parity",
-            "vectors", "mistakes", "options", "terminal", "tables",
-            "commands")
+_HOME = {"Chat": "chat", "GptOss": "model", "GptOssConfig": "config",
+         "Tokenizer": "harmony"}
+_MODULES = ("config", "mxfp4", "checkpoint", "rope", "sinks", "masks",
+            "routing", "experts", "cache", "norm", "answers", "ops", "layers",
+            "model", "harmony", "generate", "chat", "kernels", "compact",
+            "triton_kernels", "decode_step", "stories", "lessons", "leaks",
+            "exams", "train", "parallel", "plan", "parity", "vectors")
 
 
 def __getattr__(name: str) -> object:
@@ -42,7 +39,6 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "Chat",
-    "Error",
     "GptOss",
     "GptOssConfig",
     "Tokenizer",

@@ -4,33 +4,38 @@ Generated from book/12_generate.py; edit the chapter, not this file.
 """
 
 import codecs
+import logging
 import math
 import operator
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from gptoss.answers import find_answer
 from gptoss.cache import Cache
 from gptoss.checkpoint import config_folder, home_file
 from gptoss.config import GptOssConfig, read_json
-from gptoss.errors import Error, is_count, is_number, refuse
 from gptoss.harmony import Tokenizer
 from gptoss.model import GptOss
 
 # --- Refusing by name --------------------------------------------------------
 
-class GenerateError(Error):
+class GenerateError(ValueError):
     """An option, a prompt or logits that generation cannot use."""
 
 
-_refuse = partial(refuse, GenerateError)
+def _refuse(option: str, expected: str, found: object) -> None:
+    raise GenerateError(f"{option}: expected {expected}, found {found!r}")
+
+
+def _is_number(value: object, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 # --- The k best --------------------------------------------------------------
@@ -146,13 +151,14 @@ class Sampler:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (is_number(self.temperature)
+        number = (int, float)
+        if not (_is_number(self.temperature, number)
                 and math.isfinite(self.temperature)
                 and self.temperature >= 0):
             _refuse("temperature", "a finite number >= 0", self.temperature)
-        if not (is_count(self.top_k) and self.top_k >= 0):
+        if not (_is_number(self.top_k, int) and self.top_k >= 0):
             _refuse("top_k", "an integer >= 0", self.top_k)
-        if not (is_number(self.top_p) and 0 < self.top_p <= 1):
+        if not (_is_number(self.top_p, number) and 0 < self.top_p <= 1):
             _refuse("top_p", "a number > 0 and <= 1", self.top_p)
 
     def __call__(self, logits: Tensor,
@@ -181,68 +187,6 @@ class Sampler:
         return full.scatter_(-1, ids, probs)
 
 
-# --- One object for all options ----------------------------------------------
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingOptions:
-    """How a text is drawn, how long it may be and what ends it.
-
-    temperature, top_k, top_p: as in `Sampler`. seed: from 0 to 2**63 - 1;
-    None: drawn from torch's own numbers. max_new_tokens: None for as many
-    as there are positions. stop: ids that end a text. prefill_chunk: tokens
-    of a prompt that are fed at once. sampler: what draws instead of those
-    three, a function of logits (B, V) and a generator that gives ids (B,).
-    Raises GenerateError, which names the option.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
-    max_new_tokens: int | None = 256
-    stop: Iterable[int] = ()
-    prefill_chunk: int = 512
-    sampler: Callable[..., Tensor] | None = None
-
-    def __post_init__(self) -> None:
-        own = Sampler(self.temperature, self.top_k, self.top_p)
-        if self.sampler is not None and own != Sampler():
-            _refuse("sampler", "none beside temperature, top_k or top_p",
-                    self.sampler)
-        for name, least, most, words in (
-                ("seed", 0, 2 ** 63 - 1, "from 0 to 2**63 - 1"),
-                ("max_new_tokens", 1, math.inf, ">= 1"),
-                ("prefill_chunk", 1, math.inf, ">= 1")):
-            value = getattr(self, name)
-            if value is None and name != "prefill_chunk":
-                continue
-            if not (is_count(value) and least <= value <= most):
-                _refuse(name, f"an integer {words}", value)
-        try:
-            ids = frozenset(map(operator.index, self.stop))
-        except TypeError:
-            _refuse("stop", "token ids", self.stop)
-        object.__setattr__(self, "stop", ids)
-
-    def with_changes(self, **changes: Any) -> "SamplingOptions":
-        """These options but for `changes`; TypeError for an unknown one."""
-        return replace(self, **changes)
-
-    @property
-    def draws(self) -> Callable[..., Tensor]:
-        """What draws a token: `sampler`, or a Sampler of the three."""
-        return self.sampler or Sampler(self.temperature, self.top_k,
-                                       self.top_p)
-
-    def room(self, positions: int) -> int:
-        """How many tokens may be made where there are `positions` for them.
-
-        The last one needs none of its own: nothing is fed after it.
-        """
-        most = self.max_new_tokens
-        return positions + 1 if most is None else min(most, positions + 1)
-
-
 # --- When to stop ------------------------------------------------------------
 
 HARMONY_STOPS = {"<|return|>": 200002, "<|endoftext|>": 199999,
@@ -258,7 +202,7 @@ def _said_stops(file: Path) -> tuple[int, ...]:
     if found is None:
         return ()
     ids = found if isinstance(found, list) else [found]
-    if not all(is_count(n) and 0 <= n < 2 ** 31 for n in ids):
+    if not all(_is_number(n, int) and 0 <= n < 2 ** 31 for n in ids):
         raise GenerateError(f"{file}: eos_token_id: expected a token id or a"
                             f" list of them, found {found!r:.200}")
     return tuple(dict.fromkeys(ids))
@@ -291,9 +235,13 @@ def stop_ids(source: str | Path | GptOssConfig) -> tuple[int, ...]:
 
 # --- What is checked before any work -----------------------------------------
 
-def _check_prompt(config: GptOssConfig, prompt: Sequence[int], held: int,
-                  limit: int) -> None:
-    """Raises GenerateError, naming the token, before any work is done."""
+def _check_run(config: GptOssConfig, prompt: Sequence[int], held: int,
+               max_new_tokens: int, prefill_chunk: int, limit: int) -> None:
+    """Raises GenerateError, naming the option, before any work is done."""
+    for name, value in (("max_new_tokens", max_new_tokens),
+                        ("prefill_chunk", prefill_chunk)):
+        if not (_is_number(value, int) and value > 0):
+            _refuse(name, "an integer >= 1", value)
     if len(prompt) == 0:
         _refuse("prompt", "at least one token", list(prompt))
     for at, token in enumerate(prompt):
@@ -312,6 +260,7 @@ def _check_prompt(config: GptOssConfig, prompt: Sequence[int], held: int,
 
 # --- One text ----------------------------------------------------------------
 
+_log = logging.getLogger("gptoss")
 Decoder = Callable[[GptOss, Cache], Callable[[Tensor], Tensor]]
 
 
@@ -320,14 +269,29 @@ def forward_step(model: GptOss, cache: Cache) -> Callable[[Tensor], Tensor]:
     return partial(model, cache=cache, logits_to_keep=1)
 
 
-_decoder: Decoder = forward_step
+def choose_step(model: GptOss, cache: Cache, decode: Decoder | str = "auto"
+                ) -> Callable[[Tensor], Tensor]:
+    """What runs single tokens of the model, by `decode`.
+
+    "eager": the model's own forward. "auto": a quicker step, where chapter
+    13 has one for this model and cache, else the same. A decoder: what it
+    makes. One line on the logger "gptoss" (INFO) says which, and why.
+    """
+    step, why = None, "asked for"
+    if not isinstance(decode, str):
+        step = decode(model, cache)
+    elif decode == "auto":
+        step, why = find_answer("step")(model, cache)
+    step = step or forward_step(model, cache)
+    _log.info("gptoss: single tokens are run by %s: %s", "the model's forward"
+              if isinstance(step, partial) else type(step).__name__, why)
+    return step
 
 
-def use_decoder(decoder: Decoder) -> Decoder:
-    """Have `generate` run single tokens by it; returns the one before."""
-    global _decoder
-    before, _decoder = _decoder, decoder
-    return before
+def _check_decode(decode: Decoder | str) -> None:
+    if decode not in ("auto", "eager") and not callable(decode):
+        _refuse("decode", "auto, eager or a function of model and cache",
+                decode)
 
 
 def _limit(config: GptOssConfig, cache: Cache | None) -> int:
@@ -341,16 +305,17 @@ def _generators(model: GptOss, seed: int | None, rows: int
     """A generator for each row; row 0 of a seed is the seed itself."""
     if seed is None:
         drawn = seed = torch.randint(2 ** 48, ()).item()
-        if (group := getattr(model, "group", None)) is not None:
-            seed = group.same(lambda: drawn)  # one for all its processes
+        if (link := getattr(model, "link", None)) is not None:
+            seed = link.same(lambda: drawn)  # one for all its processes
+    if not (_is_number(seed, int) and 0 <= seed < 2 ** 63):
+        _refuse("seed", "an integer from 0 to 2**63 - 1", seed)
     return [torch.Generator().manual_seed(seed + row) for row in range(rows)]
 
 
 def _generate(model: GptOss, prompt: list[int], count: int,
-              options: SamplingOptions, generator: torch.Generator,
-              cache: Cache, decode: Decoder | None, pauses: bool
-              ) -> Iterator[int | None]:
-    draws, stop, chunk = options.draws, options.stop, options.prefill_chunk
+              sampler: Sampler, stop: frozenset[int],
+              generator: torch.Generator, cache: Cache, chunk: int,
+              decode: Decoder | str, pauses: bool) -> Iterator[int | None]:
     feed = torch.tensor([prompt], device=model.embed_tokens.weight.device)
     run = forward_step(model, cache)
     for produced in range(1, count + 1):
@@ -361,43 +326,48 @@ def _generate(model: GptOss, prompt: list[int], count: int,
             if pauses:
                 yield None
         with torch.inference_mode():
-            chosen = draws(run(last)[:, -1], generator)
+            chosen = sampler(run(last)[:, -1], generator)
         token = chosen.item()
         yield token
         if token in stop or produced == count:
             return
         if produced == 1:
-            run = (decode or _decoder)(model, cache)
+            run = choose_step(model, cache, decode)
         feed = chosen[:, None]
 
 
-def generate(model: GptOss, prompt: Sequence[int],
-             options: SamplingOptions | None = None, *,
-             cache: Cache | None = None, decode: Decoder | None = None,
-             pauses: bool = False, **changes: Any) -> Iterator[int | None]:
+def generate(model: GptOss, prompt: Sequence[int], *,
+             max_new_tokens: int = 256, sampler: Sampler | None = None,
+             stop: Iterable[int] = (), seed: int | None = None,
+             cache: Cache | None = None, prefill_chunk: int = 512,
+             decode: Decoder | str = "auto", pauses: bool = False
+             ) -> Iterator[int | None]:
     """Yields the token ids that follow `prompt`, a list of ids.
 
-    `options`, but for `changes`: single fields of `SamplingOptions`. Ends
-    after `max_new_tokens`, after a token in `stop` (which is yielded,
-    last), or when the positions are used up. `cache`: a cache of batch 1
-    whose tokens precede the prompt; afterwards it holds all but the
+    Ends after `max_new_tokens`, after a token in `stop` (which is
+    yielded, last), or when the positions are used up. `cache`: a cache of
+    batch 1 whose tokens precede the prompt; afterwards it holds all but the
     last token yielded, so the next prompt begins with that one. `decode`:
-    how to run single tokens, `forward_step` or chapter 13's `DecodeStep`;
-    None: as `use_decoder` said. `pauses`: yield None after each chunk of
-    the prompt but the last, so that a long prompt can be left: the cache
-    then holds the chunks that were fed.
+    how to run single tokens, as in `choose_step`: "auto", "eager" or a
+    function of model and cache such as `DecodeStep`. `pauses`: yield None
+    after each chunk of the prompt but the last, so that a long prompt can
+    be left: the cache then holds the chunks that were fed.
     Raises GenerateError at the call, not at the first token.
     """
-    options = (options or SamplingOptions()).with_changes(**changes)
+    _check_decode(decode)
     prompt = [operator.index(token) for token in prompt]
     if cache is not None and cache.batch_size != 1:
         _refuse("cache", "a batch of 1", cache.batch_size)
     held = 0 if cache is None else cache.length
     limit = _limit(model.config, cache)
-    _check_prompt(model.config, prompt, held, limit)
-    return _generate(model, prompt, options.room(limit - held - len(prompt)),
-                     options, _generators(model, options.seed, 1)[0],
-                     cache or model.new_cache(), decode, pauses)
+    _check_run(model.config, prompt, held, max_new_tokens, prefill_chunk,
+               limit)
+    # the last token needs no position of its own: nothing is fed after it
+    count = min(max_new_tokens, limit - held - len(prompt) + 1)
+    return _generate(model, prompt, count, sampler or Sampler(),
+                     frozenset(stop), _generators(model, seed, 1)[0],
+                     cache or model.new_cache(), prefill_chunk, decode,
+                     pauses)
 
 
 # --- Many texts at once ------------------------------------------------------
@@ -425,33 +395,35 @@ def _feed(model: GptOss, tokens: Tensor, mask: Tensor, cache: Cache,
     return logits[:, -1]
 
 
-def generate_batch(model: GptOss, prompts: Sequence[Sequence[int]],
-                   options: SamplingOptions | None = None,
-                   **changes: Any) -> list[list[int]]:
+def generate_batch(model: GptOss, prompts: Sequence[Sequence[int]], *,
+                   max_new_tokens: int = 256,
+                   sampler: Sampler | None = None,
+                   stop: Iterable[int] = (), seed: int | None = None,
+                   prefill_chunk: int = 512) -> list[list[int]]:
     """The continuations of `prompts` (lists of ids of any lengths).
 
-    `options`, `changes`: as for `generate`. Row r is what `generate` gives for prompt r and the seed `seed` + r,
+    Row r is what `generate` gives for prompt r and the seed `seed` + r,
     up to the rounding of larger matrix products.
     """
-    options = (options or SamplingOptions()).with_changes(**changes)
-    draws, stop = options.draws, options.stop
+    sampler, stop = sampler or Sampler(), frozenset(stop)
     rows = [[operator.index(token) for token in row] for row in prompts]
     limit = _limit(model.config, None)
     for number, row in enumerate(rows):
         try:
-            _check_prompt(model.config, row, 0, limit)
+            _check_run(model.config, row, 0, max_new_tokens, prefill_chunk,
+                       limit)
         except GenerateError as error:
             raise GenerateError(f"row {number}: {error}") from None
     if not rows:
         return []
-    generators = _generators(model, options.seed, len(rows))
-    room = [options.room(limit - len(row)) for row in rows]
+    generators = _generators(model, seed, len(rows))
+    room = [min(max_new_tokens, limit - len(row) + 1) for row in rows]
     cache = model.new_cache(batch_size=len(rows))
     out: list[list[int]] = [[] for _ in rows]
     tokens, mask = _pad_left(rows, model.embed_tokens.weight.device)
     while True:
-        logits = _feed(model, tokens, mask, cache, options.prefill_chunk)
-        chosen = torch.cat([draws(row[None], generator) for row, generator
+        logits = _feed(model, tokens, mask, cache, prefill_chunk)
+        chosen = torch.cat([sampler(row[None], generator) for row, generator
                             in zip(logits, generators, strict=True)])
         alive = mask[:, -1].tolist()
         for r, token in enumerate(chosen.tolist()):
@@ -511,16 +483,15 @@ class Completion:
     seconds: float = 0.0
 
 
-def complete(model: GptOss, tokenizer: Tokenizer, prompt: str | list[int],
-             options: SamplingOptions | None = None, *,
+def complete(model: GptOss, tokenizer: Tokenizer, prompt: str | list[int], *,
+             stop: Iterable[int] = (),
              on_text: Callable[[str], object] | None = None,
-             cache: Cache | None = None, decode: Decoder | None = None,
-             **changes: Any) -> Completion:
-    """Runs `generate`, with its options, on a text or on token ids.
+             **options) -> Completion:
+    """Runs `generate` (its `options`) on a text or on token ids.
 
     `on_text` is called with each piece of text as it comes.
     """
-    options = (options or SamplingOptions()).with_changes(**changes)
+    stop = frozenset(stop)
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
     done, stream = Completion(list(ids)), TextStream(tokenizer)
 
@@ -530,9 +501,9 @@ def complete(model: GptOss, tokenizer: Tokenizer, prompt: str | list[int],
             on_text(text)
 
     began = time.perf_counter()
-    for token in generate(model, ids, options, cache=cache, decode=decode):
+    for token in generate(model, ids, stop=stop, **options):
         done.tokens.append(token)
-        if token in options.stop:
+        if token in stop:
             done.finish_reason = "stop"
             break
         add(stream.feed(token))
@@ -556,9 +527,9 @@ __all__ = [
     "HARMONY_STOPS",
     "NUCLEUS",
     "Sampler",
-    "SamplingOptions",
     "TextStream",
     "best",
+    "choose_step",
     "complete",
     "draw",
     "forward_step",
@@ -568,5 +539,4 @@ __all__ = [
     "peak_rss_bytes",
     "ranked",
     "stop_ids",
-    "use_decoder",
 ]

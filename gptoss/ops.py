@@ -24,6 +24,7 @@ from gptoss.mxfp4 import (
     check_dtype,
     check_packed,
     decode_by_table,
+    linear_by_decoding,
 )
 from gptoss.norm import rms_norm
 from gptoss.rope import apply_rope
@@ -159,14 +160,6 @@ def attention_in_tiles(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
 
 # --- The table of operators --------------------------------------------------
 
-def linear_by_operators(x: Tensor, blocks: Tensor, scales: Tensor,
-                        bias: Tensor | None) -> Tensor:
-    """Chapter 2's `linear_by_decoding`, the decoder taken for one thing, so
-    that `torch.func` need not look into its table."""
-    weight = torch.ops.gptoss.mxfp4_decode(blocks, scales, x.dtype)
-    return F.linear(x, weight, bias)
-
-
 def _mxfp4_linear_setup(ctx, inputs, output) -> None:
     _, blocks, scales, bias = inputs
     ctx.save_for_backward(blocks, scales)
@@ -235,7 +228,7 @@ OPERATORS: dict[str, Operator] = {
             tuple(map(torch.empty_like, (x, weights, up_bias, down_bias)))),
     "mxfp4_linear": Operator(
         "(Tensor x, Tensor blocks, Tensor scales, Tensor? bias) -> Tensor",
-        linear_by_operators, lambda x, blocks, scales, bias:
+        linear_by_decoding, lambda x, blocks, scales, bias:
             x.new_empty((*x.shape[:-1], blocks.shape[0])),
         _mxfp4_linear_backward, _mxfp4_linear_setup),
     "mxfp4_decode": Operator(
@@ -290,7 +283,6 @@ __all__ = [
     "attention_in_tiles",
     "define_operator",
     "has_kernel",
-    "linear_by_operators",
     "mxfp4_linear",
     "packed_experts",
 ]

@@ -11,7 +11,6 @@ from transformers import GptOssConfig as HFConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from gptoss import experts as module
-from gptoss.config import GptOssConfig
 from gptoss.experts import (
     ALPHA,
     by_expert,

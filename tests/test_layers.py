@@ -14,7 +14,6 @@ from gptoss.layers import Experts, Router
 from gptoss.mxfp4 import MXFP4Error, PackedMXFP4, encode
 from gptoss.routing import top_logits
 
-
 # ---- the router
 
 def config(E, K, D):

@@ -106,7 +106,8 @@ def threads():
     def work(n):
         barrier.wait()
         texts[n] = list(generate.generate(
-            model.GptOss.from_pretrained(sys.argv[1]), [5, 6, 7], max_new_tokens=24,
+            model.GptOss.from_pretrained(sys.argv[1]), [5, 6, 7],
+            max_new_tokens=24,
             sampler=generate.Sampler(temperature=0.0)))
     both = [threading.Thread(target=work, args=(n,)) for n in (0, 1)]
     for thread in both: thread.start()
@@ -255,7 +256,7 @@ def test_every_operator_is_in_the_table_and_has_its_twin():
 
 
 def test_twins_are_the_plain_functions():
-    for name, (operator, case) in arguments(torch.bfloat16, False).items():
+    for name, (_, case) in arguments(torch.bfloat16, False).items():
         name = name.split()[0]
         twin = getattr(OPS, f"plain_{name}")(*case)
         right = OPERATORS[name].plain(*case)
