@@ -1070,10 +1070,10 @@ print(done.finish_reason, len(done.tokens), done.text)
 # ### A conversation: what a message may look like
 #
 # From here on the chapter writes the modules of a chat, one after another.
-# The first, `gptoss.messages`, reads what was said so far. Messages
-# come as the plain dicts of OpenAI's chat interface, as its clients' objects,
-# or as items of its Responses interface. All these were made before gpt-oss
-# was, and everybody has added a key of their own. So we read every key that
+# The first, `gptoss.messages`, reads what was said so far. Messages come as
+# the plain dicts of OpenAI's chat interface, as its clients' objects, or as
+# items of its Responses interface. All these were made before gpt-oss was,
+# and everybody has added a key of their own. So we read every key that
 # says something to the model, and refuse by its place and name any other
 # that holds something: a text that is left out without a word changes the
 # conversation, and nobody learns why the answer is odd.
