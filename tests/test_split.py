@@ -36,6 +36,7 @@ from splits import (
 )
 
 from gptoss import commands as cli
+from gptoss import decode_step
 from gptoss.chat import Chat
 from gptoss.checkpoint import random_tensors, tensor_table, write_checkpoint
 from gptoss.collectives import Group, join, leave, rehearse
@@ -498,6 +499,7 @@ def test_two_machines(capsys) -> None:
 DIES = """
 import os, signal, sys
 from gptoss import commands as cli
+from gptoss import decode_step
 from gptoss.split import SplitGptOss
 
 if os.environ["RANK"] == "1":
@@ -538,3 +540,13 @@ def test_parts_are_modules_of_their_own() -> None:
             spec = tensor_table(TINY)[f"model.{name}.{leaf}" if "lm_head"
                                       not in name else f"{name}.{leaf}"]
             assert tensor.shape == cut(TINY, part.mesh, spec)[1], name
+
+
+def test_a_split_model_is_never_recorded_and_needs_no_word(caplog) -> None:
+    """Nobody is told why a part of a model has no recorded step."""
+    alone = torch.nn.Linear(1, 1)
+    part = SplitGptOss(TINY, mesh_rank(TINY, 0, 2), Group())
+    for model in (part, alone, alone):
+        decode_step._told_why(model, "planted")
+    assert [record.getMessage().endswith("planted")
+            for record in caplog.records] == [True]
