@@ -630,7 +630,7 @@ class Writer:
         self.rows[name] += shape[0]
 
     def finish(self, extra_files: Iterable[Path]) -> dict[str, str]:
-        """Check that nothing is missing, write the JSON; returns the hashes."""
+        """Check that nothing is missing, write the JSON; return the hashes."""
         for name, place in self.places.items():
             rows = self.rows[name]
             if rows != place.spec.shape[0]:
@@ -790,9 +790,9 @@ def write_checkpoint(path: str | Path, config: GptOssConfig,
 
     tensors: (canonical name, tensor) in any order, one held at a time; with
     layout "original" q, k and v still come apart. Shapes and dtypes must be
-    those of `tensor_table`, and `dtype` that of what is not packed. extra_files
-    are copied along. The folder appears whole or not at all. CheckpointError
-    names the tensor or the file.
+    those of `tensor_table`; `dtype` is that of what is not packed.
+    extra_files are copied along. The folder appears whole or not at all.
+    CheckpointError names the tensor or the file.
     """
     with _new_folder(Path(path)) as draft:
         writer = Writer(draft, config, layout, max_shard_bytes, dtype)
