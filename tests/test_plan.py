@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from splits import RELEASED, TINY, write_tiny
 
-from gptoss import __main__ as cli
+from gptoss import commands as cli
 from gptoss.config import bytes_read_per_token
 from gptoss.plan import (
     CARDS,
