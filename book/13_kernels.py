@@ -2958,7 +2958,8 @@ print(library_path().name.startswith("kernels-"), library_path().suffix)
 # %% tags=["export:compact"]
 from torch import nn
 
-from gptoss.model import GptOss, Linear
+from gptoss.layers import Linear
+from gptoss.model import GptOss
 from gptoss.ops import Operator, define_operator
 
 
@@ -4015,7 +4016,7 @@ for tokens in (1, 3, 4, 23):
 print("one rounding to bf16, and nothing else that shows")
 
 # %%
-from gptoss.experts import packed_experts
+from gptoss.ops import packed_experts
 from gptoss.mxfp4 import PackedMXFP4
 
 E, K, width, hidden = 8, 2, 160, 128
@@ -4072,7 +4073,7 @@ print("attention agrees")
 # **Gradients** are those of plain torch.
 
 # %%
-from gptoss.model import Linear
+from gptoss.layers import Linear
 
 layer = Linear(64, 8).bfloat16()
 given = torch.randn(3, 64).bfloat16().requires_grad_()
