@@ -3138,7 +3138,8 @@ print(library_path().name.startswith("kernels-"), library_path().suffix)
 # %% tags=["export:compact"]
 from torch import nn
 
-from gptoss.model import GptOss, Linear
+from gptoss.layers import Linear
+from gptoss.model import GptOss
 from gptoss.ops import Operator, define_operator
 
 
@@ -4196,7 +4197,7 @@ for tokens in (1, 3, 4, 23):
 print("one rounding to bf16, and nothing else that shows")
 
 # %%
-from gptoss.experts import packed_experts
+from gptoss.ops import packed_experts
 from gptoss.mxfp4 import PackedMXFP4
 
 E, K, width, hidden = 8, 2, 160, 128
@@ -4253,7 +4254,7 @@ print("attention agrees")
 # **Gradients** are those of plain torch.
 
 # %%
-from gptoss.model import Linear
+from gptoss.layers import Linear
 
 layer = Linear(64, 8).bfloat16()
 given = torch.randn(3, 64).bfloat16().requires_grad_()

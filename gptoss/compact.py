@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptoss.answers import find_answer
-from gptoss.model import GptOss, Linear
+from gptoss.layers import Linear
+from gptoss.model import GptOss
 from gptoss.ops import Operator, define_operator, has_kernel
 
 # --- Sixteen bits in twelve --------------------------------------------------
