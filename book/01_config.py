@@ -314,7 +314,7 @@ class ConfigError(Error):
     """A configuration that is not one of a gpt-oss model."""
 
 
-_expect = partial(expect, ConfigError)
+expect_config = partial(expect, ConfigError)
 
 # %% [markdown]
 # ### One dataclass for both models
@@ -408,7 +408,7 @@ class GptOssConfig:
 # %%
 from dataclasses import asdict, fields, replace
 
-from gptoss.config import ConfigError, GptOssConfig, _expect  # with readers
+from gptoss.config import ConfigError, GptOssConfig, expect_config  # with readers
 
 print(len(fields(GptOssConfig)), "fields; the sizes of the 120b:")
 print([f.default for f in fields(GptOssConfig)][:10])
@@ -441,23 +441,23 @@ MOST = dict.fromkeys(COUNTS, 2 ** 24) | {
     "eos_token_id": 2 ** 31 - 1, "pad_token_id": 2 ** 31 - 1}
 
 
-def _check_number(key: str, value: object, name: str | None = None) -> None:
+def check_number(key: str, value: object, name: str | None = None) -> None:
     """ConfigError unless it is a number within the bounds of field `key`;
     the message calls it `name`."""
     name, whole = name or key, key in COUNTS
     good = is_count(value) if whole else is_positive(value)
     kind = "a whole number" if whole else "a number"
-    _expect(good and value > 0, name, f"{kind} above 0", value)
+    expect_config(good and value > 0, name, f"{kind} above 0", value)
     least, most = LEAST.get(key, 0), MOST[key]
-    _expect(value >= least, name, f"at least {least:g}", value)
-    _expect(value <= most, name, f"at most {most:,}", value)
+    expect_config(value >= least, name, f"at least {least:g}", value)
+    expect_config(value <= most, name, f"at most {most:,}", value)
 
 
 # %%
 for key, value in (("hidden_size", 2880.0), ("rope_theta", 10 ** 30),
                    ("swiglu_limit", 1e308)):
     try:
-        _check_number(key, value)
+        check_number(key, value)
     except ConfigError as error:
         print(error)
 
@@ -467,18 +467,18 @@ for key, value in (("hidden_size", 2880.0), ("rope_theta", 10 ** 30),
 # %% tags=["export"]
 def fill_kinds(kinds: object, layers: object) -> tuple[str, ...]:
     """The kinds of all layers, alternating if None; ConfigError if none."""
-    _expect(is_count(layers) and layers > 0, "num_hidden_layers",
+    expect_config(is_count(layers) and layers > 0, "num_hidden_layers",
             "a whole number above 0", layers)
     # a damaged file must not make a list of a billion entries
     most = MOST["num_hidden_layers"]
-    _expect(layers <= most, "num_hidden_layers", f"at most {most:,}", layers)
+    expect_config(layers <= most, "num_hidden_layers", f"at most {most:,}", layers)
     if kinds is None:
         kinds = [KINDS[n % 2] for n in range(layers)]
-    _expect(isinstance(kinds, list | tuple), "layer_types", "a list", kinds)
-    _expect(len(kinds) == layers, "layer_types", f"{layers} entries",
+    expect_config(isinstance(kinds, list | tuple), "layer_types", "a list", kinds)
+    expect_config(len(kinds) == layers, "layer_types", f"{layers} entries",
             len(kinds))
     for n, kind in enumerate(kinds):
-        _expect(kind in KINDS, f"layer_types[{n}]", " or ".join(KINDS), kind)
+        expect_config(kind in KINDS, f"layer_types[{n}]", " or ".join(KINDS), kind)
     return tuple(kinds)
 
 
@@ -492,14 +492,14 @@ print(fill_kinds(None, 3))
 def check_sizes(config: GptOssConfig) -> None:
     """ConfigError naming the first size that makes no model."""
     for key in (*COUNTS, *POSITIVE):
-        _check_number(key, getattr(config, key))
+        check_number(key, getattr(config, key))
     E, K = config.num_local_experts, config.num_experts_per_tok
     H, G = config.num_attention_heads, config.num_key_value_heads
-    _expect(K <= E, "num_experts_per_tok",
+    expect_config(K <= E, "num_experts_per_tok",
             f"at most num_local_experts = {E}", K)
-    _expect(H % G == 0, "num_attention_heads",
+    expect_config(H % G == 0, "num_attention_heads",
             f"a multiple of num_key_value_heads = {G}", H)
-    _expect(config.head_dim % 2 == 0, "head_dim", "an even number",
+    expect_config(config.head_dim % 2 == 0, "head_dim", "an even number",
             config.head_dim)
 
 
@@ -512,20 +512,20 @@ def check_sizes(config: GptOssConfig) -> None:
 def check_choices(config: GptOssConfig) -> None:
     """ConfigError naming the first choice that gpt-oss does not have."""
     slow = config.rope_beta_slow
-    _expect(config.rope_type in ROPE_TYPES, "rope_type",
+    expect_config(config.rope_type in ROPE_TYPES, "rope_type",
             " or ".join(ROPE_TYPES), config.rope_type)
-    _expect(config.rope_factor >= 1, "rope_factor", "at least 1",
+    expect_config(config.rope_factor >= 1, "rope_factor", "at least 1",
             config.rope_factor)
-    _expect(config.rope_theta > 1, "rope_theta", "a number above 1",
+    expect_config(config.rope_theta > 1, "rope_theta", "a number above 1",
             config.rope_theta)
-    _expect(config.rope_beta_fast >= slow, "rope_beta_fast",
+    expect_config(config.rope_beta_fast >= slow, "rope_beta_fast",
             f"at least rope_beta_slow = {slow}", config.rope_beta_fast)
     for key in ("rope_truncate", "tie_word_embeddings"):
         value = getattr(config, key)
-        _expect(isinstance(value, bool), key, "true or false", value)
+        expect_config(isinstance(value, bool), key, "true or false", value)
     for key in ("eos_token_id", "pad_token_id"):
         value = getattr(config, key)
-        _expect(is_count(value) and 0 <= value <= MOST[key], key,
+        expect_config(is_count(value) and 0 <= value <= MOST[key], key,
                 "a token id", value)
 
 
@@ -596,11 +596,11 @@ def _from_original(values: dict) -> dict:
     """Our fields from those of original/config.json."""
     fields = {}
     for field, key in ORIGINAL_KEYS.items():
-        _expect(values.get(key) is not None, key, "a value", None)
+        expect_config(values.get(key) is not None, key, "a value", None)
         fields[field] = values[key]
     trained, factor = fields["initial_context_length"], fields["rope_factor"]
     for field in ("initial_context_length", "rope_factor"):
-        _check_number(field, fields[field], ORIGINAL_KEYS[field])
+        check_number(field, fields[field], ORIGINAL_KEYS[field])
     fields["max_position_embeddings"] = int(trained * factor)
     fields["rope_type"] = "default" if factor == 1 else "yarn"
     return fields
@@ -644,17 +644,17 @@ ROPE_FIXED = {"attention_factor": None, "mscale": None,
 def _rope_object(values: dict, spelling: str) -> dict:
     """Our fields from one rope object and what lies beside it."""
     rope = values[spelling]
-    _expect(isinstance(rope, dict), spelling, "an object", rope)
+    expect_config(isinstance(rope, dict), spelling, "an object", rope)
     rope = {"rope_type": rope.get("type"),
             "rope_theta": values.get("rope_theta")} | rope
     kind = rope["rope_type"]
-    _expect(kind in ROPE_TYPES, "rope_type", " or ".join(ROPE_TYPES), kind)
+    expect_config(kind in ROPE_TYPES, "rope_type", " or ".join(ROPE_TYPES), kind)
     if kind == "yarn":
         for key in ("factor", "original_max_position_embeddings"):
-            _expect(rope.get(key) is not None, key, "a value", None)
+            expect_config(rope.get(key) is not None, key, "a value", None)
         rope = {"truncate": True} | rope  # transformers' default
     for key, value in ROPE_FIXED.items():
-        _expect(rope.get(key) in (None, value), key, repr(value),
+        expect_config(rope.get(key) in (None, value), key, repr(value),
                 rope.get(key))
     return {field: rope[key] for field, key in ROPE_KEYS.items()
             if rope.get(key) is not None
@@ -680,7 +680,7 @@ def _rope_fields(values: dict) -> dict:
     for key in itertools.chain(*read.values()):
         default = getattr(GptOssConfig, key)
         for other in others:
-            _expect(first.get(key, default) == other.get(key, default),
+            expect_config(first.get(key, default) == other.get(key, default),
                     ROPE_SPELLINGS[0], f"{ROPE_KEYS[key]} as in "
                     f"{ROPE_SPELLINGS[1]}, {shown(other.get(key))}",
                     first.get(key))
@@ -717,13 +717,13 @@ def _from_hf(values: dict) -> dict:
     values = {"model_type": None} | values
     for key, value in FIXED.items():
         found = values.get(key, value)
-        _expect(found == value, key, repr(value), found)
+        expect_config(found == value, key, repr(value), found)
     if values.get("num_experts_per_tok") is None:
         values["num_experts_per_tok"] = values.get("experts_per_token")
     fields = {key: values[key] for key in SAME
               if values.get(key) is not None}
     for key in SAME:
-        _expect(key in fields or key in OPTIONAL, key, "a value", None)
+        expect_config(key in fields or key in OPTIONAL, key, "a value", None)
     stop = fields.get("eos_token_id")
     if isinstance(stop, list):  # stop_ids (chapter 12) reads them all
         del fields["eos_token_id"]
@@ -879,7 +879,7 @@ def original_dict(config: GptOssConfig) -> dict:
     for field in ("layer_types", "max_position_embeddings", "rope_type",
                   "rope_truncate", "rms_norm_eps"):
         ours, theirs = getattr(config, field), getattr(again, field)
-        _expect(ours == theirs, field, f"{theirs!r}, which is all that "
+        expect_config(ours == theirs, field, f"{theirs!r}, which is all that "
                 "original/config.json can say", ours)
     return values
 

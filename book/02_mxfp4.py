@@ -279,7 +279,7 @@ SCALE_BIAS = 127  # scale byte s means 2 ** (s - 127)
 SCALE_NAN = 255
 
 # dtype: exponent bits, fraction bits, integer as wide as one, as two values
-_FORMATS = {
+FORMATS = {
     torch.float16: (5, 10, torch.int16, torch.int32),
     torch.bfloat16: (8, 7, torch.int16, torch.int32),
     torch.float32: (8, 23, torch.int32, torch.int64),
@@ -306,8 +306,8 @@ def check_packed(blocks: torch.Tensor, scales: torch.Tensor) -> None:
 
 
 def check_dtype(dtype: torch.dtype) -> None:
-    if dtype not in _FORMATS:
-        names = ", ".join(str(known) for known in _FORMATS)
+    if dtype not in FORMATS:
+        names = ", ".join(str(known) for known in FORMATS)
         raise mismatch(MXFP4Error, "dtype", f"one of {names}", dtype)
 
 # %%
@@ -409,7 +409,7 @@ def _pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     int64, of doubles as one complex128: the decoder moves bits and never
     calculates with them.
     """
-    exponent, fraction, integer, pair = _FORMATS[dtype]
+    exponent, fraction, integer, pair = FORMATS[dtype]
     nan = (2 ** (exponent + 1) - 1) << (fraction - 1)  # a quiet NaN
     bits = [[_round_bits(int(2 * x), s - SCALE_BIAS - 1, exponent, fraction)
              for x in FP4_VALUES[:8]] for s in range(SCALE_NAN)]
@@ -472,7 +472,7 @@ def decode(blocks: torch.Tensor, scales: torch.Tensor,
     return decode_by_table(blocks, scales, dtype)
 
 # %%
-for dtype in _FORMATS:
+for dtype in FORMATS:
     assert torch.equal(decode(blocks, scales, dtype), right.to(dtype))
 on_meta = decode(blocks.to("meta"), scales.to("meta"))
 print(tuple(blocks.shape), tuple(scales.shape), "->", tuple(on_meta.shape),
@@ -582,7 +582,7 @@ def _encode_rows(rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 # %% tags=["export"]
 def _check_values(values, scales) -> torch.Size:
     """Shape of the scales of values, or MXFP4Error."""
-    if values.dtype not in _FORMATS:
+    if values.dtype not in FORMATS:
         raise mismatch(MXFP4Error, "values", "floats", values.dtype)
     if values.ndim == 0 or values.shape[-1] % BLOCK:
         raise mismatch(MXFP4Error, "values",
@@ -765,7 +765,7 @@ print(tuple(x.shape), "->", tuple(y.shape))
 # %%
 def same_bits(a, b):
     """Equal bit for bit; any NaN equals any other."""
-    whole = _FORMATS[a.dtype][2]
+    whole = FORMATS[a.dtype][2]
     return bool(((a.view(whole) == b.view(whole))
                  | (a.isnan() & b.isnan())).all())
 
@@ -774,7 +774,7 @@ every_byte = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
 every_byte = every_byte.expand(256, 16, 16)
 every_scale = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 16)
 exact = decode_reference(every_byte, every_scale, torch.float64)
-for dtype in _FORMATS:
+for dtype in FORMATS:
     found = decode(every_byte, every_scale, dtype)
     assert same_bits(found, decode_reference(every_byte, every_scale, dtype))
     unrounded = (found.double() == exact).all(-1).nonzero().flatten()

@@ -976,7 +976,7 @@ class Message:
 # ### A message as tokens
 
 # %% tags=["export"]
-_CONSTRAIN = "<|constrain|>"
+CONSTRAIN = "<|constrain|>"
 
 
 def _control(tokenizer: Tokenizer, name: str) -> int:
@@ -1004,9 +1004,9 @@ def _header(message: Message) -> list[tuple[str, str]]:
     if message.channel is not None:
         parts.append(("<|channel|>", message.channel))
     if (kind := message.content_type) is not None:
-        rest = kind.removeprefix(_CONSTRAIN)
+        rest = kind.removeprefix(CONSTRAIN)
         parts += ([("", f" {kind}")] if rest == kind
-                  else [("", " "), (_CONSTRAIN, rest)])
+                  else [("", " "), (CONSTRAIN, rest)])
     return parts
 
 
@@ -1125,16 +1125,16 @@ print(f"of {len(drawn):,} random floats {moved:,} became a neighbour")
 # that JSON does not know.
 
 # %% tags=["export"]
-def _json(value: object, where: str) -> str:
+def harmony_json(value: object, where: str) -> str:
     """`value` as serde_json writes it; `where`: its place, for errors."""
     if isinstance(value, Mapping):
-        items = [(key if isinstance(key, str) else _json(key, where), item)
+        items = [(key if isinstance(key, str) else harmony_json(key, where), item)
                  for key, item in value.items()]
         return "{" + ",".join(
-            f"{_json(key, where)}:{_json(item, f'{where}.{key}')}"
+            f"{harmony_json(key, where)}:{harmony_json(item, f'{where}.{key}')}"
             for key, item in items) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ",".join(_json(item, f"{where}[{n}]")
+        return "[" + ",".join(harmony_json(item, f"{where}[{n}]")
                               for n, item in enumerate(value)) + "]"
     if value is None or isinstance(value, bool | str):
         return json.dumps(value, ensure_ascii=False)
@@ -1149,9 +1149,9 @@ def _json(value: object, where: str) -> str:
 
 
 # %%
-print(_json({"tolerance": 1e-5, "steps": [1e3, 10 ** 20]}, "default"))
+print(harmony_json({"tolerance": 1e-5, "steps": [1e3, 10 ** 20]}, "default"))
 try:
-    _json({"properties": {"x": {"default": float("inf")}}}, "parameters")
+    harmony_json({"properties": {"x": {"default": float("inf")}}}, "parameters")
 except HarmonyError as error:
     print(error)
 
@@ -1208,7 +1208,7 @@ def _default(schema: object, bare: bool = True) -> str | None:
     if isinstance(value, str) and not _get(schema, "enum", list):
         return f'default: "{value}"'
     if not (isinstance(value, str) and bare):
-        value = _json(value, "default")
+        value = harmony_json(value, "default")
     return f"default: {value}"
 
 
@@ -1281,7 +1281,7 @@ class Tool:
 
 
 # %% tags=["export"]
-def _lines(text: str) -> list[str]:
+def text_lines(text: str) -> list[str]:
     """Only LF and CR LF end a line, as in Rust; a CR alone is text."""
     *lines, last = text.split("\n")
     return [line.removesuffix("\r") for line in lines] + [last] * bool(last)
@@ -1295,11 +1295,11 @@ def typescript(tools: Iterable[Tool], namespace: str = "functions") -> str:
     """
     out = [f"namespace {namespace} {{\n"]
     for tool in tools:
-        out += [f"// {line}" for line in _lines(tool.description)]
+        out += [f"// {line}" for line in text_lines(tool.description)]
         argument = ""
         if tool.parameters is not None:
             try:
-                _json(tool.parameters, f"tool {tool.name!r}: parameters")
+                harmony_json(tool.parameters, f"tool {tool.name!r}: parameters")
                 argument = f"_: {_type(tool.parameters)}"
             except RecursionError as error:
                 raise HarmonyError(f"tool {tool.name!r}: parameters: nested "
@@ -1348,7 +1348,7 @@ _BROWSER = (
              "pattern": _STRING, "cursor": _NUMBER | {"default": -1}}}))
 
 # %% tags=["export"]
-_BUILTIN = {
+BUILTIN_TOOLS = {
     "browser": (
         "Tool for browsing.\nThe `cursor` appears in brackets before each "
         "browsing display: `[{cursor}]`.\nCite information from the tool "
@@ -1372,7 +1372,7 @@ _BUILTIN = {
 def _section(name: str, about: str, tools: Iterable[Tool]) -> str:
     """`## name`, a description, and the tools as TypeScript."""
     mark = "// " if tools else ""
-    out = [f"## {name}\n", *(mark + line for line in _lines(about))]
+    out = [f"## {name}\n", *(mark + line for line in text_lines(about))]
     return "\n".join([*out, typescript(tools, name)] if tools else out)
 
 
@@ -1390,7 +1390,7 @@ def system_message(effort: str | None = "medium", date: str | None = None,
     """
     builtin = sorted(builtin)
     for value, known in ((effort, (None, *EFFORTS)),
-                         *((name, (*_BUILTIN,)) for name in builtin)):
+                         *((name, (*BUILTIN_TOOLS,)) for name in builtin)):
         if value not in known:
             raise HarmonyError(f"system message: expected one of {known}, "
                                f"found {value!r}")
@@ -1400,7 +1400,7 @@ def system_message(effort: str | None = "medium", date: str | None = None,
     parts = ["\n".join(who)] * bool(who)
     parts += [f"Reasoning: {effort}"] * (effort is not None)
     parts += ["# Tools"] * bool(builtin)
-    parts += [_section(name, *_BUILTIN[name]) for name in builtin]
+    parts += [_section(name, *BUILTIN_TOOLS[name]) for name in builtin]
     if named := ", ".join(channels):
         rule = ("\nCalls to these tools must go to the commentary channel: "
                 "'functions'." if functions else "")
@@ -1913,7 +1913,7 @@ def _fields(pieces: _Pieces) -> tuple[dict, list[str], list[str]]:
             if control == "<|channel|>" and not value:
                 wrong.append("a <|channel|> without a name")
             # the later of two, but no unknown channel after a known one
-            elif (control == _CONSTRAIN or value in CHANNELS
+            elif (control == CONSTRAIN or value in CHANNELS
                   or found.get(control) not in CHANNELS):
                 found[control] = value
         words += parts
@@ -1939,7 +1939,7 @@ def _author(words: list[str], role: str | None, started: bool
             or first.startswith("to=")):
         return "assistant", None, ["a header without a role"]
     del words[0]
-    if (first in ("tool", *_BUILTIN) or "." in first
+    if (first in ("tool", *BUILTIN_TOOLS) or "." in first
             or any(word.startswith("to=") for word in words)):
         return "tool", first, []
     return "assistant", None, [f"an unknown role {first!r}"]
@@ -1956,7 +1956,7 @@ def _read_header(pieces: _Pieces, role: str | None, started: bool
     words = [word for word in words if not word.startswith("to=")]
     bare = "<|channel|>" not in found and words[:1] in [[c] for c in CHANNELS]
     channel = words.pop(0) if bare else found.get("<|channel|>")
-    kind = (_CONSTRAIN + found[_CONSTRAIN] if _CONSTRAIN in found
+    kind = (CONSTRAIN + found[CONSTRAIN] if CONSTRAIN in found
             else words[0] if len(words) == 1 else None)
     alone = words == [kind] and bool(_WORD.fullmatch(kind))
     lost = role == "assistant" and channel not in CHANNELS
@@ -2004,7 +2004,7 @@ def _rescue(pieces: _Pieces) -> Message | None:
         # not "finally": that may be any text
         channel = next((c for c in CHANNELS
                         if re.match(f"{c}(?![a-z])", after)), None)
-        if text or channel is None or rest[1:] or control == _CONSTRAIN:
+        if text or channel is None or rest[1:] or control == CONSTRAIN:
             return None
         text = after.removeprefix(channel).lstrip()
     return (Message("assistant", text, channel)
@@ -2086,7 +2086,7 @@ class StreamParser:
                 wrong.append(Malformed("a header without <|start|>",
                                        _spell(self._pieces)))
             return [*wrong, *self._open(message)]
-        if control not in ("", "<|channel|>", _CONSTRAIN):
+        if control not in ("", "<|channel|>", CONSTRAIN):
             return [Malformed("a control token in a header", control)]
         if control:
             self._pieces.append((control, bytearray()))
@@ -2517,7 +2517,7 @@ def cost(message: Message) -> int:
     kind = message.content_type
     return (3 + size(message.name or message.role)
             + size(message.recipient, " to=") + size(message.channel, more=1)
-            + size(kind and kind.removeprefix(_CONSTRAIN), more=2)
+            + size(kind and kind.removeprefix(CONSTRAIN), more=2)
             + size(message.content))
 
 

@@ -1999,7 +1999,7 @@ def default_tokens(config: GptOssConfig) -> Tensor:
     return torch.randint(config.vocab_size, (1, length), generator=g)
 
 
-def _exact(path: Path, tokens: Tensor, dtype: torch.dtype) -> Trace:
+def trace_exact(path: Path, tokens: Tensor, dtype: torch.dtype) -> Trace:
     return trace_ours(GptOss.from_pretrained(path, torch.float64), tokens)
 
 
@@ -2016,7 +2016,7 @@ REFERENCES = {
     "grouped_mm": (_transformers("grouped_mm"), True),
     "openai": (lambda path, tokens, dtype: trace_openai(
         load_openai(path, dtype), tokens), True),
-    "float64": (_exact, False)}
+    "float64": (trace_exact, False)}
 
 # %% tags=["export"]
 def error_of(trace: Trace, exact: Trace | None, key: Key) -> float | None:
@@ -2058,7 +2058,7 @@ def three_traces(model: GptOss, path: Path, tokens: Tensor, against: str,
     theirs = REFERENCES[against][0](path, tokens, dtype)
     exact = (theirs if against == "float64" else None
              if against == "streamed"
-             else _exact(path, tokens, torch.float64))
+             else trace_exact(path, tokens, torch.float64))
     for trace in (ours, theirs):
         trace[None, "tokens"] = tokens[0]
     return {"ours": ours, "theirs": theirs, "exact": exact}
