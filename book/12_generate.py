@@ -1050,15 +1050,6 @@ def complete(model: GptOss, tokenizer: Tokenizer, prompt: str | list[int],
     done.seconds = time.perf_counter() - began
     return done
 
-
-# %% tags=["export"]
-def peak_rss_bytes() -> int:
-    """The most memory this process has held so far, in bytes."""
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
 # %%
 pieces = []
 done = complete(model, tokenizer, "Once upon a time", stop=stop, seed=1,

@@ -4068,7 +4068,9 @@ import statistics
 
 from gptoss.compact import saved_bytes
 from gptoss.config import bytes_read_per_token
-from gptoss.generate import Sampler, generate, peak_rss_bytes
+import sys
+
+from gptoss.generate import Sampler, generate
 from gptoss.model import GptOss
 
 
@@ -4081,6 +4083,14 @@ def read_speed(size: int = 2 ** 30, repeats: int = 5) -> float:
         numbers.sum()
         best = min(best, time.perf_counter() - start)
     return size / best
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has held so far, in bytes."""
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def rates(name: str, seconds: list[float], count: int = 1) -> dict:

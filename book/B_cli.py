@@ -1336,7 +1336,8 @@ from gptoss.terminal import (
 def run_generate(args: argparse.Namespace) -> None:
     """Writes the continuation of a prompt to stdout as it comes."""
     from gptoss.checkpoint import resolve
-    from gptoss.generate import complete, peak_rss_bytes, stop_ids
+    from gptoss.generate import complete, stop_ids
+    from gptoss.kernels import peak_rss_bytes
 
     options, prompt = sampling(args), read_prompt(args)
     torch_device(args.device)
