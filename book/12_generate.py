@@ -266,7 +266,6 @@ except RuntimeError as error:
 import codecs
 import math
 import operator
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace

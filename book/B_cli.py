@@ -685,7 +685,7 @@ STYLES = {"user": "bold", "analysis": "dim", "commentary": "dim",
           "final": "", "call": "cyan", "result": "cyan", "notice": "yellow"}
 
 
-def drawn(events: "Iterable[ChatEvent]", everything: bool = True
+def drawn(events: Iterable["ChatEvent"], everything: bool = True
           ) -> Iterator[tuple[str, str]]:
     """The events of a turn as (text, style); whole lines at its end.
 

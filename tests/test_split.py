@@ -41,8 +41,7 @@ from gptoss.chat import Chat
 from gptoss.checkpoint import random_tensors, tensor_table, write_checkpoint
 from gptoss.collectives import Group, join, leave, rehearse
 from gptoss.config import GptOssConfig, checkpoint_bytes
-from gptoss.messages import ChatError
-from gptoss.generate import Sampler, generate
+from gptoss.generate import generate
 from gptoss.harmony import Tokenizer
 from gptoss.messages import ChatError
 from gptoss.model import GptOss
