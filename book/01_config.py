@@ -314,7 +314,7 @@ class ConfigError(Error):
     """A configuration that is not one of a gpt-oss model."""
 
 
-expect_config = partial(expect, ConfigError)
+demand = partial(expect, ConfigError)
 
 # %% [markdown]
 # ### One dataclass for both models
@@ -408,7 +408,7 @@ class GptOssConfig:
 # %%
 from dataclasses import asdict, fields, replace
 
-from gptoss.config import ConfigError, GptOssConfig, expect_config  # with readers
+from gptoss.config import ConfigError, GptOssConfig, demand  # with readers
 
 print(len(fields(GptOssConfig)), "fields; the sizes of the 120b:")
 print([f.default for f in fields(GptOssConfig)][:10])
@@ -447,10 +447,10 @@ def check_number(key: str, value: object, name: str | None = None) -> None:
     name, whole = name or key, key in COUNTS
     good = is_count(value) if whole else is_positive(value)
     kind = "a whole number" if whole else "a number"
-    expect_config(good and value > 0, name, f"{kind} above 0", value)
+    demand(good and value > 0, name, f"{kind} above 0", value)
     least, most = LEAST.get(key, 0), MOST[key]
-    expect_config(value >= least, name, f"at least {least:g}", value)
-    expect_config(value <= most, name, f"at most {most:,}", value)
+    demand(value >= least, name, f"at least {least:g}", value)
+    demand(value <= most, name, f"at most {most:,}", value)
 
 
 # %%
@@ -467,18 +467,18 @@ for key, value in (("hidden_size", 2880.0), ("rope_theta", 10 ** 30),
 # %% tags=["export"]
 def fill_kinds(kinds: object, layers: object) -> tuple[str, ...]:
     """The kinds of all layers, alternating if None; ConfigError if none."""
-    expect_config(is_count(layers) and layers > 0, "num_hidden_layers",
+    demand(is_count(layers) and layers > 0, "num_hidden_layers",
             "a whole number above 0", layers)
     # a damaged file must not make a list of a billion entries
     most = MOST["num_hidden_layers"]
-    expect_config(layers <= most, "num_hidden_layers", f"at most {most:,}", layers)
+    demand(layers <= most, "num_hidden_layers", f"at most {most:,}", layers)
     if kinds is None:
         kinds = [KINDS[n % 2] for n in range(layers)]
-    expect_config(isinstance(kinds, list | tuple), "layer_types", "a list", kinds)
-    expect_config(len(kinds) == layers, "layer_types", f"{layers} entries",
+    demand(isinstance(kinds, list | tuple), "layer_types", "a list", kinds)
+    demand(len(kinds) == layers, "layer_types", f"{layers} entries",
             len(kinds))
     for n, kind in enumerate(kinds):
-        expect_config(kind in KINDS, f"layer_types[{n}]", " or ".join(KINDS), kind)
+        demand(kind in KINDS, f"layer_types[{n}]", " or ".join(KINDS), kind)
     return tuple(kinds)
 
 
@@ -495,11 +495,11 @@ def check_sizes(config: GptOssConfig) -> None:
         check_number(key, getattr(config, key))
     E, K = config.num_local_experts, config.num_experts_per_tok
     H, G = config.num_attention_heads, config.num_key_value_heads
-    expect_config(K <= E, "num_experts_per_tok",
+    demand(K <= E, "num_experts_per_tok",
             f"at most num_local_experts = {E}", K)
-    expect_config(H % G == 0, "num_attention_heads",
+    demand(H % G == 0, "num_attention_heads",
             f"a multiple of num_key_value_heads = {G}", H)
-    expect_config(config.head_dim % 2 == 0, "head_dim", "an even number",
+    demand(config.head_dim % 2 == 0, "head_dim", "an even number",
             config.head_dim)
 
 
@@ -512,20 +512,20 @@ def check_sizes(config: GptOssConfig) -> None:
 def check_choices(config: GptOssConfig) -> None:
     """ConfigError naming the first choice that gpt-oss does not have."""
     slow = config.rope_beta_slow
-    expect_config(config.rope_type in ROPE_TYPES, "rope_type",
+    demand(config.rope_type in ROPE_TYPES, "rope_type",
             " or ".join(ROPE_TYPES), config.rope_type)
-    expect_config(config.rope_factor >= 1, "rope_factor", "at least 1",
+    demand(config.rope_factor >= 1, "rope_factor", "at least 1",
             config.rope_factor)
-    expect_config(config.rope_theta > 1, "rope_theta", "a number above 1",
+    demand(config.rope_theta > 1, "rope_theta", "a number above 1",
             config.rope_theta)
-    expect_config(config.rope_beta_fast >= slow, "rope_beta_fast",
+    demand(config.rope_beta_fast >= slow, "rope_beta_fast",
             f"at least rope_beta_slow = {slow}", config.rope_beta_fast)
     for key in ("rope_truncate", "tie_word_embeddings"):
         value = getattr(config, key)
-        expect_config(isinstance(value, bool), key, "true or false", value)
+        demand(isinstance(value, bool), key, "true or false", value)
     for key in ("eos_token_id", "pad_token_id"):
         value = getattr(config, key)
-        expect_config(is_count(value) and 0 <= value <= MOST[key], key,
+        demand(is_count(value) and 0 <= value <= MOST[key], key,
                 "a token id", value)
 
 
@@ -596,7 +596,7 @@ def _from_original(values: dict) -> dict:
     """Our fields from those of original/config.json."""
     fields = {}
     for field, key in ORIGINAL_KEYS.items():
-        expect_config(values.get(key) is not None, key, "a value", None)
+        demand(values.get(key) is not None, key, "a value", None)
         fields[field] = values[key]
     trained, factor = fields["initial_context_length"], fields["rope_factor"]
     for field in ("initial_context_length", "rope_factor"):
@@ -644,17 +644,17 @@ ROPE_FIXED = {"attention_factor": None, "mscale": None,
 def _rope_object(values: dict, spelling: str) -> dict:
     """Our fields from one rope object and what lies beside it."""
     rope = values[spelling]
-    expect_config(isinstance(rope, dict), spelling, "an object", rope)
+    demand(isinstance(rope, dict), spelling, "an object", rope)
     rope = {"rope_type": rope.get("type"),
             "rope_theta": values.get("rope_theta")} | rope
     kind = rope["rope_type"]
-    expect_config(kind in ROPE_TYPES, "rope_type", " or ".join(ROPE_TYPES), kind)
+    demand(kind in ROPE_TYPES, "rope_type", " or ".join(ROPE_TYPES), kind)
     if kind == "yarn":
         for key in ("factor", "original_max_position_embeddings"):
-            expect_config(rope.get(key) is not None, key, "a value", None)
+            demand(rope.get(key) is not None, key, "a value", None)
         rope = {"truncate": True} | rope  # transformers' default
     for key, value in ROPE_FIXED.items():
-        expect_config(rope.get(key) in (None, value), key, repr(value),
+        demand(rope.get(key) in (None, value), key, repr(value),
                 rope.get(key))
     return {field: rope[key] for field, key in ROPE_KEYS.items()
             if rope.get(key) is not None
@@ -680,7 +680,7 @@ def _rope_fields(values: dict) -> dict:
     for key in itertools.chain(*read.values()):
         default = getattr(GptOssConfig, key)
         for other in others:
-            expect_config(first.get(key, default) == other.get(key, default),
+            demand(first.get(key, default) == other.get(key, default),
                     ROPE_SPELLINGS[0], f"{ROPE_KEYS[key]} as in "
                     f"{ROPE_SPELLINGS[1]}, {shown(other.get(key))}",
                     first.get(key))
@@ -717,13 +717,13 @@ def _from_hf(values: dict) -> dict:
     values = {"model_type": None} | values
     for key, value in FIXED.items():
         found = values.get(key, value)
-        expect_config(found == value, key, repr(value), found)
+        demand(found == value, key, repr(value), found)
     if values.get("num_experts_per_tok") is None:
         values["num_experts_per_tok"] = values.get("experts_per_token")
     fields = {key: values[key] for key in SAME
               if values.get(key) is not None}
     for key in SAME:
-        expect_config(key in fields or key in OPTIONAL, key, "a value", None)
+        demand(key in fields or key in OPTIONAL, key, "a value", None)
     stop = fields.get("eos_token_id")
     if isinstance(stop, list):  # stop_ids (chapter 12) reads them all
         del fields["eos_token_id"]
@@ -879,7 +879,7 @@ def original_dict(config: GptOssConfig) -> dict:
     for field in ("layer_types", "max_position_embeddings", "rope_type",
                   "rope_truncate", "rms_norm_eps"):
         ours, theirs = getattr(config, field), getattr(again, field)
-        expect_config(ours == theirs, field, f"{theirs!r}, which is all that "
+        demand(ours == theirs, field, f"{theirs!r}, which is all that "
                 "original/config.json can say", ours)
     return values
 

@@ -266,7 +266,7 @@ class CheckpointError(Error):
     """A checkpoint that is not what it should be; names file and tensor."""
 
 
-wrong_checkpoint = partial(mismatch, CheckpointError)
+faulty = partial(mismatch, CheckpointError)
 
 # %% tags=["export"]
 # Hugging Face name, original name, shape. `L.` is "model.layers.N." in the
@@ -340,7 +340,7 @@ def _rows(c: GptOssConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     D, F, H = c.hidden_size, c.intermediate_size, c.num_attention_heads
     for key, width in (("hidden_size", D), ("intermediate_size", F)):
         if width % BLOCK:
-            raise wrong_checkpoint(key, f"a multiple of {BLOCK} (MXFP4 blocks)", width)
+            raise faulty(key, f"a multiple of {BLOCK} (MXFP4 blocks)", width)
     sizes = {"V": c.vocab_size, "D": D, "2F": 2 * F, "D/32": D // 32,
              "F/32": F // 32, "16": 16, "H": H, "E": c.num_local_experts,
              "Q": H * c.head_dim, "KV": c.num_key_value_heads * c.head_dim}
@@ -364,7 +364,7 @@ def tensor_table(config: GptOssConfig, layout: str = "hf",
     floats: the dtype of what is not packed, as safetensors spells it.
     """
     if layout not in LAYOUTS:
-        raise wrong_checkpoint("layout", f"one of {LAYOUTS}", repr(layout))
+        raise faulty("layout", f"one of {LAYOUTS}", repr(layout))
     table: dict[str, TensorSpec] = {}
     for hf, original, shape in _rows(config):
         name = original if layout == "original" else hf
@@ -451,15 +451,15 @@ def read_header(file: Path) -> dict[str, Stored]:
     status = file.stat()
     size = status.st_size
     if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
-        raise wrong_checkpoint(file, "a file", "a folder, a pipe or a device")
+        raise faulty(file, "a file", "a folder, a pipe or a device")
     with open(file, "rb") as f:
         first = f.read(8)
         length = int.from_bytes(first, "little")
         if first == b"version ":
-            raise wrong_checkpoint(file, "safetensors", "a git-lfs pointer (git lfs "
+            raise faulty(file, "safetensors", "a git-lfs pointer (git lfs "
                          "pull fetches the file)")
         if len(first) < 8 or length > min(size - 8, MAX_HEADER):
-            raise wrong_checkpoint(file, f"safetensors with a header of {length} bytes",
+            raise faulty(file, f"safetensors with a header of {length} bytes",
                          f"{size} bytes (cut off, or another format)")
         raw = f.read(length)
     try:
@@ -471,7 +471,7 @@ def read_header(file: Path) -> dict[str, Stored]:
         raise
     except (ValueError, RecursionError, AttributeError, TypeError,
             KeyError) as error:
-        raise wrong_checkpoint(file, "a safetensors header",
+        raise faulty(file, "a safetensors header",
                      f"{raw[:40]!r}...") from error
     _check_cover(file, stored, 8 + length, size)
     return {s.spec.name: s for s in stored}
@@ -486,7 +486,7 @@ def _stored(file: Path, name: str, entry: dict, base: int) -> Stored:
         raise ValueError(name)
     spec = TensorSpec(name, shape, entry["dtype"])
     if spec.dtype in DTYPES and spec.nbytes != end - begin:
-        raise wrong_checkpoint(f"{file}: {name}", f"{spec.nbytes} bytes for {spec}",
+        raise faulty(f"{file}: {name}", f"{spec.nbytes} bytes for {spec}",
                      end - begin)
     return Stored(spec, file, base + begin, end - begin)
 
@@ -497,13 +497,13 @@ def _check_cover(file: Path, stored: list[Stored], end: int,
     for s in sorted(stored, key=lambda s: (s.offset, s.nbytes)):
         where = f"{file}: {s.spec.name}"
         if s.offset != end:
-            raise wrong_checkpoint(where, f"at byte {end}", f"at {s.offset}")
+            raise faulty(where, f"at byte {end}", f"at {s.offset}")
         end += s.nbytes
         if end > size:
-            raise wrong_checkpoint(where, f"to end at byte {end}",
+            raise faulty(where, f"to end at byte {end}",
                          f"a file of {size} bytes (cut off?)")
     if end != size:
-        raise wrong_checkpoint(file, f"{end} bytes", size)
+        raise faulty(file, f"{end} bytes", size)
 
 # %%
 import tempfile
@@ -552,15 +552,15 @@ def _read_index(index: Path) -> dict[str, str]:
         raise CheckpointError(str(error)) from None
     named = said.get("weight_map") if isinstance(said, dict) else None
     if not isinstance(named, dict):
-        raise wrong_checkpoint(index, "JSON with a weight_map", "none")
+        raise faulty(index, "JSON with a weight_map", "none")
     for name, file in named.items():
         where = f"{index}: {name}"
         if (not isinstance(file, str) or not file.endswith(".safetensors")
                 or re.search(r"[/\\:\0]", file)):
-            raise wrong_checkpoint(where, "the name of a .safetensors file in this "
+            raise faulty(where, "the name of a .safetensors file in this "
                          "folder", repr(file))
         if not (index.parent / file).is_file():
-            raise wrong_checkpoint(where, f"in {file}", "no such file")
+            raise faulty(where, f"in {file}", "no such file")
     return named
 
 # %% [markdown]
@@ -583,13 +583,13 @@ def weight_files(folder: Path) -> tuple[list[Path], Path | None]:
                    if not file.name.startswith("adapter_"))
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if len(indexes) > 1:
-        raise wrong_checkpoint(folder, "one index",
+        raise faulty(folder, "one index",
                      f"{indexes[0].name} and {indexes[1].name}")
     if not indexes:
         return [file for file in files if file.name == WHOLE] or files, None
     named = set(_read_index(indexes[0]).values())
     if (folder / WHOLE).exists() and WHOLE not in named:
-        raise wrong_checkpoint(folder / WHOLE, f"only files that {indexes[0].name} "
+        raise faulty(folder / WHOLE, f"only files that {indexes[0].name} "
                      "names", "this one (which of the two is the model?)")
     return [folder / name for name in sorted(named)], indexes[0]
 
@@ -602,7 +602,7 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
     for file in files:
         for name, stored in read_header(file).items():
             if name in found:
-                raise wrong_checkpoint(f"{file}: {name}", "once",
+                raise faulty(f"{file}: {name}", "once",
                              f"in {found[name].file.name} as well")
             found[name] = stored
     if index is not None:
@@ -615,10 +615,10 @@ def _check_index(index: Path, named: dict[str, str],
     for name, file in named.items():
         if name not in found or found[name].file.name != file:
             where = found[name].file.name if name in found else "no file"
-            raise wrong_checkpoint(f"{index}: {name}", f"in {file}", f"in {where}")
+            raise faulty(f"{index}: {name}", f"in {file}", f"in {where}")
     for name, stored in found.items():
         if name not in named:
-            raise wrong_checkpoint(f"{stored.file}: {name}", f"in {index.name}",
+            raise faulty(f"{stored.file}: {name}", f"in {index.name}",
                          "only in the file")
 
 # %% tags=["export"]
@@ -632,7 +632,7 @@ def weights_folder(path: Path) -> Path:
     if not path.exists():
         raise CheckpointError(f"{path}: no such directory")
     if not path.is_dir():
-        raise wrong_checkpoint(path, "a directory", "a file")
+        raise faulty(path, "a directory", "a file")
     adapter = any(path.glob("adapter_*"))
     for folder in (path, path / "original"):
         if weight_files(folder)[0]:
@@ -641,13 +641,13 @@ def weights_folder(path: Path) -> Path:
                              "not applied", path)
             return folder
     if adapter:
-        raise wrong_checkpoint(path, "a model", ADAPTER)
+        raise faulty(path, "a model", ADAPTER)
     pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES)
     if pickles:
-        raise wrong_checkpoint(path, "*.safetensors", f"{pickles[0]}: a pickle can run "
+        raise faulty(path, "*.safetensors", f"{pickles[0]}: a pickle can run "
                      "any code, so none is opened")
     there = "only config.json" if (path / "config.json").exists() else "none"
-    raise wrong_checkpoint(path, "config.json and *.safetensors", there)
+    raise faulty(path, "config.json and *.safetensors", there)
 
 # %% tags=["export"]
 def config_folder(path: Path) -> Path:
@@ -717,7 +717,7 @@ def known_name(stored: Stored) -> str:
     name = stored.spec.name
     for pattern, what in REFUSED:
         if re.search(pattern, name):
-            raise wrong_checkpoint(f"{stored.file}: {name}", "a tensor of gpt-oss",
+            raise faulty(f"{stored.file}: {name}", "a tensor of gpt-oss",
                          what)
     for pattern, ours in ALIASES:
         name = re.sub(pattern, ours, name)
@@ -765,10 +765,10 @@ def stacked(folder: Path, name: str, rows: dict[int, Stored]) -> PerExpert:
     first = rows[min(rows)].spec
     for n in range(len(rows)):
         if n not in rows:
-            raise wrong_checkpoint(f"{folder}: {name}, expert {n}", "a tensor", "none")
+            raise faulty(f"{folder}: {name}, expert {n}", "a tensor", "none")
         spec = rows[n].spec
         if (spec.shape, spec.dtype) != (first.shape, first.dtype):
-            raise wrong_checkpoint(f"{rows[n].file}: {spec.name}", first, spec)
+            raise faulty(f"{rows[n].file}: {spec.name}", first, spec)
     return PerExpert(name, tuple(rows[n] for n in sorted(rows)))
 
 # %% [markdown]
@@ -800,13 +800,13 @@ def recognise(folder: Path, found: dict[str, Stored]
         elif stored.spec.dtype in FLOATS and scales not in found:
             name = bare
         if name in known or one and name:
-            raise wrong_checkpoint(f"{stored.file}: {stored.spec.name}",
+            raise faulty(f"{stored.file}: {stored.spec.name}",
                          f"{name} once", "it under two names")
         if name:
             known[name] = stored
     for name, rows in experts.items():
         if name in known:
-            raise wrong_checkpoint(f"{folder}: {name}", "once", "each expert as well")
+            raise faulty(f"{folder}: {name}", "once", "each expert as well")
         known[name] = stacked(folder, name, rows)
     return known
 
@@ -881,16 +881,16 @@ def check_tensors(folder: Path, found: dict[str, Stored | PerExpert],
     for name, spec in table.items():
         if name not in found:
             tied = " (or tie_word_embeddings)" * (name in ENDS)
-            raise wrong_checkpoint(f"{folder}: {name}", f"{spec}{tied}",
+            raise faulty(f"{folder}: {name}", f"{spec}{tied}",
                          "no such tensor")
         stored = found[name]
         dtypes = FLOATS if spec.dtype in FLOATS else (spec.dtype,)
         if (stored.spec.shape != spec.shape
                 or stored.spec.dtype not in dtypes):
-            raise wrong_checkpoint(f"{stored.file}: {name}", spec, stored.spec)
+            raise faulty(f"{stored.file}: {name}", spec, stored.spec)
     for name, stored in found.items():
         if name not in table:
-            raise wrong_checkpoint(f"{stored.file}: {name}", "no such tensor",
+            raise faulty(f"{stored.file}: {name}", "no such tensor",
                          stored.spec)
 
 # %%
@@ -980,7 +980,7 @@ class Writer:
         self.folder, self.layout = folder, layout
         floats = next((name for name in FLOATS if DTYPES[name] == dtype), "")
         if not floats:
-            raise wrong_checkpoint("dtype", f"one of {FLOATS}", dtype)
+            raise faulty("dtype", f"one of {FLOATS}", dtype)
         table = tensor_table(config, layout, floats)
         self.places = places(config, layout, floats)
         self.hashes = {name: hashlib.sha256() for name in self.places}
@@ -996,7 +996,7 @@ class Writer:
         need = sum(spec.nbytes for spec in table.values())
         free = shutil.disk_usage(folder).free
         if need > free:
-            raise wrong_checkpoint(folder.parent, f"{need:,} bytes free", f"{free:,}")
+            raise faulty(folder.parent, f"{need:,} bytes free", f"{free:,}")
         self.stored: dict[str, Stored] = {}
         for name, specs in self.shards.items():
             header = make_header(specs)
@@ -1010,16 +1010,16 @@ class Writer:
             ) -> None:
         """Write rows from `start` on; None: the whole tensor at once."""
         if name not in self.places:
-            raise wrong_checkpoint(name, f"a canonical name of layout {self.layout}",
+            raise faulty(name, f"a canonical name of layout {self.layout}",
                          "this")
         place, shape = self.places[name], tuple(tensor.shape)
         spec = place.spec
         good = (shape == spec.shape if start is None
                 else shape[1:] == spec.shape[1:])
         if not good or tensor.dtype != DTYPES[spec.dtype]:
-            raise wrong_checkpoint(name, spec, f"{tensor.dtype} {list(shape)}")
+            raise faulty(name, spec, f"{tensor.dtype} {list(shape)}")
         if self.rows[name] != (start or 0):
-            raise wrong_checkpoint(name, "once", "again")
+            raise faulty(name, "once", "again")
         stored = self.stored[place.stored]
         width = stored.nbytes // stored.spec.shape[0]
         data = tensor.detach().cpu().contiguous()
@@ -1037,23 +1037,23 @@ class Writer:
         for name, place in self.places.items():
             rows = self.rows[name]
             if rows != place.spec.shape[0]:
-                raise wrong_checkpoint(name, place.spec, f"{rows} rows" if rows
+                raise faulty(name, place.spec, f"{rows} rows" if rows
                              else "nothing")
         for file in map(Path, extra_files):
             if (self.folder / file.name).exists() or file.name in OUR_FILES:
                 raise CheckpointError(f"{file}: expected another name")
             shutil.copyfile(file, self.folder / file.name)
-        write_json_file(self.folder / "config.json", self.config)
+        json_file(self.folder / "config.json", self.config)
         if len(self.shards) > 1:
             total = sum(stored.nbytes for stored in self.stored.values())
-            write_json_file(self.folder / "model.safetensors.index.json", {
+            json_file(self.folder / "model.safetensors.index.json", {
                 "metadata": {"total_size": total},
                 "weight_map": {name: stored.file.name for name, stored
                                in sorted(self.stored.items())}})
         return {name: each.hexdigest() for name, each in self.hashes.items()}
 
 
-def write_json_file(file: Path, value: object) -> None:
+def json_file(file: Path, value: object) -> None:
     file.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
 
 # %% [markdown]
@@ -1193,7 +1193,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         there = [file for file in target.iterdir()
                  if file.name != "lost+found"] if inside else []
         if there or os.path.lexists(target) and not inside:
-            raise wrong_checkpoint(target, "a new or empty folder", "something there")
+            raise faulty(target, "a new or empty folder", "something there")
         home.mkdir(parents=True, exist_ok=True)
         with _told_to_end(), _draft(home, target.name) as draft:
             yield draft
@@ -1264,7 +1264,7 @@ def random_tensors(config: GptOssConfig, seed: int = 0, layout: str = "hf"
     decoded experts of the same model; "original" is the same as "hf".
     """
     if layout not in LAYOUTS:
-        raise wrong_checkpoint("layout", f"one of {LAYOUTS}", repr(layout))
+        raise faulty("layout", f"one of {LAYOUTS}", repr(layout))
     table = tensor_table(config)
     for name, spec in table.items():
         if layout != "bf16" or not name.endswith(PACKED):
@@ -1413,7 +1413,7 @@ class Checkpoint:
         place, rows = self._place(name), rows or slice(None)
         start, stop, step = rows.indices(place.spec.shape[0])
         if step != 1:
-            raise wrong_checkpoint(place.spec.name, "rows with step 1", rows)
+            raise faulty(place.spec.name, "rows with step 1", rows)
         stored = self._found[place.stored]
         count, shape = max(0, stop - start), place.spec.shape[1:]
         if isinstance(stored, Stored):
@@ -1447,7 +1447,7 @@ class Checkpoint:
 
     def _place(self, name: str) -> Place:
         if name not in self._places:
-            raise wrong_checkpoint(f"{self.folder}: {name}", "a tensor's name in "
+            raise faulty(f"{self.folder}: {name}", "a tensor's name in "
                          f"layout {self.layout}", "no such tensor")
         return self._places[name]
 
@@ -1476,7 +1476,7 @@ def check_scales(name: str, scales: Tensor) -> None:
     """CheckpointError naming `name` if a scale byte is 255, which is NaN."""
     if scales.numel() and scales.max() == SCALE_NAN:
         bad = int((scales == SCALE_NAN).sum())
-        raise wrong_checkpoint(name, "scales 0 to 254", f"{bad} of {SCALE_NAN} (NaN)")
+        raise faulty(name, "scales 0 to 254", f"{bad} of {SCALE_NAN} (NaN)")
 
 # %%
 with Checkpoint.open(here / "hf") as checkpoint:
@@ -1609,7 +1609,7 @@ def _config_for(old: Checkpoint, extra: list[Path]) -> GptOssConfig:
         return old.config
     said = read_json(files[0])
     if not isinstance(said, dict):
-        raise wrong_checkpoint(files[0], "a JSON object", type(said).__name__)
+        raise faulty(files[0], "a JSON object", type(said).__name__)
     ids = {key: said[key] for key in ("eos_token_id", "pad_token_id")
            if said.get(key) is not None}
     return GptOssConfig.from_dict(old.config.to_hf_dict() | ids,
@@ -1641,7 +1641,7 @@ def convert(source: str | Path, target: str | Path, layout: str,
                 writer.put(name, rows, start)
             old.close()  # unmap: pages read so far count as memory in use
         manifest = writer.finish(extra)
-        write_json_file(draft / "manifest.json", manifest)
+        json_file(draft / "manifest.json", manifest)
     return manifest
 
 # %%

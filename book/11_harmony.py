@@ -1125,16 +1125,16 @@ print(f"of {len(drawn):,} random floats {moved:,} became a neighbour")
 # that JSON does not know.
 
 # %% tags=["export"]
-def harmony_json(value: object, where: str) -> str:
+def as_json(value: object, where: str) -> str:
     """`value` as serde_json writes it; `where`: its place, for errors."""
     if isinstance(value, Mapping):
-        items = [(key if isinstance(key, str) else harmony_json(key, where), item)
+        items = [(key if isinstance(key, str) else as_json(key, where), item)
                  for key, item in value.items()]
         return "{" + ",".join(
-            f"{harmony_json(key, where)}:{harmony_json(item, f'{where}.{key}')}"
+            f"{as_json(key, where)}:{as_json(item, f'{where}.{key}')}"
             for key, item in items) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ",".join(harmony_json(item, f"{where}[{n}]")
+        return "[" + ",".join(as_json(item, f"{where}[{n}]")
                               for n, item in enumerate(value)) + "]"
     if value is None or isinstance(value, bool | str):
         return json.dumps(value, ensure_ascii=False)
@@ -1149,9 +1149,9 @@ def harmony_json(value: object, where: str) -> str:
 
 
 # %%
-print(harmony_json({"tolerance": 1e-5, "steps": [1e3, 10 ** 20]}, "default"))
+print(as_json({"tolerance": 1e-5, "steps": [1e3, 10 ** 20]}, "default"))
 try:
-    harmony_json({"properties": {"x": {"default": float("inf")}}}, "parameters")
+    as_json({"properties": {"x": {"default": float("inf")}}}, "parameters")
 except HarmonyError as error:
     print(error)
 
@@ -1208,7 +1208,7 @@ def _default(schema: object, bare: bool = True) -> str | None:
     if isinstance(value, str) and not _get(schema, "enum", list):
         return f'default: "{value}"'
     if not (isinstance(value, str) and bare):
-        value = harmony_json(value, "default")
+        value = as_json(value, "default")
     return f"default: {value}"
 
 
@@ -1281,7 +1281,7 @@ class Tool:
 
 
 # %% tags=["export"]
-def text_lines(text: str) -> list[str]:
+def split_lines(text: str) -> list[str]:
     """Only LF and CR LF end a line, as in Rust; a CR alone is text."""
     *lines, last = text.split("\n")
     return [line.removesuffix("\r") for line in lines] + [last] * bool(last)
@@ -1295,11 +1295,11 @@ def typescript(tools: Iterable[Tool], namespace: str = "functions") -> str:
     """
     out = [f"namespace {namespace} {{\n"]
     for tool in tools:
-        out += [f"// {line}" for line in text_lines(tool.description)]
+        out += [f"// {line}" for line in split_lines(tool.description)]
         argument = ""
         if tool.parameters is not None:
             try:
-                harmony_json(tool.parameters, f"tool {tool.name!r}: parameters")
+                as_json(tool.parameters, f"tool {tool.name!r}: parameters")
                 argument = f"_: {_type(tool.parameters)}"
             except RecursionError as error:
                 raise HarmonyError(f"tool {tool.name!r}: parameters: nested "
@@ -1372,7 +1372,7 @@ BUILTIN_TOOLS = {
 def _section(name: str, about: str, tools: Iterable[Tool]) -> str:
     """`## name`, a description, and the tools as TypeScript."""
     mark = "// " if tools else ""
-    out = [f"## {name}\n", *(mark + line for line in text_lines(about))]
+    out = [f"## {name}\n", *(mark + line for line in split_lines(about))]
     return "\n".join([*out, typescript(tools, name)] if tools else out)
 
 

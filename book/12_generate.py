@@ -288,11 +288,11 @@ class GenerateError(Error):
     """An option, a prompt or logits that generation cannot use."""
 
 
-refuse_generate = partial(refuse, GenerateError)
+reject = partial(refuse, GenerateError)
 
 # %%
 try:
-    refuse_generate("top_p", "a number > 0 and <= 1", 0)
+    reject("top_p", "a number > 0 and <= 1", 0)
 except GenerateError as error:
     print(error)
 
@@ -442,11 +442,11 @@ class Sampler:
         if not (is_number(self.temperature)
                 and math.isfinite(self.temperature)
                 and self.temperature >= 0):
-            refuse_generate("temperature", "a finite number >= 0", self.temperature)
+            reject("temperature", "a finite number >= 0", self.temperature)
         if not (is_count(self.top_k) and self.top_k >= 0):
-            refuse_generate("top_k", "an integer >= 0", self.top_k)
+            reject("top_k", "an integer >= 0", self.top_k)
         if not (is_number(self.top_p) and 0 < self.top_p <= 1):
-            refuse_generate("top_p", "a number > 0 and <= 1", self.top_p)
+            reject("top_p", "a number > 0 and <= 1", self.top_p)
 
     def __call__(self, logits: Tensor,
                  generator: torch.Generator | None = None) -> Tensor:
@@ -519,7 +519,7 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         own = Sampler(self.temperature, self.top_k, self.top_p)
         if self.sampler is not None and own != Sampler():
-            refuse_generate("sampler", "none beside temperature, top_k or top_p",
+            reject("sampler", "none beside temperature, top_k or top_p",
                     self.sampler)
         for name, least, most, words in (
                 ("seed", 0, 2 ** 63 - 1, "from 0 to 2**63 - 1"),
@@ -529,11 +529,11 @@ class SamplingOptions:
             if value is None and name != "prefill_chunk":
                 continue
             if not (is_count(value) and least <= value <= most):
-                refuse_generate(name, f"an integer {words}", value)
+                reject(name, f"an integer {words}", value)
         try:
             ids = frozenset(map(operator.index, self.stop))
         except TypeError:
-            refuse_generate("stop", "token ids", self.stop)
+            reject("stop", "token ids", self.stop)
         object.__setattr__(self, "stop", ids)
 
     def with_changes(self, **changes: Any) -> "SamplingOptions":
@@ -583,7 +583,7 @@ def _said_stops(file: Path) -> tuple[int, ...]:
     """eos_token_id of a JSON file; () if it says nothing of it."""
     said = read_json(file)
     if not isinstance(said, dict):
-        refuse_generate(str(file), "a JSON object", type(said).__name__)
+        reject(str(file), "a JSON object", type(said).__name__)
     found = said.get("eos_token_id")
     if found is None:
         return ()
@@ -614,7 +614,7 @@ def stop_ids(source: str | Path | GptOssConfig) -> tuple[int, ...]:
              if home_file(folder, "tokenizer.json") else HARMONY_STOPS)
     ids = tuple(known[name] for name in HARMONY_STOPS if name in known)
     if not ids:
-        refuse_generate(f"{folder}: eos_token_id", "some in generation_config.json or"
+        reject(f"{folder}: eos_token_id", "some in generation_config.json or"
                 " config.json", None)
     return ids
 
@@ -652,10 +652,10 @@ def _check_prompt(config: GptOssConfig, prompt: Sequence[int], held: int,
                   limit: int) -> None:
     """Raises GenerateError, naming the token, before any work is done."""
     if len(prompt) == 0:
-        refuse_generate("prompt", "at least one token", list(prompt))
+        reject("prompt", "at least one token", list(prompt))
     for at, token in enumerate(prompt):
         if not 0 <= token < config.vocab_size:
-            refuse_generate(f"prompt, token {at}",
+            reject(f"prompt, token {at}",
                     f"an id from 0 to {config.vocab_size - 1}", token)
     if held + len(prompt) > limit:
         before = f" after the {held} in the cache" if held else ""
@@ -719,7 +719,7 @@ def choose_step(model: GptOss, cache: Cache, decode: Decoder | str = "auto"
 
 def _check_decode(decode: Decoder | str) -> None:
     if decode not in ("auto", "eager") and not callable(decode):
-        refuse_generate("decode", "auto, eager or a function of model and cache",
+        reject("decode", "auto, eager or a function of model and cache",
                 decode)
 
 # %% tags=["export"]
@@ -785,7 +785,7 @@ def generate(model: GptOss, prompt: Sequence[int],
     _check_decode(decode)
     prompt = [operator.index(token) for token in prompt]
     if cache is not None and cache.batch_size != 1:
-        refuse_generate("cache", "a batch of 1", cache.batch_size)
+        reject("cache", "a batch of 1", cache.batch_size)
     held = 0 if cache is None else cache.length
     limit = _limit(model.config, cache)
     _check_prompt(model.config, prompt, held, limit)
@@ -906,16 +906,16 @@ for row in generate_batch(model, prompts, max_new_tokens=12,
 def _unpadded(ids: Tensor, mask: Tensor | None) -> list[list[int]]:
     """The rows of `ids` (B, T) without the padding on their left."""
     if ids.ndim != 2 or ids.is_floating_point() or ids.is_complex():
-        refuse_generate("input_ids", "integers (B, T) or a list of ids",
+        reject("input_ids", "integers (B, T) or a list of ids",
                 f"{ids.dtype} {tuple(ids.shape)}")
     if mask is None:
         return ids.tolist()
     mask = torch.as_tensor(mask, device=ids.device).bool()
     if mask.shape != ids.shape:
-        refuse_generate("attention_mask", f"shape {tuple(ids.shape)}",
+        reject("attention_mask", f"shape {tuple(ids.shape)}",
                 tuple(mask.shape))
     if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
-        refuse_generate("attention_mask", "rows padded on the left", mask.tolist())
+        reject("attention_mask", "rows padded on the left", mask.tolist())
     return [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
 
 
