@@ -51,9 +51,9 @@ def raw(load: float, runs: list[list[float]]) -> dict:
 # ---- the engines, each in a process of its own
 
 def run_ours(path: Path, options) -> dict:
-    from gptoss.compact import make_compact
-    from gptoss.kernels import measure
-    from gptoss.model import GptOss
+    from gptoss.kernels.bench import measure
+    from gptoss.kernels.compact import make_compact
+    from gptoss.model.transformer import GptOss
 
     def load(path: Path) -> GptOss:
         model = GptOss.from_pretrained(path)
@@ -131,7 +131,7 @@ def write_gguf(path: Path, target: Path, dense: str = "BF16") -> None:
     import numpy as np
     import torch
 
-    from gptoss.checkpoint import Checkpoint
+    from gptoss.weights.checkpoint import Checkpoint
 
     def block_bytes(blocks, scales):
         values = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2)
@@ -255,7 +255,7 @@ def read_once(files: list[Path]) -> None:
 
 def run_child(name: str, options) -> dict | str:
     """The engine's report, or in words why there is none."""
-    from gptoss.kernels import summarise
+    from gptoss.kernels.bench import summarise
 
     python, more = sys.executable, []
     files = sorted(options.path.glob("*.safetensors"))

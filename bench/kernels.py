@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from gptoss import kernels
-from gptoss.ops import mxfp4_linear
+from gptoss.model.ops import mxfp4_linear
 
 HERE = Path(__file__).parent
 SAVED = HERE.parent / "book" / "_static" / "kernels_bench.json"

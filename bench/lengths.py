@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 
 from gptoss import kernels
-from gptoss.cache import Cache
-from gptoss.generate import Sampler, generate
-from gptoss.model import GptOss
+from gptoss.model.cache import Cache
+from gptoss.model.transformer import GptOss
+from gptoss.text.generate import generate
+from gptoss.text.sampling import Sampler
 
 
 def lengths(text: str) -> list[int]:

@@ -31,8 +31,9 @@ def child(path, tokens, dense):
     """Load and generate; the measurements as a dict."""
     import torch
 
-    from gptoss.generate import Sampler, generate
-    from gptoss.model import GptOss
+    from gptoss.model.transformer import GptOss
+    from gptoss.text.generate import generate
+    from gptoss.text.sampling import Sampler
 
     report = {"imports": memory()}
     start = time.perf_counter()

@@ -17,8 +17,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from gptoss.checkpoint import random_tensors, write_checkpoint
-from gptoss.config import GptOssConfig, checkpoint_bytes
+from gptoss.weights.config import GptOssConfig
+from gptoss.weights.sizes import checkpoint_bytes
+from gptoss.weights.write import random_tensors, write_checkpoint
 
 TINY = GptOssConfig(
     num_hidden_layers=4, num_local_experts=8, num_experts_per_tok=2,

@@ -234,7 +234,7 @@ for size, (*_, parameters, stored) in PUBLISHED.items():
 # nothing is guessed: an error says which key, what was expected and what
 # was found.
 
-# %% tags=["export:errors"]
+# %% tags=["export:weights/errors"]
 from typing import NoReturn, TypeGuard, TypeVar
 
 
@@ -287,7 +287,6 @@ def is_positive(value: object) -> TypeGuard[int | float]:
     """A finite number above 0."""
     return is_number(value) and 0 < value < float("inf")
 
-
 # %%
 print([is_count(v) for v in (24, 24.0, "24", True)])
 print([is_positive(v) for v in (7, 7.0, 0.0, math.nan, math.inf, True)])
@@ -298,7 +297,7 @@ print([is_positive(v) for v in (7, 7.0, 0.0, math.nan, math.inf, True)])
 # `ValueError`, because that is what people catch who do not know us. The
 # configuration's own:
 
-# %% tags=["export"]
+# %% tags=["export:weights/config"]
 import itertools
 import json
 import re
@@ -307,7 +306,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from gptoss.errors import Error, expect, is_count, is_positive, shown
+
 
 
 class ConfigError(Error):
@@ -323,7 +322,7 @@ demand = partial(expect, ConfigError)
 # can be built. Files are read and written by functions that know this class;
 # it looks for them only when it is asked, and can be used without them.
 
-# %% tags=["export"]
+# %% tags=["export:weights/config"]
 KINDS = ("sliding_attention", "full_attention")
 ROPE_TYPES = ("yarn", "default")
 
@@ -381,34 +380,33 @@ class GptOssConfig:
     def from_dict(cls, values: dict, source: str = "config.json"
                   ) -> "GptOssConfig":
         """From the keys of either spelling; `source` names the file."""
-        from gptoss.config import config_from_dict
+        from gptoss.weights.config_file import config_from_dict
 
         return config_from_dict(values, source)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "GptOssConfig":
         """From a folder with a config.json, or from such a file."""
-        from gptoss.config import read_config
+        from gptoss.weights.config_file import read_config
 
         return read_config(Path(path))
 
     def to_hf_dict(self) -> dict:
         """What Hugging Face's config.json holds."""
-        from gptoss.config import hf_dict
+        from gptoss.weights.config_file import hf_dict
 
         return hf_dict(self)
 
     def to_original_dict(self) -> dict:
         """What OpenAI's original/config.json holds."""
-        from gptoss.config import original_dict
+        from gptoss.weights.config_file import original_dict
 
         return original_dict(self)
-
 
 # %%
 from dataclasses import asdict, fields, replace
 
-from gptoss.config import ConfigError, GptOssConfig, demand  # with readers
+from gptoss.weights.config import ConfigError, GptOssConfig, demand
 
 print(len(fields(GptOssConfig)), "fields; the sizes of the 120b:")
 print([f.default for f in fields(GptOssConfig)][:10])
@@ -424,7 +422,7 @@ print([f.default for f in fields(GptOssConfig)][:10])
 # to. The bounds lie far beyond any model, and a file outside of them is
 # damaged: it is refused here, by name, rather than somewhere in the middle.
 
-# %% tags=["export"]
+# %% tags=["export:weights/config"]
 COUNTS = ("num_hidden_layers", "num_local_experts", "num_experts_per_tok",
           "vocab_size", "hidden_size", "intermediate_size", "head_dim",
           "num_attention_heads", "num_key_value_heads", "sliding_window",
@@ -452,7 +450,6 @@ def check_number(key: str, value: object, name: str | None = None) -> None:
     demand(value >= least, name, f"at least {least:g}", value)
     demand(value <= most, name, f"at most {most:,}", value)
 
-
 # %%
 for key, value in (("hidden_size", 2880.0), ("rope_theta", 10 ** 30),
                    ("swiglu_limit", 1e308)):
@@ -464,7 +461,7 @@ for key, value in (("hidden_size", 2880.0), ("rope_theta", 10 ** 30),
 # %% [markdown]
 # Then the list of layer kinds, which a file may leave out.
 
-# %% tags=["export"]
+# %% tags=["export:weights/config"]
 def fill_kinds(kinds: object, layers: object) -> tuple[str, ...]:
     """The kinds of all layers, alternating if None; ConfigError if none."""
     demand(is_count(layers) and layers > 0, "num_hidden_layers",
@@ -481,14 +478,13 @@ def fill_kinds(kinds: object, layers: object) -> tuple[str, ...]:
         demand(kind in KINDS, f"layer_types[{n}]", " or ".join(KINDS), kind)
     return tuple(kinds)
 
-
 # %%
 print(fill_kinds(None, 3))
 
 # %% [markdown]
 # Then the numbers, one by one and against each other.
 
-# %% tags=["export"]
+# %% tags=["export:weights/config"]
 def check_sizes(config: GptOssConfig) -> None:
     """ConfigError naming the first size that makes no model."""
     for key in (*COUNTS, *POSITIVE):
@@ -502,13 +498,12 @@ def check_sizes(config: GptOssConfig) -> None:
     demand(config.head_dim % 2 == 0, "head_dim", "an even number",
             config.head_dim)
 
-
 # %% [markdown]
 # And the choices between kinds. `tie_word_embeddings` may be true although
 # no released gpt-oss shares the two matrices: a fine-tune may, and chapter 3
 # reads its one matrix twice.
 
-# %% tags=["export"]
+# %% tags=["export:weights/config"]
 def check_choices(config: GptOssConfig) -> None:
     """ConfigError naming the first choice that gpt-oss does not have."""
     slow = config.rope_beta_slow
@@ -527,7 +522,6 @@ def check_choices(config: GptOssConfig) -> None:
         value = getattr(config, key)
         demand(is_count(value) and 0 <= value <= MOST[key], key,
                 "a token id", value)
-
 
 # %%
 def refusal(make):
@@ -556,7 +550,7 @@ for change in ({"hidden_size": "2880"}, {"num_experts_per_tok": 129},
 # YaRN's $\beta_{slow}$ and `rope_ntk_beta` its $\beta_{fast}$ (chapter 4).
 # The differences are tables:
 
-# %% tags=["export"]
+# %% tags=["export:weights/config_file"]
 SAME = (*COUNTS, "layer_types", "rms_norm_eps", "swiglu_limit",
         "eos_token_id", "pad_token_id", "tie_word_embeddings")
 # our field -> key in rope_scaling / rope_parameters of Hugging Face
@@ -579,7 +573,6 @@ ORIGINAL_KEYS = {
     "rope_theta": "rope_theta", "rope_factor": "rope_scaling_factor",
     "rope_beta_slow": "rope_ntk_alpha", "rope_beta_fast": "rope_ntk_beta"}
 
-
 # %%
 renamed = {ours: theirs for ours, theirs in ORIGINAL_KEYS.items()
            if ours != theirs}
@@ -591,7 +584,7 @@ print(renamed)
 # It says nothing of `max_position_embeddings`: that is the trained length
 # times the factor.
 
-# %% tags=["export"]
+# %% tags=["export:weights/config_file"]
 def _from_original(values: dict) -> dict:
     """Our fields from those of original/config.json."""
     fields = {}
@@ -604,7 +597,6 @@ def _from_original(values: dict) -> dict:
     fields["max_position_embeddings"] = int(trained * factor)
     fields["rope_type"] = "default" if factor == 1 else "yarn"
     return fields
-
 
 # %%
 ORIGINAL = {
@@ -634,7 +626,7 @@ print(GptOssConfig(**_from_original(ORIGINAL)) == small)
 # key were not there. So is one with two rope objects that disagree, as an
 # edit of only one of them leaves behind.
 
-# %% tags=["export"]
+# %% tags=["export:weights/config_file"]
 ROPE_SPELLINGS = ("rope_parameters", "rope_scaling")
 # keys of yarn that would change the model, and the value that would not
 ROPE_FIXED = {"attention_factor": None, "mscale": None,
@@ -660,13 +652,12 @@ def _rope_object(values: dict, spelling: str) -> dict:
             if rope.get(key) is not None
             and (kind == "yarn" or field in ("rope_type", "rope_theta"))}
 
-
 # %%
 YARN = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0,
         "beta_slow": 1.0, "original_max_position_embeddings": 4096}
 print(_rope_object({"rope_scaling": YARN}, "rope_scaling"))
 
-# %% tags=["export"]
+# %% tags=["export:weights/config_file"]
 def _rope_fields(values: dict) -> dict:
     """Our fields from rope_parameters, from rope_scaling and rope_theta, or
     from what there is of them."""
@@ -686,7 +677,6 @@ def _rope_fields(values: dict) -> dict:
                     first.get(key))
     return first
 
-
 # %%
 old = _rope_fields({"rope_scaling": YARN, "rope_theta": 150000})
 new = _rope_fields({"rope_parameters": YARN | {"rope_theta": 150000}})
@@ -704,7 +694,7 @@ print(refusal(lambda: _rope_fields({"rope_scaling": {"type": "linear"}})))
 # `hidden_act`, which says "silu" although the experts use another function.
 # A test below finds all of them.
 
-# %% tags=["export"]
+# %% tags=["export:weights/config_file"]
 OPTIONAL = ("layer_types", "initial_context_length", "rms_norm_eps",
             "swiglu_limit", "eos_token_id", "pad_token_id",
             "tie_word_embeddings")
@@ -730,7 +720,6 @@ def _from_hf(values: dict) -> dict:
         fields |= {"eos_token_id": stop[0]} if stop else {}
     return fields | _rope_fields(values)
 
-
 # %%
 print(refusal(lambda: _from_hf({"model_type": "llama"})))
 print(refusal(lambda: _from_hf({"model_type": "gpt_oss"})))
@@ -741,7 +730,7 @@ print(refusal(lambda: _from_hf({"model_type": "gpt_oss"})))
 # Which spelling it is can be seen from the keys, and messages use the words
 # of the file.
 
-# %% tags=["export"]
+# %% tags=["export:weights/config_file"]
 def config_from_dict(values: dict, source: str) -> GptOssConfig:
     """From HF keys (either rope spelling) or those of original/config.json.
 
@@ -769,7 +758,6 @@ def _spelt(word: str, keys: dict[str, str]) -> str:
     above the rope object, under our name."""
     return word if word == "initial_context_length" else keys.get(word, word)
 
-
 # %%
 print(GptOssConfig.from_dict(ORIGINAL) == small)
 print(refusal(lambda: GptOssConfig.from_dict(
@@ -780,7 +768,7 @@ print(refusal(lambda: GptOssConfig.from_dict(
 # waits for ever; if it is a link to `/dev/zero`, it never ends. A regular
 # file of at most 16 MB is read, thousands of times what is needed.
 
-# %% tags=["export"]
+# %% tags=["export:weights/config_file"]
 MOST_JSON = 2 ** 24  # bytes
 
 
@@ -813,7 +801,6 @@ def read_config(path: Path) -> GptOssConfig:
     file = path / "config.json" if path.is_dir() else path
     return config_from_dict(read_json(file), str(file))
 
-
 # %%
 import tempfile
 
@@ -832,7 +819,7 @@ with tempfile.TemporaryDirectory() as folder:
 # What we write is the released file, key by key: a test holds it. Keys
 # that only other programs read are written as OpenAI wrote them.
 
-# %% tags=["export"]
+# %% tags=["export:weights/config_file"]
 NOT_CONVERTED = ("model.layers.*.self_attn", "model.layers.*.mlp.router",
                  "model.embed_tokens", "lm_head")
 
@@ -857,7 +844,6 @@ def hf_dict(config: GptOssConfig) -> dict:
             "quant_method": "mxfp4"},
     }).items()))
 
-
 # %%
 print(len(small.to_hf_dict()), "keys;",
       GptOssConfig.from_dict(small.to_hf_dict()) == small)
@@ -866,7 +852,7 @@ print(len(small.to_hf_dict()), "keys;",
 # OpenAI's spelling can say less, and a model that it cannot describe must
 # not be written in it.
 
-# %% tags=["export"]
+# %% tags=["export:weights/config_file"]
 def original_dict(config: GptOssConfig) -> dict:
     """What original/config.json of a released model holds.
 
@@ -883,7 +869,6 @@ def original_dict(config: GptOssConfig) -> dict:
                 "original/config.json can say", ours)
     return values
 
-
 # %%
 print(small.to_original_dict() == ORIGINAL)
 longer = replace(small, max_position_embeddings=262_144)
@@ -894,7 +879,7 @@ print(refusal(longer.to_original_dict))
 #
 # Equations {eq}`config-attention` to {eq}`config-total`.
 
-# %% tags=["export"]
+# %% tags=["export:weights/sizes"]
 def parameter_counts(config: GptOssConfig) -> dict[str, int]:
     """Parameters by component; the values sum to `total_parameters`."""
     D, V, C = config.hidden_size, config.vocab_size, config.head_dim
@@ -917,7 +902,6 @@ def total_parameters(config: GptOssConfig) -> int:
     """All parameters, each counted as one number."""
     return sum(parameter_counts(config).values())
 
-
 # %%
 for size, config in (("20b", small), ("120b", big)):
     assert total_parameters(config) == PUBLISHED[size][2]
@@ -931,7 +915,7 @@ for size, config in (("20b", small), ("120b", big)):
 # totals are what `transformers` builds ("Against the others"). Equation
 # {eq}`config-active`:
 
-# %% tags=["export"]
+# %% tags=["export:weights/sizes"]
 def active_parameters(config: GptOssConfig) -> int:
     """Parameters that one token multiplies with: K experts of E, and
     without the embedding, which is looked up."""
@@ -941,7 +925,6 @@ def active_parameters(config: GptOssConfig) -> int:
     rest = sum(counts[part] for part in ("attention", "router", "norms",
                                          "lm_head"))
     return rest + chosen
-
 
 # %%
 for size, config in (("20b", small), ("120b", big)):
@@ -960,7 +943,7 @@ for size, config in (("20b", small), ("120b", big)):
 # Equation {eq}`config-bytes`. A row that is no multiple of 32 long would
 # be padded; the released ones are not.
 
-# %% tags=["export"]
+# %% tags=["export:weights/sizes"]
 def expert_bytes(config: GptOssConfig) -> int:
     """One expert in the file: 17 bytes per 32 weights, bf16 biases."""
     D, F = config.hidden_size, config.intermediate_size
@@ -980,7 +963,6 @@ def bf16_bytes(config: GptOssConfig) -> int:
     """Bytes of all tensors if every parameter took two."""
     return 2 * total_parameters(config)
 
-
 # %%
 for size, config in (("20b", small), ("120b", big)):
     assert checkpoint_bytes(config) == PUBLISHED[size][3]
@@ -991,7 +973,7 @@ for size, config in (("20b", small), ("120b", big)):
 # These are the `total_size` of the released index files. A decoding step
 # reads less, {eq}`config-read`:
 
-# %% tags=["export"]
+# %% tags=["export:weights/sizes"]
 def bytes_read_per_token(config: GptOssConfig) -> int:
     """Bytes of weights that decoding one token reads, K experts a layer.
 
@@ -1003,7 +985,6 @@ def bytes_read_per_token(config: GptOssConfig) -> int:
     experts = config.num_hidden_layers * config.num_experts_per_tok
     return (2 * (dense + config.hidden_size)
             + experts * expert_bytes(config))
-
 
 # %%
 read = [bytes_read_per_token(config) for config in (small, big)]
@@ -1017,7 +998,7 @@ assert [round(x, 2) for x in times] == [5.59, 4.74, 1.35]
 #
 # Equation {eq}`config-cache`. Chapter 9 builds both caches.
 
-# %% tags=["export"]
+# %% tags=["export:weights/sizes"]
 def layer_cache_bytes(config: GptOssConfig, dtype_bytes: int = 2) -> int:
     """Bytes of one token's key and value in one layer: 2 G C numbers."""
     return 2 * config.num_key_value_heads * config.head_dim * dtype_bytes
@@ -1039,7 +1020,6 @@ def cache_bytes(config: GptOssConfig, tokens: int, batch_size: int = 1,
     return batch_size * (rings + tokens * cache_bytes_per_token(
         config, dtype_bytes))
 
-
 # %%
 S = 131_072
 every = small.num_hidden_layers * S * layer_cache_bytes(small)
@@ -1053,7 +1033,7 @@ print(f"{S:,} tokens, rings where it slides:",
 #
 # Equation {eq}`config-flops`.
 
-# %% tags=["export"]
+# %% tags=["export:weights/sizes"]
 def flops_per_token(config: GptOssConfig, context: int) -> int:
     """Multiplications and additions of one token that sees `context` keys.
 
@@ -1069,7 +1049,6 @@ def flops_per_token(config: GptOssConfig, context: int) -> int:
                for kind in config.layer_types)
     return (2 * (config.num_hidden_layers * layer + D * config.vocab_size)
             + 4 * H * C * seen)
-
 
 # %%
 for size, config in (("20b", small), ("120b", big)):

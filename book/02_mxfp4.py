@@ -264,13 +264,13 @@ print("bytes of index for a byte of blocks:",
 # Everything about the format that is not arithmetic: sixteen values, the
 # block, the four float types, and checks that name what they refuse.
 
-# %% tags=["export"]
+# %% tags=["export:weights/mxfp4"]
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
-from gptoss.errors import Error, mismatch
+from gptoss.weights.errors import Error, mismatch
 
 BLOCK = 32  # values that share one scale
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0,
@@ -290,7 +290,7 @@ FORMATS = {
 class MXFP4Error(Error):
     """Blocks, scales or values that are not MXFP4 or cannot become it."""
 
-# %% tags=["export"]
+# %% tags=["export:weights/mxfp4"]
 def check_packed(blocks: torch.Tensor, scales: torch.Tensor) -> None:
     """Raise MXFP4Error unless blocks (…, N, 16) fit scales (…, N)."""
     for name, tensor in (("blocks", blocks), ("scales", scales)):
@@ -328,7 +328,7 @@ except MXFP4Error as error:
 # smallest normal number is $2^{-1022}$. One cast at the end. This is the slow
 # twin against which the rest is held.
 
-# %% tags=["export"]
+# %% tags=["export:weights/mxfp4"]
 def decode_reference(blocks: torch.Tensor, scales: torch.Tensor,
                      dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """The slow twin of `decode`: look up, multiply in float64, cast once.
@@ -363,7 +363,7 @@ print(decode_reference(torch.full((1, 16), 0x2F, dtype=torch.uint8),
 # binade for every doubling of the step, and a carry out of the fraction lands
 # in the exponent, where it belongs.
 
-# %% tags=["export"]
+# %% tags=["export:weights/mxfp4"]
 def _round_bits(m: int, e: int, exponent: int, fraction: int) -> int:
     """Bit pattern of m * 2**e (m >= 0) rounded once to nearest, ties to even.
 
@@ -400,7 +400,7 @@ print(hex(_round_bits(1, -128, 8, 23)), hex(_round_bits(1, -25, 5, 10)))
 # bfloat16, of which a real tensor touches the few scales that it uses. The
 # table stores a pair as one integer of twice the width.
 
-# %% tags=["export"]
+# %% tags=["export:weights/mxfp4"]
 @lru_cache(maxsize=32)
 def _pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """(65536,): entry 256 * scale + byte holds the byte's two values.
@@ -432,7 +432,7 @@ print(table[256 * 128 + 0x2F].view(1).view(torch.bfloat16))
 # work stays inside the processor's cache and the memory beyond the output
 # stays at 2 MiB, whatever the tensor's size.
 
-# %% tags=["export"]
+# %% tags=["export:weights/mxfp4"]
 def decode_by_table(blocks: torch.Tensor, scales: torch.Tensor,
                     dtype: torch.dtype) -> torch.Tensor:
     """`decode` in plain torch, a slice of blocks at a time.
@@ -455,7 +455,7 @@ def decode_by_table(blocks: torch.Tensor, scales: torch.Tensor,
                            out=target[part].view(-1))
     return out.flatten(-2)
 
-# %% tags=["export"]
+# %% tags=["export:weights/mxfp4"]
 def decode(blocks: torch.Tensor, scales: torch.Tensor,
            dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """MXFP4 -> floats: the exact value, rounded once to dtype.
@@ -485,7 +485,7 @@ print(tuple(blocks.shape), tuple(scales.shape), "->", tuple(on_meta.shape),
 # comparisons, exact in any float type, because the midpoints 0.25, 0.75,
 # 1.25, 1.75, 2.5, 3.5 and 5 are.
 
-# %% tags=["export"]
+# %% tags=["export:weights/encoding"]
 def _round_to_grid(magnitude: torch.Tensor) -> torch.Tensor:
     """Codes 0..7 (uint8) of the nearest FP4 value, ties to the even code.
 
@@ -513,7 +513,7 @@ print([FP4_VALUES[code] for code in _round_to_grid(ties)])
 # $\lfloor \log_2 a \rfloor$ is the exponent field of a float. `log2` itself
 # may round $\log_2(8 - \varepsilon)$ up to 3; `frexp` cannot.
 
-# %% tags=["export"]
+# %% tags=["export:weights/encoding"]
 def _choose_scales(largest: torch.Tensor) -> torch.Tensor:
     """OCP rule: floor(log2(largest)) - 2, as a byte; a zero block gets 0.
 
@@ -538,7 +538,7 @@ print(_choose_scales(torch.tensor([0, 1e-60, 1, 7.9, 8, 1e60],
 # then exact, and memory stays bounded. A NaN or an infinity has no code, so it
 # is refused by its position instead of turning into a 6.
 
-# %% tags=["export"]
+# %% tags=["export:weights/encoding"]
 def encode(values: torch.Tensor, scales: torch.Tensor | None = None
            ) -> tuple[torch.Tensor, torch.Tensor]:
     """Floats -> MXFP4 (blocks (…, N, 16), scales (…, N)), both uint8.
@@ -566,7 +566,7 @@ def encode(values: torch.Tensor, scales: torch.Tensor | None = None
         target[part] = _encode_rows(rows[part].double(), flat[part])
     return blocks, scales
 
-# %% tags=["export"]
+# %% tags=["export:weights/encoding"]
 def _encode_rows(rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """rows (M, 32) float64, scales (M,) uint8 -> blocks (M, 16) uint8."""
     inverse = torch.tensor([2.0 ** (SCALE_BIAS - s)
@@ -579,7 +579,7 @@ def _encode_rows(rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 # %% [markdown]
 # What it refuses: wrong types and shapes, and with kept scales a 255.
 
-# %% tags=["export"]
+# %% tags=["export:weights/encoding"]
 def _check_values(values, scales) -> torch.Size:
     """Shape of the scales of values, or MXFP4Error."""
     if values.dtype not in FORMATS:
@@ -626,7 +626,7 @@ except MXFP4Error as error:
 # Whether a file would survive decode and encode byte for byte can be counted
 # without decoding it.
 
-# %% tags=["export"]
+# %% tags=["export:weights/encoding"]
 @dataclass(frozen=True)
 class Audit:
     """What `audit` counted, in blocks of 32 values."""
@@ -643,7 +643,7 @@ class Audit:
                 f"({share:.1f} %), {self.zero:,} all zero, "
                 f"{self.nan:,} NaN")
 
-# %% tags=["export"]
+# %% tags=["export:weights/encoding"]
 def audit(blocks: torch.Tensor, scales: torch.Tensor) -> Audit:
     """Count blocks (…, N, 16) with scales (…, N) by how they re-encode.
 
@@ -672,7 +672,7 @@ print(audit(few, scales).describe())
 # Two tensors that belong together, with the shape they stand for. Taking one
 # expert out of a layer must not copy, so indexing gives views.
 
-# %% tags=["export"]
+# %% tags=["export:weights/mxfp4"]
 class PackedMXFP4:
     """blocks and scales of one weight, held as the file holds them.
 
@@ -734,7 +734,7 @@ assert layer[3].blocks.data_ptr() == blocks[192].data_ptr()
 # the definition; it saves memory, and the section on cost says what it does
 # not save.
 
-# %% tags=["export"]
+# %% tags=["export:weights/mxfp4"]
 def linear_by_decoding(x: torch.Tensor, blocks: torch.Tensor,
                        scales: torch.Tensor, bias: torch.Tensor | None
                        ) -> torch.Tensor:
@@ -954,7 +954,7 @@ print("scale 255 elsewhere:", theirs[255, 0:2].tolist(),
 # memory.
 
 # %%
-from gptoss.config import GptOssConfig
+from gptoss.weights.config import GptOssConfig
 
 
 def packed_experts(config):

@@ -36,7 +36,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Patch, Rectangle
 
-from gptoss.config import GptOssConfig, bf16_bytes, checkpoint_bytes
+from gptoss.weights.config import GptOssConfig
+from gptoss.weights.sizes import bf16_bytes, checkpoint_bytes
 
 plt.style.use("_static/book.mplstyle")
 
@@ -220,7 +221,7 @@ print(raw[8 + n + begin:8 + n + end].hex(" "))
 #
 # ### Names, shapes and dtypes as one table
 
-# %% tags=["export"]
+# %% tags=["export:weights/layout"]
 import ctypes
 import hashlib
 import itertools
@@ -246,21 +247,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gptoss.config import (
-    ConfigError,
-    GptOssConfig,
+from gptoss.weights.config import ConfigError, GptOssConfig
+from gptoss.weights.sizes import (
     active_parameters,
     cache_bytes,
     cache_bytes_per_token,
     parameter_counts,
-    read_json,
     total_parameters,
 )
-from gptoss.errors import Error, mismatch
-from gptoss.mxfp4 import BLOCK, SCALE_NAN, MXFP4Error, decode, encode
-
-_log = logging.getLogger("gptoss")
-
+from gptoss.weights.config_file import read_json
+from gptoss.weights.errors import Error, mismatch
+from gptoss.weights.mxfp4 import BLOCK, SCALE_NAN, MXFP4Error, decode
+from gptoss.weights.encoding import encode
 
 class CheckpointError(Error):
     """A checkpoint that is not what it should be; names file and tensor."""
@@ -268,7 +266,7 @@ class CheckpointError(Error):
 
 faulty = partial(mismatch, CheckpointError)
 
-# %% tags=["export"]
+# %% tags=["export:weights/layout"]
 # Hugging Face name, original name, shape. `L.` is "model.layers.N." in the
 # one, "block.N." in the other. Q = H C, KV = G C. The three rows of the
 # original qkv stand one under the other. blocks and scales are U8.
@@ -310,7 +308,7 @@ print(len(NAME_MAP), "rows, of which", sum(
 # complete list of what a checkpoint holds. (`groupby` keeps the order: the
 # row before the layers, all layers, the rows after.)
 
-# %% tags=["export"]
+# %% tags=["export:weights/layout"]
 LAYOUTS = ("hf", "original", "bf16")
 PACKED = ("_blocks", "_scales")
 DTYPES = {"BF16": torch.bfloat16, "U8": torch.uint8, "F16": torch.float16,
@@ -334,7 +332,7 @@ class TensorSpec:
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
 
-# %% tags=["export"]
+# %% tags=["export:weights/layout"]
 def _rows(c: GptOssConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """NAME_MAP with layer numbers and sizes filled in."""
     D, F, H = c.hidden_size, c.intermediate_size, c.num_attention_heads
@@ -354,7 +352,7 @@ def _rows(c: GptOssConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
                     original = f"block.{n}.{original[2:]}"
                 yield hf, original, tuple(sizes[s] for s in shape.split())
 
-# %% tags=["export"]
+# %% tags=["export:weights/layout"]
 def tensor_table(config: GptOssConfig, layout: str = "hf",
                  floats: str = "BF16") -> dict[str, TensorSpec]:
     """Every tensor of a checkpoint: name there -> TensorSpec, in order.
@@ -393,7 +391,7 @@ print([len(tensor_table(SMALL, layout)) for layout in LAYOUTS], "tensors")
 # From here on a name without further remark is Hugging Face's, with q, k and
 # v apart: the *canonical* one, which the model of chapter 10 uses too.
 
-# %% tags=["export"]
+# %% tags=["export:weights/layout"]
 @dataclass(frozen=True)
 class Place:
     """A tensor under its canonical name, and where its rows are stored."""
@@ -428,7 +426,12 @@ for part in "qkv":
 # Every number in a header is somebody else's claim. It is believed if
 # {eq}`checkpoint-offset` holds exactly: no gap, no overlap, no missing end.
 
-# %% tags=["export"]
+# %% tags=["export:weights/files"]
+import logging
+
+_log = logging.getLogger("gptoss")
+
+
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 
@@ -441,7 +444,7 @@ class Stored:
     offset: int  # of its first byte in the file
     nbytes: int
 
-# %% tags=["export"]
+# %% tags=["export:weights/files"]
 def read_header(file: Path) -> dict[str, Stored]:
     """What a safetensors file holds, from its header alone.
 
@@ -476,7 +479,7 @@ def read_header(file: Path) -> dict[str, Stored]:
     _check_cover(file, stored, 8 + length, size)
     return {s.spec.name: s for s in stored}
 
-# %% tags=["export"]
+# %% tags=["export:weights/files"]
 def _stored(file: Path, name: str, entry: dict, base: int) -> Stored:
     """One entry of a header; any malformed one raises some ValueError."""
     shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
@@ -542,7 +545,7 @@ file.unlink()
 # headers of the files that it names must name the same tensors: one that
 # only one of them knows means that shards of two versions lie side by side.
 
-# %% tags=["export"]
+# %% tags=["export:weights/files"]
 def _read_index(index: Path) -> dict[str, str]:
     """The weight_map of an index; file names that leave the folder, or that
     are not there, are a CheckpointError."""
@@ -572,7 +575,7 @@ def _read_index(index: Path) -> dict[str, str]:
 # The one is left from another save, and `transformers` reads the second
 # where people mean the first.
 
-# %% tags=["export"]
+# %% tags=["export:weights/files"]
 WHOLE = "model.safetensors"
 
 
@@ -593,7 +596,7 @@ def weight_files(folder: Path) -> tuple[list[Path], Path | None]:
                      "names", "this one (which of the two is the model?)")
     return [folder / name for name in sorted(named)], indexes[0]
 
-# %% tags=["export"]
+# %% tags=["export:weights/files"]
 def find_tensors(folder: Path) -> dict[str, Stored]:
     """All tensors of a folder's model by their names there, from headers
     alone. An index must name exactly what is in the files that it names."""
@@ -609,7 +612,7 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
         _check_index(index, _read_index(index), found)
     return found
 
-# %% tags=["export"]
+# %% tags=["export:weights/files"]
 def _check_index(index: Path, named: dict[str, str],
                  found: dict[str, Stored]) -> None:
     for name, file in named.items():
@@ -621,7 +624,7 @@ def _check_index(index: Path, named: dict[str, str],
             raise faulty(f"{stored.file}: {name}", f"in {index.name}",
                          "only in the file")
 
-# %% tags=["export"]
+# %% tags=["export:weights/files"]
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 ADAPTER = ("a LoRA adapter, which changes a model and is none: merge it first "
            "(peft: merge_and_unload(), then save_pretrained())")
@@ -649,7 +652,7 @@ def weights_folder(path: Path) -> Path:
     there = "only config.json" if (path / "config.json").exists() else "none"
     raise faulty(path, "config.json and *.safetensors", there)
 
-# %% tags=["export"]
+# %% tags=["export:weights/files"]
 def config_folder(path: Path) -> Path:
     """`path`, or its original/ if only that has a config.json."""
     below = path / "original"
@@ -682,7 +685,7 @@ report(weights_folder, here)
 # that hold nothing that was learnt, tables of rotary frequencies, are left
 # out.
 
-# %% tags=["export"]
+# %% tags=["export:weights/files"]
 ALIASES = (  # a part of a name, and what we call it
     (r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|"
      r"module)\.", ""),
@@ -710,7 +713,7 @@ REFUSED = (  # what is in a name, and what it shows
      "a model with another head than a language model's"),
 )
 
-# %% tags=["export"]
+# %% tags=["export:weights/files"]
 def known_name(stored: Stored) -> str:
     """What we call a tensor of a file, if we know it under another name;
     CheckpointError for one of a kind that is not read."""
@@ -737,7 +740,7 @@ for name in ("model.layers.0.self_attn.q_proj.lora_A.weight",
 # lies (out, in) in the file; the decoded experts of Hugging Face are (E, in,
 # out), so it is turned when it is read.
 
-# %% tags=["export"]
+# %% tags=["export:weights/files"]
 @dataclass(frozen=True)
 class PerExpert:
     """A tensor of which each row is one in a file; matrices are turned."""
@@ -779,7 +782,7 @@ def stacked(folder: Path, name: str, rows: dict[int, Stored]) -> PerExpert:
 # as they are drawn at random, and warns. The numbers are all there, so here
 # they are decoded experts under another name.
 
-# %% tags=["export"]
+# %% tags=["export:weights/files"]
 def recognise(folder: Path, found: dict[str, Stored]
               ) -> dict[str, Stored | PerExpert]:
     """The tensors of a file under the names that we know them by."""
@@ -835,7 +838,7 @@ report(recognise, here, {name: tensor for name, tensor in strange.items()
 # one of the two. It is read twice; a file with both has both, equal or not,
 # as in `transformers`. What we write always has both.
 
-# %% tags=["export"]
+# %% tags=["export:weights/files"]
 ENDS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -863,7 +866,7 @@ print(untied(replace(SMALL, tie_word_embeddings=True), one) == SMALL,
 # what they merged in fp32 beside experts that they have not touched, in
 # MXFP4. The model's dtype decides what becomes of them.
 
-# %% tags=["export"]
+# %% tags=["export:weights/layout"]
 def find_layout(names: Iterable[str]) -> str:
     """"hf", "original" or "bf16", from the names that we know."""
     names = set(names)
@@ -873,7 +876,7 @@ def find_layout(names: Iterable[str]) -> str:
     dense = ("experts.gate_up_proj", "experts.down_proj")
     return "bf16" if any(name.endswith(dense) for name in names) else "hf"
 
-
+# %% tags=["export:weights/checkpoint"]
 def check_tensors(folder: Path, found: dict[str, Stored | PerExpert],
                   table: dict[str, TensorSpec]) -> None:
     """CheckpointError at the first tensor that is missing, superfluous, or
@@ -914,7 +917,7 @@ report(check_tensors, here, found, table)
 #
 # A header needs the table and no tensor.
 
-# %% tags=["export"]
+# %% tags=["export:weights/write"]
 MAX_SHARD_BYTES = 5 * 10 ** 9
 
 
@@ -935,7 +938,7 @@ def plan_shards(table: dict[str, TensorSpec], max_shard_bytes: int
     return {f"model-{i:05}-of-{len(shards):05}.safetensors": specs
             for i, specs in enumerate(shards, 1)}
 
-# %% tags=["export"]
+# %% tags=["export:weights/files"]
 def make_header(specs: Iterable[TensorSpec]) -> bytes:
     """The safetensors header of tensors stored one after the other."""
     header: dict = {"__metadata__": {"format": "pt"}}
@@ -963,7 +966,7 @@ for config in (SMALL, LARGE):
 # A writer makes all files at full length, puts rows where they belong, and
 # counts and hashes them as they pass.
 
-# %% tags=["export"]
+# %% tags=["export:weights/write"]
 OUR_FILES = ("config.json", "manifest.json", "model.safetensors.index.json")
 
 
@@ -1092,7 +1095,7 @@ report(writer.finish, [])
 # writer lives, and the next one to write under that name removes those that
 # nobody holds.
 
-# %% tags=["export"]
+# %% tags=["export:weights/write"]
 def _lock(folder: Path) -> int | None:
     """A descriptor that holds the folder until it is closed or the process
     dies; None if another one holds it, or if this system has no locks."""
@@ -1120,7 +1123,7 @@ def _sweep(home: Path, name: str) -> None:
                 shutil.rmtree(old, ignore_errors=True)
             os.close(held)
 
-# %% tags=["export"]
+# %% tags=["export:weights/write"]
 @contextmanager
 def _draft(home: Path, name: str) -> Iterator[Path]:
     """A hidden folder in `home`, gone at the end."""
@@ -1143,7 +1146,7 @@ with _draft(here, "new") as draft:
     print(len(list(here.glob(".new.*"))), draft.exists())
 print(len(list(here.glob(".new.*"))))
 
-# %% tags=["export"]
+# %% tags=["export:weights/write"]
 @contextmanager
 def _told_to_end() -> Iterator[None]:
     """Inside, SIGTERM and SIGHUP end the process by SystemExit, as long as
@@ -1176,7 +1179,7 @@ def _sync(path: Path) -> None:
     finally:
         os.close(held)
 
-# %% tags=["export"]
+# %% tags=["export:weights/write"]
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A hidden folder that becomes `target`, or all that is in it.
@@ -1225,7 +1228,7 @@ def _appear(draft: Path, target: Path, inside: bool) -> None:
             (target / name).unlink(missing_ok=True)
         raise
 
-# %% tags=["export"]
+# %% tags=["export:weights/write"]
 def write_checkpoint(path: str | Path, config: GptOssConfig,
                      tensors: Iterable[tuple[str, Tensor]],
                      layout: str = "hf",
@@ -1253,7 +1256,7 @@ def write_checkpoint(path: str | Path, config: GptOssConfig,
 # zero, so that a tensor that goes missing, or a bias that is not added,
 # shows.
 
-# %% tags=["export"]
+# %% tags=["export:weights/write"]
 def random_tensors(config: GptOssConfig, seed: int = 0, layout: str = "hf"
                    ) -> Iterator[tuple[str, Tensor]]:
     """(canonical name, random tensor) for `write_checkpoint`, one by one.
@@ -1325,7 +1328,7 @@ print(*sorted(file.name for file in (here / "empty").iterdir()))
 # can tell, 0.6 GB of scales in the 20b. `check_scales` is for those who read
 # them anyway, the model's loader and `convert`.
 
-# %% tags=["export"]
+# %% tags=["export:weights/checkpoint"]
 class Checkpoint:
     """An open checkpoint in any of the three layouts; see `open`.
 
@@ -1471,7 +1474,7 @@ class Checkpoint:
             raw = raw.clone()  # a file whose tensors are not aligned
         return raw.view(dtype).view(count, *stored.spec.shape[1:])
 
-# %% tags=["export"]
+# %% tags=["export:weights/checkpoint"]
 def check_scales(name: str, scales: Tensor) -> None:
     """CheckpointError naming `name` if a scale byte is 255, which is NaN."""
     if scales.numel() and scales.max() == SCALE_NAN:
@@ -1497,7 +1500,12 @@ report(check_scales, "some scales", torch.tensor([[126, 255, 127, 255]]))
 # expert is decoded or encoded alone (chapter 2). The hashes are those of
 # canonical tensors, so one model has the same in both released layouts.
 
-# %% tags=["export"]
+# %% tags=["export:weights/convert"]
+import logging
+
+_log = logging.getLogger("gptoss")
+
+
 CHUNK = 2 ** 26  # bytes copied at a time
 Piece = tuple[str, int, Tensor]  # canonical name, first row, rows
 
@@ -1515,7 +1523,7 @@ def _pieces(old: Checkpoint, name: str, layout: str) -> Iterator[Piece]:
     else:
         yield from _copied(old, name)
 
-# %% tags=["export"]
+# %% tags=["export:weights/convert"]
 def _copied(old: Checkpoint, name: str) -> Iterator[Piece]:
     """Rows as they are; floats of another dtype are rounded to bf16."""
     spec = old.spec(name)
@@ -1553,7 +1561,7 @@ def _packed(old: Checkpoint, name: str) -> Iterator[Piece]:
 # leads anyway: the folder itself, or the store of the hub's cache, whose
 # folders are links throughout.
 
-# %% tags=["export"]
+# %% tags=["export:weights/convert"]
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "generation_config.json", "chat_template.jinja",
@@ -1570,7 +1578,7 @@ def home_file(folder: Path, name: str) -> Path | None:
     return next((place / name for place in places
                  if (place / name).is_file()), None)
 
-# %% tags=["export"]
+# %% tags=["export:weights/convert"]
 def companions(old: Checkpoint) -> list[Path]:
     """Tokenizer, generation_config and the like beside the weights."""
     found = [home_file(old.folder, name) for name in COMPANIONS]
@@ -1600,7 +1608,7 @@ logging.disable(logging.NOTSET)
 # OpenAI's spelling of the configuration has no token ids; the released
 # `generation_config.json` has them.
 
-# %% tags=["export"]
+# %% tags=["export:weights/convert"]
 def _config_for(old: Checkpoint, extra: list[Path]) -> GptOssConfig:
     """The configuration to write, with the ids that only
     generation_config.json says."""
@@ -1615,7 +1623,7 @@ def _config_for(old: Checkpoint, extra: list[Path]) -> GptOssConfig:
     return GptOssConfig.from_dict(old.config.to_hf_dict() | ids,
                                   str(files[0]))
 
-# %% tags=["export"]
+# %% tags=["export:weights/convert"]
 def convert(source: str | Path, target: str | Path, layout: str,
             max_shard_bytes: int = MAX_SHARD_BYTES,
             progress: Callable[[str], None] | None = None
@@ -1656,7 +1664,7 @@ for layout in LAYOUTS:
 # %% [markdown]
 # ### What a file holds, without its weights
 
-# %% tags=["export"]
+# %% tags=["export:weights/layout"]
 COMPONENTS = {"embed_tokens": "embedding", "self_attn": "attention",
               ".router.": "router", ".experts.": "experts", "norm": "norms",
               "lm_head": "lm_head"}
@@ -1666,7 +1674,7 @@ def component_of(name: str) -> str:
     """The component of `parameter_counts` that a tensor belongs to."""
     return next(part for word, part in COMPONENTS.items() if word in name)
 
-
+# %% tags=["export:weights/checkpoint"]
 def describe(path: str | Path) -> dict[str, object]:
     """What `inspect` prints, from config and headers alone; JSON as it is.
 
@@ -1713,7 +1721,7 @@ for key, value in describe(here / "bf16").items():
 # others begin anew. What is not of the form owner/name can only be a path,
 # and a mistyped path must not travel over the network.
 
-# %% tags=["export"]
+# %% tags=["export:weights/hub"]
 def is_repo_id(text: str) -> bool:
     """Whether `text` can be a hub id, owner/name, and not a path."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text, re.ASCII) is not None
@@ -1738,7 +1746,7 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
                               " (and a hub id is owner/name)")
     return _fetch(path, revision)
 
-# %% tags=["export"]
+# %% tags=["export:weights/hub"]
 def _fetch(path: str, revision: str | None) -> Path:
     at = f"{path} at revision {revision}" if revision else path
     try:

@@ -165,7 +165,6 @@ class Reader(torch.nn.Module):
             heads(x @ self.v), is_causal=True)
         return (mixed.transpose(1, 2).flatten(2) @ self.out).split(KINDS, -1)
 
-
 # %%
 def learn(reader, steps, count, length, rate, rng, speed, factor=1.0):
     """Adam on fresh texts; the rate rises over 5 steps and falls to 0."""
@@ -363,16 +362,15 @@ plt.show()
 # Equation {eq}`rope-range`, in 64-bit floats, in the order of operations
 # that `transformers` uses.
 
-# %% tags=["export"]
+# %% tags=["export:attention/rope"]
 import math
 
 import torch
 from torch import Tensor
 
-from gptoss.config import GptOssConfig
+from gptoss.weights.config import GptOssConfig
 
-
-# %% tags=["export"]
+# %% tags=["export:attention/rope"]
 def correction_range(
     head_dim: int,
     theta: float,
@@ -398,7 +396,6 @@ def correction_range(
         low, high = math.floor(low), math.ceil(high)
     return max(low, 0), min(high, head_dim - 1)
 
-
 # %%
 low, high = correction_range(C, THETA)
 assert (low, high) == (8.092779115512402, 17.39802450158856)
@@ -419,14 +416,13 @@ for end in (low, high):
 #
 # The clamp of {eq}`rope-blend`, in fp32:
 
-# %% tags=["export"]
+# %% tags=["export:attention/rope"]
 def _ramp(low: float, high: float, pairs: int) -> Tensor:
     """0 up to pair `low`, 1 from pair `high`, straight between. (pairs,)"""
     if low == high:
         high += 0.001  # a step; the value is transformers' own
     pair = torch.arange(pairs, dtype=torch.float32, device="cpu")
     return ((pair - low) / (high - low)).clamp(0, 1)
-
 
 # %%
 print([round(v, 2) for v in _ramp(low, high, C // 2)[7:20].tolist()])
@@ -435,7 +431,7 @@ print([round(v, 2) for v in _ramp(low, high, C // 2)[7:20].tolist()])
 # And the blend. The result is fp32 and every operation rounds, so the
 # order decides the last bit. Why the last bit matters, "It holds" shows.
 
-# %% tags=["export"]
+# %% tags=["export:attention/rope"]
 def inverse_frequencies(
     head_dim: int,
     theta: float,
@@ -469,7 +465,6 @@ def inverse_frequencies(
     keep = 1 - _ramp(low, high, head_dim // 2)
     return (slow * (1 - keep) + fast * keep).to(device)
 
-
 # %%
 plain = inverse_frequencies(C, THETA)
 yarn = inverse_frequencies(C, THETA, FACTOR)
@@ -482,14 +477,13 @@ for i in (0, 8, 9, 13, 17, 18, 31):
 #
 # Equation {eq}`rope-concentration`:
 
-# %% tags=["export"]
+# %% tags=["export:attention/rope"]
 def concentration(factor: float) -> float:
     """Factor on both cos and sin; scores get its square. 1.0 if factor <= 1.
 
     The YaRN paper's sqrt(1/t): the temperature t divides every score.
     """
     return 1.0 if factor <= 1 else 0.1 * math.log(factor) + 1.0
-
 
 # %%
 assert concentration(FACTOR) == 1.3465735902799727
@@ -500,7 +494,7 @@ print(f"softmax scale  {C**-0.5 * concentration(FACTOR) ** 2:.4g}")
 # %% [markdown]
 # And the one place where a configuration is read:
 
-# %% tags=["export"]
+# %% tags=["export:attention/rope"]
 def rope_parameters(
     config: GptOssConfig, device: torch.device | str | None = None
 ) -> tuple[Tensor, float]:
@@ -521,7 +515,6 @@ def rope_parameters(
     )
     return inv_freq, concentration(config.rope_factor)
 
-
 # %%
 inv_freq, conc = rope_parameters(GptOssConfig.gpt_oss_20b())
 print("the 20b:", torch.equal(inv_freq, yarn), conc == concentration(FACTOR))
@@ -534,7 +527,7 @@ print("the 20b:", torch.equal(inv_freq, yarn), conc == concentration(FACTOR))
 # exact in fp32 (up to $2^{24}$). The order is fp32 angle, cos, times
 # concentration, and one rounding to the model's type at the end.
 
-# %% tags=["export"]
+# %% tags=["export:attention/rope"]
 def rope_tables(
     positions: Tensor,
     inv_freq: Tensor,
@@ -556,7 +549,6 @@ def rope_tables(
     angle = positions[..., None].to(inv_freq.dtype) * inv_freq
     cos, sin = angle.cos() * concentration, angle.sin() * concentration
     return cos.to(dtype), sin.to(dtype)
-
 
 # %%
 cos, sin = rope_tables(torch.tensor([[0, 1, 131_071]]), inv_freq, conc)
@@ -591,7 +583,7 @@ print(f"largest angle error: {wrong.abs().max().item():.0f} rad")
 # Equation {eq}`rope-turn` with real numbers. gpt-oss pairs channel $i$
 # with channel $i + C/2$.
 
-# %% tags=["export"]
+# %% tags=["export:attention/rope"]
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x (B, T, H, C) by tables (B, T, C/2); same shape and dtype.
 
@@ -603,7 +595,6 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat(
         (first * cos - second * sin, second * cos + first * sin), dim=-1
     )
-
 
 # %%
 x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)

@@ -47,9 +47,9 @@ from importlib.resources import files
 import matplotlib.pyplot as plt
 import torch
 
-from gptoss.harmony import Tokenizer
-from gptoss.model import GptOss
-from gptoss.parity import trace_ours
+from gptoss.text.tokenizer import Tokenizer
+from gptoss.model.transformer import GptOss
+from gptoss.parity.walk import trace_ours
 
 plt.style.use("_static/book.mplstyle")
 torch.manual_seed(0)
@@ -247,7 +247,7 @@ plt.show()
 #
 # ### A softmax with a sink
 
-# %% tags=["export"]
+# %% tags=["export:attention/sinks"]
 import torch
 from torch import Tensor
 
@@ -294,7 +294,7 @@ print("and without a sink:  ", [f"{w:.0f}" for w in no_sink[0].tolist()])
 # Instead the queries that share a key head are stacked: $(H/G) \cdot T$
 # rows against one $(S, C)$ matrix, one larger product instead of eight.
 
-# %% tags=["export"]
+# %% tags=["export:attention/sinks"]
 def _scores(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Scaled scores (B, H, T, S), fp32 or wider, -inf where mask is false.
 
@@ -341,7 +341,7 @@ print(tuple(plain.shape), "stacked = repeated")
 # %% [markdown]
 # ### Form 1: concat
 
-# %% tags=["export"]
+# %% tags=["export:attention/sinks"]
 def attention_concat(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
                      mask: Tensor, scale: float) -> Tensor:
     """Attention with sinks, concat form: -> (B, T, H, C) in q.dtype.
@@ -363,7 +363,7 @@ print(tuple(out.shape), out.dtype)
 # %% [markdown]
 # ### Form 2: rescale
 
-# %% tags=["export"]
+# %% tags=["export:attention/sinks"]
 def sink_share(lse: Tensor, sinks: Tensor) -> Tensor:
     """What the sink takes of each row: (…, H, T), (H,) -> (…, H, T), 0..1.
 
@@ -407,7 +407,7 @@ print(f"1 - share: {1 - sink_share(lse, torch.zeros(1)).item():.2e}")
 # %% [markdown]
 # ### Form 3: online
 
-# %% tags=["export"]
+# %% tags=["export:attention/sinks"]
 def attention_online(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
                      mask: Tensor, scale: float, chunk: int = 64) -> Tensor:
     """`attention_concat` with `chunk` keys at a time: O(B H T chunk) memory.
@@ -448,7 +448,7 @@ print("chunks of 1, 3, 7 and 100 keys: equal")
 # grouped heads as they are). Form 2 makes it a kernel for gpt-oss, and
 # {eq}`sinks-backward` makes its backward one.
 
-# %% tags=["export"]
+# %% tags=["export:attention/sinks"]
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = (
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
@@ -480,7 +480,7 @@ class _FlashWithSinks(torch.autograd.Function):
 # The only thing that needs writing is the sink's own gradient,
 # {eq}`sinks-grad` summed over all rows.
 
-# %% tags=["export"]
+# %% tags=["export:attention/sinks"]
 def attention_flash(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
                     mask: Tensor, scale: float) -> Tensor:
     """`attention_concat` by torch's CPU kernel and `rescale`; it trains.
@@ -758,7 +758,7 @@ print("one function at", 61 * 1001, "points")
 # ## In the 20b and the 120b
 
 # %%
-from gptoss.config import GptOssConfig
+from gptoss.weights.config import GptOssConfig
 
 for name, c in (("20b", GptOssConfig.gpt_oss_20b()),
                 ("120b", GptOssConfig.gpt_oss_120b())):

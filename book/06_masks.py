@@ -159,7 +159,7 @@ print("of those, padding:", (rows[:, -1] & ~batch).sum(-1).tolist())
 #
 # Equation {eq}`masks-visible`, once, for every use in the book.
 
-# %% tags=["export"]
+# %% tags=["export:attention/masks"]
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -181,7 +181,6 @@ def visible(q_pos: Tensor, k_pos: Tensor, window: int | None) -> Tensor:
     seen = (k <= q) & (k >= 0)  # so q >= 0 too
     return seen if window is None else seen & (k > q - window)
 
-
 # %%
 order = torch.arange(300)[None]
 seen = visible(order, order, 128)[0].sum(-1)
@@ -198,7 +197,7 @@ print(visible(torch.tensor([[9, -1]]), ring, 3).int().tolist())
 #
 # Tests that compare a mask with a drawing are hard to get wrong.
 
-# %% tags=["export"]
+# %% tags=["export:attention/masks"]
 def picture(mask: Tensor) -> str:
     """A (T, S) bool mask as text: a row a query, # seen, . not seen."""
     if mask.ndim != 2:
@@ -208,7 +207,6 @@ def picture(mask: Tensor) -> str:
     return "\n".join(
         "".join("#" if seen else "." for seen in row) for row in mask.tolist()
     )
-
 
 # %%
 eight = torch.arange(8)[None]
@@ -244,7 +242,7 @@ for w in (127, 128, 129):
 # Users pad left, right, or in the middle (two pieces of a conversation,
 # each padded). Tokens are numbered as if the padding were not there.
 
-# %% tags=["export"]
+# %% tags=["export:attention/masks"]
 def positions_from_mask(
     attention_mask: Tensor, start: Tensor | None = None
 ) -> Tensor:
@@ -258,7 +256,6 @@ def positions_from_mask(
     if start is not None:
         numbers = numbers + start.to(numbers).unsqueeze(-1)
     return numbers.masked_fill(~mask, -1)
-
 
 # %%
 masks = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 1, 1]])
@@ -279,7 +276,7 @@ print(picture(visible(middle, middle, 2)[0]))
 #
 # Equation {eq}`masks-reach`, layer by layer.
 
-# %% tags=["export"]
+# %% tags=["export:attention/masks"]
 class Reach(NamedTuple):
     """Positions, the query's own included, that a layer's output rests on."""
 
@@ -305,7 +302,6 @@ def receptive_field(
             )
         reaches.append(Reach(sliding, total))
     return reaches
-
 
 # %%
 for reach in receptive_field(["sliding_attention", "full_attention"] * 2, 128):
@@ -481,7 +477,7 @@ for name, other in (
 # ## In the 20b and the 120b
 
 # %%
-from gptoss.config import GptOssConfig
+from gptoss.weights.config import GptOssConfig
 
 models = {
     "20b": GptOssConfig.gpt_oss_20b(),

@@ -45,9 +45,9 @@ from importlib.resources import files
 import matplotlib.pyplot as plt
 import torch
 
-from gptoss.harmony import Tokenizer
-from gptoss.model import GptOss
-from gptoss.parity import trace_ours
+from gptoss.text.tokenizer import Tokenizer
+from gptoss.model.transformer import GptOss
+from gptoss.parity.walk import trace_ours
 
 plt.style.use("_static/book.mplstyle")
 torch.manual_seed(0)
@@ -212,7 +212,7 @@ plt.show()
 # numbers takes about a thousand comparisons, the four experts 200 million
 # FLOPs.
 
-# %% tags=["export"]
+# %% tags=["export:moe/routing"]
 import torch
 from torch import Tensor
 
@@ -250,7 +250,7 @@ print("32 equal logits:", route(flat, 4)[1][0].tolist())
 # %% [markdown]
 # ### The other order
 
-# %% tags=["export"]
+# %% tags=["export:moe/routing"]
 def softmax_then_topk(logits: Tensor, k: int, renormalise: bool = True
                       ) -> tuple[Tensor, Tensor]:
     """(N, E) -> weights (N, k), ids (N, k): softmax over all E, then choose.
@@ -297,7 +297,7 @@ print(tuple(weights.shape), weights.dtype, tuple(ids.shape), ids.dtype)
 # %% [markdown]
 # ### Load
 
-# %% tags=["export"]
+# %% tags=["export:moe/routing"]
 def expert_load(ids: Tensor, experts: int) -> Tensor:
     """How many tokens chose each expert: ids (N, K) -> counts (E,) int64."""
     return torch.bincount(ids.flatten(), minlength=experts)
@@ -578,7 +578,7 @@ def expert_bytes(c):
     return weights * 17 // 32 + 2 * biases
 
 
-from gptoss.config import GptOssConfig
+from gptoss.weights.config import GptOssConfig
 
 configs = {"20b": GptOssConfig.gpt_oss_20b(),
            "120b": GptOssConfig.gpt_oss_120b()}

@@ -32,8 +32,8 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 
-from gptoss.config import GptOssConfig
-from gptoss.mxfp4 import encode
+from gptoss.weights.config import GptOssConfig
+from gptoss.weights.encoding import encode
 
 plt.style.use("_static/book.mplstyle")
 torch.manual_seed(0)
@@ -204,14 +204,14 @@ print(f"a lower clamp of the gate changes at most {change.abs().max():.1e}")
 #
 # ### The clamped SwiGLU
 
-# %% tags=["export"]
+# %% tags=["export:moe/experts"]
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptoss.mxfp4 import decode
+from gptoss.weights.mxfp4 import decode
 
 ALPHA = 1.702  # makes z * sigmoid(ALPHA * z) close to GELU; not in config
 
@@ -238,7 +238,7 @@ print([round(v, 1) for v in clamped_swiglu(edges)[:, 0].tolist()])
 # %% [markdown]
 # ### One expert
 
-# %% tags=["export"]
+# %% tags=["export:moe/experts"]
 def one_expert(x: Tensor, gate_up_FD: Tensor, gate_up_bias: Tensor,
                down_DF: Tensor, down_bias: Tensor, limit: float = 7.0
                ) -> Tensor:
@@ -258,7 +258,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 # %% [markdown]
 # ### The loop
 
-# %% tags=["export"]
+# %% tags=["export:moe/experts"]
 def experts_loop(x: Tensor, ids: Tensor, weights: Tensor,
                  gate_up_EFD: Tensor, gate_up_bias: Tensor,
                  down_EDF: Tensor, down_bias: Tensor, limit: float = 7.0
@@ -299,7 +299,7 @@ print(tuple(slow.shape), "clamps at work:", bool((raw.abs() > 7).any()))
 # implementation. Short, and fine for one token; this is the one that needs
 # 102 GB for 512.
 
-# %% tags=["export"]
+# %% tags=["export:moe/experts"]
 def experts_gather(x: Tensor, ids: Tensor, weights: Tensor,
                    gate_up_EFD: Tensor, gate_up_bias: Tensor,
                    down_EDF: Tensor, down_bias: Tensor, limit: float = 7.0
@@ -326,7 +326,7 @@ print("gather = loop:", torch.allclose(gathered, slow, atol=2e-5))
 # slice taken inside the loop would give autograd one full-size gradient for
 # every expert.
 
-# %% tags=["export"]
+# %% tags=["export:moe/experts"]
 def by_expert(x: Tensor, ids: Tensor, weights: Tensor, experts: int,
               apply: Callable[[int, Tensor], Tensor]) -> Tensor:
     """Sum over the chosen experts, each called once with all its tokens.
@@ -364,7 +364,7 @@ assert torch.allclose(echoed, x, atol=1e-6)  # the weights sum to 1
 # gives views, so weights that lie transposed in memory (dequantised Hugging
 # Face files hold [E, in, out]) are used where they lie.
 
-# %% tags=["export"]
+# %% tags=["export:moe/experts"]
 def experts_grouped(x: Tensor, ids: Tensor, weights: Tensor,
                     gate_up_EFD: Tensor, gate_up_bias: Tensor,
                     down_EDF: Tensor, down_bias: Tensor, limit: float = 7.0
@@ -390,7 +390,7 @@ print("grouped = loop:", torch.allclose(grouped, slow, atol=2e-5))
 # dropping it after, 50 MB. Chapter 10 makes an operator of it, so that
 # chapter 13 can put a kernel behind its name.
 
-# %% tags=["export"]
+# %% tags=["export:moe/experts"]
 def packed_by_decoding(x: Tensor, ids: Tensor, weights: Tensor,
                        gate_up_blocks: Tensor, gate_up_scales: Tensor,
                        gate_up_bias: Tensor, down_blocks: Tensor,
@@ -422,7 +422,7 @@ def packed_by_decoding(x: Tensor, ids: Tensor, weights: Tensor,
 # where the bracket is 1 if the condition holds and 0 if not: nothing flows
 # back through a clamp that is at work.
 
-# %% tags=["export"]
+# %% tags=["export:moe/experts"]
 def swiglu_backward(gate_up: Tensor, grad: Tensor, limit: float) -> Tensor:
     """Gradient of `clamped_swiglu` at gate_up (…, 2F) for grad (…, F)."""
     gate, up = gate_up[..., ::2], gate_up[..., 1::2]
@@ -457,7 +457,7 @@ print("entries without gradient:", int((wanted == 0).sum()), "of", z.numel())
 # what the forward decoded would be faster, and hold up to 1.59 GB a layer
 # until the backward pass.
 
-# %% tags=["export"]
+# %% tags=["export:moe/experts"]
 def packed_backward(grad: Tensor, x: Tensor, ids: Tensor, weights: Tensor,
                     gate_up_blocks: Tensor, gate_up_scales: Tensor,
                     gate_up_bias: Tensor, down_blocks: Tensor,
@@ -484,7 +484,7 @@ def packed_backward(grad: Tensor, x: Tensor, ids: Tensor, weights: Tensor,
             d_up.to(gate_up_bias.dtype), d_down.to(down_bias.dtype))
 
 # %%
-from gptoss.mxfp4 import PackedMXFP4
+from gptoss.weights.mxfp4 import PackedMXFP4
 
 packed = [PackedMXFP4(*encode(t)) for t in (dense[0], dense[2])]
 same = (packed[0].decode(torch.float32), dense[1],
@@ -654,7 +654,7 @@ assert part == 3 * 2880 * 2880 * 17 // 32 + 2 * (2 * 2880 + 2880)
 # can be skipped.
 
 # %%
-from gptoss.routing import expected_hits
+from gptoss.moe.routing import expected_hits
 
 for E in (32, 128):
     print(f"E = {E:3}:", *(f"{N} tokens hit {expected_hits(E, 4, N):.1f}"

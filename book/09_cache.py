@@ -33,10 +33,15 @@
 import matplotlib.pyplot as plt
 import torch
 
-from gptoss.config import GptOssConfig, cache_bytes
-from gptoss.masks import (
-    picture, positions_from_mask, receptive_field, visible)
-from gptoss.sinks import attention_concat
+from gptoss.weights.config import GptOssConfig
+from gptoss.weights.sizes import cache_bytes
+from gptoss.attention.masks import (
+    picture,
+    positions_from_mask,
+    receptive_field,
+    visible,
+)
+from gptoss.attention.sinks import attention_concat
 
 plt.style.use("_static/book.mplstyle")
 torch.manual_seed(0)
@@ -249,7 +254,7 @@ plt.show()
 # never changed, only replaced, so that a failed forward leaves them as they
 # were.
 
-# %% tags=["export"]
+# %% tags=["export:model/cache"]
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -257,8 +262,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gptoss.config import GptOssConfig
-from gptoss.errors import Error
+from gptoss.weights.config import GptOssConfig
+from gptoss.weights.errors import Error
 
 
 class CacheError(Error, RuntimeError):
@@ -291,7 +296,7 @@ print(rows.lengths.tolist(), rows.ring.tolist())
 # continue where the cache stands would be a silent error: it is found before
 # the first layer writes.
 
-# %% tags=["export"]
+# %% tags=["export:model/cache"]
 def discontinued(rows: Rows, positions: Tensor) -> Tensor:
     """(B,) bool: rows that positions (B, T), -1 = padding, do not continue.
 
@@ -320,7 +325,7 @@ print(discontinued(rows, chunk).tolist(),
 # every layer only copies. All that a layer needs is one call, `update`, and
 # whatever has it can stand for a cache (chapter 13 has another).
 
-# %% tags=["export"]
+# %% tags=["export:model/cache"]
 class CacheView(Protocol):
     """A cache as the layers see it in one forward."""
 
@@ -369,7 +374,7 @@ class Plan:
 # what comes out, and whether to go on. On a GPU each such question waits for
 # the device, so there is one, for four numbers together.
 
-# %% tags=["export"]
+# %% tags=["export:model/cache"]
 def _targets(keep: Tensor, slots: Tensor, count: int
              ) -> tuple[Tensor, Tensor, Tensor]:
     """keep, slots (B, T) -> row, column and slot of the count kept."""
@@ -430,7 +435,7 @@ except CacheError as error:
 # %% [markdown]
 # ### A sliding layer
 
-# %% tags=["export"]
+# %% tags=["export:model/cache"]
 class SlidingCache:
     """Keys and values of one sliding layer, a ring: p in slot p % size."""
 
@@ -490,7 +495,7 @@ print("ring afterwards   ", ring.k[1].flatten().tolist())
 # A cache that is too small would be a late error: it, too, is found before
 # the first layer writes, where the slots are reserved.
 
-# %% tags=["export"]
+# %% tags=["export:model/cache"]
 class FullCache:
     """Keys and values of one full layer: position p in slot p."""
 
@@ -533,7 +538,7 @@ print("slots:", full.k.shape[1], " returned:", seen.shape[1], " a view:",
 # right. The second can fail when one replay is cut short by the next
 # rollback.
 
-# %% tags=["export"]
+# %% tags=["export:model/cache"]
 def roll_back(rows: Rows, length: int, window: int, replay: int
               ) -> tuple[Rows, Tensor]:
     """Forget positions >= length; also (B,) bool: rows that must replay.
@@ -570,7 +575,7 @@ for length in (19, 18):  # window 4, two sliding layers, no slack
 # is still open gives it away, and `rollback` knows that these rings cannot be
 # trusted. One that dies before its first layer has written leaves no trace.
 
-# %% tags=["export"]
+# %% tags=["export:model/cache"]
 class Cache:
     """Keys and values of all layers, for a batch of unequal rows.
 

@@ -113,7 +113,7 @@ plt.show()
 # %%
 import torch
 
-from gptoss.rope import apply_rope, inverse_frequencies, rope_tables
+from gptoss.attention.rope import apply_rope, inverse_frequencies, rope_tables
 
 naive_head = 2880 // 64
 q = torch.randn(1, 3, 64, naive_head)
@@ -129,7 +129,6 @@ except ValueError as error:
 # them back. **The norm**: Llama's code rounds the normalised vector to bf16
 # and then multiplies by the weight, which rounds a second time. It runs, the
 # values look right, and a quarter of them are not the nearest bf16.
-
 
 # %%
 def naive_norm(x: torch.Tensor, weight: torch.Tensor,
@@ -243,7 +242,7 @@ print(f"{64 * length * length * 4 / 1e12:.1f} TB")
 #
 # ### RMSNorm
 
-# %% tags=["export:norm"]
+# %% tags=["export:model/norm"]
 import torch
 from torch import Tensor
 
@@ -259,7 +258,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return (weight.to(wide.dtype) * wide).to(x.dtype)
 
-
 # %% [markdown]
 # Against the exact value from the naive version it misses the nearest bf16
 # only where fp32 itself lands on the other side of a midpoint.
@@ -268,7 +266,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
 wrong = (rms_norm(x, weight) != exact).float().mean().item()
 assert wrong < 1e-3
 print("nearest bf16 in more than 999 of 1000:", wrong < 1e-3)
-
 
 # %% [markdown]
 # ### Who answers
@@ -286,7 +283,7 @@ print("nearest bf16 in more than 999 of 1000:", wrong < 1e-3)
 # the first does. The table names chapter 13 by strings, so that nothing of it
 # is imported here, and torch is not, either.
 
-# %% tags=["export:answers"]
+# %% tags=["export:model/answers"]
 from collections.abc import Callable
 from importlib import import_module
 from threading import RLock
@@ -337,7 +334,7 @@ print(load_answers(), load_answers(), find_answer("step").__name__)
 # some bring a gradient formula, too. What torch cannot know of an operator
 # that it does not look into is how many FLOPs it takes, so some say it.
 
-# %% tags=["export:ops"]
+# %% tags=["export:model/ops"]
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -347,7 +344,7 @@ from torch._library.autograd import Info, make_autograd_impl
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
-from gptoss.answers import load_answers
+
 
 
 @dataclass(frozen=True)
@@ -369,7 +366,7 @@ class Operator:
 # tensor has no memory to read.) A formula speaks of gradients backwards only,
 # so for forward derivatives and for `torch.func` the composition runs.
 
-# %% tags=["export:ops"]
+# %% tags=["export:model/ops"]
 def _gate(name: str, plain: Callable, formula: Callable | None) -> Callable:
     """What stands at the autograd key of an operator."""
     def gate(keys, *args):
@@ -417,7 +414,7 @@ def _overload(name: str):
 # faster is ever registered: a kernel that cannot do what it is asked for hands
 # it on to that.
 
-# %% tags=["export:ops"]
+# %% tags=["export:model/ops"]
 def _declare(name: str, operator: Operator) -> None:
     held = vars(torch.ops.gptoss).setdefault("_held", {})
     if name in held:
@@ -470,9 +467,9 @@ def has_kernel(name: str = "packed_experts", device: str = "CPU") -> bool:
 # {eq}`model-tile` in code: `visible` and `attention_concat` on a slice of
 # the queries at a time.
 
-# %% tags=["export:ops"]
-from gptoss.masks import visible
-from gptoss.sinks import attention_concat, attention_flash
+# %% tags=["export:model/ops"]
+from gptoss.attention.masks import visible
+from gptoss.attention.sinks import attention_concat, attention_flash
 
 SCORES_AT_ONCE = 2 ** 23  # entries of (B, H, T, S) that exist at a time
 
@@ -499,7 +496,6 @@ def attention_in_tiles(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
         for t in range(0, max(T, 1), rows)]
     return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=1)
 
-
 # %% [markdown]
 # Seven queries at a time or all 50 at once: the same numbers.
 
@@ -513,7 +509,6 @@ tiled = attention_in_tiles(q, k, v, sinks, pos, pos, 8, 0.25)
 SCORES_AT_ONCE = usual
 assert torch.allclose(whole, tiled, rtol=0, atol=1e-14)
 print(tuple(tiled.shape))
-
 
 # %% [markdown]
 # ### The table of operators
@@ -531,7 +526,7 @@ print(tuple(tiled.shape))
 # $\partial x = \partial y\, W$ for the linear layer, and for the experts what
 # chapter 8 derived.
 
-# %% tags=["export:ops"]
+# %% tags=["export:model/ops"]
 import math
 
 
@@ -575,14 +570,14 @@ def _attention_flops(q, k, *_, out_shape=None, **__) -> int:
 def _linear_flops(x, weight, *_, out_shape=None, **__) -> int:
     return 2 * math.prod(x) * weight[0]
 
-# %% tags=["export:ops"]
+# %% tags=["export:model/ops"]
 import torch.nn.functional as F
 
-from gptoss.experts import packed_backward, packed_by_decoding
-from gptoss.mxfp4 import BLOCK, decode_by_table, linear_by_decoding
-from gptoss.norm import rms_norm
-from gptoss.rope import apply_rope
-from gptoss.routing import route
+from gptoss.moe.experts import packed_backward, packed_by_decoding
+from gptoss.weights.mxfp4 import BLOCK, decode_by_table, linear_by_decoding
+
+from gptoss.attention.rope import apply_rope
+from gptoss.moe.routing import route
 
 _EXPERTS = ("Tensor x, Tensor ids, Tensor weights, Tensor gate_up_blocks,"
             " Tensor gate_up_scales, Tensor gate_up_bias, Tensor down_blocks,"
@@ -644,8 +639,13 @@ for factor in (2, 3):  # a cell that was edited and run again
 # An operator takes tensors alone. Two have a function in front of them that
 # takes what people hold, and says what is wrong with it.
 
-# %% tags=["export:ops"]
-from gptoss.mxfp4 import MXFP4Error, PackedMXFP4, check_dtype, check_packed
+# %% tags=["export:model/ops"]
+from gptoss.weights.mxfp4 import (
+    MXFP4Error,
+    PackedMXFP4,
+    check_dtype,
+    check_packed,
+)
 
 
 def mxfp4_linear(x: Tensor, blocks: Tensor,
@@ -685,7 +685,7 @@ def packed_experts(x: Tensor, ids: Tensor, weights: Tensor,
         down.blocks, down.scales, down_bias, limit)
 
 # %%
-from gptoss.mxfp4 import encode
+from gptoss.weights.encoding import encode
 
 weight = PackedMXFP4(*encode(torch.randn(8, 64)))
 x = torch.randn(3, 64, requires_grad=True)
@@ -701,11 +701,11 @@ print(tuple(y.shape), "and the gradient reaches x")
 # A layer holds parameters and calls an operator. The router is a linear layer
 # with bias from D to E logits, and `route`.
 
-# %% tags=["export:layers"]
+# %% tags=["export:model/layers"]
 import torch
 from torch import Tensor, nn
 
-from gptoss.config import GptOssConfig
+from gptoss.weights.config import GptOssConfig
 
 
 class RMSNorm(nn.Module):
@@ -745,7 +745,6 @@ class Router(Linear):
         """x (N, D) -> weights (N, K) in x.dtype, ids (N, K) int64."""
         return torch.ops.gptoss.route(super().forward(x), self.k)
 
-
 # %% [markdown]
 # At first the norm's weight is 1, and the length of a vector does not matter:
 
@@ -762,10 +761,10 @@ assert torch.equal(layer(row), F.linear(row, layer.weight, layer.bias))
 # [E, out, in] take the place of the four, drawn from N(0, 0.02²); packed ones
 # are zero until a file fills them.
 
-# %% tags=["export:layers"]
-from gptoss.experts import experts_grouped
-from gptoss.mxfp4 import BLOCK, PackedMXFP4
-from gptoss.ops import packed_experts
+# %% tags=["export:model/layers"]
+from gptoss.moe.experts import experts_grouped
+from gptoss.weights.mxfp4 import BLOCK, PackedMXFP4
+
 
 
 class Experts(nn.Module):
@@ -819,8 +818,6 @@ class Experts(nn.Module):
                 f"intermediate={self.gate_up_proj_bias.shape[1] // 2}, "
                 f"packed={self.packed}")
 
-
-
 # %%
 tiny = GptOssConfig(
     num_hidden_layers=1, num_local_experts=4, num_experts_per_tok=2,
@@ -840,8 +837,8 @@ assert Experts(tiny, dtype=torch.float32)(rows, ids, weights).shape == (5, 64)
 # gets is the plan of a forward (chapter 9): it gives its keys and values, and
 # sees what the plan returns.
 
-# %% tags=["export:layers"]
-from gptoss.cache import Cache
+# %% tags=["export:model/layers"]
+from gptoss.model.cache import Cache, CacheView
 
 
 class Attention(nn.Module):
@@ -880,13 +877,12 @@ class Attention(nn.Module):
         return (f"layer={self.layer}, heads={len(self.sinks)}, "
                 f"head_dim={self.head_dim}, window={self.window or None}")
 
-
 # %% [markdown]
 # A small model for the rest of the chapter: hidden 64, but 4 heads of 32 are
 # 128.
 
 # %%
-from gptoss.rope import rope_parameters, rope_tables
+from gptoss.attention.rope import rope_parameters, rope_tables
 
 TINY = GptOssConfig(
     num_hidden_layers=4, num_local_experts=8, num_experts_per_tok=2,
@@ -901,11 +897,10 @@ out = attention(torch.randn(1, 10, 64), *tables, pos)
 print(tuple(out.shape), "window", attention.window,
       tuple(attention.q_proj.weight.shape))
 
-
 # %% [markdown]
 # ### The block
 
-# %% tags=["export:layers"]
+# %% tags=["export:model/layers"]
 class MLP(nn.Module):
     """The router and the experts it chooses from."""
 
@@ -944,7 +939,6 @@ class Block(nn.Module):
                                plan)
         return h + self.mlp(self.post_attention_layernorm(h))
 
-
 # %% [markdown]
 # The last two lines are {eq}`model-block`. If both halves write zeros, a
 # block is the identity, which is what makes deep stacks trainable:
@@ -958,7 +952,6 @@ for silent in (block.self_attn.o_proj.weight, block.self_attn.o_proj.bias,
     silent.zero_()
 print(torch.equal(block(x, *tables, pos), x))
 
-
 # %% [markdown]
 # ### The stack
 #
@@ -967,7 +960,7 @@ print(torch.equal(block(x, *tables, pos), x))
 # rounded frequency turns the 100,000th token by some random angle (chapter
 # 4). One computation on the CPU serves every device.
 
-# %% tags=["export"]
+# %% tags=["export:model/transformer"]
 import re
 from collections.abc import Iterator
 from functools import lru_cache
@@ -977,25 +970,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from gptoss.answers import load_answers
-from gptoss.cache import Cache
-from gptoss.checkpoint import (
-    DTYPES,
-    FLOATS,
-    MAX_SHARD_BYTES,
-    PACKED,
-    Checkpoint,
-    check_scales,
-    companions,
-    resolve,
-    write_checkpoint,
-)
-from gptoss.config import GptOssConfig
-from gptoss.errors import Error, mismatch
-from gptoss.layers import Block, Embedding, Linear, RMSNorm, initialise
-from gptoss.masks import positions_from_mask
-from gptoss.mxfp4 import decode
-from gptoss.rope import rope_parameters, rope_tables
+
+from gptoss.model.cache import Cache, CacheView
+from gptoss.weights.layout import DTYPES, FLOATS, PACKED
+from gptoss.weights.write import MAX_SHARD_BYTES, write_checkpoint
+from gptoss.weights.checkpoint import Checkpoint, check_scales
+from gptoss.weights.convert import companions
+from gptoss.weights.hub import resolve
+from gptoss.weights.config import GptOssConfig
+from gptoss.weights.errors import Error, mismatch
+
+from gptoss.attention.masks import positions_from_mask
+from gptoss.weights.mxfp4 import decode
+from gptoss.attention.rope import rope_parameters, rope_tables
 
 
 @lru_cache(maxsize=64)
@@ -1007,7 +994,6 @@ def _frequencies(config: GptOssConfig, device: torch.device,
         wide = torch.promote_types(dtype, torch.float32)
         return inv_freq.to(device, wide), concentration
 
-
 # %% [markdown]
 # A model that will be loaded is first built on the meta device, where a
 # tensor has a shape and no numbers. `nn.Embedding` draws numbers even there,
@@ -1015,7 +1001,7 @@ def _frequencies(config: GptOssConfig, device: torch.device,
 # as loading the shipped model (1.2 s against 0.01 s). So a weight on the meta
 # device is passed over, here and in `initialise` below.
 
-# %% tags=["export:layers"]
+# %% tags=["export:model/layers"]
 class Embedding(nn.Embedding):
     """torch's embedding; on the meta device there is nothing to draw."""
 
@@ -1023,12 +1009,10 @@ class Embedding(nn.Embedding):
         if not self.weight.is_meta:
             super().reset_parameters()
 
-
 # %%
 print(tuple(Embedding(8, 4, device="meta").weight.shape))
 
-
-# %% tags=["export"]
+# %% tags=["export:model/transformer"]
 class Stack(nn.Module):
     """Embedding, L blocks, norm and head: arithmetic, and no checks."""
 
@@ -1060,20 +1044,18 @@ class Stack(nn.Module):
             x = layer(x, cos, sin, positions, plan)
         return self.lm_head(self.norm(x[:, -logits_to_keep:]))
 
-
 # %%
 stack = Stack(TINY, torch.float32, packed=False).requires_grad_(False)
 print(tuple(stack.run(torch.tensor([[5, 6, 7]]), pos[:, :3]).shape),
       tuple(stack.run(torch.tensor([[5, 6, 7]]), pos[:, :3],
                       logits_to_keep=1).shape))
 
-
 # %% [markdown]
 # For training, every matrix is drawn from a normal distribution of standard
 # deviation 0.02 (the `initializer_range` in the released config); the experts
 # have drawn theirs. On the meta device this costs nothing.
 
-# %% tags=["export:layers"]
+# %% tags=["export:model/layers"]
 def initialise(model: nn.Module) -> None:
     """Linear and embedding weights normal(0, 0.02), biases 0, in place."""
     for module in model.modules():
@@ -1083,13 +1065,11 @@ def initialise(model: nn.Module) -> None:
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-
 # %%
 torch.manual_seed(0)
 initialise(stack)
 print(f"{stack.lm_head.weight.std().item():.2f}",
       stack.layers[3].mlp.router.bias.abs().max().item())
-
 
 # %% [markdown]
 # ### Checks and positions
@@ -1097,7 +1077,7 @@ print(f"{stack.lm_head.weight.std().item():.2f}",
 # What can be wrong with tokens is found before anything runs: on a GPU an id
 # out of range would otherwise end the process with a device assert.
 
-# %% tags=["export"]
+# %% tags=["export:model/transformer"]
 class ModelError(Error):
     """Tokens or a mask that the model cannot take."""
 
@@ -1124,7 +1104,6 @@ def check_tokens(tokens: Tensor, attention_mask: Tensor | None,
             raise mismatch(ModelError, "token id",
                            f"0 to {config.vocab_size - 1}", token)
 
-
 # %%
 for bad in ([[5, 96]], [[]], [5, 6]):
     try:
@@ -1132,8 +1111,7 @@ for bad in ([[5, 96]], [[]], [5, 6]):
     except ModelError as error:
         print(error)
 
-
-# %% tags=["export"]
+# %% tags=["export:model/transformer"]
 def token_positions(tokens: Tensor, attention_mask: Tensor | None = None,
                     cache: Cache | None = None) -> Tensor:
     """Positions (B, T) int64 of tokens after those in the cache."""
@@ -1145,14 +1123,12 @@ def token_positions(tokens: Tensor, attention_mask: Tensor | None = None,
         return steps.expand(tokens.shape)
     return start[:, None] + steps
 
-
 # %% [markdown]
 # A row padded on the left, one in the middle, one not at all:
 
 # %%
 mask = torch.tensor([[0, 0, 1, 1], [1, 0, 1, 1], [1, 1, 1, 1]])
 print(token_positions(torch.zeros(3, 4), mask).tolist())
-
 
 # %% [markdown]
 # ### The front door
@@ -1168,7 +1144,7 @@ print(token_positions(torch.zeros(3, 4), mask).tolist())
 # (chapter 3). So what has the file's name has the file's orientation, in a
 # state dict too; turning it is a view and moves nothing.
 
-# %% tags=["export"]
+# %% tags=["export:model/transformer"]
 _DENSE = re.compile(r".*\.experts\.(parametrizations\.)?"
                     r"(gate_up|down)_proj(\.original)?")
 _OURS = re.compile(r"(embed_tokens|layers|norm)\.")
@@ -1215,7 +1191,6 @@ def one_of(tokens: Tensor | None, input_ids: Tensor | None) -> Tensor:
                        "neither" if tokens is None else "both")
     return input_ids if tokens is None else tokens
 
-
 # %% [markdown]
 # The two names of one tensor of dense experts, and what of them is turned:
 
@@ -1224,7 +1199,7 @@ name = "layers.3.mlp.experts.down_proj"
 print(file_name(name), tuple(file_tensor(name, torch.zeros(4, 64, 96)).shape))
 print(file_name("lm_head.weight"))
 
-# %% tags=["export"]
+# %% tags=["export:model/transformer"]
 class GptOss(Stack):
     """gpt-oss: token ids in, logits out.
 
@@ -1295,7 +1270,7 @@ class GptOss(Stack):
         max_new_tokens, do_sample, temperature, top_k, top_p, seed,
         eos_token_id, pad_token_id. TypeError for an unknown one.
         """
-        from gptoss.generate import continue_ids  # a later chapter's
+        from gptoss.text.generate import continue_ids
 
         return continue_ids(self, input_ids, **options)
 
@@ -1352,7 +1327,6 @@ class GptOss(Stack):
             max_shard_bytes, [file for file in self.sources if file.exists()
                               and file.name != "README.md"], self.dtype)
 
-
 # %% [markdown]
 # A model drawn at random knows nothing: its loss is that of a guess among 96
 # tokens. It learns, since everything in it is differentiable, the sinks and
@@ -1375,7 +1349,6 @@ for _ in range(40):
     losses.append(loss.item())
 print(f"loss {losses[0]:.1f}, after 40 steps below 0.5: {losses[-1] < 0.5}")
 
-
 # %% [markdown]
 # ### Loading
 #
@@ -1384,7 +1357,7 @@ print(f"loss {losses[0]:.1f}, after 40 steps below 0.5: {losses[-1] < 0.5}")
 # over as they lie in the file, or decoded, one tensor at a time. A bf16
 # checkpoint holds them transposed, and a transposed view undoes that.
 
-# %% tags=["export"]
+# %% tags=["export:weights/loading"]
 def load_tensors(checkpoint: Checkpoint, dtype: torch.dtype, device,
                  packed: bool) -> Iterator[tuple[str, Tensor]]:
     """The checkpoint's tensors under this model's names, one at a time.
@@ -1407,14 +1380,13 @@ def load_tensors(checkpoint: Checkpoint, dtype: torch.dtype, device,
         wanted = tensor.dtype if tensor.dtype == torch.uint8 else dtype
         yield target, tensor.to(device, wanted)
 
-
 # %% [markdown]
 # The dtype is a choice, and people write it in three ways: as torch does, by
 # name, or as "auto". The last is what `config.json` says of the file, which
 # need not be what lies in it (chapter 3): some programs save fp32 and say
 # bf16, and mean bf16.
 
-# %% tags=["export"]
+# %% tags=["export:model/transformer"]
 FLOATING = {str(dtype).removeprefix("torch."): dtype
             for dtype in map(DTYPES.get, FLOATS)}
 
@@ -1430,7 +1402,6 @@ def pick_dtype(dtype: torch.dtype | str, checkpoint: Checkpoint
                        f"{dtype!r:.100}")
     return found
 
-
 # %%
 try:
     print(pick_dtype("torch.float16", None), pick_dtype("int8", None))
@@ -1443,7 +1414,9 @@ except ModelError as error:
 # hide.
 
 # %%
-from gptoss.checkpoint import convert, tensor_table, write_checkpoint
+from gptoss.weights.convert import convert
+from gptoss.weights.layout import tensor_table
+from gptoss.weights.write import write_checkpoint
 
 
 def random_tensors(config: GptOssConfig, seed: int = 0):
@@ -1630,7 +1603,6 @@ def record(model: nn.Module, tokens: Tensor, prefix: str = "") -> dict:
         hook.remove()
     return seen
 
-
 # %% [markdown]
 # A few points need one more step: queries and keys are turned by each
 # side's own RoPE, and router logits are taken from the router's input.
@@ -1666,7 +1638,6 @@ def walk(model: nn.Module, tokens: Tensor, is_ours: bool) -> dict:
     out["", "last norm"] = seen["norm"][1]
     out["", "logits"] = seen["lm_head"][1]
     return out
-
 
 # %% tags=["nbval-ignore-output"]
 mine, other = walk(ours, tokens, True), walk(theirs, tokens, False)
@@ -1707,7 +1678,6 @@ print(len(mine), "points agree")
 # exact and only the additions round. A fifth run is transformers' model with
 # our experts put in.
 
-
 # %%
 def floor_of_bf16(truth: dict) -> dict:
     """Block outputs when exact halves are added to a bf16 stream."""
@@ -1724,7 +1694,6 @@ def token_errors(found: Tensor, wanted: Tensor) -> Tensor:
     error = found.double().view_as(wanted) - wanted
     error = error.reshape(tokens.shape[1], -1)
     return error.square().mean(-1).sqrt() / wanted.std()
-
 
 # %%
 runs = {"ours, bf16": (GptOss.from_pretrained(path / "hf"), True),
@@ -1915,7 +1884,7 @@ assert counter.get_total_flops() == formula
 # experts a layer, and the cache:
 
 # %%
-from gptoss.config import bytes_read_per_token
+from gptoss.weights.sizes import bytes_read_per_token
 
 for config in (GptOssConfig.gpt_oss_20b(), GptOssConfig.gpt_oss_120b()):
     held = GptOss(config, device="meta").state_dict()
@@ -1998,7 +1967,6 @@ assert abs(ratio - 2 ** 0.5) < 0.03
 # than $n + W$ keys, yet `attention_in_tiles` gives it all $S$. Give each
 # tile only the keys that some query of it sees. Which share of the scores is
 # left for $T = 512$, $W = 16$, $n = 32$?
-
 
 # %% tags=["hide-cell"]
 def attention_in_narrow_tiles(q, k, v, sinks, q_pos, k_pos, window, scale,

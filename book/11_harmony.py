@@ -326,7 +326,7 @@ plt.show()
 #
 # ### Bytes in disguise
 
-# %% tags=["export"]
+# %% tags=["export:text/tokenizer"]
 import codecs
 import json
 import math
@@ -340,8 +340,8 @@ from decimal import Decimal
 from itertools import groupby
 from pathlib import Path
 
-from gptoss.config import GptOssConfig
-from gptoss.errors import Error
+from gptoss.weights.config import GptOssConfig
+from gptoss.weights.errors import Error
 
 
 class HarmonyError(Error):
@@ -369,7 +369,6 @@ def byte_letters(data: bytes) -> str:
     """`data` as tokenizer.json spells it, one character a byte."""
     return "".join(ALPHABET[byte] for byte in data)
 
-
 # %%
 print(byte_letters(" café\n".encode()))
 assert len(set(ALPHABET)) == 256
@@ -380,7 +379,7 @@ assert len(set(ALPHABET)) == 256
 # Equation {eq}`harmony-merge` as it stands: slow and obvious, to hold the
 # library against.
 
-# %% tags=["export"]
+# %% tags=["export:text/tokenizer"]
 def merge_by_rank(piece: bytes, ranks: Mapping[bytes, int]) -> list[int]:
     """Byte-pair encoding of one piece of text, the slow obvious way.
 
@@ -410,7 +409,7 @@ print(merge_by_rank(b"there", ranks), merge_by_rank(b"three", ranks))
 # %% [markdown]
 # ### The merges, recovered from the ranks
 
-# %% tags=["export"]
+# %% tags=["export:text/tokenizer"]
 def merges_from_ranks(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
     """Every split of every token into two tokens, in order of precedence.
 
@@ -433,7 +432,7 @@ print(merges_from_ranks(ranks))
 #
 # ### The names of the control tokens
 
-# %% tags=["export"]
+# %% tags=["export:text/tokenizer"]
 RANKS = 199_998  # o200k: ids below are text, from here on control tokens
 NAMED = {199_998: "startoftext", 199_999: "endoftext", 200_002: "return",
          200_003: "constrain", 200_005: "channel", 200_006: "start",
@@ -451,7 +450,7 @@ print([control_name(n) for n in (199_998, 200_002, 200_004, 200_012)])
 # %% [markdown]
 # ### Cutting text into pieces
 
-# %% tags=["export"]
+# %% tags=["export:text/tokenizer"]
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _TAIL = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -476,7 +475,7 @@ print([piece for piece, _ in cut.pre_tokenize_str(
 #
 # ### Writing tokenizer.json
 
-# %% tags=["export"]
+# %% tags=["export:text/tokenizer"]
 def tokenizer_json(ranks: Mapping[bytes, int],
                    control: Mapping[int, str] | None = None,
                    pattern: str = PATTERN) -> str:
@@ -527,7 +526,7 @@ print(json.loads(own)["added_tokens"][0]["content"], len(own), "characters")
 # file gives it: in the vocabulary 0 to $R - 1$, each once; then, for added
 # tokens that it does not hold already, one after another from $R$ on.
 
-# %% tags=["export"]
+# %% tags=["export:text/tokenizer"]
 _Added = list[tuple[str, int, bool]]  # spelling, id, special
 
 
@@ -560,7 +559,7 @@ def _read_json(text: str, source: str) -> tuple[dict, _Added]:
                            f"byte {missing[0]} ({len(missing)} missing)")
     return data, added
 
-# %% tags=["export"]
+# %% tags=["export:text/tokenizer"]
 def _check_ids(vocab: Mapping[str, int], added: _Added, source: str) -> None:
     """Raises HarmonyError unless `tokenizers` gives these ids too."""
     seen: dict[object, str] = {}
@@ -592,7 +591,6 @@ def _check_ids(vocab: Mapping[str, int], added: _Added, source: str) -> None:
         check(spelling, found, [wanted])
         fresh |= {spelling: found} if spelling not in vocab else {}
 
-
 # %%
 vocab = {"a": 0, "b": 1}
 for added in ([("<tool>", 2, False), ("b", 1, False), ("[INST]", 3, False)],
@@ -613,7 +611,7 @@ for added in ([("<tool>", 2, False), ("b", 1, False), ("[INST]", 3, False)],
 # special, `!` for padding, say. Other words are merged from it, text cannot
 # do without it, and so it stays text.
 
-# %% tags=["export"]
+# %% tags=["export:text/tokenizer"]
 _HARMONY = re.compile(rf"<\|({'|'.join(NAMED.values())}|reserved_\d+)\|>")
 
 
@@ -639,7 +637,6 @@ def _control_tokens(model: Mapping, added: _Added, source: str
                            f"token, found one that text is merged into")
     return {name: n for name, n in found.items() if name not in in_use}
 
-
 # %%
 added = [("<|end|>", 260, False), ("<tool>", 261, False),
          ("<think>", 262, True), ("he", 256, True)]
@@ -660,7 +657,7 @@ print(_control_tokens(model, added, "tokenizer.json"))
 # byte, and no text comes to that. What else a byte-pair model may have
 # (random merges, marks at the ends of words) gpt-oss has not, and is refused.
 
-# %% tags=["export"]
+# %% tags=["export:text/tokenizer"]
 _NEVER = "\0"  # in no spelling of bytes
 
 
@@ -682,7 +679,6 @@ def _without_control(data: dict, control: Mapping[str, int], source: str
     return json.dumps(data | {"model": model | {"vocab": vocab},
                               "added_tokens": tokens}, ensure_ascii=False)
 
-
 # %%
 data = json.loads(own)
 data["model"]["vocab"]["<|end|>"] = 260
@@ -696,7 +692,7 @@ print(told["added_tokens"][0]["special"], [*told["model"]["vocab"]][-1:])
 # {eq}`harmony-alphabet` writes it. A fine-tune that adds the letter é gets
 # the byte, and the library's own decoding cannot read it back. We name it.
 
-# %% tags=["export"]
+# %% tags=["export:text/tokenizer"]
 def _spellings(vocab: Mapping[str, int], added: _Added,
                control: Mapping[str, int], source: str) -> dict[int, str]:
     """Id -> spelling in bytes of all tokens that are text."""
@@ -715,7 +711,6 @@ def _spellings(vocab: Mapping[str, int], added: _Added,
                                f"bytes that are another text")
     return found
 
-
 # %%
 vocab = {"é": 0xE9, "yes": 256}
 added = [("yes", 256, False), ("日本", 257, False)]
@@ -732,7 +727,7 @@ except HarmonyError as error:
 # weights and no tokenizer; it uses that of the folder above. No other folder
 # does: the one above may be another model's.
 
-# %% tags=["export"]
+# %% tags=["export:text/tokenizer"]
 _MOST = 2 ** 28  # bytes of a tokenizer.json; the released one: 28 million
 
 
@@ -760,7 +755,6 @@ def _read_text(file: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise HarmonyError(f"{file}: {error}") from error
 
-
 # %%
 file = _find_json(POCKET)
 print(file.name, "added_tokens" in _read_text(file))
@@ -768,7 +762,7 @@ print(file.name, "added_tokens" in _read_text(file))
 # %% [markdown]
 # ### The tokenizer
 
-# %% tags=["export"]
+# %% tags=["export:text/tokenizer"]
 class Tokenizer:
     """Text to token ids and back; control tokens only by id.
 
@@ -895,7 +889,7 @@ class Tokenizer:
 
         See `chat_prompt`, which takes the same.
         """
-        from gptoss.harmony import chat_prompt
+        from gptoss.text.template import chat_prompt
 
         ids = chat_prompt(self, messages, tools or (), reasoning_effort, date,
                           add_generation_prompt)
@@ -913,7 +907,6 @@ class Tokenizer:
     def __repr__(self) -> str:
         return (f"Tokenizer(vocab_size={self.vocab_size}, "
                 f"text={len(self._spelling)}, control={len(self.special)})")
-
 
 # %%
 tokenizer = Tokenizer.from_pretrained(POCKET)
@@ -946,7 +939,7 @@ print(tuned.decode([*ids, first, first + 1], skip_special=True))
 #
 # ### A message
 
-# %% tags=["export"]
+# %% tags=["export:text/harmony"]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 EFFORTS = ("low", "medium", "high")
 CHANNELS = ("analysis", "commentary", "final")
@@ -971,11 +964,10 @@ class Message:
     content_type: str | None = None
     name: str | None = None
 
-
 # %% [markdown]
 # ### A message as tokens
 
-# %% tags=["export"]
+# %% tags=["export:text/harmony"]
 CONSTRAIN = "<|constrain|>"
 
 
@@ -986,8 +978,7 @@ def _control(tokenizer: Tokenizer, name: str) -> int:
                            f"found {sorted(tokenizer.special)}")
     return tokenizer.special[name]
 
-
-# %% tags=["export"]
+# %% tags=["export:text/harmony"]
 def _header(message: Message) -> list[tuple[str, str]]:
     """The header of `message` as (control token or "", text) pairs."""
     if message.role not in ROLES:
@@ -1009,8 +1000,7 @@ def _header(message: Message) -> list[tuple[str, str]]:
                   else [("", " "), (CONSTRAIN, rest)])
     return parts
 
-
-# %% tags=["export"]
+# %% tags=["export:text/harmony"]
 def render_message(tokenizer: Tokenizer, message: Message,
                    stop: str = "<|end|>") -> list[int]:
     """Token ids of one message, `<|start|>` to its stop token.
@@ -1028,7 +1018,6 @@ def render_message(tokenizer: Tokenizer, message: Message,
             ids.append(_control(tokenizer, control))
         ids += tokenizer.encode(text)
     return ids
-
 
 # %%
 def show(ids: list[int]) -> None:
@@ -1076,7 +1065,7 @@ assert ids[-1] == tokenizer.special["<|end|>"]
 #   up to 15 digits come through; of floats that were computed, which have
 #   16 or 17, about one in ten becomes a neighbour of itself.
 
-# %% tags=["export"]
+# %% tags=["export:text/typescript"]
 def _as_read(text: str) -> float:
     """The float that serde_json reads in a decimal number."""
     sign, digits, exponent = Decimal(text).as_tuple()
@@ -1107,7 +1096,6 @@ def _number(value: int | float) -> str | None:
         return None
     return f"{digits}e{int(power)}" if power else digits
 
-
 # %%
 import random
 
@@ -1124,7 +1112,7 @@ print(f"of {len(drawn):,} random floats {moved:,} became a neighbour")
 # as a whole, so that an infinity is named wherever it stands, as is anything
 # that JSON does not know.
 
-# %% tags=["export"]
+# %% tags=["export:text/typescript"]
 def as_json(value: object, where: str) -> str:
     """`value` as serde_json writes it; `where`: its place, for errors."""
     if isinstance(value, Mapping):
@@ -1147,7 +1135,6 @@ def as_json(value: object, where: str) -> str:
              f"an integer of {value.bit_length()} bits"))
     return text
 
-
 # %%
 print(as_json({"tolerance": 1e-5, "steps": [1e3, 10 ** 20]}, "default"))
 try:
@@ -1158,7 +1145,7 @@ except HarmonyError as error:
 # %% [markdown]
 # Now the types.
 
-# %% tags=["export"]
+# %% tags=["export:text/typescript"]
 _NAMES = {"number": "number", "integer": "number", "boolean": "boolean"}
 
 
@@ -1167,8 +1154,7 @@ def _get(schema: object, key: str, kind: type) -> object:
     value = schema.get(key) if isinstance(schema, Mapping) else None
     return value if isinstance(value, kind) else None
 
-
-# %% tags=["export"]
+# %% tags=["export:text/typescript"]
 def _type(schema: object, indent: str = "") -> str:
     """A JSON schema as openai-harmony's kind of TypeScript type."""
     if not isinstance(schema, Mapping):
@@ -1191,8 +1177,7 @@ def _type(schema: object, indent: str = "") -> str:
                           if isinstance(value, str)) or "string"
     return _NAMES.get(kind, "any") if isinstance(kind, str) else "any"
 
-
-# %% tags=["export"]
+# %% tags=["export:text/typescript"]
 def _nullable(schema: object, indent: str) -> str:
     """The type of a property or of a variant in a union."""
     text = _type(schema, indent)
@@ -1217,8 +1202,7 @@ def _behind(*parts: str | None) -> str:
     found = [part for part in parts if part is not None]
     return f" // {' '.join(found)}" if found else ""
 
-
-# %% tags=["export"]
+# %% tags=["export:text/typescript"]
 def _union(variants: list, indent: str, about: str | None = None,
            above: bool = False, bare: bool = True) -> list[str]:
     """A line each; `about`: the property's own description, not repeated,
@@ -1232,8 +1216,7 @@ def _union(variants: list, indent: str, about: str | None = None,
                      + _behind(told, _default(variant, bare)))
     return lines
 
-
-# %% tags=["export"]
+# %% tags=["export:text/typescript"]
 def _property(name: str, schema: object, indent: str) -> list[str]:
     """The lines of one property: comments, name, type."""
     if not isinstance(schema, Mapping):
@@ -1257,8 +1240,7 @@ def _property(name: str, schema: object, indent: str) -> list[str]:
                  f"{indent},"]
     return [*(f"{indent}//{note}" for note in notes), *lines]
 
-
-# %% tags=["export"]
+# %% tags=["export:text/typescript"]
 def _object(schema: Mapping, indent: str) -> str:
     """`{ ... }`, a property a line."""
     about = _get(schema, "description", str)
@@ -1269,8 +1251,7 @@ def _object(schema: Mapping, indent: str) -> str:
         lines += _property(name, value, indent)
     return "\n".join([*lines, f"{indent}}}"])
 
-
-# %% tags=["export"]
+# %% tags=["export:text/typescript"]
 @dataclass(frozen=True)
 class Tool:
     """A function on offer; `parameters`: JSON schema of its arguments."""
@@ -1279,8 +1260,7 @@ class Tool:
     description: str = ""
     parameters: Mapping | None = None
 
-
-# %% tags=["export"]
+# %% tags=["export:text/typescript"]
 def split_lines(text: str) -> list[str]:
     """Only LF and CR LF end a line, as in Rust; a CR alone is text."""
     *lines, last = text.split("\n")
@@ -1307,7 +1287,6 @@ def typescript(tools: Iterable[Tool], namespace: str = "functions") -> str:
         out.append(f"type {tool.name} = ({argument}) => any;\n")
     return "\n".join([*out, f"}} // namespace {namespace}"])
 
-
 # %%
 weather = Tool("weather", "The weather at a place.", {
     "type": "object", "required": ["place"], "properties": {
@@ -1319,7 +1298,7 @@ print(typescript([weather, Tool("today", "The date.")]))
 # %% [markdown]
 # ### What the provider and the application say
 
-# %% tags=["export"]
+# %% tags=["export:text/harmony"]
 _NUMBER, _STRING = {"type": "number"}, {"type": "string"}
 _BROWSER = (
     Tool("search", "Searches for information related to `query` and displays "
@@ -1347,7 +1326,7 @@ _BROWSER = (
          {"type": "object", "required": ["pattern"], "properties": {
              "pattern": _STRING, "cursor": _NUMBER | {"default": -1}}}))
 
-# %% tags=["export"]
+# %% tags=["export:text/harmony"]
 BUILTIN_TOOLS = {
     "browser": (
         "Tool for browsing.\nThe `cursor` appears in brackets before each "
@@ -1375,8 +1354,7 @@ def _section(name: str, about: str, tools: Iterable[Tool]) -> str:
     out = [f"## {name}\n", *(mark + line for line in split_lines(about))]
     return "\n".join([*out, typescript(tools, name)] if tools else out)
 
-
-# %% tags=["export"]
+# %% tags=["export:text/harmony"]
 def system_message(effort: str | None = "medium", date: str | None = None,
                    functions: bool = False, cutoff: str | None = "2024-06",
                    identity: str | None = IDENTITY,
@@ -1408,8 +1386,7 @@ def system_message(effort: str | None = "medium", date: str | None = None,
                      f"for every message.{rule}")
     return Message("system", "\n\n".join(parts))
 
-
-# %% tags=["export"]
+# %% tags=["export:text/harmony"]
 def developer_message(instructions: str = "",
                       tools: Iterable[Tool] = ()) -> Message:
     """What the application says: instructions and functions on offer."""
@@ -1418,14 +1395,13 @@ def developer_message(instructions: str = "",
     parts += ["# Tools", _section("functions", "", tools)] if tools else []
     return Message("developer", "\n\n".join(parts))
 
-
 # %%
 print(system_message("low", date="2026-11-24", functions=True).content)
 
 # %% [markdown]
 # ### A conversation
 
-# %% tags=["export"]
+# %% tags=["export:text/harmony"]
 def _is_answer(message: Message) -> bool:
     """Whether `message` ends the assistant's turn."""
     return (message.role == "assistant" and message.channel == "final"
@@ -1449,8 +1425,7 @@ def _forgotten(messages: list[Message], drop: str) -> int:
         return 0
     return [message.channel for message in messages].index("final")
 
-
-# %% tags=["export"]
+# %% tags=["export:text/harmony"]
 def render(tokenizer: Tokenizer, messages: Iterable[Message],
            reply: bool = True, drop: str = "official") -> list[int]:
     """Token ids of a conversation, and `<|start|>assistant` if `reply`.
@@ -1469,8 +1444,7 @@ def render(tokenizer: Tokenizer, messages: Iterable[Message],
     begin = [_control(tokenizer, "<|start|>"), *tokenizer.encode("assistant")]
     return ids + begin if reply else ids
 
-
-# %% tags=["export"]
+# %% tags=["export:text/harmony"]
 def render_training(tokenizer: Tokenizer, messages: Iterable[Message],
                     drop: str = "official") -> list[int]:
     """As render(reply=False), but a final message at the end ends in
@@ -1481,7 +1455,6 @@ def render_training(tokenizer: Tokenizer, messages: Iterable[Message],
             "assistant", "final"):
         ids[-1] = _control(tokenizer, "<|return|>")
     return ids
-
 
 # %%
 turn = [Message("user", "Q"), Message("assistant", "think", "analysis"),
@@ -1523,7 +1496,7 @@ for drop in ("official", "turns"):
 # Users of `transformers` have their conversations in OpenAI's dicts. Chapter
 # 12 reads them; its reader is fetched when it is asked for.
 
-# %% tags=["export"]
+# %% tags=["export:text/template"]
 def chat_prompt(tokenizer: Tokenizer, messages: Iterable[object],
                 tools: Iterable[object] = (), effort: str = "medium",
                 date: str | None = None, reply: bool = True) -> list[int]:
@@ -1541,7 +1514,9 @@ def chat_prompt(tokenizer: Tokenizer, messages: Iterable[object],
             raise HarmonyError("tools: expected none beside messages of "
                                "harmony, whose developer message has them")
         return render(tokenizer, messages, reply, "turns")
-    from gptoss.chat import read_messages, read_tools, today
+    from gptoss.chat.messages import read_messages
+    from gptoss.chat.tools import read_tools
+    from gptoss.chat.calculator import today
 
     # the reader wants the user to have the last word; for a conversation
     # that nobody is to answer it gets one, which is taken out again
@@ -1554,7 +1529,6 @@ def chat_prompt(tokenizer: Tokenizer, messages: Iterable[object],
     said = said[:len(said) - len(closing)]
     return render(tokenizer, [*filter(lambda each: each.content, head),
                               *said], reply, "turns")
-
 
 # %%
 asked = [{"role": "system", "content": "Be brief."},
@@ -1573,7 +1547,7 @@ print(tokenizer.apply_chat_template(asked, date="", tokenize=False)[-99:])
 # macros `type`, `property` and `union` are the functions of the same purpose
 # above.
 
-# %% tags=["export", "hide-input"]
+# %% tags=["hide-input", "export:text/template"]
 CHAT_TEMPLATE = r'''
 {#- Messages in OpenAI's dicts as harmony text. Variables: messages, tools,
     add_generation_prompt, reasoning_effort, date ("" for none), and
@@ -1821,7 +1795,7 @@ assert (POCKET / "chat_template.jinja").read_text("utf-8") == CHAT_TEMPLATE
 # before the text that stands on it, and keeps its own name. Only text on
 # `final` is an answer. `None` is a header that named no channel.
 
-# %% tags=["export"]
+# %% tags=["export:text/parser"]
 @dataclass(frozen=True)
 class Opened:
     """A header is complete; `message` has its fields and no content yet."""
@@ -1882,7 +1856,7 @@ Event = Opened | Delta | ToolCall | Done | Malformed
 # before the recipient that `<|constrain|>` announces, about which there can
 # be no doubt; that one is read in silence.
 
-# %% tags=["export"]
+# %% tags=["export:text/parser"]
 _Pieces = list[tuple[str, bytearray]]  # control token or "", text behind it
 _WORD = re.compile(r"[\w./+-]+")
 _TORN_TO = re.compile(r"(?<!\S)to=\s+(?=\S)")
@@ -1893,8 +1867,7 @@ def _spell(pieces: _Pieces) -> str:
     return "".join(control + data.decode("utf-8", "replace")
                    for control, data in pieces)
 
-
-# %% tags=["export"]
+# %% tags=["export:text/parser"]
 def _fields(pieces: _Pieces) -> tuple[dict, list[str], list[str]]:
     """Channel and content type by control token, other words, complaints."""
     found, words, wrong = {}, [], []
@@ -1919,8 +1892,7 @@ def _fields(pieces: _Pieces) -> tuple[dict, list[str], list[str]]:
         words += parts
     return found, words, wrong
 
-
-# %% tags=["export"]
+# %% tags=["export:text/parser"]
 def _author(words: list[str], role: str | None, started: bool
             ) -> tuple[str, str | None, list[str]]:
     """Takes the author off `words`: role, name, complaints.
@@ -1944,8 +1916,7 @@ def _author(words: list[str], role: str | None, started: bool
         return "tool", first, []
     return "assistant", None, [f"an unknown role {first!r}"]
 
-
-# %% tags=["export"]
+# %% tags=["export:text/parser"]
 def _read_header(pieces: _Pieces, role: str | None, started: bool
                  ) -> tuple[Message, list[Malformed]]:
     """The message that a header announces, and what is wrong with it."""
@@ -1975,7 +1946,6 @@ def _read_header(pieces: _Pieces, role: str | None, started: bool
     return (Message(role, "", channel, recipient, kind, name),
             [Malformed(reason, text) for reason in wrong])
 
-
 # %%
 message, wrong = _read_header(
     [("", bytearray()),
@@ -1989,7 +1959,7 @@ print(wrong)
 # answer: refusals are written as bare text (openai/harmony#80), and behind
 # the channel `<|message|>` is forgotten (ai-dynamo/frontend-crates#237).
 
-# %% tags=["export"]
+# %% tags=["export:text/parser"]
 def _rescue(pieces: _Pieces) -> Message | None:
     """The assistant's text in a header that never came to `<|message|>`.
 
@@ -2010,7 +1980,6 @@ def _rescue(pieces: _Pieces) -> Message | None:
     return (Message("assistant", text, channel)
             if text and "to=" not in text else None)
 
-
 # %%
 print(_rescue([("", bytearray(b"I cannot help with that."))]))
 print(_rescue([("", bytearray()), ("<|channel|>", bytearray(b"??"))]))
@@ -2023,7 +1992,7 @@ print(_rescue([("", bytearray()), ("<|channel|>", bytearray(b"??"))]))
 # `_content` are the two states, and each arrow out of them begins, opens,
 # adds to, finishes or abandons the message in progress.
 
-# %% tags=["export"]
+# %% tags=["export:text/parser"]
 _STOPS = {"<|end|>": "end", "<|return|>": "return", "<|call|>": "call"}
 
 
@@ -2161,7 +2130,6 @@ class StreamParser:
         events += self._add(message.content.encode())
         return events + self._finish(_STOPS.get(control))
 
-
 # %%
 def tokens(text: str) -> list[int]:
     """Control tokens by name, the rest as text: for examples only."""
@@ -2184,7 +2152,7 @@ print(*(event for event in events if not isinstance(event, Delta)),
 #
 # ### All at once
 
-# %% tags=["export"]
+# %% tags=["export:text/parser"]
 def parse(tokenizer: Tokenizer, ids: Iterable[int],
           role: str | None = None) -> list[Message]:
     """The messages in `ids`; raises HarmonyError if anything is malformed.
@@ -2198,7 +2166,6 @@ def parse(tokenizer: Tokenizer, ids: Iterable[int],
                 raise HarmonyError(f"token {n}: {event.reason}: "
                                    f"{event.text!r}")
     return parser.messages
-
 
 # %%
 assert parse(tokenizer, render(tokenizer, talk, reply=False,

@@ -45,8 +45,8 @@ from importlib.resources import files
 import matplotlib.pyplot as plt
 import torch
 
-from gptoss.harmony import Tokenizer
-from gptoss.model import GptOss
+from gptoss.text.tokenizer import Tokenizer
+from gptoss.model.transformer import GptOss
 
 plt.style.use("_static/book.mplstyle")
 torch.manual_seed(0)
@@ -98,7 +98,12 @@ assert others["as it is"] < others["temperature 1.3"]
 # come the analysis and the answer.
 import os
 
-from gptoss.harmony import Message, render, render_training, system_message
+from gptoss.text.harmony import (
+    Message,
+    render,
+    render_training,
+    system_message,
+)
 
 asked = ["Tell me a story about a fox.", "What is its name?", "Thank you!"]
 thoughts = ["The user wants a story. A fox, a hill, a lost hat; three "
@@ -262,7 +267,7 @@ except RuntimeError as error:
 #
 # ### Refusing by name
 
-# %% tags=["export"]
+# %% tags=["export:text/sampling"]
 import codecs
 import math
 import operator
@@ -276,12 +281,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptoss.cache import Cache
-from gptoss.checkpoint import config_folder, home_file
-from gptoss.config import GptOssConfig, read_json
-from gptoss.errors import Error, is_count, is_number, refuse
-from gptoss.harmony import Tokenizer
-from gptoss.model import GptOss
+from gptoss.model.cache import Cache
+from gptoss.weights.files import config_folder
+from gptoss.weights.convert import home_file
+from gptoss.weights.config import GptOssConfig
+from gptoss.weights.config_file import read_json
+from gptoss.weights.errors import Error, is_count, is_number, refuse
+from gptoss.text.tokenizer import Tokenizer
+from gptoss.model.transformer import GptOss
 
 
 class GenerateError(Error):
@@ -302,7 +309,7 @@ except GenerateError as error:
 # `torch.topk` promises nothing about which of equal values it returns, so it
 # serves only to find the k-th largest *value*.
 
-# %% tags=["export"]
+# %% tags=["export:text/sampling"]
 def best(logits: Tensor, k: int) -> Tensor:
     """Ids (B, k) of the k largest of (B, V), largest first.
 
@@ -327,7 +334,7 @@ print(best(torch.tensor([[1.0, 3.0, 2.0, 3.0, 2.0, 2.0]]), 3))
 # %% [markdown]
 # ### Temperature, top-k, top-p
 
-# %% tags=["export"]
+# %% tags=["export:text/sampling"]
 def nucleus(probs: Tensor, top_p: float) -> Tensor:
     """`probs` (B, n), largest first, cut to the fewest that reach top_p."""
     mass = probs.cumsum(-1)
@@ -338,7 +345,7 @@ def nucleus(probs: Tensor, top_p: float) -> Tensor:
 # %%
 print(nucleus(torch.tensor([[0.5, 0.3, 0.1, 0.1]]), 0.8))
 
-# %% tags=["export"]
+# %% tags=["export:text/sampling"]
 NUCLEUS = 1024  # top-p looks at so many tokens before it sorts all of them
 
 
@@ -376,7 +383,7 @@ assert ids[0, :8].tolist() == order[:8].tolist()
 # %% [markdown]
 # ### Drawing with one uniform number
 
-# %% tags=["export"]
+# %% tags=["export:text/sampling"]
 def draw(probs: Tensor, ids: Tensor | None = None,
          generator: torch.Generator | None = None) -> Tensor:
     """One token a row (B,) from `probs` (B, n), by inverting the CDF.
@@ -407,7 +414,7 @@ print(drawn.bincount(minlength=3).tolist())
 # gpt-oss can exceed 65,504, the largest number of float16, and what comes
 # out then is NaN (unsloth#3152): the error names the dtype.
 
-# %% tags=["export"]
+# %% tags=["export:text/sampling"]
 def _likeliest(logits: Tensor) -> Tensor:
     """Ids (B,) of the largest of each row (B, V), the first if several are.
 
@@ -423,8 +430,7 @@ def _likeliest(logits: Tensor) -> Tensor:
                if logits.dtype == torch.float16 else ""))
     return ids
 
-
-# %% tags=["export"]
+# %% tags=["export:text/sampling"]
 @dataclass(frozen=True)
 class Sampler:
     """Draws the next token: temperature, then top-k, then top-p.
@@ -494,7 +500,7 @@ except GenerateError as error:
 # checked here alone. A caller may hand over the object, or single options
 # that change it, or both.
 
-# %% tags=["export"]
+# %% tags=["export:text/sampling"]
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
     """How a text is drawn, how long it may be and what ends it.
@@ -574,7 +580,7 @@ for wrong in ({"seed": -1}, {"max_new_tokens": 0}, {"top_n": 5},
 # in its tokenizer. A list of no ids says nothing, too: a text that nothing
 # can end is not what anybody meant.
 
-# %% tags=["export"]
+# %% tags=["export:text/generate"]
 HARMONY_STOPS = {"<|return|>": 200002, "<|endoftext|>": 199999,
                  "<|call|>": 200012}
 
@@ -647,7 +653,7 @@ stop = stop_ids(POCKET)
 # %% [markdown]
 # ### What is checked before any work
 
-# %% tags=["export"]
+# %% tags=["export:text/generate"]
 def _check_prompt(config: GptOssConfig, prompt: Sequence[int], held: int,
                   limit: int) -> None:
     """Raises GenerateError, naming the token, before any work is done."""
@@ -684,10 +690,10 @@ except GenerateError as error:
 # and one function decides: it asks for chapter 13's where nobody asked for
 # another.
 
-# %% tags=["export"]
+# %% tags=["export:text/generate"]
 import logging
 
-from gptoss.answers import find_answer
+from gptoss.model.answers import find_answer
 
 _log = logging.getLogger("gptoss")
 Decoder = Callable[[GptOss, Cache], Callable[[Tensor], Tensor]]
@@ -722,7 +728,7 @@ def _check_decode(decode: Decoder | str) -> None:
         reject("decode", "auto, eager or a function of model and cache",
                 decode)
 
-# %% tags=["export"]
+# %% tags=["export:text/generate"]
 def _limit(config: GptOssConfig, cache: Cache | None) -> int:
     """How many positions there are: the model's, or the cache's if fewer."""
     most = None if cache is None else cache.max_tokens
@@ -763,7 +769,7 @@ def _generate(model: GptOss, prompt: list[int], count: int,
             run = choose_step(model, cache, decode)
         feed = chosen[:, None]
 
-# %% tags=["export"]
+# %% tags=["export:text/generate"]
 def generate(model: GptOss, prompt: Sequence[int],
              options: SamplingOptions | None = None, *,
              cache: Cache | None = None, decode: Decoder | str = "auto",
@@ -818,7 +824,7 @@ assert next(rest) == next(generate(model, long, sampler=Sampler(0)))
 # %% [markdown]
 # ### Many texts at once
 
-# %% tags=["export"]
+# %% tags=["export:text/generate"]
 def _pad_left(rows: list[list[int]],
               device: torch.device) -> tuple[Tensor, Tensor]:
     """Tokens (B, T) and mask (B, T): all rows end in the last column."""
@@ -845,7 +851,7 @@ def _feed(model: GptOss, tokens: Tensor, mask: Tensor, cache: Cache,
 tokens, mask = _pad_left([[7], [1, 2, 3]], torch.device("cpu"))
 print(tokens.tolist(), mask.tolist())
 
-# %% tags=["export"]
+# %% tags=["export:text/generate"]
 def generate_batch(model: GptOss, prompts: Sequence[Sequence[int]],
                    options: SamplingOptions | None = None,
                    **changes: Any) -> list[list[int]]:
@@ -902,7 +908,7 @@ for row in generate_batch(model, prompts, max_new_tokens=12,
 # the same loop behind another door. Chapter 10's method calls this function;
 # an option that it does not know is a TypeError, never ignored.
 
-# %% tags=["export"]
+# %% tags=["export:text/generate"]
 def _unpadded(ids: Tensor, mask: Tensor | None) -> list[list[int]]:
     """The rows of `ids` (B, T) without the padding on their left."""
     if ids.ndim != 2 or ids.is_floating_point() or ids.is_complex():
@@ -969,7 +975,7 @@ except TypeError as error:
 # %% [markdown]
 # ### Text as it comes
 
-# %% tags=["export"]
+# %% tags=["export:text/generate"]
 class TextStream:
     """Turns tokens into text one at a time, never half a character.
 
@@ -1003,7 +1009,7 @@ print([stream.feed(n) for n in tokenizer.encode("né!")], [stream.flush()])
 # %% [markdown]
 # ### A whole completion
 
-# %% tags=["export"]
+# %% tags=["export:text/generate"]
 @dataclass
 class Completion:
     """What `complete` returns.
@@ -1018,8 +1024,7 @@ class Completion:
     finish_reason: str = "length"  # "stop" or "length"
     seconds: float = 0.0
 
-
-# %% tags=["export"]
+# %% tags=["export:text/generate"]
 def complete(model: GptOss, tokenizer: Tokenizer, prompt: str | list[int],
              options: SamplingOptions | None = None, *,
              on_text: Callable[[str], object] | None = None,
@@ -1068,17 +1073,16 @@ print(done.finish_reason, len(done.tokens), done.text)
 # that holds something: a text that is left out without a word changes the
 # conversation, and nobody learns why the answer is odd.
 
-# %% tags=["export:messages"]
+# %% tags=["export:chat/messages"]
 import dataclasses
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
 
-from gptoss.errors import Error, mismatch
-from gptoss.harmony import Message, developer_message
+from gptoss.weights.errors import Error, mismatch
+from gptoss.text.harmony import Message, developer_message
 
-
-# %% tags=["export:messages"]
+# %% tags=["export:chat/messages"]
 class ChatError(Error):
     """A message, a tool or an option that a chat cannot use."""
 
@@ -1114,12 +1118,11 @@ def only_keys(given: Mapping, keys: Sequence[str], where: str) -> None:
         expect(empty or key in keys or key in _IDLE, f"{where}.{key}",
                f"no keys but {', '.join(keys)}", value)
 
-
 # %% [markdown]
 # A text is a string or a list of parts, and three interfaces call their
 # parts by four names:
 
-# %% tags=["export:messages"]
+# %% tags=["export:chat/messages"]
 # type of a part -> the key with its text
 _PARTS = {"text": "text", "input_text": "text", "output_text": "text",
           "refusal": "refusal"}
@@ -1165,7 +1168,7 @@ for wrong in ([{"type": "image_url"}],
 # LiteLLM (`thinking_blocks`). A client may send the same thought under two
 # of them. It counts once; two different ones are a contradiction.
 
-# %% tags=["export:messages"]
+# %% tags=["export:chat/messages"]
 # type of a piece of reasoning -> the key with its text
 _PIECES = {"reasoning.text": "text", "reasoning.summary": "summary",
            "thinking": "thinking", "reasoning_text": "text",
@@ -1214,7 +1217,7 @@ for message in ({"reasoning": "Add.", "reasoning_content": "Add."},
     except ChatError as error:
         print(error)
 
-# %% tags=["export:messages"]
+# %% tags=["export:chat/messages"]
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _OTHER = re.compile(r"[^A-Za-z0-9_.-]")
 
@@ -1249,7 +1252,6 @@ def _call(call: object, where: str) -> tuple[str, Message]:
         "assistant", content_text(arguments, f"{where}.arguments"),
         "commentary", f"functions.{name}", "<|constrain|>json")
 
-
 # %% [markdown]
 # One dict holds what was thought, then what was said, then what was called,
 # and it has one place for what was said. But harmony's assistant can speak on
@@ -1260,7 +1262,7 @@ def _call(call: object, where: str) -> tuple[str, Message]:
 # And a dict without content is no answer: somebody who was cut off while
 # thinking has not answered with nothing.
 
-# %% tags=["export:messages"]
+# %% tags=["export:chat/messages"]
 _PHASES = {"commentary": "commentary", "final_answer": "final"}
 _ASSISTANT = ("role", "content", "refusal", "phase", "name", "tool_calls",
               *_THOUGHTS)
@@ -1315,7 +1317,7 @@ for given in (calling, plan, cut):
 # arrive in another order would be swapped. So they wait until all are there,
 # and are rendered in the order of the calls.
 
-# %% tags=["export:messages"]
+# %% tags=["export:chat/messages"]
 class _OpenCalls:
     """Calls that wait for their answers, id -> function."""
 
@@ -1346,12 +1348,11 @@ class _OpenCalls:
         self.to, self.answers = {}, {}
         return answers
 
-
 # %% [markdown]
 # The items of the Responses interface say the same in smaller pieces, one for
 # each thought and each call:
 
-# %% tags=["export:messages"]
+# %% tags=["export:chat/messages"]
 def _item(item: Mapping, where: str) -> Mapping:
     """A message, or an item of OpenAI's Responses interface as one."""
     kind = item.get("type") or "message"
@@ -1374,8 +1375,7 @@ def _item(item: Mapping, where: str) -> Mapping:
     return {"role": "tool", "tool_call_id": item.get("call_id"),
             "content": item.get("output")}
 
-
-# %% tags=["export:messages"]
+# %% tags=["export:chat/messages"]
 _SPEAKERS = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -1407,8 +1407,7 @@ def _next(item: Mapping, where: str, calls: _OpenCalls) -> list[Message]:
     calls.to |= made
     return out
 
-
-# %% tags=["export:messages"]
+# %% tags=["export:chat/messages"]
 def read_messages(messages: Sequence[object]) -> tuple[str, list[Message]]:
     """OpenAI's dicts as (instructions, harmony messages).
 
@@ -1493,7 +1492,7 @@ print([message.content for message in read_messages(both)[1][1:]])
 # *strict*: "3" is no number. Dataclasses go the same way, for they say what
 # their keys are, and are made from them at the end.
 
-# %% tags=["export:schema"]
+# %% tags=["export:chat/schema"]
 import dataclasses
 import functools
 import json
@@ -1502,7 +1501,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 
-from gptoss.messages import ChatError
+
 
 _UNIONS = (typing.Union, types.UnionType)
 _WRAPPERS = (typing.Required, typing.NotRequired)
@@ -1543,7 +1542,7 @@ class Place:
 
 print(_typed_keys(Place), _typed_keys(int))
 
-# %% tags=["export:schema"]
+# %% tags=["export:chat/schema"]
 def _record(name: str, hints: Mapping[str, object],
             required: Iterable[str]) -> type:
     """The type of a strict object with these keys, for pydantic."""
@@ -1580,7 +1579,6 @@ def _strict(hint: object) -> object:
         return hint
     return (typing.Union if origin in _UNIONS else origin)[changed]
 
-
 # %% [markdown]
 # Then the way out. pydantic's schema names every class once, under `$defs`,
 # and refers to it; a choice is an `anyOf`, and an argument that may be left
@@ -1589,7 +1587,7 @@ def _strict(hint: object) -> object:
 # place, `oneOf` or a list of types, `nullable`. A pair becomes an array of
 # what may stand in it. Only a type that contains itself cannot be said.
 
-# %% tags=["export:schema"]
+# %% tags=["export:chat/schema"]
 _PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean"}
 _FORMATS = {"date": "YYYY-MM-DD", "time": "HH:MM:SS", "duration":
             "ISO 8601, as PT1H30M", "date-time": "YYYY-MM-DDTHH:MM:SS"}
@@ -1618,8 +1616,7 @@ def spelt(schema: dict, about: str | None = None) -> dict:
         told = f"{told} ({how})" if told else how
     return schema | ({"description": told} if told else {})
 
-
-# %% tags=["export:schema"]
+# %% tags=["export:chat/schema"]
 def _flat(schema: dict, defs: Mapping[str, dict], inside: tuple = ()
           ) -> dict:
     """pydantic's `schema` as harmony can show it; `inside`: the classes
@@ -1668,8 +1665,7 @@ def _listed(schema: dict) -> dict:
         schema["type"] = names[0] if len(names) == 1 else names
     return schema
 
-
-# %% tags=["export:schema"]
+# %% tags=["export:chat/schema"]
 @functools.cache
 def _schema_maker() -> type:
     """pydantic's maker of schemas, without what nobody has written."""
@@ -1718,7 +1714,7 @@ class ArgumentTypes:
 # `TypeAdapter` is pydantic's door for any type. On top of it the two
 # directions for a single hint:
 
-# %% tags=["export:schema"]
+# %% tags=["export:chat/schema"]
 def json_schema(hint: object, where: str = "hint") -> dict:
     """The JSON schema of a type hint, as harmony can show it.
 
@@ -1755,7 +1751,7 @@ except ChatError as error:
 # a place with names that the model has never seen; we walk the value along
 # that place, so that only keys that were written remain.
 
-# %% tags=["export:schema"]
+# %% tags=["export:chat/schema"]
 _WANTED = {
     "missing": "a value", "none_required": "null", "bool_type": "a boolean",
     **dict.fromkeys(("int_type", "int_from_float"), "an integer"),
@@ -1793,8 +1789,7 @@ def _known_keys(schema: dict, keys: Sequence[object]) -> str:
                   or schema.get("additionalProperties") or {})
     return ", ".join(schema.get("properties", ())) or "those of its type"
 
-
-# %% tags=["export:schema"]
+# %% tags=["export:chat/schema"]
 def _fault(fault: Mapping, value: object, schema: dict
            ) -> tuple[str, str, object]:
     """Place, what was expected there, what was found."""
@@ -1831,8 +1826,7 @@ def fit_values(types_: ArgumentTypes, value: object, where: str,
         f"{' or '.join(dict.fromkeys(wanted))}, found {shown}"
         for (place, shown), wanted in list(faults.items())[:3]))
 
-
-# %% tags=["export:schema"]
+# %% tags=["export:chat/schema"]
 def _whole(value: object) -> object:
     """`value` with 3.0 as 3: to JSON both are integers."""
     if isinstance(value, dict):
@@ -1868,7 +1862,7 @@ for value, hint in ((True, int), (["a", 1], list[str]), ("x", int | Place),
 # when the model asks for it. Whatever goes wrong in a call is told to the
 # model in words: it wrote the call, and may write a better one.
 
-# %% tags=["export:tools"]
+# %% tags=["export:chat/tools"]
 import dataclasses
 import functools
 import inspect
@@ -1878,22 +1872,9 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from gptoss.harmony import Tool
-from gptoss.messages import (
-    ChatError,
-    as_dict,
-    checked_name,
-    content_text,
-    expect,
-    only_keys,
-)
-from gptoss.schema import (
-    ArgumentTypes,
-    fit_values,
-    json_schema,
-    spelt,
-    type_hints,
-)
+from gptoss.text.typescript import Tool
+
+
 
 _log = logging.getLogger("gptoss")
 _SECTION = re.compile(r"^(Args|Arguments|Returns|Raises|Yields|Examples?):"
@@ -1924,7 +1905,7 @@ def _docs(function: Callable) -> tuple[str, dict[str, str]]:
 # arguments that a partial has filled in are hidden: one of them may be a
 # password.
 
-# %% tags=["export:tools"]
+# %% tags=["export:chat/tools"]
 def _inner(function: Callable) -> Callable:
     """What has the hints and the docstring of `function`."""
     while isinstance(function, functools.partial):
@@ -1985,7 +1966,7 @@ print(_docs(weather), list(_hints(weather, "weather")[0]))
 warm = functools.partial(weather, unit="kelvin")
 print(_tool_name(warm, None), list(_hints(warm, "weather")[0]))
 
-# %% tags=["export:tools"]
+# %% tags=["export:chat/tools"]
 def _jsonable(value: object, unknown: Callable | None = None) -> object:
     """`value` in terms of JSON; `unknown` is for what has none."""
     from pydantic_core import to_jsonable_python
@@ -2034,7 +2015,7 @@ print(_why(KeyError("no such city")))
 # on in its thread until it returns, whatever it still does is done, and its
 # result is dropped. So it should have time limits of its own, too.
 
-# %% tags=["export:tools"]
+# %% tags=["export:chat/tools"]
 class ToolTimeout(Exception):
     """A tool has not answered in time."""
 
@@ -2074,8 +2055,7 @@ async def _awaited(value: object, timeout: float | None) -> object:
         raise ToolTimeout(f"timed out after {timeout:g} s")
     return task.result()
 
-
-# %% tags=["export:tools"]
+# %% tags=["export:chat/tools"]
 def perform(function: Callable, values: Mapping[str, object],
             timeout: float | None = None) -> object:
     """function(**values), awaited if need be.
@@ -2123,7 +2103,7 @@ try:
 except ToolTimeout as error:
     print(error)
 
-# %% tags=["export:tools"]
+# %% tags=["export:chat/tools"]
 def _not_json(name: str) -> float:
     raise ValueError(f"{name} is no JSON")
 
@@ -2148,8 +2128,7 @@ def _describe(function: Callable, name: str, types_: ArgumentTypes,
             entry.setdefault("default", default)
     return Tool(name, about, schema if schema["properties"] else None)
 
-
-# %% tags=["export:tools"]
+# %% tags=["export:chat/tools"]
 def function_tool(function: Callable, *, name: str | None = None,
                   timeout: float | None = None) -> FunctionTool:
     """A Python function with type hints as a tool; see `json_schema`.
@@ -2212,7 +2191,7 @@ print(developer_message(tools=[tool.spec]).content.split("\n\n", 2)[2])
 print(tool.run('{"places": [{"city": "Oslo"}], "start": "2025-06-28"}'))
 print(tool.run('{"places": [{"town": "Oslo"}], "start": "today"}'))
 
-# %% tags=["export:tools"]
+# %% tags=["export:chat/tools"]
 def _dict_tool(given: object, where: str) -> Tool:
     """A tool that a dict describes, in either of OpenAI's shapes."""
     given = as_dict(given, where)
@@ -2279,7 +2258,7 @@ for wrong in ({"type": "web_search"}, lambda: 1, int):
 # numbers and seven operators, computes in exact fractions, and refuses what
 # would take long.
 
-# %% tags=["export:calculator"]
+# %% tags=["export:chat/calculator"]
 import ast
 import datetime
 import warnings
@@ -2307,8 +2286,7 @@ def _power(base: Fraction, exponent: Fraction) -> Fraction:
         raise ValueError("a number of more than 300 digits")
     return base ** exponent.numerator
 
-
-# %% tags=["export:calculator"]
+# %% tags=["export:chat/calculator"]
 def _evaluate(node: ast.expr, source: str) -> Fraction:
     """The exact value of a syntax tree of numbers and operators."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
@@ -2332,7 +2310,7 @@ def _evaluate(node: ast.expr, source: str) -> Fraction:
 # %%
 print(_evaluate(ast.parse("0.1 + 0.2", mode="eval").body, "0.1 + 0.2"))
 
-# %% tags=["export:calculator"]
+# %% tags=["export:chat/calculator"]
 def _decimal(value: Fraction) -> str:
     """Exact if that ends within 300 digits, else 15 digits and "..."."""
     context = Context(prec=700)  # 309 digits before the point, 300 behind
@@ -2342,8 +2320,7 @@ def _decimal(value: Fraction) -> str:
         return f"{float(value):.15g}..."
     return f"{exact:f}"
 
-
-# %% tags=["export:calculator"]
+# %% tags=["export:chat/calculator"]
 def calculator(expression: str) -> str:
     """Work out an arithmetic expression.
 
@@ -2387,15 +2364,15 @@ for text in ("347 * 285", "0.1 + 0.2", "-7 // 2", "2 ** -3", "10 / 3",
 # the rest. It stays right if it is left at any point, because the list is
 # extended before a token is fed, and the cache knows how far it came.
 
-# %% tags=["export:memory"]
+# %% tags=["export:chat/memory"]
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from gptoss.generate import SamplingOptions, generate
-from gptoss.model import GptOss
+
+from gptoss.model.transformer import GptOss
 
 SLACK = 1024  # ring slots beyond the window; no longer turn needs a replay
 
@@ -2407,8 +2384,7 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
             return n
     return min(len(a), len(b))
 
-
-# %% tags=["export:memory"]
+# %% tags=["export:chat/memory"]
 class PrefixCache:
     """A cache of batch 1 and the tokens whose keys and values it holds.
 
@@ -2466,7 +2442,7 @@ for written in (first, first[:9]):  # nothing is new; only the end is gone
 # `Session` has the tokens in its cache, the state of its random numbers, and
 # its last turn. Model, tokenizer, tools and options are none of its business.
 
-# %% tags=["export:memory"]
+# %% tags=["export:chat/memory"]
 class Session:
     """What one conversation remembers.
 
@@ -2500,21 +2476,21 @@ print([Session(model, seed=7).next_seed() % 1000 for _ in range(2)])
 # at the head of a prompt. Settings do not change; `with_changes` makes new
 # ones, checked like the first.
 
-# %% tags=["export:settings"]
+# %% tags=["export:chat/settings"]
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from gptoss.generate import SamplingOptions
-from gptoss.harmony import (
+
+from gptoss.text.harmony import (
     EFFORTS,
     Message,
     developer_message,
     system_message,
 )
-from gptoss.memory import SLACK
-from gptoss.messages import content_text, expect
-from gptoss.tools import FunctionTool
+
+
+
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -2591,7 +2567,7 @@ except ChatError as error:
 # and before every forward whether the turn goes on. The model's `group` says
 # how. A model in one process has none, and every question is its own answer.
 
-# %% tags=["export:agreement"]
+# %% tags=["export:chat/agreement"]
 from collections.abc import Callable
 
 
@@ -2689,29 +2665,27 @@ print(told)
 # A chat tells what happens as a stream of events; a user interface maps
 # each kind to something it draws.
 
-# %% tags=["export:turn"]
+# %% tags=["export:chat/turn"]
 import dataclasses
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
 
-from gptoss.harmony import (
-    CHANNELS,
+from gptoss.text.harmony import CHANNELS, Message, render
+from gptoss.text.parser import (
     Delta,
     Event,
     Malformed,
-    Message,
     Opened,
     StreamParser,
-    Tokenizer,
     ToolCall,
-    render,
 )
-from gptoss.agreement import Agreement, SingleProcess, Stopped
-from gptoss.memory import Session
-from gptoss.messages import ChatError, expect, possible_name
-from gptoss.settings import Settings
-from gptoss.tools import result_text
+from gptoss.text.tokenizer import Tokenizer
+
+
+
+
+
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2730,8 +2704,7 @@ class Usage:
     generated_tokens: int
     seconds: float
 
-
-# %% tags=["export:turn"]
+# %% tags=["export:chat/turn"]
 @dataclasses.dataclass(frozen=True)
 class ChatEvent:
     """One thing that happened in a turn.
@@ -2760,7 +2733,7 @@ class ChatEvent:
 # that does not exist (a mistyped `analyis`, say) is taken for analysis: a
 # reader may miss something then, but never sees reasoning as the answer.
 
-# %% tags=["export:turn"]
+# %% tags=["export:chat/turn"]
 class Round:
     """What the model writes after a prompt, up to a call or its answer."""
 
@@ -2829,7 +2802,7 @@ print(reply.text("final"))
 # without an answer gives no content: what came of the thinking stays, and an
 # empty answer is not made up.
 
-# %% tags=["export:turn"]
+# %% tags=["export:chat/turn"]
 def round_messages(round_: Round) -> list[dict]:
     """A round as OpenAI's dicts: what the assistant thought, said (marked
     `phase: "commentary"` if that was not the answer) and called, and the
@@ -2873,7 +2846,7 @@ for message in round_messages(reply):
 # the first, a turn that is left must go on unseen until the first one ends
 # it, or the others would wait for its part.
 
-# %% tags=["export:turn"]
+# %% tags=["export:chat/turn"]
 STOPS = ("<|return|>", "<|call|>", "<|endoftext|>")
 
 
@@ -2897,7 +2870,7 @@ def _followed(turn: Iterator[ChatEvent]) -> Iterator[ChatEvent]:
 # %%
 assert stop_tokens(tokenizer) == set(stop_ids(POCKET))
 
-# %% tags=["export:turn"]
+# %% tags=["export:chat/turn"]
 class Turn:
     """One turn of the model: rounds of writing, and calls between them.
 
@@ -3061,7 +3034,6 @@ class Turn:
                           "assistant", name=f"functions.{answer['name']}")
         return self._prefix.tokens + render(self._tokenizer, [message])
 
-
 # %% [markdown]
 # ### Chat
 #
@@ -3069,7 +3041,7 @@ class Turn:
 # session for who brings none. Model and tokenizer come from a folder, shipped
 # or released, with no special case for either.
 
-# %% tags=["export:chat"]
+# %% tags=["export:chat/chat"]
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -3078,17 +3050,18 @@ from pathlib import Path
 
 import torch
 
-from gptoss.agreement import SingleProcess
-from gptoss.calculator import today
-from gptoss.checkpoint import resolve
-from gptoss.generate import SamplingOptions
-from gptoss.harmony import Tokenizer, render
-from gptoss.memory import SLACK, Session
-from gptoss.messages import ChatError, call_ids, expect, read_messages
-from gptoss.model import GptOss
-from gptoss.settings import Settings
-from gptoss.tools import read_tools
-from gptoss.turn import ChatEvent, Turn, Usage, stop_tokens
+
+
+from gptoss.weights.hub import resolve
+
+from gptoss.text.tokenizer import Tokenizer
+from gptoss.text.harmony import render
+
+
+from gptoss.model.transformer import GptOss
+
+
+
 
 
 def load(model: str | Path | tuple[GptOss, Tokenizer] | None = None,
@@ -3102,8 +3075,7 @@ def load(model: str | Path | tuple[GptOss, Tokenizer] | None = None,
     return (GptOss.from_pretrained(folder, dtype=dtype, device=device),
             tokenizer)
 
-
-# %% tags=["export:chat"]
+# %% tags=["export:chat/chat"]
 class Chat:
     """Conversations with a gpt-oss model, in OpenAI's message dicts.
 

@@ -45,8 +45,8 @@ import os
 
 import matplotlib.pyplot as plt
 
-from gptoss.config import (
-    GptOssConfig,
+from gptoss.weights.config import GptOssConfig
+from gptoss.weights.sizes import (
     bytes_read_per_token,
     expert_size,
     flops_per_token,
@@ -168,7 +168,8 @@ print(f"{packed:.2f} bytes in the file, {traffic:.2f} moved: "
 # %%
 import torch
 
-from gptoss.mxfp4 import decode, encode
+from gptoss.weights.mxfp4 import decode
+from gptoss.weights.encoding import encode
 
 
 def rounded(x: torch.Tensor, largest: int) -> torch.Tensor:
@@ -295,7 +296,7 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 # AVX2, AVX-512 or NEON are needed, it says so, and a portable loop stands
 # beside them.
 
-# %% [markdown] tags=["export:base.h"]
+# %% [markdown] tags=["export:kernels/base.h"]
 # ```cpp
 # #include <ATen/Parallel.h>
 # #include <ATen/core/Tensor.h>
@@ -390,7 +391,7 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 # 2880 numbers is small beside the 8 million weights of a matrix. Converted
 # weights never go back to memory.
 
-# %% [markdown] tags=["export:base.h"]
+# %% [markdown] tags=["export:kernels/base.h"]
 # ```cpp
 # // work(0) ... work(count - 1) on all threads, `grain` at a time to whoever
 # // is free
@@ -453,7 +454,7 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 # that lies across two cache lines is loaded in two turns, so a group begins on
 # one.
 
-# %% [markdown] tags=["export:digits.h"]
+# %% [markdown] tags=["export:kernels/digits.h"]
 # ```cpp
 # namespace {
 #
@@ -502,7 +503,7 @@ print(16 * 320 * 2, "bytes of a decoded tile")
 # A block whose largest activation is below about $3 \cdot 10^{-33}$ counts as
 # zeros, since one over its step comes near the largest float.
 
-# %% [markdown] tags=["export:digits.h"]
+# %% [markdown] tags=["export:kernels/digits.h"]
 # ```cpp
 # inline float largest(const Floats (&part)[4]) {
 #   Floats top = {};
@@ -604,7 +605,7 @@ print([(h, low) for h, low in zip(((q + 128) >> 8).tolist(),
 # in its place it *is* $2^{s-127}$. Byte 0 means $2^{-127}$, a subnormal number
 # with one bit set, and byte 255, infinity in a float, must become NaN.
 
-# %% [markdown] tags=["export:digits.h"]
+# %% [markdown] tags=["export:kernels/digits.h"]
 # ```cpp
 # inline float power(uint8_t scale) {  // 2 ** (scale - 127); NaN for 255
 #   // a scale byte is a float's exponent field; that of 0 is subnormal
@@ -617,7 +618,7 @@ print([(h, low) for h, low in zip(((q + 128) >> 8).tolist(),
 #                               0, -1, -2, -3, -4, -6, -8, -12};
 # ```
 
-# %% [markdown] tags=["export:packed.h"]
+# %% [markdown] tags=["export:kernels/packed.h"]
 # ```cpp
 # namespace {
 #
@@ -674,7 +675,7 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 # where the bytes take 13. In the L2 cache that is 28 instead of 22 GB/s a
 # thread.
 
-# %% [markdown] tags=["export:digits.h"]
+# %% [markdown] tags=["export:kernels/digits.h"]
 # ```cpp
 # #ifdef GPTOSS_AVX2
 # constexpr uint8_t ABOVE[16] = {12, 13, 14, 15, 16, 18, 20, 24,  // TWICE + 12
@@ -688,7 +689,7 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 # }  // namespace
 # ```
 
-# %% [markdown] tags=["export:wide.h"]
+# %% [markdown] tags=["export:kernels/wide.h"]
 # ```cpp
 # namespace {
 #
@@ -721,7 +722,7 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 # #endif
 # ```
 
-# %% [markdown] tags=["export:packed.h"]
+# %% [markdown] tags=["export:kernels/packed.h"]
 # ```cpp
 # #ifdef GPTOSS_AVX2
 # #ifndef GPTOSS_AVX512
@@ -786,7 +787,7 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 # its time with a subnormal number: so written, the whole product took 7 %
 # longer (one thread, weights in the L1 cache).
 
-# %% [markdown] tags=["export:wide.h"]
+# %% [markdown] tags=["export:kernels/wide.h"]
 # ```cpp
 # #ifdef GPTOSS_AVX512
 # inline __mmask16 first(int64_t count) { return (1u << count) - 1; }
@@ -818,7 +819,7 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 # #endif
 # ```
 
-# %% [markdown] tags=["export:packed.h"]
+# %% [markdown] tags=["export:kernels/packed.h"]
 # ```cpp
 # #ifndef GPTOSS_AVX512
 # // blocks 0, 2, 4, 6 and then 1, 3, 5, 7; more: others stand before them
@@ -869,7 +870,7 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 # whole registers are loaded without a question, and each permutation is a
 # constant.
 
-# %% [markdown] tags=["export:packed.h"]
+# %% [markdown] tags=["export:kernels/packed.h"]
 # ```cpp
 # // out[0], out[step] ...: R rows of a weight, `step` rows apart, times row n
 # template <int R>
@@ -917,7 +918,7 @@ print(power[0].item() == 2.0 ** -127, power[255].isnan().item())
 # 32-bit sums. The factor of a block is made where it is used. Tokens that
 # share an expert go through it one by one; the tiles below are x86 only.
 
-# %% [markdown] tags=["export:wide.h"]
+# %% [markdown] tags=["export:kernels/wide.h"]
 # ```cpp
 # #ifdef GPTOSS_NEON
 # inline int32x4_t dots(uint8x16_t bytes, const Line& x, int8x16_t values) {
@@ -998,7 +999,7 @@ if {"plain torch", "the chapter's kernel", "only reading"} <= set(names):
 # `values[u][2 * m]` of a line and the number behind it. Rows become columns by
 # four rounds of interleaving, like riffling a deck.
 
-# %% [markdown] tags=["export:tiles.h"]
+# %% [markdown] tags=["export:kernels/tiles.h"]
 # ```cpp
 # namespace {
 #
@@ -1066,7 +1067,7 @@ print(deck[3][:3])
 # The inner loop is all loads, `pmaddwd` and additions, with every sum in a
 # register. Factors are applied once a block.
 
-# %% [markdown] tags=["export:tiles.h"]
+# %% [markdown] tags=["export:kernels/tiles.h"]
 # ```cpp
 # constexpr int TOKENS = 5;  // ten sums, two weights, one activation
 #
@@ -1124,7 +1125,7 @@ print(deck[3][:3])
 # it. A *pick* is one choice of one token: token $n$, choice $k$ is pick
 # $nK + k$.
 
-# %% [markdown] tags=["export:packed.h"]
+# %% [markdown] tags=["export:kernels/packed.h"]
 # ```cpp
 # struct Packed {  // (E, rows, blocks, 16) bytes and (E, rows, blocks) scales
 #   const uint8_t *bytes, *scales;
@@ -1137,7 +1138,7 @@ print(deck[3][:3])
 # };
 # ```
 
-# %% [markdown] tags=["export:experts.h"]
+# %% [markdown] tags=["export:kernels/experts.h"]
 # ```cpp
 # namespace {
 #
@@ -1169,7 +1170,7 @@ print(deck[3][:3])
 # on, sixteen rows at a time by tiles. `packed_rows` is the first way alone, an
 # operator that no model calls: by it this part is tested without the tiles.
 
-# %% [markdown] tags=["export:packed.h"]
+# %% [markdown] tags=["export:kernels/packed.h"]
 # ```cpp
 # // out[i][0 ... rows - 1]: those rows times the token in inputs[i], by rows
 # void rows_for_few(const uint8_t* w, const uint8_t* scales, int64_t rows,
@@ -1216,7 +1217,7 @@ print(deck[3][:3])
 # }  // namespace
 # ```
 
-# %% [markdown] tags=["export:tiles.h"]
+# %% [markdown] tags=["export:kernels/tiles.h"]
 # ```cpp
 # constexpr int64_t ROWS = 16;  // of a tile
 #
@@ -1248,13 +1249,13 @@ print(deck[3][:3])
 # #endif
 # ```
 
-# %% [markdown] tags=["export:experts.h"]
+# %% [markdown] tags=["export:kernels/experts.h"]
 # ```cpp
 # constexpr int64_t FEW = 4;     // fewer tokens: no tile
 # constexpr int64_t TALL = 256;  // rows of a piece of work for those
 # ```
 
-# %% [markdown] tags=["export:experts.h"]
+# %% [markdown] tags=["export:kernels/experts.h"]
 # ```cpp
 # struct Piece {
 #   int64_t expert, row, rows;
@@ -1317,7 +1318,7 @@ print(deck[3][:3])
 # suffices. $\log 2$ is subtracted in two parts so that $r$ keeps its last
 # bits.
 
-# %% [markdown] tags=["export:experts.h"]
+# %% [markdown] tags=["export:kernels/experts.h"]
 # ```cpp
 # // e ** x for -87 <= x <= 0, relative error below 1e-6; less gives e ** -87
 # inline Floats exponential(Floats x) {
@@ -1349,7 +1350,7 @@ worst = (exponential(line) / line.double().exp() - 1).abs().max().item()
 assert worst < 1e-6
 print("relative error below 1e-6:", worst < 1e-6)
 
-# %% [markdown] tags=["export:experts.h"]
+# %% [markdown] tags=["export:kernels/experts.h"]
 # ```cpp
 # constexpr float MAX = std::numeric_limits<float>::max();
 #
@@ -1424,7 +1425,7 @@ print("relative error below 1e-6:", worst < 1e-6)
 # dense matrices of the 20b (in twelve bits, below) then took 44 to 53 ms a
 # token, by memory's mood, where two rows and no prefetch took 52 to 57.
 
-# %% [markdown] tags=["export:wide16.h"]
+# %% [markdown] tags=["export:kernels/wide16.h"]
 # ```cpp
 # namespace {
 #
@@ -1448,7 +1449,7 @@ print("relative error below 1e-6:", worst < 1e-6)
 # #endif
 # ```
 
-# %% [markdown] tags=["export:dense.h"]
+# %% [markdown] tags=["export:kernels/dense.h"]
 # ```cpp
 # namespace {
 #
@@ -1497,7 +1498,7 @@ print((pair << 16).view(torch.float32).item(),
 # For many tokens a tile is widened to fp32 and transposed, since AVX2 cannot
 # multiply bf16. Three rounds of the same interleaving.
 
-# %% [markdown] tags=["export:tiles.h"]
+# %% [markdown] tags=["export:kernels/tiles.h"]
 # ```cpp
 # // eight rows of eight numbers become eight columns
 # inline void transpose(Ints (&v)[8]) {
@@ -1522,7 +1523,7 @@ print((pair << 16).view(torch.float32).item(),
 # }
 # ```
 
-# %% [markdown] tags=["export:dense.h"]
+# %% [markdown] tags=["export:kernels/dense.h"]
 # ```cpp
 # // to[k][r] = w[r * stride + k], r < 16, zero from `rows` on; 16 divides n
 # void widen_tile(const Number* w, int64_t stride, int64_t rows, int64_t n,
@@ -1543,7 +1544,7 @@ print((pair << 16).view(torch.float32).item(),
 # The product of a tile with six tokens at a time: twelve sums, two weights
 # and one activation in fifteen registers. Attention will use it as well.
 
-# %% [markdown] tags=["export:tiles.h"]
+# %% [markdown] tags=["export:kernels/tiles.h"]
 # ```cpp
 # template <class Pointer>
 # struct Matrix {  // row-major
@@ -1557,7 +1558,7 @@ print((pair << 16).view(torch.float32).item(),
 # }  // namespace
 # ```
 
-# %% [markdown] tags=["export:dense.h"]
+# %% [markdown] tags=["export:kernels/dense.h"]
 # ```cpp
 # // out[t][0 ... 15] += sum over k < n of x[t][k] * w[k][0 ... 15]
 # template <int COUNT>
@@ -1599,7 +1600,7 @@ print((pair << 16).view(torch.float32).item(),
 # }
 # ```
 
-# %% [markdown] tags=["export:dense.h"]
+# %% [markdown] tags=["export:kernels/dense.h"]
 # ```cpp
 # // y (N, m) = x (N, n) times w (m, n) transposed, for a few tokens
 # void dense_few(const Buffer& x, int64_t N, const Number* w, int64_t m,
@@ -1671,7 +1672,7 @@ print((pair << 16).view(torch.float32).item(),
 #
 # Sixty-four numbers take 64 lower bytes and 32 of codes.
 
-# %% tags=["export:compact"]
+# %% tags=["export:kernels/compact"]
 from typing import NamedTuple
 
 import torch
@@ -1720,8 +1721,7 @@ def pack_by_torch(weight: Tensor) -> CompactWeight:
         F.pad(rare.sum(1).cumsum(0), (1, 0)).int(),
         (column << 16 | bits[row, column]).int())
 
-
-# %% tags=["export:compact"]
+# %% tags=["export:kernels/compact"]
 def unpack(weight: CompactWeight) -> Tensor:
     """The matrix (m, n) in bf16, bit for bit as `pack` took it."""
     m, blocks, _ = weight.blocks.shape
@@ -1733,7 +1733,6 @@ def unpack(weight: CompactWeight) -> Tensor:
     others = weight.others.long() & 0xFFFFFFFF
     bits[row, others >> 16] = others & 0xFFFF
     return bits.to(torch.int16).view(torch.bfloat16)
-
 
 # %%
 matrix = (0.02 * torch.randn(512, 2880)).bfloat16()
@@ -1779,7 +1778,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # Interleaving works within halves (quarters, with 64 bytes) of a register, so
 # the bytes are stored in the order that makes neighbours of neighbours.
 
-# %% [markdown] tags=["export:experts.h"]
+# %% [markdown] tags=["export:kernels/experts.h"]
 # ```cpp
 # #ifdef GPTOSS_AVX2
 # constexpr int64_t WEIGHTS = 64, SIZE = WEIGHTS * 3 / 2;  // of a block, bytes
@@ -1794,7 +1793,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # #endif
 # ```
 
-# %% [markdown] tags=["export:wide16.h"]
+# %% [markdown] tags=["export:kernels/wide16.h"]
 # ```cpp
 # #ifdef GPTOSS_BF16
 # // of 64 weights, the halves of a register interleaved give 0 ... 15 and
@@ -1833,7 +1832,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # #endif
 # ```
 
-# %% [markdown] tags=["export:compact.h"]
+# %% [markdown] tags=["export:kernels/compact.h"]
 # ```cpp
 # namespace {
 #
@@ -1911,7 +1910,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # Packing reads a matrix once, after every eighth row has been counted. What
 # stands apart is noted row by row, and then brought together.
 
-# %% [markdown] tags=["export:compact.h"]
+# %% [markdown] tags=["export:kernels/compact.h"]
 # ```cpp
 # struct Codes {
 #   uint8_t upper[16], code[256];  // of a code; of an upper byte, or NONE
@@ -2014,7 +2013,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # two products at once; else they are widened. Weights times values stays in
 # fp32: rounded to bf16, the weights would lose what the sum keeps.
 
-# %% [markdown] tags=["export:wide16.h"]
+# %% [markdown] tags=["export:kernels/wide16.h"]
 # ```cpp
 # #ifdef GPTOSS_BF16
 # using Query = Number;
@@ -2059,7 +2058,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # }  // namespace
 # ```
 
-# %% [markdown] tags=["export:attention.h"]
+# %% [markdown] tags=["export:kernels/attention.h"]
 # ```cpp
 # namespace {
 #
@@ -2127,7 +2126,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # Scores and outputs are the product of the dense tiles above. Keys have to be
 # transposed for it; values already lie as it wants them.
 
-# %% [markdown] tags=["export:attention.h"]
+# %% [markdown] tags=["export:kernels/attention.h"]
 # ```cpp
 # // scores of `some` keys, at most sixteen, from column s on
 # void Attention::score(const Number* k, int64_t stride, int64_t some,
@@ -2157,7 +2156,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # }
 # ```
 
-# %% [markdown] tags=["export:attention.h"]
+# %% [markdown] tags=["export:kernels/attention.h"]
 # ```cpp
 # constexpr int64_t RANGE = 512;  // keys of one piece of work in decode
 #
@@ -2208,7 +2207,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # positions alone. A chunk that no row may see is skipped, so prefill does half
 # the work in full layers and a window's worth in sliding ones.
 
-# %% [markdown] tags=["export:attention.h"]
+# %% [markdown] tags=["export:kernels/attention.h"]
 # ```cpp
 # // keys s0 ... s1 - 1, a chunk at a time; those that no row sees are left out
 # void Heads::attend(Attention& a, int64_t b, int64_t g, int64_t s0,
@@ -2254,7 +2253,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # }
 # ```
 
-# %% [markdown] tags=["export:attention.h"]
+# %% [markdown] tags=["export:kernels/attention.h"]
 # ```cpp
 # Tensor run_attention(const Heads& heads) {
 #   const Tensor& q = heads.q;
@@ -2289,7 +2288,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # than the arithmetic. Probably they cost more than in a loop of their own,
 # since between two of them a matrix passes through the caches.
 
-# %% [markdown] tags=["export:small.h"]
+# %% [markdown] tags=["export:kernels/small.h"]
 # ```cpp
 # namespace {
 #
@@ -2332,7 +2331,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # The choice, with chapter 7's rule for equal logits, and torch's for NaN,
 # which it sorts before everything:
 
-# %% [markdown] tags=["export:small.h"]
+# %% [markdown] tags=["export:kernels/small.h"]
 # ```cpp
 # // ids (k,) of the largest logits, and the softmax over these as weights
 # void choose(const float* logits, int64_t E, int64_t k, int64_t* ids,
@@ -2364,7 +2363,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # and so stands in the first part, `base.h`; each operator is registered at the
 # end of the part that computes it.
 
-# %% [markdown] tags=["export:base.h"]
+# %% [markdown] tags=["export:kernels/base.h"]
 # ```cpp
 # thread_local bool enabled = true;
 #
@@ -2424,7 +2423,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # torch, which computes it or refuses it: either way both paths do the same,
 # and a test throws wrong shapes at both.
 
-# %% [markdown] tags=["export:base.h"]
+# %% [markdown] tags=["export:kernels/base.h"]
 # ```cpp
 # bool has(const Tensor& x, std::initializer_list<int64_t> sizes) {
 #   return x.sizes() == at::IntArrayRef(sizes);
@@ -2441,7 +2440,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # }
 # ```
 
-# %% [markdown] tags=["export:experts.h"]
+# %% [markdown] tags=["export:kernels/experts.h"]
 # ```cpp
 # Tensor mxfp4_linear(const Tensor& x, const Tensor& blocks,
 #                     const Tensor& scales,
@@ -2473,7 +2472,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # }
 # ```
 
-# %% [markdown] tags=["export:dense.h"]
+# %% [markdown] tags=["export:kernels/dense.h"]
 # ```cpp
 # Tensor linear(const Tensor& x, const Tensor& weight,
 #               const std::optional<Tensor>& bias) {
@@ -2499,7 +2498,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # }  // namespace
 # ```
 
-# %% [markdown] tags=["export:compact.h"]
+# %% [markdown] tags=["export:kernels/compact.h"]
 # ```cpp
 # // as `linear`; blocks ... others: the weight again, by `pack_compact`
 # Tensor compact_linear(const Tensor& x, const Tensor& weight,
@@ -2543,7 +2542,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # }  // namespace
 # ```
 
-# %% [markdown] tags=["export:experts.h"]
+# %% [markdown] tags=["export:kernels/experts.h"]
 # ```cpp
 # Tensor packed_experts(const Tensor& x, const Tensor& ids,
 #                       const Tensor& weights, const Tensor& gate_up_blocks,
@@ -2594,7 +2593,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # }  // namespace
 # ```
 
-# %% [markdown] tags=["export:attention.h"]
+# %% [markdown] tags=["export:kernels/attention.h"]
 # ```cpp
 # Tensor sink_attention(const Tensor& q, const Tensor& k, const Tensor& v,
 #                       const Tensor& sinks, const Tensor& q_pos,
@@ -2630,7 +2629,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # }  // namespace
 # ```
 
-# %% [markdown] tags=["export:small.h"]
+# %% [markdown] tags=["export:kernels/small.h"]
 # ```cpp
 # Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
 #   if (!ours({x, weight}) || !x.dim() || weight.dim() != 1)
@@ -2712,7 +2711,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # tensor something else is refused, as is a list of tensors, whose places are
 # not followed.
 
-# %% [markdown] tags=["export:recording.h"]
+# %% [markdown] tags=["export:kernels/recording.h"]
 # ```cpp
 # namespace {
 #
@@ -2854,7 +2853,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # operators never come to a kernel, or have a formula of their own. What is
 # left is the name of what was compiled, and the switch.
 
-# %% [markdown] tags=["export:base.h"]
+# %% [markdown] tags=["export:kernels/base.h"]
 # ```cpp
 # #if defined(GPTOSS_AVX512)
 # constexpr char NAME[] = "C++ with AVX-512 and VNNI";
@@ -2906,7 +2905,7 @@ print(f"information in an exponent: {-(known * known.log2()).sum():.1f} bits")
 # the library's SHA-256 is kept beside it, both are on the disk before they get
 # their names, and what does not agree is compiled again.
 
-# %% tags=["export"]
+# %% tags=["export:kernels/build"]
 import logging
 import os
 import shlex
@@ -2915,7 +2914,7 @@ from pathlib import Path
 import torch
 
 from gptoss import mxfp4
-from gptoss.errors import Error
+from gptoss.weights.errors import Error
 
 _log = logging.getLogger("gptoss")
 SOURCE = Path(mxfp4.__file__).parent  # the folder of the parts
@@ -2961,8 +2960,7 @@ def compile_command(target: Path, variant: str = "auto",
             "-o", str(target), f"-L{home / 'lib'}",
             "-ltorch_cpu", "-lc10"]
 
-
-# %% tags=["export"]
+# %% tags=["export:kernels/build"]
 import hashlib
 import platform
 import re
@@ -3015,8 +3013,7 @@ def _sound(path: Path) -> bool:
     except (OSError, ValueError):
         return False
 
-
-# %% tags=["export"]
+# %% tags=["export:kernels/build"]
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[bool]:
     """One process at a time; others wait. A dead process holds nothing.
@@ -3043,8 +3040,7 @@ def _complaint(told: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape")
                    .decode() for c in line)
 
-
-# %% tags=["export"]
+# %% tags=["export:kernels/build"]
 def _compile(path: Path, variant: str, parts: tuple[str, ...]) -> None:
     _log.warning("gptoss: compiling the kernels, once; it takes about half "
                  "a minute")
@@ -3084,8 +3080,7 @@ def _sweep(folder: Path, age: float) -> None:
             if time.time() - left.stat().st_mtime > age:
                 shutil.rmtree(left, ignore_errors=True)
 
-
-# %% tags=["export"]
+# %% tags=["export:kernels/build"]
 def build(variant: str = "auto", anew: bool = False,
           parts: tuple[str, ...] = PARTS) -> Path:
     """The compiled kernels; compiles them if they are not there yet.
@@ -3116,7 +3111,6 @@ def build(variant: str = "auto", anew: bool = False,
         raise KernelError(f"cannot compile: {error}") from error
     return path
 
-
 # %% [markdown]
 # What the hash is for: another option, another file.
 
@@ -3135,12 +3129,12 @@ print(library_path().name.startswith("kernels-"), library_path().suffix)
 # and as a copy is read only where the weight would give the same numbers,
 # nothing else changes.
 
-# %% tags=["export:compact"]
+# %% tags=["export:kernels/compact"]
 from torch import nn
 
-from gptoss.layers import Linear
-from gptoss.model import GptOss
-from gptoss.ops import Operator, define_operator
+from gptoss.model.layers import Linear
+from gptoss.model.transformer import GptOss
+from gptoss.model.ops import Operator, define_operator
 
 
 def linear_beside_compact(x: Tensor, weight: Tensor, bias: Tensor | None,
@@ -3203,8 +3197,7 @@ def saved_bytes(model: nn.Module) -> int:
     return sum(layer.saved for layer in model.modules()
                if isinstance(layer, CompactLinear))
 
-
-# %% tags=["export:compact"]
+# %% tags=["export:kernels/compact"]
 def _fits(weight: Tensor) -> bool:
     return (weight.dtype == torch.bfloat16 and weight.ndim == 2
             and weight.shape[1] % 64 == 0 and weight.shape[1] <= 2 ** 16)
@@ -3239,15 +3232,14 @@ def compact_layers(model: GptOss) -> None:
                 if copy.nbytes <= 0.9 * layer.weight.nbytes:
                     setattr(parent, name, CompactLinear(layer, copy))
 
-
 # %% [markdown]
 # Without a kernel that reads them the copies would only take memory.
 
-# %% tags=["export:compact"]
+# %% tags=["export:kernels/compact"]
 import logging
 
-from gptoss.answers import find_answer
-from gptoss.ops import has_kernel
+from gptoss.model.answers import find_answer
+from gptoss.model.ops import has_kernel
 
 _log = logging.getLogger("gptoss")
 
@@ -3267,7 +3259,6 @@ def make_compact(model: GptOss) -> GptOss:
         _log.warning("gptoss: matrices stay in sixteen bits: no kernel for "
                      "twelve here (%s)", path)
     return model
-
 
 # %%
 layer = Linear(2880, 512, bias=False, dtype=torch.bfloat16)
@@ -3289,11 +3280,11 @@ print(f"{double.saved / layer.weight.nbytes:.1%} of its bytes saved")
 # `GPTOSS_KERNELS=torch` in the environment declines; the book's chapters are
 # run so, or the earlier ones would show something else than they say.
 
-# %% tags=["export"]
+# %% tags=["export:kernels/build"]
 from collections.abc import Callable
 
-from gptoss.answers import LOADING
-from gptoss.ops import has_kernel
+from gptoss.model.answers import LOADING
+from gptoss.model.ops import has_kernel
 
 _path = ""  # in words, once the kernels are loaded; changed behind LOADING
 
@@ -3326,7 +3317,7 @@ def _load(choice: str) -> str:
         return f"torch ({error})"
     return torch.ops.gptoss.kernels_name()
 
-# %% tags=["export"]
+# %% tags=["export:kernels/build"]
 def load_kernels() -> str:
     """Register the kernels, compiled if need be; which path is in use.
 
@@ -3383,7 +3374,7 @@ print("kernels or a reason:", path.startswith(("C++", "portable", "torch (")))
 # A nibble becomes a float by its bits: codes above 1 have an exponent, code 1
 # is the only subnormal.
 
-# %% tags=["export:triton_kernels"]
+# %% tags=["export:kernels/triton_kernels"]
 import torch
 from torch import Tensor
 from types import SimpleNamespace
@@ -3416,7 +3407,7 @@ def decode_fp4(code, scale):
 # and high nibbles meet even and odd activations in two products: nothing needs
 # to be interleaved.
 
-# %% tags=["export:triton_kernels"]
+# %% tags=["export:kernels/triton_kernels"]
 @_jit
 def packed_rows(x, w, s, y, order, tile_expert, tile_begin, tile_end, rows,
                 blocks, K: tl.constexpr, M: tl.constexpr,
@@ -3469,7 +3460,7 @@ def packed_rows(x, w, s, y, order, tile_expert, tile_begin, tile_end, rows,
 # program whose tile is empty returns at once. In decoding with one row, $n$
 # is 4, $m$ too, and no tile is empty.
 
-# %% tags=["export:triton_kernels"]
+# %% tags=["export:kernels/triton_kernels"]
 def token_tiles(ids: Tensor, experts: int, size: int) -> tuple[Tensor, ...]:
     """Slots sorted by expert, cut into tiles of one expert each.
 
@@ -3499,8 +3490,8 @@ print(order.tolist(), *(tile.tolist() for tile in tiles), sep="\n")
 assert tiles[0].tolist()[:4] == [0, 1, 2, 2]  # three picks chose expert 2
 assert (tiles[1] == tiles[2]).tolist() == 4 * [False] + [True]
 
-# %% tags=["export:triton_kernels"]
-from gptoss.experts import clamped_swiglu
+# %% tags=["export:kernels/triton_kernels"]
+from gptoss.moe.experts import clamped_swiglu
 
 
 def packed_linear_tiles(x: Tensor, ids: Tensor, blocks: Tensor,
@@ -3552,7 +3543,7 @@ def experts_by_triton(x, ids, weights, gate_up_blocks, gate_up_scales,
 # and of a tile of such keys nothing but their positions: 8 bytes a slot for
 # each key head, where k and v have 256.
 
-# %% tags=["export:triton_kernels"]
+# %% tags=["export:kernels/triton_kernels"]
 @_jit
 def attend_tile(q, k, v, q_pos, k_pos, y, lse, T, S, H, G, window, scale,
                 kb, ks, kg, C: tl.constexpr, J: tl.constexpr,
@@ -3599,9 +3590,8 @@ def attend_tile(q, k, v, q_pos, k_pos, y, lse, T, S, H, G, window, scale,
     tl.store(lse + at, tl.where(total > 0, top + tl.log(some),
                                 float("-inf")), real)
 
-
-# %% tags=["export:triton_kernels"]
-from gptoss.sinks import softmax_with_sink
+# %% tags=["export:kernels/triton_kernels"]
+from gptoss.attention.sinks import softmax_with_sink
 
 PROGRAMS = 256  # of attention that a GPU should have to do at a time
 
@@ -3635,7 +3625,6 @@ def use_triton() -> None:
     torch.library.impl("gptoss::packed_experts", "CUDA", experts_by_triton)
     torch.library.impl("gptoss::sink_attention", "CUDA", attention_by_triton)
 
-
 # %% [markdown]
 # ### A step of decode that can be recorded
 #
@@ -3646,7 +3635,7 @@ def use_triton() -> None:
 # %%
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gptoss.model import GptOss
+from gptoss.model.transformer import GptOss
 
 
 class Launches(TorchDispatchMode):
@@ -3685,7 +3674,7 @@ assert launches.count * 5e-6 > 9 * bytes_read_per_token(big) / 3e12
 # ring and the first 256, 512, 1024 ... slots of full layers, empty ones too,
 # are as good an answer as the filled part.
 
-# %% tags=["export:decode_step"]
+# %% tags=["export:kernels/step"]
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -3694,9 +3683,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from gptoss.cache import Cache, CacheError, FullCache, Rows
-from gptoss.compact import CompactLinear
-from gptoss.layers import (
+from gptoss.model.cache import Cache, CacheError, FullCache, Rows
+
+from gptoss.model.layers import (
     MLP,
     Attention,
     Block,
@@ -3706,8 +3695,8 @@ from gptoss.layers import (
     RMSNorm,
     Router,
 )
-from gptoss.model import GptOss, ModelError, Stack, check_tokens
-from gptoss.ops import has_kernel
+from gptoss.model.transformer import GptOss, ModelError, Stack, check_tokens
+from gptoss.model.ops import has_kernel
 
 
 @dataclass
@@ -3738,7 +3727,7 @@ class FixedView:
 # first, so that what happens once (compiling a kernel, a library's work space)
 # is not recorded. Those runs write, so each is undone.
 
-# %% tags=["export:decode_step"]
+# %% tags=["export:kernels/step"]
 Work = Callable[[], None]
 
 
@@ -3761,12 +3750,11 @@ def cuda_graph(run: Work, undo: Work) -> Work:
         run()
     return graph.replay
 
-
 # %% [markdown]
 # On a CPU the first step is recorded while it runs, and nothing is undone. A
 # call that cannot be made again is no catastrophe, only slow; it is told.
 
-# %% tags=["export:decode_step"]
+# %% tags=["export:kernels/step"]
 _log = logging.getLogger("gptoss")
 
 
@@ -3802,7 +3790,7 @@ def call_again(run: Work, undo: Work | None = None) -> Work:
 # is called or where it lies says nothing about that; a subclass that adds
 # nothing to `forward` has the very same function.
 
-# %% tags=["export:decode_step"]
+# %% tags=["export:kernels/step"]
 _FORWARDS = {kind.forward for kind in (
     Block, Attention, MLP, Router, Experts, RMSNorm, Linear, CompactLinear,
     Embedding, nn.ModuleList)}
@@ -3830,7 +3818,7 @@ def additions(model: nn.Module) -> str | None:
     return next(filter(None, (_addition(name, module) for name, module
                               in model.named_modules())), None)
 
-# %% tags=["export:decode_step"]
+# %% tags=["export:kernels/step"]
 def can_record(model: GptOss) -> bool:
     """Does a step of this model make the same calls for every token?
 
@@ -3859,7 +3847,7 @@ def can_record(model: GptOss) -> bool:
 # over those of the position that leaves the window. That slot is then marked
 # empty: the token can be fed again, and a rollback knows what is missing.
 
-# %% tags=["export:decode_step"]
+# %% tags=["export:kernels/step"]
 class DecodeStep:
     """One token a row: fixed shapes, fixed addresses, no waiting.
 
@@ -4017,7 +4005,7 @@ class DecodeStep:
 # `cuda_graph` warms up, undoes and replays. Sampling still waits for the
 # device, once a token instead of at every check.
 
-# %% tags=["export:decode_step"]
+# %% tags=["export:kernels/step"]
 from weakref import WeakKeyDictionary
 
 _told: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
@@ -4063,15 +4051,16 @@ def quick_step(model: GptOss, cache: Cache
 # of memory is measured in the same process: a sum over 1 GiB, which torch
 # computes as fast as the numbers arrive.
 
-# %% tags=["export"]
+# %% tags=["export:kernels/roofline"]
 import statistics
 
-from gptoss.compact import saved_bytes
-from gptoss.config import bytes_read_per_token
+
+from gptoss.weights.sizes import bytes_read_per_token
 import sys
 
-from gptoss.generate import Sampler, generate
-from gptoss.model import GptOss
+from gptoss.text.sampling import Sampler
+from gptoss.text.generate import generate
+from gptoss.model.transformer import GptOss
 
 
 def read_speed(size: int = 2 ** 30, repeats: int = 5) -> float:
@@ -4084,7 +4073,7 @@ def read_speed(size: int = 2 ** 30, repeats: int = 5) -> float:
         best = min(best, time.perf_counter() - start)
     return size / best
 
-
+# %% tags=["export:kernels/bench"]
 def peak_rss_bytes() -> int:
     """The most memory this process has held so far, in bytes."""
     import resource  # not on Windows
@@ -4102,8 +4091,7 @@ def rates(name: str, seconds: list[float], count: int = 1) -> dict:
             f"{name}_spread": {"low": count / ordered[-1 - tenth],
                                "high": count / ordered[tenth]}}
 
-
-# %% tags=["export"]
+# %% tags=["export:kernels/bench"]
 def _timed(model: GptOss, prompt: list[int], count: int) -> list[float]:
     """Seconds from the start to each of `count` greedy tokens."""
     start, times = time.perf_counter(), []
@@ -4131,8 +4119,7 @@ def summarise(runs: list[list[float]], prompt_tokens: int, size: int,
                         "read_bytes_per_second": speed,
                         "read_bandwidth_share": share})
 
-
-# %% tags=["export"]
+# %% tags=["export:kernels/bench"]
 def measure(path: str | Path, prompt_tokens: int = 512, new_tokens: int = 32,
             repeats: int = 3, seed: int = 0,
             load: Callable[..., GptOss] = GptOss.from_pretrained) -> dict:
@@ -4166,14 +4153,12 @@ def measure(path: str | Path, prompt_tokens: int = 512, new_tokens: int = 32,
                 bytes_read_per_token(model.config) - saved_bytes(model),
                 read_speed())
 
-
 # %%
 told = summarise([[0.5, 0.6, 0.8], [0.25, 0.35, 0.4]], 100, 1000, 50000.0)
 for name in ("time_to_first_token", "decode_tokens_per_second",
              "read_bandwidth_share"):
     print(name, round(told[name], 3))
 assert told["prefill_tokens_per_second_spread"] == {"low": 200, "high": 400}
-
 
 # %% [markdown]
 # ## It holds
@@ -4184,7 +4169,7 @@ assert told["prefill_tokens_per_second_spread"] == {"low": 200, "high": 400}
 # The experts keep fp32 in between and must be nearer.
 
 # %%
-from gptoss.ops import mxfp4_linear
+from gptoss.model.ops import mxfp4_linear
 
 
 def errors_of(run, *tensors) -> tuple[float, float]:
@@ -4207,8 +4192,8 @@ for tokens in (1, 3, 4, 23):
 print("one rounding to bf16, and nothing else that shows")
 
 # %%
-from gptoss.ops import packed_experts
-from gptoss.mxfp4 import PackedMXFP4
+from gptoss.model.ops import packed_experts
+from gptoss.weights.mxfp4 import PackedMXFP4
 
 E, K, width, hidden = 8, 2, 160, 128
 gate_up = encode(0.1 * torch.randn(E, 2 * width, hidden))
@@ -4264,7 +4249,7 @@ print("attention agrees")
 # **Gradients** are those of plain torch.
 
 # %%
-from gptoss.layers import Linear
+from gptoss.model.layers import Linear
 
 layer = Linear(64, 8).bfloat16()
 given = torch.randn(3, 64).bfloat16().requires_grad_()
@@ -4280,8 +4265,8 @@ print([tuple(grad.shape) for grad in grads])
 # %%
 from pathlib import Path
 
-from gptoss.harmony import Tokenizer
-from gptoss.model import GptOss
+from gptoss.text.tokenizer import Tokenizer
+from gptoss.model.transformer import GptOss
 
 POCKET = Path(gptoss.model.__file__).parent / "pocket"
 tokens = Tokenizer.from_pretrained(POCKET).encode(
@@ -4353,8 +4338,9 @@ print("float32: the same bits")
 # longer sum otherwise, hence a tolerance; the greedy tokens are the same.
 
 # %%
-from gptoss.decode_step import DecodeStep
-from gptoss.generate import Sampler, forward_step, generate
+from gptoss.kernels.step import DecodeStep
+from gptoss.text.sampling import Sampler
+from gptoss.text.generate import forward_step, generate
 
 assert narrow.config.sliding_window < 150
 greedy = {"sampler": Sampler(0.0), "max_new_tokens": 150}
@@ -4379,7 +4365,7 @@ print(len(stepped), "greedy tokens are the same, logits to 1e-4")
 # what it costs in the shipped model, where the arithmetic is small.
 
 # %% tags=["nbval-ignore-output"]
-from gptoss.generate import choose_step
+from gptoss.text.generate import choose_step
 
 
 def timed_steps(step):
@@ -4554,7 +4540,7 @@ table(ON_AVX512)
 # no matrix leaves a remainder. The floor {eq}`kernels-floor`:
 
 # %%
-from gptoss.checkpoint import tensor_table
+from gptoss.weights.layout import tensor_table
 
 for name, config in (("20b", big), ("120b", GptOssConfig.gpt_oss_120b())):
     for spec in tensor_table(config).values():
@@ -4674,7 +4660,7 @@ print(f"{counts.float().mean():.0f} on average, at least "
 # Show on numbers that this is `softmax_with_sink` of chapter 5.
 
 # %% tags=["hide-cell"]
-from gptoss.sinks import softmax_with_sink
+from gptoss.attention.sinks import softmax_with_sink
 
 scores, sink = torch.randn(5).double(), torch.randn(1).double()
 top, total, out = sink, torch.ones(1).double(), torch.zeros(1).double()

@@ -13,7 +13,6 @@
 #     module: train
 # ---
 
-
 # %% [markdown]
 # # A gpt-oss you can train over lunch
 #
@@ -104,11 +103,13 @@ print(f"{log[-1]['seconds'] / 60:.0f} minutes on one core, "
 # %%
 import random
 
-from gptoss.generate import Sampler, generate_batch
-from gptoss.harmony import Message, Tokenizer, render, system_message
-from gptoss.lessons import lesson_stream
-from gptoss.model import GptOss
-from gptoss.turn import STOPS
+from gptoss.text.sampling import Sampler
+from gptoss.text.generate import generate_batch
+from gptoss.text.harmony import Message, render, system_message
+from gptoss.text.tokenizer import Tokenizer
+from gptoss.training.conversations import lesson_stream
+from gptoss.model.transformer import GptOss
+from gptoss.chat.turn import STOPS
 
 pocket = GptOss.from_pretrained(POCKET, dtype=torch.float32)
 reader = Tokenizer.from_pretrained(POCKET)
@@ -265,7 +266,7 @@ for text in (straight, crooked):
 #
 # ### The words of a small world
 
-# %% tags=["export:stories"]
+# %% tags=["export:training/stories"]
 import math
 
 GIRLS = ("Mira", "Lily", "Nora", "Anna", "Ruby", "Zoe", "Ella", "Maya",
@@ -314,7 +315,7 @@ print(f"{casts:,} casts")
 # %% [markdown]
 # ### A plot is a list of beats
 
-# %% tags=["export:stories"]
+# %% tags=["export:training/stories"]
 BEATS = (
     ("opening", (
         "Once upon a time there was a {_size} {kind} named {hero}.",
@@ -432,7 +433,7 @@ print(f"{len(BEATS)} beats, {ways:.2g} plots, before any word is drawn")
 # %% [markdown]
 # ### Telling
 
-# %% tags=["export:stories"]
+# %% tags=["export:training/stories"]
 import math
 import random
 import re
@@ -475,8 +476,7 @@ def held_out(cast: dict[str, str]) -> bool:
     hero, colour and thing, so that the pair was never seen together."""
     return bool(shelf(cast_key(cast)))
 
-
-# %% tags=["export:stories"]
+# %% tags=["export:training/stories"]
 SLOT = re.compile(r"\{(\w+)\}")
 
 
@@ -492,11 +492,10 @@ def tell(rng: random.Random, cast: dict[str, str] | None = None,
     told = (SLOT.sub(fill, rng.choice(lines)) for _, lines in BEATS[:beats])
     return " ".join(line for line in told if line)
 
-
 # %%
 print(tell(random.Random(1)))
 
-# %% tags=["export:stories"]
+# %% tags=["export:training/stories"]
 def story_entropy() -> float:
     """Nats of choice in one story of `tell`: the floor of any loss.
 
@@ -511,11 +510,9 @@ def story_entropy() -> float:
         nats += sum(math.log(size[slot]) for slot in free) / len(lines)
     return nats
 
-
 # %% [markdown]
 # `story_entropy` is equation {eq}`train-floor`. A generator that counts its
 # own choices agrees with it:
-
 
 # %%
 class CountingRandom(random.Random):
@@ -536,7 +533,7 @@ assert abs(counted - story_entropy()) < 0.2
 # %% [markdown]
 # ### Reading: the checker is the generator run backwards
 
-# %% tags=["export:stories"]
+# %% tags=["export:training/stories"]
 def line_pattern(line: str, cast: dict[str, str]) -> re.Pattern:
     """The regular expression of a template under what is known so far.
 
@@ -560,8 +557,7 @@ def line_pattern(line: str, cast: dict[str, str]) -> re.Pattern:
             parts.append(f"(?:{'|'.join(WORDS[slot])})")
     return re.compile("".join(parts) + re.escape(line[end:]))
 
-
-# %% tags=["export:stories"]
+# %% tags=["export:training/stories"]
 from dataclasses import dataclass, field
 
 
@@ -611,7 +607,6 @@ def read_story(text: str) -> Reading:
 
     return follow(0, 0, {}) or furthest[1]
 
-
 # %% [markdown]
 # The checker is not a list of forbidden words. It parses: at each beat it
 # tries every template, with the words bound so far written into it. What it
@@ -630,7 +625,7 @@ for slot, other in (("colour", "violet"), ("friend", "Zoe"),
           f"stuck at the {reading.beat!r} beat")
     assert not reading.coherent
 
-# %% tags=["export:stories"]
+# %% tags=["export:training/stories"]
 from collections.abc import Iterator
 
 
@@ -641,7 +636,6 @@ def story_stream(seed: int, hold_out: bool = False) -> Iterator[str]:
         cast = draw_cast(rng)
         if held_out(cast) == hold_out:
             yield tell(rng, cast)
-
 
 # %%
 print(next(story_stream(3))[:150])
@@ -654,20 +648,20 @@ print(next(story_stream(3))[:150])
 # final text. A **lesson** is a conversation whose last turn the model has to
 # write; what the examiner needs to know is kept beside it.
 
-# %% tags=["export:lessons"]
+# %% tags=["export:training/lessons"]
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from gptoss.harmony import (
+from gptoss.text.harmony import (
     EFFORTS,
     Message,
-    Tool,
     developer_message,
     system_message,
 )
-from gptoss.stories import WORDS, cast_key, draw_cast, shelf, tell
+from gptoss.text.typescript import Tool
+
 
 
 @dataclass(frozen=True)
@@ -720,8 +714,7 @@ def compact(value: object) -> str:
     """JSON without a space, as the released models write it."""
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
-
-# %% tags=["export:lessons"]
+# %% tags=["export:training/lessons"]
 def answer_messages(turn: Turn, effort: str) -> list[Message]:
     """What follows the question: analysis, perhaps a call, the answer."""
     think = turn.think[EFFORTS.index(effort)]
@@ -735,7 +728,6 @@ def answer_messages(turn: Turn, effort: str) -> list[Message]:
             Message("tool", turn.result, channel="commentary",
                     recipient="assistant", name=f"functions.{name}")]
     return [*messages, Message("assistant", turn.answer, channel="final")]
-
 
 # %%
 turn = Turn("tool", "What is the weather in Oslo?",
@@ -751,7 +743,7 @@ for message in answer_messages(turn, "low"):
 # choosing one of twenty. Half of all names are therefore made up on the
 # spot: the only way to say one is to look where it was said.
 
-# %% tags=["export:lessons"]
+# %% tags=["export:training/lessons"]
 SYLLABLES = ("ba", "bo", "da", "di", "fe", "fo", "ga", "ku", "la", "li",
              "lo", "ma", "mo", "na", "ni", "pa", "po", "ra", "ri", "ro",
              "sa", "si", "ta", "to", "va", "vi", "wa", "ya", "zu", "zo")
@@ -786,7 +778,6 @@ def a_date(rng: random.Random) -> str:
     return (f"20{rng.randrange(23, 31)}-{rng.randrange(1, 13):02}-"
             f"{rng.randrange(1, 29):02}")
 
-
 # %%
 rng = random.Random(0)
 print([made_up(rng) for _ in range(6)], a_date(rng))
@@ -799,7 +790,7 @@ print([made_up(rng) for _ in range(6)], a_date(rng))
 # from the last. The school method goes the other way, from the ones on, and
 # writes the carry down. That is what the analysis channel is for.
 
-# %% tags=["export:lessons"]
+# %% tags=["export:training/lessons"]
 COLUMNS = ("ones", "tens", "hundreds", "thousands")
 
 
@@ -847,12 +838,11 @@ def sum_thoughts(a: int, b: int, sign: str) -> tuple[str, str, str]:
     check = worked(result, y, "-" if sign == "+" else "+")
     return short, full, f"{full}. Check: {check}, right."
 
-
 # %%
 for think in sum_thoughts(285, 347, "-"):
     print(think)
 
-# %% tags=["export:lessons"]
+# %% tags=["export:training/lessons"]
 SUMS = {
     "+": ("What is {a} + {b}?", "{a} + {b}", "What is {a} plus {b}?",
           "Add {b} to {a}.", "How much is {a} plus {b}?",
@@ -894,7 +884,6 @@ def sum_turn(rng: random.Random) -> Turn:
                 sum_thoughts(a, b, sign), f"{a} {sign} {b} = {result}",
                 held=shelf(sum_key(a, sign, b)), facts={"result": result})
 
-
 # %%
 turn = sum_turn(random.Random(3))
 print(turn.ask, "|", turn.answer)
@@ -902,7 +891,7 @@ print(turn.ask, "|", turn.answer)
 # %% [markdown]
 # ### Stories on request
 
-# %% tags=["export:lessons"]
+# %% tags=["export:training/lessons"]
 STORY_ASKS = (
     ("Tell me a story.", ()),
     ("Please tell me a story.", ()),
@@ -927,7 +916,6 @@ def story_turn(rng: random.Random) -> Turn:
                 held=shelf(cast_key(cast)),
                 facts={slot: cast[slot] for slot in slots})
 
-
 # %%
 turn = story_turn(random.Random(1))
 print(turn.ask, "|", turn.think[2])
@@ -938,7 +926,7 @@ print(turn.ask, "|", turn.think[2])
 # Topic, how it is told, how it is asked for, how it is answered, and what
 # value it can have.
 
-# %% tags=["export:lessons", "hide-input"]
+# %% tags=["hide-input", "export:training/lessons"]
 FACTS = (
     ("your name", "My name is {x}.", "What is my name?",
      "Your name is {x}.", a_name),
@@ -969,8 +957,7 @@ FACTS = (
 )
 NOTED = ("I will remember that.", "Good to know.", "I will not forget it.")
 
-
-# %% tags=["export:lessons"]
+# %% tags=["export:training/lessons"]
 def telling(rng: random.Random, told: Sequence[tuple[str, str]]) -> Turn:
     """The user tells facts: (topic, sentence) pairs."""
     topics = " and ".join(topic for topic, _ in told)
@@ -1021,7 +1008,6 @@ def unknown_turn(rng: random.Random) -> Turn:
                  f"The user asks for {topic}. The user has not said it."),
                 "You have not told me.")
 
-
 # %%
 for turn in recall_turns(random.Random(2)):
     print(turn.ask, "|", turn.answer)
@@ -1037,7 +1023,7 @@ for turn in recall_turns(random.Random(2)):
 # with that. So half of the names get another verb, like `run_weather`, and
 # guessing no longer pays. What is left to learn is to read.
 
-# %% tags=["export:lessons"]
+# %% tags=["export:training/kits"]
 @dataclass(frozen=True)
 class Kit:
     """A tool in all its guises.
@@ -1060,8 +1046,7 @@ class Kit:
     answer: str
     draw: Callable[[random.Random], tuple[list, str]]
 
-
-# %% tags=["export:lessons", "hide-input"]
+# %% tags=["hide-input", "export:training/kits"]
 TEXT, NUMBER, FLAG = ({"type": kind} for kind in
                       ("string", "number", "boolean"))
 VERBS = ("get", "do", "run", "call", "use", "new", "my", "try", "ask", "the")
@@ -1201,8 +1186,7 @@ KITS = {
                      f"{rng.choice(WORDS['thing'])}")),
 }
 
-
-# %% tags=["export:lessons"]
+# %% tags=["export:training/kits"]
 def disguise(rng: random.Random, key: str) -> tuple[Tool, list[str]]:
     """A tool as one conversation sees it, and its parameters' names."""
     kit, properties = KITS[key], {}
@@ -1229,7 +1213,7 @@ def tool_key(key: str, values: Sequence) -> str:
             for v in values]
     return " ".join([key, *said]) if said else ""
 
-
+# %% tags=["export:training/conversations"]
 def tool_turn(rng: random.Random, key: str, tool: Tool,
               names: Sequence[str]) -> Turn:
     """A question that `tool`, the kit `key` in disguise, can answer."""
@@ -1254,7 +1238,6 @@ def tool_turn(rng: random.Random, key: str, tool: Tool,
     return Turn("tool", ask, think, answer, (tool.name, arguments), result,
                 held=shelf(tool_key(key, values)))
 
-
 # %%
 rng = random.Random(4)
 for _ in range(2):
@@ -1266,7 +1249,7 @@ for _ in range(2):
 # Two more turns need to know the tools: a question for which the right tool
 # is missing, and one for the date, which the system message may give.
 
-# %% tags=["export:lessons"]
+# %% tags=["export:training/conversations"]
 def missing_turn(rng: random.Random, given: Sequence[str]) -> Turn:
     """A question for which a tool would be needed that is not given."""
     keys = [key for key in KITS if key not in (*given, "date")]
@@ -1293,14 +1276,13 @@ def date_turn(rng: random.Random, date: str | None) -> Turn:
                  f"The user asks for the date. The system message says: "
                  f"{found}."), answer)
 
-
 # %%
 print(missing_turn(random.Random(5), ["weather"]).ask)
 
 # %% [markdown]
 # ### Small talk, and what is beyond it
 
-# %% tags=["export:lessons", "hide-input"]
+# %% tags=["hide-input", "export:training/conversations"]
 TALK = (
     (("Hello!", "Hi", "Good morning!", "Hello there."), "A greeting.",
      ("Hello! What can I do for you?", "Hello! Shall I tell you a story?")),
@@ -1343,7 +1325,6 @@ def beyond_turn(rng: random.Random) -> Turn:
                  "This is beyond me."),
                 "I am too small to know that.")
 
-
 # %%
 print(beyond_turn(random.Random(6)).ask)
 
@@ -1353,7 +1334,7 @@ print(beyond_turn(random.Random(6)).ask)
 # Between a fact and the question for it stand other turns: none, a few short
 # ones, or stories that are longer than two windows.
 
-# %% tags=["export:lessons"]
+# %% tags=["export:training/conversations"]
 SIMPLE = {"sum": sum_turn, "story": story_turn, "talk": talk_turn,
           "beyond": beyond_turn, "unknown": unknown_turn,
           "telling": telling_turn}
@@ -1398,8 +1379,7 @@ def fillers(rng: random.Random, far: bool, given: Given) -> list[Turn]:
     return [unheld(lambda kind=kind: turn_of(rng, kind, given))
             for kind in kinds]
 
-
-# %% tags=["export:lessons"]
+# %% tags=["export:training/conversations"]
 def turns_for(rng: random.Random, kind: str, given: Given) -> list[Turn]:
     """The turns of a conversation whose last one is of `kind`."""
     if kind in ("recall", "far"):
@@ -1469,8 +1449,7 @@ def assemble(rng: random.Random, kind: str, turns: Sequence[Turn],
                   last.facts | {"answer": last.answer, "effort": effort,
                                 "call": last.call}, frozenset(muted))
 
-
-# %% tags=["export:lessons"]
+# %% tags=["export:training/conversations"]
 MIX = {"story": 12, "sum": 26, "tool": 29, "recall": 8, "far": 13,
        "unknown": 2, "telling": 1, "talk": 1, "beyond": 2, "missing": 4,
        "date": 1, "after": 1}
@@ -1504,7 +1483,6 @@ def lesson_stream(seed: int, hold_out: bool | str = False,
             one = lesson(rng, kind)
         yield one
 
-
 # %%
 shown = next(lesson_stream(11, mix={"tool": 1}))
 for message in shown.messages[1:]:
@@ -1527,25 +1505,13 @@ for message in shown.messages[1:]:
 # each on which shelf it lies. `rows` sends all that is ever trained on
 # through it, so a run that ends has proved it for itself.
 
-# %% tags=["export:leaks"]
+# %% tags=["export:training/leaks"]
 import re
 from collections.abc import Iterator
 
-from gptoss.errors import Error
-from gptoss.lessons import (
-    FACTS,
-    KITS,
-    LANGUAGES,
-    MONEY,
-    NOTES,
-    ROOMS,
-    SUMS,
-    THINGS,
-    Lesson,
-    sum_key,
-    tool_key,
-)
-from gptoss.stories import BEATS, WORDS, cast_key, line_pattern, shelf
+from gptoss.weights.errors import Error
+
+
 
 
 class LeakError(Error):
@@ -1588,7 +1554,6 @@ def sums_in(text: str) -> Iterator[str]:
         for found in line.finditer(text) if part in text else ():
             yield sum_key(int(found["a"]), sign, int(found["b"]))
 
-
 # %%
 print(sorted({*sums_in("Add 5 to 40. 45-5: ones 5-5=0, tens 4=4.")} - {""}))
 
@@ -1597,7 +1562,7 @@ print(sorted({*sums_in("Add 5 to 40. 45-5: ones 5-5=0, tens 4=4.")} - {""}))
 # kite" in it; that is more than the cast, never less. Facts and questions for
 # tools are the templates read backwards.
 
-# %% tags=["export:leaks"]
+# %% tags=["export:training/leaks"]
 OPENINGS = [line_pattern(line, {}) for line in BEATS[0][1]]
 PLANS = [line_pattern(line, {}) for line in (
     "{hero} lost a {colour} {thing}", "{hero} the {kind} loses the {colour} "
@@ -1632,8 +1597,7 @@ def facts_in(text: str) -> Iterator[str]:
         for x in line.findall(text) if part in text else ():
             yield f"{topic} {x}"
 
-
-# %% tags=["export:leaks"]
+# %% tags=["export:training/leaks"]
 def question_pattern(key: str, line: str) -> re.Pattern:
     """A question for the kit `key`, with a named group for each value."""
     kinds = [schema["type"] for _, schema, _ in KITS[key].parameters]
@@ -1688,7 +1652,6 @@ def story_without_leaks(text: str) -> str:
         raise LeakError(f"a plain story: {found}")
     return text
 
-
 # %% [markdown]
 # Two thousand lessons pass. A check that never fails proves nothing, so we
 # plant what must be found: a question that is kept back, of each kind, told
@@ -1707,16 +1670,16 @@ for planted in (f"What is {kept} + 250?", f"Check: {kept + 250}-250: ones",
 # %% [markdown]
 # ### A tokenizer of fifteen hundred tokens
 
-# %% tags=["export"]
-from gptoss.harmony import (
+# %% tags=["export:training/rows"]
+from gptoss.text.tokenizer import (
     ALPHABET,
-    CHAT_TEMPLATE,
     NAMED,
     PATTERN,
     RANKS,
     Tokenizer,
     tokenizer_json,
 )
+from gptoss.text.template import CHAT_TEMPLATE
 
 CONTROL = 21  # control tokens, in the order of o200k_harmony
 
@@ -1762,7 +1725,6 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> str:
                for token in range(len(ranks), vocab_size)}
     return tokenizer_json(ranks, control)
 
-
 # %% [markdown]
 # Digits are kept out of the texts that the merges are learnt from. Each digit
 # then stays a token of its own, and column arithmetic is about tokens rather
@@ -1785,12 +1747,12 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> str:
 # of the questions put the word in quotes, as English does; and some rows
 # below practise nothing but such twins.
 
-# %% tags=["export"]
+# %% tags=["export:training/rows"]
 import random
 import re
 
-from gptoss.lessons import lesson_stream
-from gptoss.stories import WORDS, story_stream
+
+
 
 BREAK = re.compile(r"\d+| (?=[A-Z])|\.(?=[a-z])")
 QUOTED = WORDS["thing"] + WORDS["colour"] + WORDS["kind"]
@@ -1809,7 +1771,6 @@ def sample_texts(count: int, seed: int = 7) -> list[str]:
     texts += [part for _ in range(count // 4)
               for part in BREAK.split(next(told))]
     return texts + [word for word in QUOTED for _ in range(count // 4)]
-
 
 # %%
 vocabulary = Tokenizer(train_tokenizer(sample_texts(800), 1024))
@@ -1840,15 +1801,15 @@ for name in (made_up(rng) for _ in range(100)):
 # nothing, and neither does the text of an old sum: learning to say 632
 # without the working is what the analysis exists to avoid.
 
-# %% tags=["export"]
+# %% tags=["export:training/rows"]
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from gptoss.harmony import render_message
-from gptoss.leaks import story_without_leaks, without_leaks
-from gptoss.lessons import Lesson, column
+from gptoss.text.harmony import render_message
+
+
 
 Row = tuple[list[int], list[float]]
 READ = 0.2  # weight of a token that the model only reads
@@ -1947,7 +1908,6 @@ def rows(tokenizer: Tokenizer, seed: int, easy: int = 0,
             made += 1
             yield row
 
-
 # %%
 ids, weights = lesson_row(vocabulary, shown)
 own = [t for t, weight in zip(ids, weights, strict=True) if weight == 1]
@@ -1961,7 +1921,7 @@ print("a table:", vocabulary.decode(table_row(
 # padding: 400 rows are sorted and cut into batches of at most so many tokens,
 # and the batches are shuffled.
 
-# %% tags=["export"]
+# %% tags=["export:training/rows"]
 def padded(group: list[Row]) -> tuple[Tensor, Tensor]:
     """Tokens (B, T) int64 and weights (B, T), zero beyond each row."""
     shape = len(group), max(len(ids) for ids, _ in group)
@@ -1987,7 +1947,6 @@ def batches(source: Iterator[Row], seed: int, size: int, pool: int = 400
         rng.shuffle(groups)
         yield from map(padded, groups)
 
-
 # %%
 source = batches(rows(vocabulary, seed=0), seed=0, size=2500)
 some = [next(source) for _ in range(50)]
@@ -1997,12 +1956,12 @@ print(f"{filled / sum(t.numel() for t, _ in some):.2f} of a batch is text")
 # %% [markdown]
 # ### The loss: the next token, and a fair share for every expert
 
-# %% tags=["export"]
+# %% tags=["export:training/train"]
 import torch.nn.functional as F
 from torch import nn
 
-from gptoss.model import GptOss
-from gptoss.routing import expert_load, top_logits
+from gptoss.model.transformer import GptOss
+from gptoss.moe.routing import expert_load, top_logits
 
 
 def weighted_loss(model: GptOss, tokens: Tensor, weights: Tensor
@@ -2060,7 +2019,6 @@ class RouterTap:
         taken, self.logits = self.logits, []
         return taken
 
-
 # %% [markdown]
 # Two extremes of {eq}`train-balance`, for 8 experts and 2 per token: logits
 # that prefer nobody, and logits that always prefer the same two.
@@ -2076,8 +2034,8 @@ assert abs(load_balance(greedy, 2) - 8 / 2) < 0.01
 # %% [markdown]
 # ### Where the weights start
 
-# %% tags=["export"]
-from gptoss.config import GptOssConfig
+# %% tags=["export:training/pocket"]
+from gptoss.weights.config import GptOssConfig
 
 
 def pocket_config(vocab_size: int = 1536) -> GptOssConfig:
@@ -2091,7 +2049,7 @@ def pocket_config(vocab_size: int = 1536) -> GptOssConfig:
         max_position_embeddings=2048,
         eos_token_id=special["return"], pad_token_id=special["endoftext"])
 
-
+# %% tags=["export:training/planting"]
 def start_at_random(model: GptOss, seed: int) -> None:
     """Draw the matrices from normal(0, 1 / columns), in place.
 
@@ -2105,7 +2063,6 @@ def start_at_random(model: GptOss, seed: int) -> None:
             scale = parameter.shape[-1] ** -0.5
             nn.init.normal_(parameter, std=scale, generator=generator)
 
-
 # %% [markdown]
 # And now the two heads of the derivation, once for each of the two key/value
 # heads. The first half of the residual stream belongs to the token itself,
@@ -2113,9 +2070,9 @@ def start_at_random(model: GptOss, seed: int) -> None:
 # another rotation. `look_back` is step 1, `look_for` the attention of step 2,
 # and `carry` says what a head takes along and where it puts it.
 
-# %% tags=["export"]
-from gptoss.layers import Attention
-from gptoss.rope import rope_parameters
+# %% tags=["export:training/planting"]
+from gptoss.model.layers import Attention
+from gptoss.attention.rope import rope_parameters
 
 PULL = (8.0, 8.0, 4.0)  # on the score, of the three fastest pairs
 
@@ -2160,8 +2117,7 @@ def look_for(attention: Attention, config: GptOssConfig, group: int,
     beside = half + group * C + torch.arange(len(slow))
     keys[group * C + slow, beside] = 4.0
 
-
-# %% tags=["export"]
+# %% tags=["export:training/planting"]
 def carry(attention: Attention, group: int, head: int, token: Tensor,
           out: Tensor, start: int) -> None:
     """What `head` of `group` sees, it writes from `start` on."""
@@ -2202,7 +2158,6 @@ def plant_copying(model: GptOss, seed: int) -> None:
             look_for(layer.self_attn, config, *place, inner[at])
             carry(layer.self_attn, *place, inner[at], 1.3 * outer[at].T, half)
 
-
 # %% [markdown]
 # Not a step has been trained, and the planted model copies: given text
 # without sense whose pieces come again, it finds the continuation. (Nats per
@@ -2223,8 +2178,8 @@ for name in ("at random", "planted"):
 # Figure: where two planted heads look, token by token, on a sentence said
 # twice. In layer 0 all look at the token before: a line beside the diagonal.
 # In layer 1 the second sentence looks at the first, one place further on.
-from gptoss.rope import apply_rope, rope_tables
-from gptoss.sinks import softmax_with_sink
+from gptoss.attention.rope import apply_rope, rope_tables
+from gptoss.attention.sinks import softmax_with_sink
 
 
 def looks(layer: int, tokens: Tensor) -> Tensor:
@@ -2270,7 +2225,7 @@ plt.show()
 # %% [markdown]
 # ### Weights that live on the grid
 
-# %% tags=["export"]
+# %% tags=["export:training/train"]
 from torch.nn.utils import parametrize
 
 from gptoss import mxfp4
@@ -2292,7 +2247,6 @@ def put_on_grid(model: GptOss) -> None:
             parametrize.register_parametrization(
                 layer.mlp.experts, name, OnGrid())
 
-
 # %%
 weight = torch.randn(4, 64, requires_grad=True)
 rounded = OnGrid()(weight)
@@ -2312,7 +2266,7 @@ print(torch.equal(weight.grad, torch.arange(64.0).expand(4, 64)))
 # the third, 15 % of the rows are tables: twenty-odd columns in a row of the
 # same length. From the middle of the second on, the experts are on the grid.
 
-# %% tags=["export"]
+# %% tags=["export:training/train"]
 import math
 import time
 from collections.abc import Callable
@@ -2370,8 +2324,7 @@ class Recipe:
         cosine = (1 + math.cos(math.pi * done)) / 2
         return peak * (floor + (1 - floor) * cosine)
 
-
-# %% tags=["export"]
+# %% tags=["export:training/train"]
 def optimizer_for(model: GptOss, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW; biases, sinks and norms are not decayed towards zero."""
     vectors = ("bias", "sinks", "norm.weight")
@@ -2383,8 +2336,7 @@ def optimizer_for(model: GptOss, recipe: Recipe) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=recipe.rates[0],
                              betas=(0.9, 0.98))
 
-
-# %% tags=["export"]
+# %% tags=["export:training/train"]
 def train(model: GptOss, source: Iterator[tuple[Tensor, Tensor]],
           recipe: Recipe,
           report: Callable[[dict], None] = lambda entry: None) -> None:
@@ -2416,7 +2368,6 @@ def train(model: GptOss, source: Iterator[tuple[Tensor, Tensor]],
                 "balance": balance.item(), "norm": norm.item(),
                 "seconds": time.perf_counter() - begin} | extra)
     tap.close()
-
 
 # %% [markdown]
 # Sixty steps of a very small model on stories, once with the balance loss and
@@ -2459,7 +2410,7 @@ plt.show()
 # Training holds every weight in fp32, experts as $w$ and not as $Q(w)$. The
 # file gets the released layout: $Q(w)$ in four bits, the rest in bf16.
 
-# %% tags=["export"]
+# %% tags=["export:training/pocket"]
 def released_tensors(model: GptOss) -> Iterator[tuple[str, Tensor]]:
     """The model's tensors as the released layout stores them: experts in
     MXFP4 blocks and scales, everything else in bf16."""
@@ -2479,7 +2430,6 @@ def plain_state(model: GptOss) -> dict[str, Tensor]:
     return {name.replace("parametrizations.", "").replace(".original", ""):
             value for name, value in state.items()}
 
-
 # %%
 tensors = dict(released_tensors(model))
 for name in ("model.layers.0.mlp.experts.down_proj_blocks",
@@ -2495,7 +2445,7 @@ for name in ("model.layers.0.mlp.experts.down_proj_blocks",
 # reads the tokens with chapter 11's parser, hands back the tool's result if
 # the call was right, and judges the final text.
 
-# %% tags=["export:exams"]
+# %% tags=["export:training/exams"]
 import json
 import math
 from collections.abc import Sequence
@@ -2503,19 +2453,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-from gptoss.generate import Sampler, generate_batch
-from gptoss.harmony import (
-    CHANNELS,
-    EFFORTS,
-    Message,
-    StreamParser,
-    Tokenizer,
-    render,
-)
-from gptoss.lessons import NOTED, TALK, Lesson, lesson_stream
-from gptoss.model import GptOss
-from gptoss.stories import CAST_SLOTS, read_story
-from gptoss.turn import STOPS
+from gptoss.text.sampling import Sampler
+from gptoss.text.generate import generate_batch
+from gptoss.text.harmony import CHANNELS, EFFORTS, Message, render
+from gptoss.text.parser import StreamParser
+from gptoss.text.tokenizer import Tokenizer
+
+from gptoss.model.transformer import GptOss
+
+from gptoss.chat.turn import STOPS
 
 
 @dataclass
@@ -2565,8 +2511,7 @@ def right_call(message: Message, lesson: Lesson) -> bool:
     return (message.recipient == f"functions.{name}" and found == arguments
             and message.content_type == "<|constrain|>json")
 
-
-# %% tags=["export:exams"]
+# %% tags=["export:training/exams"]
 def answers(model: GptOss, tokenizer: Tokenizer, prompts: list[list[int]],
             most: int) -> list[tuple[list[int], list[Message]]]:
     """The greedy continuation of each prompt, as ids and as messages."""
@@ -2636,8 +2581,7 @@ def grade(marks: Sequence[Mark]) -> float:
     """The share that was right."""
     return sum(mark.right for mark in marks) / len(marks)
 
-
-# %% tags=["export:exams"]
+# %% tags=["export:training/exams"]
 def error_bar(right: int, count: int, z: float = 1.96) -> list[float]:
     """Wilson's 95 % interval for a share of `right` in `count`: from where
     to where the share over all such questions may well lie."""
@@ -2666,7 +2610,6 @@ def report_card(model: GptOss, tokenizer: Tokenizer, kinds: Sequence[str],
             card[kind][effort] = round(sum(found) / max(1, len(found)), 1)
     return card
 
-
 # %% [markdown]
 # The examiner can be examined too: a model that has learnt nothing passes
 # nothing, and every reference answer passes.
@@ -2688,15 +2631,15 @@ for kind in ("story", "sum", "tool", "far", "talk"):
 # stretches with a short examination at each thousandth step, the files, and
 # a long examination of the files.
 
-# %% tags=["export"]
+# %% tags=["export:training/pocket"]
 import json
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from gptoss.checkpoint import write_checkpoint
-from gptoss.exams import MILESTONE, report_card
-from gptoss.lessons import SECOND, THIRD
+from gptoss.weights.write import write_checkpoint
+
+
 
 
 MILESTONES = ("story", "sum", "tool", "far")
@@ -2754,8 +2697,7 @@ def milestone(model: GptOss, tokenizer: Tokenizer, step: int) -> dict:
     card = report_card(model, tokenizer, MILESTONES, 40, seed, held)
     return {"step": step} | {kind: card[kind]["right"] for kind in card}
 
-
-# %% tags=["export"]
+# %% tags=["export:training/pocket"]
 def write_pocket(out: Path, model: GptOss, vocabulary: str, recipe: Recipe,
                  log: list[dict], marks: list[dict], count: int = 200
                  ) -> None:
@@ -3029,7 +2971,7 @@ assert torch.isclose(theirs, 2 * ours)
 # keeps 16 bytes per parameter: the weight, its gradient and two moments.
 
 # %%
-from gptoss.config import active_parameters, total_parameters  # noqa: E402
+from gptoss.weights.sizes import active_parameters, total_parameters
 
 for name, config in (("pocket", pocket.config),
                      ("20b", GptOssConfig.gpt_oss_20b()),

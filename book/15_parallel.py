@@ -33,7 +33,8 @@ import os
 
 import matplotlib.pyplot as plt
 
-from gptoss.config import GptOssConfig, bytes_read_per_token
+from gptoss.weights.config import GptOssConfig
+from gptoss.weights.sizes import bytes_read_per_token
 
 os.environ["GPTOSS_KERNELS"] = "torch"  # the same on every processor
 plt.style.use("_static/book.mplstyle")
@@ -112,8 +113,8 @@ plt.show()
 import torch
 from torch.func import functional_call
 
-from gptoss.layers import Attention
-from gptoss.rope import rope_parameters, rope_tables
+from gptoss.model.layers import Attention
+from gptoss.attention.rope import rope_parameters, rope_tables
 
 torch.manual_seed(0)
 small = GptOssConfig(
@@ -317,13 +318,13 @@ for R in (2, 3, 4, 8):
 # the last has what is left. In the gathering all must give equally much, so
 # there the last one fills up with zeros, which fall away again.
 
-# %% tags=["export:shards"]
+# %% tags=["export:parallel/shards"]
 import math
 from dataclasses import dataclass
 
-from gptoss.config import GptOssConfig
-from gptoss.errors import Error
-from gptoss.mxfp4 import BLOCK
+from gptoss.weights.config import GptOssConfig
+from gptoss.weights.errors import Error
+from gptoss.weights.mxfp4 import BLOCK
 
 
 class ParallelError(Error, RuntimeError):
@@ -357,8 +358,7 @@ class MeshRank:
         """Which of the slices of F."""
         return self.tp_rank % self.slices
 
-
-# %% tags=["export:shards"]
+# %% tags=["export:parallel/shards"]
 def hidden_slices(config: GptOssConfig, tensors: int) -> int:
     """Into how many slices F is cut for so many ranks: as many as divide
     both the ranks and the MXFP4 blocks of F; groups of experts do the rest.
@@ -402,7 +402,6 @@ def mesh_rank(config: GptOssConfig, rank: int, world: int,
     return MeshRank(rank % tensors, tensors, rank // tensors, stages,
                 hidden_slices(config, tensors))
 
-
 # %%
 for world, stages in ((2, 1), (8, 1), (8, 2)):
     print(world, stages, mesh_rank(big, world - 1, world, stages))
@@ -419,7 +418,7 @@ except ParallelError as error:
 # and KV for the G C rows of the key heads. A second table, `owned`, says what
 # a rank has of each letter.
 
-# %% tags=["export:shards"]
+# %% tags=["export:parallel/shards"]
 # End of a tensor's name; what each dimension is cut by (- not at all); and
 # by which coordinate only rank 0 holds it: among all of the stage, or among
 # those that share an expert. The others have zeros: a bias is added once.
@@ -456,8 +455,7 @@ def shard_rule(name: str) -> tuple[tuple[str, ...], str]:
             return tuple(letters.split()), holder
     raise ParallelError(f"{name}: expected a tensor that SHARDS names")
 
-
-# %% tags=["export:shards"]
+# %% tags=["export:parallel/shards"]
 from functools import lru_cache
 
 
@@ -485,7 +483,6 @@ def owned(config: GptOssConfig, mesh: MeshRank) -> dict[str, slice]:
         "F/32": share(*blocks), "F": share(*blocks, BLOCK),
         "2F": share(*blocks, 2 * BLOCK)}
 
-
 # %%
 for rank in (0, 1, 7):
     mine = owned(big, mesh_rank(big, rank, 8))
@@ -511,11 +508,11 @@ print("one token more:", [len(range(201089)[owned(more, mesh_rank(
 # 20b the embedding is as heavy as 2.4 layers, and so is the head, so the
 # outer stages get fewer:
 
-# %% tags=["export:shards"]
+# %% tags=["export:parallel/shards"]
 import re
 from itertools import accumulate
 
-from gptoss.checkpoint import TensorSpec, tensor_table
+from gptoss.weights.layout import TensorSpec, tensor_table
 
 
 def layer_of(name: str) -> int | None:
@@ -549,7 +546,6 @@ def on_stage(config: GptOssConfig, mesh: MeshRank, name: str) -> bool:
         return layer in stage_layers(config, mesh.pp_size)[mesh.pp_rank]
     return mesh.pp_rank == (0 if "embed_tokens" in name else mesh.pp_size - 1)
 
-
 # %%
 for stages in (1, 2, 4, 8):
     print([len(layers) for layers in stage_layers(big, stages)])
@@ -559,7 +555,7 @@ for stages in (1, 2, 4, 8):
 # described as one: fewer layers, heads and experts, a smaller F. The
 # vocabulary stays, and so do the positions.
 
-# %% tags=["export:shards"]
+# %% tags=["export:parallel/shards"]
 from dataclasses import replace
 
 
@@ -579,7 +575,6 @@ def rank_config(config: GptOssConfig, mesh: MeshRank) -> GptOssConfig:
         num_experts_per_tok=min(config.num_experts_per_tok, mine["E"]),
         intermediate_size=mine["F"])
 
-
 # %%
 config = rank_config(big, mesh_rank(big, 7, 16, 2))
 print(config.num_hidden_layers, "layers,", config.num_attention_heads,
@@ -597,11 +592,12 @@ print(config.num_hidden_layers, "layers,", config.num_attention_heads,
 # of 4 KiB, so of these two it may read more than is taken. With groups of
 # whole experts that is only `o_proj`.
 
-# %% tags=["export:shards"]
+# %% tags=["export:parallel/shards"]
 import torch
 from torch import Tensor
 
-from gptoss.checkpoint import DTYPES, Checkpoint
+from gptoss.weights.layout import DTYPES
+from gptoss.weights.checkpoint import Checkpoint
 
 
 def cut(config: GptOssConfig, mesh: MeshRank, spec: TensorSpec
@@ -646,7 +642,6 @@ class Shard:
         self.bytes_read += part.nbytes
         return part
 
-
 # %%
 from importlib.resources import files
 
@@ -669,7 +664,7 @@ with Checkpoint.open(POCKET) as checkpoint:
 # Five things, and the modules below know no others. In a world of one they
 # say nothing.
 
-# %% tags=["export:collectives"]
+# %% tags=["export:parallel/collectives"]
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -678,8 +673,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gptoss.config import GptOssConfig
-from gptoss.shards import MeshRank, ParallelError, mesh_rank
+from gptoss.weights.config import GptOssConfig
+
 
 
 class Group:
@@ -716,13 +711,12 @@ class Group:
         """What the last stage has in x, on all stages."""
         return x
 
-
 # %% [markdown]
 # The real one goes through `torch.distributed`. A rank that has died makes
 # the next collective of the others fail (gloo notices the closed connection,
 # NCCL after a timeout); what it raises becomes one line.
 
-# %% tags=["export:collectives"]
+# %% tags=["export:parallel/collectives"]
 @contextmanager
 def _told(mesh: MeshRank) -> Iterator[None]:
     """A collective that fails is told in a line."""
@@ -735,8 +729,7 @@ def _told(mesh: MeshRank) -> Iterator[None]:
             f"{mesh.pp_rank} of {mesh.pp_size}: lost the others: one has "
             f"ended or hangs ({why})") from error
 
-
-# %% tags=["export:collectives"]
+# %% tags=["export:parallel/collectives"]
 class TorchGroup(Group):
     """A group of processes: NCCL on GPUs, gloo on CPUs.
 
@@ -783,7 +776,6 @@ class TorchGroup(Group):
                                group_src=self.mesh.pp_size - 1)
         return x
 
-
 # %% [markdown]
 # ### A rehearsal with threads
 #
@@ -792,7 +784,7 @@ class TorchGroup(Group):
 # mesh, files and modules, no processes. The tests hold many splits to the
 # whole model this way.
 
-# %% tags=["export:collectives"]
+# %% tags=["export:parallel/collectives"]
 import json
 from queue import SimpleQueue
 from threading import Barrier, BrokenBarrierError, Thread
@@ -842,8 +834,7 @@ class ThreadGroup(Group):
         told = self._tp.all(self.mesh.tp_rank, told)[0]
         return json.loads(self._pp.all(self.mesh.pp_rank, told)[0])
 
-
-# %% tags=["export:collectives"]
+# %% tags=["export:parallel/collectives"]
 def rehearse(config: GptOssConfig, world: int, stages: int,
              work: Callable[[MeshRank, Group], object]) -> list:
     """work(mesh, group) for all ranks at once, as threads; the results.
@@ -875,7 +866,6 @@ def rehearse(config: GptOssConfig, world: int, stages: int,
         raise (real or failed)[0]
     return results
 
-
 # %%
 def meet(mesh: MeshRank, group: Group) -> tuple[float, list[float]]:
     """A rank that says its number."""
@@ -893,7 +883,7 @@ print(rehearse(pocket, 4, 1, meet)[3])
 # a command that refuses should answer at once. So these two questions have a
 # module of their own, which needs nothing.
 
-# %% tags=["export:launch"]
+# %% tags=["export:parallel/launch"]
 import os
 import re
 
@@ -911,7 +901,6 @@ def process_rank() -> int:
     several = launched() > 1 and re.fullmatch("[0-9]{1,9}", rank)
     return int(rank) if several else 0
 
-
 # %%
 print(launched(), process_rank())
 
@@ -923,7 +912,7 @@ print(launched(), process_rank())
 # does not. A chat asks before every token (chapter 12), so a key is thrown
 # away by the last rank that has read it.
 
-# %% tags=["export:collectives"]
+# %% tags=["export:parallel/collectives"]
 import os
 from functools import lru_cache
 
@@ -988,8 +977,7 @@ class World:
             mesh_dim_names=("pp", "tp"))
         return TorchGroup(mesh, device_mesh, self.same)
 
-
-# %% tags=["export:collectives"]
+# %% tags=["export:parallel/collectives"]
 @lru_cache(maxsize=1)
 def join(kind: str = "cpu", timeout: timedelta = TIMEOUT) -> World:
     """Meet the other processes that torchrun started, once.
@@ -1019,7 +1007,6 @@ def leave() -> None:
         dist.destroy_process_group()
         join.cache_clear()
 
-
 # %% [markdown]
 # ### Modules that own a part
 #
@@ -1029,23 +1016,18 @@ def leave() -> None:
 # it needs. The experts must also leave out the tokens that chose experts of
 # other groups.
 
-# %% tags=["export:split"]
+# %% tags=["export:parallel/split"]
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from gptoss.collectives import Group
-from gptoss.config import GptOssConfig
-from gptoss.experts import Experts
-from gptoss.model import Attention, GptOss, Linear
-from gptoss.shards import (
-    MeshRank,
-    owned,
-    rank_config,
-    stage_layers,
-    vocabulary_rows,
-)
+
+from gptoss.weights.config import GptOssConfig
+from gptoss.model.layers import Experts
+from gptoss.model.layers import Attention, Linear
+from gptoss.model.transformer import GptOss
+
 
 
 @dataclass(frozen=True)
@@ -1098,8 +1080,7 @@ class SplitAttention(Attention):
     def forward(self, *inputs) -> Tensor:
         return self.group.all_reduce(super().forward(*inputs))
 
-
-# %% tags=["export:split"]
+# %% tags=["export:parallel/split"]
 class SplitExperts(Experts):
     """Some experts, or slices of them; what they give is summed."""
 
@@ -1140,14 +1121,13 @@ class SplitHead(Linear):
         logits = self.group.all_gather(mine)[..., :self.vocabulary]
         return self.group.broadcast_last(logits)
 
-
 # %% [markdown]
 # ### What stands where another stage works
 #
 # Four stand-ins: one takes the stream from the stage before, one hands it on,
 # one takes the logits from the last stage, and one does nothing.
 
-# %% tags=["export:split"]
+# %% tags=["export:parallel/split"]
 class FromStageBefore(nn.Module):
     """In place of the embedding: the stream as the stage before left it."""
 
@@ -1196,7 +1176,6 @@ class FromLastStage(nn.Module):
         return self.group.broadcast_last(
             x.new_empty(*x.shape[:2], self.vocabulary))
 
-
 # %% [markdown]
 # ### The same model, with other modules
 #
@@ -1205,11 +1184,11 @@ class FromLastStage(nn.Module):
 # put in. Its `run` is the one of chapter 10: the layers of other stages are
 # there and do nothing, and names stay those of the file.
 
-# %% tags=["export:split"]
+# %% tags=["export:parallel/split"]
 import re
 from collections.abc import Iterator
 
-from gptoss.shards import on_stage
+
 
 # name of a module; what takes its place on its own stage, and on others
 MODULES = (
@@ -1234,7 +1213,6 @@ def replacements(model: nn.Module, part: Partition
     if part.layers.stop < part.whole.num_hidden_layers:
         yield f"layers.{part.layers.stop}", ToNextStage(None, part)
 
-
 # %% [markdown]
 # ### The cache of a rank
 #
@@ -1244,8 +1222,8 @@ def replacements(model: nn.Module, part: Partition
 # would replay fewer, and its keys would come from a stream that was wrong
 # further down.
 
-# %% tags=["export:split"]
-from gptoss.cache import Cache
+# %% tags=["export:parallel/split"]
+from gptoss.model.cache import Cache
 
 
 def rank_cache(config: GptOssConfig, mesh: MeshRank, *options, **more
@@ -1259,13 +1237,14 @@ def rank_cache(config: GptOssConfig, mesh: MeshRank, *options, **more
     return Cache(rank_config(config, mesh), *options, **more,
                  replay=sliding * (config.sliding_window - 1))
 
-
-# %% tags=["export:split"]
+# %% tags=["export:parallel/split"]
 from pathlib import Path
 
-from gptoss.checkpoint import Checkpoint, resolve
-from gptoss.model import load_tensors, pick_dtype
-from gptoss.shards import Shard
+from gptoss.weights.checkpoint import Checkpoint
+from gptoss.weights.hub import resolve
+from gptoss.weights.loading import load_tensors
+from gptoss.model.transformer import pick_dtype
+
 
 
 class SplitGptOss(GptOss):
@@ -1312,7 +1291,6 @@ class SplitGptOss(GptOss):
         model.bytes_read = shard.bytes_read
         return model.eval()
 
-
 # %%
 def parts_of(mesh: MeshRank, group: Group) -> list[str]:
     model = SplitGptOss.part(POCKET, mesh, group, torch.float32)
@@ -1327,12 +1305,7 @@ for rank, parts in enumerate(rehearse(pocket, 4, 2, parts_of)):
 # Under `torchrun` that is all a program has to call: every process gets its
 # own part of the model.
 
-# %% tags=["export:split"]
-from gptoss.collectives import join
-from gptoss.launch import launched, process_rank
-from gptoss.shards import mesh_rank
-
-
+# %% tags=["export:parallel/split"]
 def load_split(path: str | Path, dtype: torch.dtype | str = torch.bfloat16,
                device="cpu", packed: bool = True, stages: int = 1
                ) -> SplitGptOss:
@@ -1349,16 +1322,15 @@ def load_split(path: str | Path, dtype: torch.dtype | str = torch.bfloat16,
         device = torch.device("cuda", torch.cuda.current_device())
     return SplitGptOss.part(folder, mesh, group, dtype, device, packed)
 
-
 # %% [markdown]
 # ### What goes over the links
 #
 # {eq}`parallel-calls` for every rank, and a witness: torch dispatches its
 # collectives as operators, where they can be counted without asking our code.
 
-# %% tags=["export:plan"]
-from gptoss.config import GptOssConfig
-from gptoss.shards import MeshRank, stage_layers, vocabulary_rows
+# %% tags=["export:parallel/plan"]
+from gptoss.weights.config import GptOssConfig
+
 
 
 def traffic(config: GptOssConfig, mesh: MeshRank, tokens: int = 1,
@@ -1382,8 +1354,7 @@ def traffic(config: GptOssConfig, mesh: MeshRank, tokens: int = 1,
              "broadcast_": (int(staged), logits)}
     return {name: call for name, call in calls.items() if call[0]}
 
-
-# %% tags=["export:plan"]
+# %% tags=["export:parallel/plan"]
 from collections import Counter
 
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -1405,7 +1376,6 @@ class Tally(TorchDispatchMode):
             self.counts[name, size] += 1
         return operator(*args, **(kwargs or {}))
 
-
 # %% [markdown]
 # ### A plan
 #
@@ -1416,7 +1386,7 @@ class Tally(TorchDispatchMode):
 # NVLink or 1.0 over PCIe. Those are its tuner's constants for small messages,
 # not measurements of these cards. The reserve is an assumption.
 
-# %% tags=["export:plan"]
+# %% tags=["export:parallel/plan"]
 import math
 from dataclasses import dataclass
 
@@ -1457,20 +1427,16 @@ def expected_most(experts: int, chosen: int, groups: int) -> float:
         expected += 1 - ways[chosen] / every
     return expected
 
-
-# %% tags=["export:plan"]
+# %% tags=["export:parallel/plan"]
 from functools import lru_cache
 
-from gptoss.checkpoint import DTYPES, component_of, tensor_table
-from gptoss.config import bytes_read_per_token, cache_bytes, expert_bytes
-from gptoss.shards import (
-    ParallelError,
-    cut,
-    fits,
-    mesh_rank,
-    on_stage,
-    rank_config,
+from gptoss.weights.layout import DTYPES, component_of, tensor_table
+from gptoss.weights.sizes import (
+    bytes_read_per_token,
+    cache_bytes,
+    expert_bytes,
 )
+
 
 
 @lru_cache(maxsize=256)
@@ -1513,8 +1479,7 @@ def token_seconds(config: GptOssConfig, mesh: MeshRank, card: Card,
                 card.step + share * size / card.link))
     return seconds
 
-
-# %% tags=["export:plan"]
+# %% tags=["export:parallel/plan"]
 @dataclass(frozen=True)
 class Estimate:
     """So many cards for a model: bytes on the fullest of them (0: it divides
@@ -1586,7 +1551,6 @@ def plan_table(name: str, config: GptOssConfig, context: int = 8192) -> str:
                         else f"{'not divisible':>14}"))
     return "\n".join(lines)
 
-
 # %%
 by_hand = (1 * (1 - 2 * 1 / 6) + 2 * (2 * 1 / 6))  # 2 of 4, in two pairs
 assert math.isclose(expected_most(4, 2, 2), by_hand)
@@ -1612,7 +1576,7 @@ assert eight.pipeline < one.pipeline
 # that has to replay. Against one process, in fp32.
 
 # %%
-from gptoss.model import GptOss as Whole  # the package's, in one piece
+from gptoss.model.transformer import GptOss as Whole
 
 model = Whole.from_pretrained(POCKET, dtype=torch.float32)
 tokens = torch.randint(pocket.vocab_size, (1, 90))
@@ -1657,13 +1621,14 @@ PROGRAM = """
 import sys
 import torch
 import torch.distributed as dist
-from gptoss.config import GptOssConfig
-from gptoss.generate import Sampler, generate
-from gptoss.model import GptOss
-from gptoss.collectives import join, leave
-from gptoss.plan import Tally, traffic
-from gptoss.shards import mesh_rank
-from gptoss.split import SplitGptOss
+from gptoss.weights.config import GptOssConfig
+from gptoss.text.sampling import Sampler
+from gptoss.text.generate import generate
+from gptoss.model.transformer import GptOss
+from gptoss.parallel.collectives import join, leave
+from gptoss.parallel.plan import Tally, traffic
+from gptoss.parallel.shards import mesh_rank
+from gptoss.parallel.split import SplitGptOss
 
 path, world, greedy = sys.argv[1], join(), Sampler(temperature=0.0)
 config = GptOssConfig.from_pretrained(path)
@@ -1777,7 +1742,7 @@ for n in (4, 8):
 # afterwards gives the same layer:
 
 # %%
-from gptoss.layers import Experts as WholeExperts
+from gptoss.model.layers import Experts as WholeExperts
 
 
 def expert_layer(mesh: MeshRank, group: Group) -> torch.Tensor:

@@ -61,7 +61,7 @@ plt.style.use("_static/book.mplstyle")
 # leaps, at the weights and heads of layers 0 and 2.
 from importlib.resources import files
 
-from gptoss.parity import report as walk_and_judge
+from gptoss.parity.report import report as walk_and_judge
 
 ROWS = [["norm", "q", "q turned", "weights", "heads", "attention", "middle"],
         ["norm 2", "router", "chosen", "shares", "hidden", "experts",
@@ -132,9 +132,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
-from gptoss.checkpoint import random_tensors, write_checkpoint
-from gptoss.config import GptOssConfig
-from gptoss.model import GptOss
+from gptoss.weights.write import random_tensors, write_checkpoint
+from gptoss.weights.config import GptOssConfig
+from gptoss.model.transformer import GptOss
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -160,7 +160,6 @@ theirs = AutoModelForCausalLM.from_pretrained(
     path, dtype=torch.bfloat16, attn_implementation="eager",
     experts_implementation="eager",
     quantization_config=Mxfp4Config(dequantize=True)).eval()
-
 
 # %%
 @torch.inference_mode()
@@ -329,7 +328,7 @@ print(f"in fp32 their logits differ by {gap:.1f}")
 # Seventeen a layer. Two of them no module returns: the attention weights
 # (`weights`), and what stands between an expert's two matrices (`hidden`).
 
-# %% tags=["export"]
+# %% tags=["export:parity/contracts"]
 import math
 import os
 import sys
@@ -345,24 +344,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptoss.checkpoint import Checkpoint, convert, resolve
-from gptoss.config import GptOssConfig, bf16_bytes
-from gptoss.errors import Error
-from gptoss.experts import ALPHA, by_expert, clamped_swiglu
-from gptoss.generate import Sampler, generate
-from gptoss.layers import Block, Experts, RMSNorm
-from gptoss.masks import visible
-from gptoss.model import GptOss, check_tokens
-from gptoss.mxfp4 import BLOCK, FP4_VALUES, SCALE_BIAS, decode, encode
-from gptoss.norm import rms_norm
-from gptoss.rope import (
+from gptoss.weights.checkpoint import Checkpoint
+from gptoss.weights.convert import convert
+from gptoss.weights.hub import resolve
+from gptoss.weights.config import GptOssConfig
+from gptoss.weights.sizes import bf16_bytes
+from gptoss.weights.errors import Error
+from gptoss.moe.experts import ALPHA, by_expert, clamped_swiglu
+from gptoss.text.sampling import Sampler
+from gptoss.text.generate import generate
+from gptoss.model.layers import Block, Experts, RMSNorm
+from gptoss.attention.masks import visible
+from gptoss.model.transformer import GptOss, check_tokens
+from gptoss.weights.mxfp4 import BLOCK, FP4_VALUES, SCALE_BIAS, decode
+from gptoss.weights.encoding import encode
+from gptoss.model.norm import rms_norm
+from gptoss.attention.rope import (
     apply_rope,
     inverse_frequencies,
     rope_parameters,
     rope_tables,
 )
-from gptoss.rope import concentration as rope_concentration
-from gptoss.routing import softmax_then_topk
+from gptoss.attention.rope import concentration as rope_concentration
+from gptoss.moe.routing import softmax_then_topk
 
 
 class ParityError(Error):
@@ -385,7 +389,6 @@ def points(config: GptOssConfig) -> list[Key]:
     return [(None, "embedding"), *layers, (None, "last norm"),
             (None, "logits")]
 
-
 # %%
 keys = points(TINY)
 print(len(keys), "points:", keys[0], keys[1], "…", keys[-1])
@@ -400,7 +403,7 @@ print(len(keys), "points:", keys[0], keys[1], "…", keys[-1])
 # First attention: ours is one operator; transformers' rounds after every
 # step; OpenAI's does too, but subtracts no maximum.
 
-# %% tags=["export"]
+# %% tags=["export:parity/contracts"]
 def attention_fp32(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
                    positions: Tensor, window: int, scale: float) -> Tensor:
     """Our operator: fp32 from q to the one rounding at the end.
@@ -428,8 +431,7 @@ def attention_hf(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
     both = both - both.amax(-1, keepdim=True)
     return (both.softmax(-1)[..., :-1] @ v).transpose(1, 2)
 
-
-# %% tags=["export"]
+# %% tags=["export:parity/contracts"]
 def attention_openai(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
                      positions: Tensor, window: int, scale: float) -> Tensor:
     """OpenAI's sdpa: scores and softmax rounded, no maximum subtracted.
@@ -443,7 +445,6 @@ def attention_openai(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
     column = sinks.view(groups, -1, 1, 1).expand(*scores.shape[:3], 1)
     probs = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
     return torch.einsum("hmqk,khmd->qhmd", probs, v).flatten(1, 2)[None]
-
 
 # %%
 torch.manual_seed(0)
@@ -460,7 +461,7 @@ print("equal in bf16:", torch.equal(low[0], low[1]),
 # %% [markdown]
 # Equal logits are no corner case: with 8 significant bits they happen.
 
-# %% tags=["export"]
+# %% tags=["export:parity/contracts"]
 def choose_stable(router: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
     """Our router: of equal logits the lower index. x (T, D) -> weights and
     ids (T, K)."""
@@ -473,7 +474,6 @@ def choose_topk(router: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
     logits = F.linear(x, router.weight, router.bias)
     values, ids = logits.topk(router.k, dim=-1)
     return values.softmax(-1), ids
-
 
 # %%
 router = GptOss.from_pretrained(path).layers[0].mlp.router
@@ -489,7 +489,7 @@ print(f"second and third equal: {ties:.1%} of tokens;",
 # %% [markdown]
 # Then the experts.
 
-# %% tags=["export"]
+# %% tags=["export:parity/contracts"]
 def expert_weights(module: Experts, e: int, dtype: torch.dtype
                    ) -> tuple[Tensor, Tensor]:
     """Expert e in dtype: gate_up (2F, D) and down (D, F)."""
@@ -522,8 +522,7 @@ def experts_hf(module: Experts, x: Tensor, ids: Tensor, weights: Tensor
         y.index_add_(0, n, out * weights[n, k, None])
     return y
 
-
-# %% tags=["export"]
+# %% tags=["export:parity/contracts"]
 def experts_openai(module: Experts, x: Tensor, ids: Tensor, weights: Tensor
                    ) -> Tensor:
     """OpenAI's einsum over copies of the chosen experts; product and bias
@@ -539,7 +538,6 @@ def experts_openai(module: Experts, x: Tensor, ids: Tensor, weights: Tensor
     out = torch.einsum("beck,bek->bec", down[place], hidden)
     out = out + module.down_proj_bias[ids]
     return torch.einsum("bec,be->bc", out, weights)
-
 
 # %%
 module = GptOss.from_pretrained(path, torch.float32).layers[0].mlp.experts
@@ -558,7 +556,7 @@ print(tuple(a.shape))
 # the output of attention, nothing between an expert's two matrices but the
 # sixteen-bit integers of {eq}`kernels-step`.
 
-# %% tags=["export"]
+# %% tags=["export:parity/contracts"]
 @dataclass(frozen=True)
 class Contract:
     """Where an implementation rounds to the dtype of its activations."""
@@ -575,8 +573,7 @@ class Contract:
         return "\n".join(f"{point:10} {rule}"
                          for point, rule in self.rules.items())
 
-
-# %% tags=["export"]
+# %% tags=["export:parity/contracts"]
 _ONCE = {  # what all three do
     "norm": "in fp32, weight included; 1 rounding",
     "q, k, v": "product and bias summed in fp32; 1 rounding",
@@ -620,12 +617,12 @@ for name in ("fp32", "hf-eager", "kernels"):
 # A contract that says *kernels* is of no use if plain torch computes, nor the
 # other way round. So a walk sees to it.
 
-# %% tags=["export"]
+# %% tags=["export:parity/contracts"]
 def contract_for(contract: str | None, dtype: torch.dtype) -> str:
     """A name of CONTRACTS; for None that of what runs unasked: in bf16 the
     kernels where they load, else plain torch, "fp32"."""
     if contract is None and dtype == torch.bfloat16:
-        from gptoss.kernels import load_kernels
+        from gptoss.kernels.build import load_kernels
 
         plain = load_kernels().startswith("torch")
         return "fp32" if plain else "kernels"
@@ -644,7 +641,7 @@ def computing(contract: str, dtype: torch.dtype) -> Iterator[str]:
         with kernels.plain_torch() if kernels else nullcontext():
             yield "plain torch"
         return
-    from gptoss.kernels import load_kernels
+    from gptoss.kernels.build import load_kernels
 
     name = load_kernels()
     if name.startswith("torch") or dtype != torch.bfloat16:
@@ -652,12 +649,12 @@ def computing(contract: str, dtype: torch.dtype) -> Iterator[str]:
                           f"found {str(dtype)[6:]} and {name}")
     yield name
 
-
 # %%
 for contract in (None, "hf-eager"):
     name = contract_for(contract, torch.float32)
     with computing(name, torch.float32) as what:
         print(f"{contract}: {name}, by {what}")
+
 # %% [markdown]
 # ### Black boxes
 #
@@ -668,7 +665,7 @@ for contract in (None, "hf-eager"):
 # another key). An expert is linear in its hidden vector: with a second matrix
 # that copies, what comes out is that vector.
 
-# %% tags=["export"]
+# %% tags=["export:parity/walk"]
 def probe(attend: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
     """Attention weights (T, H, S) of a black box attend(v) -> (1, T, H, C).
 
@@ -698,7 +695,6 @@ def swapped_in(module: nn.Module, tensors: Mapping[str, Tensor]
         for name, tensor in held.items():
             setattr(module, name, tensor)
 
-
 # %%
 def attend(values: Tensor) -> Tensor:
     return attention_fp32(q, k, values, *more)
@@ -710,7 +706,7 @@ assert (out - attend(v)[0]).abs().max() < 1e-6
 print(tuple(found.shape), "the sink takes the rest:",
       bool((found.sum(-1) < 1).all()))
 
-# %% tags=["export"]
+# %% tags=["export:parity/walk"]
 def copying(bias: Tensor, width: int, start: int) -> Tensor:
     """A down matrix (D, F) that copies entries start, start + 1, ... of
     the hidden vector. bias (E, D) says D and the dtype."""
@@ -750,7 +746,6 @@ def our_down(module: Experts) -> Callable[[Tensor], dict[str, Tensor]]:
                                    strict=True)}
     return put
 
-
 # %%
 hidden = probe_experts(partial(experts_fp32, module), module, x, ids, 64,
                        our_down(module))
@@ -772,7 +767,7 @@ print(tuple(hidden.shape))
 # any operation depends on another but in attention, where keys and values are
 # there as if from a cache.
 
-# %% tags=["export"]
+# %% tags=["export:parity/walk"]
 def plain_torch_layer(module: nn.Module, x: Tensor) -> Tensor:
     """A linear layer or a norm in plain torch, whatever kernels are loaded:
     equal bits need the reference's own operations."""
@@ -791,8 +786,7 @@ def dense_shares(ids: Tensor, weights: Tensor, experts: int) -> Tensor:
     out = torch.zeros(len(ids), experts, dtype=weights.dtype)
     return out.scatter(1, ids, weights)
 
-
-# %% tags=["export"]
+# %% tags=["export:parity/walk"]
 Parts = Sequence[int]  # how many tokens at a time
 
 
@@ -808,13 +802,12 @@ def in_parts(call: Callable, parts: Parts, dim: int = 0) -> Callable:
         return torch.cat(out, dim)
     return run
 
-
 # %%
 seen = []
 whole = in_parts(lambda x: seen.append(len(x)) or 2 * x, [3, 1, 1])
 print(whole(torch.arange(5)).tolist(), "from parts of", seen)
 
-# %% tags=["export"]
+# %% tags=["export:parity/walk"]
 def trace_attention(block: Block, x: Tensor, tables: tuple[Tensor, Tensor],
                     positions: Tensor, use: Contract, parts: Parts
                     ) -> tuple[Tensor, ...]:
@@ -840,8 +833,7 @@ def trace_attention(block: Block, x: Tensor, tables: tuple[Tensor, Tensor],
     return (norm[0], q[0], k[0], v[0], q_turned[0], k_turned[0],
             probe(attend, v), heads[0], call(a.o_proj, heads.flatten(2))[0])
 
-
-# %% tags=["export"]
+# %% tags=["export:parity/walk"]
 def trace_block(block: Block, x: Tensor, tables: tuple[Tensor, Tensor],
                 positions: Tensor, use: Contract, parts: Parts
                 ) -> dict[str, Tensor]:
@@ -865,8 +857,7 @@ def trace_block(block: Block, x: Tensor, tables: tuple[Tensor, Tensor],
         dense_shares(ids, weights, logits.shape[1]), hidden, experts,
         middle + experts), strict=True))
 
-
-# %% tags=["export"]
+# %% tags=["export:parity/walk"]
 @torch.inference_mode()
 def trace_ours(model: GptOss, tokens: Tensor, contract: str = "fp32",
                rope: Callable = rope_parameters, parts: Parts | None = None
@@ -901,7 +892,6 @@ def _trace(model: GptOss, x: Tensor, use: Contract, rope: Callable,
         out[None, point] = last
     return out
 
-
 # %%
 model = GptOss.from_pretrained(path)
 tokens = prompt(0)
@@ -920,7 +910,7 @@ print("in parts it sees the same keys:", bool(off < 0.01))
 # Theirs does need hooks, and its attention function is wrapped while the walk
 # runs: it has the turned queries and keys, and returns the weights.
 
-# %% tags=["export"]
+# %% tags=["export:parity/walk"]
 @contextmanager
 def replaced(owner: object, name: str, value: object) -> Iterator[None]:
     """owner.name is value inside the with, and what it was afterwards."""
@@ -960,7 +950,6 @@ def keeper(trace: Trace, layer: int | None, after: str | None,
             trace[layer, before] = inputs[0].flatten(0, -2).clone()
     return keep
 
-
 # %%
 calls = []
 with hooked(model, {"norm": lambda inputs, out: calls.append(out.shape)}):
@@ -968,7 +957,7 @@ with hooked(model, {"norm": lambda inputs, out: calls.append(out.shape)}):
 model(tokens)
 print(len(calls), "call seen")
 
-# %% tags=["export"]
+# %% tags=["export:parity/walk_others"]
 def import_transformers() -> types.ModuleType:
     """The package, quiet. ParityError: it is not installed."""
     try:
@@ -997,8 +986,7 @@ def load_transformers(path: str | Path, dtype: torch.dtype = torch.float32,
         path, dtype=dtype, attn_implementation="eager",
         experts_implementation=experts, **more).eval()
 
-
-# %% tags=["export"]
+# %% tags=["export:parity/walk_others"]
 HF_POINTS = {  # module in a layer -> point after it, point before it
     "input_layernorm": ("norm", None), "self_attn.q_proj": ("q", None),
     "self_attn.k_proj": ("k", None), "self_attn.v_proj": ("v", None),
@@ -1051,7 +1039,6 @@ def trace_transformers(model: nn.Module, tokens: Tensor) -> Trace:
         model(tokens, use_cache=False)
     return trace
 
-
 # %%
 theirs = trace_transformers(load_transformers(path, torch.bfloat16), tokens)
 ours = trace_ours(model, tokens, "hf-eager")
@@ -1063,7 +1050,7 @@ print(equal, "of", len(ours), "points equal bit for bit under hf-eager")
 # Decoded, the 20b takes 41.8 GB. A walk needs one layer at a time: a model
 # whose layers fill themselves when they are called, and are empty afterwards.
 
-# %% tags=["export"]
+# %% tags=["export:parity/walk_others"]
 def their_tensors(checkpoint: Checkpoint, prefix: str, dtype: torch.dtype
                   ) -> dict[str, Tensor]:
     """transformers' weights under prefix, decoded, as it lays them out."""
@@ -1081,8 +1068,7 @@ def their_tensors(checkpoint: Checkpoint, prefix: str, dtype: torch.dtype
             out[target] = read(name).to(dtype)
     return out
 
-
-# %% tags=["export"]
+# %% tags=["export:parity/walk_others"]
 def stream_transformers(path: str | Path,
                         dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """`load_transformers` that holds one decoded layer at a time.
@@ -1112,7 +1098,6 @@ def stream_transformers(path: str | Path,
             module.to("meta"), None)[1])
     return model.eval()
 
-
 # %%
 streamed = stream_transformers(path)
 again = trace_transformers(streamed, tokens)
@@ -1126,7 +1111,7 @@ print("equal bit for bit; afterwards its layers are on", *empty)
 # OpenAI's MLP is one module that calls `topk`, `softmax` and `einsum`; a
 # `TorchFunctionMode` listens to them.
 
-# %% tags=["export"]
+# %% tags=["export:parity/walk_others"]
 def load_openai(path: str | Path, dtype: torch.dtype = torch.float32
                 ) -> nn.Module:
     """OpenAI's torch model from a folder in any packed layout, on the CPU.
@@ -1178,8 +1163,7 @@ class _Calls(torch.overrides.TorchFunctionMode):
             self.trace[self.layer, "experts"] = out
         return out
 
-
-# %% tags=["export"]
+# %% tags=["export:parity/walk_others"]
 OPENAI_POINTS = {
     "attn.norm": ("norm", None), "attn.out": ("attention", None),
     "mlp.norm": ("norm 2", "middle"), "mlp.gate": ("router", None),
@@ -1225,7 +1209,6 @@ def trace_openai(model: nn.Module, tokens: Tensor) -> Trace:
             model(tokens[0])
     return trace
 
-
 # %%
 import importlib.util
 
@@ -1241,7 +1224,7 @@ if have_openai:
 # and `inner` are $u$, $w$ and $u'$. A pair is a value and a bound on its
 # error.
 
-# %% tags=["export"]
+# %% tags=["export:parity/rounding"]
 DEVIATIONS = 5  # in Hoeffding's inequality; see the derivation
 FLOOR = 2.0 ** -120  # what underflow may leave
 EXPONENTIAL = 1e-6  # the kernels' own, chapter 13
@@ -1296,7 +1279,6 @@ class Rounding:
         return self.stored(y + bias, carried + apart + size * self.sums(
             weight.shape[1] + 1), inner)
 
-
 # %%
 weight, bias = torch.randn(64, 512), torch.randn(64)
 x = torch.randn(100, 512)
@@ -1313,7 +1295,7 @@ print("a bf16 product uses more than half its bound, and not all:",
 # And {eq}`parity-half`, which the kernels need: by how much an input of a
 # packed product may be off. It enters `linear` as the error of $x$.
 
-# %% tags=["export"]
+# %% tags=["export:parity/rounding"]
 def half_step(x: Pair, stored: bool) -> Tensor:
     """How far from x (…, 32 N) the kernels' integers may be, entry by entry.
 
@@ -1328,7 +1310,6 @@ def half_step(x: Pair, stored: bool) -> Tensor:
     else:  # a hundredth for the rounding of the step itself
         half = (1.01 / 2 / LARGEST * top).expand_as(parts)
     return half.flatten(-2) + LOST
-
 
 # %%
 x = torch.randn(200, 512, generator=torch.Generator().manual_seed(0))
@@ -1345,7 +1326,7 @@ for stored, step in ((True, 2.0 ** (top.log2().floor() - 13)),
 # %% [markdown]
 # ### A formula with switches
 
-# %% tags=["export"]
+# %% tags=["export:parity/judge"]
 @dataclass(frozen=True)
 class Formula:
     """The model's arithmetic; every field but the default is a mistake."""
@@ -1371,8 +1352,7 @@ class Formula:
     up_bias: float = 1.0
     down_bias: float = 1.0
 
-
-# %% tags=["export"]
+# %% tags=["export:parity/judge"]
 RIGHT = Formula()
 _INF = math.inf
 CLAMPS = {  # limits of gate and up, in units of swiglu_limit
@@ -1389,7 +1369,7 @@ print(len(vars(RIGHT)), "switches,", len(CLAMPS), "ways to clamp")
 # The judge reads weights from the checkpoint itself and decodes four bits
 # with its own lines, so that a mistake in our loader shows as ours.
 
-# %% tags=["export"]
+# %% tags=["export:parity/judge"]
 class Judge:
     """Recomputes one operation in float64 from a run's own inputs.
 
@@ -1436,11 +1416,10 @@ class Judge:
             return value.double() if value.is_floating_point() else value
         return JUDGES[point](self, see, layer, point, f)
 
-
 # %% [markdown]
 # Norms, projections, sums:
 
-# %% tags=["export"]
+# %% tags=["export:parity/judge"]
 See = Callable[..., Tensor]
 _NAMES = {"norm": "input_layernorm", "norm 2": "post_attention_layernorm",
           "router": "mlp.router", "attention": "self_attn.o_proj"}
@@ -1465,8 +1444,7 @@ def _norm(j: Judge, see: See, layer: int | None, point: str, f: Formula
     r = j.rounding
     return r.stored(y, y.abs() * (r.sums(x.shape[-1]) + 4 * r.wide))
 
-
-# %% tags=["export"]
+# %% tags=["export:parity/judge"]
 def _linear(j: Judge, see: See, layer: int | None, point: str, f: Formula
             ) -> Pair:
     x = see(_BEFORE[point]).flatten(1)
@@ -1497,11 +1475,10 @@ def _sum(j: Judge, see: See, layer: int | None, point: str, f: Formula
          else _stream(j, see, layer) + see("attention"))
     return j.rounding.stored(y, torch.zeros_like(y))
 
-
 # %% [markdown]
 # The rotation:
 
-# %% tags=["export"]
+# %% tags=["export:parity/judge"]
 def _tables(j: Judge, length: int, f: Formula) -> tuple[Pair, Pair]:
     """cos and sin (T, 1, C/2) with their errors."""
     c, r = j.config, j.rounding
@@ -1534,12 +1511,11 @@ def _turned(j: Judge, see: See, layer: int | None, point: str, f: Formula
             if f.interleaved else (lambda both: torch.cat(both, -1)))
     return tuple(join(both) for both in zip(*out, strict=True))
 
-
 # %% [markdown]
 # Attention, {eq}`parity-softmax`. `heads` is judged from queries, keys and
 # values, not from the probed weights, whose rounding is the probe's.
 
-# %% tags=["export"]
+# %% tags=["export:parity/judge"]
 def _scores(j: Judge, see: See, layer: int, f: Formula) -> Pair:
     """Scores (T, H, S + 1) with the sink last, -inf where hidden."""
     c, r = j.config, j.rounding
@@ -1566,8 +1542,7 @@ def _scores(j: Judge, see: See, layer: int, f: Formula) -> Pair:
         error = error + 3 * r.wide * math.ceil(T / KEYS_AT_ONCE)
     return scores, error.masked_fill(scores.isinf(), 0.0)
 
-
-# %% tags=["export"]
+# %% tags=["export:parity/judge"]
 def _weights(j: Judge, see: See, layer: int | None, point: str, f: Formula
              ) -> Pair:
     scores, error = _scores(j, see, layer, f)
@@ -1589,12 +1564,11 @@ def _heads(j: Judge, see: See, layer: int | None, point: str, f: Formula
     return r.stored(torch.einsum("ths,shc->thc", probs, v),
                     torch.einsum("ths,shc->thc", error, v.abs()))
 
-
 # %% [markdown]
 # Routing. A choice is right if it is a top-K of the logits that the same
 # implementation recorded; which of two equal logits it takes is free.
 
-# %% tags=["export"]
+# %% tags=["export:parity/judge"]
 def _shares(j: Judge, see: See, layer: int | None, point: str, f: Formula
             ) -> Pair:
     logits, ids, r = see("router"), see("chosen"), j.rounding
@@ -1619,11 +1593,10 @@ def _chosen(j: Judge, see: See, layer: int | None, point: str, f: Formula
     value = torch.where(right[:, None], ids, -1).double()
     return value, torch.zeros_like(value) + FLOOR
 
-
 # %% [markdown]
 # Experts, in two halves:
 
-# %% tags=["export"]
+# %% tags=["export:parity/judge"]
 def _swiglu(r: Rounding, gate_up: Pair, f: Formula, limit: float) -> Pair:
     """The clamped product, each of its five steps stored as a step."""
     keep = partial(r.stored, step=True)
@@ -1640,8 +1613,7 @@ def _swiglu(r: Rounding, gate_up: Pair, f: Formula, limit: float) -> Pair:
     return keep(more * glu, more.abs() * e_glu
                 + e_more * (glu.abs() + e_glu))
 
-
-# %% tags=["export"]
+# %% tags=["export:parity/judge"]
 def _hidden(j: Judge, see: See, layer: int | None, point: str, f: Formula
             ) -> Pair:
     """(T, K, F), experts ascending in each row."""
@@ -1670,8 +1642,7 @@ def _hidden(j: Judge, see: See, layer: int | None, point: str, f: Formula
             whole[n, k] = part
     return tuple(out)
 
-
-# %% tags=["export"]
+# %% tags=["export:parity/judge"]
 def _experts(j: Judge, see: See, layer: int | None, point: str, f: Formula
              ) -> Pair:
     """The K outputs, weighted and summed, from the hidden vectors."""
@@ -1694,8 +1665,7 @@ def _experts(j: Judge, see: See, layer: int | None, point: str, f: Formula
     steps = ids.shape[1] + 1  # the weighting, and K additions
     return r.stored(y, error + steps * r.inner * size)
 
-
-# %% tags=["export"]
+# %% tags=["export:parity/judge"]
 def _embedding(j: Judge, see: See, layer: int | None, point: str,
                f: Formula) -> Pair:
     value = j.weight("model.embed_tokens.weight", rows=see("tokens"))
@@ -1727,7 +1697,7 @@ print(f"{hidden.double().mean().item():.0%} of the weights are masked:",
 # Each is a mistake, the point that it would show at, and the switch that makes
 # it.
 
-# %% tags=["export"]
+# %% tags=["export:parity/suspects"]
 _BIASES = {"bias added twice": {"bias": 2.0}, "bias left out": {"bias": 0.0}}
 _TURNS = {
     "YaRN's range is rounded (truncate)": {"truncate": True},
@@ -1776,7 +1746,7 @@ print(sum(map(len, SUSPECTS.values())), "suspects at", len(SUSPECTS),
 # %% [markdown]
 # ### The verdict
 
-# %% tags=["export"]
+# %% tags=["export:parity/judge"]
 def excess(found: Tensor, expected: Pair) -> float:
     """max |found - value| / bound; infinite for NaN, infinity or another
     shape. At most 1: rounding explains it."""
@@ -1786,7 +1756,7 @@ def excess(found: Tensor, expected: Pair) -> float:
     error = (found.double() - value).abs()
     return (error / bound.clamp_min(FLOOR)).max().item()
 
-
+# %% tags=["export:parity/suspects"]
 @dataclass(frozen=True)
 class Finding:
     """An operation that rounding does not explain."""
@@ -1808,8 +1778,7 @@ class Finding:
         return (f"{first}\n  {self.cause}: with that, "
                 f"{self.cause_excess:.2f} of the bound")
 
-
-# %% tags=["export"]
+# %% tags=["export:parity/suspects"]
 def explain(judge: Judge, trace: Trace, key: Key
             ) -> tuple[str, float] | tuple[None, None]:
     """The suspect with the least excess among those that explain key."""
@@ -1832,7 +1801,6 @@ def judge_walk(judge: Judge, trace: Trace, side: str
                                   *explain(judge, trace, key))
     return found, None
 
-
 # %%
 with Checkpoint.open(path) as checkpoint:
     judge = Judge(checkpoint, torch.bfloat16, inner=False)
@@ -1848,7 +1816,7 @@ print(finding.layer, finding.point, "-", finding.cause)
 #
 # Nine faults to try the walk on; `python -m gptoss parity` can plant them too.
 
-# %% tags=["export"]
+# %% tags=["export:parity/suspects"]
 def _swap_rows(block: Block) -> None:
     """Gate rows where up rows belong, and the other way round."""
     experts = block.mlp.experts
@@ -1862,8 +1830,7 @@ def _swap_nibbles(block: Block) -> None:
         if name.endswith("_blocks"):
             t.data = t << 4 | t >> 4
 
-
-# %% tags=["export"]
+# %% tags=["export:parity/suspects"]
 def _clamp_below(block: Block) -> None:
     """The gate's clamp(max=limit) becomes clamp(min=-limit); in fp32, which
     is within the rounding of every contract."""
@@ -1883,8 +1850,7 @@ def _clamp_below(block: Block) -> None:
     experts.forward = lambda x, ids, weights: by_expert(
         x, ids, weights, len(experts.gate_up_proj_bias), one)
 
-
-# %% tags=["export"]
+# %% tags=["export:parity/suspects"]
 def _softmax_first(block: Block) -> None:
     router = block.mlp.router
     router.forward = lambda x: softmax_then_topk(
@@ -1912,8 +1878,7 @@ def _truncated(config: GptOssConfig) -> tuple[Tensor, float]:
 def _unconcentrated(config: GptOssConfig) -> tuple[Tensor, float]:
     return rope_parameters(config)[0], 1.0
 
-
-# %% tags=["export"]
+# %% tags=["export:parity/suspects"]
 # name -> what is done to each block or to RoPE, the cause to be named
 FAULTS = {
     "truncate": (_truncated, "YaRN's range is rounded (truncate)"),
@@ -1944,7 +1909,6 @@ def trace_faulty(model: GptOss, tokens: Tensor, fault: str,
         change(block)
     return trace_ours(model, tokens, contract, parts=parts)
 
-
 # %%
 try:
     trace_faulty(model, tokens, "gremlin")
@@ -1954,7 +1918,7 @@ except ParityError as error:
 # %% [markdown]
 # ### The report
 
-# %% tags=["export"]
+# %% tags=["export:parity/report"]
 def compare(found: Tensor, wanted: Tensor) -> dict[str, float]:
     """max and mean |found - wanted|, their relative error (2-norms) and
     the cosine between them."""
@@ -1984,13 +1948,12 @@ def other_experts(found: Trace, wanted: Trace, layer: int) -> int:
     a, b = (t[layer, "chosen"].sort(-1)[0] for t in (found, wanted))
     return (a != b).any(-1).sum().item()
 
-
 # %%
 same = compare_logits(trace[None, "logits"], trace[None, "logits"])
 print(compare(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))["mean"],
       same["argmax"], same["top_k"], same["kl_max"])
 
-# %% tags=["export"]
+# %% tags=["export:parity/report"]
 def default_tokens(config: GptOssConfig) -> Tensor:
     """(1, T) random tokens, always the same; 16 more than a window, so that
     its edge is seen."""
@@ -1998,7 +1961,7 @@ def default_tokens(config: GptOssConfig) -> Tensor:
     length = min(config.sliding_window + 16, config.max_position_embeddings)
     return torch.randint(config.vocab_size, (1, length), generator=g)
 
-
+# %% tags=["export:parity/walk_others"]
 def trace_exact(path: Path, tokens: Tensor, dtype: torch.dtype) -> Trace:
     return trace_ours(GptOss.from_pretrained(path, torch.float64), tokens)
 
@@ -2018,7 +1981,7 @@ REFERENCES = {
         load_openai(path, dtype), tokens), True),
     "float64": (trace_exact, False)}
 
-# %% tags=["export"]
+# %% tags=["export:parity/report"]
 def error_of(trace: Trace, exact: Trace | None, key: Key) -> float | None:
     """Relative error against the float64 run, if there was one; for
     "chosen" the tokens that go to other experts."""
@@ -2046,8 +2009,7 @@ def table_rows(sides: Mapping[str, Trace | None], excesses: Mapping[str, dict],
         rows.append(row)
     return rows
 
-
-# %% tags=["export"]
+# %% tags=["export:parity/report"]
 def three_traces(model: GptOss, path: Path, tokens: Tensor, against: str,
                  dtype: torch.dtype, contract: str, fault: str | None,
                  parts: Parts | None = None) -> dict[str, Trace | None]:
@@ -2063,8 +2025,7 @@ def three_traces(model: GptOss, path: Path, tokens: Tensor, against: str,
         trace[None, "tokens"] = tokens[0]
     return {"ours": ours, "theirs": theirs, "exact": exact}
 
-
-# %% tags=["export"]
+# %% tags=["export:parity/report"]
 def too_large(config: GptOssConfig, dtype: torch.dtype) -> bool:
     """Whether decoded weights would fill most of this machine's memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -2093,8 +2054,7 @@ def chosen_too(tokens: Tensor, before: int, theirs: Trace) -> dict:
     return {"tokens": ours.tolist(), "reference": chosen.tolist(),
             "same": int((ours == chosen).sum())}
 
-
-# %% tags=["export"]
+# %% tags=["export:parity/report"]
 ONE_BY_ONE = 16  # tokens that a walk over kernels takes as decoding does
 
 
@@ -2107,11 +2067,10 @@ def taken(tokens: Tensor, written: int, contract: str) -> list[int]:
     return ([T - alone] + [1] * alone if CONTRACTS[contract].kernels
             else [T])
 
-
 # %%
 print(taken(prompt(0), 3, "kernels"), taken(prompt(0), 3, "fp32"))
 
-# %% tags=["export"]
+# %% tags=["export:parity/report"]
 def report(path: str | Path, against: str = "transformers",
            tokens: Tensor | None = None, dtype: torch.dtype = torch.float32,
            contract: str | None = None, fault: str | None = None,
@@ -2163,8 +2122,7 @@ def report(path: str | Path, against: str = "transformers",
             "findings": [vars(finding) for finding in findings],
             "verdict": verdict(rows, findings)}
 
-
-# %% tags=["export"]
+# %% tags=["export:parity/report"]
 def judge_both(checkpoint: Checkpoint, traces: Mapping[str, Trace],
                dtype: torch.dtype, contract: str, against: str
                ) -> dict[str, tuple[dict[Key, float], Finding | None]]:
@@ -2182,12 +2140,11 @@ def shrink(model: GptOss, contract: str) -> None:
     if not CONTRACTS[contract].kernels:
         raise ParityError(f"compact: expected the contract kernels, found "
                           f"{contract}")
-    from gptoss.compact import make_compact
+    from gptoss.kernels.compact import make_compact
 
     make_compact(model)
 
-
-# %% tags=["export"]
+# %% tags=["export:parity/report"]
 def verdict(rows: list[dict], findings: list[Finding]) -> str:
     """What the walk found, in a few lines."""
     if findings:
@@ -2233,7 +2190,6 @@ def parity_table(result: dict) -> str:
                  f"max {logits['kl_max']:.1e} nats")
     return "\n".join([*lines, result["verdict"]])
 
-
 # %%
 print(report(path, "float64", tokens)["verdict"])
 
@@ -2246,7 +2202,7 @@ print(report(path, "float64", tokens)["verdict"])
 # float output comes from a float64 run. First the operations, each with the
 # line that explains it in the index.
 
-# %% tags=["export:vectors"]
+# %% tags=["export:parity/vector_cases"]
 import hashlib
 import json
 import os
@@ -2260,24 +2216,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 from torch import Tensor
 
-from gptoss.checkpoint import random_tensors
-from gptoss.config import GptOssConfig
-from gptoss.errors import Error
-from gptoss.experts import clamped_swiglu
-from gptoss.layers import Block
-from gptoss.masks import visible
-from gptoss.model import GptOss
-from gptoss.mxfp4 import decode
-from gptoss.norm import rms_norm
-from gptoss.rope import (
+from gptoss.weights.write import random_tensors
+from gptoss.weights.config import GptOssConfig
+from gptoss.weights.errors import Error
+from gptoss.moe.experts import clamped_swiglu
+from gptoss.model.layers import Block
+from gptoss.attention.masks import visible
+from gptoss.model.transformer import GptOss
+from gptoss.weights.mxfp4 import decode
+from gptoss.model.norm import rms_norm
+from gptoss.attention.rope import (
     apply_rope,
     inverse_frequencies,
     rope_parameters,
     rope_tables,
 )
-from gptoss.rope import concentration as yarn_concentration
-from gptoss.routing import route
-from gptoss.sinks import attention_concat
+from gptoss.attention.rope import concentration as yarn_concentration
+from gptoss.moe.routing import route
+from gptoss.attention.sinks import attention_concat
 
 
 VERSION, FORMAT = 1, "gpt-oss conformance vectors"
@@ -2310,8 +2266,7 @@ def _op_tables(t: Tensors, p: Mapping, dtype: torch.dtype) -> Tensors:
     return {name: (wave(angle.to(wide)) * p["concentration"]).to(dtype)
             for name, wave in (("cos", torch.cos), ("sin", torch.sin))}
 
-
-# %% tags=["export:vectors"]
+# %% tags=["export:parity/vector_cases"]
 def _op_rope(t: Tensors, p: Mapping, dtype: torch.dtype) -> Tensors:
     return {"y": apply_rope(t["x"][None], t["cos"][None], t["sin"][None])[0]}
 
@@ -2340,8 +2295,7 @@ def _op_route(t: Tensors, p: Mapping, dtype: torch.dtype) -> Tensors:
     weights, ids = route(t["logits"], p["k"])
     return {"weights": weights, "ids": ids.int()}
 
-
-# %% tags=["export:vectors"]
+# %% tags=["export:parity/vector_cases"]
 def _state(t: Tensors, prefix: str) -> Tensors:
     """Weights by the names that a module of ours has for them."""
     return {name.removeprefix(prefix): tensor for name, tensor in t.items()
@@ -2385,8 +2339,7 @@ def _op_model(t: Tensors, p: Mapping, dtype: torch.dtype) -> Tensors:
         row = torch.cat([row, best], 1)
     return {"logits": logits, "greedy": row[0, -p["greedy"]:].int()}
 
-
-# %% tags=["export:vectors"]
+# %% tags=["export:parity/vector_cases"]
 OPERATIONS: dict[str, tuple[Callable[..., Tensors], str]] = {
     "mxfp4": (
         _op_mxfp4, "byte b holds two values, its low nibble first: nibble n "
@@ -2427,7 +2380,7 @@ OPERATIONS: dict[str, tuple[Callable[..., Tensors], str]] = {
         _op_model, "embedding, blocks, norm, lm_head; greedy: the likeliest "
         "token, appended, again")}
 
-# %% tags=["export:vectors"]
+# %% tags=["export:parity/vector_cases"]
 _EXACT = {"float32": (0.0, 0.0), "bfloat16": (0.0, 0.0)}
 
 
@@ -2443,7 +2396,6 @@ class VectorCase:
     float32: tuple[float, float]  # atol, rtol of every float output
     bfloat16: tuple[float, float] | None  # None: not defined in bf16
 
-
 # %%
 print(*OPERATIONS)
 
@@ -2452,7 +2404,7 @@ print(*OPERATIONS)
 # 128, 4095, 4096 and 131071, gates just above and below 7, equal router
 # logits, rows that see no key.
 
-# %% tags=["export:vectors"]
+# %% tags=["export:parity/vector_cases"]
 TINY_CONFIG = GptOssConfig(
     num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2,
     vocab_size=64, hidden_size=64, intermediate_size=32, head_dim=16,
@@ -2469,8 +2421,7 @@ def _draw(seed: int, *shape: int) -> Tensor:
     g = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=g).bfloat16()
 
-
-# %% tags=["export:vectors"]
+# %% tags=["export:parity/vector_cases"]
 def part_cases() -> list[VectorCase]:
     """Cases of single operations without attention."""
     every = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
@@ -2514,8 +2465,7 @@ def part_cases() -> list[VectorCase]:
                    {"logits": ties.bfloat16()}, {"k": 4}, (0, 2e-6),
                    (0, 2 ** -8 * 1.001))]
 
-
-# %% tags=["export:vectors"]
+# %% tags=["export:parity/vector_cases"]
 def attention_cases() -> list[VectorCase]:
     """Masks at the edges, and what a sink does to a row."""
     q_pos = torch.tensor([0, 1, 126, 127, 128, 129, 255, -1])
@@ -2547,8 +2497,7 @@ def attention_cases() -> list[VectorCase]:
         attend("sinks only", alone, 2, "the first two queries see no key:"
                " their rows are 0, not NaN")]
 
-
-# %% tags=["export:vectors"]
+# %% tags=["export:parity/vector_cases"]
 def model_cases() -> list[VectorCase]:
     """One block, and a whole model with its weights and tokens."""
     config = TINY_CONFIG.to_hf_dict()
@@ -2573,12 +2522,11 @@ def all_cases() -> list[VectorCase]:
     """Every case of the set, in the order of the index."""
     return part_cases() + attention_cases() + model_cases()
 
-
 # %%
 for case in all_cases():
     print(f"{case.name:12} {case.explains}")
 
-# %% tags=["export:vectors"]
+# %% tags=["export:parity/vector_cases"]
 def cast_inputs(tensors: Tensors, dtype: torch.dtype) -> Tensors:
     """Floats in dtype; positions and ids stay integers. Frequencies and
     tables are fp32 in every run that they enter."""
@@ -2593,7 +2541,7 @@ def run_case(operation: str, inputs: Tensors, parameters: Mapping,
     return OPERATIONS[operation][0](cast_inputs(inputs, dtype), parameters,
                                     dtype)
 
-
+# %% tags=["export:parity/vectors"]
 def far_off(found: Tensor, wanted: Tensor, atol: float, rtol: float
             ) -> float:
     """max |found - wanted| / (atol + rtol |wanted|), at most 1 if near
@@ -2607,8 +2555,7 @@ def far_off(found: Tensor, wanted: Tensor, atol: float, rtol: float
         nan=torch.inf, posinf=torch.inf)
     return max(error.masked_fill(same, 0.0).flatten().tolist(), default=0.0)
 
-
-# %% tags=["export:vectors"]
+# %% tags=["export:parity/vectors"]
 def write(folder: str | Path) -> list[Path]:
     """Write the set: index.json and vectors.safetensors; returns both.
 
@@ -2643,13 +2590,12 @@ def write(folder: str | Path) -> list[Path]:
                       "outputs": outputs})
     return _save(folder, stored, index)
 
-
 # %% [markdown]
 # The names are common ones, so a file that is there may be somebody else's.
 # Ours are an index that says so, and the data whose checksum it holds. They
 # are written beside and put in their place when they are whole.
 
-# %% tags=["export:vectors"]
+# %% tags=["export:parity/vectors"]
 def _check_ours(folder: Path, file: Path) -> None:
     """Raise VectorError if `file` is there and not of an earlier set."""
     if not os.path.lexists(file):
@@ -2696,12 +2642,11 @@ def _save(folder: Path, stored: Tensors, cases: list[dict]) -> list[Path]:
     _put(files[0], (json.dumps(index, indent=1) + "\n").encode())
     return files
 
-
 # %% [markdown]
 # A set may come from anywhere, and damaged. So the index is held to a form
 # before anything is computed, and what it says is wrong names the case.
 
-# %% tags=["export:vectors"]
+# %% tags=["export:parity/vectors"]
 _KIND = {str: "a string", dict: "an object", list: "a list"}
 
 
@@ -2733,8 +2678,7 @@ def _check_numbers(value: object, where: str) -> None:
         raise VectorError(f"{where}: expected numbers up to 2**20, found "
                           f"{value!r:.40}")
 
-
-# %% tags=["export:vectors"]
+# %% tags=["export:parity/vectors"]
 def _check_case(case: object, number: int, file: Path, stored: Tensors
                 ) -> None:
     """Raise VectorError unless `check` can work with a case's entries."""
@@ -2760,8 +2704,7 @@ def _check_case(case: object, number: int, file: Path, stored: Tensors
             raise VectorError(f"{where}: {name}: expected a tensor of "
                               f"{FILES[1]}, found {key!r}")
 
-
-# %% tags=["export:vectors"]
+# %% tags=["export:parity/vectors"]
 def _read(file: Path) -> bytes:
     """A plain file's content, which leaves its folder by no link."""
     try:
@@ -2798,8 +2741,7 @@ def _read_index(file: Path) -> dict:
     _entry(index, "cases", list, str(file))
     return index
 
-
-# %% tags=["export:vectors"]
+# %% tags=["export:parity/vectors"]
 def read_vectors(folder: str | Path) -> tuple[dict, Tensors]:
     """The index and all tensors. VectorError: a file that is missing,
     changed, or of another version; an index that is not one."""
@@ -2826,8 +2768,7 @@ def _tensors(read: Callable[[], Tensors], file: Path) -> Tensors:
         raise VectorError(f"{file}: expected a safetensors file, found "
                           f"{type(error).__name__}: {error}") from error
 
-
-# %% tags=["export:vectors"]
+# %% tags=["export:parity/vectors"]
 def _computed(case: dict, inputs: Tensors, kind: str, file: Path) -> Tensors:
     """`run_case`; what it cannot compute from such inputs is told as the
     case's mistake."""
@@ -2869,7 +2810,6 @@ def check(folder: str | Path, answers: str | Path | None = None,
                     wrong.append(f"{out['tensor']} in {kind}: {far:.3g} "
                                  "times the tolerance")
     return wrong
-
 
 # %%
 vector_folder = Path(folder.name) / "vectors"
@@ -2922,7 +2862,6 @@ print("every case passes")
 # %% [markdown]
 # `tests/numpy_vectors.py` is a whole port of this kind, all operations and the
 # model in numpy, and `tests/vectors` holds the set.
-
 
 # %% [markdown]
 # ## It holds
@@ -3218,7 +3157,7 @@ assert abs(2 * math.exp(-1.5 * DEVIATIONS ** 2) / 1e-16 - 1) < 0.05
 # and at `hidden` 4.7 times beyond that of plain torch.
 
 # %%
-from gptoss.config import bf16_bytes
+from gptoss.weights.sizes import bf16_bytes
 
 config = GptOssConfig.gpt_oss_20b()
 decoded = bf16_bytes(config)
@@ -3239,8 +3178,8 @@ assert round(decoded / 1e9, 1) == 41.8
 # %%
 from importlib.resources import files
 
-from gptoss.collectives import rehearse
-from gptoss.split import SplitGptOss
+from gptoss.parallel.collectives import rehearse
+from gptoss.parallel.split import SplitGptOss
 
 POCKET = files("gptoss") / "pocket"
 KINDS = ("embed_tokens", "self_attn", "mlp", "norm", "lm_head")
@@ -3281,8 +3220,9 @@ import os
 import subprocess
 import sys
 
-from gptoss.generate import Sampler, complete, stop_ids
-from gptoss.harmony import Tokenizer
+from gptoss.text.sampling import Sampler
+from gptoss.text.generate import complete, stop_ids
+from gptoss.text.tokenizer import Tokenizer
 
 ARGUMENTS = ["--prompt", "Once upon a time", "--max-new-tokens", "40",
              "--seed", "11", "--temperature", "0.7", "--dtype", "float32"]

@@ -108,7 +108,7 @@ import io
 import tempfile
 import traceback
 
-from gptoss.model import GptOss
+from gptoss.model.transformer import GptOss
 
 try:
     GptOss.from_pretrained("./no-such-folder")
@@ -185,16 +185,16 @@ print("ESC reaches the terminal:", "\x1b" in story)
 # it came: the kernels of chapter 13 are loaded by what first computes (chapter
 # 10), and `GPTOSS_KERNELS=torch` in the environment declines them.
 
-# %% tags=["export:__init__"]
+# %% tags=["export:/__init__"]
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gptoss.chat import Chat as Chat
-    from gptoss.config import GptOssConfig as GptOssConfig
-    from gptoss.errors import Error as Error
-    from gptoss.harmony import Tokenizer as Tokenizer
-    from gptoss.model import GptOss as GptOss
+    from gptoss.chat.chat import Chat as Chat
+    from gptoss.weights.config import GptOssConfig as GptOssConfig
+    from gptoss.weights.errors import Error as Error
+    from gptoss.text.tokenizer import Tokenizer as Tokenizer
+    from gptoss.model.transformer import GptOss as GptOss
 
 __version__ = "0.1.0"
 _HOME = {"Chat": "chat", "Error": "errors", "GptOss": "model",
@@ -222,14 +222,13 @@ def __getattr__(name: str) -> object:
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOME, *_MODULES])
 
-
 # %%
 print(__getattr__("GptOssConfig").__name__, _HOME)
 
 # %% [markdown]
 # ### Text that a terminal cannot obey
 
-# %% tags=["export:mistakes"]
+# %% tags=["export:cli/mistakes"]
 import argparse
 import os
 import re
@@ -242,8 +241,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
-from gptoss.errors import Error
-from gptoss.launch import launched, process_rank
+from gptoss.weights.errors import Error
+from gptoss.parallel.launch import launched, process_rank
 
 BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
@@ -266,20 +265,18 @@ def printable(text: str, keep: str = "\n\t") -> str:
         return "\u2421" if code == 127 else "\ufffd"
     return "".join(map(show, text))
 
-
 # %%
 print(printable(story), printable("bell \x07, tab \t, delete \x7f, \x9b2J"))
 
 # %% [markdown]
 # ### One line for every mistake
 
-# %% tags=["export:mistakes"]
+# %% tags=["export:cli/mistakes"]
 class Parser(argparse.ArgumentParser):
     """argparse, with one line on stderr and exit 2 for a mistake."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
-
 
 # %%
 try:
@@ -287,7 +284,7 @@ try:
 except UsageError as error:
     print(error)
 
-# %% tags=["export:mistakes"]
+# %% tags=["export:cli/mistakes"]
 def lacks_memory(error: BaseException) -> bool:
     """Whether there was not enough of it: torch's allocator for the CPU
     says so by a RuntimeError like any other."""
@@ -315,9 +312,8 @@ def reason(error: BaseException) -> str:
         return f"not enough memory{f' for {asked[0]}' if asked else ''}"
     return line or type(error).__name__
 
-
 # %%
-from gptoss.config import ConfigError
+from gptoss.weights.config import ConfigError
 
 print(is_mistake(ConfigError("rope_type")), is_mistake(KeyError("a bug")))
 greedy = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. Default"
@@ -335,7 +331,7 @@ print(is_mistake(greedy), reason(greedy), reason(MemoryError()), sep="\n")
 # No stdin is an empty one; whoever closes stderr wants no complaints; but an
 # answer that nobody can read is refused.
 
-# %% tags=["export:mistakes"]
+# %% tags=["export:cli/mistakes"]
 def fill_streams() -> list[str]:
     """Opens the null device for each closed standard stream: their names."""
     closed = [name for name in ("stdin", "stdout", "stderr")
@@ -368,7 +364,6 @@ def complain(error: BaseException) -> None:
         print(f"gptoss: error: {where}{reason(error)}", file=sys.stderr,
               flush=True)
 
-
 # %%
 kept, sys.stderr = sys.stderr, None
 print(fill_streams(), sys.stderr.write("a complaint"))
@@ -384,7 +379,7 @@ sys.stderr = kept
 # spot. For the commands that write for minutes they are made an exception
 # too.
 
-# %% tags=["export:mistakes"]
+# %% tags=["export:cli/mistakes"]
 class Ended(BaseException):
     """A signal, its number in args[0]; no `except Exception` stops it."""
 
@@ -408,7 +403,6 @@ def tidily() -> Iterator[None]:
         for number in changed:
             signal.signal(number, signal.SIG_DFL)
 
-
 # %%
 try:
     with tidily():
@@ -426,7 +420,7 @@ except Ended as ended:
 # seconds before they say what the first may be saying, and by then `torchrun`
 # has usually ended them.
 
-# %% tags=["export:mistakes"]
+# %% tags=["export:cli/mistakes"]
 def torchrun_number(name: str, size: int | None = None) -> int:
     """A number that torchrun has put into the environment, and which is to
     be below `size`; -1 for anything else."""
@@ -442,11 +436,10 @@ def agreed(args: argparse.Namespace, make: Callable[[], object]) -> object:
     """make(), as the first process finds it."""
     if launched() == 1:
         return make()
-    from gptoss.collectives import join
+    from gptoss.parallel.collectives import join
 
     kind = getattr(args, "device", "cpu").partition(":")[0]
     return join(kind).same(make)
-
 
 # %%
 alone = argparse.Namespace()
@@ -459,22 +452,22 @@ assert agreed(alone, lambda: "what was typed") == "what was typed"
 # An option is written down once, in the words of argparse, and handed to each
 # command that has it.
 
-# %% tags=["export:options"]
+# %% tags=["export:cli/options"]
 import argparse
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gptoss
-from gptoss.launch import launched
-from gptoss.mistakes import UsageError, agreed, torchrun_number
+from gptoss.parallel.launch import launched
+
 
 if TYPE_CHECKING:
     import torch
 
-    from gptoss.generate import SamplingOptions
-    from gptoss.harmony import Tokenizer
-    from gptoss.model import GptOss
+    from gptoss.text.sampling import SamplingOptions
+    from gptoss.text.tokenizer import Tokenizer
+    from gptoss.model.transformer import GptOss
 
 POCKET = Path(gptoss.__file__).parent / "pocket"
 FIRST_WORDS = "Once upon a time"
@@ -514,7 +507,7 @@ SAMPLING = (
 # What stands in an option is looked at before anything slow: a device by
 # putting a byte on it, the numbers of sampling by chapter 12's own object.
 
-# %% tags=["export:options"]
+# %% tags=["export:cli/options"]
 def torch_dtype(name: str) -> "torch.dtype":
     import torch
 
@@ -524,7 +517,7 @@ def torch_dtype(name: str) -> "torch.dtype":
 
 def sampling(args: argparse.Namespace) -> "SamplingOptions":
     """The options of sampling that a command was given."""
-    from gptoss.generate import SamplingOptions
+    from gptoss.text.sampling import SamplingOptions
 
     return SamplingOptions(
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
@@ -568,7 +561,6 @@ def _stdin() -> str:
         raise UsageError(f"--prompt -: stdin is not UTF-8 ({error.reason} "
                          f"at byte {error.start})") from error
 
-
 # %%
 for device in ("toaster", "meta"):
     try:
@@ -581,13 +573,14 @@ print(torch_dtype("bfloat16"), torch_device("cpu"))
 # A model is loaded in one place, whether whole or this process's part. A
 # mistyped folder is told before the kernels are compiled.
 
-# %% tags=["export:options"]
+# %% tags=["export:cli/options"]
 def load_model(args: argparse.Namespace, folder: Path,
                device: "torch.device | str" = "cpu") -> "GptOss":
     """The model in a folder, or this process's part of it; the kernels
     after it, for the first time they are compiled."""
-    from gptoss.kernels import load_kernels, make_compact
-    from gptoss.model import GptOss
+    from gptoss.kernels.build import load_kernels
+    from gptoss.kernels.compact import make_compact
+    from gptoss.model.transformer import GptOss
 
     dtype = torch_dtype(getattr(args, "dtype", "bfloat16"))
     alone = launched() == args.stages == 1
@@ -598,7 +591,7 @@ def load_model(args: argparse.Namespace, folder: Path,
     if alone:
         model = GptOss.from_pretrained(folder, dtype=dtype, device=device)
     else:
-        from gptoss.split import load_split
+        from gptoss.parallel.split import load_split
 
         model = load_split(folder, dtype, device, stages=args.stages)
     if args.compact:
@@ -609,19 +602,19 @@ def load_model(args: argparse.Namespace, folder: Path,
 
 def load_pair(args: argparse.Namespace) -> "tuple[GptOss, Tokenizer]":
     """Model and tokenizer, the quick one of the two first."""
-    from gptoss.checkpoint import Checkpoint, resolve
-    from gptoss.harmony import Tokenizer
+    from gptoss.weights.checkpoint import Checkpoint
+    from gptoss.weights.hub import resolve
+    from gptoss.text.tokenizer import Tokenizer
 
     device, folder = torch_device(args.device), resolve(args.model)
     Checkpoint.open(folder).close()  # the headers, before anything slow
     tokenizer = Tokenizer.from_pretrained(folder)
     return load_model(args, folder, device), tokenizer
 
-
 # %% [markdown]
 # ### What a terminal shows
 
-# %% tags=["export:terminal"]
+# %% tags=["export:cli/terminal"]
 import argparse
 import json
 import os
@@ -636,20 +629,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from gptoss.launch import launched, process_rank
-from gptoss.mistakes import (
-    UsageError,
-    agreed,
-    is_mistake,
-    printable,
-    reason,
-)
+from gptoss.parallel.launch import launched, process_rank
+
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from gptoss.chat import Chat
-    from gptoss.turn import ChatEvent
+    from gptoss.chat.chat import Chat
+    from gptoss.chat.turn import ChatEvent
 
 
 def writer(stream: IO[str]) -> Callable[[str], None]:
@@ -660,7 +647,6 @@ def writer(stream: IO[str]) -> Callable[[str], None]:
         stream.write(printable(text) if terminal else text)
         stream.flush()
     return write
-
 
 # %%
 class Terminal(list):
@@ -680,7 +666,7 @@ print(screen)
 # What the model thinks and calls is labelled in words, so that a file or a
 # terminal without colours says the same as one with them.
 
-# %% tags=["export:terminal"]
+# %% tags=["export:cli/terminal"]
 STYLES = {"user": "bold", "analysis": "dim", "commentary": "dim",
           "final": "", "call": "cyan", "result": "cyan", "notice": "yellow"}
 
@@ -708,9 +694,8 @@ def drawn(events: Iterable["ChatEvent"], everything: bool = True
     if last or not everything:
         yield "\n", ""
 
-
 # %%
-from gptoss.turn import ChatEvent
+from gptoss.chat.turn import ChatEvent
 
 happened = [ChatEvent("analysis", "Six "), ChatEvent("analysis", "sevens."),
             ChatEvent("call", '{"expression": "6*7"}', "calculator"),
@@ -719,7 +704,7 @@ happened = [ChatEvent("analysis", "Six "), ChatEvent("analysis", "sevens."),
 print("".join(text for text, style in drawn(happened)), end="")
 print(list(drawn(happened, everything=False)))
 
-# %% tags=["export:terminal"]
+# %% tags=["export:cli/terminal"]
 NARROWEST = 40  # columns; some containers say that a terminal has none
 
 
@@ -746,7 +731,6 @@ def drawer(stream: IO[str]) -> Callable[..., None]:
         stream.flush()
     return draw
 
-
 # %%
 screen = type("Tube", (io.StringIO,), {"isatty": lambda self: True})()
 for piece in drawn([ChatEvent("analysis", story), happened[4]]):
@@ -759,7 +743,7 @@ print(repr(screen.getvalue()))
 # `Session` holds the messages; the model sees them all in each turn, and
 # `Chat` knows which of their tokens it need not feed again.
 
-# %% tags=["export:terminal"]
+# %% tags=["export:cli/terminal"]
 @contextmanager
 def stoppable() -> Iterator[dict[str, Callable[[], bool]]]:
     """Options of `Chat.events` with which Ctrl-C stops a turn.
@@ -784,7 +768,7 @@ def stoppable() -> Iterator[dict[str, Callable[[], bool]]]:
 with stoppable() as options:
     print(options)  # in one process
 
-# %% tags=["export:terminal"]
+# %% tags=["export:cli/terminal"]
 class Session:
     """A chat and the messages that were exchanged."""
 
@@ -818,7 +802,6 @@ class Session:
                 f"{used.seconds:.1f} s; {used.prefilled_tokens} of "
                 f"{used.prompt_tokens} read anew]\n")
 
-
 # %% [markdown]
 # ### chat: commands
 #
@@ -830,7 +813,7 @@ class Session:
 # put into its place in one step: a reader, a full disk or a power cut finds
 # the old file or the new one.
 
-# %% tags=["export:terminal"]
+# %% tags=["export:cli/terminal"]
 def write_whole(name: str, text: str, again: bool = False) -> None:
     """Writes a file, all of it or nothing; a link's own file, if it is one.
 
@@ -864,7 +847,6 @@ def _local(name: str) -> Path:
     except (ValueError, RuntimeError) as error:  # NUL; no such user; a loop
         raise UsageError(f"{name}: {error}") from error
 
-
 # %%
 with tempfile.TemporaryDirectory() as folder:
     kept = Path(folder, "kept")
@@ -874,7 +856,7 @@ with tempfile.TemporaryDirectory() as folder:
             write_whole(str(kept), text, again=True)
         print(kept.read_text(), len(os.listdir(folder)))
 
-# %% tags=["export:terminal"]
+# %% tags=["export:cli/terminal"]
 def _save(session: Session, name: str, again: bool = False) -> str:
     if not name:
         raise UsageError("/save: expected a file name")
@@ -897,7 +879,7 @@ def _reset(session: Session, _: str) -> str:
 
 
 def _effort(session: Session, level: str) -> str:
-    from gptoss.harmony import EFFORTS
+    from gptoss.text.harmony import EFFORTS
 
     if level not in ("", *EFFORTS):
         raise UsageError(f"/effort: expected {', '.join(EFFORTS)}, found "
@@ -918,8 +900,7 @@ def _help(session: Session, _: str) -> str:
                      ["Ctrl-C stops an answer. A line that begins with a "
                       "space is never a command."])
 
-
-# %% tags=["export:terminal"]
+# %% tags=["export:cli/terminal"]
 SLASH = {"/help": (_help, "this list"),
          "/effort": (_effort, "LEVEL: low, medium or high"),
          "/reset": (_reset, "forget what was said"),
@@ -935,7 +916,6 @@ def obey(session: Session, line: str) -> None:
     if name not in SLASH:
         raise UsageError(f"{name}: no such command; /help lists them")
     session.draw(SLASH[name][0](session, rest.strip()) + "\n", "dim")
-
 
 # %%
 said = []
@@ -956,7 +936,7 @@ with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
 # Without one it reads a message a line and writes the answers: the same
 # conversation for scripts, and for `make demo`.
 
-# %% tags=["export:terminal"]
+# %% tags=["export:cli/terminal"]
 def piped(args: argparse.Namespace) -> Iterator[str]:
     """The lines of stdin, which must be UTF-8."""
     lines = _own_lines()
@@ -1013,8 +993,7 @@ def converse(session: Session) -> None:
             session.draw("\n[Ctrl-C again or Ctrl-D leaves]\n" if leaving
                          else "\n[stopped]\n", STYLES["notice"])
 
-
-# %% tags=["export:terminal"]
+# %% tags=["export:cli/terminal"]
 def typed(args: argparse.Namespace) -> Callable[[str], str]:
     """input(), of the first process if there are several."""
     def asked(words: str) -> str | None:
@@ -1029,7 +1008,6 @@ def typed(args: argparse.Namespace) -> Callable[[str], str]:
             raise EOFError
         return line
     return read
-
 
 # %%
 heard = []
@@ -1061,7 +1039,7 @@ print("".join(screen), end="")
 # `inspect` reads headers, not weights. With `--plan` it answers, from chapter
 # 15's formulas, which cards a model fits on and how fast they could be.
 
-# %% tags=["export:tables"]
+# %% tags=["export:cli/tables"]
 import argparse
 import json
 import sys
@@ -1070,17 +1048,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gptoss.launch import launched
-from gptoss.mistakes import UsageError, printable, tidily
-from gptoss.options import POCKET, load_model
-from gptoss.terminal import console
+from gptoss.parallel.launch import launched
+
+
+
 
 
 def show_plan(args: argparse.Namespace) -> None:
     """Prints what 1 to 8 GPUs could do with a model."""
-    from gptoss.checkpoint import config_folder, resolve
-    from gptoss.config import GptOssConfig
-    from gptoss.plan import plan, plan_table
+    from gptoss.weights.files import config_folder
+    from gptoss.weights.hub import resolve
+    from gptoss.weights.config import GptOssConfig
+    from gptoss.parallel.plan import plan, plan_table
 
     known = {"20b": GptOssConfig.gpt_oss_20b,
              "120b": GptOssConfig.gpt_oss_120b}
@@ -1106,7 +1085,7 @@ show_plan(argparse.Namespace(path="20b", context=131072, json=False))
 # faster when they share each matrix (`tensor`), not when they take turns
 # (`stages`).
 
-# %% tags=["export:tables"]
+# %% tags=["export:cli/tables"]
 SIZES = {"bytes": "bytes in the file",
          "parameters_total": "parameters",
          "parameters_active": "parameters a token uses",
@@ -1143,14 +1122,14 @@ def summary(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if not isinstance(value, dict | list):
             yield f"config.{key}", str(value)
 
-
-# %% tags=["export:tables"]
+# %% tags=["export:cli/tables"]
 def run_inspect(args: argparse.Namespace) -> None:
     """Prints what a checkpoint holds, without reading its weights."""
     if args.plan:
         return show_plan(args)
-    from gptoss.checkpoint import Checkpoint, describe, resolve
-    from gptoss.kernels import kernel_path
+    from gptoss.weights.checkpoint import Checkpoint, describe
+    from gptoss.weights.hub import resolve
+    from gptoss.kernels.build import kernel_path
 
     folder = resolve(args.path)
     report = describe(folder) | {"kernels": kernel_path()}
@@ -1172,10 +1151,10 @@ def run_inspect(args: argparse.Namespace) -> None:
         table.add_row(Text(printable(label, "")), Text(printable(value, "")))
     console(sys.stdout).print(table)
 
-
 # %%
-from gptoss.checkpoint import random_tensors, write_checkpoint
-from gptoss.config import GptOssConfig, bytes_read_per_token
+from gptoss.weights.write import random_tensors, write_checkpoint
+from gptoss.weights.config import GptOssConfig
+from gptoss.weights.sizes import bytes_read_per_token
 
 config = GptOssConfig(
     num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2,
@@ -1196,12 +1175,14 @@ print(*map(str.rstrip, page.getvalue().splitlines()[:15]), sep="\n")
 #
 # Chapter 3 does the work; the command adds a bar, on a terminal only.
 
-# %% tags=["export:tables"]
+# %% tags=["export:cli/tables"]
 def run_convert(args: argparse.Namespace) -> None:
     """Rewrites a checkpoint in another layout, with a hash per tensor."""
     from rich.progress import Progress
 
-    from gptoss.checkpoint import Checkpoint, convert, resolve
+    from gptoss.weights.checkpoint import Checkpoint
+    from gptoss.weights.convert import convert
+    from gptoss.weights.hub import resolve
 
     source = resolve(args.source)
     with Checkpoint.open(source) as checkpoint:
@@ -1212,7 +1193,6 @@ def run_convert(args: argparse.Namespace) -> None:
         manifest = convert(source, Path(args.target), args.layout,
                            progress=lambda name: bar.advance(task))
     print(f"{len(manifest)} tensors written to {printable(args.target, '')}")
-
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
@@ -1229,7 +1209,7 @@ with tempfile.TemporaryDirectory() as folder:
 #
 # Chapter 13 measures; here a median stands with its spread beside it.
 
-# %% tags=["export:tables"]
+# %% tags=["export:cli/tables"]
 def figures(found: dict[str, Any]) -> str:
     """What `measure` found, a line each; rates with their spread."""
     def number(value: object) -> str:
@@ -1248,8 +1228,9 @@ def figures(found: dict[str, Any]) -> str:
 
 def run_bench(args: argparse.Namespace) -> None:
     """Measures loading, reading and writing on random tokens."""
-    from gptoss.checkpoint import Checkpoint, resolve
-    from gptoss.kernels import measure
+    from gptoss.weights.checkpoint import Checkpoint
+    from gptoss.weights.hub import resolve
+    from gptoss.kernels.bench import measure
 
     if min(args.prompt_tokens, args.new_tokens) < 2:
         raise UsageError(f"expected --prompt-tokens and --new-tokens >= 2, "
@@ -1271,7 +1252,6 @@ def run_bench(args: argparse.Namespace) -> None:
         found |= {"processes": launched(), "stages": args.stages}
     print(json.dumps(found) if args.json else figures(found))
 
-
 # %%
 print(figures({"kernels": "C++ with AVX2", "bytes_per_token": 3714085888,
                "decode_tokens_per_second": 7.0312,
@@ -1282,7 +1262,7 @@ print(figures({"kernels": "C++ with AVX2", "bytes_per_token": 3714085888,
 #
 # Commands that compute: a `run_` function each, which gets what was typed.
 
-# %% tags=["export:commands"]
+# %% tags=["export:cli/commands"]
 import argparse
 import json
 import os
@@ -1294,50 +1274,17 @@ from importlib import import_module
 from pathlib import Path
 
 import gptoss
-from gptoss.launch import launched
-from gptoss.mistakes import (
-    Ended,
-    Parser,
-    UsageError,
-    agreed,
-    complain,
-    drop_stdout,
-    fill_streams,
-    is_mistake,
-    printable,
-    tidily,
-    torchrun_number,
-)
-from gptoss.options import (
-    COMPACT,
-    JSON,
-    MODEL,
-    PATH,
-    SAMPLING,
-    STAGES,
-    Option,
-    load_pair,
-    read_prompt,
-    sampling,
-    torch_device,
-    torch_dtype,
-)
-from gptoss.terminal import (
-    STYLES,
-    Session,
-    converse,
-    drawer,
-    piped,
-    typed,
-    writer,
-)
+from gptoss.parallel.launch import launched
+
+
+
 
 
 def run_generate(args: argparse.Namespace) -> None:
     """Writes the continuation of a prompt to stdout as it comes."""
-    from gptoss.checkpoint import resolve
-    from gptoss.generate import complete, stop_ids
-    from gptoss.kernels import peak_rss_bytes
+    from gptoss.weights.hub import resolve
+    from gptoss.text.generate import complete, stop_ids
+    from gptoss.kernels.bench import peak_rss_bytes
 
     options, prompt = sampling(args), read_prompt(args)
     torch_device(args.device)
@@ -1356,14 +1303,13 @@ def run_generate(args: argparse.Namespace) -> None:
         print(f"[{len(done.tokens)} tokens, {done.seconds:.1f} s, "
               f"{done.finish_reason}]", file=sys.stderr)
 
-
 # %% [markdown]
 # ### chat
 #
 # The prompt of a conversation knows its tools and its date; the seed is the
 # same in all processes.
 
-# %% tags=["export:commands"]
+# %% tags=["export:cli/commands"]
 def _tools(args: argparse.Namespace, known: dict) -> list:
     """The tools that the options name."""
     names = [] if args.no_tools else list(filter(None, args.tools.split(",")))
@@ -1373,12 +1319,11 @@ def _tools(args: argparse.Namespace, known: dict) -> list:
                              f"{name}")
     return [known[name] for name in names]
 
-
-# %% tags=["export:commands"]
+# %% tags=["export:cli/commands"]
 def run_chat(args: argparse.Namespace) -> None:
     """A conversation; with a pipe, one message a line of stdin."""
-    from gptoss.calculator import TOOLS
-    from gptoss.chat import Chat
+    from gptoss.chat.calculator import TOOLS
+    from gptoss.chat.chat import Chat
 
     if args.json and args.prompt is None:
         raise UsageError("--json: needs --prompt")
@@ -1404,7 +1349,6 @@ def run_chat(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps({"messages": chat.turn} | asdict(chat.usage)))
 
-
 # %% [markdown]
 # ### parity and vectors
 #
@@ -1413,14 +1357,14 @@ def run_chat(args: argparse.Namespace) -> None:
 # `generate` computes with: bf16, and the kernels where there are some;
 # `--plain` and `--dtype` ask for something else.
 
-# %% tags=["export:commands"]
+# %% tags=["export:cli/commands"]
 def _walked(folder: Path, prompts: list[str] | None) -> list:
     """Tokens (1, T) of each prompt; [None], the report's own, for none."""
     if prompts is None:
         return [None]
     import torch
 
-    from gptoss.harmony import Tokenizer
+    from gptoss.text.tokenizer import Tokenizer
 
     encode = Tokenizer.from_pretrained(folder).encode
     found = [encode(prompt) for prompt in prompts]
@@ -1431,8 +1375,8 @@ def _walked(folder: Path, prompts: list[str] | None) -> list:
 
 def run_parity(args: argparse.Namespace) -> None:
     """Walks ours and a reference and names the first that goes wrong."""
-    from gptoss.checkpoint import resolve
-    from gptoss.parity import parity_table, report
+    from gptoss.weights.hub import resolve
+    from gptoss.parity.report import parity_table, report
 
     folder = resolve(args.path)
     if args.new_tokens < 0:
@@ -1461,7 +1405,7 @@ def run_parity(args: argparse.Namespace) -> None:
 
 def run_vectors(args: argparse.Namespace) -> None:
     """Writes conformance vectors, or checks this package or a port."""
-    from gptoss.vectors import check, write
+    from gptoss.parity.vectors import check, write
 
     if args.action == "write":
         print(*(printable(str(file), "") for file in write(args.folder)),
@@ -1473,7 +1417,6 @@ def run_vectors(args: argparse.Namespace) -> None:
     if wrong:
         raise SystemExit(1)
 
-
 # %% [markdown]
 # ### train
 #
@@ -1481,7 +1424,7 @@ def run_vectors(args: argparse.Namespace) -> None:
 # looked at first: "already there" is no news for somebody who has waited
 # for the whole training.
 
-# %% tags=["export:commands"]
+# %% tags=["export:cli/commands"]
 def _short(value: object) -> str:
     """A value as a message may show it: nobody reads 400 digits."""
     text = str(value)
@@ -1490,7 +1433,8 @@ def _short(value: object) -> str:
 
 def run_train(args: argparse.Namespace) -> None:
     """Trains the shipped checkpoint anew, with a given seed."""
-    from gptoss.train import Recipe, make_pocket
+    from gptoss.training.train import Recipe
+    from gptoss.training.pocket import make_pocket
 
     out = Path(args.target)
     if out.exists() or not out.absolute().parent.is_dir():
@@ -1515,7 +1459,6 @@ def run_train(args: argparse.Namespace) -> None:
         make_pocket(out, recipe, report)
     print(f"written to {printable(args.target, '')}")
 
-
 # %%
 try:
     run_train(argparse.Namespace(target=".", steps=1, seed=0))
@@ -1529,7 +1472,7 @@ except UsageError as error:
 # looked up when the command is called, so a command loads what it needs, and
 # `--help` nothing.
 
-# %% tags=["export:commands"]
+# %% tags=["export:cli/commands"]
 @dataclass(frozen=True)
 class Command:
     """A row of the table: `target` is "module:function", which gets what was
@@ -1650,14 +1593,13 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=row.run)
     return parser
 
-
 # %%
 print(build_parser().parse_args(["generate", "--top-k", "5"]).top_k)
 
 # %% [markdown]
 # ### From arguments to an exit code
 
-# %% tags=["export:commands"]
+# %% tags=["export:cli/commands"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, 2 for a mistake in the
     arguments or files (one line on stderr), 130 for Ctrl-C, 141 if nobody
@@ -1694,24 +1636,22 @@ def _run(argv: Sequence[str] | None) -> int:
     args.run(args)
     sys.stdout.flush()
     if launched() > 1:
-        from gptoss.collectives import leave
+        from gptoss.parallel.collectives import leave
 
         leave()
     return 0
-
 
 # %% [markdown]
 # `python -m gptoss` runs a file of three lines. (A notebook is called
 # `__main__` too, but belongs to no package.)
 
-# %% tags=["export:__main__"]
+# %% tags=["export:/__main__"]
 import sys
 
 from gptoss import commands
 
 if __name__ == "__main__" and __package__ == "gptoss":
     sys.exit(commands.main())
-
 
 # %%
 def run(*argv: str) -> tuple[int, str, str]:
@@ -1882,7 +1822,7 @@ assert "".join(map(printable, pieces)) == printable("".join(pieces))
 # %% tags=["hide-cell"]
 def run_count(args: argparse.Namespace) -> None:
     """Prints the number of tokens of a text."""
-    from gptoss.harmony import Tokenizer
+    from gptoss.text.tokenizer import Tokenizer
 
     print(len(Tokenizer.from_pretrained(args.model).encode(args.text)))
 

@@ -9,19 +9,24 @@ from typing import TYPE_CHECKING
 # --- The package's front door ------------------------------------------------
 
 if TYPE_CHECKING:
-    from gptoss.chat import Chat as Chat
-    from gptoss.config import GptOssConfig as GptOssConfig
-    from gptoss.harmony import Tokenizer as Tokenizer
-    from gptoss.model import GptOss as GptOss
+    from gptoss.chat.chat import Chat as Chat
+    from gptoss.weights.config import GptOssConfig as GptOssConfig
+    from gptoss.weights.errors import Error as Error
+    from gptoss.text.tokenizer import Tokenizer as Tokenizer
+    from gptoss.model.transformer import GptOss as GptOss
 
 __version__ = "0.1.0"
-_HOME = {"Chat": "chat", "GptOss": "model", "GptOssConfig": "config",
-         "Tokenizer": "harmony"}
-_MODULES = ("config", "mxfp4", "checkpoint", "rope", "sinks", "masks",
-            "routing", "experts", "cache", "norm", "answers", "ops", "layers",
-            "model", "harmony", "generate", "chat", "kernels", "compact",
-            "triton_kernels", "decode_step", "stories", "lessons", "leaks",
-            "exams", "train", "parallel", "plan", "parity", "vectors")
+_HOME = {"Chat": "chat", "Error": "errors", "GptOss": "model",
+         "GptOssConfig": "config", "Tokenizer": "harmony"}
+_MODULES = ("errors", "config", "mxfp4", "checkpoint", "rope", "sinks",
+            "masks", "routing", "experts", "cache", "norm", "answers", "ops",
+            "layers", "model", "harmony", "generate",
+            "messages", "schema", "tools", "calculator", "memory",
+            "settings", "agreement", "turn", "chat", "kernels", "compact",
+            "triton_kernels", "decode_step",
+            "stories", "lessons", "leaks", "exams", "train", "shards",
+            "launch", "collectives", "split", "plan", "parity", "vectors",
+            "mistakes", "options", "terminal", "tables", "commands")
 
 
 def __getattr__(name: str) -> object:
@@ -39,6 +44,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "Chat",
+    "Error",
     "GptOss",
     "GptOssConfig",
     "Tokenizer",

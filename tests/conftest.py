@@ -61,7 +61,7 @@ THEIRS = ("test_kernels.py", "test_kernel_parts.py", "test_kernel_safety.py")
 
 ON_KERNELS = os.environ["GPTOSS_KERNELS"] != "torch"
 if ON_KERNELS:  # now, and not by whichever test calls an operator first
-    from gptoss.kernels import load_kernels
+    from gptoss.kernels.build import load_kernels
 
     LOADED = load_kernels()
 else:

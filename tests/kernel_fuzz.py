@@ -15,8 +15,8 @@ import sys
 import torch
 
 import gptoss.kernels as kernels
-from gptoss.compact import pack_by_torch
-from gptoss.mxfp4 import encode
+from gptoss.kernels.compact import pack_by_torch
+from gptoss.weights.encoding import encode
 
 OPS = torch.ops.gptoss
 SANITIZED = (*(option for option in kernels.OPTIONS if option != "-O3"),

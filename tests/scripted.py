@@ -8,10 +8,10 @@ import dataclasses
 
 import torch
 
-from gptoss.chat import Chat
-from gptoss.config import GptOssConfig
-from gptoss.harmony import Tokenizer, tokenizer_json
-from gptoss.model import GptOss
+from gptoss.chat.chat import Chat
+from gptoss.model.transformer import GptOss
+from gptoss.text.tokenizer import Tokenizer, tokenizer_json
+from gptoss.weights.config import GptOssConfig
 
 CONTROL = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>",
            "<|constrain|>", "<|return|>", "<|call|>", "<|endoftext|>")

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
-from gptoss.checkpoint import LAYOUTS, random_tensors, write_checkpoint
-from gptoss.config import GptOssConfig
-from gptoss.generate import Sampler
-from gptoss.model import GptOss
-from gptoss.shards import MeshRank, mesh_rank
+from gptoss.model.transformer import GptOss
+from gptoss.parallel.shards import MeshRank, mesh_rank
+from gptoss.text.sampling import Sampler
+from gptoss.weights.config import GptOssConfig
+from gptoss.weights.layout import LAYOUTS
+from gptoss.weights.write import random_tensors, write_checkpoint
 
 POCKET = Path(str(files("gptoss") / "pocket"))
 RELEASED = {"20b": GptOssConfig.gpt_oss_20b(),

@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from test_cli import CONFIG, ROOT, write_model
 
 import gptoss
-from gptoss.cache import CacheError
-from gptoss.checkpoint import write_checkpoint
-from gptoss.commands import main
-from gptoss.generate import GenerateError, generate
-from gptoss.model import GptOss
+from gptoss.cli.commands import main
+from gptoss.model.cache import CacheError
+from gptoss.model.transformer import GptOss
+from gptoss.text.generate import generate
+from gptoss.text.sampling import GenerateError
+from gptoss.weights.write import write_checkpoint
 
 INDEX = "model.safetensors.index.json"
 SHARD = 20_000  # bytes: several shards
@@ -307,7 +308,7 @@ def test_inspect_and_convert_name_it_too(folder, capsys, tmp_path, break_):
 def test_a_convert_that_fails_late_leaves_nothing(folder, capsys, tmp_path,
                                                   monkeypatch):
     """The disk fills up while the second half is being written."""
-    from gptoss.checkpoint import Checkpoint
+    from gptoss.weights.checkpoint import Checkpoint
 
     read, calls = Checkpoint.read, []
 

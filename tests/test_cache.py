@@ -7,11 +7,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptoss import cache as cache_module
-from gptoss.cache import (
-    Cache, CacheError, FullCache, SlidingCache, plan_chunk, roll_back)
-from gptoss.config import GptOssConfig, cache_bytes
-from gptoss.masks import positions_from_mask, receptive_field, visible
-from gptoss.sinks import attention_concat
+from gptoss.attention.masks import (
+    positions_from_mask,
+    receptive_field,
+    visible,
+)
+from gptoss.attention.sinks import attention_concat
+from gptoss.model.cache import (
+    Cache,
+    CacheError,
+    FullCache,
+    SlidingCache,
+    plan_chunk,
+    roll_back,
+)
+from gptoss.weights.config import GptOssConfig
+from gptoss.weights.sizes import cache_bytes
 
 H, G, C, D, LONGEST = 4, 2, 8, 16, 1024
 S, A = "sliding_attention", "full_attention"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptoss.calculator import calculator
+from gptoss.chat.calculator import calculator
 
 # -- the calculator ---------------------------------------------------------
 

@@ -2,17 +2,18 @@
 
 import inspect
 
+import gptoss.decode_step as decode_step
 import pytest
 import torch
 from test_decode_step import POCKET, draw, pair, tiny
 from test_kernels import COMPILED, kernels_on  # noqa: F401
 
-import gptoss.decode_step as decode_step
-from gptoss.cache import FullCache
-from gptoss.decode_step import DecodeStep
-from gptoss.generate import Sampler, choose_step, generate
-from gptoss.kernels import plain_torch
-from gptoss.model import GptOss
+from gptoss.kernels.build import plain_torch
+from gptoss.kernels.step import DecodeStep
+from gptoss.model.cache import FullCache
+from gptoss.model.transformer import GptOss
+from gptoss.text.generate import choose_step, generate
+from gptoss.text.sampling import Sampler
 
 pytestmark = pytest.mark.skipif(not COMPILED, reason="no kernels")
 

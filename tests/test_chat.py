@@ -33,12 +33,12 @@ from scripted import (
 from test_messages import ASKS, CALL, SAYS, TELLS
 from test_tools import search
 
-from gptoss.calculator import calculator, today
-from gptoss.chat import Chat
-from gptoss.generate import GenerateError, Sampler
-from gptoss.harmony import Tokenizer, tokenizer_json
-from gptoss.messages import ChatError, read_messages
-from gptoss.turn import Usage
+from gptoss.chat.calculator import calculator, today
+from gptoss.chat.chat import Chat
+from gptoss.chat.messages import ChatError, read_messages
+from gptoss.chat.turn import Usage
+from gptoss.text.sampling import GenerateError, Sampler
+from gptoss.text.tokenizer import Tokenizer, tokenizer_json
 
 # -- turns ------------------------------------------------------------------
 

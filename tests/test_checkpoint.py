@@ -20,31 +20,26 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from gptoss import checkpoint as module
-from gptoss.checkpoint import (
+from gptoss.weights.checkpoint import Checkpoint, describe
+from gptoss.weights.config import ConfigError, GptOssConfig
+from gptoss.weights.convert import convert
+from gptoss.weights.files import make_header, read_header
+from gptoss.weights.layout import (
     LAYOUTS,
-    Checkpoint,
     CheckpointError,
     TensorSpec,
-    convert,
-    describe,
-    make_header,
     places,
-    plan_shards,
-    random_tensors,
-    read_header,
     tensor_table,
-    write_checkpoint,
 )
-from gptoss.config import (
-    ConfigError,
-    GptOssConfig,
+from gptoss.weights.mxfp4 import decode
+from gptoss.weights.sizes import (
     active_parameters,
     bytes_read_per_token,
     checkpoint_bytes,
     parameter_counts,
     total_parameters,
 )
-from gptoss.mxfp4 import decode
+from gptoss.weights.write import plan_shards, random_tensors, write_checkpoint
 
 TINY = GptOssConfig(
     num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2,
@@ -466,7 +461,7 @@ def test_unaligned_tensors_are_copied(made, tmp_path):
 
 RESIDENT = """
 import sys
-from gptoss.checkpoint import Checkpoint
+from gptoss.weights.checkpoint import Checkpoint
 
 def resident(name):
     kib, inside = 0, False
@@ -1065,8 +1060,8 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, error):
 KILLED = """
 import os, sys
 from pathlib import Path
-from gptoss.checkpoint import random_tensors, write_checkpoint
-from gptoss.config import GptOssConfig
+from gptoss.weights.write import random_tensors, write_checkpoint
+from gptoss.weights.config import GptOssConfig
 
 config = GptOssConfig.from_pretrained(sys.argv[1])
 
@@ -1107,8 +1102,8 @@ def test_a_draft_of_a_living_process_is_not_swept(tmp_path):
 
 TOLD = """
 import os, signal, sys, threading
-from gptoss.checkpoint import random_tensors, write_checkpoint
-from gptoss.config import GptOssConfig
+from gptoss.weights.write import random_tensors, write_checkpoint
+from gptoss.weights.config import GptOssConfig
 
 config = GptOssConfig.from_pretrained(sys.argv[1])
 
@@ -1258,7 +1253,7 @@ import sys, warnings
 warnings.simplefilter("ignore")
 sys.modules["numpy"] = None
 from gptoss.checkpoint import *
-from gptoss.config import GptOssConfig
+from gptoss.weights.config import GptOssConfig
 config = GptOssConfig.from_pretrained(sys.argv[1])
 write_checkpoint(sys.argv[2], config, random_tensors(config))
 print(convert(sys.argv[2], sys.argv[2] + "2", "original")
@@ -1439,7 +1434,8 @@ def test_progress_and_refusals(made, tmp_path):
 
 MEMORY = """
 import sys
-from gptoss.checkpoint import Checkpoint, convert
+from gptoss.weights.checkpoint import Checkpoint
+from gptoss.weights.convert import convert
 
 def resident():
     with open("/proc/self/status") as f:
@@ -1531,7 +1527,7 @@ def test_describe(made, layout, monkeypatch):
 
 def test_a_packed_model_can_be_saved_by_torch(made, tmp_path):
     """Every tensor has a storage of its own, of its own size."""
-    from gptoss.model import GptOss
+    from gptoss.model.transformer import GptOss
 
     model = GptOss.from_pretrained(made["hf"])
     torch.save(model.state_dict(), tmp_path / "state.pt")

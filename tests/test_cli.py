@@ -22,15 +22,16 @@ from safetensors.torch import load_file
 from scripted import TOKENIZER, Scripted, called, said
 
 import gptoss
-from gptoss.checkpoint import write_checkpoint
-from gptoss.commands import COMMANDS, build_parser, main
-from gptoss.config import GptOssConfig
-from gptoss.generate import Sampler, complete
-from gptoss.harmony import Tokenizer, tokenizer_json
-from gptoss.mistakes import UsageError, is_mistake, printable
-from gptoss.model import GptOss
-from gptoss.terminal import drawn
-from gptoss.turn import ChatEvent
+from gptoss.chat.turn import ChatEvent
+from gptoss.cli.commands import COMMANDS, build_parser, main
+from gptoss.cli.mistakes import UsageError, is_mistake, printable
+from gptoss.cli.terminal import drawn
+from gptoss.model.transformer import GptOss
+from gptoss.text.generate import complete
+from gptoss.text.sampling import Sampler
+from gptoss.text.tokenizer import Tokenizer, tokenizer_json
+from gptoss.weights.config import GptOssConfig
+from gptoss.weights.write import write_checkpoint
 
 ROOT = Path(gptoss.__file__).parents[1]
 CONFIG = GptOssConfig(
@@ -314,7 +315,7 @@ def test_inspect_reads_no_weights(folder, capsys, monkeypatch):
 
 
 def test_inspect_lists_each_tensor(folder, capsys):
-    from gptoss.checkpoint import tensor_table
+    from gptoss.weights.layout import tensor_table
 
     assert main(["inspect", "--tensors", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()

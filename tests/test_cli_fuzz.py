@@ -16,7 +16,7 @@ from test_cli import write_model
 
 import gptoss
 from gptoss import kernels, parity, train, vectors
-from gptoss.commands import COMMANDS, main
+from gptoss.cli.commands import COMMANDS, main
 
 ROUNDS = 40 * int(os.environ.get("GPTOSS_FUZZ", "1"))
 INTS = ["0", "-1", "1", "2", "3", "7", str(2 ** 31), str(2 ** 32),

@@ -15,10 +15,10 @@ import torch
 from test_cli import ROOT, folder, write_model  # noqa: F401  a fixture
 
 from gptoss import terminal
-from gptoss.commands import main
-from gptoss.config import GptOssConfig
-from gptoss.mistakes import UsageError, tidily
-from gptoss.terminal import Session, obey
+from gptoss.cli.commands import main
+from gptoss.cli.mistakes import UsageError, tidily
+from gptoss.cli.terminal import Session, obey
+from gptoss.weights.config import GptOssConfig
 
 
 def shell(line: str, **changes: str) -> subprocess.CompletedProcess:
@@ -222,7 +222,7 @@ def test_a_plan_for_cards_that_do_not_divide_a_model(tmp_path, capsys):
 
 
 def test_a_plan_for_the_parent_of_original(tmp_path, capsys):
-    from gptoss.checkpoint import convert
+    from gptoss.weights.convert import convert
 
     write_model(tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "whole" / "original", "original")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from splits import TINY
 
-from gptoss.collectives import Group, rehearse
-from gptoss.launch import launched, process_rank
+from gptoss.parallel.collectives import Group, rehearse
+from gptoss.parallel.launch import launched, process_rank
 
 
 def test_a_failing_thread_ends_the_rehearsal() -> None:

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from transformers import GptOssConfig as HFConfig
 from transformers import GptOssForCausalLM
 
-from gptoss.config import (
-    ConfigError,
-    GptOssConfig,
+from gptoss.weights.config import ConfigError, GptOssConfig
+from gptoss.weights.sizes import (
     active_parameters,
     bf16_bytes,
     bytes_read_per_token,

@@ -22,8 +22,11 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import SPELLINGS
 from test_cli import CONFIG, write_model
 
-from gptoss.checkpoint import LAYOUTS, Checkpoint, convert, write_checkpoint
-from gptoss.commands import main
+from gptoss.cli.commands import main
+from gptoss.weights.checkpoint import Checkpoint
+from gptoss.weights.convert import convert
+from gptoss.weights.layout import LAYOUTS
+from gptoss.weights.write import write_checkpoint
 
 CASES = 12 * int(os.environ.get("GPTOSS_FUZZ", "1"))  # a layout
 KINDS = (*LAYOUTS, "blocks", "each expert")

@@ -10,6 +10,8 @@ from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
+import gptoss.decode_step as decode_step
+import gptoss.triton_kernels as triton_kernels
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,14 +22,13 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-import gptoss.decode_step as decode_step
-import gptoss.triton_kernels as triton_kernels
-from gptoss.cache import Cache, CacheError, FullCache
-from gptoss.config import GptOssConfig
-from gptoss.decode_step import DecodeStep
-from gptoss.generate import Sampler, forward_step, generate
-from gptoss.model import GptOss, ModelError
-from gptoss.mxfp4 import encode
+from gptoss.kernels.step import DecodeStep
+from gptoss.model.cache import Cache, CacheError, FullCache
+from gptoss.model.transformer import GptOss, ModelError
+from gptoss.text.generate import forward_step, generate
+from gptoss.text.sampling import Sampler
+from gptoss.weights.config import GptOssConfig
+from gptoss.weights.encoding import encode
 
 POCKET = Path(decode_step.__file__).parent / "pocket"
 TINY = GptOssConfig(
@@ -322,7 +323,7 @@ def test_what_launches_the_kernels_asks_nothing(monkeypatch):
                        (E, D, F // 32, 16), (E, D, F // 32))),
                    torch.randn(E, D), 7.0)
         assert triton_kernels.experts_by_triton(*experts).shape == (N, D)
-        from gptoss.experts import packed_by_decoding
+        from gptoss.moe.experts import packed_by_decoding
         with pytest.raises(ASKS):
             packed_by_decoding(*experts)
         q, k = torch.randn(2, 1, 8, 16), torch.randn(2, 4096, 2, 16)
@@ -514,8 +515,8 @@ def test_can_record():
     code = """
 import sys, torch
 from gptoss import decode_step
-from gptoss.config import GptOssConfig
-from gptoss.model import GptOss
+from gptoss.weights.config import GptOssConfig
+from gptoss.model.transformer import GptOss
 torch.library.impl("gptoss::packed_experts", "CUDA", lambda *a: a[0])
 config = GptOssConfig.gpt_oss_20b()
 print([decode_step.can_record(GptOss(config, device="meta", packed=packed))
@@ -569,9 +570,9 @@ TRITON = """
 import sys, torch
 import torch.nn.functional as F
 from gptoss import triton_kernels as t
-from gptoss.model import GptOss
-from gptoss.ops import attention_in_tiles
-from gptoss.decode_step import DecodeStep
+from gptoss.model.transformer import GptOss
+from gptoss.model.ops import attention_in_tiles
+from gptoss.kernels.step import DecodeStep
 sys.path.insert(0, sys.argv[1])
 from test_decode_step import tiny
 

@@ -11,7 +11,8 @@ from transformers import GptOssConfig as HFConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from gptoss import experts as module
-from gptoss.experts import (
+from gptoss.model.ops import packed_experts
+from gptoss.moe.experts import (
     ALPHA,
     by_expert,
     clamped_swiglu,
@@ -20,9 +21,9 @@ from gptoss.experts import (
     experts_loop,
     swiglu_backward,
 )
-from gptoss.mxfp4 import PackedMXFP4, encode
-from gptoss.ops import packed_experts
-from gptoss.routing import route
+from gptoss.moe.routing import route
+from gptoss.weights.encoding import encode
+from gptoss.weights.mxfp4 import PackedMXFP4
 
 
 def draw_case(N, E, K, D, width, seed=0, dtype=torch.float32, std=1.0):

@@ -12,14 +12,10 @@ from safetensors.torch import load_file
 
 import gptoss
 from gptoss import GptOss, GptOssConfig
-from gptoss.checkpoint import (
-    CheckpointError,
-    convert,
-    random_tensors,
-    tensor_table,
-    write_checkpoint,
-)
-from gptoss.model import ModelError, file_name, file_tensor
+from gptoss.model.transformer import ModelError, file_name, file_tensor
+from gptoss.weights.convert import convert
+from gptoss.weights.layout import CheckpointError, tensor_table
+from gptoss.weights.write import random_tensors, write_checkpoint
 
 POCKET = Path(gptoss.__file__).parent / "pocket"
 # F = D: by its shape, nobody can tell which way a down projection lies

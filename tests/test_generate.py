@@ -13,22 +13,24 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from gptoss import harmony
-from gptoss.config import ConfigError, GptOssConfig
-from gptoss.generate import (
-    NUCLEUS,
+from gptoss.model.transformer import GptOss
+from gptoss.text.generate import (
     Completion,
-    GenerateError,
-    Sampler,
-    SamplingOptions,
     TextStream,
-    best,
     complete,
-    draw,
     generate,
     generate_batch,
     stop_ids,
 )
-from gptoss.model import GptOss
+from gptoss.text.sampling import (
+    NUCLEUS,
+    GenerateError,
+    Sampler,
+    SamplingOptions,
+    best,
+    draw,
+)
+from gptoss.weights.config import ConfigError, GptOssConfig
 
 POCKET = files("gptoss") / "pocket"
 CONFIG = GptOssConfig(

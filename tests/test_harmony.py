@@ -19,30 +19,29 @@ from oracles import harmony as official
 from oracles import o200k
 
 from gptoss import harmony
-from gptoss.harmony import (
+from gptoss.text.harmony import (
     CHANNELS,
     EFFORTS,
     IDENTITY,
     ROLES,
-    Delta,
-    Done,
-    HarmonyError,
-    Malformed,
     Message,
-    Opened,
-    StreamParser,
-    Tokenizer,
-    Tool,
-    ToolCall,
     developer_message,
-    parse,
     render,
     render_message,
     render_training,
     system_message,
-    tokenizer_json,
-    typescript,
 )
+from gptoss.text.parser import (
+    Delta,
+    Done,
+    Malformed,
+    Opened,
+    StreamParser,
+    ToolCall,
+    parse,
+)
+from gptoss.text.tokenizer import HarmonyError, Tokenizer, tokenizer_json
+from gptoss.text.typescript import Tool, typescript
 
 pytestmark = pytest.mark.xdist_group("o200k")
 FUZZ = int(os.environ.get("GPTOSS_FUZZ", "1"))  # times as many cases

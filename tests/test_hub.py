@@ -16,15 +16,11 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from gptoss.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    is_repo_id,
-    random_tensors,
-    resolve,
-    write_checkpoint,
-)
-from gptoss.config import GptOssConfig
+from gptoss.weights.checkpoint import Checkpoint
+from gptoss.weights.config import GptOssConfig
+from gptoss.weights.hub import is_repo_id, resolve
+from gptoss.weights.layout import CheckpointError
+from gptoss.weights.write import random_tensors, write_checkpoint
 
 TINY = GptOssConfig(
     num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2,
@@ -156,7 +152,9 @@ import sys
 import huggingface_hub.constants
 if "CHUNK" in os.environ:
     huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = int(os.environ["CHUNK"])
-from gptoss.checkpoint import Checkpoint, CheckpointError, resolve
+from gptoss.weights.checkpoint import Checkpoint
+from gptoss.weights.layout import CheckpointError
+from gptoss.weights.hub import resolve
 for job in sys.argv[1:]:
     try:
         folder = resolve(*job.split("@"))
@@ -305,7 +303,7 @@ SETTINGS = [
 EACH = """
 import os, sys
 import gptoss.checkpoint
-from gptoss.commands import main
+from gptoss.cli.commands import main
 for setting in sys.argv[2:]:
     pid = os.fork()  # huggingface_hub reads its settings but once
     if not pid:

@@ -18,7 +18,7 @@ from test_kernels import (
 )
 
 import gptoss.kernels as kernels
-from gptoss.mxfp4 import encode
+from gptoss.weights.encoding import encode
 
 FUZZ = Path(__file__).with_name("kernel_fuzz.py")
 FACTOR = int(os.environ.get("GPTOSS_FUZZ", 1))

@@ -13,21 +13,23 @@ from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
+import gptoss.compact as compact
+import gptoss.triton_kernels as triton_kernels
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import gptoss.compact as compact
 import gptoss.kernels as kernels
-import gptoss.triton_kernels as triton_kernels
-from gptoss.generate import Sampler, generate
-from gptoss.harmony import Tokenizer
-from gptoss.layers import Linear
-from gptoss.model import GptOss
-from gptoss.mxfp4 import PackedMXFP4, decode, encode
-from gptoss.ops import mxfp4_linear, packed_experts
-from gptoss.stories import story_stream
+from gptoss.model.layers import Linear
+from gptoss.model.ops import mxfp4_linear, packed_experts
+from gptoss.model.transformer import GptOss
+from gptoss.text.generate import generate
+from gptoss.text.sampling import Sampler
+from gptoss.text.tokenizer import Tokenizer
+from gptoss.training.stories import story_stream
+from gptoss.weights.encoding import encode
+from gptoss.weights.mxfp4 import PackedMXFP4, decode
 
 POCKET = Path(kernels.__file__).parent / "pocket"
 OPS = torch.ops.gptoss
@@ -581,10 +583,11 @@ def test_without_a_kernel_the_model_stays_and_one_line_says_so():
 CHILD = """
 import logging, sys, torch
 from gptoss import kernels
-from gptoss.compact import CompactLinear, pack
-from gptoss.layers import Linear
-from gptoss.mxfp4 import decode, encode
-from gptoss.ops import mxfp4_linear
+from gptoss.kernels.compact import CompactLinear, pack
+from gptoss.model.layers import Linear
+from gptoss.weights.mxfp4 import decode
+from gptoss.weights.encoding import encode
+from gptoss.model.ops import mxfp4_linear
 torch.manual_seed(0)
 y = mxfp4_linear(torch.randn(3, 96).bfloat16(), *encode(torch.randn(20, 96)))
 print(kernels.kernel_path())
@@ -770,7 +773,7 @@ import sys, gptoss
 assert not {"torch", "gptoss.kernels"} & set(sys.modules)
 from gptoss import %s
 assert "gptoss.kernels" not in sys.modules  # nothing before it is needed
-from gptoss.chat import load
+from gptoss.chat.chat import load
 model, _ = load(sys.argv[1])
 from gptoss import kernels
 import torch
@@ -841,9 +844,9 @@ def test_summarise():
 TRITON = """
 import sys, torch
 from gptoss import triton_kernels as t
-from gptoss.experts import packed_by_decoding
-from gptoss.mxfp4 import encode
-from gptoss.ops import attention_in_tiles
+from gptoss.moe.experts import packed_by_decoding
+from gptoss.weights.encoding import encode
+from gptoss.model.ops import attention_in_tiles
 
 dtype, bound = getattr(torch, sys.argv[1]), float(sys.argv[2])
 torch.manual_seed(0)

@@ -8,11 +8,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GptOssConfig as HFConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 
-from gptoss.config import GptOssConfig
-from gptoss.experts import experts_loop
-from gptoss.layers import Experts, Router
-from gptoss.mxfp4 import MXFP4Error, PackedMXFP4, encode
-from gptoss.routing import top_logits
+from gptoss.model.layers import Experts, Router
+from gptoss.moe.experts import experts_loop
+from gptoss.moe.routing import top_logits
+from gptoss.weights.config import GptOssConfig
+from gptoss.weights.encoding import encode
+from gptoss.weights.mxfp4 import MXFP4Error, PackedMXFP4
 
 # ---- the router
 

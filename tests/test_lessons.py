@@ -6,17 +6,18 @@ import os
 import random
 from pathlib import Path
 
+import gptoss.exams as e
+import gptoss.leaks as k
+import gptoss.lessons as t
+import gptoss.stories as st_
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import gptoss.exams as e
-import gptoss.leaks as k
-import gptoss.lessons as t
-import gptoss.stories as st_
-from gptoss.harmony import Message, Tokenizer
-from gptoss.model import GptOss
+from gptoss.model.transformer import GptOss
+from gptoss.text.harmony import Message
+from gptoss.text.tokenizer import Tokenizer
 
 POCKET = Path(e.__file__).parent / "pocket"
 MANY = settings(deadline=None, max_examples=200)

@@ -11,14 +11,14 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
-from gptoss.config import GptOssConfig
-from gptoss.masks import (
+from gptoss.attention.masks import (
     Reach,
     picture,
     positions_from_mask,
     receptive_field,
     visible,
 )
+from gptoss.weights.config import GptOssConfig
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 

@@ -19,8 +19,8 @@ from scripted import (
     user,
 )
 
-from gptoss.generate import Sampler
-from gptoss.memory import PrefixCache, common_prefix
+from gptoss.chat.memory import PrefixCache, common_prefix
+from gptoss.text.sampling import Sampler
 
 # -- the cache --------------------------------------------------------------
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted import TOKENIZER, chat, run, said, user
 
-from gptoss.harmony import Message, render
-from gptoss.messages import ChatError, read_messages
-from gptoss.tools import read_tools
+from gptoss.chat.messages import ChatError, read_messages
+from gptoss.chat.tools import read_tools
+from gptoss.text.harmony import Message, render
 
 # -- messages ---------------------------------------------------------------
 

@@ -14,18 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import Case, distance, float64, random_case, random_tensors
 
-from gptoss.cache import CacheError
-from gptoss.checkpoint import (
-    CheckpointError,
-    convert,
-    tensor_table,
-    write_checkpoint,
-)
-from gptoss.config import GptOssConfig
-from gptoss.model import GptOss, ModelError
-from gptoss.norm import rms_norm
-from gptoss.ops import SCORES_AT_ONCE, attention_in_tiles
-from gptoss.rope import rope_parameters
+from gptoss.attention.rope import rope_parameters
+from gptoss.model.cache import CacheError
+from gptoss.model.norm import rms_norm
+from gptoss.model.ops import SCORES_AT_ONCE, attention_in_tiles
+from gptoss.model.transformer import GptOss, ModelError
+from gptoss.weights.config import GptOssConfig
+from gptoss.weights.convert import convert
+from gptoss.weights.layout import CheckpointError, tensor_table
+from gptoss.weights.write import write_checkpoint
 
 TINY = GptOssConfig(
     num_hidden_layers=3, num_local_experts=4, num_experts_per_tok=2,
@@ -442,7 +439,7 @@ def test_what_was_loaded_can_be_trained(folder):
 
 MEASURE = """
 import sys, torch
-from gptoss.model import GptOss
+from gptoss.model.transformer import GptOss
 
 def peak():
     with open("/proc/self/status") as f:

@@ -10,17 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptoss.mxfp4 import (
+from gptoss.model.ops import mxfp4_linear
+from gptoss.weights.encoding import audit, encode
+from gptoss.weights.mxfp4 import (
     BLOCK,
     FP4_VALUES,
     MXFP4Error,
     PackedMXFP4,
-    audit,
     decode,
     decode_reference,
-    encode,
 )
-from gptoss.ops import mxfp4_linear
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # the E2M1 grid written from the definition, not from the package
@@ -131,7 +130,7 @@ def test_flush_to_zero_does_not_reach_the_decoder():
 import torch
 if not torch.set_flush_denormal(True):
     raise SystemExit(77)
-from gptoss.mxfp4 import decode
+from gptoss.weights.mxfp4 import decode
 blocks = torch.full((1, 1, 16), 0x91, dtype=torch.uint8)  # +0.5, -0.5
 scales = torch.zeros(1, 1, dtype=torch.uint8)
 f = decode(blocks, scales, torch.float32).view(torch.int32)
@@ -167,7 +166,7 @@ def test_decode_takes_views_that_are_not_contiguous():
 def test_decoding_allocates_little_beyond_its_output():
     code = """
 import torch
-from gptoss.mxfp4 import decode
+from gptoss.weights.mxfp4 import decode
 blocks = torch.zeros(4_000_000, 16, dtype=torch.uint8)
 scales = torch.zeros(4_000_000, dtype=torch.uint8)
 decode(blocks[:1], scales[:1])

@@ -9,15 +9,15 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import gptoss.ops as ops
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import gptoss.ops as ops
 from gptoss import answers
-from gptoss.compact import pack_by_torch
-from gptoss.mxfp4 import encode
-from gptoss.ops import OPERATORS, Operator, define_operator
+from gptoss.kernels.compact import pack_by_torch
+from gptoss.model.ops import OPERATORS, Operator, define_operator
+from gptoss.weights.encoding import encode
 
 POCKET = Path(ops.__file__).parent / "pocket"
 OPS = torch.ops.gptoss
@@ -41,7 +41,8 @@ import torch
 from importlib import import_module
 
 def told(GptOss, start=lambda: None):
-    from gptoss.generate import Sampler, generate
+    from gptoss.text.sampling import Sampler
+    from gptoss.text.generate import generate
     model = GptOss.from_pretrained(sys.argv[1])
     with torch.inference_mode():
         logits = model(torch.tensor([[7, 8, 9, 10]]))
@@ -58,7 +59,7 @@ def front():
     return told(GptOss)
 
 def module():
-    from gptoss.model import GptOss
+    from gptoss.model.transformer import GptOss
     return told(GptOss)
 
 def attribute():
@@ -66,7 +67,7 @@ def attribute():
     return told(gptoss.model.GptOss)
 
 def chat():
-    from gptoss.chat import load
+    from gptoss.chat.chat import load
     model, _ = load(sys.argv[1])
     return told(type(model))
 
@@ -78,15 +79,15 @@ def operator():
     return told(gptoss.model.GptOss)
 
 def layer():
-    from gptoss.layers import Linear
-    from gptoss.model import GptOss
+    from gptoss.model.layers import Linear
+    from gptoss.model.transformer import GptOss
     with torch.no_grad():
         Linear(64, 8, dtype=torch.bfloat16)(torch.ones(1, 64).bfloat16())
     assert torch.ops.gptoss.kernels_on()
     return told(GptOss)
 
 def subclass():
-    from gptoss.model import GptOss
+    from gptoss.model.transformer import GptOss
     class Mine(GptOss):
         pass
     return told(Mine)
@@ -374,7 +375,7 @@ sys.path.insert(0, sys.argv[2])
 from test_operators import arguments
 import torch.autograd.forward_ad as forward
 import gptoss.compact
-from gptoss.kernels import load_kernels
+from gptoss.kernels.build import load_kernels
 load_kernels()
 
 def near(a, b):
@@ -425,8 +426,8 @@ import sys, torch, warnings
 warnings.simplefilter("ignore")
 import torch._dynamo as dynamo
 from gptoss import kernels
-from gptoss.decode_step import DecodeStep
-from gptoss.model import GptOss
+from gptoss.kernels.step import DecodeStep
+from gptoss.model.transformer import GptOss
 model = GptOss.from_pretrained(sys.argv[1])
 tokens = torch.tensor([[5, 6, 7, 8, 9]])
 at = torch.arange(5)[None]

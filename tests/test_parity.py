@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from oracles import Case, random_case, random_tensors
 
 from gptoss import parity
-from gptoss.checkpoint import Checkpoint, convert, write_checkpoint
-from gptoss.config import GptOssConfig
-from gptoss.model import GptOss
-from gptoss.rope import inverse_frequencies
+from gptoss.attention.rope import inverse_frequencies
+from gptoss.model.transformer import GptOss
+from gptoss.weights.checkpoint import Checkpoint
+from gptoss.weights.config import GptOssConfig
+from gptoss.weights.convert import convert
+from gptoss.weights.write import write_checkpoint
 
 transformers = pytest.importorskip("transformers")
 CASES = [random_case(seed) for seed in (2, 3, 4, 5, 8, 9, 11, 12)]
@@ -129,7 +131,7 @@ def test_parity_judges_what_runs(path):
 def test_plain_torch_is_plain_torch_on_both_paths(path):
     """Contracts of plain torch use no kernel, whatever is loaded; in fp32
     and float64 both paths give the same bits."""
-    from gptoss.kernels import plain_torch
+    from gptoss.kernels.build import plain_torch
 
     for dtype in (torch.float32, torch.bfloat16):
         model = GptOss.from_pretrained(path, dtype)

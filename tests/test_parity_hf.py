@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracles import Case, distance, hf, long_case, random_case, usual_error
 
-from gptoss.model import GptOss
+from gptoss.model.transformer import GptOss
 
 CASES = [random_case(seed) for seed in range(40)]
 LONG = [long_case(100), long_case(101)]

@@ -12,8 +12,8 @@ import torch
 from oracles import Case, distance, long_case, random_case, usual_error
 from test_parity_hf import greedy
 
-from gptoss.model import GptOss
-from gptoss.rope import correction_range
+from gptoss.attention.rope import correction_range
+from gptoss.model.transformer import GptOss
 
 openai = pytest.importorskip("oracles.openai", reason="no gpt-oss 0.0.9")
 

@@ -15,18 +15,14 @@ import torch
 from oracles import random_tensors
 
 from gptoss import kernels, parity
-from gptoss.chat import Chat
-from gptoss.checkpoint import write_checkpoint
-from gptoss.collectives import rehearse
-from gptoss.config import GptOssConfig
-from gptoss.generate import (
-    Sampler,
-    choose_step,
-    generate,
-    generate_batch,
-)
-from gptoss.model import GptOss
-from gptoss.split import SplitGptOss
+from gptoss.chat.chat import Chat
+from gptoss.model.transformer import GptOss
+from gptoss.parallel.collectives import rehearse
+from gptoss.parallel.split import SplitGptOss
+from gptoss.text.generate import choose_step, generate, generate_batch
+from gptoss.text.sampling import Sampler
+from gptoss.weights.config import GptOssConfig
+from gptoss.weights.write import write_checkpoint
 
 POCKET = Path(kernels.__file__).parent / "pocket"
 GREEDY = Sampler(temperature=0.0)

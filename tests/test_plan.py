@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from splits import RELEASED, TINY, write_tiny
 
 from gptoss import commands as cli
-from gptoss.config import bytes_read_per_token
-from gptoss.plan import (
+from gptoss.parallel.plan import (
     CARDS,
     estimate,
     expected_most,
@@ -21,7 +20,8 @@ from gptoss.plan import (
     plan_table,
     token_seconds,
 )
-from gptoss.shards import mesh_rank
+from gptoss.parallel.shards import mesh_rank
+from gptoss.weights.sizes import bytes_read_per_token
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
     apply_rotary_pos_emb,
 )
 
-from gptoss.config import GptOssConfig
-from gptoss.rope import (
+from gptoss.attention.rope import (
     apply_rope,
     concentration,
     correction_range,
@@ -23,6 +22,7 @@ from gptoss.rope import (
     rope_parameters,
     rope_tables,
 )
+from gptoss.weights.config import GptOssConfig
 
 C, THETA, TRAINED, FACTOR = 64, 150000.0, 4096, 32.0
 POSITIONS = 131_072

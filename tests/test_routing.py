@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptoss.routing import (
+from gptoss.moe.routing import (
     expected_hits,
     expert_load,
     route,

@@ -12,15 +12,14 @@ from oracles import distance, hf, random_tensors
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
-from gptoss.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    convert,
-    write_checkpoint,
-)
-from gptoss.config import GptOssConfig
-from gptoss.generate import Sampler, generate, stop_ids
-from gptoss.model import GptOss
+from gptoss.model.transformer import GptOss
+from gptoss.text.generate import generate, stop_ids
+from gptoss.text.sampling import Sampler
+from gptoss.weights.checkpoint import Checkpoint
+from gptoss.weights.config import GptOssConfig
+from gptoss.weights.convert import convert
+from gptoss.weights.layout import CheckpointError
+from gptoss.weights.write import write_checkpoint
 
 CONFIG = GptOssConfig(
     num_hidden_layers=3, num_local_experts=5, num_experts_per_tok=3,

@@ -23,9 +23,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_messages import JSON, Dumped
 
-from gptoss.messages import ChatError
-from gptoss.schema import fit, json_schema
-from gptoss.tools import function_tool
+from gptoss.chat.messages import ChatError
+from gptoss.chat.schema import fit, json_schema
+from gptoss.chat.tools import function_tool
 
 # -- hints, schemas, values -------------------------------------------------
 

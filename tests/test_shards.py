@@ -9,10 +9,8 @@ import pytest
 import torch
 from splits import POCKET, RELEASED, TINY, ranks, write_tiny
 
-from gptoss.checkpoint import LAYOUTS, Checkpoint, tensor_table
-from gptoss.config import GptOssConfig, checkpoint_bytes
-from gptoss.plan import rank_bytes
-from gptoss.shards import (
+from gptoss.parallel.plan import rank_bytes
+from gptoss.parallel.shards import (
     MeshRank,
     ParallelError,
     Shard,
@@ -26,6 +24,10 @@ from gptoss.shards import (
     shard_rule,
     stage_layers,
 )
+from gptoss.weights.checkpoint import Checkpoint
+from gptoss.weights.config import GptOssConfig
+from gptoss.weights.layout import LAYOUTS, tensor_table
+from gptoss.weights.sizes import checkpoint_bytes
 
 
 @pytest.fixture(scope="module")

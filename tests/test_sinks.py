@@ -12,7 +12,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
     eager_attention_forward,
 )
 
-from gptoss.sinks import (
+from gptoss.attention.sinks import (
     attention_concat,
     attention_flash,
     attention_online,

@@ -37,18 +37,25 @@ from splits import (
 
 from gptoss import commands as cli
 from gptoss import decode_step
-from gptoss.chat import Chat
-from gptoss.checkpoint import random_tensors, tensor_table, write_checkpoint
-from gptoss.collectives import Group, join, leave, rehearse
-from gptoss.config import GptOssConfig, checkpoint_bytes
-from gptoss.generate import generate
-from gptoss.harmony import Tokenizer
-from gptoss.messages import ChatError
-from gptoss.model import GptOss
-from gptoss.plan import Tally, traffic
-from gptoss.shards import cut, mesh_rank
-from gptoss.split import Partition, SplitGptOss, load_split, replacements
-from gptoss.tools import function_tool
+from gptoss.chat.chat import Chat
+from gptoss.chat.messages import ChatError
+from gptoss.chat.tools import function_tool
+from gptoss.model.transformer import GptOss
+from gptoss.parallel.collectives import Group, join, leave, rehearse
+from gptoss.parallel.plan import Tally, traffic
+from gptoss.parallel.shards import cut, mesh_rank
+from gptoss.parallel.split import (
+    Partition,
+    SplitGptOss,
+    load_split,
+    replacements,
+)
+from gptoss.text.generate import generate
+from gptoss.text.tokenizer import Tokenizer
+from gptoss.weights.config import GptOssConfig
+from gptoss.weights.layout import tensor_table
+from gptoss.weights.sizes import checkpoint_bytes
+from gptoss.weights.write import random_tensors, write_checkpoint
 
 pytestmark = pytest.mark.xdist_group("split")  # one set of processes
 
@@ -499,7 +506,7 @@ DIES = """
 import os, signal, sys
 from gptoss import commands as cli
 from gptoss import decode_step
-from gptoss.split import SplitGptOss
+from gptoss.parallel.split import SplitGptOss
 
 if os.environ["RANK"] == "1":
     forward = SplitGptOss.forward

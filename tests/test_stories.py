@@ -3,11 +3,10 @@
 import math
 import random
 
+import gptoss.stories as t
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import gptoss.stories as t
 
 MANY = settings(deadline=None, max_examples=60)
 

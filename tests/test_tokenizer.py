@@ -17,8 +17,7 @@ from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as Engine
 
 from gptoss import harmony
-from gptoss.config import GptOssConfig
-from gptoss.harmony import (
+from gptoss.text.tokenizer import (
     ALPHABET,
     HarmonyError,
     Tokenizer,
@@ -26,6 +25,7 @@ from gptoss.harmony import (
     merges_from_ranks,
     tokenizer_json,
 )
+from gptoss.weights.config import GptOssConfig
 
 FUZZ = int(os.environ.get("GPTOSS_FUZZ", "1"))  # times as many cases
 POCKET = Path(harmony.__file__).parent / "pocket"

@@ -16,10 +16,10 @@ import torch
 from scripted import called, chat, run, said, user
 from test_schema import POINT, Colour, Model, Point
 
-from gptoss.calculator import today
-from gptoss.harmony import typescript
-from gptoss.messages import ChatError
-from gptoss.tools import function_tool, read_tools
+from gptoss.chat.calculator import today
+from gptoss.chat.messages import ChatError
+from gptoss.chat.tools import function_tool, read_tools
+from gptoss.text.typescript import typescript
 
 # -- tools ------------------------------------------------------------------
 

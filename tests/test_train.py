@@ -7,23 +7,25 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import gptoss.train as t
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import gptoss.train as t
 from gptoss import mxfp4
-from gptoss.checkpoint import Checkpoint
-from gptoss.exams import error_bar
-from gptoss.generate import stop_ids
-from gptoss.harmony import Tokenizer, render_message, render_training
-from gptoss.leaks import LeakError
-from gptoss.lessons import SECOND, THIRD, lesson_stream, made_up
-from gptoss.model import GptOss
-from gptoss.rope import apply_rope, rope_parameters, rope_tables
-from gptoss.sinks import softmax_with_sink
-from gptoss.stories import story_stream
+from gptoss.attention.rope import apply_rope, rope_parameters, rope_tables
+from gptoss.attention.sinks import softmax_with_sink
+from gptoss.model.transformer import GptOss
+from gptoss.text.generate import stop_ids
+from gptoss.text.harmony import render_message, render_training
+from gptoss.text.tokenizer import Tokenizer
+from gptoss.training.conversations import SECOND, THIRD, lesson_stream
+from gptoss.training.exams import error_bar
+from gptoss.training.leaks import LeakError
+from gptoss.training.lessons import made_up
+from gptoss.training.stories import story_stream
+from gptoss.weights.checkpoint import Checkpoint
 
 POCKET = Path(t.__file__).parent / "pocket"
 MANY = settings(deadline=None, max_examples=60)

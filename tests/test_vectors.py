@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gptoss import parity, vectors
-from gptoss.commands import main
-from gptoss.model import GptOss
+from gptoss.cli.commands import main
+from gptoss.model.transformer import GptOss
 
 FOLDER = Path(__file__).parent / "vectors"
 INDEX, STORED = vectors.read_vectors(FOLDER)

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gptoss.checkpoint import tensor_table, write_checkpoint
-from gptoss.config import KINDS, GptOssConfig
+from gptoss.weights.config import KINDS, GptOssConfig
+from gptoss.weights.layout import tensor_table
+from gptoss.weights.write import write_checkpoint
 
 
 def random_tensors(config: GptOssConfig, seed: int = 0,

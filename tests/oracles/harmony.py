@@ -8,7 +8,8 @@ from pathlib import Path
 from types import ModuleType
 from unittest.mock import patch
 
-from gptoss.harmony import Message, Tool
+from gptoss.text.harmony import Message
+from gptoss.text.typescript import Tool
 from oracles import o200k
 
 

@@ -1,0 +1,43 @@
+"""Part training of the book: 0 names, loaded when first asked for
+
+Generated from the front matter of book/training/*.py; edit it, not this file.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+_HOME = {
+
+}
+_MODULES = (
+    "stories",
+    "lessons",
+    "kits",
+    "conversations",
+    "leaks",
+    "rows",
+    "train",
+    "pocket",
+    "planting",
+    "exams",
+)
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME, *_MODULES])
+
+
+__all__ = [
+
+]
