@@ -288,8 +288,8 @@ from collections.abc import Callable
 from importlib import import_module
 from threading import RLock
 
-ANSWERS = {"kernels": "gptoss.kernels:load_kernels",
-           "step": "gptoss.decode_step:quick_step"}
+ANSWERS = {"kernels": "gptoss.kernels.build:load_kernels",
+           "step": "gptoss.kernels.step:quick_step"}
 LOADING = RLock()  # the thread that loads may call operators itself
 _state = ""  # then "loading", then "loaded": changed behind LOADING alone
 
@@ -1246,7 +1246,8 @@ class GptOss(Stack):
                 input_ids: Tensor | None = None) -> Tensor:
         """tokens (B, T) int64 -> logits (B, T, V) in the model's dtype.
 
-        input_ids: another name for tokens. cache: the tokens continue what it holds, and enter it.
+        input_ids: another name for tokens. cache: the tokens continue what
+        it holds, and enter it.
         attention_mask (B, T): false = padding, anywhere; its logits mean
         nothing. logits_to_keep: only the last so many columns (0: all).
         ModelError: ids out of range, no tokens, wrong rank, too many.

@@ -2913,11 +2913,11 @@ from pathlib import Path
 
 import torch
 
-from gptoss import mxfp4
+import gptoss
 from gptoss.weights.errors import Error
 
 _log = logging.getLogger("gptoss")
-SOURCE = Path(mxfp4.__file__).parent  # the folder of the parts
+SOURCE = Path(gptoss.__file__).parent / "kernels"  # where the parts are
 PARTS = ("base", "small", "digits", "wide", "packed", "tiles", "experts",
          "wide16", "dense", "attention", "compact", "recording")
 OPTIONS = ("-O3", "-march=native", "-std=c++20", "-ffp-contract=fast",
@@ -4219,7 +4219,7 @@ print("the experts: at most half of plain torch's error")
 # window, and rows that see nothing:
 
 # %%
-import gptoss.model  # noqa: F401  declares the operators
+import gptoss.model.ops  # noqa: F401  declares the operators
 
 
 def attend(q, k, v, sinks, q_pos, k_pos, window):
@@ -4268,7 +4268,7 @@ from pathlib import Path
 from gptoss.text.tokenizer import Tokenizer
 from gptoss.model.transformer import GptOss
 
-POCKET = Path(gptoss.model.__file__).parent / "pocket"
+POCKET = Path(gptoss.__file__).parent / "pocket"
 tokens = Tokenizer.from_pretrained(POCKET).encode(
     "Once upon a time there was a small fox named Mira. Mira lived in the "
     "forest. The best thing she had was a red kite. One day Mira took the "

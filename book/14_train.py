@@ -42,11 +42,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
-import gptoss.model
+import gptoss
 
 torch.set_num_threads(1)  # faster than more for tensors of this size
 plt.style.use("_static/book.mplstyle")
-POCKET = Path(gptoss.model.__file__).parent / "pocket"
+POCKET = Path(gptoss.__file__).parent / "pocket"
 
 # %% [markdown]
 # ## Picture
@@ -2228,7 +2228,8 @@ plt.show()
 # %% tags=["export:training/train"]
 from torch.nn.utils import parametrize
 
-from gptoss import mxfp4
+from gptoss.weights.encoding import encode
+from gptoss.weights.mxfp4 import decode
 
 
 class OnGrid(nn.Module):
@@ -2236,7 +2237,7 @@ class OnGrid(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         with torch.no_grad():
-            grid = mxfp4.decode(*mxfp4.encode(weight), weight.dtype)
+            grid = decode(*encode(weight), weight.dtype)
         return weight + (grid - weight).detach()
 
 
@@ -2251,7 +2252,7 @@ def put_on_grid(model: GptOss) -> None:
 weight = torch.randn(4, 64, requires_grad=True)
 rounded = OnGrid()(weight)
 (rounded * torch.arange(64.0)).sum().backward()
-again = mxfp4.decode(*mxfp4.encode(rounded.detach()), torch.float32)
+again = decode(*encode(rounded.detach()), torch.float32)
 print(torch.equal(again, rounded.detach()))
 print(torch.equal(weight.grad, torch.arange(64.0).expand(4, 64)))
 
@@ -2417,7 +2418,7 @@ def released_tensors(model: GptOss) -> Iterator[tuple[str, Tensor]]:
     for name, value in plain_state(model).items():
         value = value.detach()
         if name.endswith(("gate_up_proj", "down_proj")):  # (E, in, out)
-            blocks, scales = mxfp4.encode(value.transpose(1, 2).float())
+            blocks, scales = encode(value.transpose(1, 2).float())
             yield f"{name}_blocks", blocks
             yield f"{name}_scales", scales
         else:
@@ -2856,7 +2857,7 @@ dense = GptOss.from_pretrained(POCKET, dtype=torch.float32, packed=False)
 for layer in dense.layers:
     for weight in (layer.mlp.experts.gate_up_proj,
                    layer.mlp.experts.down_proj):
-        again = mxfp4.decode(*mxfp4.encode(weight), torch.float32)
+        again = decode(*encode(weight), torch.float32)
         assert torch.equal(again, weight)
 prompt = torch.tensor([at_once[0]])
 with torch.inference_mode():
@@ -3073,7 +3074,7 @@ assert value < 0.95
 
 # %% tags=["hide-cell"]
 weight = torch.randn(4, 64, requires_grad=True)
-rounded = mxfp4.decode(*mxfp4.encode(weight.detach()), torch.float32)
+rounded = decode(*encode(weight.detach()), torch.float32)
 assert not rounded.requires_grad  # experts would stay, the rest would learn
 experts = sum(p.numel() for name, p in dense.named_parameters()
               if name.endswith(("gate_up_proj", "down_proj")))

@@ -186,44 +186,66 @@ print("ESC reaches the terminal:", "\x1b" in story)
 # 10), and `GPTOSS_KERNELS=torch` in the environment declines them.
 
 # %% tags=["export:/__init__"]
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gptoss.chat.chat import Chat as Chat
+    from gptoss.model.transformer import GptOss as GptOss
+    from gptoss.text.tokenizer import Tokenizer as Tokenizer
     from gptoss.weights.config import GptOssConfig as GptOssConfig
     from gptoss.weights.errors import Error as Error
-    from gptoss.text.tokenizer import Tokenizer as Tokenizer
-    from gptoss.model.transformer import GptOss as GptOss
 
 __version__ = "0.1.0"
-_HOME = {"Chat": "chat", "Error": "errors", "GptOss": "model",
-         "GptOssConfig": "config", "Tokenizer": "harmony"}
-_MODULES = ("errors", "config", "mxfp4", "checkpoint", "rope", "sinks",
-            "masks", "routing", "experts", "cache", "norm", "answers", "ops",
-            "layers", "model", "harmony", "generate",
-            "messages", "schema", "tools", "calculator", "memory",
-            "settings", "agreement", "turn", "chat", "kernels", "compact",
-            "triton_kernels", "decode_step",
-            "stories", "lessons", "leaks", "exams", "train", "shards",
-            "launch", "collectives", "split", "plan", "parity", "vectors",
-            "mistakes", "options", "terminal", "tables", "commands")
+_HOME = {"Chat": "chat.chat", "Error": "weights.errors",
+         "GptOss": "model.transformer", "GptOssConfig": "weights.config",
+         "Tokenizer": "text.tokenizer"}
+_PARTS = ("weights", "attention", "moe", "model", "text", "kernels",
+          "parallel", "chat", "training", "parity", "cli")
+_SUBJECTS = {
+    "mxfp4": ("weights.mxfp4", "weights.encoding", "model.ops"),
+    "checkpoint": ("weights.layout", "weights.files", "weights.checkpoint",
+                   "weights.write", "weights.convert", "weights.hub"),
+    "harmony": ("text.tokenizer", "text.typescript", "text.harmony",
+                "text.template", "text.parser")}
+
+
+class _Subject(ModuleType):
+    """Several modules under the name of what they are about."""
+
+    def __getattr__(self, name: str) -> object:
+        homes = _SUBJECTS[self.__name__.rpartition(".")[2]]
+        for home in homes if not name.startswith("__") else ():
+            module = import_module(f"gptoss.{home}")
+            if hasattr(module, name):
+                return getattr(module, name)
+        raise AttributeError(f"module {self.__name__!r} has no attribute "
+                             f"{name!r}")
+
+
+for _name in _SUBJECTS:
+    sys.modules[f"gptoss.{_name}"] = _Subject(f"gptoss.{_name}")
 
 
 def __getattr__(name: str) -> object:
     """`gptoss.GptOss`, `gptoss.mxfp4` ...: loaded when first asked for."""
     if name in _HOME:
         return getattr(import_module(f"gptoss.{_HOME[name]}"), name)
-    if name in _MODULES:
+    if name in _PARTS or name in _SUBJECTS:
         return import_module(f"gptoss.{name}")
     raise AttributeError(f"module 'gptoss' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME, *_MODULES])
+    return sorted([*globals(), *_HOME, *_PARTS, *_SUBJECTS])
 
 # %%
-print(__getattr__("GptOssConfig").__name__, _HOME)
+print(_HOME["GptOss"], "|", *_SUBJECTS)
+import gptoss
+
+print(gptoss.mxfp4.decode.__module__, gptoss.mxfp4.encode.__module__)
 
 # %% [markdown]
 # ### Text that a terminal cannot obey
@@ -1490,14 +1512,14 @@ class Command:
 
 COMMANDS = {
     "generate": Command(
-        "gptoss.commands:run_generate",
+        "gptoss.cli.commands:run_generate",
         "Writes the continuation of a prompt to stdout as it comes.", (
             MODEL,
             Option("--prompt", help="text to go on from; - reads stdin"),
             Option("--max-new-tokens", type=int, default=256, metavar="N"),
             *SAMPLING, COMPACT, STAGES, JSON)),
     "chat": Command(
-        "gptoss.commands:run_chat",
+        "gptoss.cli.commands:run_chat",
         "A conversation; with a pipe, one message a line of stdin.", (
             MODEL,
             Option("--prompt", help="one message, answered; - reads stdin"),
@@ -1514,7 +1536,7 @@ COMMANDS = {
                    "and calls too, as a terminal always shows"),
             *SAMPLING, COMPACT, STAGES, JSON)),
     "inspect": Command(
-        "gptoss.tables:run_inspect",
+        "gptoss.cli.tables:run_inspect",
         "Prints what a checkpoint holds, without reading its weights.", (
             PATH,
             Option("--tensors", action="store_true", help="list each tensor"),
@@ -1525,14 +1547,14 @@ COMMANDS = {
                    help="tokens, for --plan (default: 8192)"),
             JSON)),
     "convert": Command(
-        "gptoss.tables:run_convert",
+        "gptoss.cli.tables:run_convert",
         "Rewrites a checkpoint in another layout, with a hash per tensor.", (
             Option("source", metavar="SOURCE"),
             Option("target", metavar="TARGET"),
             Option("--layout", required=True,
                    choices=("hf", "original", "bf16")))),
     "bench": Command(
-        "gptoss.tables:run_bench",
+        "gptoss.cli.tables:run_bench",
         "Measures loading, reading and writing on random tokens.", (
             PATH,
             Option("--prompt-tokens", type=int, default=512, metavar="N"),
@@ -1540,7 +1562,7 @@ COMMANDS = {
             Option("--repeats", type=int, default=3, metavar="N"),
             COMPACT, STAGES, JSON)),
     "parity": Command(
-        "gptoss.commands:run_parity",
+        "gptoss.cli.commands:run_parity",
         "Walks ours and a reference and names the first that goes wrong.", (
             PATH,
             Option("--against", default="transformers", choices=(
@@ -1561,7 +1583,7 @@ COMMANDS = {
                    help="break ours first: window ..."),
             COMPACT, JSON)),
     "vectors": Command(
-        "gptoss.commands:run_vectors",
+        "gptoss.cli.commands:run_vectors",
         "Writes conformance vectors, or checks this package or a port.", (
             Option("action", choices=("write", "check")),
             Option("folder", metavar="DIR"),
@@ -1570,7 +1592,7 @@ COMMANDS = {
             Option("--dtype", default="float32",
                    choices=("float32", "bfloat16"), help="of the answers"))),
     "train": Command(
-        "gptoss.commands:run_train",
+        "gptoss.cli.commands:run_train",
         "Trains the shipped checkpoint anew, with a given seed.", (
             Option("target", metavar="TARGET", help="folder to be made"),
             Option("--seed", type=int, default=0, metavar="N"),
@@ -1648,7 +1670,7 @@ def _run(argv: Sequence[str] | None) -> int:
 # %% tags=["export:/__main__"]
 import sys
 
-from gptoss import commands
+from gptoss.cli import commands
 
 if __name__ == "__main__" and __package__ == "gptoss":
     sys.exit(commands.main())
@@ -1788,7 +1810,7 @@ for name, real in (("20b", GptOssConfig.gpt_oss_20b()),
 # %%
 import subprocess
 
-script = ("import sys; from gptoss.commands import main; "
+script = ("import sys; from gptoss.cli.commands import main; "
           "code = main(['generate', '--loud']); "
           "print(code, [m for m in ('torch', 'tokenizers', 'transformers') "
           "if m in sys.modules])")
@@ -1854,7 +1876,7 @@ assert name.replace("\u202etxt.exe", "exe.txt") == "reportexe.txt"
 # point stdout at the null device first?
 
 # %% tags=["hide-cell"]
-script = ("import sys; from gptoss import commands\n"
+script = ("import sys; from gptoss.cli import commands\n"
           "def endless(args):\n    while True: print('text')\n"
           "row = commands.Command('__main__:endless', '')\n"
           "commands.COMMANDS['inspect'] = row\n"

@@ -3,43 +3,62 @@
 Generated from book/B_cli.py; edit the chapter, not this file.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 # --- The package's front door ------------------------------------------------
 
 if TYPE_CHECKING:
     from gptoss.chat.chat import Chat as Chat
+    from gptoss.model.transformer import GptOss as GptOss
+    from gptoss.text.tokenizer import Tokenizer as Tokenizer
     from gptoss.weights.config import GptOssConfig as GptOssConfig
     from gptoss.weights.errors import Error as Error
-    from gptoss.text.tokenizer import Tokenizer as Tokenizer
-    from gptoss.model.transformer import GptOss as GptOss
 
 __version__ = "0.1.0"
-_HOME = {"Chat": "chat", "Error": "errors", "GptOss": "model",
-         "GptOssConfig": "config", "Tokenizer": "harmony"}
-_MODULES = ("errors", "config", "mxfp4", "checkpoint", "rope", "sinks",
-            "masks", "routing", "experts", "cache", "norm", "answers", "ops",
-            "layers", "model", "harmony", "generate",
-            "messages", "schema", "tools", "calculator", "memory",
-            "settings", "agreement", "turn", "chat", "kernels", "compact",
-            "triton_kernels", "decode_step",
-            "stories", "lessons", "leaks", "exams", "train", "shards",
-            "launch", "collectives", "split", "plan", "parity", "vectors",
-            "mistakes", "options", "terminal", "tables", "commands")
+_HOME = {"Chat": "chat.chat", "Error": "weights.errors",
+         "GptOss": "model.transformer", "GptOssConfig": "weights.config",
+         "Tokenizer": "text.tokenizer"}
+_PARTS = ("weights", "attention", "moe", "model", "text", "kernels",
+          "parallel", "chat", "training", "parity", "cli")
+_SUBJECTS = {
+    "mxfp4": ("weights.mxfp4", "weights.encoding", "model.ops"),
+    "checkpoint": ("weights.layout", "weights.files", "weights.checkpoint",
+                   "weights.write", "weights.convert", "weights.hub"),
+    "harmony": ("text.tokenizer", "text.typescript", "text.harmony",
+                "text.template", "text.parser")}
+
+
+class _Subject(ModuleType):
+    """Several modules under the name of what they are about."""
+
+    def __getattr__(self, name: str) -> object:
+        homes = _SUBJECTS[self.__name__.rpartition(".")[2]]
+        for home in homes if not name.startswith("__") else ():
+            module = import_module(f"gptoss.{home}")
+            if hasattr(module, name):
+                return getattr(module, name)
+        raise AttributeError(f"module {self.__name__!r} has no attribute "
+                             f"{name!r}")
+
+
+for _name in _SUBJECTS:
+    sys.modules[f"gptoss.{_name}"] = _Subject(f"gptoss.{_name}")
 
 
 def __getattr__(name: str) -> object:
     """`gptoss.GptOss`, `gptoss.mxfp4` ...: loaded when first asked for."""
     if name in _HOME:
         return getattr(import_module(f"gptoss.{_HOME[name]}"), name)
-    if name in _MODULES:
+    if name in _PARTS or name in _SUBJECTS:
         return import_module(f"gptoss.{name}")
     raise AttributeError(f"module 'gptoss' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME, *_MODULES])
+    return sorted([*globals(), *_HOME, *_PARTS, *_SUBJECTS])
 
 
 __all__ = [

@@ -5,7 +5,7 @@ Generated from book/B_cli.py; edit the chapter, not this file.
 
 import sys
 
-from gptoss import commands
+from gptoss.cli import commands
 
 # --- From arguments to an exit code ------------------------------------------
 

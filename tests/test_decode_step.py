@@ -577,7 +577,7 @@ sys.path.insert(0, sys.argv[1])
 from test_decode_step import tiny
 
 torch.manual_seed(0)
-# attention: keys in 1 to 7 parts, of a cache filled to `filled`, no others read
+# attention: keys in 1 to 7 parts, of a cache filled to `filled`, no more read
 for window in (0, 9):
     for filled, programs in ((1, 256), (5, 8), (33, 256), (70, 12), (200, 1),
                              (200, 28)):

@@ -238,14 +238,14 @@ class Command:
 
 COMMANDS = {
     "generate": Command(
-        "gptoss.commands:run_generate",
+        "gptoss.cli.commands:run_generate",
         "Writes the continuation of a prompt to stdout as it comes.", (
             MODEL,
             Option("--prompt", help="text to go on from; - reads stdin"),
             Option("--max-new-tokens", type=int, default=256, metavar="N"),
             *SAMPLING, COMPACT, STAGES, JSON)),
     "chat": Command(
-        "gptoss.commands:run_chat",
+        "gptoss.cli.commands:run_chat",
         "A conversation; with a pipe, one message a line of stdin.", (
             MODEL,
             Option("--prompt", help="one message, answered; - reads stdin"),
@@ -262,7 +262,7 @@ COMMANDS = {
                    "and calls too, as a terminal always shows"),
             *SAMPLING, COMPACT, STAGES, JSON)),
     "inspect": Command(
-        "gptoss.tables:run_inspect",
+        "gptoss.cli.tables:run_inspect",
         "Prints what a checkpoint holds, without reading its weights.", (
             PATH,
             Option("--tensors", action="store_true", help="list each tensor"),
@@ -273,14 +273,14 @@ COMMANDS = {
                    help="tokens, for --plan (default: 8192)"),
             JSON)),
     "convert": Command(
-        "gptoss.tables:run_convert",
+        "gptoss.cli.tables:run_convert",
         "Rewrites a checkpoint in another layout, with a hash per tensor.", (
             Option("source", metavar="SOURCE"),
             Option("target", metavar="TARGET"),
             Option("--layout", required=True,
                    choices=("hf", "original", "bf16")))),
     "bench": Command(
-        "gptoss.tables:run_bench",
+        "gptoss.cli.tables:run_bench",
         "Measures loading, reading and writing on random tokens.", (
             PATH,
             Option("--prompt-tokens", type=int, default=512, metavar="N"),
@@ -288,7 +288,7 @@ COMMANDS = {
             Option("--repeats", type=int, default=3, metavar="N"),
             COMPACT, STAGES, JSON)),
     "parity": Command(
-        "gptoss.commands:run_parity",
+        "gptoss.cli.commands:run_parity",
         "Walks ours and a reference and names the first that goes wrong.", (
             PATH,
             Option("--against", default="transformers", choices=(
@@ -309,7 +309,7 @@ COMMANDS = {
                    help="break ours first: window ..."),
             COMPACT, JSON)),
     "vectors": Command(
-        "gptoss.commands:run_vectors",
+        "gptoss.cli.commands:run_vectors",
         "Writes conformance vectors, or checks this package or a port.", (
             Option("action", choices=("write", "check")),
             Option("folder", metavar="DIR"),
@@ -318,7 +318,7 @@ COMMANDS = {
             Option("--dtype", default="float32",
                    choices=("float32", "bfloat16"), help="of the answers"))),
     "train": Command(
-        "gptoss.commands:run_train",
+        "gptoss.cli.commands:run_train",
         "Trains the shipped checkpoint anew, with a given seed.", (
             Option("target", metavar="TARGET", help="folder to be made"),
             Option("--seed", type=int, default=0, metavar="N"),

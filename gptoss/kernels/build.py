@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from gptoss import mxfp4
+import gptoss
 from gptoss.model.answers import LOADING
 from gptoss.model.ops import has_kernel
 from gptoss.weights.errors import Error
@@ -27,7 +27,7 @@ from gptoss.weights.errors import Error
 # --- Built on first use ------------------------------------------------------
 
 _log = logging.getLogger("gptoss")
-SOURCE = Path(mxfp4.__file__).parent  # the folder of the parts
+SOURCE = Path(gptoss.__file__).parent / "kernels"  # where the parts are
 PARTS = ("base", "small", "digits", "wide", "packed", "tiles", "experts",
          "wide16", "dense", "attention", "compact", "recording")
 OPTIONS = ("-O3", "-march=native", "-std=c++20", "-ffp-contract=fast",

@@ -9,8 +9,8 @@ from threading import RLock
 
 # --- Who answers -------------------------------------------------------------
 
-ANSWERS = {"kernels": "gptoss.kernels:load_kernels",
-           "step": "gptoss.decode_step:quick_step"}
+ANSWERS = {"kernels": "gptoss.kernels.build:load_kernels",
+           "step": "gptoss.kernels.step:quick_step"}
 LOADING = RLock()  # the thread that loads may call operators itself
 _state = ""  # then "loading", then "loaded": changed behind LOADING alone
 

@@ -205,7 +205,8 @@ class GptOss(Stack):
                 input_ids: Tensor | None = None) -> Tensor:
         """tokens (B, T) int64 -> logits (B, T, V) in the model's dtype.
 
-        input_ids: another name for tokens. cache: the tokens continue what it holds, and enter it.
+        input_ids: another name for tokens. cache: the tokens continue what
+        it holds, and enter it.
         attention_mask (B, T): false = padding, anywhere; its logits mean
         nothing. logits_to_keep: only the last so many columns (0: all).
         ModelError: ids out of range, no tokens, wrong rank, too many.

@@ -222,7 +222,7 @@ def computing(contract: str, dtype: torch.dtype) -> Iterator[str]:
 
     ParityError: the kernels cannot be had here, or not for that dtype.
     """
-    kernels = sys.modules.get("gptoss.kernels")
+    kernels = sys.modules.get("gptoss.kernels.build")
     if not CONTRACTS[contract].kernels:  # never imported: none can compute
         with kernels.plain_torch() if kernels else nullcontext():
             yield "plain torch"

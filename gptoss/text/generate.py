@@ -369,7 +369,7 @@ class Completion:
 def complete(model: GptOss, tokenizer: Tokenizer, prompt: str | list[int],
              options: SamplingOptions | None = None, *,
              on_text: Callable[[str], object] | None = None,
-             cache: Cache | None = None, decode: Decoder | None = None,
+             cache: Cache | None = None, decode: Decoder | str = "auto",
              **changes: Any) -> Completion:
     """Runs `generate`, with its options, on a text or on token ids.
 

@@ -12,7 +12,6 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from gptoss import mxfp4
 from gptoss.model.transformer import GptOss
 from gptoss.text.template import CHAT_TEMPLATE
 from gptoss.text.tokenizer import Tokenizer
@@ -28,6 +27,7 @@ from gptoss.training.rows import (
 )
 from gptoss.training.train import Recipe, train
 from gptoss.weights.config import GptOssConfig
+from gptoss.weights.encoding import encode
 from gptoss.weights.write import write_checkpoint
 
 # --- Where the weights start -------------------------------------------------
@@ -52,7 +52,7 @@ def released_tensors(model: GptOss) -> Iterator[tuple[str, Tensor]]:
     for name, value in plain_state(model).items():
         value = value.detach()
         if name.endswith(("gate_up_proj", "down_proj")):  # (E, in, out)
-            blocks, scales = mxfp4.encode(value.transpose(1, 2).float())
+            blocks, scales = encode(value.transpose(1, 2).float())
             yield f"{name}_blocks", blocks
             yield f"{name}_scales", scales
         else:

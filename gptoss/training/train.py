@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from gptoss import mxfp4
 from gptoss.model.transformer import GptOss
 from gptoss.moe.routing import expert_load, top_logits
+from gptoss.weights.encoding import encode
+from gptoss.weights.mxfp4 import decode
 
 # --- The loss: the next token, and a fair share for every expert -------------
 
@@ -82,7 +83,7 @@ class OnGrid(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         with torch.no_grad():
-            grid = mxfp4.decode(*mxfp4.encode(weight), weight.dtype)
+            grid = decode(*encode(weight), weight.dtype)
         return weight + (grid - weight).detach()
 
 
