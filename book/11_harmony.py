@@ -1514,9 +1514,9 @@ def chat_prompt(tokenizer: Tokenizer, messages: Iterable[object],
             raise HarmonyError("tools: expected none beside messages of "
                                "harmony, whose developer message has them")
         return render(tokenizer, messages, reply, "turns")
+    from gptoss.chat.calculator import today
     from gptoss.chat.messages import read_messages
     from gptoss.chat.tools import read_tools
-    from gptoss.chat.calculator import today
 
     # the reader wants the user to have the last word; for a conversation
     # that nobody is to answer it gets one, which is taken out again

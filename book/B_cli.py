@@ -487,9 +487,9 @@ from gptoss.parallel.launch import launched
 if TYPE_CHECKING:
     import torch
 
+    from gptoss.model.transformer import GptOss
     from gptoss.text.sampling import SamplingOptions
     from gptoss.text.tokenizer import Tokenizer
-    from gptoss.model.transformer import GptOss
 
 POCKET = Path(gptoss.__file__).parent / "pocket"
 FIRST_WORDS = "Once upon a time"
@@ -624,9 +624,9 @@ def load_model(args: argparse.Namespace, folder: Path,
 
 def load_pair(args: argparse.Namespace) -> "tuple[GptOss, Tokenizer]":
     """Model and tokenizer, the quick one of the two first."""
+    from gptoss.text.tokenizer import Tokenizer
     from gptoss.weights.checkpoint import Checkpoint
     from gptoss.weights.hub import resolve
-    from gptoss.text.tokenizer import Tokenizer
 
     device, folder = torch_device(args.device), resolve(args.model)
     Checkpoint.open(folder).close()  # the headers, before anything slow
@@ -1078,10 +1078,10 @@ from gptoss.parallel.launch import launched
 
 def show_plan(args: argparse.Namespace) -> None:
     """Prints what 1 to 8 GPUs could do with a model."""
+    from gptoss.parallel.plan import plan, plan_table
+    from gptoss.weights.config import GptOssConfig
     from gptoss.weights.files import config_folder
     from gptoss.weights.hub import resolve
-    from gptoss.weights.config import GptOssConfig
-    from gptoss.parallel.plan import plan, plan_table
 
     known = {"20b": GptOssConfig.gpt_oss_20b,
              "120b": GptOssConfig.gpt_oss_120b}
@@ -1149,9 +1149,9 @@ def run_inspect(args: argparse.Namespace) -> None:
     """Prints what a checkpoint holds, without reading its weights."""
     if args.plan:
         return show_plan(args)
+    from gptoss.kernels.build import kernel_path
     from gptoss.weights.checkpoint import Checkpoint, describe
     from gptoss.weights.hub import resolve
-    from gptoss.kernels.build import kernel_path
 
     folder = resolve(args.path)
     report = describe(folder) | {"kernels": kernel_path()}
@@ -1250,9 +1250,9 @@ def figures(found: dict[str, Any]) -> str:
 
 def run_bench(args: argparse.Namespace) -> None:
     """Measures loading, reading and writing on random tokens."""
+    from gptoss.kernels.bench import measure
     from gptoss.weights.checkpoint import Checkpoint
     from gptoss.weights.hub import resolve
-    from gptoss.kernels.bench import measure
 
     if min(args.prompt_tokens, args.new_tokens) < 2:
         raise UsageError(f"expected --prompt-tokens and --new-tokens >= 2, "
@@ -1304,9 +1304,9 @@ from gptoss.parallel.launch import launched
 
 def run_generate(args: argparse.Namespace) -> None:
     """Writes the continuation of a prompt to stdout as it comes."""
-    from gptoss.weights.hub import resolve
-    from gptoss.text.generate import complete, stop_ids
     from gptoss.kernels.bench import peak_rss_bytes
+    from gptoss.text.generate import complete, stop_ids
+    from gptoss.weights.hub import resolve
 
     options, prompt = sampling(args), read_prompt(args)
     torch_device(args.device)
@@ -1397,8 +1397,8 @@ def _walked(folder: Path, prompts: list[str] | None) -> list:
 
 def run_parity(args: argparse.Namespace) -> None:
     """Walks ours and a reference and names the first that goes wrong."""
-    from gptoss.weights.hub import resolve
     from gptoss.parity.report import parity_table, report
+    from gptoss.weights.hub import resolve
 
     folder = resolve(args.path)
     if args.new_tokens < 0:
@@ -1455,8 +1455,8 @@ def _short(value: object) -> str:
 
 def run_train(args: argparse.Namespace) -> None:
     """Trains the shipped checkpoint anew, with a given seed."""
-    from gptoss.training.train import Recipe
     from gptoss.training.pocket import make_pocket
+    from gptoss.training.train import Recipe
 
     out = Path(args.target)
     if out.exists() or not out.absolute().parent.is_dir():

@@ -177,7 +177,8 @@ class RunTimes(SphinxDirective):
         exercises = re.findall(r"^(?:#+ |\*\*)Exercise \d", prose, re.M)
         name = path.relative_to(self.env.srcdir).with_suffix("").as_posix()
         return (name.removeprefix("book/"), len(code), lines, figures,
-                len(exercises), f"{seconds[path.stem]:.1f}" if path.stem in seconds else "")
+                len(exercises),
+                f"{seconds[path.stem]:.1f}" if path.stem in seconds else "")
 
 
 def table(head: tuple, rows: list[tuple]) -> nodes.table:

@@ -56,9 +56,9 @@ from gptoss.parallel.launch import launched
 
 def run_generate(args: argparse.Namespace) -> None:
     """Writes the continuation of a prompt to stdout as it comes."""
-    from gptoss.weights.hub import resolve
-    from gptoss.text.generate import complete, stop_ids
     from gptoss.kernels.bench import peak_rss_bytes
+    from gptoss.text.generate import complete, stop_ids
+    from gptoss.weights.hub import resolve
 
     options, prompt = sampling(args), read_prompt(args)
     torch_device(args.device)
@@ -139,8 +139,8 @@ def _walked(folder: Path, prompts: list[str] | None) -> list:
 
 def run_parity(args: argparse.Namespace) -> None:
     """Walks ours and a reference and names the first that goes wrong."""
-    from gptoss.weights.hub import resolve
     from gptoss.parity.report import parity_table, report
+    from gptoss.weights.hub import resolve
 
     folder = resolve(args.path)
     if args.new_tokens < 0:
@@ -192,8 +192,8 @@ def _short(value: object) -> str:
 
 def run_train(args: argparse.Namespace) -> None:
     """Trains the shipped checkpoint anew, with a given seed."""
-    from gptoss.training.train import Recipe
     from gptoss.training.pocket import make_pocket
+    from gptoss.training.train import Recipe
 
     out = Path(args.target)
     if out.exists() or not out.absolute().parent.is_dir():

@@ -17,9 +17,9 @@ from gptoss.parallel.launch import launched
 if TYPE_CHECKING:
     import torch
 
+    from gptoss.model.transformer import GptOss
     from gptoss.text.sampling import SamplingOptions
     from gptoss.text.tokenizer import Tokenizer
-    from gptoss.model.transformer import GptOss
 
 POCKET = Path(gptoss.__file__).parent / "pocket"
 FIRST_WORDS = "Once upon a time"
@@ -138,9 +138,9 @@ def load_model(args: argparse.Namespace, folder: Path,
 
 def load_pair(args: argparse.Namespace) -> "tuple[GptOss, Tokenizer]":
     """Model and tokenizer, the quick one of the two first."""
+    from gptoss.text.tokenizer import Tokenizer
     from gptoss.weights.checkpoint import Checkpoint
     from gptoss.weights.hub import resolve
-    from gptoss.text.tokenizer import Tokenizer
 
     device, folder = torch_device(args.device), resolve(args.model)
     Checkpoint.open(folder).close()  # the headers, before anything slow

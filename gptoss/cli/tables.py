@@ -20,10 +20,10 @@ from gptoss.parallel.launch import launched
 
 def show_plan(args: argparse.Namespace) -> None:
     """Prints what 1 to 8 GPUs could do with a model."""
+    from gptoss.parallel.plan import plan, plan_table
+    from gptoss.weights.config import GptOssConfig
     from gptoss.weights.files import config_folder
     from gptoss.weights.hub import resolve
-    from gptoss.weights.config import GptOssConfig
-    from gptoss.parallel.plan import plan, plan_table
 
     known = {"20b": GptOssConfig.gpt_oss_20b,
              "120b": GptOssConfig.gpt_oss_120b}
@@ -83,9 +83,9 @@ def run_inspect(args: argparse.Namespace) -> None:
     """Prints what a checkpoint holds, without reading its weights."""
     if args.plan:
         return show_plan(args)
+    from gptoss.kernels.build import kernel_path
     from gptoss.weights.checkpoint import Checkpoint, describe
     from gptoss.weights.hub import resolve
-    from gptoss.kernels.build import kernel_path
 
     folder = resolve(args.path)
     report = describe(folder) | {"kernels": kernel_path()}
@@ -149,9 +149,9 @@ def figures(found: dict[str, Any]) -> str:
 
 def run_bench(args: argparse.Namespace) -> None:
     """Measures loading, reading and writing on random tokens."""
+    from gptoss.kernels.bench import measure
     from gptoss.weights.checkpoint import Checkpoint
     from gptoss.weights.hub import resolve
-    from gptoss.kernels.bench import measure
 
     if min(args.prompt_tokens, args.new_tokens) < 2:
         raise UsageError(f"expected --prompt-tokens and --new-tokens >= 2, "
