@@ -139,7 +139,7 @@ const raised = (number) => String(number).replace(/[-0-9]/g, (sign) =>
   "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"["-0123456789".indexOf(sign)]);
 const figure3 = (number) => Number(number.toPrecision(3)).toString();
 
-// --- Chapter 2: a block under its scale --------------------------------------
+// --- weights/mxfp4: a block under its scale ----------------------------------
 
 function drawMxfp4(root) {
   const WIDTH = 640, HEIGHT = 200, LEFT = 20, SPAN = WIDTH - 2 * LEFT;
@@ -191,7 +191,7 @@ function drawMxfp4(root) {
   draw();
 }
 
-// --- Chapter 6: a window that can be dragged ---------------------------------
+// --- attention/masks: a window that can be dragged ---------------------------
 
 function drawMasks(root) {
   const TOKENS = 24, CELL = 13, LEFT = 40, TOP = 24, SIDE = TOKENS * CELL;
@@ -258,7 +258,7 @@ function drawMasks(root) {
   draw();
 }
 
-// --- Chapter 4: YaRN's factor ------------------------------------------------
+// --- attention/rope: YaRN's factor -------------------------------------------
 
 function drawRope(root) {
   const WIDTH = 640, HEIGHT = 312, LEFT = 52, BOTTOM = 48, TOP = 14;

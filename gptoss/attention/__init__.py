@@ -1,4 +1,4 @@
-"""Part attention of the book: 0 names, loaded when first asked for
+"""Part attention of the book: 3 names, loaded when first asked for
 
 Generated from the front matter of book/attention/*.py; edit it, not this file.
 """
@@ -7,10 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    pass
+    from gptoss.attention.rope import apply_rope as apply_rope
+    from gptoss.attention.rope import rope_parameters as rope_parameters
+    from gptoss.attention.rope import rope_tables as rope_tables
 
 _HOME = {
-
+    "apply_rope": "rope",
+    "rope_parameters": "rope",
+    "rope_tables": "rope",
 }
 _MODULES = (
     "rope",
@@ -32,5 +36,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-
+    "apply_rope",
+    "rope_parameters",
+    "rope_tables",
 ]

@@ -1,6 +1,6 @@
 """The sliding mask
 
-Generated from book/06_masks.py; edit the chapter, not this file.
+Generated from book/attention/masks.py; edit the chapter, not this file.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """From RoPE to YaRN
 
-Generated from book/04_rope.py; edit the chapter, not this file.
+Generated from book/attention/rope.py; edit the chapter, not this file.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Sinks: attention that may decline
 
-Generated from book/05_sinks.py; edit the chapter, not this file.
+Generated from book/attention/sinks.py; edit the chapter, not this file.
 """
 
 import torch

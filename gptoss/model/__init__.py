@@ -1,4 +1,4 @@
-"""Part model of the book: 0 names, loaded when first asked for
+"""Part model of the book: 9 names, loaded when first asked for
 
 Generated from the front matter of book/model/*.py; edit it, not this file.
 """
@@ -7,16 +7,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    pass
+    from gptoss.model.answers import load_answers as load_answers
+    from gptoss.model.cache import Cache as Cache
+    from gptoss.model.layers import Block as Block
+    from gptoss.model.ops import define_operator as define_operator
+    from gptoss.model.ops import mxfp4_linear as mxfp4_linear
+    from gptoss.model.ops import packed_experts as packed_experts
+    from gptoss.model.rows import CacheError as CacheError
+    from gptoss.model.transformer import GptOss as GptOss
+    from gptoss.model.transformer import ModelError as ModelError
 
 _HOME = {
-
+    "Block": "layers",
+    "Cache": "cache",
+    "CacheError": "rows",
+    "GptOss": "transformer",
+    "ModelError": "transformer",
+    "define_operator": "ops",
+    "load_answers": "answers",
+    "mxfp4_linear": "ops",
+    "packed_experts": "ops",
 }
 _MODULES = (
-    "cache",
     "norm",
     "answers",
     "ops",
+    "rows",
+    "cache",
     "layers",
     "transformer",
 )
@@ -35,5 +52,13 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-
+    "Block",
+    "Cache",
+    "CacheError",
+    "GptOss",
+    "ModelError",
+    "define_operator",
+    "load_answers",
+    "mxfp4_linear",
+    "packed_experts",
 ]

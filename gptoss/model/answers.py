@@ -1,6 +1,6 @@
-"""Twenty-four times the same block
+"""What does the model ask for, and who answers?
 
-Generated from book/10_model.py; edit the chapter, not this file.
+Generated from book/model/operators.py; edit the chapter, not this file.
 """
 
 from collections.abc import Callable

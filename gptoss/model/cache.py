@@ -1,6 +1,6 @@
-"""The cache
+"""One memory for all layers
 
-Generated from book/09_cache.py; edit the chapter, not this file.
+Generated from book/model/cache.py; edit the chapter, not this file.
 """
 
 from collections import Counter
@@ -10,30 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gptoss.model.rows import CacheError, Rows, roll_back
 from gptoss.weights.config import GptOssConfig
-from gptoss.weights.errors import Error
-
-# --- What a row holds --------------------------------------------------------
-
-class CacheError(Error, RuntimeError):
-    """The cache cannot hold, or was not given, what a forward needs."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The state of B rows, the same for every layer; int64 tensors."""
-
-    lengths: Tensor  # (B,) tokens taken in; the next has this position
-    held: Tensor  # (B,) positions in full layers; in a replay above lengths
-    start: Tensor  # (B,) where the last replay began, 0 without one
-    ring: Tensor  # (B, W + slack) position in each ring slot, -1 = empty
-
-    @classmethod
-    def empty(cls, batch: int, size: int, device=None) -> "Rows":
-        zeros = torch.zeros(batch, dtype=torch.int64, device=device)
-        ring = torch.full((batch, size), -1, device=device)
-        return cls(zeros, zeros, zeros, ring)
-
 
 # --- Refusing before writing -------------------------------------------------
 
@@ -212,28 +190,6 @@ class FullCache:
         return self.k[:, :used], self.v[:, :used], plan.full_positions
 
 
-# --- Going back --------------------------------------------------------------
-
-def roll_back(rows: Rows, length: int, window: int, replay: int
-              ) -> tuple[Rows, Tensor]:
-    """Forget positions >= length; also (B,) bool: rows that must replay.
-
-    replay = sliding layers * (window - 1). A row goes on where it stands if
-    its ring reaches back far enough and if what lies in it is right, which
-    it is `replay` positions after a replay began; otherwise it replays.
-    """
-    held = rows.held.clamp(max=length)
-    here = torch.minimum(rows.lengths, held)
-    oldest = rows.ring.where(rows.ring >= 0, torch.iinfo(torch.int64).max)
-    reached = oldest.amin(1) <= torch.maximum(rows.start, here - window + 1)
-    right = (rows.start == 0) | (rows.start + replay <= held)
-    again = ~((reached | (here == rows.start)) & right)
-    lengths = here.where(~again, (held - replay).clamp(min=0))
-    keep = (rows.ring < lengths[:, None]) & ~again[:, None]
-    return Rows(lengths, held, rows.start.where(~again, lengths),
-                rows.ring.where(keep, -1)), again
-
-
 # --- The memory of all layers ------------------------------------------------
 
 class Cache:
@@ -375,13 +331,10 @@ class Cache:
 
 __all__ = [
     "Cache",
-    "CacheError",
     "CacheView",
     "FullCache",
     "Plan",
-    "Rows",
     "SlidingCache",
     "discontinued",
     "plan_chunk",
-    "roll_back",
 ]

@@ -1,6 +1,6 @@
-"""Twenty-four times the same block
+"""What is one block?
 
-Generated from book/10_model.py; edit the chapter, not this file.
+Generated from book/model/layers.py; edit the chapter, not this file.
 """
 
 import torch
@@ -183,8 +183,6 @@ class Block(nn.Module):
                                plan)
         return h + self.mlp(self.post_attention_layernorm(h))
 
-
-# --- The stack ---------------------------------------------------------------
 
 class Embedding(nn.Embedding):
     """torch's embedding; on the meta device there is nothing to draw."""

@@ -1,6 +1,6 @@
-"""Twenty-four times the same block
+"""What does the model ask for, and who answers?
 
-Generated from book/10_model.py; edit the chapter, not this file.
+Generated from book/model/operators.py; edit the chapter, not this file.
 """
 
 import math
@@ -169,7 +169,7 @@ def _mxfp4_linear_setup(ctx, inputs, output) -> None:
 def _mxfp4_linear_backward(ctx, grad):
     """Gradients of x and bias; packed weights are constants."""
     blocks, scales = ctx.saved_tensors
-    # the operator: torch.compile traces this, but not chapter 2's table
+    # the operator: torch.compile traces this, but not mxfp4's table
     grad_x = grad @ torch.ops.gptoss.mxfp4_decode(blocks, scales, grad.dtype)
     grad_bias = grad.reshape(-1, len(blocks)).sum(0) if ctx.has_bias else None
     return grad_x, None, None, grad_bias

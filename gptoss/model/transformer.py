@@ -1,6 +1,6 @@
 """Twenty-four times the same block
 
-Generated from book/10_model.py; edit the chapter, not this file.
+Generated from book/model/transformer.py; edit the chapter, not this file.
 """
 
 import re
@@ -177,13 +177,13 @@ class GptOss(Stack):
     def __init__(self, config: GptOssConfig,
                  dtype: torch.dtype = torch.bfloat16, device=None,
                  packed: bool = True) -> None:
-        if config.tie_word_embeddings:  # chapter 3 reads such files untied
+        if config.tie_word_embeddings:  # weights/files reads them untied
             raise mismatch(ModelError, "tie_word_embeddings",
                            "false (embedding and lm_head are two matrices "
                            "here)", "true")
         super().__init__(config, dtype, device, packed)
         initialise(self)
-        load_answers()  # chapter 13's kernels, before threads share the model
+        load_answers()  # kernels, before threads share the model
         self.register_state_dict_post_hook(_name_as_file)
         self.register_load_state_dict_pre_hook(_name_as_module)
         self.register_load_state_dict_post_hook(_say_as_file)
@@ -225,8 +225,8 @@ class GptOss(Stack):
     def generate(self, input_ids, **options) -> Tensor | list[int]:
         """input_ids (B, T) -> (B, T + new): prompts and continuations.
 
-        The options are those of chapter 12's `continue_ids`, as far as they
-        go those of transformers: attention_mask (padding on the left),
+        The options are those of `continue_ids` in text/generate, as far as
+        they go those of transformers: attention_mask (padding on the left),
         max_new_tokens, do_sample, temperature, top_k, top_p, seed,
         eos_token_id, pad_token_id. TypeError for an unknown one.
         """
@@ -287,8 +287,6 @@ class GptOss(Stack):
             max_shard_bytes, [file for file in self.sources if file.exists()
                               and file.name != "README.md"], self.dtype)
 
-
-# --- Loading -----------------------------------------------------------------
 
 FLOATING = {str(dtype).removeprefix("torch."): dtype
             for dtype in map(DTYPES.get, FLOATS)}

@@ -1,6 +1,6 @@
 """Experts
 
-Generated from book/08_experts.py; edit the chapter, not this file.
+Generated from book/moe/experts.py; edit the chapter, not this file.
 """
 
 from collections.abc import Callable

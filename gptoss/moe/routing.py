@@ -1,6 +1,6 @@
 """Routing
 
-Generated from book/07_routing.py; edit the chapter, not this file.
+Generated from book/moe/routing.py; edit the chapter, not this file.
 """
 
 import torch

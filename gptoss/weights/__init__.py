@@ -25,7 +25,6 @@ _MODULES = (
     "write",
     "convert",
     "hub",
-    "loading",
 )
 
 

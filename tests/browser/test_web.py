@@ -263,7 +263,7 @@ def test_search(watched: Watched) -> None:
     page.wait_for_function("document.querySelector('.search-summary')"
                            ".textContent.includes('found')")
     targets = [link.get_attribute("href") for link in found.all()]
-    assert any("05_sinks" in target for target in targets[:3])
+    assert any("attention/sinks" in target for target in targets[:3])
     watched.check()
 
 
@@ -298,7 +298,7 @@ CONTRAST = """() => {
 def test_light_and_dark(watched: Watched, mode: str) -> None:
     """The browser's wish is followed, and text keeps its contrast."""
     watched.page.emulate_media(color_scheme=mode)
-    for name in ("book/02_mxfp4.html", "book/api.html"):
+    for name in ("book/weights/mxfp4.html", "book/api.html"):
         page = watched.open(name)
         ground = page.evaluate("getComputedStyle(document.body)"
                                ".backgroundColor")
@@ -322,7 +322,7 @@ def test_the_reader_chooses_dark(watched: Watched) -> None:
 
 def test_print(watched: Watched) -> None:
     """Only the page itself is printed, and no line is cut off."""
-    page = watched.open("book/05_sinks.html")
+    page = watched.open("book/attention/sinks.html")
     page.set_viewport_size({"width": 700, "height": 990})  # A4 less margins
     page.emulate_media(media="print")
     for what in (".bd-sidebar-primary", ".bd-sidebar-secondary",
@@ -341,11 +341,11 @@ def test_print(watched: Watched) -> None:
 def test_downloads(watched: Watched, site: str) -> None:
     """A chapter can be downloaded as the notebook that it is, and opened in
     Colab, by plain links."""
-    page = watched.open("book/05_sinks.html")
-    button = page.locator("a[href$='05_sinks.ipynb']").first
+    page = watched.open("book/attention/sinks.html")
+    button = page.locator("a[href$='attention/sinks.ipynb']").first
     href = urljoin(page.url, button.get_attribute("href"))
     served = page.request.get(href).body()
-    assert served == (ROOT / "book" / "05_sinks.ipynb").read_bytes()
+    assert served == (ROOT / "book" / "attention/sinks.ipynb").read_bytes()
     assert page.locator("a[href^='https://colab.research.google.com']").count()
 
 
@@ -363,8 +363,8 @@ def shown(page: Page) -> dict[str, str]:
 
 
 def test_a_block_under_its_scale(watched: Watched) -> None:
-    """Chapter 2's moving figure agrees with gptoss.mxfp4."""
-    page = watched.open("book/02_mxfp4.html")
+    """The moving figure agrees with gptoss.mxfp4."""
+    page = watched.open("book/weights/mxfp4.html")
     weights = page.evaluate("live.mxfp4.block")
     assert len(weights) == mxfp4.BLOCK
     values = torch.tensor(weights, dtype=torch.float64)
@@ -398,8 +398,8 @@ def test_a_block_under_its_scale(watched: Watched) -> None:
 
 
 def test_the_window_can_be_dragged(watched: Watched) -> None:
-    """Chapter 6's moving figure agrees with gptoss.masks."""
-    page = watched.open("book/06_masks.html")
+    """The moving figure agrees with gptoss.masks."""
+    page = watched.open("book/attention/masks.html")
     order = torch.arange(24)[None]
     for window in range(1, 25):
         slide(page, "window", window)
@@ -431,8 +431,8 @@ def test_the_window_can_be_dragged(watched: Watched) -> None:
 
 
 def test_the_factor_slides(watched: Watched) -> None:
-    """Chapter 4's moving figure agrees with gptoss.rope."""
-    page = watched.open("book/04_rope.html")
+    """The moving figure agrees with gptoss.rope."""
+    page = watched.open("book/attention/rope.html")
     for truncate in (False, True):
         page.locator(".live input[type=checkbox]").set_checked(truncate)
         low, high = rope.correction_range(64, 150_000.0, truncate=truncate)
@@ -460,7 +460,7 @@ def test_figures_stand_without_scripts(browser: Browser, site: str) -> None:
     """The static figure is there, and so is a word about the moving one."""
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
-    for name in ("02_mxfp4", "04_rope", "06_masks"):
+    for name in ("weights/mxfp4", "attention/rope", "attention/masks"):
         page.goto(f"{site}book/{name}.html")
         assert page.locator("section#picture img").first.is_visible()
         assert "In the web book" in page.locator(".live").inner_text()

@@ -31,10 +31,10 @@
 #
 # ## Picture
 #
-# The finished model of chapter 14, which ships with the package, drew this:
-# three of its 32 heads on the first sentences of a story. A row is a query;
-# the map shows what it gives to each key, the bar what the sink takes, and
-# together they make one.
+# The model that ships with the package ([training](../training/training.ipynb)
+# makes it) drew this: three of its 32 heads on the first sentences of a story.
+# A row is a query; the map shows what it gives to each key, the bar what the
+# sink takes, and together they make one.
 
 # %% tags=["hide-input", "picture"]
 # Figure: three heads of the shipped model on a text of 43 tokens: the
@@ -51,7 +51,7 @@ from gptoss.text.tokenizer import Tokenizer
 from gptoss.model.transformer import GptOss
 from gptoss.parity.walk import trace_ours
 
-plt.style.use("_static/book.mplstyle")
+plt.style.use("../_static/book.mplstyle")
 torch.manual_seed(0)
 
 text = ("Once upon a time there was a little fox named Mira. Mira lived in "
@@ -247,7 +247,7 @@ plt.show()
 #
 # ### A softmax with a sink
 
-# %% tags=["export:attention/sinks"]
+# %% tags=["export"]
 import torch
 from torch import Tensor
 
@@ -294,7 +294,7 @@ print("and without a sink:  ", [f"{w:.0f}" for w in no_sink[0].tolist()])
 # Instead the queries that share a key head are stacked: $(H/G) \cdot T$
 # rows against one $(S, C)$ matrix, one larger product instead of eight.
 
-# %% tags=["export:attention/sinks"]
+# %% tags=["export"]
 def _scores(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Scaled scores (B, H, T, S), fp32 or wider, -inf where mask is false.
 
@@ -341,7 +341,7 @@ print(tuple(plain.shape), "stacked = repeated")
 # %% [markdown]
 # ### Form 1: concat
 
-# %% tags=["export:attention/sinks"]
+# %% tags=["export"]
 def attention_concat(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
                      mask: Tensor, scale: float) -> Tensor:
     """Attention with sinks, concat form: -> (B, T, H, C) in q.dtype.
@@ -363,7 +363,7 @@ print(tuple(out.shape), out.dtype)
 # %% [markdown]
 # ### Form 2: rescale
 
-# %% tags=["export:attention/sinks"]
+# %% tags=["export"]
 def sink_share(lse: Tensor, sinks: Tensor) -> Tensor:
     """What the sink takes of each row: (…, H, T), (H,) -> (…, H, T), 0..1.
 
@@ -407,7 +407,7 @@ print(f"1 - share: {1 - sink_share(lse, torch.zeros(1)).item():.2e}")
 # %% [markdown]
 # ### Form 3: online
 
-# %% tags=["export:attention/sinks"]
+# %% tags=["export"]
 def attention_online(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
                      mask: Tensor, scale: float, chunk: int = 64) -> Tensor:
     """`attention_concat` with `chunk` keys at a time: O(B H T chunk) memory.
@@ -448,7 +448,7 @@ print("chunks of 1, 3, 7 and 100 keys: equal")
 # grouped heads as they are). Form 2 makes it a kernel for gpt-oss, and
 # {eq}`sinks-backward` makes its backward one.
 
-# %% tags=["export:attention/sinks"]
+# %% tags=["export"]
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = (
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
@@ -480,7 +480,7 @@ class _FlashWithSinks(torch.autograd.Function):
 # The only thing that needs writing is the sink's own gradient,
 # {eq}`sinks-grad` summed over all rows.
 
-# %% tags=["export:attention/sinks"]
+# %% tags=["export"]
 def attention_flash(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
                     mask: Tensor, scale: float) -> Tensor:
     """`attention_concat` by torch's CPU kernel and `rescale`; it trains.
@@ -772,17 +772,18 @@ print(f"keys and values of one full layer, {tokens} tokens, bf16: "
 print(f"the same repeated for {H} heads: {kv * H // G / 1e9:.2f} GB")
 print(f"its scores, fp32, all at once: {4 * H * tokens ** 2 / 1e12:.1f} TB")
 
-# %% [markdown]
-# The last line is why chapter 10 calls `attention_concat` on some queries
-# at a time, and the line before it why the keys are not repeated.
+# %% [markdown] The last line is why [the operator](../model/operators.ipynb)
+# calls `attention_concat` on some queries at a time, and the line before it
+# why the keys are not repeated.
 #
 # ## Cost
 #
-# Scores and mixing cost $4 B T S H C$ FLOPs (a multiply and an add each);
-# the sink adds one exponential a row, $B T H$ of them, and form 2 the
+# Scores and mixing cost $4 B T S H C$ FLOPs (a multiply and an add each); the
+# sink adds one exponential a row, $B T H$ of them, and form 2 the
 # multiplication of $B T H C$ outputs: $1/(4S)$ of the whole. The sinks
 # themselves are $2H$ bytes a layer. Masked keys cost as much as seen ones
-# here; chapter 9's ring keeps the sliding layers from having many.
+# here; the ring of [the cache](../model/remembering.ipynb) keeps the sliding
+# layers from having many.
 
 # %%
 from torch.utils.flop_counter import FlopCounterMode

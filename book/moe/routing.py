@@ -31,9 +31,9 @@
 #
 # ## Picture
 #
-# The finished model of chapter 14, which ships with the package, drew this:
-# the first sentences of a story, and for each token which two of the eight
-# experts of a layer the router chose, and with what weights.
+# The model that ships with the package ([training](../training/training.ipynb)
+# makes it) drew this: the first sentences of a story, and for each token which
+# two of the eight experts of a layer the router chose, and with what weights.
 
 # %% tags=["hide-input", "picture"]
 # Figure: four maps, one a layer, of eight experts by 43 tokens. Each column
@@ -49,7 +49,7 @@ from gptoss.text.tokenizer import Tokenizer
 from gptoss.model.transformer import GptOss
 from gptoss.parity.walk import trace_ours
 
-plt.style.use("_static/book.mplstyle")
+plt.style.use("../_static/book.mplstyle")
 torch.manual_seed(0)
 
 text = ("Once upon a time there was a little fox named Mira. Mira lived in "
@@ -212,7 +212,7 @@ plt.show()
 # numbers takes about a thousand comparisons, the four experts 200 million
 # FLOPs.
 
-# %% tags=["export:moe/routing"]
+# %% tags=["export"]
 import torch
 from torch import Tensor
 
@@ -250,7 +250,7 @@ print("32 equal logits:", route(flat, 4)[1][0].tolist())
 # %% [markdown]
 # ### The other order
 
-# %% tags=["export:moe/routing"]
+# %% tags=["export"]
 def softmax_then_topk(logits: Tensor, k: int, renormalise: bool = True
                       ) -> tuple[Tensor, Tensor]:
     """(N, E) -> weights (N, k), ids (N, k): softmax over all E, then choose.
@@ -286,8 +286,8 @@ for name, values in (("logits", low), ("probabilities", low.softmax(-1))):
 # %% [markdown]
 # ### The router
 #
-# What gives the logits is a linear layer with bias, from D to E. Chapter 10
-# makes a module of it and of `route`.
+# What gives the logits is a linear layer with bias, from D to E. The
+# [layers](../model/layers.ipynb) make a module of it and of `route`.
 
 # %%
 layer = torch.nn.Linear(96, 8)
@@ -297,7 +297,7 @@ print(tuple(weights.shape), weights.dtype, tuple(ids.shape), ids.dtype)
 # %% [markdown]
 # ### Load
 
-# %% tags=["export:moe/routing"]
+# %% tags=["export"]
 def expert_load(ids: Tensor, experts: int) -> Tensor:
     """How many tokens chose each expert: ids (N, K) -> counts (E,) int64."""
     return torch.bincount(ids.flatten(), minlength=experts)
@@ -496,8 +496,8 @@ moved = logits.grad[0].nonzero().flatten()
 print("logits with a gradient:", len(moved), "- the chosen:",
       torch.equal(moved, ids[0].sort().values))
 
-# %% [markdown]
-# The auxiliary loss that repairs this {cite}`switch2021` is chapter 14's.
+# %% [markdown] The auxiliary loss that repairs this {cite}`switch2021` is that
+# of [training](../training/training.ipynb).
 #
 # ## Against the others
 #

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from gptoss.weights.config import GptOssConfig
 from gptoss.weights.encoding import encode
 
-plt.style.use("_static/book.mplstyle")
+plt.style.use("../_static/book.mplstyle")
 torch.manual_seed(0)
 
 small, large = GptOssConfig.gpt_oss_20b(), GptOssConfig.gpt_oss_120b()
@@ -128,7 +128,7 @@ print("different experts among them:", len(chosen.unique()))
 #
 # ### What an expert computes
 #
-# The router of chapter 7 gives a token $x_n$ of D numbers K experts
+# The [router](routing.ipynb) gives a token $x_n$ of D numbers K experts
 # $e_{nk}$, $k = 0, …, K - 1$, and as many positive weights $w_{nk}$ with sum
 # 1. The layer answers
 #
@@ -148,9 +148,9 @@ print("different experts among them:", len(chosen.unique()))
 # where $\sigma$ is the logistic function. What each piece does:
 #
 # *Interleaved* rows keep a gate beside its up. Cut the rows of
-# $W^\mathrm{up}_e$ before any even row and both parts are complete experts
-# of fewer units (exercise 2): so chapter 15 splits an expert over devices,
-# with slices and without a permutation.
+# $W^\mathrm{up}_e$ before any even row and both parts are complete experts of
+# fewer units (exercise 2): so [shards](../parallel/shards.ipynb) splits an
+# expert over devices, with slices and without a permutation.
 #
 # *1.702* makes $g\,\sigma(1.702 g)$ the GELU, to within 0.021.
 #
@@ -204,7 +204,7 @@ print(f"a lower clamp of the gate changes at most {change.abs().max():.1e}")
 #
 # ### The clamped SwiGLU
 
-# %% tags=["export:moe/experts"]
+# %% tags=["export"]
 from collections.abc import Callable
 
 import torch
@@ -238,7 +238,7 @@ print([round(v, 1) for v in clamped_swiglu(edges)[:, 0].tolist()])
 # %% [markdown]
 # ### One expert
 
-# %% tags=["export:moe/experts"]
+# %% tags=["export"]
 def one_expert(x: Tensor, gate_up_FD: Tensor, gate_up_bias: Tensor,
                down_DF: Tensor, down_bias: Tensor, limit: float = 7.0
                ) -> Tensor:
@@ -258,7 +258,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 # %% [markdown]
 # ### The loop
 
-# %% tags=["export:moe/experts"]
+# %% tags=["export"]
 def experts_loop(x: Tensor, ids: Tensor, weights: Tensor,
                  gate_up_EFD: Tensor, gate_up_bias: Tensor,
                  down_EDF: Tensor, down_bias: Tensor, limit: float = 7.0
@@ -299,7 +299,7 @@ print(tuple(slow.shape), "clamps at work:", bool((raw.abs() > 7).any()))
 # implementation. Short, and fine for one token; this is the one that needs
 # 102 GB for 512.
 
-# %% tags=["export:moe/experts"]
+# %% tags=["export"]
 def experts_gather(x: Tensor, ids: Tensor, weights: Tensor,
                    gate_up_EFD: Tensor, gate_up_bias: Tensor,
                    down_EDF: Tensor, down_bias: Tensor, limit: float = 7.0
@@ -326,7 +326,7 @@ print("gather = loop:", torch.allclose(gathered, slow, atol=2e-5))
 # slice taken inside the loop would give autograd one full-size gradient for
 # every expert.
 
-# %% tags=["export:moe/experts"]
+# %% tags=["export"]
 def by_expert(x: Tensor, ids: Tensor, weights: Tensor, experts: int,
               apply: Callable[[int, Tensor], Tensor]) -> Tensor:
     """Sum over the chosen experts, each called once with all its tokens.
@@ -364,7 +364,7 @@ assert torch.allclose(echoed, x, atol=1e-6)  # the weights sum to 1
 # gives views, so weights that lie transposed in memory (dequantised Hugging
 # Face files hold [E, in, out]) are used where they lie.
 
-# %% tags=["export:moe/experts"]
+# %% tags=["export"]
 def experts_grouped(x: Tensor, ids: Tensor, weights: Tensor,
                     gate_up_EFD: Tensor, gate_up_bias: Tensor,
                     down_EDF: Tensor, down_bias: Tensor, limit: float = 7.0
@@ -385,12 +385,13 @@ print("grouped = loop:", torch.allclose(grouped, slow, atol=2e-5))
 # %% [markdown]
 # ### Packed experts
 #
-# The released weights are MXFP4 (chapter 2). Decoding a whole layer of the
-# 20b to bf16 takes 1.59 GB; decoding one expert when its turn comes, and
-# dropping it after, 50 MB. Chapter 10 makes an operator of it, so that
-# chapter 13 can put a kernel behind its name.
+# The released weights are [MXFP4](../weights/mxfp4.ipynb). Decoding a whole
+# layer of the 20b to bf16 takes 1.59 GB; decoding one expert when its turn
+# comes, and dropping it after, 50 MB. [The next
+# part](../model/operators.ipynb) makes an operator of it, so that [a
+# kernel](../kernels/many_rows.ipynb) can stand behind its name.
 
-# %% tags=["export:moe/experts"]
+# %% tags=["export"]
 def packed_by_decoding(x: Tensor, ids: Tensor, weights: Tensor,
                        gate_up_blocks: Tensor, gate_up_scales: Tensor,
                        gate_up_bias: Tensor, down_blocks: Tensor,
@@ -422,7 +423,7 @@ def packed_by_decoding(x: Tensor, ids: Tensor, weights: Tensor,
 # where the bracket is 1 if the condition holds and 0 if not: nothing flows
 # back through a clamp that is at work.
 
-# %% tags=["export:moe/experts"]
+# %% tags=["export"]
 def swiglu_backward(gate_up: Tensor, grad: Tensor, limit: float) -> Tensor:
     """Gradient of `clamped_swiglu` at gate_up (…, 2F) for grad (…, F)."""
     gate, up = gate_up[..., ::2], gate_up[..., 1::2]
@@ -457,7 +458,7 @@ print("entries without gradient:", int((wanted == 0).sum()), "of", z.numel())
 # what the forward decoded would be faster, and hold up to 1.59 GB a layer
 # until the backward pass.
 
-# %% tags=["export:moe/experts"]
+# %% tags=["export"]
 def packed_backward(grad: Tensor, x: Tensor, ids: Tensor, weights: Tensor,
                     gate_up_blocks: Tensor, gate_up_scales: Tensor,
                     gate_up_bias: Tensor, down_blocks: Tensor,
@@ -648,10 +649,9 @@ for name, config in (("20b", small), ("120b", large)):
           f"{held:13,} bytes, {part:,} an expert")
 assert part == 3 * 2880 * 2880 * 17 // 32 + 2 * (2 * 2880 + 2880)
 
-# %% [markdown]
-# How many of them must be decoded for N tokens was found in chapter 7
-# ({eq}`routing-load`): one token needs 4, and from 2E tokens on hardly any
-# can be skipped.
+# %% [markdown] How many of them must be decoded for N tokens was found in
+# [routing](routing.ipynb) ({eq}`routing-load`): one token needs 4, and from 2E
+# tokens on hardly any can be skipped.
 
 # %%
 from gptoss.moe.routing import expected_hits
@@ -687,10 +687,9 @@ token = 4 * part
 print(f"one token reads {token:,} bytes of experts a layer for "
       f"{6 * 4 * 2880 * 2880:,} FLOPs")
 
-# %% [markdown]
-# That is under 4 FLOPs a byte: with one token the layer waits for memory
-# (chapter 13). An expert with M tokens does M times as much work on the same
-# bytes, which is what the sort is for.
+# %% [markdown] That is under 4 FLOPs a byte: with one token the layer waits
+# for memory ([many rows](../kernels/many_rows.ipynb)). An expert with M tokens
+# does M times as much work on the same bytes, which is what the sort is for.
 #
 # ## Takeaways
 #

@@ -11,6 +11,7 @@
 #     name: python3
 #   gptoss:
 #     module: rope
+#     public: [apply_rope, rope_parameters, rope_tables]
 # ---
 
 # %% [markdown]
@@ -25,7 +26,8 @@
 # enough, or must the model be trained further with the new numbers? And
 # what does it cost to round two numbers on the way to that list? Nine
 # of the 32 come out wrong, one of them by 76 %; no short test shows it,
-# and four well-known inference engines shipped it.
+# and four well-known inference engines shipped it ([who rounds two
+# numbers?](rounded_ramp.ipynb)).
 
 # %% tags=["hide-input"]
 import math
@@ -33,7 +35,7 @@ import math
 import matplotlib.pyplot as plt
 import torch
 
-plt.style.use("_static/book.mplstyle")
+plt.style.use("../_static/book.mplstyle")
 torch.manual_seed(0)
 C, THETA, TRAINED, FACTOR = 64, 150_000.0, 4096, 32.0
 POSITIONS = 131_072
@@ -259,7 +261,6 @@ for name, s in (("RoPE", speed), ("interpolated", speed / FACTOR)):
 # Figure: the score of equals over the first 32 tokens. RoPE falls from 1 to
 # about 0.6; YaRN falls with it, a little higher; interpolation stays at 1.
 near = torch.arange(33, dtype=torch.float64)
-some = torch.logspace(0, math.log10(POSITIONS - 1), 1500).long().double()
 fig, ax = plt.subplots(figsize=(5, 2.6))
 for name, s in zip(("RoPE", "interpolated", "YaRN"),
                    (speed, speed / FACTOR, slowed), strict=True):
@@ -334,11 +335,11 @@ plt.show()
 # `transformers` unless told otherwise. The configuration of gpt-oss tells
 # it: `truncate: false`.
 #
-# One thing the paper and its code do differently: in the paper's text
-# $\gamma$ is linear in the number of turns $r_i$, in every
-# implementation (the authors', OpenAI's, HF's) it is linear in the index
-# $i$, that is in $\log r_i$. gpt-oss means the latter; exercise 3
-# measures the difference.
+# One thing the paper and its code do differently: in the paper's text $\gamma$
+# is linear in the number of turns $r_i$, in every implementation (the
+# authors', OpenAI's, HF's) it is linear in the index $i$, that is in $\log
+# r_i$. gpt-oss means the latter; the paper's ramp is an exercise of [who
+# rounds two numbers?](rounded_ramp.ipynb) measures the difference.
 #
 # **Concentration.** Over more keys of the same kind a softmax gives each of
 # them less. YaRN divides the scores by a temperature $t$, fitted by its
@@ -362,7 +363,7 @@ plt.show()
 # Equation {eq}`rope-range`, in 64-bit floats, in the order of operations
 # that `transformers` uses.
 
-# %% tags=["export:attention/rope"]
+# %% tags=["export"]
 import math
 
 import torch
@@ -370,7 +371,7 @@ from torch import Tensor
 
 from gptoss.weights.config import GptOssConfig
 
-# %% tags=["export:attention/rope"]
+# %% tags=["export"]
 def correction_range(
     head_dim: int,
     theta: float,
@@ -416,7 +417,7 @@ for end in (low, high):
 #
 # The clamp of {eq}`rope-blend`, in fp32:
 
-# %% tags=["export:attention/rope"]
+# %% tags=["export"]
 def _ramp(low: float, high: float, pairs: int) -> Tensor:
     """0 up to pair `low`, 1 from pair `high`, straight between. (pairs,)"""
     if low == high:
@@ -431,7 +432,7 @@ print([round(v, 2) for v in _ramp(low, high, C // 2)[7:20].tolist()])
 # And the blend. The result is fp32 and every operation rounds, so the
 # order decides the last bit. Why the last bit matters, "It holds" shows.
 
-# %% tags=["export:attention/rope"]
+# %% tags=["export"]
 def inverse_frequencies(
     head_dim: int,
     theta: float,
@@ -477,7 +478,7 @@ for i in (0, 8, 9, 13, 17, 18, 31):
 #
 # Equation {eq}`rope-concentration`:
 
-# %% tags=["export:attention/rope"]
+# %% tags=["export"]
 def concentration(factor: float) -> float:
     """Factor on both cos and sin; scores get its square. 1.0 if factor <= 1.
 
@@ -494,7 +495,7 @@ print(f"softmax scale  {C**-0.5 * concentration(FACTOR) ** 2:.4g}")
 # %% [markdown]
 # And the one place where a configuration is read:
 
-# %% tags=["export:attention/rope"]
+# %% tags=["export"]
 def rope_parameters(
     config: GptOssConfig, device: torch.device | str | None = None
 ) -> tuple[Tensor, float]:
@@ -527,7 +528,7 @@ print("the 20b:", torch.equal(inv_freq, yarn), conc == concentration(FACTOR))
 # exact in fp32 (up to $2^{24}$). The order is fp32 angle, cos, times
 # concentration, and one rounding to the model's type at the end.
 
-# %% tags=["export:attention/rope"]
+# %% tags=["export"]
 def rope_tables(
     positions: Tensor,
     inv_freq: Tensor,
@@ -583,7 +584,7 @@ print(f"largest angle error: {wrong.abs().max().item():.0f} rad")
 # Equation {eq}`rope-turn` with real numbers. gpt-oss pairs channel $i$
 # with channel $i + C/2$.
 
-# %% tags=["export:attention/rope"]
+# %% tags=["export"]
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x (B, T, H, C) by tables (B, T, C/2); same shape and dtype.
 
@@ -751,165 +752,13 @@ assert errors["from rounding the product"].abs().max() <= 2**-8
 # %% [markdown]
 # On the machine that wrote this: 0.0018 from the product, 0.0012 from the
 # speeds, 0.0025 radians together in the worst pair, a seventh of a degree.
-# Rounding the ramp, below, costs ten thousand times that at the same
-# distance.
+# Rounding the ramp ([who rounds two numbers](rounded_ramp.ipynb)) costs ten
+# thousand times that at the same distance.
 #
 # The second line is not an error of this code. The released code computes
 # the list in fp32, so those 32 fp32 numbers define the model, and "more
 # exact" speeds in float64 would be another one. A re-implementation should
 # equal them bit for bit.
-#
-# **One at a time.** The row of a decoding step is the row of the long
-# table, bit for bit, so a cache cannot drift:
-
-# %%
-table = rope_tables(torch.arange(POSITIONS), inv_freq, conc)
-for p in range(0, POSITIONS, 4099):
-    one_row = rope_tables(torch.tensor([p]), inv_freq, conc)
-    assert torch.equal(one_row[0][0], table[0][p])
-    assert torch.equal(one_row[1][0], table[1][p])
-print("decode = prefill")
-
-# %% [markdown]
-# ## Against the others
-#
-# **Hugging Face.** All 131,072 positions, every pair, bit for bit, from
-# the released configuration:
-
-# %%
-from transformers import GptOssConfig as HFConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
-
-hf = HFConfig(
-    rope_parameters={
-        "rope_type": "yarn",
-        "rope_theta": THETA,
-        "factor": FACTOR,
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "truncate": False,
-        "original_max_position_embeddings": TRAINED,
-    }
-)
-hf_inv_freq, hf_conc = ROPE_INIT_FUNCTIONS["yarn"](hf)
-assert torch.equal(hf_inv_freq, inv_freq) and hf_conc == conc
-
-rotary, equal = GptOssRotaryEmbedding(hf), 0
-for start in range(0, POSITIONS, 8192):
-    p = torch.arange(start, start + 8192)[None]
-    theirs, ours = rotary(torch.zeros(1), p), rope_tables(p, inv_freq, conc)
-    for t, o in zip(theirs, ours, strict=True):
-        equal += (t == o).sum().item()
-assert equal == 2 * POSITIONS * C // 2
-print(f"{equal:,} of {2 * POSITIONS * C // 2:,} entries equal")
-
-# %% [markdown]
-# **OpenAI.** `gpt_oss/torch/model.py` orders the range differently
-# ($\frac C2 \cdot \ln(\cdot) / \ln\vartheta$) and forms the angles as an
-# outer product. In its order of operations:
-
-# %%
-def openai_tables(positions):
-    wave = THETA ** (torch.arange(0, C, 2, dtype=torch.float32) / C)
-    ends = [
-        C / 2 * math.log(TRAINED / (beta * 2 * math.pi)) / math.log(THETA)
-        for beta in (32.0, 1.0)
-    ]
-    ramp = (torch.arange(C / 2) - ends[0]) / (ends[1] - ends[0])
-    mask = 1 - ramp.clamp(0, 1)
-    speeds = 1.0 / (FACTOR * wave) * (1 - mask) + 1.0 / wave * mask
-    angle = torch.outer(positions.float(), speeds)
-    factor = 0.1 * math.log(FACTOR) + 1.0
-    return angle.cos() * factor, angle.sin() * factor
-
-
-theirs = openai_tables(torch.arange(POSITIONS))
-both = list(zip(theirs, table, strict=True))
-print("largest difference:", max((t - o).abs().max().item() for t, o in both))
-assert all(torch.equal(t, o) for t, o in both)
-
-# %% [markdown]
-# None: the other order falls on the same fp32 numbers here.
-#
-# **`truncate: true`.** ggml (hence llama.cpp; `ggml_rope_yarn_corr_dims`)
-# and mlx-lm 0.32 (`YarnRoPE`) round the range to 8 and 18. So did vLLM
-# ([#27722](https://github.com/vllm-project/vllm/issues/27722), found
-# through log-probabilities that did not match in reinforcement learning;
-# fixed in [#28244](https://github.com/vllm-project/vllm/pull/28244)) and
-# SGLang ([#14270](https://github.com/sgl-project/sglang/pull/14270)).
-# Nine speeds change:
-
-# %%
-rounded = inverse_frequencies(C, THETA, FACTOR, truncate=True)
-change = rounded.double() / inv_freq.double() - 1
-moved = change.abs().gt(1e-6).nonzero().flatten().tolist()
-assert moved == list(range(9, 18))
-print("pairs that change:", moved)
-print("per cent:", [f"{100 * change[i].item():+.1f}" for i in moved])
-phase = TRAINED * (rounded.double() - inv_freq.double())
-worst_pair = phase.abs().argmax().item()
-print(f"at distance 4,096: {phase.abs().max().item():.2f} rad",
-      f"in pair {worst_pair};",
-      f"at 127: {127 / TRAINED * phase.abs().max().item():.3f} rad")
-
-# %% [markdown]
-# Why short tests pass: by {eq}`rope-relative` only distances count. Within
-# the 128 tokens of a sliding layer the error stays below 0.03 rad; it is
-# the full layers, looking back thousands of tokens, that turn to the
-# wrong places.
-#
-# What to see: left, the error of speed is largest in pair 17; in the
-# middle, the angle error is largest in pair 12, which turns faster. Right
-# is what a head feels: the score of equals, with rounding minus without,
-# below 0.002 up to a hundred tokens and up to 0.33 beyond the 4,096
-# (dashed).
-
-# %% tags=["hide-input"]
-# Figure: what rounding the ramp changes. Left, the speed of pairs 9 to 17,
-# most at pair 17; in the middle, the error of their angles at distance
-# 4,096; right, the error of a score, which grows with the distance.
-fig, (one, two, three) = plt.subplots(1, 3, figsize=(7, 2.7))
-shown = torch.arange(7, 20)
-one.bar(shown, 100 * change[shown])
-one.set(xlabel="pair", ylabel="change of speed (%)", title="Speed")
-two.bar(shown, phase[shown], color="#E69F00")
-two.set(xlabel="pair", ylabel="angle error (rad)", title="At distance 4,096")
-error = self_score(some, rounded.double())
-error -= self_score(some, inv_freq.double())
-three.semilogx(some, error, lw=0.7, color="#009E73")
-three.axvline(TRAINED, color="k", lw=1, ls="--")
-three.set(xlabel="distance (tokens)", ylabel="score error",
-          title="Score of equals")
-plt.show()
-
-# %% [markdown]
-# **Interleaved.** The paper, GPT-J and Meta's Llama release pair channel
-# $2i$ with $2i + 1$. That is the same operation in another order of
-# channels, so a permutation of the rows of the query and key projections
-# converts one to the other, with the same scores. Without the permutation
-# it is another silent error: nothing crashes, and at distance 0 the scores
-# are still right.
-
-# %%
-def apply_interleaved(x, cos, sin):
-    a, b = x[..., 0::2], x[..., 1::2]
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
-
-
-to_interleaved = torch.arange(C).view(2, C // 2).T.flatten()
-q, k = torch.randn(2, 1, 9, 4, C).unbind()
-t = rope_tables(torch.arange(100, 109)[None], inv_freq, conc)
-for x in (q, k):
-    half = apply_rope(x, *t)[..., to_interleaved]
-    assert torch.equal(half, apply_interleaved(x[..., to_interleaved], *t))
-mixed = (apply_interleaved(q, *t) * apply_interleaved(k, *t)).sum(-1)
-right = (apply_rope(q, *t) * apply_rope(k, *t)).sum(-1)
-print("same position, either pairing:", torch.allclose(mixed, right))
-shifted = (apply_interleaved(q, *t)[:, 1:] * apply_interleaved(k, *t)[:, :-1])
-right = (apply_rope(q, *t)[:, 1:] * apply_rope(k, *t)[:, :-1]).sum(-1)
-print("one apart, wrong pairing:", torch.allclose(shifted.sum(-1), right))
 
 # %% [markdown]
 # ## In the 20b and the 120b
@@ -1003,23 +852,9 @@ print(f"tables of one token: {2 * C // 2 * 4} bytes in fp32;",
 
 # %% [markdown]
 # ## Exercises
-#
-# ### Exercise 1
-#
-# A test is to catch an engine that rounds the range. How far apart must
-# query and key be before the score of equals is off by 0.01, by 0.05, by
-# 0.1? Concentration left aside.
-
-# %% tags=["hide-cell"]
-distance = torch.arange(8192, dtype=torch.float64)
-error = self_score(distance, rounded.double())
-error -= self_score(distance, inv_freq.double())
-for e in (0.01, 0.05, 0.1):
-    print(f"off by {e} from {(error.abs() > e).nonzero()[0].item()} tokens on")
-print(f"within a window by {error[:128].abs().max().item():.1g} at most")
 
 # %% [markdown]
-# ### Exercise 2
+# ### Exercise 1
 #
 # A model laid out for 4,096 tokens is to read 8,192 (factor 2). Which pairs
 # change, and what is a score multiplied by?
@@ -1032,60 +867,7 @@ print(f"pairs {differs.min().item()}..{differs.max().item()} change,",
 assert differs.tolist() == list(range(9, 32))  # the range is the same
 
 # %% [markdown]
-# ### Exercise 3
-#
-# Use the paper's ramp, linear in the number of turns:
-# $\gamma_i = \mathrm{clamp}\big((r_i - 1)/(32 - 1), 0, 1\big)$. Which
-# pair's speed is then furthest from the model's, in per cent?
-
-# %% tags=["hide-cell"]
-paper_gamma = ((turns - 1) / (32 - 1)).clamp(0, 1)
-paper = speed * (paper_gamma + (1 - paper_gamma) / FACTOR)
-off = (paper / inv_freq.double() - 1).abs()
-print(f"pair {off.argmax().item()}: {100 * off.max().item():.0f} % too slow")
-assert off[:9].max() < 1e-6 and off[18:].max() < 1e-6
-assert (paper[9:18] < inv_freq[9:18]).all()
-
-# %% [markdown]
-# ### Exercise 4
-#
-# Given a query projection `W` with rows for half-split heads, write the
-# rows that an engine with interleaved pairs needs, for all heads. Show
-# that converting only the queries changes the scores.
-
-# %% tags=["hide-cell"]
-def to_interleaved_rows(W, head_dim):
-    """(heads * C, D) -> the same rows in interleaved order"""
-    order = torch.arange(head_dim).view(2, -1).T.flatten()
-    return W.view(-1, head_dim, W.shape[-1])[:, order].reshape(W.shape)
-
-
-x, heads = torch.randn(1, 9, 24), 2
-Wq, Wk = torch.randn(2, heads * C, 24).div(24).unbind()
-t = rope_tables(torch.arange(9)[None], inv_freq, conc)
-
-
-def project(W, rotate):
-    return rotate((x @ W.T).view(1, 9, heads, C), *t)
-
-
-def all_scores(q, k):
-    return torch.einsum("bthc,bshc->bhts", q, k)
-
-
-reference = all_scores(project(Wq, apply_rope), project(Wk, apply_rope))
-Iq, Ik = to_interleaved_rows(Wq, C), to_interleaved_rows(Wk, C)
-both = all_scores(
-    project(Iq, apply_interleaved), project(Ik, apply_interleaved)
-)
-torch.testing.assert_close(both, reference, rtol=1e-4, atol=1e-4)
-only_q = all_scores(
-    project(Iq, apply_interleaved), project(Wk, apply_interleaved)
-)
-print("both: equal; queries only:", torch.allclose(only_q, reference, 1e-4))
-
-# %% [markdown]
-# ### Exercise 5
+# ### Exercise 2
 #
 # Up to which position could this code go before fp32 positions collide,
 # and how coarse is the angle of pair 0 just below it?

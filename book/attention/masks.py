@@ -30,7 +30,7 @@
 import matplotlib.pyplot as plt
 import torch
 
-plt.style.use("_static/book.mplstyle")
+plt.style.use("../_static/book.mplstyle")
 _ = torch.manual_seed(0)
 
 # %% [markdown]
@@ -150,8 +150,8 @@ print("of those, padding:", (rows[:, -1] & ~batch).sum(-1).tolist())
 # One full layer makes it everything. In gpt-oss that is layer 1, the
 # second: from there on, sliding layers need not carry news from afar, and
 # can afford to be short-sighted. Nor does what they keep depend on more than
-# {eq}`masks-reach` says: chapter 9 refills their lost caches from the last
-# $L_{sliding}(W-1)$ tokens.
+# {eq}`masks-reach` says: [a replay](../model/remembering.ipynb) refills their
+# lost caches from the last $L_{sliding}(W-1)$ tokens.
 #
 # ## Code
 #
@@ -159,7 +159,7 @@ print("of those, padding:", (rows[:, -1] & ~batch).sum(-1).tolist())
 #
 # Equation {eq}`masks-visible`, once, for every use in the book.
 
-# %% tags=["export:attention/masks"]
+# %% tags=["export"]
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -197,7 +197,7 @@ print(visible(torch.tensor([[9, -1]]), ring, 3).int().tolist())
 #
 # Tests that compare a mask with a drawing are hard to get wrong.
 
-# %% tags=["export:attention/masks"]
+# %% tags=["export"]
 def picture(mask: Tensor) -> str:
     """A (T, S) bool mask as text: a row a query, # seen, . not seen."""
     if mask.ndim != 2:
@@ -242,7 +242,7 @@ for w in (127, 128, 129):
 # Users pad left, right, or in the middle (two pieces of a conversation,
 # each padded). Tokens are numbered as if the padding were not there.
 
-# %% tags=["export:attention/masks"]
+# %% tags=["export"]
 def positions_from_mask(
     attention_mask: Tensor, start: Tensor | None = None
 ) -> Tensor:
@@ -276,7 +276,7 @@ print(picture(visible(middle, middle, 2)[0]))
 #
 # Equation {eq}`masks-reach`, layer by layer.
 
-# %% tags=["export:attention/masks"]
+# %% tags=["export"]
 class Reach(NamedTuple):
     """Positions, the query's own included, that a layer's output rests on."""
 
@@ -518,8 +518,8 @@ plt.show()
 # %% [markdown]
 # ## Cost
 #
-# Only pairs that are seen need a score; chapter 5's attention computes
-# every pair that it is handed, so it is best handed few. Sum
+# Only pairs that are seen need a score; the attention of [sinks](sinks.ipynb)
+# computes every pair that it is handed, so it is best handed few. Sum
 # {eq}`masks-visible` over $T \ge W$ queries: a full layer has one pair for
 # each query and each key up to it, a sliding layer loses the corner before
 # the band is full:
@@ -529,8 +529,8 @@ plt.show()
 # P_{sliding} = T\,W - \frac{W(W-1)}{2} .
 # $$ (masks-pairs)
 #
-# A pair costs $4CH$ FLOPs: $2C$ for the score and $2C$ for the sum of
-# values, in each of $H$ heads (chapter 5 has torch count it). The pairs,
+# A pair costs $4CH$ FLOPs: $2C$ for the score and $2C$ for the sum of values,
+# in each of $H$ heads ([sinks](sinks.ipynb) has torch count it). The pairs,
 # counted in the masks:
 
 # %%
@@ -554,11 +554,11 @@ for length in (128, 4096, 131_072):
 # 12 of the 24 layers have the small number, which halves the cost of
 # attention at long context, nothing more: the full layers still pay
 # $T^2/2$. The cache halves too: those 12 layers keep 128 tokens instead of
-# $T$ (chapter 9).
+# $T$ ([the cache](../model/remembering.ipynb)).
 #
-# A mask is not free either. As a (T, S) tensor of bools it takes one byte
-# for each pair, seen or not: chapter 10 builds it for a tile of queries at
-# a time.
+# A mask is not free either. As a (T, S) tensor of bools it takes one byte for
+# each pair, seen or not: [the operator](../model/operators.ipynb) builds it
+# for a tile of queries at a time.
 
 # %%
 T = 131_072
