@@ -550,11 +550,11 @@ def packed_experts(x: Tensor, ids: Tensor, weights: Tensor,
 # %%
 from gptoss.weights.encoding import encode
 
-weight = PackedMXFP4(*encode(torch.randn(8, 64)))
+packed = PackedMXFP4(*encode(torch.randn(8, 64)))
 x = torch.randn(3, 64, requires_grad=True)
-y = mxfp4_linear(x, weight.blocks, weight.scales)
+y = mxfp4_linear(x, packed.blocks, packed.scales)
 y.sum().backward()
-right = weight.decode(torch.float32).sum(0).expand(3, 64)
+right = packed.decode(torch.float32).sum(0).expand(3, 64)
 assert torch.allclose(x.grad, right, atol=1e-5)
 print(tuple(y.shape), "and the gradient reaches x")
 
