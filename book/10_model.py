@@ -962,7 +962,6 @@ print(torch.equal(block(x, *tables, pos), x))
 
 # %% tags=["export:model/transformer"]
 import re
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -974,14 +973,14 @@ from torch.nn.modules.module import _IncompatibleKeys
 from gptoss.model.cache import Cache, CacheView
 from gptoss.weights.layout import DTYPES, FLOATS, PACKED
 from gptoss.weights.write import MAX_SHARD_BYTES, write_checkpoint
-from gptoss.weights.checkpoint import Checkpoint, check_scales
+from gptoss.weights.checkpoint import Checkpoint
 from gptoss.weights.convert import companions
 from gptoss.weights.hub import resolve
 from gptoss.weights.config import GptOssConfig
 from gptoss.weights.errors import Error, mismatch
 
 from gptoss.attention.masks import positions_from_mask
-from gptoss.weights.mxfp4 import decode
+from gptoss.weights.loading import load_tensors
 from gptoss.attention.rope import rope_parameters, rope_tables
 
 
@@ -1353,35 +1352,9 @@ print(f"loss {losses[0]:.1f}, after 40 steps below 0.5: {losses[-1] < 0.5}")
 # %% [markdown]
 # ### Loading
 #
-# The names that chapter 3 reads are those of the attributes, but for the
-# prefix `model.`; that is the whole of the mapping. Packed experts are handed
-# over as they lie in the file, or decoded, one tensor at a time. A bf16
-# checkpoint holds them transposed, and a transposed view undoes that.
-
-# %% tags=["export:weights/loading"]
-def load_tensors(checkpoint: Checkpoint, dtype: torch.dtype, device,
-                 packed: bool) -> Iterator[tuple[str, Tensor]]:
-    """The checkpoint's tensors under this model's names, one at a time.
-
-    Where dtype and device agree with the file, a tensor is a view of the
-    mapped file and costs no memory; otherwise one at a time is converted.
-    """
-    for name in checkpoint.names():
-        target, tensor = name.removeprefix("model."), checkpoint.read(name)
-        if name.endswith("_scales"):
-            check_scales(f"{checkpoint.path}: {name}", tensor)
-            if not packed:
-                continue
-        elif name.endswith("_blocks") and not packed:
-            target = target.removesuffix("_blocks")
-            scales = checkpoint.read(name.removesuffix("blocks") + "scales")
-            tensor = decode(tensor.to(device), scales.to(device), dtype)
-        elif target.endswith(("gate_up_proj", "down_proj")):
-            tensor = tensor.transpose(1, 2)  # HF: (E, in, out)
-        wanted = tensor.dtype if tensor.dtype == torch.uint8 else dtype
-        yield target, tensor.to(device, wanted)
-
-# %% [markdown]
+# `load_tensors` hands over [the tensors of a file](weights/reading.ipynb) one
+# at a time, under the names of these attributes.
+#
 # The dtype is a choice, and people write it in three ways: as torch does, by
 # name, or as "auto". The last is what `config.json` says of the file, which
 # need not be what lies in it (chapter 3): some programs save fp32 and say

@@ -20,7 +20,9 @@ import torch
 from find_browser import TO_DO, find
 from playwright.sync_api import Browser, Page, Request, sync_playwright
 
-from gptoss import masks, mxfp4, rope
+from gptoss import masks, rope
+from gptoss.weights import mxfp4
+from gptoss.weights.encoding import encode
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE = ROOT / "_build" / "html"
@@ -298,7 +300,7 @@ CONTRAST = """() => {
 def test_light_and_dark(watched: Watched, mode: str) -> None:
     """The browser's wish is followed, and text keeps its contrast."""
     watched.page.emulate_media(color_scheme=mode)
-    for name in ("book/02_mxfp4.html", "book/api.html"):
+    for name in ("book/weights/mxfp4.html", "book/api.html"):
         page = watched.open(name)
         ground = page.evaluate("getComputedStyle(document.body)"
                                ".backgroundColor")
@@ -363,12 +365,12 @@ def shown(page: Page) -> dict[str, str]:
 
 
 def test_a_block_under_its_scale(watched: Watched) -> None:
-    """Chapter 2's moving figure agrees with gptoss.mxfp4."""
-    page = watched.open("book/02_mxfp4.html")
+    """The moving figure of encoding.py agrees with gptoss.weights."""
+    page = watched.open("book/weights/encoding.html")
     weights = page.evaluate("live.mxfp4.block")
     assert len(weights) == mxfp4.BLOCK
     values = torch.tensor(weights, dtype=torch.float64)
-    _, rule = mxfp4.encode(values)
+    _, rule = encode(values)
     assert page.evaluate("live.mxfp4.rule(live.mxfp4.block)") == rule.item()
     assert shown(page)["byte"] == str(rule.item())
     edges = torch.tensor(mxfp4.FP4_VALUES)  # and what lies between them
@@ -377,13 +379,13 @@ def test_a_block_under_its_scale(watched: Watched) -> None:
         scales = torch.full((1,), byte, dtype=torch.uint8)
         for block in (values, *(edges.double() * 2.0 ** (byte - 127)).view(
                 2, 32)):
-            ours = mxfp4.decode(*mxfp4.encode(block, scales), torch.float64)
+            ours = mxfp4.decode(*encode(block, scales), torch.float64)
             theirs = page.evaluate(
                 "([w, s]) => live.mxfp4.stored(w, s)", [block.tolist(), byte])
             assert theirs == ours.tolist()
     for byte in range(113, 125):
         slide(page, "byte", byte)
-        ours = mxfp4.decode(*mxfp4.encode(values, torch.full(
+        ours = mxfp4.decode(*encode(values, torch.full(
             (1,), byte, dtype=torch.uint8)), torch.float64)
         found = shown(page)
         assert int(found["byte"]) == byte
@@ -460,7 +462,7 @@ def test_figures_stand_without_scripts(browser: Browser, site: str) -> None:
     """The static figure is there, and so is a word about the moving one."""
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
-    for name in ("02_mxfp4", "04_rope", "06_masks"):
+    for name in ("weights/encoding", "04_rope", "06_masks"):
         page.goto(f"{site}book/{name}.html")
         assert page.locator("section#picture img").first.is_visible()
         assert "In the web book" in page.locator(".live").inner_text()
