@@ -17,6 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "book" / "_ext"))  # the tangle
+sys.path += sorted({str(file.parent)  # tests borrow from one another
+                    for file in (ROOT / "tests").rglob("test_*.py")})
 
 os.environ.setdefault("GPTOSS_KERNELS", "torch")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -1,6 +1,6 @@
-"""What is in the file?
+"""How to read 13.8 GB without copying them?
 
-Generated from book/03_checkpoint.py; edit the chapter, not this file.
+Generated from book/weights/reading.py; edit the chapter, not this file.
 """
 
 from collections import Counter
@@ -13,13 +13,9 @@ from torch import Tensor
 from gptoss.weights.config import GptOssConfig
 from gptoss.weights.config_file import read_json
 from gptoss.weights.files import (
-    ENDS,
-    PerExpert,
     Stored,
     config_folder,
     find_tensors,
-    recognise,
-    untied,
     weights_folder,
 )
 from gptoss.weights.layout import (
@@ -43,6 +39,7 @@ from gptoss.weights.sizes import (
     parameter_counts,
     total_parameters,
 )
+from gptoss.weights.spellings import ENDS, PerExpert, recognise, untied
 
 # --- Files against the table -------------------------------------------------
 

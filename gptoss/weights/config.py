@@ -1,6 +1,6 @@
-"""Where do 21 billion parameters live?
+"""Which numbers make a gpt-oss?
 
-Generated from book/01_config.py; edit the chapter, not this file.
+Generated from book/weights/config.py; edit the chapter, not this file.
 """
 
 from dataclasses import dataclass

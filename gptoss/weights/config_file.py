@@ -1,6 +1,6 @@
-"""Where do 21 billion parameters live?
+"""How is a config read that others wrote?
 
-Generated from book/01_config.py; edit the chapter, not this file.
+Generated from book/weights/config_file.py; edit the chapter, not this file.
 """
 
 import itertools
@@ -130,7 +130,7 @@ def _from_hf(values: dict) -> dict:
     for key in SAME:
         demand(key in fields or key in OPTIONAL, key, "a value", None)
     stop = fields.get("eos_token_id")
-    if isinstance(stop, list):  # stop_ids (chapter 12) reads them all
+    if isinstance(stop, list):  # text/generate reads them all
         del fields["eos_token_id"]
         fields |= {"eos_token_id": stop[0]} if stop else {}
     return fields | _rope_fields(values)

@@ -1,6 +1,6 @@
-"""Four bits a weight
+"""Which four bits?
 
-Generated from book/02_mxfp4.py; edit the chapter, not this file.
+Generated from book/weights/encoding.py; edit the chapter, not this file.
 """
 
 from dataclasses import dataclass

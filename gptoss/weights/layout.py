@@ -1,6 +1,6 @@
 """What is in the file?
 
-Generated from book/03_checkpoint.py; edit the chapter, not this file.
+Generated from book/weights/file.py; edit the chapter, not this file.
 """
 
 import itertools
@@ -153,8 +153,6 @@ def places(config: GptOssConfig, layout: str, floats: str = "BF16"
     return found
 
 
-# --- Files against the table -------------------------------------------------
-
 def find_layout(names: Iterable[str]) -> str:
     """"hf", "original" or "bf16", from the names that we know."""
     names = set(names)
@@ -164,8 +162,6 @@ def find_layout(names: Iterable[str]) -> str:
     dense = ("experts.gate_up_proj", "experts.down_proj")
     return "bf16" if any(name.endswith(dense) for name in names) else "hf"
 
-
-# --- What a file holds, without its weights ----------------------------------
 
 COMPONENTS = {"embed_tokens": "embedding", "self_attn": "attention",
               ".router.": "router", ".experts.": "experts", "norm": "norms",

@@ -1,6 +1,6 @@
-"""Twenty-four times the same block
+"""How to read 13.8 GB without copying them?
 
-Generated from book/10_model.py; edit the chapter, not this file.
+Generated from book/weights/reading.py; edit the chapter, not this file.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from torch import Tensor
 from gptoss.weights.checkpoint import Checkpoint, check_scales
 from gptoss.weights.mxfp4 import decode
 
-# --- Loading -----------------------------------------------------------------
+# --- Handing tensors to a model ----------------------------------------------
 
 def load_tensors(checkpoint: Checkpoint, dtype: torch.dtype, device,
                  packed: bool) -> Iterator[tuple[str, Tensor]]:

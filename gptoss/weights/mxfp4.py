@@ -1,6 +1,6 @@
 """Four bits a weight
 
-Generated from book/02_mxfp4.py; edit the chapter, not this file.
+Generated from book/weights/mxfp4.py; edit the chapter, not this file.
 """
 
 from functools import lru_cache

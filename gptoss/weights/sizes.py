@@ -1,6 +1,6 @@
 """Where do 21 billion parameters live?
 
-Generated from book/01_config.py; edit the chapter, not this file.
+Generated from book/weights/counts.py; edit the chapter, not this file.
 """
 
 from gptoss.weights.config import GptOssConfig

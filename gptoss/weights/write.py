@@ -1,6 +1,6 @@
-"""What is in the file?
+"""How does a checkpoint come to be, whole or not at all?
 
-Generated from book/03_checkpoint.py; edit the chapter, not this file.
+Generated from book/weights/writing.py; edit the chapter, not this file.
 """
 
 import ctypes

@@ -10,7 +10,9 @@
 #     language: python
 #     name: python3
 #   gptoss:
-#     module: config
+#     module: sizes
+#     public: [active_parameters, cache_bytes, checkpoint_bytes,
+#       flops_per_token, parameter_counts, total_parameters]
 # ---
 
 # %% [markdown]
@@ -25,15 +27,26 @@
 # 1.35 times as much to read. Where do the parameters live that the second
 # model has and does not use?
 #
-# All of it follows from about twenty numbers in a file of two kilobytes,
-# `config.json`. By the end each of the figures above is an `assert`.
+# All of it follows from about twenty numbers, those of
+# [the configuration](config.ipynb). By the end each of the figures above is
+# an `assert`.
+
+# %% tags=["export"]
+from gptoss.weights.config import GptOssConfig
+
+# %%
+from dataclasses import replace
+
+from gptoss.weights.config import KINDS
+
+small, big = GptOssConfig.gpt_oss_20b(), GptOssConfig.gpt_oss_120b()
 
 # %% tags=["hide-input"]
 import math
 
 import matplotlib.pyplot as plt
 
-plt.style.use("_static/book.mplstyle")
+plt.style.use("../_static/book.mplstyle")
 
 # %% [markdown]
 # ## Picture
@@ -153,7 +166,8 @@ for size, (*_, parameters, stored) in PUBLISHED.items():
 #
 # **Attention.** The query matrix is $D \times HC$, keys and values are
 # $D \times GC$ each, the output matrix is $HC \times D$. All four have a
-# bias, and each query head has one sink, a logit of its own (chapter 5):
+# bias, and each query head has one sink, a logit of its own (see
+# [sinks](../attention/sinks.ipynb)):
 #
 # $$
 # P_{att} = \underbrace{(D + 1)(H + 2G)\,C}_{q,\,k,\,v}
@@ -187,10 +201,10 @@ for size, (*_, parameters, stored) in PUBLISHED.items():
 # 120b is the 20b with half as many layers again and four times as many
 # experts a layer, most of which wait.
 #
-# **Bytes.** The matrices of the experts are stored in MXFP4 (chapter 2): 32
-# numbers in 16 bytes and one byte of scale, 17 bytes or 4.25 bits a number.
-# All else is bf16, two bytes each, the experts' biases too. So an expert
-# takes
+# **Bytes.** The matrices of the experts are stored in [MXFP4](mxfp4.ipynb):
+# 32 numbers in 16 bytes and one byte of scale, 17 bytes or 4.25 bits a
+# number. All else is bf16, two bytes each, the experts' biases too. So an
+# expert takes
 #
 # $$
 # b_{exp} = 17 \cdot \frac{3DF}{32} + 2\,(2F + D)
@@ -207,8 +221,10 @@ for size, (*_, parameters, stored) in PUBLISHED.items():
 #
 # **Cache.** A layer keeps a key and a value, $2GC$ numbers, for every
 # token: $4GC = 2048$ bytes in bf16. Every second layer slides: it sees the
-# last $W = 128$ tokens (chapter 6), so a ring of $W$ places is enough for it
-# (chapter 9). With $L_{full}$ layers of the other kind, $S$ tokens take
+# last $W = 128$ tokens (see [the sliding mask](../attention/masks.ipynb)),
+# so a ring of $W$ places is enough for it (see
+# [the cache](../model/cache.ipynb)). With $L_{full}$ layers of the other
+# kind, $S$ tokens take
 #
 # $$
 # b_{cache}(S) = 4GC\,\big(L_{full}\,S + (L - L_{full})\,W\big).
@@ -228,658 +244,11 @@ for size, (*_, parameters, stored) in PUBLISHED.items():
 #
 # ## Code
 #
-# ### A mistake has a name
-#
-# A wrong configuration does not crash a model, it computes another one. So
-# nothing is guessed: an error says which key, what was expected and what
-# was found.
-
-# %% tags=["export:weights/errors"]
-from typing import NoReturn, TypeGuard, TypeVar
-
-
-class Error(ValueError):
-    """What this package refuses: each of its errors is one of these."""
-
-
-E = TypeVar("E", bound=Error)
-
-
-def mismatch(error: type[E], what: object, expected: object,
-             found: object) -> E:
-    """An error of this class, worded; `found` is said as it is."""
-    return error(f"{what}: expected {expected}, found {found}")
-
-
-def refuse(error: type[Error], what: object, expected: object,
-           found: object) -> NoReturn:
-    """Raise `mismatch`; a value that was found is `shown`."""
-    raise mismatch(error, what, expected, shown(found))
-
-
-def expect(error: type[Error], good: bool, what: object, expected: object,
-           found: object) -> None:
-    """`refuse` unless it is good."""
-    if not good:
-        refuse(error, what, expected, found)
-
-
-def shown(value: object) -> str:
-    """repr(value), and no more of it than fits into a message."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an int of 5,000 digits
-        return f"a {type(value).__name__} too large to show"
-    return text if len(text) <= 200 else text[:200] + "..."
-
-
-def is_count(value: object) -> TypeGuard[int]:
-    """A whole number; True is none, although Python thinks it is 1."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> TypeGuard[int | float]:
-    """A whole number or a float, infinity and NaN among them."""
-    return is_count(value) or isinstance(value, float)
-
-
-def is_positive(value: object) -> TypeGuard[int | float]:
-    """A finite number above 0."""
-    return is_number(value) and 0 < value < float("inf")
-
-# %%
-print([is_count(v) for v in (24, 24.0, "24", True)])
-print([is_positive(v) for v in (7, 7.0, 0.0, math.nan, math.inf, True)])
-
-# %% [markdown]
-# All errors of the package are this one's children, so that a program can
-# catch what we refuse and nothing else: `except gptoss.Error`. It is a
-# `ValueError`, because that is what people catch who do not know us. The
-# configuration's own:
-
-# %% tags=["export:weights/config"]
-import itertools
-import json
-import re
-import stat
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-
-
-
-
-class ConfigError(Error):
-    """A configuration that is not one of a gpt-oss model."""
-
-
-demand = partial(expect, ConfigError)
-
-# %% [markdown]
-# ### One dataclass for both models
-#
-# Frozen, and complete: whoever holds a `GptOssConfig` holds a model that
-# can be built. Files are read and written by functions that know this class;
-# it looks for them only when it is asked, and can be used without them.
-
-# %% tags=["export:weights/config"]
-KINDS = ("sliding_attention", "full_attention")
-ROPE_TYPES = ("yarn", "default")
-
-
-@dataclass(frozen=True)
-class GptOssConfig:
-    """Sizes and constants of a gpt-oss model; the defaults are the 120b's.
-
-    Names are those of Hugging Face's config.json. layer_types None means
-    alternating, a sliding layer first. ConfigError names a wrong key.
-    """
-
-    num_hidden_layers: int = 36
-    num_local_experts: int = 128
-    num_experts_per_tok: int = 4
-    vocab_size: int = 201088
-    hidden_size: int = 2880
-    intermediate_size: int = 2880
-    head_dim: int = 64
-    num_attention_heads: int = 64
-    num_key_value_heads: int = 8
-    sliding_window: int = 128
-    layer_types: tuple[str, ...] | None = None
-    max_position_embeddings: int = 131072
-    initial_context_length: int = 4096
-    rope_theta: float = 150000.0
-    rope_type: str = "yarn"
-    rope_factor: float = 32.0
-    rope_beta_fast: float = 32.0
-    rope_beta_slow: float = 1.0
-    rope_truncate: bool = False
-    rms_norm_eps: float = 1e-5
-    swiglu_limit: float = 7.0
-    eos_token_id: int = 200002
-    pad_token_id: int = 199999
-    tie_word_embeddings: bool = False
-
-    def __post_init__(self) -> None:
-        kinds = fill_kinds(self.layer_types, self.num_hidden_layers)
-        object.__setattr__(self, "layer_types", kinds)
-        check_sizes(self)
-        check_choices(self)
-
-    @classmethod
-    def gpt_oss_20b(cls) -> "GptOssConfig":
-        """gpt-oss-20b: 24 layers of 32 experts."""
-        return cls(num_hidden_layers=24, num_local_experts=32)
-
-    @classmethod
-    def gpt_oss_120b(cls) -> "GptOssConfig":
-        """gpt-oss-120b: 36 layers of 128 experts."""
-        return cls(num_hidden_layers=36, num_local_experts=128)
-
-    @classmethod
-    def from_dict(cls, values: dict, source: str = "config.json"
-                  ) -> "GptOssConfig":
-        """From the keys of either spelling; `source` names the file."""
-        from gptoss.weights.config_file import config_from_dict
-
-        return config_from_dict(values, source)
-
-    @classmethod
-    def from_pretrained(cls, path: str | Path) -> "GptOssConfig":
-        """From a folder with a config.json, or from such a file."""
-        from gptoss.weights.config_file import read_config
-
-        return read_config(Path(path))
-
-    def to_hf_dict(self) -> dict:
-        """What Hugging Face's config.json holds."""
-        from gptoss.weights.config_file import hf_dict
-
-        return hf_dict(self)
-
-    def to_original_dict(self) -> dict:
-        """What OpenAI's original/config.json holds."""
-        from gptoss.weights.config_file import original_dict
-
-        return original_dict(self)
-
-# %%
-from dataclasses import asdict, fields, replace
-
-from gptoss.weights.config import ConfigError, GptOssConfig, demand
-
-print(len(fields(GptOssConfig)), "fields; the sizes of the 120b:")
-print([f.default for f in fields(GptOssConfig)][:10])
-
-# %% [markdown]
-# ### What is refused
-#
-# Every number has bounds. Not for taste: Python's integers have no end and
-# JSON's floats go to $10^{308}$, but what is computed with them does not.
-# $150000^{-2i/C}$ overflows for a large enough $\theta$, a ring of $10^9$
-# places is more memory than there is, and 65,504, the largest number of
-# float16, is the largest limit that an activation of that type can be held
-# to. The bounds lie far beyond any model, and a file outside of them is
-# damaged: it is refused here, by name, rather than somewhere in the middle.
-
-# %% tags=["export:weights/config"]
-COUNTS = ("num_hidden_layers", "num_local_experts", "num_experts_per_tok",
-          "vocab_size", "hidden_size", "intermediate_size", "head_dim",
-          "num_attention_heads", "num_key_value_heads", "sliding_window",
-          "max_position_embeddings", "initial_context_length")
-POSITIVE = ("rope_theta", "rope_factor", "rope_beta_fast", "rope_beta_slow",
-            "rms_norm_eps", "swiglu_limit")
-LEAST = {"rope_beta_fast": 1e-6, "rope_beta_slow": 1e-6,
-         "rms_norm_eps": 1e-30, "swiglu_limit": 1e-3}
-MOST = dict.fromkeys(COUNTS, 2 ** 24) | {
-    "num_hidden_layers": 10_000, "sliding_window": 2 ** 20,
-    "max_position_embeddings": 2 ** 30, "initial_context_length": 2 ** 30,
-    "rope_theta": 1e15, "rope_factor": 1e6, "rope_beta_fast": 1e6,
-    "rope_beta_slow": 1e6, "rms_norm_eps": 1.0, "swiglu_limit": 65504.0,
-    "eos_token_id": 2 ** 31 - 1, "pad_token_id": 2 ** 31 - 1}
-
-
-def check_number(key: str, value: object, name: str | None = None) -> None:
-    """ConfigError unless it is a number within the bounds of field `key`;
-    the message calls it `name`."""
-    name, whole = name or key, key in COUNTS
-    good = is_count(value) if whole else is_positive(value)
-    kind = "a whole number" if whole else "a number"
-    demand(good and value > 0, name, f"{kind} above 0", value)
-    least, most = LEAST.get(key, 0), MOST[key]
-    demand(value >= least, name, f"at least {least:g}", value)
-    demand(value <= most, name, f"at most {most:,}", value)
-
-# %%
-for key, value in (("hidden_size", 2880.0), ("rope_theta", 10 ** 30),
-                   ("swiglu_limit", 1e308)):
-    try:
-        check_number(key, value)
-    except ConfigError as error:
-        print(error)
-
-# %% [markdown]
-# Then the list of layer kinds, which a file may leave out.
-
-# %% tags=["export:weights/config"]
-def fill_kinds(kinds: object, layers: object) -> tuple[str, ...]:
-    """The kinds of all layers, alternating if None; ConfigError if none."""
-    demand(is_count(layers) and layers > 0, "num_hidden_layers",
-            "a whole number above 0", layers)
-    # a damaged file must not make a list of a billion entries
-    most = MOST["num_hidden_layers"]
-    demand(layers <= most, "num_hidden_layers", f"at most {most:,}", layers)
-    if kinds is None:
-        kinds = [KINDS[n % 2] for n in range(layers)]
-    demand(isinstance(kinds, list | tuple), "layer_types", "a list", kinds)
-    demand(len(kinds) == layers, "layer_types", f"{layers} entries",
-            len(kinds))
-    for n, kind in enumerate(kinds):
-        demand(kind in KINDS, f"layer_types[{n}]", " or ".join(KINDS), kind)
-    return tuple(kinds)
-
-# %%
-print(fill_kinds(None, 3))
-
-# %% [markdown]
-# Then the numbers, one by one and against each other.
-
-# %% tags=["export:weights/config"]
-def check_sizes(config: GptOssConfig) -> None:
-    """ConfigError naming the first size that makes no model."""
-    for key in (*COUNTS, *POSITIVE):
-        check_number(key, getattr(config, key))
-    E, K = config.num_local_experts, config.num_experts_per_tok
-    H, G = config.num_attention_heads, config.num_key_value_heads
-    demand(K <= E, "num_experts_per_tok",
-            f"at most num_local_experts = {E}", K)
-    demand(H % G == 0, "num_attention_heads",
-            f"a multiple of num_key_value_heads = {G}", H)
-    demand(config.head_dim % 2 == 0, "head_dim", "an even number",
-            config.head_dim)
-
-# %% [markdown]
-# And the choices between kinds. `tie_word_embeddings` may be true although
-# no released gpt-oss shares the two matrices: a fine-tune may, and chapter 3
-# reads its one matrix twice.
-
-# %% tags=["export:weights/config"]
-def check_choices(config: GptOssConfig) -> None:
-    """ConfigError naming the first choice that gpt-oss does not have."""
-    slow = config.rope_beta_slow
-    demand(config.rope_type in ROPE_TYPES, "rope_type",
-            " or ".join(ROPE_TYPES), config.rope_type)
-    demand(config.rope_factor >= 1, "rope_factor", "at least 1",
-            config.rope_factor)
-    demand(config.rope_theta > 1, "rope_theta", "a number above 1",
-            config.rope_theta)
-    demand(config.rope_beta_fast >= slow, "rope_beta_fast",
-            f"at least rope_beta_slow = {slow}", config.rope_beta_fast)
-    for key in ("rope_truncate", "tie_word_embeddings"):
-        value = getattr(config, key)
-        demand(isinstance(value, bool), key, "true or false", value)
-    for key in ("eos_token_id", "pad_token_id"):
-        value = getattr(config, key)
-        demand(is_count(value) and 0 <= value <= MOST[key], key,
-                "a token id", value)
-
-# %%
-def refusal(make):
-    """The message of the ConfigError that make() ends in."""
-    try:
-        make()
-    except ConfigError as error:
-        return str(error)
-    raise AssertionError("not refused")
-
-
-small, big = GptOssConfig.gpt_oss_20b(), GptOssConfig.gpt_oss_120b()
-a, b = asdict(small), asdict(big)
-print("they differ in", [key for key in a if a[key] != b[key]])
-for change in ({"hidden_size": "2880"}, {"num_experts_per_tok": 129},
-               {"swiglu_limit": math.nan}, {"rope_type": "longrope"}):
-    print(refusal(lambda change=change: GptOssConfig(**change)))
-
-# %% [markdown]
-# ### Three spellings of the same numbers
-#
-# There are three, for one model. Hugging Face's `config.json` of 2025 has
-# `rope_theta` and an object `rope_scaling`; since transformers 5 both are
-# one object, `rope_parameters`; and OpenAI's own `original/config.json`
-# has names of its own. Two of those are false friends: `rope_ntk_alpha` is
-# YaRN's $\beta_{slow}$ and `rope_ntk_beta` its $\beta_{fast}$ (chapter 4).
-# The differences are tables:
-
-# %% tags=["export:weights/config_file"]
-SAME = (*COUNTS, "layer_types", "rms_norm_eps", "swiglu_limit",
-        "eos_token_id", "pad_token_id", "tie_word_embeddings")
-# our field -> key in rope_scaling / rope_parameters of Hugging Face
-ROPE_KEYS = {"rope_type": "rope_type", "rope_factor": "factor",
-             "rope_beta_fast": "beta_fast", "rope_beta_slow": "beta_slow",
-             "rope_truncate": "truncate", "rope_theta": "rope_theta",
-             "initial_context_length": "original_max_position_embeddings"}
-# our field -> key of OpenAI's original/config.json
-ORIGINAL_KEYS = {
-    "num_hidden_layers": "num_hidden_layers",
-    "num_local_experts": "num_experts",
-    "num_experts_per_tok": "experts_per_token",
-    "vocab_size": "vocab_size", "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "swiglu_limit": "swiglu_limit", "head_dim": "head_dim",
-    "num_attention_heads": "num_attention_heads",
-    "num_key_value_heads": "num_key_value_heads",
-    "sliding_window": "sliding_window",
-    "initial_context_length": "initial_context_length",
-    "rope_theta": "rope_theta", "rope_factor": "rope_scaling_factor",
-    "rope_beta_slow": "rope_ntk_alpha", "rope_beta_fast": "rope_ntk_beta"}
-
-# %%
-renamed = {ours: theirs for ours, theirs in ORIGINAL_KEYS.items()
-           if ours != theirs}
-print(renamed)
-
-# %% [markdown]
-# ### Reading OpenAI's spelling
-#
-# It says nothing of `max_position_embeddings`: that is the trained length
-# times the factor.
-
-# %% tags=["export:weights/config_file"]
-def _from_original(values: dict) -> dict:
-    """Our fields from those of original/config.json."""
-    fields = {}
-    for field, key in ORIGINAL_KEYS.items():
-        demand(values.get(key) is not None, key, "a value", None)
-        fields[field] = values[key]
-    trained, factor = fields["initial_context_length"], fields["rope_factor"]
-    for field in ("initial_context_length", "rope_factor"):
-        check_number(field, fields[field], ORIGINAL_KEYS[field])
-    fields["max_position_embeddings"] = int(trained * factor)
-    fields["rope_type"] = "default" if factor == 1 else "yarn"
-    return fields
-
-# %%
-ORIGINAL = {
-    "num_hidden_layers": 24, "num_experts": 32, "experts_per_token": 4,
-    "vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880,
-    "swiglu_limit": 7.0, "head_dim": 64, "num_attention_heads": 64,
-    "num_key_value_heads": 8, "sliding_window": 128,
-    "initial_context_length": 4096, "rope_theta": 150000,
-    "rope_scaling_factor": 32.0, "rope_ntk_alpha": 1, "rope_ntk_beta": 32}
-print(GptOssConfig(**_from_original(ORIGINAL)) == small)
-
-# %% [markdown]
-# ### Reading Hugging Face's, rope first
-#
-# Three things are left out in files that people have. Without any rope
-# object `transformers` takes the one that gpt-oss was released with, and
-# $\theta$ is 150,000 unless a file says otherwise; our own defaults are the
-# same, so nothing is guessed that the program that wrote the file would not
-# have computed with. Where `truncate` is left out *of a rope object*,
-# though, its default is *true*, the opposite of what gpt-oss was trained
-# with (chapter 4 shows what that costs): such a file is read as
-# `transformers` reads it. The third, the trained length, is refused, because
-# the default of `transformers` has changed between its versions.
-#
-# `transformers` obeys some keys that gpt-oss does not have, such as
-# `attention_factor`: a file with one is refused rather than read as if the
-# key were not there. So is one with two rope objects that disagree, as an
-# edit of only one of them leaves behind.
-
-# %% tags=["export:weights/config_file"]
-ROPE_SPELLINGS = ("rope_parameters", "rope_scaling")
-# keys of yarn that would change the model, and the value that would not
-ROPE_FIXED = {"attention_factor": None, "mscale": None,
-              "mscale_all_dim": None, "partial_rotary_factor": 1.0}
-
-
-def _rope_object(values: dict, spelling: str) -> dict:
-    """Our fields from one rope object and what lies beside it."""
-    rope = values[spelling]
-    demand(isinstance(rope, dict), spelling, "an object", rope)
-    rope = {"rope_type": rope.get("type"),
-            "rope_theta": values.get("rope_theta")} | rope
-    kind = rope["rope_type"]
-    demand(kind in ROPE_TYPES, "rope_type", " or ".join(ROPE_TYPES), kind)
-    if kind == "yarn":
-        for key in ("factor", "original_max_position_embeddings"):
-            demand(rope.get(key) is not None, key, "a value", None)
-        rope = {"truncate": True} | rope  # transformers' default
-    for key, value in ROPE_FIXED.items():
-        demand(rope.get(key) in (None, value), key, repr(value),
-                rope.get(key))
-    return {field: rope[key] for field, key in ROPE_KEYS.items()
-            if rope.get(key) is not None
-            and (kind == "yarn" or field in ("rope_type", "rope_theta"))}
-
-# %%
-YARN = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0,
-        "beta_slow": 1.0, "original_max_position_embeddings": 4096}
-print(_rope_object({"rope_scaling": YARN}, "rope_scaling"))
-
-# %% tags=["export:weights/config_file"]
-def _rope_fields(values: dict) -> dict:
-    """Our fields from rope_parameters, from rope_scaling and rope_theta, or
-    from what there is of them."""
-    read = {spelling: _rope_object(values, spelling)
-            for spelling in ROPE_SPELLINGS
-            if values.get(spelling) is not None}
-    if not read:  # the defaults are the released ones
-        theta = values.get("rope_theta")
-        return {} if theta is None else {"rope_theta": theta}
-    first, *others = read.values()
-    for key in itertools.chain(*read.values()):
-        default = getattr(GptOssConfig, key)
-        for other in others:
-            demand(first.get(key, default) == other.get(key, default),
-                    ROPE_SPELLINGS[0], f"{ROPE_KEYS[key]} as in "
-                    f"{ROPE_SPELLINGS[1]}, {shown(other.get(key))}",
-                    first.get(key))
-    return first
-
-# %%
-old = _rope_fields({"rope_scaling": YARN, "rope_theta": 150000})
-new = _rope_fields({"rope_parameters": YARN | {"rope_theta": 150000}})
-print("same:", old == new, "| truncate left out:", old["rope_truncate"])
-print("no object:", _rope_fields({"rope_theta": 10000}))
-edited = YARN | {"rope_theta": 150000, "factor": 8.0}
-print(refusal(lambda: _rope_fields({"rope_scaling": YARN,
-                                    "rope_parameters": edited})))
-print(refusal(lambda: _rope_fields({"rope_scaling": {"type": "linear"}})))
-
-# %% [markdown]
-# ### The other keys
-#
-# Keys that decide nothing are ignored: `use_cache`, `initializer_range`, or
-# `hidden_act`, which says "silu" although the experts use another function.
-# A test below finds all of them.
-
-# %% tags=["export:weights/config_file"]
-OPTIONAL = ("layer_types", "initial_context_length", "rms_norm_eps",
-            "swiglu_limit", "eos_token_id", "pad_token_id",
-            "tie_word_embeddings")
-FIXED = {"model_type": "gpt_oss", "attention_bias": True,
-         "swiglu_alpha": 1.702}
-
-
-def _from_hf(values: dict) -> dict:
-    """Our fields from those of Hugging Face's config.json."""
-    values = {"model_type": None} | values
-    for key, value in FIXED.items():
-        found = values.get(key, value)
-        demand(found == value, key, repr(value), found)
-    if values.get("num_experts_per_tok") is None:
-        values["num_experts_per_tok"] = values.get("experts_per_token")
-    fields = {key: values[key] for key in SAME
-              if values.get(key) is not None}
-    for key in SAME:
-        demand(key in fields or key in OPTIONAL, key, "a value", None)
-    stop = fields.get("eos_token_id")
-    if isinstance(stop, list):  # stop_ids (chapter 12) reads them all
-        del fields["eos_token_id"]
-        fields |= {"eos_token_id": stop[0]} if stop else {}
-    return fields | _rope_fields(values)
-
-# %%
-print(refusal(lambda: _from_hf({"model_type": "llama"})))
-print(refusal(lambda: _from_hf({"model_type": "gpt_oss"})))
-
-# %% [markdown]
-# ### From a dictionary, from a file
-#
-# Which spelling it is can be seen from the keys, and messages use the words
-# of the file.
-
-# %% tags=["export:weights/config_file"]
-def config_from_dict(values: dict, source: str) -> GptOssConfig:
-    """From HF keys (either rope spelling) or those of original/config.json.
-
-    Keys that decide nothing here are ignored; a missing one, one of another
-    model, or a value that makes no model is a ConfigError naming both the
-    source and the key.
-    """
-    if not isinstance(values, dict):
-        raise ConfigError(f"{source}: expected a JSON object, found "
-                          f"{type(values).__name__}")
-    original = "num_experts" in values and "model_type" not in values
-    try:
-        fields = _from_original(values) if original else _from_hf(values)
-        return GptOssConfig(**fields)
-    except ConfigError as error:
-        keys = ORIGINAL_KEYS if original else ROPE_KEYS
-        said, comma, found = str(error).rpartition(", found ")
-        said = re.sub(r"\w+", lambda word: _spelt(word[0], keys), said)
-        raise ConfigError(f"{source}: {said}{comma}{found}") from None
-
-
-def _spelt(word: str, keys: dict[str, str]) -> str:
-    """A field's name as the file spells it; other words as they are. What
-    Hugging Face calls original_max_position_embeddings may as well stand
-    above the rope object, under our name."""
-    return word if word == "initial_context_length" else keys.get(word, word)
-
-# %%
-print(GptOssConfig.from_dict(ORIGINAL) == small)
-print(refusal(lambda: GptOssConfig.from_dict(
-    ORIGINAL | {"num_experts": 2}, "original/config.json")))
-
-# %% [markdown]
-# A file comes from somebody else. If `config.json` is a pipe, reading it
-# waits for ever; if it is a link to `/dev/zero`, it never ends. A regular
-# file of at most 16 MB is read, thousands of times what is needed.
-
-# %% tags=["export:weights/config_file"]
-MOST_JSON = 2 ** 24  # bytes
-
-
-def read_json(file: Path, most: int = MOST_JSON) -> object:
-    """What a JSON file says; ConfigError, in a line, if it says nothing: no
-    such file, no regular one, one of more than `most` bytes, no JSON."""
-    try:
-        if not stat.S_ISREG(file.stat().st_mode):
-            raise ConfigError(f"{file}: expected a file, found a folder, a "
-                              "pipe or a device")
-        with open(file, "rb") as f:
-            raw = f.read(most + 1)
-        if len(raw) > most:
-            raise ConfigError(f"{file}: expected at most {most:,} bytes of "
-                              "JSON, found more")
-        return json.loads(raw.decode("utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{file}: no such file") from None
-    except ConfigError:
-        raise
-    except RecursionError:
-        raise ConfigError(f"{file}: not readable as JSON (too deeply nested)"
-                          ) from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: not readable as JSON ({error})") from None
-
-
-def read_config(path: Path) -> GptOssConfig:
-    """GptOssConfig of a folder with config.json, or of such a file."""
-    file = path / "config.json" if path.is_dir() else path
-    return config_from_dict(read_json(file), str(file))
-
-# %%
-import tempfile
-
-with tempfile.TemporaryDirectory() as folder:
-    file = Path(folder) / "config.json"
-    file.write_text(json.dumps(ORIGINAL))
-    print(GptOssConfig.from_pretrained(folder) == small)
-    for text in ("{", "[" * 10 ** 6, " " * (MOST_JSON + 1)):
-        file.write_text(text)
-        said = refusal(lambda: GptOssConfig.from_pretrained(folder))
-        print(said.replace(folder, "...")[:74])
-
-# %% [markdown]
-# ### Writing both spellings
-#
-# What we write is the released file, key by key: a test holds it. Keys
-# that only other programs read are written as OpenAI wrote them.
-
-# %% tags=["export:weights/config_file"]
-NOT_CONVERTED = ("model.layers.*.self_attn", "model.layers.*.mlp.router",
-                 "model.embed_tokens", "lm_head")
-
-
-def hf_dict(config: GptOssConfig) -> dict:
-    """What the config.json of a released model holds, key by key."""
-    values = {key: getattr(config, key) for key in SAME}
-    values["layer_types"] = list(config.layer_types)
-    rope = {key: getattr(config, field) for field, key in ROPE_KEYS.items()}
-    if config.rope_type == "default":
-        rope = {key: rope[key] for key in ("rope_type", "rope_theta")}
-    theta = rope.pop("rope_theta")
-    return dict(sorted((values | {
-        "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss",
-        "attention_bias": True, "attention_dropout": 0.0,
-        "experts_per_token": config.num_experts_per_tok,
-        "hidden_act": "silu", "initializer_range": 0.02,
-        "output_router_logits": False, "router_aux_loss_coef": 0.9,
-        "use_cache": True, "rope_theta": theta, "rope_scaling": rope,
-        "quantization_config": {
-            "modules_to_not_convert": list(NOT_CONVERTED),
-            "quant_method": "mxfp4"},
-    }).items()))
-
-# %%
-print(len(small.to_hf_dict()), "keys;",
-      GptOssConfig.from_dict(small.to_hf_dict()) == small)
-
-# %% [markdown]
-# OpenAI's spelling can say less, and a model that it cannot describe must
-# not be written in it.
-
-# %% tags=["export:weights/config_file"]
-def original_dict(config: GptOssConfig) -> dict:
-    """What original/config.json of a released model holds.
-
-    That file has no key for max_position_embeddings, layer_types, rope_type
-    or truncate: a model that differs there is a ConfigError, not a loss.
-    """
-    values = {key: getattr(config, field)
-              for field, key in ORIGINAL_KEYS.items()}
-    again = config_from_dict(values, "original/config.json")
-    for field in ("layer_types", "max_position_embeddings", "rope_type",
-                  "rope_truncate", "rms_norm_eps"):
-        ours, theirs = getattr(config, field), getattr(again, field)
-        demand(ours == theirs, field, f"{theirs!r}, which is all that "
-                "original/config.json can say", ours)
-    return values
-
-# %%
-print(small.to_original_dict() == ORIGINAL)
-longer = replace(small, max_position_embeddings=262_144)
-print(refusal(longer.to_original_dict))
-
-# %% [markdown]
 # ### Counting
 #
 # Equations {eq}`config-attention` to {eq}`config-total`.
 
-# %% tags=["export:weights/sizes"]
+# %% tags=["export"]
 def parameter_counts(config: GptOssConfig) -> dict[str, int]:
     """Parameters by component; the values sum to `total_parameters`."""
     D, V, C = config.hidden_size, config.vocab_size, config.head_dim
@@ -915,7 +284,7 @@ for size, config in (("20b", small), ("120b", big)):
 # totals are what `transformers` builds ("Against the others"). Equation
 # {eq}`config-active`:
 
-# %% tags=["export:weights/sizes"]
+# %% tags=["export"]
 def active_parameters(config: GptOssConfig) -> int:
     """Parameters that one token multiplies with: K experts of E, and
     without the embedding, which is looked up."""
@@ -943,7 +312,7 @@ for size, config in (("20b", small), ("120b", big)):
 # Equation {eq}`config-bytes`. A row that is no multiple of 32 long would
 # be padded; the released ones are not.
 
-# %% tags=["export:weights/sizes"]
+# %% tags=["export"]
 def expert_bytes(config: GptOssConfig) -> int:
     """One expert in the file: 17 bytes per 32 weights, bf16 biases."""
     D, F = config.hidden_size, config.intermediate_size
@@ -973,7 +342,7 @@ for size, config in (("20b", small), ("120b", big)):
 # These are the `total_size` of the released index files. A decoding step
 # reads less, {eq}`config-read`:
 
-# %% tags=["export:weights/sizes"]
+# %% tags=["export"]
 def bytes_read_per_token(config: GptOssConfig) -> int:
     """Bytes of weights that decoding one token reads, K experts a layer.
 
@@ -996,9 +365,10 @@ assert [round(x, 2) for x in times] == [5.59, 4.74, 1.35]
 # %% [markdown]
 # ### The cache
 #
-# Equation {eq}`config-cache`. Chapter 9 builds both caches.
+# Equation {eq}`config-cache`; both caches are built
+# [later](../model/cache.ipynb).
 
-# %% tags=["export:weights/sizes"]
+# %% tags=["export"]
 def layer_cache_bytes(config: GptOssConfig, dtype_bytes: int = 2) -> int:
     """Bytes of one token's key and value in one layer: 2 G C numbers."""
     return 2 * config.num_key_value_heads * config.head_dim * dtype_bytes
@@ -1033,7 +403,7 @@ print(f"{S:,} tokens, rings where it slides:",
 #
 # Equation {eq}`config-flops`.
 
-# %% tags=["export:weights/sizes"]
+# %% tags=["export"]
 def flops_per_token(config: GptOssConfig, context: int) -> int:
     """Multiplications and additions of one token that sees `context` keys.
 
@@ -1111,50 +481,6 @@ for _ in range(300):
 print("300 configurations: parameters and bytes")
 
 # %% [markdown]
-# **Every spelling comes back.** Through JSON, as a file would:
-
-# %%
-def through_json(values):
-    return GptOssConfig.from_dict(json.loads(json.dumps(values)))
-
-
-for _ in range(300):
-    c = replace(random_config(rng), rope_theta=rng.uniform(1e3, 1e6),
-                rope_factor=rng.uniform(1, 64),
-                rope_truncate=rng.random() < 0.5)
-    old = c.to_hf_dict()
-    new = {key: value for key, value in old.items()
-           if key not in ("rope_scaling", "rope_theta")}
-    new["rope_parameters"] = old["rope_scaling"] | {
-        "rope_theta": old["rope_theta"]}
-    assert through_json(old) == through_json(new) == c
-    plain = replace(c, layer_types=None, rope_truncate=False,
-                    max_position_embeddings=int(4096 * c.rope_factor))
-    assert through_json(plain.to_original_dict()) == plain
-print("300 configurations, three spellings")
-
-# %% [markdown]
-# **No value passes unseen.** Put something that is no number into each key
-# of the released file in turn: the answer is an error that names the key,
-# or the key decides nothing and the model is the same.
-
-# %%
-harmless = []
-for key in small.to_hf_dict():
-    try:
-        config = GptOssConfig.from_dict(small.to_hf_dict() | {key: "?"})
-    except ConfigError as error:
-        assert f": {key}" in str(error)
-    else:
-        assert config == small
-        harmless.append(key)
-print("decide nothing:", *harmless, sep="\n  ")
-
-# %% [markdown]
-# Two of these are read when something better is missing:
-# `experts_per_token` is an older name of `num_experts_per_tok`, and
-# `initial_context_length` yields to the rope object, as in `transformers`.
-#
 # ## Against the others
 #
 # **Hugging Face.** `GptOssForCausalLM` built on the meta device, where a
@@ -1244,38 +570,6 @@ print(cache_bytes_per_token(big),
       big.num_hidden_layers * layer_cache_bytes(big))
 
 # %% [markdown]
-# **Gaps.** `transformers` fills them. Four files, with the rope type, factor
-# and trained length that it reads in them, and what we say:
-
-# %%
-def theirs(values):
-    rope = HFConfig(**values).rope_parameters
-    keys = ("rope_type", "factor", "original_max_position_embeddings")
-    return [rope.get(key) for key in keys]
-
-
-whole = small.to_hf_dict()
-cases = {
-    "as released": whole,
-    "no rope object": {k: v for k, v in whole.items()
-                       if k != "rope_scaling"},
-    "no trained length": whole | {"rope_scaling": {
-        "rope_type": "yarn", "factor": 32.0}},
-    "tied": whole | {"tie_word_embeddings": True}}
-for name, values in cases.items():
-    try:
-        GptOssConfig.from_dict(values)
-        ours = "read"
-    except ConfigError as error:
-        ours = str(error).removeprefix("config.json: ").partition(":")[0]
-        ours = f"refused for {ours}"
-    print(f"{name}: {theirs(values)}; ours: {ours}")
-
-# %% [markdown]
-# In the third case `transformers` takes the longest context for the trained
-# length, which moves the frequencies of chapter 4: refused. In the last it
-# goes on with one matrix for both ends, and so do we (chapter 3).
-#
 # ## In the 20b and the 120b
 #
 # The chapter as one table. The last line is what a stored parameter takes
@@ -1355,8 +649,8 @@ for context in (2, 4, 5, 11):
 # So a token of the 20b costs 7.2 GFLOP and 3.7 GB at the start of a
 # context: two operations for each byte that is read. A processor that
 # computes a hundred operations in the time it reads a byte is idle most of
-# the time; chapter 13 starts from that. Late in a context both grow,
-# arithmetic sooner:
+# the time; [the speed limit](../kernels/roofline.ipynb) starts from that.
+# Late in a context both grow, arithmetic sooner:
 
 # %%
 for size, config in (("20b", small), ("120b", big)):
@@ -1409,7 +703,7 @@ plt.show()
 # - A file's size is 4.25 bits a weight for experts and 16 for the rest:
 #   5.26 and 4.47 bits on average, not 4.
 # - Sizes come from the file, never from quotients of others: the head is
-#   64 wide, not 2880/64 = 45, and a gap in a configuration is an error.
+#   64 wide, not 2880/64 = 45.
 #
 # ## Exercises
 #
@@ -1508,10 +802,7 @@ assert token / bytes_read_per_token(c) < file / checkpoint_bytes(c)
 # - The model card, table 1 and section 2: {cite}`gptoss2025`. Mixtures of
 #   experts: {cite}`moe2017`, {cite}`switch2021`; grouped queries:
 #   {cite}`gqa2023`; the number format: {cite}`ocpmx2023`.
-# - openai/gpt-oss, `gpt_oss/torch/model.py`: `ModelConfig` (the names of
-#   `original/config.json`).
-# - huggingface/transformers 5.23,
-#   `models/gpt_oss/configuration_gpt_oss.py`: `GptOssConfig`;
-#   `modeling_rope_utils.py`: defaults of YaRN.
-# - `config.json`, `original/config.json` and
-#   `model.safetensors.index.json` of openai/gpt-oss-20b and -120b.
+# - openai/gpt-oss, `gpt_oss/torch/model.py`; huggingface/transformers 5.23,
+#   `models/gpt_oss/modeling_gpt_oss.py`.
+# - `config.json` and `model.safetensors.index.json` of openai/gpt-oss-20b
+#   and -120b.

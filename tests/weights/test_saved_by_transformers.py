@@ -198,7 +198,7 @@ def test_what_was_read_is_converted(tmp_path, shape):
 
 
 def test_transformers_loses_its_own_file(tmp_path):
-    """If this fails, transformers has learnt to read it, and chapter 3 is
+    """If this fails, transformers has learnt to read it, and reading.py is
     to be told."""
     target = tmp_path / "tuned"
     theirs = under_packed_names(base(tmp_path), target)

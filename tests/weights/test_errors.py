@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import gptoss
-from gptoss import errors
+from gptoss.weights import errors
 
 PACKAGE = Path(gptoss.__file__).parent
 OTHERS = {"ParserError", "TangleError", "UsageError"}  # tools, not a model's
@@ -15,7 +15,8 @@ OTHERS = {"ParserError", "TangleError", "UsageError"}  # tools, not a model's
 
 def error_classes() -> list[tuple[str, str]]:
     """(module, class) of each class of the package whose name ends so."""
-    return [(file.stem, node.name) for file in sorted(PACKAGE.glob("*.py"))
+    return [(file.relative_to(PACKAGE).with_suffix("").as_posix(), node.name)
+            for file in sorted(PACKAGE.rglob("*.py"))
             for node in ast.walk(ast.parse(file.read_text("utf-8")))
             if isinstance(node, ast.ClassDef) and node.name.endswith("Error")
             and node.name not in {"Error", *OTHERS}]
@@ -25,18 +26,20 @@ def test_every_error_is_one_of_the_package() -> None:
     found = error_classes()
     assert len(found) >= 13
     for module, name in found:
-        error = getattr(importlib.import_module(f"gptoss.{module}"), name)
+        error = getattr(importlib.import_module(
+            f"gptoss.{module.replace('/', '.')}"), name)
         assert issubclass(error, gptoss.Error), name
     assert issubclass(gptoss.Error, ValueError)
     assert gptoss.Error is errors.Error
 
 
 @pytest.mark.parametrize("module, name", [
-    ("cache", "CacheError"), ("kernels", "KernelError"),
-    ("parallel", "ParallelError")])
+    ("model/cache", "CacheError"), ("kernels/build", "KernelError"),
+    ("parallel/shards", "ParallelError")])
 def test_what_fails_while_running_is_a_runtime_error_too(
         module: str, name: str) -> None:
-    error = getattr(importlib.import_module(f"gptoss.{module}"), name)
+    error = getattr(importlib.import_module(
+            f"gptoss.{module.replace('/', '.')}"), name)
     assert issubclass(error, RuntimeError)
 
 

@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from gptoss import checkpoint as module
 from gptoss.weights.checkpoint import Checkpoint, describe
 from gptoss.weights.config import ConfigError, GptOssConfig
 from gptoss.weights.convert import convert
 from gptoss.weights.files import make_header, read_header
 from gptoss.weights.layout import (
+    DTYPES,
     LAYOUTS,
     CheckpointError,
     TensorSpec,
@@ -39,7 +39,13 @@ from gptoss.weights.sizes import (
     parameter_counts,
     total_parameters,
 )
-from gptoss.weights.write import plan_shards, random_tensors, write_checkpoint
+from gptoss.weights.spellings import ENDS
+from gptoss.weights.write import (
+    Writer,
+    plan_shards,
+    random_tensors,
+    write_checkpoint,
+)
 
 TINY = GptOssConfig(
     num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2,
@@ -359,7 +365,7 @@ def test_safetensors_reads_the_same(made, layout):
         found |= load_file(file)
     table = tensor_table(TINY, layout)
     assert {n: (tuple(t.shape), t.dtype) for n, t in found.items()} == {
-        n: (s.shape, module.DTYPES[s.dtype]) for n, s in table.items()}
+        n: (s.shape, DTYPES[s.dtype]) for n, s in table.items()}
     ours = read_all(made[layout])
     for name, place in places(TINY, layout).items():
         rows = found[place.stored][place.first:][:place.spec.shape[0]]
@@ -771,10 +777,10 @@ def test_any_float_beside_packed_experts(made, tmp_path, dtype, layout,
     tensors = {}
     for file in made[layout].glob("*.safetensors"):
         tensors |= load_file(file)
-    wide = {n: t.to(module.DTYPES[dtype])
+    wide = {n: t.to(DTYPES[dtype])
             if which in n and t.dtype is torch.bfloat16 else t
             for n, t in tensors.items()}
-    assert any(t.dtype is module.DTYPES[dtype] for t in wide.values())
+    assert any(t.dtype is DTYPES[dtype] for t in wide.values())
     folder = write_as(tmp_path / "m", wide, json.loads(
         (made[layout] / "config.json").read_text()))
     with Checkpoint.open(folder) as checkpoint:
@@ -871,7 +877,7 @@ def test_tied_matrices(made, tmp_path, missing, layout):
     values = TINY.to_hf_dict()
     folder = write_as(tmp_path / "m", one, values | {
         "tie_word_embeddings": True})
-    ends = list(module.ENDS)
+    ends = list(ENDS)
     with Checkpoint.open(folder) as checkpoint:
         assert checkpoint.config == TINY
         for name in ends:
@@ -1034,7 +1040,7 @@ def test_tensors_that_do_not_fit(tmp_path, tensors, parts, layout):
 
 def test_rows_that_are_missing(tmp_path):
     """What `convert` would notice if it lost the end of a tensor."""
-    writer = module.Writer(tmp_path, TINY, "hf", 10 ** 9)
+    writer = Writer(tmp_path, TINY, "hf", 10 ** 9)
     for name, tensor in random_tensors(TINY):
         rows = tensor[:-1] if name == ROUTER else tensor
         writer.put(name, rows, 0)
@@ -1154,7 +1160,7 @@ def test_an_empty_folder_is_filled_and_not_replaced(tmp_path, monkeypatch):
         yield from random_tensors(TINY)
 
     replace_ = os.replace
-    monkeypatch.setattr(module.os, "replace", lambda a, b: (
+    monkeypatch.setattr("gptoss.weights.write.os.replace", lambda a, b: (
         order.append(Path(b)), replace_(a, b)))
     write_checkpoint(target, TINY, tensors(), max_shard_bytes=SHARD)
     assert target.stat().st_ino == node and len(order) > 3
@@ -1173,7 +1179,7 @@ def test_an_empty_folder_stays_empty_if_a_rename_fails(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         replace_(a, b)
 
-    monkeypatch.setattr(module.os, "replace", failing)
+    monkeypatch.setattr("gptoss.weights.write.os.replace", failing)
     with pytest.raises(CheckpointError, match="No space left"):
         write_checkpoint(target, TINY, random_tensors(TINY))
     assert list(target.iterdir()) == []
@@ -1203,7 +1209,7 @@ def test_what_is_there_is_not_overwritten(tmp_path):
 
 
 def test_no_room(tmp_path, monkeypatch):
-    monkeypatch.setattr(module.shutil, "disk_usage",
+    monkeypatch.setattr("gptoss.weights.write.shutil.disk_usage",
                         lambda path: type("Use", (), {"free": 1000}))
     with pytest.raises(CheckpointError, match="bytes free, found 1,000"):
         write_checkpoint(tmp_path / "m", TINY, random_tensors(TINY))
@@ -1252,8 +1258,9 @@ NO_NUMPY = """
 import sys, warnings
 warnings.simplefilter("ignore")
 sys.modules["numpy"] = None
-from gptoss.checkpoint import *
 from gptoss.weights.config import GptOssConfig
+from gptoss.weights.convert import convert
+from gptoss.weights.write import random_tensors, write_checkpoint
 config = GptOssConfig.from_pretrained(sys.argv[1])
 write_checkpoint(sys.argv[2], config, random_tensors(config))
 print(convert(sys.argv[2], sys.argv[2] + "2", "original")

@@ -302,7 +302,7 @@ SETTINGS = [
     ("HTTP_PROXY", "foo://127.0.0.1", "foo://127.0.0.1")]
 EACH = """
 import os, sys
-import gptoss.checkpoint
+import gptoss.weights.hub
 from gptoss.cli.commands import main
 for setting in sys.argv[2:]:
     pid = os.fork()  # huggingface_hub reads its settings but once

@@ -11,6 +11,7 @@
 #     name: python3
 #   gptoss:
 #     module: mxfp4
+#     public: [MXFP4Error, PackedMXFP4, decode]
 # ---
 
 # %% [markdown]
@@ -25,29 +26,26 @@
 # neighbours. That makes 4.25 bits a weight. Yet turning the file's bytes into
 # bfloat16 loses nothing: of the 64,768 combinations of a byte and a scale
 # below $2^{126}$, not one is rounded. This chapter reads the format, called
-# MXFP4, writes it, and proves both.
+# MXFP4, and proves that; [the next](encoding.ipynb) writes it.
 
 # %% [markdown]
 # ## Picture
 #
-# Left, each row is the whole set of values that a weight can take, for three
+# Each row is the whole set of values that a weight can take, for three
 # neighbouring scale bytes. The points crowd towards zero, and a larger scale
-# moves them all apart. Right, what becomes of 32 weights that share scale
-# byte 120: each dot, a normal random number, falls to the nearest mark. Small
-# weights move least; one lies beyond the last mark and is clipped.
+# moves them all apart.
 
 # %% tags=["hide-input"]
-# Figure: left, three rows of 16 marks, the values at scale bytes 119, 120
-# and 121. The marks crowd towards zero, and each row is twice as wide as the
-# one below it. Right, 32 dots joined to the nearest of 15 vertical lines,
-# close together near zero; one dot lies outside the last line.
+# Figure: three rows of 16 marks, the values at scale bytes 119, 120 and 121.
+# The marks crowd towards zero, and each row is twice as wide as the one below
+# it.
 import matplotlib.pyplot as plt
 import torch
 
-plt.style.use("_static/book.mplstyle")
+plt.style.use("../_static/book.mplstyle")
 torch.manual_seed(0)
 grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-figure, (axis, right) = plt.subplots(1, 2, figsize=(7.4, 3))
+figure, axis = plt.subplots(figsize=(7, 2.2))
 for height, byte in enumerate((119, 120, 121)):
     points = torch.cat([-grid, grid]) * 2.0 ** (byte - 127)
     axis.plot(points, [height] * 16, "|", markersize=17, markeredgewidth=1.8)
@@ -56,18 +54,6 @@ axis.set_ylim(-0.7, 2.7)
 axis.set_xticks((-0.08, -0.04, 0, 0.04, 0.08))
 axis.set_xlabel("weight")
 axis.grid(axis="y", visible=False)
-block = 0.02 * torch.randn(32, generator=torch.Generator().manual_seed(4))
-points = torch.cat([-grid, grid]) * 2.0 ** (120 - 127)
-nearest = points[(block[:, None] - points).abs().argmin(1)]
-right.vlines(points, -1, 32, color="0.8", lw=0.8)
-right.hlines(range(32), block, nearest, color="C1")
-right.plot(block, range(32), "o", color="C1", ms=3.5, label="weight")
-right.plot(nearest, range(32), "|", color="C0", ms=6, markeredgewidth=1.8,
-           label="what is stored")
-right.set(xlabel="weight", ylabel="place in the block", yticks=(0, 15, 31),
-          ylim=(-1, 32))
-right.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
-right.grid(False)
 plt.show()
 
 # %% [markdown]
@@ -102,12 +88,6 @@ axis.set_axis_off()
 plt.show()
 
 # %% [markdown]
-# Who writes a block chooses its scale, and pays on one side or the other:
-# under a small scale the largest weights are clipped to 6 steps, under a
-# large one the smallest become zero.
-#
-# <div class="live" data-live="mxfp4">In the web book, a slider moves the
-# scale of a block of 32 weights here.</div>
 #
 # ## The naive version
 #
@@ -210,51 +190,6 @@ print("bytes of index for a byte of blocks:",
 # processor in flush-to-zero mode would make them zero. So the decoder below
 # does not multiply. It looks up finished bit patterns, made by integers.
 #
-# **Choosing a scale.** To encode, let $a = \max |w|$ over a block and take
-#
-# $$
-# e = \lfloor \log_2 a \rfloor - 2, \qquad s = e + 127
-# \text{ kept within } 0 \ldots 254,
-# $$ (mxfp4-scale)
-#
-# the rule of the specification (section 6.3): the 2 is the exponent of the
-# largest code, $6 = 1.5 \cdot 2^2$. Then $4 \le a / 2^e < 8$, and each
-# $|w| / 2^e$ goes to the nearest of the eight magnitudes; a tie goes to the
-# even code, and what lies above 6 becomes 6.
-#
-# **The error.** Let $v = |w| / 2^e$ and $\hat v$ its rounding, which is off
-# by at most half a gap of the grid. The gaps are 1/2 below 2, 1 from there
-# to 4, and 2 from 4 to 6. With $a / 2^e \ge 4$ and $a / 2^e \ge v$,
-#
-# $$
-# \frac{|v - \hat v|}{a / 2^e} \le
-# \begin{cases}
-# \frac{1}{2} / 4 = \frac{1}{8} & v \le 4 \\[2pt]
-# \frac{|v - \hat v|}{v} \le \frac{1}{5} & 4 < v \le 6
-#   \;\text{ (worst at } v = 5) \\[2pt]
-# \frac{v - 6}{v} < \frac{1}{4} & 6 < v < 8 \;\text{ (clipped)}
-# \end{cases}
-# $$ (mxfp4-error)
-#
-# No weight moves by a quarter of its block's largest magnitude, as long as
-# $a \ge 2^{-125}$ (below that the scale has hit 0) and $a < 2^{130}$.
-#
-# **What comes back equal.** Decode a block of scale exponent $e$ in which the
-# largest code stands for the magnitude $q$, and encode it. If $q$ is 4 or 6,
-# {eq}`mxfp4-scale` finds the same $e$: the same bytes. If $q < 4$, it finds
-# a smaller $e' = e - d$, and on that grid the magnitudes up to $q$ have the
-# codes of $2^d$ times as much:
-#
-# * $q \in \{2, 3\}$, $d = 1$: 0.5, 1, 1.5, 2, 3 become 1, 2, 3, 4, 6;
-# * $q \in \{1, 1.5\}$, $d = 2$: 0.5, 1, 1.5 become 2, 4, 6;
-# * $q = 0.5$, $d = 3$: 0.5 becomes 4.
-#
-# All are on the grid, so the *values* return exactly, in other bytes. (Where
-# $e'$ would fall below -127 it stops there; a smaller $d$ stays on the grid
-# too.) A block of zeros gets scale 0, the limit of the rule. So a block is
-# **canonical**, its bytes return, when its largest magnitude is 4 or 6 or
-# its scale is 0. Whoever needs other blocks back byte for byte keeps their
-# scales and hands them in.
 
 # %% [markdown]
 # ## Code
@@ -264,8 +199,7 @@ print("bytes of index for a byte of blocks:",
 # Everything about the format that is not arithmetic: sixteen values, the
 # block, the four float types, and checks that name what they refuse.
 
-# %% tags=["export:weights/mxfp4"]
-from dataclasses import dataclass
+# %% tags=["export"]
 from functools import lru_cache
 
 import torch
@@ -290,7 +224,7 @@ FORMATS = {
 class MXFP4Error(Error):
     """Blocks, scales or values that are not MXFP4 or cannot become it."""
 
-# %% tags=["export:weights/mxfp4"]
+# %% tags=["export"]
 def check_packed(blocks: torch.Tensor, scales: torch.Tensor) -> None:
     """Raise MXFP4Error unless blocks (…, N, 16) fit scales (…, N)."""
     for name, tensor in (("blocks", blocks), ("scales", scales)):
@@ -328,7 +262,7 @@ except MXFP4Error as error:
 # smallest normal number is $2^{-1022}$. One cast at the end. This is the slow
 # twin against which the rest is held.
 
-# %% tags=["export:weights/mxfp4"]
+# %% tags=["export"]
 def decode_reference(blocks: torch.Tensor, scales: torch.Tensor,
                      dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """The slow twin of `decode`: look up, multiply in float64, cast once.
@@ -363,7 +297,7 @@ print(decode_reference(torch.full((1, 16), 0x2F, dtype=torch.uint8),
 # binade for every doubling of the step, and a carry out of the fraction lands
 # in the exponent, where it belongs.
 
-# %% tags=["export:weights/mxfp4"]
+# %% tags=["export"]
 def _round_bits(m: int, e: int, exponent: int, fraction: int) -> int:
     """Bit pattern of m * 2**e (m >= 0) rounded once to nearest, ties to even.
 
@@ -400,7 +334,7 @@ print(hex(_round_bits(1, -128, 8, 23)), hex(_round_bits(1, -25, 5, 10)))
 # bfloat16, of which a real tensor touches the few scales that it uses. The
 # table stores a pair as one integer of twice the width.
 
-# %% tags=["export:weights/mxfp4"]
+# %% tags=["export"]
 @lru_cache(maxsize=32)
 def _pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """(65536,): entry 256 * scale + byte holds the byte's two values.
@@ -432,7 +366,7 @@ print(table[256 * 128 + 0x2F].view(1).view(torch.bfloat16))
 # work stays inside the processor's cache and the memory beyond the output
 # stays at 2 MiB, whatever the tensor's size.
 
-# %% tags=["export:weights/mxfp4"]
+# %% tags=["export"]
 def decode_by_table(blocks: torch.Tensor, scales: torch.Tensor,
                     dtype: torch.dtype) -> torch.Tensor:
     """`decode` in plain torch, a slice of blocks at a time.
@@ -455,7 +389,7 @@ def decode_by_table(blocks: torch.Tensor, scales: torch.Tensor,
                            out=target[part].view(-1))
     return out.flatten(-2)
 
-# %% tags=["export:weights/mxfp4"]
+# %% tags=["export"]
 def decode(blocks: torch.Tensor, scales: torch.Tensor,
            dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """MXFP4 -> floats: the exact value, rounded once to dtype.
@@ -479,200 +413,13 @@ print(tuple(blocks.shape), tuple(scales.shape), "->", tuple(on_meta.shape),
       on_meta.device)
 
 # %% [markdown]
-# ### Rounding to the grid
-#
-# The code of a magnitude is the number of midpoints it has passed. Seven
-# comparisons, exact in any float type, because the midpoints 0.25, 0.75,
-# 1.25, 1.75, 2.5, 3.5 and 5 are.
-
-# %% tags=["export:weights/encoding"]
-def _round_to_grid(magnitude: torch.Tensor) -> torch.Tensor:
-    """Codes 0..7 (uint8) of the nearest FP4 value, ties to the even code.
-
-    magnitude is not negative; above 6 it saturates. A code is the number of
-    midpoints passed; on the midpoint above an odd code, a tie counts as
-    passed, because the code above is even.
-    """
-    codes = torch.zeros_like(magnitude, dtype=torch.uint8)
-    for code in range(7):
-        middle = (FP4_VALUES[code] + FP4_VALUES[code + 1]) / 2
-        odd = code % 2 == 1
-        codes += magnitude >= middle if odd else magnitude > middle
-    return codes
-
-# %%
-ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 99.0])
-print([FP4_VALUES[code] for code in _round_to_grid(ties)])
-
-# %% [markdown]
-# Each tie went to a code whose last bit is 0 (the values 0, 1, 2, 4), and 99
-# to 6.
-#
-# ### Choosing the scale
-#
-# $\lfloor \log_2 a \rfloor$ is the exponent field of a float. `log2` itself
-# may round $\log_2(8 - \varepsilon)$ up to 3; `frexp` cannot.
-
-# %% tags=["export:weights/encoding"]
-def _choose_scales(largest: torch.Tensor) -> torch.Tensor:
-    """OCP rule: floor(log2(largest)) - 2, as a byte; a zero block gets 0.
-
-    largest (M,) float64, not negative. `frexp` reads the exponent field, so
-    no logarithm can land on the wrong side of an integer.
-    """
-    _, exponent = torch.frexp(largest)  # largest = f * 2**exponent, f < 1
-    scales = (exponent - 1 - 2 + SCALE_BIAS).clamp(0, SCALE_NAN - 1)
-    return torch.where(largest > 0, scales, 0).to(torch.uint8)
-
-# %%
-below = torch.nextafter(torch.tensor(8.0), torch.tensor(0.0))
-print("by log2:", int(torch.log2(below).floor()),
-      " by frexp:", int(torch.frexp(below)[1]) - 1)
-print(_choose_scales(torch.tensor([0, 1e-60, 1, 7.9, 8, 1e60],
-                                  dtype=torch.float64)))
-
-# %% [markdown]
-# ### The encoder
-#
-# Float64 inside, in slices of $2^{15}$ blocks: dividing by a power of two is
-# then exact, and memory stays bounded. A NaN or an infinity has no code, so it
-# is refused by its position instead of turning into a 6.
-
-# %% tags=["export:weights/encoding"]
-def encode(values: torch.Tensor, scales: torch.Tensor | None = None
-           ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Floats -> MXFP4 (blocks (…, N, 16), scales (…, N)), both uint8.
-
-    values (…, 32 N), a float dtype. Without scales each block takes the OCP
-    scale; with scales (…, N) those are kept. Each value becomes the nearest
-    of the grid at that scale (ties to even, saturating at 6), keeping the
-    sign of zero. What MXFP4 can represent comes back equal. Raises
-    MXFP4Error for NaN or infinity, naming the position. OCP MX v1.0, 6.3.
-    """
-    shape = _check_values(values, scales)
-    blocks = torch.empty(*shape, BLOCK // 2, dtype=torch.uint8,
-                         device=values.device)
-    kept = scales is not None
-    scales = scales if kept else torch.empty(
-        shape, dtype=torch.uint8, device=values.device)
-    rows, flat = values.reshape(-1, BLOCK), scales.reshape(-1)
-    target = blocks.view(-1, BLOCK // 2)
-    for start in range(0, len(rows), 2 ** 15):
-        part = slice(start, start + 2 ** 15)
-        if not torch.isfinite(rows[part]).all():
-            _check_finite("values", values, ~torch.isfinite(values))
-        if not kept:
-            flat[part] = _choose_scales(rows[part].double().abs().amax(-1))
-        target[part] = _encode_rows(rows[part].double(), flat[part])
-    return blocks, scales
-
-# %% tags=["export:weights/encoding"]
-def _encode_rows(rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """rows (M, 32) float64, scales (M,) uint8 -> blocks (M, 16) uint8."""
-    inverse = torch.tensor([2.0 ** (SCALE_BIAS - s)
-                            for s in range(SCALE_NAN)], dtype=torch.float64)
-    inverse = inverse.to(rows.device)[scales.int()]
-    codes = _round_to_grid(rows.abs() * inverse[:, None])
-    codes |= torch.signbit(rows).to(torch.uint8) << 3
-    return codes[:, 0::2] | codes[:, 1::2] << 4
-
-# %% [markdown]
-# What it refuses: wrong types and shapes, and with kept scales a 255.
-
-# %% tags=["export:weights/encoding"]
-def _check_values(values, scales) -> torch.Size:
-    """Shape of the scales of values, or MXFP4Error."""
-    if values.dtype not in FORMATS:
-        raise mismatch(MXFP4Error, "values", "floats", values.dtype)
-    if values.ndim == 0 or values.shape[-1] % BLOCK:
-        raise mismatch(MXFP4Error, "values",
-                       f"a last dimension divisible by {BLOCK}",
-                       f"shape {tuple(values.shape)}")
-    shape = torch.Size((*values.shape[:-1], values.shape[-1] // BLOCK))
-    if scales is not None:
-        check_packed(torch.empty(*shape, BLOCK // 2, dtype=torch.uint8,
-                           device="meta"), scales)
-        _check_finite("scales", scales, scales == SCALE_NAN)
-    return shape
-
-
-def _check_finite(name: str, tensor: torch.Tensor, bad: torch.Tensor
-                  ) -> None:
-    """Raise MXFP4Error with the first position where bad is true."""
-    if bad.any():
-        first = tuple(bad.nonzero()[0].tolist())
-        raise MXFP4Error(f"{name}[{', '.join(map(str, first))}] is "
-                         f"{tensor[first].item()}: MXFP4 encodes finite "
-                         f"numbers only ({int(bad.sum())} such entries)")
-
-# %%
-packed, kept = encode(row)
-ours = decode(packed, kept, torch.float32)
-print("scales", kept.min().item(), "to", kept.max().item())
-print("zeros: ", int((ours == 0).sum()), "of 2880; in the outlier's block:",
-      int((ours[:32] == 0).sum()), "of 32")
-try:
-    encode(torch.tensor([0.0] * 40 + [float("nan")] + [0.0] * 23))
-except MXFP4Error as error:
-    print(error)
-
-# %% [markdown]
-# This is the row of which a single scale left four weights. Now the outlier
-# costs its 31 neighbours and nobody else; the other zeros are weights of at
-# most a quarter of their scale.
-#
-# ### An audit of a file
-#
-# Whether a file would survive decode and encode byte for byte can be counted
-# without decoding it.
-
-# %% tags=["export:weights/encoding"]
-@dataclass(frozen=True)
-class Audit:
-    """What `audit` counted, in blocks of 32 values."""
-
-    blocks: int  # all of them
-    canonical: int  # those that encode(decode(...)) gives back byte for byte
-    zero: int  # those whose 32 values are all zero, whatever their scale
-    nan: int  # those with scale 255
-
-    def describe(self) -> str:
-        """One line for a person."""
-        share = 100 * self.canonical / max(self.blocks, 1)
-        return (f"{self.blocks:,} blocks: {self.canonical:,} canonical "
-                f"({share:.1f} %), {self.zero:,} all zero, "
-                f"{self.nan:,} NaN")
-
-# %% tags=["export:weights/encoding"]
-def audit(blocks: torch.Tensor, scales: torch.Tensor) -> Audit:
-    """Count blocks (…, N, 16) with scales (…, N) by how they re-encode.
-
-    A block is canonical when its largest magnitude is 4 or 6, or when its
-    scale is already the lowest, 0. It takes no decoding to see that.
-    """
-    check_packed(blocks, scales)
-    largest = torch.maximum(blocks & 7, blocks >> 4 & 7).amax(-1)
-    nan = scales == SCALE_NAN
-    canonical = ((largest >= 6) | (scales == 0)) & ~nan
-    zero = (largest == 0) & ~nan
-    return Audit(scales.numel(), int(canonical.sum()), int(zero.sum()),
-                 int(nan.sum()))
-
-# %%
-print(audit(blocks, scales).describe())
-few = blocks & 0x33  # codes 0 to 3 only: magnitudes up to 1.5
-print(audit(few, scales).describe())
-
-# %% [markdown]
-# With random codes, a block without a single 4 or 6 has probability
-# $(3/4)^{32} \approx 10^{-4}$.
 #
 # ### A tensor that stays packed
 #
 # Two tensors that belong together, with the shape they stand for. Taking one
 # expert out of a layer must not copy, so indexing gives views.
 
-# %% tags=["export:weights/mxfp4"]
+# %% tags=["export"]
 class PackedMXFP4:
     """blocks and scales of one weight, held as the file holds them.
 
@@ -734,7 +481,7 @@ assert layer[3].blocks.data_ptr() == blocks[192].data_ptr()
 # the definition; it saves memory, and the section on cost says what it does
 # not save.
 
-# %% tags=["export:weights/mxfp4"]
+# %% tags=["export"]
 def linear_by_decoding(x: torch.Tensor, blocks: torch.Tensor,
                        scales: torch.Tensor, bias: torch.Tensor | None
                        ) -> torch.Tensor:
@@ -752,8 +499,8 @@ assert torch.equal(y, x @ right.T)
 print(tuple(x.shape), "->", tuple(y.shape))
 
 # %% [markdown]
-# Chapter 10 makes an operator of it, so that a kernel can take its place and
-# gradients pass through it.
+# [The table of operators](../model/operators.ipynb) makes one of it, so that
+# a kernel can take its place and gradients pass through it.
 
 # %% [markdown]
 # ## It holds
@@ -805,98 +552,6 @@ if torch.set_flush_denormal(True):
 assert decode(half_codes, lowest)[0].double() == 2.0 ** -128
 
 # %% [markdown]
-# **Every kind of block comes back.** What decides is the largest code and the
-# scale: 8 x 255 kinds, all tried, with both signs and all smaller codes
-# inside. Values return always, bytes exactly when the audit says so, and with
-# the scales kept all bytes return, -0 included.
-
-# %%
-largest = torch.arange(8, dtype=torch.uint8)[:, None]
-codes = torch.minimum(torch.arange(32, dtype=torch.uint8) % 8, largest)
-codes |= (torch.arange(32, dtype=torch.uint8) // 8 % 2) << 3
-kinds = (codes[:, 0::2] | codes[:, 1::2] << 4)[:, None].repeat(1, 255, 1)
-finite = torch.arange(255, dtype=torch.uint8).repeat(8, 1)
-values = decode(kinds, finite, torch.float64)
-again = encode(values)
-assert same_bits(decode(*again, torch.float64), values)
-same = ((again[0] == kinds).all(-1) & (again[1] == finite))
-assert int(same.sum()) == audit(kinds, finite).canonical
-assert torch.equal(encode(values, finite)[0], kinds)
-print(int(same.sum()), "of", same.numel(), "kinds keep their bytes")
-
-# %% [markdown]
-# 510 kinds whose largest magnitude is 4 or 6, and the other 6 at scale 0.
-#
-# **The bound** {eq}`mxfp4-error`, on a million Gaussian weights: nearly
-# reached, never passed.
-
-# %%
-weights = torch.randn(2 ** 15, 32, dtype=torch.float64)
-packed, scale = encode(weights)
-error = (decode(packed, scale, torch.float64) - weights)
-top = weights.abs().amax(-1)
-worst = error.abs().amax(-1) / top
-place = torch.ldexp(top, 127 - scale[:, 0].int())  # a / 2**e, in [4, 8)
-assert place.min() >= 4 and place.max() < 8
-assert (worst < 1 / 4).all() and (worst[place <= 6] <= 1 / 5).all()
-print(f"worst {worst.max():.3f} of the block's largest; without clipping "
-      f"{worst[place <= 6].max():.3f}")
-print(f"clipped blocks: {(place > 6).double().mean():.0%}")
-
-# %% [markdown]
-# **Three rules for the scale.** Three blocks in ten are clipped. That is why
-# others round the scale up when $a / 2^e > 6$ (torchao calls it RCEIL), so
-# that nothing is clipped, and every other weight of the block pays with a
-# grid twice as coarse. A third rule switches at 7, where $a$ is as near to 8
-# as to 6 (torchao's EVEN). The `scales` argument lets us try all three on the
-# same weights.
-
-# %%
-def squared_error(switch):
-    """Mean squared error of each block, scale doubled if a/2**e > switch."""
-    chosen = scale + (place > switch).to(torch.uint8)[:, None]
-    found = decode(*encode(weights, chosen), torch.float64)
-    return (found - weights).square().mean(-1)
-
-
-floor, even, up = (squared_error(switch) for switch in (8, 7, 6))
-for name, loss in (("OCP (floor)", floor), ("switch at 7", even),
-                   ("no clipping", up)):
-    print(f"{name:12} {loss.mean():.4f} of the variance")
-assert 0.98 < floor.mean() / up.mean() < 1
-assert 0.94 < even.mean() / floor.mean() < 0.96
-
-# %% tags=["hide-input"]
-# Figure: mean squared error over the largest magnitude of a block in steps of
-# its scale. Both rules agree up to 6, with a hump at 5; above, clipping at 6
-# costs less than doubling the scale until just after 7, where the curves
-# cross.
-edges = torch.arange(4, 8.01, 0.25, dtype=torch.float64)
-middle = (edges[:-1] + edges[1:]) / 2
-bins = torch.bucketize(place, edges, right=True) - 1
-counts = torch.bincount(bins, minlength=16)
-figure, axis = plt.subplots(figsize=(7, 2.8))
-for loss, label, style in ((floor, "keep the scale: clip at 6", "o-"),
-                           (up, "double the scale above 6", "s--")):
-    mean = torch.bincount(bins, loss, minlength=16) / counts
-    axis.plot(middle, mean, style, markersize=4, label=label)
-axis.axvline(7, color="black", linewidth=0.8, linestyle=":")
-axis.set_xlabel("largest magnitude of the block / scale")
-axis.set_ylabel("mean squared error\n(variance = 1)")
-axis.set_ylim(0, None)
-axis.legend(loc="lower left")
-plt.show()
-
-# %% [markdown]
-# Left of 6 the rules are one; the hump at 5 is the largest weight itself,
-# midway between 4 and 6. Right of 6 clipping a little is cheaper than
-# coarsening 31 neighbours, up to just above 7, where the curves cross. So for
-# Gaussian weights the specification's rule and the one without clipping are
-# within 2 % of each other, and switching at 7 saves about 5 %. We keep the
-# specification's rule as the default, because it is the one a reader of the
-# specification expects, and leave `scales` for anyone who wants the 5 %.
-
-# %% [markdown]
 # ## Against the others
 #
 # The formulas of OpenAI's reader and of transformers are the same two steps:
@@ -925,27 +580,15 @@ print("scale 255 elsewhere:", theirs[255, 0:2].tolist(),
 # %% [markdown]
 # The one difference is scale 255. The specification says NaN; `ldexp` takes
 # it for $2^{128}$ and returns zeros and infinities (in float32 even the finite
-# $2^{127}$ for 0.5), so a corrupt scale passes for data. Ours is NaN, and the
-# audit counts it.
+# $2^{127}$ for 0.5), so a corrupt scale passes for data. Ours is NaN, and
+# [the audit of a file](encoding.ipynb) counts it.
 #
-# Known elsewhere:
-#
-# * Memory. OpenAI's reader makes two int64 indices for chunks of 8 million
-#   blocks: a peak of 11.4 GB in
-#   [gpt-oss#149](https://github.com/openai/gpt-oss/pull/149). transformers
-#   makes one int32 index at a time for 33 million: out of memory on an A100
-#   when the 120b was merged,
-#   [unsloth-zoo#266](https://github.com/unslothai/unsloth-zoo/pull/266).
-# * The scale. [aiter#3212](https://github.com/ROCm/aiter/pull/3212) went over
-#   to the rule without clipping after counting 37 % of groups clipped;
-#   [vllm#43557](https://github.com/vllm-project/vllm/pull/43557) switches at
-#   $1.75 \cdot 2^k$, our 7;
-#   [ao#2035](https://github.com/pytorch/ao/issues/2035) proposes no clipping
-#   as torchao's default. Their files decode alike.
-# * Going back to MXFP4 after training, for which users asked in transformers
-#   [#39969](https://github.com/huggingface/transformers/issues/39969) and
-#   vLLM [#22380](https://github.com/vllm-project/vllm/issues/22380). Here
-#   `encode` does it on any device, without a kernel package.
+# Known elsewhere: memory. OpenAI's reader makes two int64 indices for chunks
+# of 8 million blocks: a peak of 11.4 GB in
+# [gpt-oss#149](https://github.com/openai/gpt-oss/pull/149). transformers
+# makes one int32 index at a time for 33 million: out of memory on an A100
+# when the 120b was merged,
+# [unsloth-zoo#266](https://github.com/unslothai/unsloth-zoo/pull/266).
 
 # %% [markdown]
 # ## In the 20b and the 120b
@@ -995,8 +638,8 @@ for name, config in (("20b", GptOssConfig.gpt_oss_20b()),
 #
 # The middle one, which reads the packed bytes, writes bfloat16 and reads it
 # again, is `linear_by_decoding`: it needs 3.8 times less memory than bfloat16
-# and moves 2.3 times more. One token wants the third, and chapter 13 builds
-# it.
+# and moves 2.3 times more. One token wants the third, and
+# [a kernel](../kernels/packed.ipynb) does it.
 
 # %%
 from torch.utils.flop_counter import FlopCounterMode
@@ -1014,7 +657,7 @@ print(f"memory: {2 / (17 / 32):.2f} times less than bf16;",
 # %% [markdown]
 # The claim on memory is tested rather than shown here: decoding 128 million
 # weights raises a process's peak by less than 1.2 times the output
-# (`tests/test_mxfp4.py`).
+# (`tests/weights/test_mxfp4.py`).
 #
 # ## Takeaways
 #
@@ -1022,8 +665,8 @@ print(f"memory: {2 / (17 / 32):.2f} times less than bf16;",
 #   is exact in bfloat16, so all loss happened when the file was written.
 # * The low half of a byte is the even input. No shape tells when this is
 #   wrong, only values do.
-# * Re-encoding returns equal values always, equal bytes for canonical blocks,
-#   and with the scales kept always equal bytes.
+# * To decode first and multiply then saves memory and not time: the bytes are
+#   written and read again.
 
 # %% [markdown]
 # ## Exercises
@@ -1070,71 +713,6 @@ works = [s for s in range(255) if same_bits(
 print("right for scales", works[0], "to", works[-1])
 
 # %% [markdown]
-# ### Exercise 3
-#
-# Show that encoding is a projection: encoding what you decoded changes
-# nothing more. Is that also true with the rule that doubles the scale
-# above 6?
-
-# %% tags=["hide-cell"]
-once = decode(*encode(weights), torch.float64)
-assert same_bits(decode(*encode(once), torch.float64), once)
-# With the other rule too: after one pass the largest magnitude is a grid
-# point. If it is 4 or 6 the scale stays; if rounding left it at 3 (from a
-# value between 6 and 7 at half the scale), the OCP exponent is one smaller,
-# the ratio is exactly 6, not above it, and all values are on that finer
-# grid as well.
-doubled = scale + (place > 6).to(torch.uint8)[:, None]
-first = decode(*encode(weights, doubled), torch.float64)
-assert same_bits(decode(*encode(first), torch.float64), first)
-print("projections, both")
-
-# %% [markdown]
-# ### Exercise 4
-#
-# The block is a choice. Measure the error with one scale for 8, 16, 32, 64,
-# 128, 256 weights, for Gaussian weights and for some with heavy tails
-# (Student's t with 3 degrees of freedom). What are small blocks good for?
-
-# %% tags=["hide-cell"]
-def loss_by_block(flat, size):
-    """Error of flat (n,) with one scale for `size` weights / variance."""
-    chosen = _choose_scales(flat.view(-1, size).abs().amax(-1))
-    exponent = chosen.repeat_interleave(size).int() - 127
-    codes = _round_to_grid(torch.ldexp(flat.abs(), -exponent)).int()
-    found = torch.ldexp(torch.tensor(FP4_VALUES).double()[codes], exponent)
-    return ((found - flat.abs()).square().mean() / flat.var()).item()
-
-
-flat = weights.flatten()
-tails = flat / (torch.randn(3, len(flat)).double().square().mean(0)).sqrt()
-print("weights a scale, bits, error Gaussian, error heavy tails")
-for size in (8, 16, 32, 64, 128, 256):
-    print(f"{size:4}  {4 + 8 / size:6.4g}  {loss_by_block(flat, size):.4f}"
-          f"  {loss_by_block(tails, size):.4f}")
-# Gaussian weights do not need small blocks at all: a larger block has a
-# smaller share of weights in the wide gap between 4 and 6. Blocks contain
-# outliers, and only heavy tails have those.
-
-# %% [markdown]
-# ### Exercise 5
-#
-# For each block, try the OCP exponent and its two neighbours and keep the
-# best. How much does the search gain over the rule that switches at 7?
-
-# %% tags=["hide-cell"]
-losses = []
-for shift in (-1, 0, 1):
-    tried = (scale.int() + shift).to(torch.uint8)
-    found = decode(*encode(weights, tried), torch.float64)
-    losses.append((found - weights).square().mean(-1))
-best = torch.stack(losses).amin(0).mean()
-print(f"of the OCP rule's error, searching saves "
-      f"{1 - best / floor.mean():.1%}, switching at 7 "
-      f"{1 - even.mean() / floor.mean():.1%}")
-assert best <= even.mean()
-
-# %% [markdown]
 # ## Sources
 #
 # * Format and conversion rule: {cite}`ocpmx2023`, sections 5.3.3 (E2M1),
@@ -1145,5 +723,3 @@ assert best <= even.mean()
 #   `convert_moe_packed_tensors`.
 # * The GGUF layout: `ggml-org/llama.cpp`, `dequantize_row_mxfp4` and
 #   `GptOssModel.transform_nibble_layout` of the converter.
-# * Scale rules: `pytorch/ao`, FLOOR, RCEIL, CEIL and EVEN of its
-#   `ScaleCalculationMode` (`pytorch/ao#516`).
