@@ -365,8 +365,8 @@ assert [round(x, 2) for x in times] == [5.59, 4.74, 1.35]
 # %% [markdown]
 # ### The cache
 #
-# Equation {eq}`config-cache`; both caches are built
-# [later](../model/cache.ipynb).
+# Equation {eq}`config-cache`; both kinds are built in
+# [the cache](../model/cache.ipynb).
 
 # %% tags=["export"]
 def layer_cache_bytes(config: GptOssConfig, dtype_bytes: int = 2) -> int:
