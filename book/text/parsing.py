@@ -84,10 +84,10 @@ print("channel:", header.removeprefix("<|channel|>"))
 #
 # Reading is an automaton over single tokens with the three states of the
 # picture. Each dashed arrow is reported and leads to a state from which the
-# next header is read as usual. Not drawn: `<|channel|>` and `<|constrain|>` are
-# part of a header, a `<|start|>` within one begins it anew, and any other
-# control token is reported and skipped. So every token has an answer in
-# every state, and there is nothing to raise.
+# next header is read as usual. Not drawn: `<|channel|>` and `<|constrain|>`
+# are part of a header, a `<|start|>` within one begins it anew, and any other
+# control token is reported and skipped. So every token has an answer in every
+# state, and there is nothing to raise.
 
 # %% [markdown]
 # ## Code
