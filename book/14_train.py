@@ -1671,15 +1671,14 @@ for planted in (f"What is {kept} + 250?", f"Check: {kept + 250}-250: ones",
 # ### A tokenizer of fifteen hundred tokens
 
 # %% tags=["export:training/rows"]
-from gptoss.text.tokenizer import (
+from gptoss.text.tokenizer import Tokenizer
+from gptoss.text.vocabulary import (
     ALPHABET,
     NAMED,
     PATTERN,
     RANKS,
-    Tokenizer,
     tokenizer_json,
 )
-from gptoss.text.template import CHAT_TEMPLATE
 
 CONTROL = 21  # control tokens, in the order of o200k_harmony
 
@@ -2634,6 +2633,7 @@ for kind in ("story", "sum", "tool", "far", "talk"):
 
 # %% tags=["export:training/pocket"]
 import json
+from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -2710,7 +2710,8 @@ def write_pocket(out: Path, model: GptOss, vocabulary: str, recipe: Recipe,
         draft = Path(beside) / out.name
         write_checkpoint(draft, model.config, released_tensors(model))
         (draft / "tokenizer.json").write_text(vocabulary, "utf-8")
-        (draft / "chat_template.jinja").write_text(CHAT_TEMPLATE, "utf-8")
+        template = files("gptoss") / "pocket" / "chat_template.jinja"
+        (draft / "chat_template.jinja").write_bytes(template.read_bytes())
         write_json(draft / "generation_config.json",
                    generation_config(model.config), 2)
         written = GptOss.from_pretrained(draft, dtype=torch.float32)

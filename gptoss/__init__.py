@@ -27,8 +27,8 @@ _SUBJECTS = {
     "mxfp4": ("weights.mxfp4", "weights.encoding", "model.ops"),
     "checkpoint": ("weights.layout", "weights.files", "weights.checkpoint",
                    "weights.write", "weights.convert", "weights.hub"),
-    "harmony": ("text.tokenizer", "text.typescript", "text.harmony",
-                "text.template", "text.parser")}
+    "harmony": ("text.vocabulary", "text.tokenizer", "text.typescript",
+                "text.harmony", "text.template", "text.parser")}
 
 
 class _Subject(ModuleType):

@@ -10,7 +10,8 @@ import torch
 
 from gptoss.chat.chat import Chat
 from gptoss.model.transformer import GptOss
-from gptoss.text.tokenizer import Tokenizer, tokenizer_json
+from gptoss.text.tokenizer import Tokenizer
+from gptoss.text.vocabulary import tokenizer_json
 from gptoss.weights.config import GptOssConfig
 
 CONTROL = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>",

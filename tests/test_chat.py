@@ -38,7 +38,8 @@ from gptoss.chat.chat import Chat
 from gptoss.chat.messages import ChatError, read_messages
 from gptoss.chat.turn import Usage
 from gptoss.text.sampling import GenerateError, Sampler
-from gptoss.text.tokenizer import Tokenizer, tokenizer_json
+from gptoss.text.tokenizer import Tokenizer
+from gptoss.text.vocabulary import tokenizer_json
 
 # -- turns ------------------------------------------------------------------
 

@@ -29,7 +29,8 @@ from gptoss.cli.terminal import drawn
 from gptoss.model.transformer import GptOss
 from gptoss.text.generate import complete
 from gptoss.text.sampling import Sampler
-from gptoss.text.tokenizer import Tokenizer, tokenizer_json
+from gptoss.text.tokenizer import Tokenizer
+from gptoss.text.vocabulary import tokenizer_json
 from gptoss.weights.config import GptOssConfig
 from gptoss.weights.write import write_checkpoint
 

@@ -1,13 +1,14 @@
-"""Tokens and harmony
+"""How does a conversation become tokens?
 
-Generated from book/11_harmony.py; edit the chapter, not this file.
+Generated from book/text/conversation.py; edit the chapter, not this file.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from gptoss.text.tokenizer import HarmonyError, Tokenizer
+from gptoss.text.tokenizer import Tokenizer
 from gptoss.text.typescript import Tool, split_lines, typescript
+from gptoss.text.vocabulary import HarmonyError
 
 # --- A message ---------------------------------------------------------------
 

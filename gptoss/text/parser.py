@@ -1,6 +1,6 @@
-"""Tokens and harmony
+"""What if the model gets the form wrong?
 
-Generated from book/11_harmony.py; edit the chapter, not this file.
+Generated from book/text/parsing.py; edit the chapter, not this file.
 """
 
 import codecs
@@ -15,7 +15,8 @@ from gptoss.text.harmony import (
     ROLES,
     Message,
 )
-from gptoss.text.tokenizer import HarmonyError, Tokenizer
+from gptoss.text.tokenizer import Tokenizer
+from gptoss.text.vocabulary import HarmonyError
 
 # --- What a parser reports ---------------------------------------------------
 

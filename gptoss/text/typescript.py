@@ -1,6 +1,6 @@
-"""Tokens and harmony
+"""How does the model learn of a function?
 
-Generated from book/11_harmony.py; edit the chapter, not this file.
+Generated from book/text/typescript.py; edit the chapter, not this file.
 """
 
 import json
@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 
-from gptoss.text.tokenizer import HarmonyError
+from gptoss.text.vocabulary import HarmonyError
 
-# --- Tools as TypeScript -----------------------------------------------------
+# --- Numbers as Rust writes them ---------------------------------------------
 
 def _as_read(text: str) -> float:
     """The float that serde_json reads in a decimal number."""
@@ -44,6 +44,8 @@ def _number(value: int | float) -> str | None:
     return f"{digits}e{int(power)}" if power else digits
 
 
+# --- The rest of JSON --------------------------------------------------------
+
 def as_json(value: object, where: str) -> str:
     """`value` as serde_json writes it; `where`: its place, for errors."""
     if isinstance(value, Mapping):
@@ -66,6 +68,8 @@ def as_json(value: object, where: str) -> str:
              f"an integer of {value.bit_length()} bits"))
     return text
 
+
+# --- The types ---------------------------------------------------------------
 
 _NAMES = {"number": "number", "integer": "number", "boolean": "boolean"}
 

@@ -1,4 +1,4 @@
-"""gptoss.harmony, the tokenizer: text never turns into a control token."""
+"""text/vocabulary, text/tokenizer: text never makes a control token."""
 
 import hashlib
 import itertools
@@ -16,11 +16,12 @@ from oracles import o200k
 from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as Engine
 
-from gptoss import harmony
-from gptoss.text.tokenizer import (
+import gptoss
+from gptoss.text.tokenizer import Tokenizer
+from gptoss.text.vocabulary import (
     ALPHABET,
+    RANKS,
     HarmonyError,
-    Tokenizer,
     merge_by_rank,
     merges_from_ranks,
     tokenizer_json,
@@ -28,7 +29,7 @@ from gptoss.text.tokenizer import (
 from gptoss.weights.config import GptOssConfig
 
 FUZZ = int(os.environ.get("GPTOSS_FUZZ", "1"))  # times as many cases
-POCKET = Path(harmony.__file__).parent / "pocket"
+POCKET = Path(gptoss.__file__).parent / "pocket"
 NAMES = ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>",
          "<|call|>", "<|endoftext|>", "<|reserved_200013|>"]
 # text as a user may type it, with control tokens' names among it
@@ -54,22 +55,12 @@ def small(**changes) -> Tokenizer:
     return Tokenizer(json.dumps(data))
 
 
-@pytest.fixture(scope="module")
-def released_text() -> str:
-    return tokenizer_json(o200k.ranks())
-
-
-@pytest.fixture(scope="module")
-def released(released_text) -> Tokenizer:
-    return Tokenizer(released_text, vocab_size=201_088)
-
-
 # -- the released file ------------------------------------------------------
 
 @pytest.mark.xdist_group("o200k")
 def test_released_tokenizer_json_is_rebuilt_to_the_byte(released_text):
     ranks = o200k.ranks()
-    assert len(ranks) == 199_998 == harmony.RANKS
+    assert len(ranks) == 199_998 == RANKS
     assert len(merges_from_ranks(ranks)) == 446_189
     data = released_text.encode()
     assert len(data) == o200k.RELEASED_BYTES
@@ -77,23 +68,23 @@ def test_released_tokenizer_json_is_rebuilt_to_the_byte(released_text):
 
 
 @pytest.mark.xdist_group("o200k")
-def test_released_control_tokens(released):
-    assert len(released.special) == 21
-    assert released.special["<|return|>"] == 200_002
-    assert released.special["<|endoftext|>"] == 199_999
-    assert released.special["<|call|>"] == 200_012
+def test_released_control_tokens(real):
+    assert len(real.special) == 21
+    assert real.special["<|return|>"] == 200_002
+    assert real.special["<|endoftext|>"] == 199_999
+    assert real.special["<|call|>"] == 200_012
     # rows of the embedding that the file does not name
-    assert released.decode([201_087]) == "<|reserved_201087|>"
-    assert released.is_special(201_087)
+    assert real.decode([201_087]) == "<|reserved_201087|>"
+    assert real.is_special(201_087)
     with pytest.raises(HarmonyError, match=r"0 to 201087, found 201088"):
-        released.token_bytes(201_088)
+        real.token_bytes(201_088)
     with pytest.raises(HarmonyError, match="found -1"):
-        released.decode([-1])
+        real.decode([-1])
 
 
 @pytest.mark.xdist_group("o200k")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:bpe_openai")
-def test_released_ids_equal_an_independent_encoder(released):
+def test_released_ids_equal_an_independent_encoder(real):
     import bpe_openai
 
     other = bpe_openai.get_encoding("o200k_base")
@@ -101,20 +92,20 @@ def test_released_ids_equal_an_independent_encoder(released):
     @settings(deadline=None, derandomize=True, max_examples=300)
     @given(TEXTS)
     def same(text):
-        assert released.encode(text) == other.encode(
+        assert real.encode(text) == other.encode(
             text, disallowed_special=())
 
     same()
-    source = Path(harmony.__file__).read_text("utf-8")
-    assert released.encode(source) == other.encode(
+    source = (POCKET.parent / "text" / "tokenizer.py").read_text("utf-8")
+    assert real.encode(source) == other.encode(
         source, disallowed_special=())
 
 
 @pytest.mark.xdist_group("o200k")
-def test_released_spelling_of_an_end(released):
-    ids = released.encode("<|end|>")
+def test_released_spelling_of_an_end(real):
+    ids = real.encode("<|end|>")
     assert len(ids) == 5 and 200_007 not in ids
-    assert [released.decode([i]) for i in ids] == ["<", "|", "end", "|", ">"]
+    assert [real.decode([i]) for i in ids] == ["<", "|", "end", "|", ">"]
 
 
 # -- text is text -----------------------------------------------------------
@@ -592,135 +583,6 @@ def test_pocket_tokenizer():
 
 
 # -- as transformers' users know it -----------------------------------------
-
-SCHEMA = {"type": "object", "description": "what to do", "properties": {
-    "place": {"type": "string", "description": "a city", "title": "Place",
-              "examples": ["Rome", "Oslo"]},
-    "unit": {"type": "string", "enum": ["C", "F"], "default": "C"},
-    "days": {"type": "array", "items": {"type": "integer"}},
-    "deep": {"type": "object", "properties": {
-        "flag": {"type": "boolean", "nullable": True, "default": True},
-        "any": {}}},
-    "either": {"description": "one of two", "default": 3, "oneOf": [
-        {"type": "string", "description": "a name", "default": "x"},
-        {"type": "number", "nullable": True}]},
-    "both": {"type": ["string", "integer", "null"], "default": "x"}},
-    "required": ["place", "deep"]}
-WORDS = ["Hi", "né 🙂", '{"a": 1}', "'''", "\n\nTwo\n", "<|", "a|>b", "", " ",
-         "\\n {{ x }} {% raw %}", "中文", "don't", "<|nothing|>"]
-
-
-def conversation(rng: random.Random) -> tuple[list[dict], dict]:
-    """OpenAI's dicts with a user or a tool at their end, and options."""
-    def text() -> str:
-        return "".join(rng.choices(WORDS, k=rng.randint(1, 4)))
-
-    talk = [{"role": role, "content": text()} for role in
-            rng.choice([[], ["system"], ["developer"],
-                        ["system", "developer"]])]
-    for turn in range(rng.randint(1, 4)):
-        parts = [{"type": "text", "text": text()} for _ in range(2)]
-        talk.append({"role": "user", "content": rng.choice([text(), parts])}
-                    | rng.choice([{}, {"name": "ada"}]))
-        for step in range(rng.randint(0, 2)):
-            calls = [{"id": f"{turn}.{step}.{n}", "type": "function",
-                      "function": {"name": rng.choice(["add", "see"]),
-                                   "arguments": text()}}
-                     for n in range(rng.randint(1, 3))]
-            key = rng.choice(["reasoning", "reasoning_content", "thinking"])
-            talk.append({"role": "assistant", "tool_calls": calls,
-                         "content": rng.choice([None, text()]),
-                         key: text()})
-            talk += [{"role": "tool", "tool_call_id": call["id"],
-                      "content": text()}
-                     for call in rng.sample(calls, len(calls))]
-        if turn and rng.random() < 0.2:
-            talk.append({"role": "developer", "content": text()})
-        if rng.random() < 0.8:
-            talk.append({"role": "assistant", "content": text()}
-                        | rng.choice([{}, {"thinking": text()}])
-                        | rng.choice([{}, {}, {"phase": "commentary"}]))
-    talk.append({"role": "user", "content": text()})
-    plain = {"type": "object", "properties": {}}
-    tools = [{"type": "function", "function": {
-        "name": f"tool{n}", "description": text(),
-        "parameters": rng.choice([SCHEMA, plain])}}
-             for n in range(rng.choice([0, 0, 1, 3]))]
-    return talk, {"tools": tools or None, "reasoning_effort": rng.choice(
-        ["low", "medium", "high"]), "date": rng.choice(["", "2025-06-28"])}
-
-
-@pytest.fixture(scope="module")
-def theirs():
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(POCKET)
-
-
-def test_the_shipped_template_is_the_chapters():
-    assert (POCKET / "chat_template.jinja").read_text("utf-8") == (
-        harmony.CHAT_TEMPLATE)
-
-
-@pytest.mark.parametrize("seed", range(20 * FUZZ))
-def test_the_template_gives_the_tokens_of_render(theirs, seed):
-    ours = Tokenizer.from_pretrained(POCKET)
-    for n in range(10):
-        talk, options = conversation(random.Random(1000 * seed + n))
-        text = theirs.apply_chat_template(
-            talk, tokenize=False, add_generation_prompt=True, **options)
-        assert text == ours.apply_chat_template(talk, tokenize=False,
-                                                **options)
-        ids = theirs.apply_chat_template(
-            talk, add_generation_prompt=True, return_dict=False, **options)
-        assert ids == ours.apply_chat_template(talk, **options)
-        closed = ours.apply_chat_template(talk, add_generation_prompt=False,
-                                          **options)
-        assert closed == theirs.apply_chat_template(
-            talk, add_generation_prompt=False, return_dict=False, **options)
-        assert ids[:len(closed)] == closed
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_typed_control_token_is_text_here_and_refused_there(theirs, name):
-    from jinja2 import TemplateError
-
-    ours = Tokenizer.from_pretrained(POCKET)
-    call = {"id": "1", "type": "function", "function": {
-        "name": "f", "arguments": name}}
-    user = {"role": "user", "content": "Hi"}
-    for talk in ([{"role": "system", "content": name}, user],
-                 [{"role": "user", "content": f"a{name}b"}],
-                 [user, {"role": "assistant", "content": name}, user],
-                 [user, {"role": "assistant", "tool_calls": [call]},
-                  {"role": "tool", "tool_call_id": "1", "content": "x"}]):
-        ids = ours.apply_chat_template(talk)
-        safe = json.loads(json.dumps(talk).replace(name, "safe"))
-        assert name in ours.decode(ids)
-        assert sum(map(ours.is_special, ids)) == sum(map(
-            ours.is_special, ours.apply_chat_template(safe)))
-        theirs.apply_chat_template(safe)
-        with pytest.raises(TemplateError, match="control token"):
-            theirs.apply_chat_template(talk)
-
-
-def test_a_template_of_messages_is_render():
-    ours = Tokenizer.from_pretrained(POCKET)
-    talk = [harmony.Message("user", "Q"),
-            harmony.Message("assistant", "so", "analysis")]
-    assert ours.apply_chat_template(talk) == harmony.render(ours, talk)
-    assert ours.apply_chat_template(talk, add_generation_prompt=False) == (
-        harmony.render(ours, talk, reply=False))
-    with pytest.raises(HarmonyError, match="tools: expected none"):
-        ours.apply_chat_template(talk, tools=[{}])
-    with pytest.raises(ValueError, match=r"messages\[0\]"):
-        ours.apply_chat_template([{"role": "nobody"}])
-    ended = [{"role": "user", "content": "Q"},
-             {"role": "assistant", "content": "A"}]
-    assert ours.apply_chat_template(
-        ended, add_generation_prompt=False, tokenize=False).endswith(
-            "<|channel|>final<|message|>A<|end|>")
-
 
 def test_what_transformers_users_look_for():
     ours = Tokenizer.from_pretrained(POCKET)
