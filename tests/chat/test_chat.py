@@ -588,8 +588,9 @@ def child() -> None:
     sys.exit(commands.main(sys.argv[1:]))
 
 
-ROOT = Path(__file__).parents[1]
-CHILD = [sys.executable, "-c", "import sys; sys.path.insert(0, 'tests'); "
+ROOT = Path(__file__).parents[2]
+CHILD = [sys.executable, "-c", "import sys; "
+         "sys.path[:0] = ['tests', 'tests/chat']; "
          "import test_chat; test_chat.child()", "chat"]
 
 
