@@ -581,7 +581,7 @@ def test_a_chat_says_what_it_is():
 
 def child() -> None:
     """`python -m gptoss`, with a scripted model for the shipped one."""
-    from gptoss import commands
+    from gptoss.cli import commands
 
     script = json.loads(os.environ["SCRIPT"])
     commands.load_pair = lambda *_: (Scripted(*script), TOKENIZER)
