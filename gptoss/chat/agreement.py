@@ -1,6 +1,6 @@
-"""Choosing the next token
+"""What happens in a turn?
 
-Generated from book/12_generate.py; edit the chapter, not this file.
+Generated from book/chat/turns.py; edit the chapter, not this file.
 """
 
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from collections.abc import Callable
 # --- Several processes, one decision -----------------------------------------
 
 class SingleProcess:
-    """The group of a process by itself; see chapter 15 for another."""
+    """The group of a process by itself; parallel/collectives has others."""
 
     first = True
 

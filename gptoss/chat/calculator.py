@@ -1,6 +1,6 @@
-"""Choosing the next token
+"""How does a Python function become a tool?
 
-Generated from book/12_generate.py; edit the chapter, not this file.
+Generated from book/chat/tools.py; edit the chapter, not this file.
 """
 
 import ast

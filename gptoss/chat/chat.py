@@ -1,6 +1,6 @@
-"""Choosing the next token
+"""How is a conversation held?
 
-Generated from book/12_generate.py; edit the chapter, not this file.
+Generated from book/chat/chat.py; edit the chapter, not this file.
 """
 
 import functools
@@ -24,7 +24,7 @@ from gptoss.text.sampling import SamplingOptions
 from gptoss.text.tokenizer import Tokenizer
 from gptoss.weights.hub import resolve
 
-# --- Chat --------------------------------------------------------------------
+# --- Code --------------------------------------------------------------------
 
 def load(model: str | Path | tuple[GptOss, Tokenizer] | None = None,
          dtype: torch.dtype = torch.bfloat16, device="cpu"

@@ -1,6 +1,6 @@
-"""Choosing the next token
+"""What may a message look like?
 
-Generated from book/12_generate.py; edit the chapter, not this file.
+Generated from book/chat/messages.py; edit the chapter, not this file.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from gptoss.text.harmony import Message, developer_message
 from gptoss.weights.errors import Error, mismatch
 
-# --- A conversation: what a message may look like ----------------------------
+# --- A text ------------------------------------------------------------------
 
 class ChatError(Error):
     """A message, a tool or an option that a chat cannot use."""
@@ -76,6 +76,8 @@ def content_text(content: object, where: str) -> str:
            "Unicode characters without lone surrogates", content)
     return content
 
+
+# --- A thought and a call ----------------------------------------------------
 
 # type of a piece of reasoning -> the key with its text
 _PIECES = {"reasoning.text": "text", "reasoning.summary": "summary",
@@ -189,6 +191,8 @@ def _named(out: list[Message], message: Mapping, where: str
     return [dataclasses.replace(each, name=name) for each in out]
 
 
+# --- Results in the order of their calls -------------------------------------
+
 class _OpenCalls:
     """Calls that wait for their answers, id -> function."""
 
@@ -219,6 +223,8 @@ class _OpenCalls:
         self.to, self.answers = {}, {}
         return answers
 
+
+# --- A whole conversation ----------------------------------------------------
 
 def _item(item: Mapping, where: str) -> Mapping:
     """A message, or an item of OpenAI's Responses interface as one."""
@@ -303,7 +309,6 @@ def read_messages(messages: Sequence[object]) -> tuple[str, list[Message]]:
                 f" (not answered: {', '.join(calls.open)})"
                 if calls.open else ""), last)
     return "\n\n".join(filter(None, head)), out
-
 
 
 def call_ids(messages: Sequence[object]) -> list[str]:

@@ -1,6 +1,6 @@
-"""Choosing the next token
+"""What does a type hint say to a model?
 
-Generated from book/12_generate.py; edit the chapter, not this file.
+Generated from book/chat/schema.py; edit the chapter, not this file.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from gptoss.chat.messages import ChatError
 
-# --- A function's type hints as a schema -------------------------------------
+# --- The way in: a type for pydantic -----------------------------------------
 
 _UNIONS = (typing.Union, types.UnionType)
 _WRAPPERS = (typing.Required, typing.NotRequired)
@@ -82,6 +82,8 @@ def _strict(hint: object) -> object:
         return hint
     return (typing.Union if origin in _UNIONS else origin)[changed]
 
+
+# --- The way out: a schema for harmony ---------------------------------------
 
 _PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean"}
 _FORMATS = {"date": "YYYY-MM-DD", "time": "HH:MM:SS", "duration":
@@ -217,6 +219,8 @@ def json_schema(hint: object, where: str = "hint") -> dict:
     schema = ArgumentTypes({"value": hint}, ["value"], where).schema
     return schema["properties"]["value"]
 
+
+# --- Back again: a value for the function ------------------------------------
 
 _WANTED = {
     "missing": "a value", "none_required": "null", "bool_type": "a boolean",

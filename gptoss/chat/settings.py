@@ -1,6 +1,6 @@
-"""Choosing the next token
+"""How much of a conversation must be read again?
 
-Generated from book/12_generate.py; edit the chapter, not this file.
+Generated from book/chat/memory.py; edit the chapter, not this file.
 """
 
 import dataclasses

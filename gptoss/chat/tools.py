@@ -1,6 +1,6 @@
-"""Choosing the next token
+"""How does a Python function become a tool?
 
-Generated from book/12_generate.py; edit the chapter, not this file.
+Generated from book/chat/tools.py; edit the chapter, not this file.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from gptoss.chat.schema import (
 )
 from gptoss.text.typescript import Tool
 
-# --- Tools -------------------------------------------------------------------
+# --- A function and its docstring --------------------------------------------
 
 _log = logging.getLogger("gptoss")
 _SECTION = re.compile(r"^(Args|Arguments|Returns|Raises|Yields|Examples?):"
@@ -133,6 +133,8 @@ def _why(error: BaseException) -> str:
     return "error: " + ": ".join(filter(None, (kind, text)))
 
 
+# --- A call, and its time ----------------------------------------------------
+
 class ToolTimeout(Exception):
     """A tool has not answered in time."""
 
@@ -204,6 +206,8 @@ def _loop_runs() -> bool:
         return False
     return True
 
+
+# --- A tool ------------------------------------------------------------------
 
 def _not_json(name: str) -> float:
     raise ValueError(f"{name} is no JSON")

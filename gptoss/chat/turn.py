@@ -1,6 +1,6 @@
-"""Choosing the next token
+"""What happens in a turn?
 
-Generated from book/12_generate.py; edit the chapter, not this file.
+Generated from book/chat/turns.py; edit the chapter, not this file.
 """
 
 import dataclasses

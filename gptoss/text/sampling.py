@@ -1,6 +1,6 @@
-"""Choosing the next token
+"""How does one of 201,088 logits become the next token?
 
-Generated from book/12_generate.py; edit the chapter, not this file.
+Generated from book/text/sampling.py; edit the chapter, not this file.
 """
 
 import math

@@ -582,15 +582,16 @@ def test_a_chat_says_what_it_is():
 
 def child() -> None:
     """`python -m gptoss`, with a scripted model for the shipped one."""
-    from gptoss import commands
+    from gptoss.cli import commands
 
     script = json.loads(os.environ["SCRIPT"])
     commands.load_pair = lambda *_: (Scripted(*script), TOKENIZER)
     sys.exit(commands.main(sys.argv[1:]))
 
 
-ROOT = Path(__file__).parents[1]
-CHILD = [sys.executable, "-c", "import sys; sys.path.insert(0, 'tests'); "
+ROOT = Path(__file__).parents[2]
+CHILD = [sys.executable, "-c", "import sys; "
+         "sys.path[:0] = ['tests', 'tests/chat']; "
          "import test_chat; test_chat.child()", "chat"]
 
 
