@@ -47,7 +47,7 @@ def freeze(path: Path) -> Path:
         up / "_ext" / "kernel.py" for up in path.absolute().parents)), None)
     client.execute(env=os.environ | {
         "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0",
-        "GPTOSS_KERNELS": "torch",  # chapter 13 asks for its kernels itself
+        "GPTOSS_KERNELS": "torch",  # who wants kernels asks for them
         } | ({"PYTHONSTARTUP": str(watch)} if watch else {}))
     notebook.metadata["language_info"] = {"name": "python"}
     target = path.with_suffix(".ipynb")
