@@ -372,7 +372,7 @@ from gptoss.moe.routing import softmax_then_topk
 class ParityError(Error):
     """A comparison that cannot be made, and what is missing for it."""
 
-
+# %% tags=["export:parity/walk"]
 # In a layer, in the order of computation; T comes first in every tensor.
 LAYER_POINTS = (
     "norm", "q", "k", "v", "q turned", "k turned", "weights", "heads",

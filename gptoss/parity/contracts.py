@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from gptoss.attention.masks import visible
 from gptoss.model.layers import Experts
 from gptoss.moe.experts import clamped_swiglu
-from gptoss.weights.config import GptOssConfig
 from gptoss.weights.errors import Error
 from gptoss.weights.mxfp4 import decode
 
@@ -23,23 +22,6 @@ from gptoss.weights.mxfp4 import decode
 
 class ParityError(Error):
     """A comparison that cannot be made, and what is missing for it."""
-
-
-# In a layer, in the order of computation; T comes first in every tensor.
-LAYER_POINTS = (
-    "norm", "q", "k", "v", "q turned", "k turned", "weights", "heads",
-    "attention", "middle", "norm 2", "router", "chosen", "shares", "hidden",
-    "experts", "block")
-Key = tuple[int | None, str]  # layer (None: outside of all), point
-Trace = dict[Key, Tensor]
-
-
-def points(config: GptOssConfig) -> list[Key]:
-    """Every point of a model, in the order of computation."""
-    layers = [(n, point) for n in range(config.num_hidden_layers)
-              for point in LAYER_POINTS]
-    return [(None, "embedding"), *layers, (None, "last norm"),
-            (None, "logits")]
 
 
 # --- Four contracts ----------------------------------------------------------
@@ -239,11 +221,8 @@ def computing(contract: str, dtype: torch.dtype) -> Iterator[str]:
 __all__ = [
     "CONTRACTS",
     "Contract",
-    "Key",
-    "LAYER_POINTS",
     "PLAIN_CONTRACTS",
     "ParityError",
-    "Trace",
     "attention_fp32",
     "attention_hf",
     "attention_openai",
@@ -255,5 +234,4 @@ __all__ = [
     "experts_fp32",
     "experts_hf",
     "experts_openai",
-    "points",
 ]

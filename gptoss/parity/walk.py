@@ -15,14 +15,28 @@ from gptoss.attention.rope import apply_rope, rope_parameters, rope_tables
 from gptoss.model.layers import Block, Experts, RMSNorm
 from gptoss.model.norm import rms_norm
 from gptoss.model.transformer import GptOss
-from gptoss.parity.contracts import (
-    CONTRACTS,
-    LAYER_POINTS,
-    Contract,
-    Trace,
-    computing,
-)
+from gptoss.parity.contracts import CONTRACTS, Contract, computing
+from gptoss.weights.config import GptOssConfig
 from gptoss.weights.encoding import encode
+
+# --- The points --------------------------------------------------------------
+
+# In a layer, in the order of computation; T comes first in every tensor.
+LAYER_POINTS = (
+    "norm", "q", "k", "v", "q turned", "k turned", "weights", "heads",
+    "attention", "middle", "norm 2", "router", "chosen", "shares", "hidden",
+    "experts", "block")
+Key = tuple[int | None, str]  # layer (None: outside of all), point
+Trace = dict[Key, Tensor]
+
+
+def points(config: GptOssConfig) -> list[Key]:
+    """Every point of a model, in the order of computation."""
+    layers = [(n, point) for n in range(config.num_hidden_layers)
+              for point in LAYER_POINTS]
+    return [(None, "embedding"), *layers, (None, "last norm"),
+            (None, "logits")]
+
 
 # --- Black boxes -------------------------------------------------------------
 
@@ -261,7 +275,10 @@ def keeper(trace: Trace, layer: int | None, after: str | None,
 
 
 __all__ = [
+    "Key",
+    "LAYER_POINTS",
     "Parts",
+    "Trace",
     "copying",
     "dense_shares",
     "hooked",
@@ -270,6 +287,7 @@ __all__ = [
     "our_down",
     "own_layer",
     "plain_torch_layer",
+    "points",
     "probe",
     "probe_experts",
     "replaced",

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptoss.model.transformer import GptOss
-from gptoss.parity.contracts import ParityError, Trace
+from gptoss.parity.contracts import ParityError
 from gptoss.parity.walk import (
+    Trace,
     dense_shares,
     hooked,
     keeper,
