@@ -1,6 +1,6 @@
-"""Parity, then many GPUs
+"""What can rounding explain?
 
-Generated from book/16_parity.py; edit the chapter, not this file.
+Generated from book/parity/rounding.py; edit the chapter, not this file.
 """
 
 import sys
@@ -17,12 +17,6 @@ from gptoss.model.layers import Experts
 from gptoss.moe.experts import clamped_swiglu
 from gptoss.weights.errors import Error
 from gptoss.weights.mxfp4 import decode
-
-# --- The points --------------------------------------------------------------
-
-class ParityError(Error):
-    """A comparison that cannot be made, and what is missing for it."""
-
 
 # --- Four contracts ----------------------------------------------------------
 
@@ -142,7 +136,7 @@ class Contract:
     experts: Callable[..., Tensor]
     inner: bool  # rounds inside attention and experts; plain torch only
     rules: Mapping[str, str]  # point -> what is rounded there
-    kernels: bool = False  # chapter 13's, which compute in bf16 alone
+    kernels: bool = False  # kernels/build's, which compute in bf16 alone
 
     def describe(self) -> str:
         """A line a point."""
@@ -184,6 +178,10 @@ CONTRACTS = {
                    "a block; all else in fp32; 1 rounding"}, kernels=True),
 }
 PLAIN_CONTRACTS = [name for name, use in CONTRACTS.items() if not use.kernels]
+
+
+class ParityError(Error):
+    """A comparison that cannot be made, and what is missing for it."""
 
 
 def contract_for(contract: str | None, dtype: torch.dtype) -> str:

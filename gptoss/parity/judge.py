@@ -1,6 +1,6 @@
-"""Parity, then many GPUs
+"""Which operation parted first?
 
-Generated from book/16_parity.py; edit the chapter, not this file.
+Generated from book/parity/judge.py; edit the chapter, not this file.
 """
 
 import math
@@ -359,7 +359,7 @@ JUDGES = {"embedding": _embedding, "norm": _norm, "q": _linear,
           "last norm": _norm, "logits": _logits}
 
 
-# --- The verdict -------------------------------------------------------------
+# --- The first that went further ---------------------------------------------
 
 def excess(found: Tensor, expected: Pair) -> float:
     """max |found - value| / bound; infinite for NaN, infinity or another

@@ -1,6 +1,6 @@
 """Parity, then many GPUs
 
-Generated from book/16_parity.py; edit the chapter, not this file.
+Generated from book/parity/final.py; edit the chapter, not this file.
 """
 
 import os

@@ -1,6 +1,6 @@
-"""Parity, then many GPUs
+"""Which mistake explains the numbers?
 
-Generated from book/16_parity.py; edit the chapter, not this file.
+Generated from book/parity/suspects.py; edit the chapter, not this file.
 """
 
 import math
