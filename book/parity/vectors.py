@@ -28,7 +28,7 @@
 # implementations went wrong, from equal router logits to position 131,071,
 # and a reader of the files takes twenty lines in any language.
 
-# %% tags=["export"]
+# %% tags=["export:vector_cases"]
 import hashlib
 import json
 import os

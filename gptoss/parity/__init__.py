@@ -53,8 +53,8 @@ _MODULES = (
     "walk_others",
     "judge",
     "suspects",
-    "vectors",
     "vector_cases",
+    "vectors",
     "report",
 )
 
