@@ -36,7 +36,7 @@ hypothesis.settings.load_profile("fixed")
 # file -> its tests (patterns) that run on the kernels' path too
 BOTH = {
     "test_paths.py": ["*"],
-    "test_parity.py": ["test_no_false_alarm*", "test_parity_judges*",
+    "test_judge.py": ["test_no_false_alarm*", "test_parity_judges*",
                        "test_plain_torch*", "test_kernels*", "test_twelve*",
                        "test_planted_in_ours*dtype1*", "test_wrong_choice*",
                        "test_too_large*", "test_table*",

@@ -1,6 +1,6 @@
-"""Parity, then many GPUs
+"""What can rounding explain?
 
-Generated from book/16_parity.py; edit the chapter, not this file.
+Generated from book/parity/rounding.py; edit the chapter, not this file.
 """
 
 import sys
@@ -15,32 +15,8 @@ from torch import Tensor, nn
 from gptoss.attention.masks import visible
 from gptoss.model.layers import Experts
 from gptoss.moe.experts import clamped_swiglu
-from gptoss.weights.config import GptOssConfig
 from gptoss.weights.errors import Error
 from gptoss.weights.mxfp4 import decode
-
-# --- The points --------------------------------------------------------------
-
-class ParityError(Error):
-    """A comparison that cannot be made, and what is missing for it."""
-
-
-# In a layer, in the order of computation; T comes first in every tensor.
-LAYER_POINTS = (
-    "norm", "q", "k", "v", "q turned", "k turned", "weights", "heads",
-    "attention", "middle", "norm 2", "router", "chosen", "shares", "hidden",
-    "experts", "block")
-Key = tuple[int | None, str]  # layer (None: outside of all), point
-Trace = dict[Key, Tensor]
-
-
-def points(config: GptOssConfig) -> list[Key]:
-    """Every point of a model, in the order of computation."""
-    layers = [(n, point) for n in range(config.num_hidden_layers)
-              for point in LAYER_POINTS]
-    return [(None, "embedding"), *layers, (None, "last norm"),
-            (None, "logits")]
-
 
 # --- Four contracts ----------------------------------------------------------
 
@@ -160,7 +136,7 @@ class Contract:
     experts: Callable[..., Tensor]
     inner: bool  # rounds inside attention and experts; plain torch only
     rules: Mapping[str, str]  # point -> what is rounded there
-    kernels: bool = False  # chapter 13's, which compute in bf16 alone
+    kernels: bool = False  # kernels/build's, which compute in bf16 alone
 
     def describe(self) -> str:
         """A line a point."""
@@ -204,6 +180,10 @@ CONTRACTS = {
 PLAIN_CONTRACTS = [name for name, use in CONTRACTS.items() if not use.kernels]
 
 
+class ParityError(Error):
+    """A comparison that cannot be made, and what is missing for it."""
+
+
 def contract_for(contract: str | None, dtype: torch.dtype) -> str:
     """A name of CONTRACTS; for None that of what runs unasked: in bf16 the
     kernels where they load, else plain torch, "fp32"."""
@@ -239,11 +219,8 @@ def computing(contract: str, dtype: torch.dtype) -> Iterator[str]:
 __all__ = [
     "CONTRACTS",
     "Contract",
-    "Key",
-    "LAYER_POINTS",
     "PLAIN_CONTRACTS",
     "ParityError",
-    "Trace",
     "attention_fp32",
     "attention_hf",
     "attention_openai",
@@ -255,5 +232,4 @@ __all__ = [
     "experts_fp32",
     "experts_hf",
     "experts_openai",
-    "points",
 ]

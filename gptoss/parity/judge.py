@@ -1,6 +1,6 @@
-"""Parity, then many GPUs
+"""Which operation parted first?
 
-Generated from book/16_parity.py; edit the chapter, not this file.
+Generated from book/parity/judge.py; edit the chapter, not this file.
 """
 
 import math
@@ -16,7 +16,6 @@ from gptoss.attention.masks import visible
 from gptoss.attention.rope import concentration as rope_concentration
 from gptoss.attention.rope import inverse_frequencies
 from gptoss.moe.experts import ALPHA
-from gptoss.parity.contracts import Key, Trace
 from gptoss.parity.rounding import (
     FLOOR,
     KEYS_AT_ONCE,
@@ -24,7 +23,7 @@ from gptoss.parity.rounding import (
     Rounding,
     half_step,
 )
-from gptoss.parity.walk import dense_shares
+from gptoss.parity.walk import Key, Trace, dense_shares
 from gptoss.weights.checkpoint import Checkpoint
 from gptoss.weights.mxfp4 import FP4_VALUES, SCALE_BIAS
 
@@ -360,7 +359,7 @@ JUDGES = {"embedding": _embedding, "norm": _norm, "q": _linear,
           "last norm": _norm, "logits": _logits}
 
 
-# --- The verdict -------------------------------------------------------------
+# --- The first that went further ---------------------------------------------
 
 def excess(found: Tensor, expected: Pair) -> float:
     """max |found - value| / bound; infinite for NaN, infinity or another

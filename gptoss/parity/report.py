@@ -1,6 +1,6 @@
 """Parity, then many GPUs
 
-Generated from book/16_parity.py; edit the chapter, not this file.
+Generated from book/parity/final.py; edit the chapter, not this file.
 """
 
 import os
@@ -13,17 +13,14 @@ from torch import Tensor
 from gptoss.model.transformer import GptOss, check_tokens
 from gptoss.parity.contracts import (
     CONTRACTS,
-    Key,
     ParityError,
-    Trace,
     computing,
     contract_for,
-    points,
 )
 from gptoss.parity.judge import Judge
 from gptoss.parity.rounding import FLOOR
 from gptoss.parity.suspects import FAULTS, Finding, judge_walk, trace_faulty
-from gptoss.parity.walk import Parts, trace_ours
+from gptoss.parity.walk import Key, Parts, Trace, points, trace_ours
 from gptoss.parity.walk_others import REFERENCES, trace_exact
 from gptoss.text.generate import generate
 from gptoss.text.sampling import Sampler

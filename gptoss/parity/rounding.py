@@ -1,6 +1,6 @@
-"""Parity, then many GPUs
+"""What can rounding explain?
 
-Generated from book/16_parity.py; edit the chapter, not this file.
+Generated from book/parity/rounding.py; edit the chapter, not this file.
 """
 
 import math
@@ -15,7 +15,7 @@ from gptoss.weights.mxfp4 import BLOCK
 
 DEVIATIONS = 5  # in Hoeffding's inequality; see the derivation
 FLOOR = 2.0 ** -120  # what underflow may leave
-EXPONENTIAL = 1e-6  # the kernels' own, chapter 13
+EXPONENTIAL = 1e-6  # the kernels' own (kernels/experts.h)
 KEYS_AT_ONCE = 64  # keys that their attention takes at a time
 LARGEST = 32639  # of their integers, 127 * 256 + 127
 LOST = 2.0 ** -107  # a block below this may become zeros

@@ -1,6 +1,6 @@
-"""Parity, then many GPUs
+"""Which mistake explains the numbers?
 
-Generated from book/16_parity.py; edit the chapter, not this file.
+Generated from book/parity/suspects.py; edit the chapter, not this file.
 """
 
 import math
@@ -15,15 +15,9 @@ from gptoss.model.layers import Block
 from gptoss.model.transformer import GptOss
 from gptoss.moe.experts import ALPHA, by_expert
 from gptoss.moe.routing import softmax_then_topk
-from gptoss.parity.contracts import (
-    Key,
-    ParityError,
-    Trace,
-    expert_weights,
-    points,
-)
+from gptoss.parity.contracts import ParityError, expert_weights
 from gptoss.parity.judge import RIGHT, Judge, excess
-from gptoss.parity.walk import Parts, trace_ours
+from gptoss.parity.walk import Key, Parts, Trace, points, trace_ours
 from gptoss.weights.config import GptOssConfig
 
 # --- The suspects ------------------------------------------------------------

@@ -1,6 +1,6 @@
-"""Parity, then many GPUs
+"""How is a port in another language held to it?
 
-Generated from book/16_parity.py; edit the chapter, not this file.
+Generated from book/parity/vectors.py; edit the chapter, not this file.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ from gptoss.weights.errors import Error
 from gptoss.weights.mxfp4 import decode
 from gptoss.weights.write import random_tensors
 
-# --- Vectors for other languages ---------------------------------------------
+# --- Operations --------------------------------------------------------------
 
 VERSION, FORMAT = 1, "gpt-oss conformance vectors"
 FILES = ("index.json", "vectors.safetensors")
@@ -190,6 +190,8 @@ class VectorCase:
     float32: tuple[float, float]  # atol, rtol of every float output
     bfloat16: tuple[float, float] | None  # None: not defined in bf16
 
+
+# --- Cases at the edges ------------------------------------------------------
 
 TINY_CONFIG = GptOssConfig(
     num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2,

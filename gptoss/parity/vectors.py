@@ -1,6 +1,6 @@
-"""Parity, then many GPUs
+"""How is a port in another language held to it?
 
-Generated from book/16_parity.py; edit the chapter, not this file.
+Generated from book/parity/vectors.py; edit the chapter, not this file.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from gptoss.parity.vector_cases import (
     run_case,
 )
 
-# --- Vectors for other languages ---------------------------------------------
+# --- The set -----------------------------------------------------------------
 
 def far_off(found: Tensor, wanted: Tensor, atol: float, rtol: float
             ) -> float:
@@ -77,6 +77,8 @@ def write(folder: str | Path) -> list[Path]:
     return _save(folder, stored, index)
 
 
+# --- Files that are somebody else's ------------------------------------------
+
 def _check_ours(folder: Path, file: Path) -> None:
     """Raise VectorError if `file` is there and not of an earlier set."""
     if not os.path.lexists(file):
@@ -123,6 +125,8 @@ def _save(folder: Path, stored: Tensors, cases: list[dict]) -> list[Path]:
     _put(files[0], (json.dumps(index, indent=1) + "\n").encode())
     return files
 
+
+# --- Sets from anywhere ------------------------------------------------------
 
 _KIND = {str: "a string", dict: "an object", list: "a list"}
 
@@ -245,6 +249,8 @@ def _tensors(read: Callable[[], Tensors], file: Path) -> Tensors:
         raise VectorError(f"{file}: expected a safetensors file, found "
                           f"{type(error).__name__}: {error}") from error
 
+
+# --- The check ---------------------------------------------------------------
 
 def _computed(case: dict, inputs: Tensors, kind: str, file: Path) -> Tensors:
     """`run_case`; what it cannot compute from such inputs is told as the

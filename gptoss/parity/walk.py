@@ -1,10 +1,10 @@
-"""Parity, then many GPUs
+"""How do you look into a black box?
 
-Generated from book/16_parity.py; edit the chapter, not this file.
+Generated from book/parity/walk.py; edit the chapter, not this file.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -15,14 +15,28 @@ from gptoss.attention.rope import apply_rope, rope_parameters, rope_tables
 from gptoss.model.layers import Block, Experts, RMSNorm
 from gptoss.model.norm import rms_norm
 from gptoss.model.transformer import GptOss
-from gptoss.parity.contracts import (
-    CONTRACTS,
-    LAYER_POINTS,
-    Contract,
-    Trace,
-    computing,
-)
+from gptoss.parity.contracts import CONTRACTS, Contract, computing
+from gptoss.weights.config import GptOssConfig
 from gptoss.weights.encoding import encode
+
+# --- The points --------------------------------------------------------------
+
+# In a layer, in the order of computation; T comes first in every tensor.
+LAYER_POINTS = (
+    "norm", "q", "k", "v", "q turned", "k turned", "weights", "heads",
+    "attention", "middle", "norm 2", "router", "chosen", "shares", "hidden",
+    "experts", "block")
+Key = tuple[int | None, str]  # layer (None: outside of all), point
+Trace = dict[Key, Tensor]
+
+
+def points(config: GptOssConfig) -> list[Key]:
+    """Every point of a model, in the order of computation."""
+    layers = [(n, point) for n in range(config.num_hidden_layers)
+              for point in LAYER_POINTS]
+    return [(None, "embedding"), *layers, (None, "last norm"),
+            (None, "logits")]
+
 
 # --- Black boxes -------------------------------------------------------------
 
@@ -218,61 +232,20 @@ def _trace(model: GptOss, x: Tensor, use: Contract, rope: Callable,
     return out
 
 
-# --- Walking transformers ----------------------------------------------------
-
-@contextmanager
-def replaced(owner: object, name: str, value: object) -> Iterator[None]:
-    """owner.name is value inside the with, and what it was afterwards."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
-@contextmanager
-def hooked(model: nn.Module, hooks: Mapping[str, Callable]
-           ) -> Iterator[None]:
-    """hooks[module name](inputs, output) is called after each forward."""
-    with ExitStack() as stack:
-        for name, hook in hooks.items():
-            def call(module, args, kwargs, out, hook=hook):
-                hook(args or tuple(kwargs.values()), out)
-            handle = model.get_submodule(name).register_forward_hook(
-                call, with_kwargs=True)
-            stack.callback(handle.remove)
-        yield
-
-
-def keeper(trace: Trace, layer: int | None, after: str | None,
-           before: str | None = None, shape: tuple[int, ...] = ()
-           ) -> Callable:
-    """A hook that keeps a module's output, and perhaps its input."""
-    def keep(inputs, out) -> None:
-        out = out[0] if isinstance(out, tuple) else out
-        value = out[0] if out.ndim == 3 else out
-        if after:
-            trace[layer, after] = (value.unflatten(-1, shape) if shape
-                                   else value).clone()
-        if before:
-            trace[layer, before] = inputs[0].flatten(0, -2).clone()
-    return keep
-
-
 __all__ = [
+    "Key",
+    "LAYER_POINTS",
     "Parts",
+    "Trace",
     "copying",
     "dense_shares",
-    "hooked",
     "in_parts",
-    "keeper",
     "our_down",
     "own_layer",
     "plain_torch_layer",
+    "points",
     "probe",
     "probe_experts",
-    "replaced",
     "swapped_in",
     "trace_attention",
     "trace_block",

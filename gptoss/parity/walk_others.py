@@ -1,11 +1,12 @@
-"""Parity, then many GPUs
+"""How is somebody else's model walked?
 
-Generated from book/16_parity.py; edit the chapter, not this file.
+Generated from book/parity/others.py; edit the chapter, not this file.
 """
 
 import tempfile
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -13,14 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptoss.model.transformer import GptOss
-from gptoss.parity.contracts import ParityError, Trace
+from gptoss.parity.contracts import ParityError
 from gptoss.parity.walk import (
+    Trace,
     dense_shares,
-    hooked,
-    keeper,
     probe,
     probe_experts,
-    replaced,
     trace_ours,
 )
 from gptoss.weights.checkpoint import Checkpoint
@@ -28,6 +27,46 @@ from gptoss.weights.convert import convert
 from gptoss.weights.mxfp4 import decode
 
 # --- Walking transformers ----------------------------------------------------
+
+@contextmanager
+def replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    """owner.name is value inside the with, and what it was afterwards."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextmanager
+def hooked(model: nn.Module, hooks: Mapping[str, Callable]
+           ) -> Iterator[None]:
+    """hooks[module name](inputs, output) is called after each forward."""
+    with ExitStack() as stack:
+        for name, hook in hooks.items():
+            def call(module, args, kwargs, out, hook=hook):
+                hook(args or tuple(kwargs.values()), out)
+            handle = model.get_submodule(name).register_forward_hook(
+                call, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+def keeper(trace: Trace, layer: int | None, after: str | None,
+           before: str | None = None, shape: tuple[int, ...] = ()
+           ) -> Callable:
+    """A hook that keeps a module's output, and perhaps its input."""
+    def keep(inputs, out) -> None:
+        out = out[0] if isinstance(out, tuple) else out
+        value = out[0] if out.ndim == 3 else out
+        if after:
+            trace[layer, after] = (value.unflatten(-1, shape) if shape
+                                   else value).clone()
+        if before:
+            trace[layer, before] = inputs[0].flatten(0, -2).clone()
+    return keep
+
 
 def import_transformers() -> types.ModuleType:
     """The package, quiet. ParityError: it is not installed."""
@@ -110,6 +149,8 @@ def trace_transformers(model: nn.Module, tokens: Tensor) -> Trace:
         model(tokens, use_cache=False)
     return trace
 
+
+# --- One layer at a time -----------------------------------------------------
 
 def their_tensors(checkpoint: Checkpoint, prefix: str, dtype: torch.dtype
                   ) -> dict[str, Tensor]:
@@ -259,7 +300,7 @@ def trace_openai(model: nn.Module, tokens: Tensor) -> Trace:
     return trace
 
 
-# --- The report --------------------------------------------------------------
+# --- The references ----------------------------------------------------------
 
 def trace_exact(path: Path, tokens: Tensor, dtype: torch.dtype) -> Trace:
     return trace_ours(GptOss.from_pretrained(path, torch.float64), tokens)
@@ -285,9 +326,12 @@ __all__ = [
     "HF_POINTS",
     "OPENAI_POINTS",
     "REFERENCES",
+    "hooked",
     "import_transformers",
+    "keeper",
     "load_openai",
     "load_transformers",
+    "replaced",
     "stream_transformers",
     "their_tensors",
     "trace_exact",

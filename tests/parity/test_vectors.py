@@ -15,9 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gptoss import parity, vectors
 from gptoss.cli.commands import main
 from gptoss.model.transformer import GptOss
+from gptoss.parity import vector_cases, vectors
+from gptoss.parity.contracts import PLAIN_CONTRACTS, contract_for
+from gptoss.parity.vector_cases import VectorError
+from gptoss.parity.walk import trace_ours
 
 FOLDER = Path(__file__).parent / "vectors"
 INDEX, STORED = vectors.read_vectors(FOLDER)
@@ -79,9 +82,9 @@ def test_greedy_tokens_are_no_near_ties():
     case = CASES["model"]
     row = torch.cat([inputs("model")["tokens"],
                      STORED["model/out/greedy"]]).long()
-    state = vectors._state(vectors.cast_inputs(inputs("model"),
-                                               torch.float64), "model.")
-    model = GptOss(vectors.TINY_CONFIG, torch.float64, "meta")
+    state = vector_cases._state(vector_cases.cast_inputs(
+        inputs("model"), torch.float64), "model.")
+    model = GptOss(vector_cases.TINY_CONFIG, torch.float64, "meta")
     model.load_state_dict(state, assign=True)
     with torch.inference_mode():
         best = model(row[None])[0, -9:-1].topk(2)[0]
@@ -186,7 +189,7 @@ def test_an_error_in_a_block_shows_in_block_and_model(monkeypatch):
 # --- bf16 --------------------------------------------------------------------
 
 def test_two_roundings_are_too_many():
-    t = vectors.cast_inputs(inputs("norm"), torch.bfloat16)
+    t = vector_cases.cast_inputs(inputs("norm"), torch.bfloat16)
     wide = t["x"].float()
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
     twice = t["weight"] * wide.bfloat16()
@@ -194,15 +197,15 @@ def test_two_roundings_are_too_many():
     assert vectors.far_off(twice, STORED["norm/out/y"], *near) > 1
 
 
-@pytest.mark.parametrize("contract", [*parity.PLAIN_CONTRACTS, None])
+@pytest.mark.parametrize("contract", [*PLAIN_CONTRACTS, None])
 def test_every_contract_is_near_enough_in_bf16(contract):
     """None: what runs unasked, the kernels on their path."""
-    contract = parity.contract_for(contract, torch.bfloat16)
-    model = GptOss(vectors.TINY_CONFIG, torch.bfloat16, "meta")
-    model.load_state_dict(vectors._state(inputs("model"), "model."),
+    contract = contract_for(contract, torch.bfloat16)
+    model = GptOss(vector_cases.TINY_CONFIG, torch.bfloat16, "meta")
+    model.load_state_dict(vector_cases._state(inputs("model"), "model."),
                           assign=True)
-    trace = parity.trace_ours(model, inputs("model")["tokens"].long()[None],
-                              contract)
+    trace = trace_ours(model, inputs("model")["tokens"].long()[None],
+                       contract)
     near = CASES["model"]["outputs"]["logits"]["bfloat16"]
     assert vectors.far_off(trace[None, "logits"],
                            STORED["model/out/logits"], *near) <= 1
@@ -231,25 +234,25 @@ def test_broken_answers(tmp_path):
         file = tmp_path / name
         if data is not None:
             file.write_bytes(data)
-        with pytest.raises(vectors.VectorError, match=name):
+        with pytest.raises(VectorError, match=name):
             vectors.check(FOLDER, file)
 
 
 def test_broken_sets(tmp_path):
-    with pytest.raises(vectors.VectorError, match="No such file"):
+    with pytest.raises(VectorError, match="No such file"):
         vectors.check(tmp_path)
     for name in ("index.json", "vectors.safetensors"):
         (tmp_path / name).write_bytes((FOLDER / name).read_bytes())
     changed = load_file(tmp_path / "vectors.safetensors")
     changed["rope/in/x"][0, 0, 0] += 1
     save_file(changed, tmp_path / "vectors.safetensors")
-    with pytest.raises(vectors.VectorError, match="sha256"):
+    with pytest.raises(VectorError, match="sha256"):
         vectors.check(tmp_path)
     (tmp_path / "index.json").write_text(json.dumps({**INDEX, "version": 2}))
-    with pytest.raises(vectors.VectorError, match="version: expected 1"):
+    with pytest.raises(VectorError, match="version: expected 1"):
         vectors.check(tmp_path)
     (tmp_path / "index.json").write_text("{")
-    with pytest.raises(vectors.VectorError, match="expected an index"):
+    with pytest.raises(VectorError, match="expected an index"):
         vectors.check(tmp_path)
 
 
@@ -282,16 +285,16 @@ def test_ours_is_written_again_and_what_replaced_it_is_not(tmp_path):
     vectors.write(tmp_path)
     assert kept(tmp_path) == {**first, "notes.txt": b"mine"}
     (tmp_path / "vectors.safetensors").write_bytes(b"mine")
-    with pytest.raises(vectors.VectorError, match="vectors.safetensors: exi"):
+    with pytest.raises(VectorError, match="vectors.safetensors: exi"):
         vectors.write(tmp_path)
     (tmp_path / "vectors.safetensors").unlink()
     (tmp_path / "index.json").unlink()
     (tmp_path / "index.json").mkdir()
-    with pytest.raises(vectors.VectorError, match="index.json: exists"):
+    with pytest.raises(VectorError, match="index.json: exists"):
         vectors.write(tmp_path)
     (tmp_path / "index.json").rmdir()
     (tmp_path / "index.json").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(vectors.VectorError, match="index.json: exists"):
+    with pytest.raises(VectorError, match="index.json: exists"):
         vectors.write(tmp_path)
     assert not (tmp_path / "nowhere").exists()
 
@@ -460,7 +463,7 @@ def test_damage_is_named(tmp_path, capsys, place, value, names):
     else:
         parent[last] = value
     damaged(folder, index, stored)
-    with pytest.raises(vectors.VectorError, match=names):
+    with pytest.raises(VectorError, match=names):
         vectors.check(folder)
     assert told(folder, capsys)[0] == 2
 

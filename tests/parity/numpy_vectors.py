@@ -3,7 +3,7 @@
 A second implementation, written from the one-line formulas of index.json,
 and proof that a port needs no more than a reader of safetensors.
 
-    python tests/numpy_vectors.py tests/vectors
+    python tests/parity/numpy_vectors.py tests/parity/vectors
 """
 
 import json
