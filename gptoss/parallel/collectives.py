@@ -29,7 +29,7 @@ class Group:
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that decides for all (chapter 12)."""
+        """Whether this is the rank that decides for all (text/generate)."""
         return self.mesh.tp_rank == self.mesh.pp_rank == 0
 
     def same(self, make: Callable[[], object]) -> object:

@@ -299,7 +299,7 @@ def test_a_chat_of_threads(world, stages, own_dates) -> None:
 
 def work_as_agent(rank: int, port: int, folder: Path) -> list:
     """In one of two processes; a collective may take four seconds."""
-    from gptoss import chat
+    from gptoss.chat import chat
 
     os.environ["MASTER_PORT"] = str(port)
     joined = join(timeout=timedelta(seconds=4))
