@@ -634,6 +634,8 @@ print(code, err)
 print(out)
 
 # %% [markdown]
+# ## It holds
+#
 # **Every mistake is one line and a 2**: whatever is wrong, with its name in
 # the line, nothing on stdout. (A test breaks a checkpoint in more than thirty
 # ways.)

@@ -104,6 +104,8 @@ print("ESC reaches the terminal:", "\x1b" in story)
 # | the prompt waits | nothing; a second one leaves | everything |
 
 # %% [markdown]
+# ## Code
+#
 # ### Text that a terminal cannot obey
 
 # %% tags=["export"]

@@ -490,9 +490,9 @@ class Stopped(Terse):
         self.pieces = pieces
 
     def events(self, messages):
-        self.turn = ()
+        self.turn = []
         for n in range(self.pieces):
-            self.turn = ({"role": "assistant", "content": "a" * (n + 1)},)
+            self.turn = [{"role": "assistant", "content": "a" * (n + 1)}]
             yield ChatEvent("final", "a")
         raise KeyboardInterrupt
 

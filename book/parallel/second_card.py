@@ -42,7 +42,7 @@ released = {"20b": big, "120b": GptOssConfig.gpt_oss_120b()}
 # Where the time of a token goes, for cards with NVLink and with PCIe, as if
 # every model fitted. Left of each pair the 20b, right the 120b.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input", "picture"]
 # Figure: milliseconds a token on 1, 2, 4 and 8 cards, split into reading and
 # meetings, for a fast and a slow kind of card. Reading shrinks with the cards,
 # meetings grow: on the fast cards, eight need more time in all than four.

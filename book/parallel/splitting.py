@@ -31,7 +31,7 @@
 # two ranks share the tensors. Blue modules own a part, orange ones
 # take something from another stage or hand it on, grey ones do nothing.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input", "picture"]
 # Figure: a table with a row for each of four ranks and a column for embedding,
 # four layers and head. Ranks 0 and 1 have the embedding and layers 0 and 1 in
 # blue, then a place that hands on, and one that does nothing; ranks 2 and 3
