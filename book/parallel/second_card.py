@@ -99,9 +99,9 @@ plt.show()
 # %% [markdown]
 # **A token.** Each of the $2(R - 1)$ steps of a [ring](collectives.ipynb)
 # sends an $R$-th of the tensor over each link, and no step can begin before
-# the one before has arrived. So with memory at $\beta$, links at $\lambda$ bytes a
-# second, a time $\tau$ to begin a collective and a time $\alpha$ for the
-# smallest step, a token takes about
+# the one before has arrived. So with memory at $\beta$, links at $\lambda$
+# bytes a second, a time $\tau$ to begin a collective and a time $\alpha$ for
+# the smallest step, a token takes about
 #
 # $$
 # t_R \approx \frac{\text{bytes read}}{R \beta} + (2L + 1) \bigg(\tau +
