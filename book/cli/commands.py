@@ -72,8 +72,8 @@ found = {node.name: imported(ast.walk(node))
          for name in ("options", "tables", "commands")
          for node in parsed(f"cli.{name}").body
          if isinstance(node, ast.FunctionDef)}
-pair = found["load_model"] | found["load_pair"] - {"parallel.split"}
 model = found["load_model"] - {"parallel.split"}  # that is for torchrun
+pair = model | found["load_pair"]
 needs = {"--help": set()} | {
     name: found[f"run_{name}"] | more for name, more in (
         ("generate", pair | found["sampling"]),
