@@ -1,6 +1,6 @@
 """The command line
 
-Generated from book/B_cli.py; edit the chapter, not this file.
+Generated from book/cli/commands.py; edit the chapter, not this file.
 """
 
 import sys

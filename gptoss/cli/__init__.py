@@ -1,4 +1,4 @@
-"""Part cli of the book: 0 names, loaded when first asked for
+"""Part cli of the book: 6 names, loaded when first asked for
 
 Generated from the front matter of book/cli/*.py; edit it, not this file.
 """
@@ -7,10 +7,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    pass
+    from gptoss.cli.commands import COMMANDS as COMMANDS
+    from gptoss.cli.commands import main as main
+    from gptoss.cli.mistakes import UsageError as UsageError
+    from gptoss.cli.mistakes import printable as printable
+    from gptoss.cli.terminal import Session as Session
+    from gptoss.cli.terminal import converse as converse
 
 _HOME = {
-
+    "COMMANDS": "commands",
+    "Session": "terminal",
+    "UsageError": "mistakes",
+    "converse": "terminal",
+    "main": "commands",
+    "printable": "mistakes",
 }
 _MODULES = (
     "mistakes",
@@ -34,5 +44,10 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-
+    "COMMANDS",
+    "Session",
+    "UsageError",
+    "converse",
+    "main",
+    "printable",
 ]

@@ -1,6 +1,6 @@
-"""The command line
+"""What does a program owe to somebody who mistypes?
 
-Generated from book/B_cli.py; edit the chapter, not this file.
+Generated from book/cli/mistakes.py; edit the chapter, not this file.
 """
 
 import argparse

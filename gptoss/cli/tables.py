@@ -1,6 +1,6 @@
-"""The command line
+"""Commands that print tables
 
-Generated from book/B_cli.py; edit the chapter, not this file.
+Generated from book/cli/tables.py; edit the chapter, not this file.
 """
 
 import argparse

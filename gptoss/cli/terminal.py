@@ -1,6 +1,6 @@
-"""The command line
+"""A conversation in a terminal
 
-Generated from book/B_cli.py; edit the chapter, not this file.
+Generated from book/cli/terminal.py; edit the chapter, not this file.
 """
 
 import argparse

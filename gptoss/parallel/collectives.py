@@ -1,6 +1,6 @@
-"""Splitting the model
+"""What do ranks say to each other?
 
-Generated from book/15_parallel.py; edit the chapter, not this file.
+Generated from book/parallel/collectives.py; edit the chapter, not this file.
 """
 
 import json
@@ -29,7 +29,7 @@ class Group:
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that decides for all (chapter 12)."""
+        """Whether this is the rank that decides for all (text/generate)."""
         return self.mesh.tp_rank == self.mesh.pp_rank == 0
 
     def same(self, make: Callable[[], object]) -> object:

@@ -1,6 +1,6 @@
-"""Splitting the model
+"""What do ranks say to each other?
 
-Generated from book/15_parallel.py; edit the chapter, not this file.
+Generated from book/parallel/collectives.py; edit the chapter, not this file.
 """
 
 import os

@@ -1,6 +1,6 @@
-"""Splitting the model
+"""What is a second card worth?
 
-Generated from book/15_parallel.py; edit the chapter, not this file.
+Generated from book/parallel/second_card.py; edit the chapter, not this file.
 """
 
 import math

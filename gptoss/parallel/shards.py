@@ -1,6 +1,6 @@
-"""Splitting the model
+"""Who holds which part?
 
-Generated from book/15_parallel.py; edit the chapter, not this file.
+Generated from book/parallel/shards.py; edit the chapter, not this file.
 """
 
 import math

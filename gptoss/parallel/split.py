@@ -1,6 +1,6 @@
-"""Splitting the model
+"""What changes in the model?
 
-Generated from book/15_parallel.py; edit the chapter, not this file.
+Generated from book/parallel/splitting.py; edit the chapter, not this file.
 """
 
 import re
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gptoss.model.cache import Cache
 from gptoss.model.layers import Attention, Experts, Linear
-from gptoss.model.transformer import GptOss, pick_dtype
+from gptoss.model.transformer import GptOss, file_name, file_tensor, pick_dtype
 from gptoss.parallel.collectives import Group, join
 from gptoss.parallel.launch import launched, process_rank
 from gptoss.parallel.shards import (
@@ -255,7 +255,9 @@ class SplitGptOss(GptOss):
             packed = packed and checkpoint.layout != "bf16"
             model = cls(checkpoint.config, mesh, group, dtype, device, packed)
             shard = Shard(checkpoint, mesh)
-            tensors = dict(load_tensors(shard, dtype, device, packed))
+            tensors = {file_name(name): file_tensor(name, tensor)
+                       for name, tensor in load_tensors(
+                           shard, dtype, device, packed)}
         model.load_state_dict(tensors, assign=True)
         model.bytes_read = shard.bytes_read
         return model.eval()

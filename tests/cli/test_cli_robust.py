@@ -14,7 +14,7 @@ import pytest
 import torch
 from test_cli import ROOT, folder, write_model  # noqa: F401  a fixture
 
-from gptoss import terminal
+from gptoss.cli import terminal
 from gptoss.cli.commands import main
 from gptoss.cli.mistakes import UsageError, tidily
 from gptoss.cli.terminal import Session, obey
@@ -67,7 +67,7 @@ def test_a_terminal_that_says_it_has_no_columns(columns, monkeypatch, capsys):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_takes_away_what_is_half_written(
         number, folder, tmp_path, monkeypatch, capsys):  # noqa: F811
-    from gptoss import checkpoint
+    from gptoss.weights import write
 
     def slow(tensor):
         os.kill(os.getpid(), number)
@@ -75,7 +75,7 @@ def test_a_signal_takes_away_what_is_half_written(
         raise AssertionError("the signal did not come")
 
     before = signal.getsignal(number)
-    monkeypatch.setattr(checkpoint, "_put", lambda *_: slow(None))
+    monkeypatch.setattr(write.Writer, "put", lambda *_: slow(None))
     assert main(["convert", str(folder), str(tmp_path / "there"),
                  "--layout", "original"]) == 128 + number
     assert capsys.readouterr() == ("", "")
@@ -95,18 +95,18 @@ def test_what_was_ignored_stays_ignored(monkeypatch):
 @pytest.mark.parametrize("error", [
     MemoryError(), RuntimeError("std::bad_alloc"), None])
 def test_a_lack_of_memory_is_a_line(error, monkeypatch, capsys):
-    from gptoss import checkpoint
+    from gptoss.weights import hub
 
     def greedy(path):
         if error is not None:
             raise error
         torch.empty(2 ** 50, dtype=torch.uint8)
 
-    monkeypatch.setattr(checkpoint, "resolve", greedy)
+    monkeypatch.setattr(hub, "resolve", greedy)
     assert main(["inspect"]) == 2
     assert capsys.readouterr().err == "gptoss: error: not enough memory" + (
         "\n" if error is not None else f" for {2 ** 50} bytes\n")
-    monkeypatch.setattr(checkpoint, "resolve", lambda path: int("x"))
+    monkeypatch.setattr(hub, "resolve", lambda path: int("x"))
     with pytest.raises(ValueError):  # others are bugs
         main(["inspect"])
 

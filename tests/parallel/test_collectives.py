@@ -1,5 +1,5 @@
-"""Chapter 15, what ranks say to each other: threads of this process, and
-how many processes there are."""
+"""parallel/collectives, what ranks say to each other: threads of this
+process, and how many processes there are."""
 
 import subprocess
 import sys
@@ -49,5 +49,5 @@ def test_launched(told, wanted, monkeypatch) -> None:
 
 def test_launched_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", (
-        "import sys, gptoss.launch; assert 'torch' not in sys.modules")],
-        check=True)
+        "import sys, gptoss.parallel.launch\n"
+        "assert 'torch' not in sys.modules")], check=True)

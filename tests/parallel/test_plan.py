@@ -1,4 +1,4 @@
-"""Chapter 15, what a second card is worth: counted and reckoned."""
+"""parallel/plan, what a second card is worth: counted and reckoned."""
 
 import itertools
 import json
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from splits import RELEASED, TINY, write_tiny
 
-from gptoss import commands as cli
+from gptoss.cli import commands as cli
 from gptoss.parallel.plan import (
     CARDS,
     estimate,

@@ -1,4 +1,4 @@
-"""Chapter 15: a split model is the model, whoever carries the messages.
+"""parallel/split: a split model is the model, whoever carries the messages.
 
 Two kinds of proof: threads of this process (`rehearse`); processes that talk
 over gloo, started once for each size of the world and by torchrun.
@@ -35,11 +35,11 @@ from splits import (
     write_tiny,
 )
 
-from gptoss import commands as cli
-from gptoss import decode_step
 from gptoss.chat.chat import Chat
 from gptoss.chat.messages import ChatError
 from gptoss.chat.tools import function_tool
+from gptoss.cli import commands as cli
+from gptoss.kernels import step
 from gptoss.model.transformer import GptOss
 from gptoss.parallel.collectives import Group, join, leave, rehearse
 from gptoss.parallel.plan import Tally, traffic
@@ -132,8 +132,8 @@ def attend_odd(rank: int, world: int, port: int, odd: Path, folder: Path
 
 def test_processes_share_a_vocabulary_of_any_size(odd, tmp_path) -> None:
     model, context = whole(odd), multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "gptoss.split", "pytest",
-                                    "hypothesis", "gptoss.chat"])
+    context.set_forkserver_preload(["torch", "gptoss.parallel.split", "pytest",
+                                    "hypothesis", "gptoss.chat.chat"])
     text = list(generate(model, PROMPT[1].tolist(), sampler=GREEDY,
                          max_new_tokens=24))
     for world, port in zip((2, 3), free_ports(2), strict=True):
@@ -279,7 +279,7 @@ def check_agent(ranks: list[list], noted: list[str]) -> None:
 def own_dates(monkeypatch) -> None:
     """A calendar that goes on whenever it is looked at."""
     days = iter(range(1, 9))
-    monkeypatch.setattr("gptoss.chat.today",
+    monkeypatch.setattr("gptoss.chat.chat.today",
                         lambda: f"2025-01-0{next(days)}")
 
 
@@ -299,7 +299,7 @@ def test_a_chat_of_threads(world, stages, own_dates) -> None:
 
 def work_as_agent(rank: int, port: int, folder: Path) -> list:
     """In one of two processes; a collective may take four seconds."""
-    from gptoss import chat
+    from gptoss.chat import chat
 
     os.environ["MASTER_PORT"] = str(port)
     joined = join(timeout=timedelta(seconds=4))
@@ -376,8 +376,8 @@ def worlds(tmp_path_factory) -> dict[int, list[dict]]:
     """Size of the world -> what each of its ranks found."""
     folder = tmp_path_factory.mktemp("worlds")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "gptoss.split", "pytest",
-                                    "hypothesis", "gptoss.chat"])
+    context.set_forkserver_preload(["torch", "gptoss.parallel.split", "pytest",
+                                    "hypothesis", "gptoss.chat.chat"])
     found = {}
     for world in STAGES:
         ports = free_ports(2 + len(COMMANDS))
@@ -504,8 +504,7 @@ def test_two_machines(capsys) -> None:
 
 DIES = """
 import os, signal, sys
-from gptoss import commands as cli
-from gptoss import decode_step
+from gptoss.cli import commands as cli
 from gptoss.parallel.split import SplitGptOss
 
 if os.environ["RANK"] == "1":
@@ -526,7 +525,8 @@ def test_one_dies_and_all_end(tmp_path) -> None:
     assert code == 1
     assert "lost the others" in err or "SIGKILL" in err, err[-2000:]
     for module in ("split", "collectives"):
-        assert f"gptoss/{module}.py" not in err  # no traceback of ours
+        # no traceback of ours
+        assert f"gptoss/parallel/{module}.py" not in err
 
 
 # --- Modules -----------------------------------------------------------------
@@ -553,6 +553,6 @@ def test_a_split_model_is_never_recorded_and_needs_no_word(caplog) -> None:
     alone = torch.nn.Linear(1, 1)
     part = SplitGptOss(TINY, mesh_rank(TINY, 0, 2), Group())
     for model in (part, alone, alone):
-        decode_step._told_why(model, "planted")
+        step._told_why(model, "planted")
     assert [record.getMessage().endswith("planted")
             for record in caplog.records] == [True]

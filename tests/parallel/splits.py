@@ -1,4 +1,4 @@
-"""What the tests of chapter 15 share: configurations, a model to split, what
+"""What the tests of `parallel` share: configurations, a model to split, what
 is asked of it, and what torchrun tells a process."""
 
 import os

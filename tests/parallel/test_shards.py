@@ -1,4 +1,4 @@
-"""Chapter 15, who holds which part: tables alone."""
+"""parallel/shards, who holds which part: tables alone."""
 
 import itertools
 import math
@@ -9,6 +9,7 @@ import pytest
 import torch
 from splits import POCKET, RELEASED, TINY, ranks, write_tiny
 
+from gptoss.model.cache import Cache
 from gptoss.parallel.plan import rank_bytes
 from gptoss.parallel.shards import (
     MeshRank,
@@ -24,6 +25,7 @@ from gptoss.parallel.shards import (
     shard_rule,
     stage_layers,
 )
+from gptoss.parallel.split import rank_cache
 from gptoss.weights.checkpoint import Checkpoint
 from gptoss.weights.config import GptOssConfig
 from gptoss.weights.layout import LAYOUTS, tensor_table
@@ -145,6 +147,11 @@ def test_cache_of_a_rank() -> None:
     assert mine.num_key_value_heads == 4
     assert mine.num_hidden_layers == len(mine.layer_types) == len(
         stage_layers(TINY, 2)[1])
+    # a stage has fewer sliding layers; all replay as the whole model does
+    caches = [rank_cache(TINY, mesh_rank(TINY, rank, 4, 2), 1, 20)
+              for rank in range(4)]
+    assert {cache.replay for cache in caches} == {Cache(TINY).replay}
+    assert Cache(mine).replay < Cache(TINY).replay
 
 
 @pytest.mark.parametrize("tensors", [1, 2, 3, 4, 7, 8, 64])

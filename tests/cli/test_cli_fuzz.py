@@ -15,8 +15,11 @@ import pytest
 from test_cli import write_model
 
 import gptoss
-from gptoss import kernels, parity, train, vectors
 from gptoss.cli.commands import COMMANDS, main
+from gptoss.kernels import bench
+from gptoss.parity import report as walked
+from gptoss.parity import vectors
+from gptoss.training import pocket
 
 ROUNDS = 40 * int(os.environ.get("GPTOSS_FUZZ", "1"))
 INTS = ["0", "-1", "1", "2", "3", "7", str(2 ** 31), str(2 ** 32),
@@ -106,11 +109,12 @@ def test_any_value_of_any_option(name, paths, tmp_path, monkeypatch, capsys):
         good = str(Path(gptoss.__file__).with_name("pocket"))
         paths = [good if path == paths[0] else path for path in paths]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "make_pocket", lambda out, recipe, report: None)
-    monkeypatch.setattr(kernels, "read_speed", lambda: 1e9)
+    monkeypatch.setattr(pocket, "make_pocket",
+                        lambda out, recipe, report: None)
+    monkeypatch.setattr(bench, "read_speed", lambda: 1e9)
     monkeypatch.setattr(vectors, "write", lambda folder: [Path(folder)])
-    real = parity.report  # the other references take seconds each
-    monkeypatch.setattr(parity, "report", lambda path, against, *more: real(
+    real = walked.report  # the other references take seconds each
+    monkeypatch.setattr(walked, "report", lambda path, against, *more: real(
         path, "float64", *more))
     codes = []
     for _ in range(ROUNDS):

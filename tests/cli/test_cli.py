@@ -194,7 +194,7 @@ def test_printable_leaves_ordinary_text_alone():
 @pytest.fixture
 def script(monkeypatch):
     """Makes the command's model write what is scripted."""
-    from gptoss import commands
+    from gptoss.cli import commands
 
     def use(*rounds: str) -> None:
         monkeypatch.setattr(
@@ -236,7 +236,7 @@ def test_chat_writes_the_answer_or_the_whole_transcript(script, capsys,
 
 
 def test_chat_options_reach_the_prompt(script, capsys, monkeypatch):
-    from gptoss import chat
+    from gptoss.chat import chat
 
     prompts = []
     render = chat.render
@@ -303,7 +303,7 @@ def test_drawn_lines_are_whole():
 # -- inspect and convert ----------------------------------------------------
 
 def test_inspect_reads_no_weights(folder, capsys, monkeypatch):
-    from gptoss import checkpoint
+    from gptoss.weights import checkpoint
 
     def never(*args, **options):
         raise AssertionError("a tensor was read")
@@ -366,7 +366,7 @@ def test_convert_there_and_back(folder, tmp_path, capsys):
 
 
 def test_train_hands_over_its_recipe(tmp_path, capsys, monkeypatch):
-    from gptoss import train
+    from gptoss.training import pocket, train
 
     found = []
 
@@ -375,7 +375,7 @@ def test_train_hands_over_its_recipe(tmp_path, capsys, monkeypatch):
         for step in range(recipe.steps):
             report({"step": step, "loss": 1.5, "seconds": 2.0})
 
-    monkeypatch.setattr(train, "make_pocket", make)
+    monkeypatch.setattr(pocket, "make_pocket", make)
     target, whole = tmp_path / "new", train.Recipe()
     assert main(["train", str(target), "--steps", "30", "--seed", "5"]) == 0
     out, err = capsys.readouterr()
@@ -457,33 +457,36 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     def broken(path):
         raise KeyError("a bug")
 
-    from gptoss import checkpoint
+    from gptoss.weights import checkpoint, hub
     monkeypatch.setattr(checkpoint, "describe", broken)
-    monkeypatch.setattr(checkpoint, "resolve", lambda path: path)
+    monkeypatch.setattr(hub, "resolve", lambda path: path)
     with pytest.raises(KeyError, match="a bug"):
         main(["inspect", "anything"])
 
 
 def test_ctrl_c_is_130_and_quiet(monkeypatch, capsys):
-    from gptoss import checkpoint
+    from gptoss.weights import hub
 
     def interrupted(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "resolve", interrupted)
+    monkeypatch.setattr(hub, "resolve", interrupted)
     assert main(["inspect", "anything"]) == 130
     assert capsys.readouterr().err == ""
 
 
 def test_every_error_of_the_package_is_told_in_a_line():
     """Whatever class a module refuses with, by the one they derive from."""
-    for info in pkgutil.iter_modules(gptoss.__path__):
-        if info.name in ("__main__", "tangle", "triton_kernels"):
+    found = 0
+    for info in pkgutil.walk_packages(gptoss.__path__, "gptoss."):
+        if info.name.endswith(("__main__", "triton_kernels")):
             continue
-        module = import_module(f"gptoss.{info.name}")
+        module = import_module(info.name)
         for name, value in vars(module).items():
             if name.endswith("Error") and value.__module__ == module.__name__:
                 assert is_mistake(value("no")), name
+                found += 1
+    assert found > 10
     assert is_mistake(torch.OutOfMemoryError("no"))
     assert not is_mistake(ValueError("a bug"))
 
@@ -514,7 +517,7 @@ def start(*args: str, **options) -> subprocess.Popen:
 
 
 def test_version_help_and_mistake_need_no_torch():
-    code = ("import sys; from gptoss.commands import main\n"
+    code = ("import sys; from gptoss.cli.commands import main\n"
             "try: main(['--help'])\nexcept SystemExit as e: print(e.code)\n"
             "print(main(['generate', '--no']), main(['convert']))\n"
             "print([m for m in ('torch', 'transformers', 'rich')"
@@ -531,7 +534,7 @@ def test_version_help_and_mistake_need_no_torch():
 def test_package_offers_its_names():
     code = ("import gptoss, sys; assert 'torch' not in sys.modules\n"
             "from gptoss import Chat, GptOss, GptOssConfig, Tokenizer, mxfp4\n"
-            "gptoss.cache.Cache; gptoss.generate.Sampler\n"
+            "gptoss.model.cache.Cache; gptoss.text.sampling.Sampler\n"
             "assert gptoss.harmony.Tokenizer is Tokenizer is not None\n"
             "gptoss.mxfp4, gptoss.checkpoint, gptoss.kernels, gptoss.chat\n"
             "assert 'transformers' not in sys.modules\n"
@@ -669,7 +672,7 @@ def test_bench_refuses_what_it_cannot_measure(options, words, capsys):
     assert out == "" and words in err and err.count("\n") == 1
 
 
-# -- the kernels of chapter 13 ----------------------------------------------
+# -- the kernels -----------------------------------------------------------
 
 @pytest.mark.parametrize("command", [
     ["generate", "--dtype", "float32"], ["generate", "--dtype", "float16"],
@@ -732,7 +735,7 @@ def test_a_mistake_is_told_before_anything_is_compiled(tmp_path):
         ("generate", "--prompt", "a", "--model"),
         ("chat", "--prompt", "a", "--model"), ("bench",))]
     done = subprocess.run(
-        [sys.executable, "-c", "from gptoss.commands import main\n"
+        [sys.executable, "-c", "from gptoss.cli.commands import main\n"
          f"print([main(argv) for argv in {argvs}])"],
         capture_output=True, text=True, timeout=280,
         env=os.environ | {"GPTOSS_KERNELS": "auto", "CXX": "false",
