@@ -3,11 +3,11 @@ path that the model takes.
 
 GPTOSS_KERNELS decides the path for a whole process: plain torch unless it
 says otherwise. `make unit` runs every test so, and then those marked
-`both_paths` again with GPTOSS_KERNELS=auto, as users run them: with chapter
-13's kernels. Kernels compute in bf16 alone, in fp32 and float64 both paths
+`both_paths` again with GPTOSS_KERNELS=auto, as users run them: with the
+kernels. Kernels compute in bf16 alone, in fp32 and float64 both paths
 give the same bits (test_paths.py), so the second run leaves out what BOTH
 leaves out. The tests of the kernels themselves are in the second run alone:
-`GPTOSS_KERNELS=auto pytest tests/test_kernels.py`.
+`GPTOSS_KERNELS=auto pytest tests/kernels`.
 """
 
 import os
@@ -65,7 +65,7 @@ if ON_KERNELS:  # now, and not by whichever test calls an operator first
 
     LOADED = load_kernels()
 else:
-    collect_ignore = list(THEIRS)
+    collect_ignore = [f"kernels/{name}" for name in THEIRS]
 
 
 def pytest_configure(config: pytest.Config) -> None:

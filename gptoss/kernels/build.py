@@ -1,6 +1,6 @@
-"""Four bits at full speed
+"""How does C++ come under an operator?
 
-Generated from book/13_kernels.py; edit the chapter, not this file.
+Generated from book/kernels/building.py; edit the chapter, not this file.
 """
 
 import hashlib
