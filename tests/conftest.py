@@ -31,6 +31,12 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("fixed", derandomize=True, database=None)
 hypothesis.settings.load_profile("fixed")
 
+# these load the kernels for their whole process, so only where they belong;
+# much of them is about machines without a compiler, so nothing skips them
+THEIRS = ("test_kernels.py", "test_build.py", "test_compact.py",
+          "test_bench.py", "test_triton_kernels.py", "test_kernel_parts.py",
+          "test_kernel_safety.py")
+
 # file -> its tests (patterns) that run on the kernels' path too
 BOTH = {
     "test_paths.py": ["*"],
@@ -51,13 +57,8 @@ BOTH = {
     "test_decode_step.py": ["*bit_for_bit*", "*the_same_text*",
                             "*near_the_ordinary*"],
     "test_vectors.py": ["*holds_to_the_set*", "*every_contract*"],
-    "test_kernels.py": ["*"],
-    "test_kernel_parts.py": ["*"],
-    "test_kernel_safety.py": ["*"],
+    **dict.fromkeys(THEIRS, ["*"]),
 }
-# these load the kernels for their whole process, so only where they belong;
-# much of them is about machines without a compiler, so nothing skips them
-THEIRS = ("test_kernels.py", "test_kernel_parts.py", "test_kernel_safety.py")
 
 ON_KERNELS = os.environ["GPTOSS_KERNELS"] != "torch"
 if ON_KERNELS:  # now, and not by whichever test calls an operator first

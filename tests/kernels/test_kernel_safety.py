@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_build import compiler
 from test_kernels import (
     COMPILED,
-    compiler,
     kernels_on,  # noqa: F401  a fixture
     needs_compiler,
 )
