@@ -369,4 +369,5 @@ for columns in (32, 96, 2880):  # one block, three, no whole register
 #
 # - Instructions of x86:
 #   https://www.intel.com/content/www/us/en/docs/intrinsics-guide
-# - Instructions of ARM: https://developer.arm.com/architectures/instruction-sets/intrinsics
+# - Instructions of ARM:
+#   https://developer.arm.com/architectures/instruction-sets/intrinsics

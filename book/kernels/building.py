@@ -894,4 +894,5 @@ with tempfile.TemporaryDirectory() as folder:
 # - pytorch/pytorch, `aten/src/ATen/core/dispatch/` and `torch/library.h`: how
 #   a kernel is put under an operator.
 # - Where a user's cache lies: https://specifications.freedesktop.org/basedir
-# - GCC's vector types: https://gcc.gnu.org/onlinedocs/gcc/Vector-Extensions.html
+# - GCC's vector types:
+#   https://gcc.gnu.org/onlinedocs/gcc/Vector-Extensions.html

@@ -740,4 +740,5 @@ assert 4 * 24 * 128 < 2 ** 15  # there is room for it: the offset is free
 # - MXFP4: {cite}`ocpmx2023`.
 # - llama.cpp, `ggml/src/ggml-cpu/`: MXFP4 times 8-bit activations with the
 #   same lookup instruction.
-# - Instructions of x86: https://www.intel.com/content/www/us/en/docs/intrinsics-guide
+# - Instructions of x86:
+#   https://www.intel.com/content/www/us/en/docs/intrinsics-guide
