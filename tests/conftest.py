@@ -3,11 +3,11 @@ path that the model takes.
 
 GPTOSS_KERNELS decides the path for a whole process: plain torch unless it
 says otherwise. `make unit` runs every test so, and then those marked
-`both_paths` again with GPTOSS_KERNELS=auto, as users run them: with chapter
-13's kernels. Kernels compute in bf16 alone, in fp32 and float64 both paths
+`both_paths` again with GPTOSS_KERNELS=auto, as users run them: with the
+kernels. Kernels compute in bf16 alone, in fp32 and float64 both paths
 give the same bits (test_paths.py), so the second run leaves out what BOTH
 leaves out. The tests of the kernels themselves are in the second run alone:
-`GPTOSS_KERNELS=auto pytest tests/test_kernels.py`.
+`GPTOSS_KERNELS=auto pytest tests/kernels`.
 """
 
 import os
@@ -33,6 +33,12 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("fixed", derandomize=True, database=None)
 hypothesis.settings.load_profile("fixed")
 
+# these load the kernels for their whole process, so only where they belong;
+# much of them is about machines without a compiler, so nothing skips them
+THEIRS = ("test_kernels.py", "test_build.py", "test_compact.py",
+          "test_bench.py", "test_triton_kernels.py", "test_kernel_parts.py",
+          "test_kernel_safety.py")
+
 # file -> its tests (patterns) that run on the kernels' path too
 BOTH = {
     "test_paths.py": ["*"],
@@ -53,13 +59,8 @@ BOTH = {
     "test_decode_step.py": ["*bit_for_bit*", "*the_same_text*",
                             "*near_the_ordinary*"],
     "test_vectors.py": ["*holds_to_the_set*", "*every_contract*"],
-    "test_kernels.py": ["*"],
-    "test_kernel_parts.py": ["*"],
-    "test_kernel_safety.py": ["*"],
+    **dict.fromkeys(THEIRS, ["*"]),
 }
-# these load the kernels for their whole process, so only where they belong;
-# much of them is about machines without a compiler, so nothing skips them
-THEIRS = ("test_kernels.py", "test_kernel_parts.py", "test_kernel_safety.py")
 
 ON_KERNELS = os.environ["GPTOSS_KERNELS"] != "torch"
 if ON_KERNELS:  # now, and not by whichever test calls an operator first
@@ -67,7 +68,7 @@ if ON_KERNELS:  # now, and not by whichever test calls an operator first
 
     LOADED = load_kernels()
 else:
-    collect_ignore = list(THEIRS)
+    collect_ignore = [f"kernels/{name}" for name in THEIRS]
 
 
 def pytest_configure(config: pytest.Config) -> None:

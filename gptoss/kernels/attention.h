@@ -1,5 +1,5 @@
-// Four bits at full speed
-// Generated from book/13_kernels.py; edit the chapter, not this file.
+// How is each key read only once?
+// Generated from book/kernels/attending.py; edit the chapter, not this file.
 
 namespace {
 
@@ -35,7 +35,8 @@ struct Attention {  // one key head, the query heads and tokens it serves
   void weigh(int64_t r);
 };
 
-// scores of row r -> weights, with the running maximum and sum of chapter 5
+// scores of row r -> weights, with a running maximum and sum, as in
+// attention/sinks
 void Attention::weigh(int64_t r) {
   const float none = -std::numeric_limits<float>::infinity();
   const int32_t last = position[r];

@@ -1,5 +1,5 @@
-// Four bits at full speed
-// Generated from book/13_kernels.py; edit the chapter, not this file.
+// How does C++ come under an operator?
+// Generated from book/kernels/building.py; edit the chapter, not this file.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>

@@ -1,5 +1,5 @@
-// Four bits at full speed
-// Generated from book/13_kernels.py; edit the chapter, not this file.
+// What changes when many tokens meet one weight?
+// Generated from book/kernels/many_rows.py; edit the chapter, not this file.
 
 namespace {
 

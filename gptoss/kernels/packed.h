@@ -1,5 +1,5 @@
-// Four bits at full speed
-// Generated from book/13_kernels.py; edit the chapter, not this file.
+// How are four bits multiplied without unpacking?
+// Generated from book/kernels/packed.py; edit the chapter, not this file.
 
 namespace {
 

@@ -1,6 +1,6 @@
-"""Four bits at full speed
+"""What is the speed limit?
 
-Generated from book/13_kernels.py; edit the chapter, not this file.
+Generated from book/kernels/roofline.py; edit the chapter, not this file.
 """
 
 import time

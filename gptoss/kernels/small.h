@@ -1,5 +1,5 @@
-// Four bits at full speed
-// Generated from book/13_kernels.py; edit the chapter, not this file.
+// How does C++ come under an operator?
+// Generated from book/kernels/building.py; edit the chapter, not this file.
 
 namespace {
 
@@ -18,7 +18,7 @@ Buffer norm_rows(const Buffer& x, const Buffer& weight, double eps) {
   return y;
 }
 
-// x (..., H, C) turned by tables (..., C/2), half-split as in chapter 4
+// x (..., H, C) turned by tables (..., C/2), half-split
 Buffer rope_rows(const Buffer& x, const Buffer& cos, const Buffer& sin,
                  int64_t H, int64_t half) {
   Buffer y(x.size());

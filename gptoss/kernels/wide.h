@@ -1,5 +1,5 @@
-// Four bits at full speed
-// Generated from book/13_kernels.py; edit the chapter, not this file.
+// Wider registers: AVX-512, VNNI and NEON
+// Generated from book/cli/wide.py; edit the chapter, not this file.
 
 namespace {
 

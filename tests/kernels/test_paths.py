@@ -14,17 +14,22 @@ import pytest
 import torch
 from oracles import random_tensors
 
-from gptoss import kernels, parity
 from gptoss.chat.chat import Chat
+from gptoss.kernels import build
 from gptoss.model.transformer import GptOss
 from gptoss.parallel.collectives import rehearse
 from gptoss.parallel.split import SplitGptOss
+from gptoss.parity.contracts import CONTRACTS, contract_for
+from gptoss.parity.judge import Judge
+from gptoss.parity.suspects import judge_walk
+from gptoss.parity.walk import trace_ours
 from gptoss.text.generate import choose_step, generate, generate_batch
 from gptoss.text.sampling import Sampler
+from gptoss.weights.checkpoint import Checkpoint
 from gptoss.weights.config import GptOssConfig
 from gptoss.weights.write import write_checkpoint
 
-POCKET = Path(kernels.__file__).parent / "pocket"
+POCKET = Path(build.__file__).parents[1] / "pocket"
 GREEDY = Sampler(temperature=0.0)
 # every size is one that the kernels take; the text outgrows the window; every
 # token goes to all experts, or rounding would send some to others
@@ -96,16 +101,16 @@ def test_the_path_is_the_one_that_was_asked_for(model):
     torch.manual_seed(1)
     here = product(model)
     torch.manual_seed(1)
-    with kernels.plain_torch():
+    with build.plain_torch():
         plain = product(model)
     if conftest.ON_KERNELS:
         compiler = os.environ.get("CXX", "c++").split()[0]
         assert shutil.which(compiler) is None or not (
             conftest.LOADED.startswith("torch"))
-        assert kernels.load_kernels() == conftest.LOADED
+        assert build.load_kernels() == conftest.LOADED
         assert not torch.equal(here, plain)
     else:
-        assert kernels.load_kernels().startswith("torch")
+        assert build.load_kernels().startswith("torch")
         assert torch.equal(here, plain)
     assert (here - plain).abs().max() <= 0.02 * plain.abs().max()
 
@@ -123,7 +128,7 @@ def test_wide_numbers_are_the_same_bits_on_both_paths(path, dtype):
         return [model(tokens), *parts, torch.tensor(ids)]
     with torch.inference_mode():
         here = everything()
-        with kernels.plain_torch():
+        with build.plain_torch():
             there = everything()
     assert all(map(torch.equal, here, there))
 
@@ -133,13 +138,13 @@ def test_wide_numbers_are_the_same_bits_on_both_paths(path, dtype):
 @pytest.mark.parametrize("parts", [[60], [59, 1], [1] * 60, [4, 5, 3, 48],
                                    [30, *[1] * 30]], ids=len)
 def test_each_operation_of_every_way_to_read(path, model, parts):
-    contract = parity.contract_for(None, torch.bfloat16)
-    use = parity.CONTRACTS[contract]
+    contract = contract_for(None, torch.bfloat16)
+    use = CONTRACTS[contract]
     tokens = prompt(60, 1)
-    trace = parity.trace_ours(model, tokens, contract, parts=parts)
+    trace = trace_ours(model, tokens, contract, parts=parts)
     trace[None, "tokens"] = tokens[0]
-    with parity.Checkpoint.open(path) as checkpoint:
-        _, finding = parity.judge_walk(parity.Judge(
+    with Checkpoint.open(path) as checkpoint:
+        _, finding = judge_walk(Judge(
             checkpoint, torch.bfloat16, use.inner, use.kernels), trace, "ours")
     assert finding is None, finding
 
@@ -151,7 +156,7 @@ def test_decoding_computes_what_the_walk_judged(model, step):
     as no ring has turned (then keys come in another order)."""
     tokens = prompt(CONFIG.sliding_window, 2)
     parts = [14] + [1] * 10
-    wanted = parity.trace_ours(model, tokens, "kernels", parts=parts)
+    wanted = trace_ours(model, tokens, "kernels", parts=parts)
     with torch.inference_mode():
         cache = model.new_cache()
         found = [model(tokens[:, :14], cache)[0]]

@@ -14,12 +14,12 @@ import sys
 
 import torch
 
-import gptoss.kernels as kernels
+from gptoss.kernels import build
 from gptoss.kernels.compact import pack_by_torch
 from gptoss.weights.encoding import encode
 
 OPS = torch.ops.gptoss
-SANITIZED = (*(option for option in kernels.OPTIONS if option != "-O3"),
+SANITIZED = (*(option for option in build.OPTIONS if option != "-O3"),
              "-O1", "-g1", "-fno-omit-frame-pointer",
              "-fsanitize=address,undefined", "-fno-sanitize=vptr",
              "-fno-sanitize-recover=undefined")
@@ -186,7 +186,7 @@ def words(arguments: list) -> str:
 def compared(operator, arguments: list) -> tuple[str, bool]:
     """How the kernel differs from plain torch, and if that refuses."""
     fast, error = outcome(operator, arguments)
-    with kernels.plain_torch():
+    with build.plain_torch():
         slow, refusal = outcome(operator, arguments)
     if (fast is None) != (slow is None):
         return (f"raises {error!r}" if fast is None else
@@ -198,8 +198,8 @@ def compared(operator, arguments: list) -> tuple[str, bool]:
 def main(seed: int, count: int, kind: str = "wrong",
          sanitized: str = "") -> None:
     if sanitized:
-        kernels.OPTIONS = SANITIZED
-    assert "C++" in kernels.load_kernels()
+        build.OPTIONS = SANITIZED
+    assert "C++" in build.load_kernels()
     assert torch.ops.gptoss.kernels_on()
     torch.set_num_threads(2 if kind == "valid" else 1)
     refused = differ = 0

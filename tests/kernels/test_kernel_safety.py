@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_build import compiler
 from test_kernels import (
     COMPILED,
-    compiler,
     kernels_on,  # noqa: F401  a fixture
     needs_compiler,
 )
 
-import gptoss.kernels as kernels
+from gptoss.kernels import build
 from gptoss.weights.encoding import encode
 
 FUZZ = Path(__file__).with_name("kernel_fuzz.py")
@@ -47,7 +47,7 @@ def sanitizer() -> str:
     found = []
     for name in ("libasan.so", "libstdc++.so"):
         asked = subprocess.run(
-            [*kernels._compiler(), f"-print-file-name={name}"],
+            [*build._compiler(), f"-print-file-name={name}"],
             text=True, capture_output=True)
         path = asked.stdout.strip()
         if asked.returncode or not os.path.isabs(path):
@@ -63,8 +63,8 @@ def test_under_asan_and_ubsan(monkeypatch):
     if not preload:
         pytest.skip("the compiler has no libasan")
     import kernel_fuzz
-    monkeypatch.setattr(kernels, "OPTIONS", kernel_fuzz.SANITIZED)
-    kernels.build()
+    monkeypatch.setattr(build, "OPTIONS", kernel_fuzz.SANITIZED)
+    build.build()
     for kind in ("wrong", "valid"):
         fuzz(2, 150 * FACTOR, kind, "sanitized", LD_PRELOAD=preload,
              ASAN_OPTIONS="detect_leaks=0")
@@ -107,7 +107,7 @@ def cache(tmp_path, monkeypatch):
     """A library in a cache of its own, made by a compiler that copies."""
     monkeypatch.setenv("CXX", compiler(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    kernels.build()
+    build.build()
     return tmp_path
 
 
@@ -117,8 +117,8 @@ def calls(folder: Path) -> int:
 
 USE = """
 import sys, torch
-from gptoss import kernels
-print(kernels.load_kernels().split()[0])
+from gptoss.kernels import build
+print(build.load_kernels().split()[0])
 """
 
 
@@ -133,7 +133,7 @@ def use() -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("damage", ["cut", "zeros", "flipped", "other",
                                     "no seal", "folder"])
 def test_a_broken_library_is_compiled_again(cache, damage):
-    library = kernels.library_path()
+    library = build.library_path()
     right = library.read_bytes()
     seal = library.with_suffix(".sha256")
     if damage == "no seal":
@@ -147,9 +147,9 @@ def test_a_broken_library_is_compiled_again(cache, damage):
             "cut": right[:1000], "zeros": bytes(len(right)),
             "flipped": right[:5000] + bytes([right[5000] ^ 1])
             + right[5001:], "other": b"\x7fELF"}[damage])
-    assert kernels.kernel_path.__doc__ and not kernels._sound(library)
-    assert kernels.build() == library and library.read_bytes() == right
-    assert calls(cache) == 2 and kernels._sound(library)
+    assert build.kernel_path.__doc__ and not build._sound(library)
+    assert build.build() == library and library.read_bytes() == right
+    assert calls(cache) == 2 and build._sound(library)
 
 
 @needs_kernels
@@ -157,13 +157,13 @@ def test_a_broken_library_is_compiled_again(cache, damage):
 def test_a_sealed_library_that_does_not_load_is_compiled_once_more(cache):
     """As one process sees it; with a compiler that makes nothing good, one
     line is said and plain torch computes."""
-    library = kernels.library_path()
+    library = build.library_path()
     library.write_bytes(b"\x7fELF nothing")
-    library.with_suffix(".sha256").write_text(kernels._seal(library))
+    library.with_suffix(".sha256").write_text(build._seal(library))
     done = use()
     assert done.returncode == 0 and calls(cache) == 2, done.stderr
     assert not done.stdout.startswith("torch"), done.stderr
-    assert kernels._sound(library)
+    assert build._sound(library)
 
 
 @needs_compiler
@@ -172,8 +172,8 @@ def test_a_compiler_that_makes_nothing(tmp_path, monkeypatch):
     for broken, words in (("true", "made no library"),
                           ('g++ "', "CXX"), ("false", "no message")):
         monkeypatch.setenv("CXX", broken)
-        with pytest.raises(kernels.KernelError, match=words):
-            kernels.build()
+        with pytest.raises(build.KernelError, match=words):
+            build.build()
 
 
 @pytest.mark.parametrize(("told", "line"), [
@@ -185,24 +185,24 @@ def test_a_compiler_that_makes_nothing(tmp_path, monkeypatch):
     ("cannot \x1b]0;owned\x07 é", "cannot \\x1b]0;owned\\x07 é"),
     ("", "no message")])
 def test_a_complaint_is_the_useful_line_and_printable(told, line):
-    assert kernels._complaint(told) == line
+    assert build._complaint(told) == line
 
 
 @needs_kernels
 @needs_compiler
 def test_what_killed_compilers_left_is_removed(cache):
-    folder = kernels.library_path().parent
+    folder = build.library_path().parent
     (folder / "tmpabc").mkdir()
     (folder / "tmpabc" / "half.so").write_text("")
-    kernels.library_path().unlink()
-    kernels.build()
+    build.library_path().unlink()
+    build.build()
     assert sorted(x.suffix for x in folder.iterdir()) == [".sha256", ".so"]
     (folder / "tmpabc").mkdir()
-    kernels._sweep(folder, 3600)  # no lock: it may be at work
+    build._sweep(folder, 3600)  # no lock: it may be at work
     assert (folder / "tmpabc").exists()
     old = time.time() - 4000
     os.utime(folder / "tmpabc", (old, old))
-    kernels._sweep(folder, 3600)
+    build._sweep(folder, 3600)
     assert not (folder / "tmpabc").exists()
 
 
@@ -211,19 +211,19 @@ def test_what_killed_compilers_left_is_removed(cache):
 @needs_kernels
 @needs_compiler
 def test_a_folder_that_others_may_write_to_is_not_used(cache):
-    folder = kernels.library_path().parent
+    folder = build.library_path().parent
     assert folder.stat().st_mode & 0o777 == 0o700
-    assert kernels.library_path().stat().st_mode & 0o022 == 0
+    assert build.library_path().stat().st_mode & 0o022 == 0
     for mode in (0o777, 0o770, 0o722):
         folder.chmod(mode)
-        with pytest.raises(kernels.KernelError, match=f"mode {mode:o}"):
-            kernels.build()
+        with pytest.raises(build.KernelError, match=f"mode {mode:o}"):
+            build.build()
     done = use()
     assert done.stdout == "torch\n" and "nobody else may write" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     folder.chmod(0o700)
-    kernels.library_path().chmod(0o777)  # the file alone: made anew
-    kernels.build()
+    build.library_path().chmod(0o777)  # the file alone: made anew
+    build.build()
     assert calls(cache) == 2
 
 
@@ -234,8 +234,8 @@ def test_a_folder_of_somebody_else_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", sys.executable)
     (tmp_path / "gptoss").mkdir(mode=0o700)
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-    with pytest.raises(kernels.KernelError, match="found owner"):
-        kernels.build()
+    with pytest.raises(build.KernelError, match="found owner"):
+        build.build()
 
 
 def test_a_relative_cache_is_ignored(monkeypatch, tmp_path):
@@ -245,13 +245,14 @@ def test_a_relative_cache_is_ignored(monkeypatch, tmp_path):
             monkeypatch.delenv("XDG_CACHE_HOME")
         else:
             monkeypatch.setenv("XDG_CACHE_HOME", value)
-        assert kernels.library_path().parent == tmp_path / ".cache" / "gptoss"
+        assert build.library_path().parent == tmp_path / ".cache" / "gptoss"
 
 
 def test_building_needs_no_extension_builder():
     """Importing it prints where a CUDA wheel finds no GPU."""
-    code = ("import sys; from gptoss import kernels; from pathlib import Path;"
-            "kernels.compile_command(Path('x'));"
+    code = ("import sys; from pathlib import Path;"
+            "from gptoss.kernels import build;"
+            "build.compile_command(Path('x'));"
             "print('torch.utils.cpp_extension' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], text=True,
                           capture_output=True, timeout=280)
@@ -274,7 +275,7 @@ def test_plain_torch_is_this_threads_alone():
             seen["y"] = OPS.mxfp4_linear(x, *weight, None)
     with torch.no_grad():
         fast = OPS.mxfp4_linear(x, *weight, None)
-        with kernels.plain_torch():
+        with build.plain_torch():
             assert not OPS.kernels_on()
             thread = threading.Thread(target=other)
             thread.start()

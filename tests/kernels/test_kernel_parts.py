@@ -11,23 +11,23 @@ import torch
 from kernel_parts import TWINS
 from test_kernels import COMPILED, needs_compiler
 
-import gptoss.kernels as kernels
+from gptoss.kernels import build
 
 SCRIPT = Path(__file__).with_name("kernel_parts.py")
 
 
 def test_every_part_is_listed_and_short():
-    files = {file.stem: file for file in kernels.SOURCE.glob("*.h")}
-    assert set(files) == set(kernels.PARTS)
-    assert not list(kernels.SOURCE.glob("*.cpp"))
+    files = {file.stem: file for file in build.SOURCE.glob("*.h")}
+    assert set(files) == set(build.PARTS)
+    assert not list(build.SOURCE.glob("*.cpp"))
     for file in files.values():
         assert len(file.read_text("utf-8").splitlines()) < 300, file.name
 
 
 def test_only_operators_of_a_part_have_no_twin():
     """A part that registers an operator has a twin, `base` apart."""
-    registers = {part for part in kernels.PARTS if "TORCH_LIBRARY" in
-                 (kernels.SOURCE / f"{part}.h").read_text("utf-8")}
+    registers = {part for part in build.PARTS if "TORCH_LIBRARY" in
+                 (build.SOURCE / f"{part}.h").read_text("utf-8")}
     assert registers - {"base"} == set(TWINS)
 
 
@@ -40,24 +40,24 @@ def test_a_part_and_its_twin(part):
 
 
 def test_a_library_is_named_by_its_parts(monkeypatch, tmp_path):
-    some = [kernels.PARTS[:n] for n in range(1, len(kernels.PARTS) + 1)]
-    names = {kernels.library_path(parts=parts) for parts in some}
+    some = [build.PARTS[:n] for n in range(1, len(build.PARTS) + 1)]
+    names = {build.library_path(parts=parts) for parts in some}
     assert len(names) == len(some)
-    assert kernels.library_path() == kernels.library_path(parts=some[-1])
-    command = kernels.compile_command(Path("x"), parts=some[2])
+    assert build.library_path() == build.library_path(parts=some[-1])
+    command = build.compile_command(Path("x"), parts=some[2])
     included = [Path(command[n + 1]).stem for n, word in enumerate(command)
                 if word == "-include"]
     assert tuple(included) == some[2]
-    for part in kernels.PARTS:
-        (tmp_path / f"{part}.h").write_text((kernels.SOURCE / f"{part}.h")
+    for part in build.PARTS:
+        (tmp_path / f"{part}.h").write_text((build.SOURCE / f"{part}.h")
                                             .read_text("utf-8"), "utf-8")
-    before = kernels.library_path(parts=some[2])
-    monkeypatch.setattr(kernels, "SOURCE", tmp_path)
-    assert kernels.library_path(parts=some[2]) == before
+    before = build.library_path(parts=some[2])
+    monkeypatch.setattr(build, "SOURCE", tmp_path)
+    assert build.library_path(parts=some[2]) == before
     with open(tmp_path / "digits.h", "a") as file:
         file.write("// changed\n")
-    assert kernels.library_path(parts=some[2]) != before
-    assert kernels.library_path(parts=some[1]) in names
+    assert build.library_path(parts=some[2]) != before
+    assert build.library_path(parts=some[1]) in names
 
 
 @pytest.mark.skipif(not COMPILED, reason="no kernels")
@@ -79,7 +79,7 @@ def test_what_packed_rows_cannot_read_is_refused(wrong):
 @pytest.mark.skipif(not os.environ.get("GPTOSS_SLOW"),
                     reason="GPTOSS_SLOW is not set")
 @needs_compiler
-@pytest.mark.parametrize("part", kernels.PARTS)
+@pytest.mark.parametrize("part", build.PARTS)
 @pytest.mark.parametrize("variant", ["auto", "portable"])
 def test_the_first_parts_are_a_library_too(variant, part, tmp_path):
     done = subprocess.run(

@@ -1,0 +1,373 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Wider registers: AVX-512, VNNI and NEON
+#
+# ## Question
+#
+# The kernels of the book are written for AVX2, whose registers hold 32 bytes.
+# What do a processor's newer instructions change? AVX-512 holds 64 bytes, VNNI
+# has one instruction where AVX2 needs three, AVX512-BF16 multiplies bf16 as it
+# is, and an ARM processor has other instructions altogether. Each changes a
+# few lines of [packed](../kernels/packed.ipynb), of the dense products in
+# [many rows](../kernels/many_rows.ipynb) and
+# [twelve bits](../kernels/twelve_bits.ipynb), and of
+# [attention](../kernels/attending.ipynb). Those lines stand here. Everything
+# else is the same text.
+#
+# `base.h` defines `GPTOSS_AVX512`, `GPTOSS_BF16`, `GPTOSS_VNNI` or
+# `GPTOSS_NEON` by what the compiler says of the processor at hand; where none
+# is defined, this appendix compiles to nothing.
+
+# %% [markdown]
+# ## Bytes
+#
+# `pshufb`, the lookup of AVX2, needs a mask before it, as it looks at more
+# than four bits of an index. AVX-512 has `vpermb`, which looks at six: with
+# the table in it four times over, no mask is needed. `vpdpbusd`, of AVX-512
+# VNNI or AVX-VNNI, multiplies unsigned bytes by signed ones and adds four
+# neighbours to a 32-bit sum. With both, the product of four blocks takes 13
+# instructions, their factors included, loads not. Weights widened to 16 bits
+# by `vpermw`, which looks up 16-bit numbers, would take 18: in the L2 cache 22
+# instead of 28 GB/s a thread.
+#
+# The two instructions in numpy. Of the six bits of an index four are the
+# nibble and two belong to its neighbour; the table stands there four times, so
+# that these two do not matter:
+
+# %%
+import numpy as np
+
+ABOVE = np.array([12, 13, 14, 15, 16, 18, 20, 24,  # twice the value of a code,
+                  12, 11, 10, 9, 8, 6, 4, 0])      # plus 12
+
+
+def vpermb(values, indices):
+    return values[indices & 63]
+
+
+def vpdpbusd(sums, a, b):
+    """a: unsigned bytes, b: signed ones; four products a sum."""
+    return sums + (a.astype(int) * b).reshape(-1, 4).sum(1)
+
+
+draw = np.random.default_rng(0)
+packed, digits = draw.integers(256, size=64), draw.integers(-128, 128, 64)
+four = np.tile(ABOVE, 4)
+assert (vpermb(four, packed) == ABOVE[packed & 15]).all()
+sums = vpdpbusd(np.zeros(16, int), vpermb(four, packed), digits)
+print(sums[:4].tolist(), (ABOVE[packed & 15] * digits)[:4].sum())
+
+# %% [markdown] tags=["export:/kernels/wide.h"]
+# ```cpp
+# namespace {
+#
+# #ifdef GPTOSS_AVX512
+# using Bytes = __m512i;
+#
+# inline Bytes table() {
+#   return _mm512_broadcast_i32x4(load<__m128i>(ABOVE));
+# }
+#
+# inline Bytes look_up(Bytes values, Bytes nibbles) {
+# #ifdef __AVX512VBMI__
+#   return _mm512_permutexvar_epi8(nibbles, values);
+# #else
+#   return _mm512_shuffle_epi8(
+#       values, _mm512_and_si512(nibbles, _mm512_set1_epi8(15)));
+# #endif
+# }
+#
+# inline Bytes add_bytes(Bytes sums, Bytes a, const int8_t (&x)[SIDE][16]) {
+#   return _mm512_dpbusd_epi32(sums, a, load<Bytes>(x));
+# }
+# #endif
+#
+# #ifdef GPTOSS_VNNI
+# inline __m256i add_bytes(__m256i sums, __m256i a,
+#                          const int8_t (&x)[SIDE][16]) {
+#   return _mm256_dpbusd_avx_epi32(sums, a, load<__m256i>(x));
+# }
+# #endif
+# ```
+
+# %% [markdown]
+# Loading under a mask makes the end of a row simple: what is missing of the
+# scales is filled up with 127, the scale 1, and what is missing of the weights
+# with zeros. One permutation moves numbers anywhere in a register, so that the
+# factors need no other order (`arrange`).
+
+# %% [markdown] tags=["export:/kernels/wide.h"]
+# ```cpp
+# #ifdef GPTOSS_AVX512
+# inline __mmask16 first(int64_t count) { return (1u << count) - 1; }
+#
+# inline Words load_scales(const uint8_t* from, int64_t count, bool) {
+#   return (Words)_mm512_cvtepu8_epi32(
+#       _mm_mask_loadu_epi8(_mm_set1_epi8(127), first(count), from));
+# }
+#
+# inline Bytes load_blocks(const uint8_t* from, int64_t count) {
+#   return count < SIDE ? _mm512_maskz_loadu_epi32(first(4 * count), from)
+#                       : load<Bytes>(from);
+# }
+#
+# inline Sums arrange(Sums v) { return v; }
+#
+# // the factors of group g, each in four lanes
+# inline Sums spread(Sums factors, int g) {
+#   const Words place = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
+#   return (Sums)_mm512_permutexvar_ps((Bytes)(place + 4 * g),
+#                                      (__m512)factors);
+# }
+#
+# inline float sum(Sums v) {
+#   const __m512d both = _mm512_castps_pd((__m512)v);
+#   return sum((Floats)_mm512_castpd512_pd256(both)
+#              + (Floats)_mm512_extractf64x4_pd(both, 1));
+# }
+# #endif
+# ```
+
+# %% [markdown]
+# ## ARM
+#
+# The registers of NEON hold 16 bytes: one block at a time, `tbl`
+# for the lookup, and `smlal`, which multiplies 16-bit numbers and adds to
+# 32-bit sums. The factor of a block is made where it is used. Tokens that
+# share an expert go through it one by one; the tiles are x86 only. How fast it
+# is on an ARM processor nobody has seen; in an emulator (QEMU) it agrees with
+# float64 as the others do.
+
+# %% [markdown] tags=["export:/kernels/wide.h"]
+# ```cpp
+# #ifdef GPTOSS_NEON
+# inline int32x4_t dots(uint8x16_t bytes, const Line& x, int8x16_t values) {
+#   int32x4_t s = {}, t = {};
+#   auto add = [&](uint8x16_t nibbles, const int16_t* q) {
+#     const int8x16_t w = vqtbl1q_s8(values, nibbles);
+#     const int16x8_t half[] = {vmovl_s8(vget_low_s8(w)), vmovl_high_s8(w)};
+#     for (int i = 0; i < 2; ++i) {
+#       const int16x8_t eight = vld1q_s16(q + 8 * i);
+#       s = vmlal_s16(s, vget_low_s16(half[i]), vget_low_s16(eight));
+#       t = vmlal_high_s16(t, half[i], eight);
+#     }
+#   };
+#   add(vandq_u8(bytes, vdupq_n_u8(15)), x.values[0]);
+#   add(vshrq_n_u8(bytes, 4), x.values[1]);
+#   return vaddq_s32(s, t);
+# }
+#
+# template <int R>
+# void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
+#                  const Quantised& x, int64_t n, float* out) {
+#   const int8x16_t values = vld1q_s8(TWICE);
+#   float32x4_t total[R] = {};
+#   for (int64_t b = 0; b < x.blocks; ++b)
+#     for (int r = 0; r < R; ++r) {
+#       const int64_t at = r * step * x.blocks + b;
+#       __builtin_prefetch(w + 16 * at + 512);
+#       const int32x4_t part = dots(vld1q_u8(w + 16 * at), x.line(n)[b],
+#                                   values);
+#       total[r] = vfmaq_n_f32(total[r], vcvtq_f32_s32(part),
+#                              power(scales[at]) * x.half(n)[b]);
+#     }
+#   for (int r = 0; r < R; ++r) out[r * step] = vaddvq_f32(total[r]);
+# }
+# #endif
+#
+# }  // namespace
+# ```
+
+# %% [markdown]
+# ## Sixteen bits
+#
+# Processors with AVX512-BF16 multiply bf16 as it is: `vdpbf16ps` takes 32
+# pairs and adds two products to each of 16 sums in fp32 (a number below
+# $2^{-126}$ counts as zero). Half the instructions are one gain. The other:
+# activations stay in bf16, half as long. For the 4096 columns of `o_proj` fp32
+# takes 16 KiB, half of an L1 cache of 32, and the rows stream through the
+# other half; bf16 takes a quarter of it. Twelve such products took 5.4 ms
+# instead of 7.4.
+
+# %% [markdown] tags=["export:/kernels/wide16.h"]
+# ```cpp
+# namespace {
+#
+# #ifdef GPTOSS_BF16
+# std::vector<Number> ready(const Buffer& x) {
+#   std::vector<Number> to(x.size());
+#   convert(x.data(), x.size(), to.data());
+#   return to;
+# }
+#
+# template <int R>
+# void dense_dots(const Number* w, int64_t step, const Number* x, int64_t n,
+#                 float* out) {
+#   __m512 s[R] = {};
+#   for (int64_t k = 0; k < n; k += BLOCK)
+#     for (int r = 0; r < R; ++r)
+#       s[r] = _mm512_dpbf16_ps(s[r], load<__m512bh>(w + r * step * n + k),
+#                               load<__m512bh>(x + k));
+#   for (int r = 0; r < R; ++r) out[r * step] = sum(s[r]);
+# }
+# #endif
+# ```
+
+# %% [markdown]
+# The same for a matrix in [twelve bits](../kernels/twelve_bits.ipynb), whose
+# upper bytes are looked up and interleaved with the lower ones. `unpack`
+# instructions interleave within quarters of the register, so the activations
+# are brought into the order that comes out.
+
+# %% [markdown] tags=["export:/kernels/wide16.h"]
+# ```cpp
+# #ifdef GPTOSS_BF16
+# // of 64 weights, the halves of a register interleaved give 0 ... 15 and
+# // 32 ... 47, then the others
+# std::vector<Number> compact_ready(const Buffer& x) {
+#   std::vector<Number> to(x.size());
+#   for (size_t k = 0; k < x.size(); k += 8)
+#     narrow(load<Floats>(&x[k]), &to[k / 64 * 64 + k % 32 / 16 * 32
+#                                     + k % 64 / 32 * 16 + k % 16]);
+#   return to;
+# }
+#
+# template <int R>
+# void compact_dots(const Compact& w, int64_t row, int64_t step,
+#                   const Number* x, float* out) {
+#   const Bytes upper = _mm512_broadcast_i32x4(load<__m128i>(w.upper));
+#   const Bytes low = _mm512_set1_epi8(15);
+#   __m512 s[R][2] = {};
+#   for (int64_t b = 0; b < w.blocks; ++b, x += WEIGHTS)
+#     for (int r = 0; r < R; ++r) {
+#       const uint8_t* from = w.row(row + r * step) + b * SIZE;
+#       const Bytes lower = load<Bytes>(from);
+#       const __m256i codes = load<__m256i>(from + WEIGHTS);
+#       const Bytes code = _mm512_and_si512(low, _mm512_inserti64x4(
+#           _mm512_castsi256_si512(codes), _mm256_srli_epi16(codes, 4), 1));
+#       const Bytes high = _mm512_shuffle_epi8(upper, code);
+#       s[r][0] = _mm512_dpbf16_ps(
+#           s[r][0], (__m512bh)_mm512_unpacklo_epi8(lower, high),
+#           load<__m512bh>(x));
+#       s[r][1] = _mm512_dpbf16_ps(
+#           s[r][1], (__m512bh)_mm512_unpackhi_epi8(lower, high),
+#           load<__m512bh>(x + BLOCK));
+#     }
+#   for (int r = 0; r < R; ++r) out[r * step] = sum(s[r][0] + s[r][1]);
+# }
+# #endif
+# ```
+
+# %% [markdown]
+# And for attention: the numbers of keys stay in pairs, half as long, and
+# `vdpbf16ps` adds two products at once. Weights times values stays in fp32:
+# rounded to bf16, the weights would lose what the sum keeps.
+
+# %% [markdown] tags=["export:/kernels/wide16.h"]
+# ```cpp
+# #ifdef GPTOSS_BF16
+# using Query = Number;
+# using Key = int32_t;  // a pair of columns
+#
+# // to[c / 2][r]: two numbers of key r, zero from `rows` on
+# void pair_tile(const Number* k, int64_t stride, int64_t rows, int64_t C,
+#                Key* to) {
+#   for (int64_t half = 0; half < ROWS; half += 8)
+#     for (int64_t c = 0; c < C; c += 16) {
+#       Ints v[8];
+#       pair_columns(k + half * stride + c, stride, rows - half, v);
+#       for (int64_t j = 0; j < 8; ++j)
+#         std::memcpy(to + (c / 2 + j) * ROWS + half, &v[j], sizeof v[j]);
+#     }
+# }
+#
+# // out[r][0 ... 15] = sum over pairs p < n of q[r] and w[p][0 ... 15]
+# template <int R>
+# void multiply_rows(const Key* w, int64_t n, const Number* q, Target out) {
+#   __m512 s[R] = {};
+#   for (int64_t p = 0; p < n; ++p, q += 2) {
+#     const __m512bh pairs = load<__m512bh>(w + p * ROWS);
+#     for (int r = 0; r < R; ++r)
+#       s[r] = _mm512_dpbf16_ps(s[r], pairs, (__m512bh)_mm512_set1_epi32(
+#           load<int32_t>(q + r * 2 * n)));
+#   }
+#   for (int r = 0; r < R; ++r)
+#     _mm512_storeu_ps(out.at + r * out.stride, s[r]);
+# }
+#
+# void multiply_pairs(const Key* w, int64_t n, const Number* q, int64_t rows,
+#                     Target out) {
+#   for (int64_t r = 0, some; r < rows; r += some) {
+#     some = rows - r < 8 ? 1 : 8;
+#     (some == 8 ? multiply_rows<8> : multiply_rows<1>)(
+#         w, n, q + r * 2 * n, {out.at + r * out.stride, out.stride});
+#   }
+# }
+# #endif
+#
+# }  // namespace
+# ```
+
+# %% [markdown]
+# ## It holds
+#
+# Whatever this processor has, `packed_rows` and `linear` are near to float64:
+# the first but for activations in sixteen bits, the second but for one
+# rounding to bf16. (Without a compiler, twins stand in for them.)
+
+# %%
+import logging
+import os
+
+import torch
+
+import gptoss.model.ops  # noqa: F401  declares the operators
+from gptoss.kernels.build import PARTS, KernelError, build
+from gptoss.weights.encoding import encode
+from gptoss.weights.mxfp4 import decode
+
+os.environ["GPTOSS_KERNELS"] = "torch"  # one library a process: this one
+logging.getLogger("gptoss").setLevel(logging.ERROR)  # built without a word
+try:
+    upto = PARTS[:PARTS.index("dense") + 1]
+    torch.ops.load_library(str(build(parts=upto)))
+    packed_rows = torch.ops.gptoss.packed_rows
+except KernelError:
+    def packed_rows(x, *packed):
+        return x.float() @ decode(*packed, torch.float32).T
+
+torch.manual_seed(0)
+for columns in (32, 96, 2880):  # one block, three, no whole register
+    x, bias = torch.randn(3, columns).bfloat16(), torch.zeros(40).bfloat16()
+    packed = encode(0.02 * torch.randn(40, columns))
+    weight = (0.02 * torch.randn(40, columns)).bfloat16()
+    with torch.inference_mode():
+        found = {"packed": (packed_rows(x, *packed),
+                            decode(*packed, torch.float64)),
+                 "dense": (torch.ops.gptoss.linear(x, weight, bias),
+                           weight.double())}
+    for name, (y, wide) in found.items():
+        exact = x.double() @ wide.T
+        off = ((y.double() - exact).norm() / exact.norm()).item()
+        print(f"{columns:4} {name:6} {off:.3f} from float64")
+        assert off < (1e-4 if name == "packed" else 1 / 256)
+
+# %% [markdown]
+# ## Sources
+#
+# - Instructions of x86:
+#   https://www.intel.com/content/www/us/en/docs/intrinsics-guide
+# - Instructions of ARM:
+#   https://developer.arm.com/architectures/instruction-sets/intrinsics

@@ -1,0 +1,498 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # How is each key read only once?
+#
+# ## Question
+#
+# Eight query heads of the 20b share each key and value head, and a prompt of
+# 512 tokens asks 512 times. How is each key read once for all of them, without
+# a table of scores? For 4,096 tokens that table would have a billion entries
+# in one layer; the kernel keeps 64 rows of 64 of them at a time.
+
+# %%
+H, T, KEYS = 64, 4096, 64
+print(f"{H * T * T:,} scores of a layer, {KEYS * KEYS:,} at hand: "
+      f"{KEYS * KEYS * 4 // 1024} KiB")
+
+# %% [markdown]
+# ## Derivation
+#
+# The kernel reads each key and value once for all $H/G$ query heads that share
+# it. The running maximum and sum of [sinks](../attention/sinks.ipynb) make it
+# possible to take 64 keys at a time, so scores never leave the cache. For row
+# $r$ let $m$ be the largest score so far, $z$ the sum of $e^{s_i - m}$ and $o$
+# the sum of $e^{s_i - m} v_i$. A chunk with the largest score $m'$ turns them,
+# with $M = \max(m, m')$, into
+#
+# $$ z \leftarrow e^{m - M} z + \sum_i e^{s_i - M}, \qquad
+#    o \leftarrow e^{m - M} o + \sum_i e^{s_i - M} v_i, \qquad
+#    m \leftarrow M, $$ (kernels-running)
+#
+# and $o / z$ is the output. The sink is a key without a value, so it is the
+# state that a row starts from: $m$ = sink, $z = 1$, $o = 0$. In numpy that is
+# the whole kernel, for one row:
+
+# %%
+import numpy as np
+
+
+def one_row(q, k, v, sink, scale, chunk=64):
+    """q (C,), k and v (S, C), all visible: attention with a sink, (C,)."""
+    top, total, out = sink, 1.0, np.zeros(v.shape[1])
+    for s in range(0, len(k), chunk):
+        scores = scale * (k[s:s + chunk] @ q)
+        higher = max(top, scores.max())
+        shrink, e = np.exp(top - higher), np.exp(scores - higher)
+        total = total * shrink + e.sum()
+        out = out * shrink + e @ v[s:s + chunk]
+        top = higher
+    return out / total
+
+
+draw = np.random.default_rng(0)
+q, k, v = (draw.standard_normal(shape) for shape in (64, (200, 64), (200, 64)))
+e = np.exp(np.append(k @ q / 8, 0.5))
+whole = e[:-1] @ v / e.sum()
+print(f"{one_row(q, k, v, 0.5, 1 / 8)[0]:.6f} in chunks, {whole[0]:.6f} at "
+      "once")
+assert np.allclose(one_row(q, k, v, 0.5, 1 / 8), whole)
+
+# %% [markdown]
+# ## Code
+#
+# ### A piece of work
+#
+# A piece of work is one key head, its $H/G$ query heads and as many tokens as
+# make 64 rows, 8 in the 20b. With no more tokens than that, as in decode,
+# there would be only $G$ pieces, however long the context. So then the keys
+# are cut into ranges of 512, and the results of the ranges are merged.
+#
+# Scores are a matrix product with sixteen keys at a time as columns, widened
+# to fp32. (Where a processor multiplies bf16 as it is, they stay in pairs: the
+# [appendix](../cli/wide.ipynb).) Weights times values is in fp32 everywhere:
+# rounded to bf16, the weights would lose what the sum keeps.
+
+# %% [markdown] tags=["export:attention.h"]
+# ```cpp
+# namespace {
+#
+# #ifndef GPTOSS_BF16
+# using Query = float;
+# using Key = float;
+# #endif
+#
+# constexpr int64_t KEYS = 64, WIDEST = 256;  // keys at a time; largest head
+#
+# struct Attention {  // one key head, the query heads and tokens it serves
+#   int64_t C, rows, window;
+#   float scale;
+#   std::vector<Query> q;            // (rows, C)
+#   Buffer scores, out, top, total;  // (rows, KEYS), (rows, C) and (rows,)
+#   std::vector<int32_t> position;   // of each row
+#   int32_t seen[KEYS];              // positions of the keys at hand
+#   alignas(64) Key keys[WIDEST * ROWS];  // sixteen of them, as columns
+#   alignas(64) float values[KEYS * WIDEST];
+#
+#   void resize(int64_t size, int64_t count, int64_t visible) {
+#     C = size, rows = count, window = visible;
+#     q.resize(rows * C);
+#     out.assign(rows * C, 0);
+#     top.resize(rows);
+#     total.assign(rows, 1);  // the sink, before any key
+#     position.resize(rows);
+#   }
+#
+#   void score(const Number* k, int64_t stride, int64_t some, int64_t s);
+#   void chunk(const Number* k, const Number* v, int64_t stride,
+#              int64_t count);
+#   void weigh(int64_t r);
+# };
+#
+# // scores of row r -> weights, with a running maximum and sum, as in
+# // attention/sinks
+# void Attention::weigh(int64_t r) {
+#   const float none = -std::numeric_limits<float>::infinity();
+#   const int32_t last = position[r];
+#   const int32_t first = window ? std::max<int64_t>(0, last - window + 1) : 0;
+#   Floats high = Floats{} + top[r], weights = {};
+#   for (int64_t s = 0; s < KEYS; s += 8) {
+#     const Ints p = load<Ints>(seen + s);
+#     Floats value = scale * load<Floats>(&scores[r * KEYS + s]);
+#     value = (p >= first) & (p <= last) ? value : Floats{} + none;
+#     high = value > high ? value : high;
+#     store(&scores[r * KEYS + s], value);
+#   }
+#   float higher = top[r];
+#   for (int i = 0; i < 8; ++i) higher = std::max(higher, high[i]);
+#   for (int64_t s = 0; s < KEYS; s += 8) {
+#     const Floats value = load<Floats>(&scores[r * KEYS + s]);
+#     const Floats e = value == none ? Floats{} : exponential(value - higher);
+#     store(&scores[r * KEYS + s], e);
+#     weights += e;
+#   }
+#   const float shrink = std::exp(top[r] - higher);
+#   total[r] = total[r] * shrink + sum(weights);
+#   top[r] = higher;
+#   for (int64_t c = 0; c < C && shrink != 1; ++c) out[r * C + c] *= shrink;
+# }
+# ```
+
+# %% [markdown]
+# ### A chunk of keys
+#
+# Scores and outputs are the product of dense tiles of
+# [many rows](many_rows.ipynb). Keys have to be transposed for it; values
+# already lie as it wants them.
+
+# %% [markdown] tags=["export:attention.h"]
+# ```cpp
+# // scores of `some` keys, at most sixteen, from column s on
+# void Attention::score(const Number* k, int64_t stride, int64_t some,
+#                       int64_t s) {
+# #ifdef GPTOSS_BF16
+#   pair_tile(k, stride, some, C, keys);
+#   multiply_pairs(keys, C / 2, q.data(), rows, {&scores[s], KEYS});
+# #else
+#   widen_tile(k, stride, some, C, keys);
+#   multiply(keys, ROWS, C, {q.data(), C}, rows, {&scores[s], KEYS});
+# #endif
+# }
+#
+# void Attention::chunk(const Number* k, const Number* v, int64_t stride,
+#                       int64_t count) {
+#   const int64_t C = this->C;  // a local: no store below can change it
+#   for (int64_t s = 0; s < count; ++s)
+#     for (int64_t c = 0; c < C; c += 8)
+#       store(values + s * C + c, widen(v + s * stride + c));
+#   scores.assign(rows * KEYS, 0);
+#   for (int64_t s = 0; s < count; s += ROWS)
+#     score(k + s * stride, stride, std::min(ROWS, count - s), s);
+#   for (int64_t r = 0; r < rows; ++r) weigh(r);
+#   for (int64_t c = 0; c < C; c += ROWS)
+#     multiply(values + c, C, count, {scores.data(), KEYS}, rows,
+#              {&out[c], C});
+# }
+# ```
+
+# %% [markdown]
+# ### Ranges of keys
+#
+# `place` says where a row of a piece lies among those of the operator's
+# result; only the first range begins with the sink.
+
+# %% [markdown] tags=["export:attention.h"]
+# ```cpp
+# constexpr int64_t RANGE = 512;  // keys of one piece of work in decode
+#
+# struct Partial {  // what each range of keys gives for each row (B, T, H)
+#   Buffer out, top, total;
+# };
+#
+# struct Heads {  // the operator's arguments, read from inside the threads
+#   Tensor q, k, v, sinks, q_pos, k_pos;
+#   int64_t window;
+#   float scale;
+#
+#   // keys s0 ... s1 - 1 for tokens t0 ... t1 - 1 of batch row b, key head g;
+#   // row 0 of the batch begins at `base` in `to`
+#   void run(Attention& a, int64_t b, int64_t g, int64_t t0, int64_t t1,
+#            int64_t s0, int64_t s1, int64_t base, Partial& to) const {
+#     const int64_t T = q.size(1), H = q.size(2), J = H / k.size(2);
+#     const int64_t* position = q_pos.const_data_ptr<int64_t>() + b * T;
+#     a.resize(q.size(3), (t1 - t0) * J, window);
+#     a.scale = scale;
+#     auto place = [&](int64_t r) {  // of row r among (B, T, H)
+#       return (b * T + t0 + r / J) * H + g * J + r % J;
+#     };
+#     for (int64_t r = 0; r < a.rows; ++r) {
+#       const Number* from = numbers(q) + place(r) * a.C;
+#       std::copy_n(from, a.C, &a.q[r * a.C]);
+#       a.position[r] = int32_t(position[t0 + r / J]);
+#       const float none = std::numeric_limits<float>::lowest();
+#       const float sink = numbers(sinks)[g * J + r % J];
+#       a.top[r] = s0 ? none : std::max(sink, none);
+#       a.total[r] = s0 ? 0 : 1;  // the sink counts once, before any key
+#     }
+#     attend(a, b, g, s0, s1);
+#     for (int64_t r = 0; r < a.rows; ++r) {
+#       const int64_t at = base + place(r);
+#       std::copy_n(&a.out[r * a.C], a.C, &to.out[at * a.C]);
+#       to.top[at] = a.top[r], to.total[at] = a.total[r];
+#     }
+#   }
+#
+#   void attend(Attention& a, int64_t b, int64_t g, int64_t s0,
+#               int64_t s1) const;
+# };
+# ```
+
+# %% [markdown]
+# Keys may lie in any order, as a ring leaves them: visibility is decided by
+# positions alone. A chunk that no row may see is skipped, so prefill does half
+# the work in full layers and a window's worth in sliding ones.
+
+# %% [markdown] tags=["export:attention.h"]
+# ```cpp
+# // keys s0 ... s1 - 1, a chunk at a time; those that no row sees are left out
+# void Heads::attend(Attention& a, int64_t b, int64_t g, int64_t s0,
+#                    int64_t s1) const {
+#   const int64_t row = k.stride(1);
+#   const int64_t* position = k_pos.const_data_ptr<int64_t>()
+#                             + b * k.size(1);
+#   const auto [low, high] =
+#       std::minmax_element(a.position.begin(), a.position.end());
+#   const int64_t oldest = window ? int64_t(*low) - window : -1;
+#   for (; s0 < s1; s0 += KEYS) {
+#     const int64_t count = std::min(KEYS, s1 - s0);
+#     bool any = false;
+#     for (int64_t s = 0; s < KEYS; ++s) {
+#       const int64_t p = s < count ? position[s0 + s] : -1;
+#       a.seen[s] = p < 0 ? -1 : int32_t(p);
+#       any |= p >= 0 && p > oldest && p <= *high;
+#     }
+#     const int64_t at = b * k.stride(0) + s0 * row + g * k.stride(2);
+#     const Number *key = numbers(k) + at, *value = numbers(v) + at;
+#     if (any) a.chunk(key, value, row, count);
+#   }
+# }
+#
+# // (ranges, rows) partial results -> y (rows, C)
+# void merge(const Partial& from, int64_t ranges, int64_t rows, int64_t C,
+#            Number* y) {
+#   at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
+#     for (int64_t r = begin; r < end; ++r) {
+#       float top = from.top[r], total = 0;
+#       for (int64_t i = 1; i < ranges; ++i)
+#         top = std::max(top, from.top[i * rows + r]);
+#       float out[WIDEST] = {};
+#       for (int64_t at = r; at < ranges * rows; at += rows) {
+#         const float weight = std::exp(from.top[at] - top);
+#         total += weight * from.total[at];
+#         for (int64_t c = 0; c < C; ++c)
+#           out[c] += weight * from.out[at * C + c];
+#       }
+#       for (int64_t c = 0; c < C; ++c) y[r * C + c] = out[c] / total;
+#     }
+#   });
+# }
+# ```
+
+# %% [markdown]
+# Ranges are merged by {eq}`kernels-running` once more, with the state of a
+# range in place of a chunk. The longest pieces of a prompt, those of its last
+# tokens, are begun first.
+
+# %% [markdown] tags=["export:attention.h"]
+# ```cpp
+# Tensor run_attention(const Heads& heads) {
+#   const Tensor& q = heads.q;
+#   const int64_t T = q.size(1), H = q.size(2), C = q.size(3);
+#   const int64_t S = heads.k.size(1), G = heads.k.size(2);
+#   const int64_t some = std::max<int64_t>(1, KEYS * G / H);
+#   const int64_t tiles = (T + some - 1) / some, rows = q.size(0) * T * H;
+#   const int64_t width = tiles > 1 ? std::max<int64_t>(S, 1) : RANGE;
+#   const int64_t ranges = std::max<int64_t>(1, (S + width - 1) / width);
+#   Partial partial{Buffer(ranges * rows * C), Buffer(ranges * rows),
+#                   Buffer(ranges * rows)};
+#   const int64_t pieces = q.size(0) * G * tiles;
+#   share(ranges * pieces, 1, [&](int64_t item) {
+#     thread_local Attention a;
+#     const int64_t range = item / pieces, piece = item % pieces;
+#     const int64_t t0 = (tiles - 1 - piece % tiles) * some;  // longest first
+#     heads.run(a, piece / tiles / G, piece / tiles % G, t0,
+#               std::min(t0 + some, T), range * width,
+#               std::min((range + 1) * width, S), range * rows, partial);
+#   });
+#   Tensor y = at::empty(q.sizes(), q.options());
+#   merge(partial, ranges, rows, C, static_cast<Number*>(y.data_ptr()));
+#   return y;
+# }
+# ```
+
+# %% [markdown]
+# ### The operator
+#
+# What fits none of the kernel's sizes goes to plain torch.
+
+# %% [markdown] tags=["export:attention.h"]
+# ```cpp
+# Tensor sink_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+#                       const Tensor& sinks, const Tensor& q_pos,
+#                       const Tensor& k_pos, int64_t window, double scale) {
+#   TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4
+#                   && k.size(3) == q.size(3) && window >= 0,
+#               "sink_attention: expected q (B, T, H, C), k and v "
+#               "(B, S, G, C), window >= 0, found q ", q.sizes(), ", k ",
+#               k.sizes(), ", v ", v.sizes(), ", window ", window);
+#   const int64_t B = q.size(0), T = q.size(1), H = q.size(2), C = q.size(3);
+#   const int64_t S = k.size(1), G = k.size(2);
+#   auto fits = [](const Tensor& pos, int64_t rows, int64_t columns) {
+#     return pos.dim() == 2 && (pos.size(0) == rows || pos.size(0) == 1)
+#         && pos.size(1) == columns;
+#   };
+#   if (!ours({q, k, v, sinks}) || !whole({q_pos, k_pos}) || !q.numel() || !G
+#       || C % ROWS || C > WIDEST || H % G || k.size(0) != B
+#       || k.sizes() != v.sizes() || !has(sinks, {H}) || !fits(q_pos, B, T)
+#       || !fits(k_pos, B, S) || k.stride(3) != 1
+#       || k.strides() != v.strides())
+#     return plain<decltype(sink_attention)>("sink_attention", q, k, v, sinks,
+#                                            q_pos, k_pos, window, scale);
+#   return run_attention({q.contiguous(), k, v, sinks.contiguous(),
+#                         q_pos.expand({B, -1}).contiguous(),
+#                         k_pos.expand({B, -1}).contiguous(), window,
+#                         float(scale)});
+# }
+#
+# TORCH_LIBRARY_IMPL(gptoss, CPU, m) {
+#   m.impl("sink_attention", sink_attention);
+# }
+#
+# }  // namespace
+# ```
+
+# %% [markdown]
+# ## It holds
+#
+# Over a ring in any order, with padding, with and without a window, and rows
+# that see nothing: the kernel and plain torch, both in bf16, against a twin in
+# numpy that makes the whole table of scores in float64. (Without a compiler
+# the twin stands in for the kernel, rounded to bf16 once.)
+
+# %%
+import logging
+import os
+
+import torch
+
+import gptoss.model.ops  # noqa: F401  declares the operators
+from gptoss.kernels.build import PARTS, KernelError, build, plain_torch
+from gptoss.model.ops import has_kernel
+
+os.environ["GPTOSS_KERNELS"] = "torch"  # one library a process: this one
+logging.getLogger("gptoss").setLevel(logging.ERROR)  # built without a word
+try:
+    upto = PARTS[:PARTS.index("attention") + 1]
+    torch.ops.load_library(str(build(parts=upto)))
+except KernelError:
+    pass
+
+
+def twin(q, k, v, sinks, q_pos, k_pos, window, scale):
+    """All scores at once; q (T, H, C), k and v (S, G, C) -> (T, H, C)."""
+    share = q.shape[1] // k.shape[1]
+    score = scale * np.einsum("thc,shc->hts", q, k.repeat(share, 1))
+    seen = (k_pos >= 0) & (k_pos <= q_pos[:, None])
+    if window:
+        seen &= k_pos > q_pos[:, None] - window
+    e = np.exp(np.where(seen, score, -np.inf))
+    total = e.sum(-1, keepdims=True) + np.exp(sinks)[:, None, None]
+    return np.einsum("hts,shc->thc", e / total, v.repeat(share, 1))
+
+
+def off(y, exact) -> float:
+    y = y.double().numpy()
+    return np.linalg.norm(y - exact) / np.linalg.norm(exact)
+
+
+torch.manual_seed(0)
+for window in (0, 9):
+    for T, S in ((1, 200), (1, 1300), (70, 70)):
+        q_pos, mixed = torch.arange(S - T, S), torch.randperm(S)
+        q_pos[0] = -1 if T > 1 else S - 1
+        k_pos = mixed.where(mixed % 7 != 0, -1)
+        tensors = [torch.randn(n, heads, 64).bfloat16()
+                   for n, heads in ((T, 8), (S, 2), (S, 2))]
+        tensors.append(torch.randn(8).bfloat16())
+        exact = twin(*(x.double().numpy() for x in tensors), q_pos.numpy(),
+                     k_pos.numpy(), window, 0.125)
+        given = (*(x[None] for x in tensors[:3]), tensors[3], q_pos[None],
+                 k_pos[None], window, 0.125)
+        with torch.inference_mode():
+            fast = torch.ops.gptoss.sink_attention(*given)[0]
+            with plain_torch():
+                slow = torch.ops.gptoss.sink_attention(*given)[0]
+        if not has_kernel("sink_attention"):
+            fast = torch.from_numpy(exact).bfloat16()
+        print(f"window {window}, {T:2} of {S:4}: kernel "
+              f"{off(fast, exact):.4f}, plain torch {off(slow, exact):.4f}")
+        assert off(fast, exact) < 1.02 * off(slow, exact) < 3e-3
+        if T > 1:  # the first row sees no key
+            assert not fast[0].any() and not slow[0].any()
+
+# %% [markdown]
+# ## Takeaways
+#
+# - A running maximum and sum make a softmax of any length out of chunks, so no
+#   table of scores is ever in memory.
+# - All query heads that share a key are rows of one product: each key is read
+#   once.
+# - A sink costs nothing: it is the state that a row starts from.
+# - One token has too few rows for all threads, so its keys are cut into
+#   ranges, whose results are merged by the same rule.
+
+# %% [markdown]
+# ## Exercises
+#
+# ### Exercise 1
+#
+# The attention kernel starts a row with maximum = sink, sum = 1, output = 0.
+# Show on numbers that this is `softmax_with_sink` of
+# [sinks](../attention/sinks.ipynb).
+
+# %% tags=["hide-cell"]
+from gptoss.attention.sinks import softmax_with_sink
+
+scores, sink = torch.randn(5).double(), torch.randn(1).double()
+top, total, out = sink, torch.ones(1).double(), torch.zeros(1).double()
+value = torch.randn(5).double()
+for s, v in zip(scores, value, strict=True):
+    higher = torch.maximum(top, s)
+    shrink, e = (top - higher).exp(), (s - higher).exp()
+    total, out, top = total * shrink + e, out * shrink + e * v, higher
+whole = softmax_with_sink(scores[None, None], sink)[0, 0] @ value
+assert torch.allclose(out / total, whole)
+print(f"{(out / total).item():.4f} and {whole.item():.4f}")
+
+# %% [markdown]
+# ### Exercise 2
+#
+# Merge two ranges of keys by hand: give `one_row` the halves of its keys. The
+# second half must not count the sink again. What does it start from?
+
+# %% tags=["hide-cell"]
+def state(q, k, v, top, total):
+    """Maximum, sum and output of a row over these keys, from a start."""
+    scores = k @ q / 8
+    higher = max(top, scores.max())
+    e = np.exp(scores - higher)
+    return higher, total * np.exp(top - higher) + e.sum(), e @ v
+
+
+q, k, v = (draw.standard_normal(shape) for shape in (64, (200, 64), (200, 64)))
+parts = [state(q, k[:100], v[:100], 0.5, 1), state(q, k[100:], v[100:],
+                                                   -1e30, 0)]
+top = max(part[0] for part in parts)
+share = [np.exp(part[0] - top) for part in parts]
+merged = (sum(w * part[2] for w, part in zip(share, parts, strict=True))
+          / sum(w * part[1] for w, part in zip(share, parts, strict=True)))
+print(f"{merged[0]:.6f} merged, {one_row(q, k, v, 0.5, 1 / 8)[0]:.6f} whole: "
+      "from nothing, the lowest number there is and a sum of 0")
+assert np.allclose(merged, one_row(q, k, v, 0.5, 1 / 8))
+
+# %% [markdown]
+# ## Sources
+#
+# - Tiles of attention with a running maximum: {cite}`flash2022`; sinks:
+#   {cite}`sinks2023`; grouped heads: {cite}`gqa2023`.
