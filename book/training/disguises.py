@@ -603,9 +603,9 @@ for message in shown.messages[1:]:
 
 # %%
 calls = 0
-for lesson in islice(lesson_stream(2, mix={"tool": 1}), 300):
-    name, arguments = lesson.facts["call"]
-    given = lesson.messages[1].content
+for one in islice(lesson_stream(2, mix={"tool": 1}), 300):
+    name, arguments = one.facts["call"]
+    given = one.messages[1].content
     assert f"type {name} = (" in given
     assert all(re.search(rf"^{parameter}: ", given, re.MULTILINE)
                for parameter in arguments)
@@ -620,13 +620,13 @@ print(calls, "calls, each of a tool that is given")
 pocket = GptOss.from_pretrained(POCKET, dtype=torch.float32)
 reader = Tokenizer.from_pretrained(POCKET)
 rng, prompts, wanted = random.Random(3), [], []
-for lesson in lesson_stream(8, hold_out=True, mix={"tool": 1}):
-    if lesson.turn != 3:        # system, developer, user: one question alone
+for one in lesson_stream(8, hold_out=True, mix={"tool": 1}):
+    if one.turn != 3:        # system, developer, user: one question alone
         continue
-    old, new = lesson.facts["call"][0], made_up(rng).lower()
+    old, new = one.facts["call"][0], made_up(rng).lower()
     asked = [replace(message, content=message.content.replace(
         f"type {old} = (", f"type {new} = ("))
-        for message in lesson.messages[:3]]
+        for message in one.messages[:3]]
     prompts.append(render(reader, asked))
     wanted.append(f"to=functions.{new}")
     if len(prompts) == 24:
@@ -666,11 +666,11 @@ sliding = pocket.config.layer_types.count("sliding_attention")
 reach = sliding * (window - 1)
 source, distances = lesson_stream(5, mix={"far": 1}), []
 for _ in range(100):
-    lesson = next(source)
-    told = next(n for n, m in enumerate(lesson.messages)
+    one = next(source)
+    told = next(n for n, m in enumerate(one.messages)
                 if m.content in ("I will remember that.", "Good to know.",
                                  "I will not forget it."))
-    between = lesson.messages[told:lesson.turn]
+    between = one.messages[told:one.turn]
     distances.append(len(render(reader, between, drop="none")))
 print(f"reach {reach}, nearest far fact {min(distances)} tokens back")
 beyond = sum(d > 2 * window for d in distances)

@@ -74,11 +74,12 @@ ax.grid(False)
 plt.show()
 
 # %% [markdown]
-# The figure is the long examination; the thin lines are its error bars, 95 %
-# each: 200 questions are few enough that another 200 might have given a point
-# more or less. "Held out" is meant strictly, and checked by reading: a cast,
-# a sum, a question for a tool or a fact that lies on the exam's shelf occurs
-# in no turn of anything that trained the model. (Small talk, the date and
+# The figure is the long examination of the shipped file; the thin lines are
+# its error bars, 95 % each: 200 questions are few enough that another 200
+# might have given a point more or less. "Held out" is meant strictly, and
+# checked by reading: a cast, a sum, a question for a tool or a fact that lies
+# on the exam's shelf occurs in no turn of
+# [anything that trained the model](leaks.ipynb). (Small talk, the date and
 # what is beyond the model have nothing to hold out; there only the
 # conversation is new.)
 #

@@ -22,7 +22,7 @@
 # An exam is worth something only if its questions were never practised. One
 # fact in ten is kept back, and the last question of a lesson is drawn again
 # if it is one of these. Is that enough? Of 300 conversations made by this
-# rule, more than half contain a question of the exam.
+# rule, 63 hold a question of the exam all the same.
 
 # %% tags=["export"]
 from gptoss.training.kits import KITS, LANGUAGES, MONEY, NOTES, ROOMS, tool_key
@@ -282,16 +282,15 @@ assert 0.05 < refused / total < 0.15
 # %% [markdown]
 # ### Exercise 2
 #
-# Why does a sum below twenty have no key? Show that with one the lessons
-# could hardly be made.
+# Why does a sum of numbers below twenty have no key? Count the columns of the
+# school method that would be kept back if it had one.
 
 # %% tags=["hide-cell"]
 inside = {f"{x}+{y}" for x in range(10) for y in range(10)}
 kept_back = [one for one in inside if shelf(one)]
 print(f"{len(kept_back)} of the {len(inside)} columns would be kept back")
 # and nearly every longer sum needs one of them: nobody could learn to add
-assert sum_key(5, "+", 7) == "" and sum_key(15, "+", 7) == "7 + 15"[:0]
-assert sum_key(5, "+", 40) == "5 + 40"
+assert sum_key(5, "+", 7) == "" and sum_key(5, "+", 40) == "5 + 40"
 
 # %% [markdown]
 # ## Sources

@@ -70,6 +70,8 @@ said = generate_batch(pocket, at_once, max_new_tokens=30,
 right = sum(reader.decode(ids, skip_special=True) == turn.answer
             for ids, turn in zip(said, sums, strict=True))
 exam = json.loads((POCKET / "train_log.json").read_text())["exam"]["sum"]
+for turn, ids in list(zip(sums, said, strict=True))[:3]:
+    print(f"{turn.ask:26} {reader.decode(ids, skip_special=True)}")
 print(f"at once:       {right} of {len(sums)} right")
 print(f"with analysis: {exam['right'] * exam['count']:.0f} "
       f"of {exam['count']}")

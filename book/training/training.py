@@ -115,9 +115,8 @@ print(f"{log[-1]['seconds'] / 60:.0f} minutes on one core, "
 # ## The naive version
 #
 # Train in full precision and round the experts to four bits when all is done.
-# The log holds the price, measured
-# the experts to four bits when all is done. The log holds the price, measured
-# on the same batch before and after rounding.
+# The log holds the price, measured on the same batch before and after
+# rounding.
 
 # %%
 price = next(entry for entry in log if "unrounded" in entry)
@@ -155,7 +154,6 @@ print(f"step {price['step']}: {price['unrounded']:.4f} nats, "
 # The optimiser goes on moving the full-precision $w$; the forward pass, and
 # so every gradient, sees only values that the file can hold. After the last
 # step $Q(w)$ *is* what the file holds: writing it loses nothing.
-#
 
 # %% [markdown]
 # ## Code
