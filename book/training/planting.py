@@ -266,7 +266,7 @@ def looks(layer: int, tokens: Tensor) -> Tensor:
                              block.self_attn.sinks[:1])[0, 0]
 
 
-text = "Zorali lives in Bomak. Zorali lives in Bomak."
+text = "Listen: Zorali lives in Bomak. Zorali lives in Bomak."
 ids = reader.encode(text)
 pieces = [reader.decode([token]) for token in ids]
 fig, axes = plt.subplots(1, 2, figsize=(8, 4), sharey=True)
@@ -286,8 +286,8 @@ plt.show()
 # %% [markdown]
 # Before the first step. Left, by the clock: each token looks at the one
 # before it. Right, by content: in the second sentence each token looks at the
-# one that *followed* its double. In the first sentence nothing matches, and
-# where it looks is chance.
+# one that *followed* its double. In the first sentence hardly anything
+# matches, and where it looks is chance.
 
 # %% [markdown]
 # ## It holds

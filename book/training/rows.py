@@ -121,12 +121,12 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> str:
 # Words that begin small keep their space: a story would be three fifths longer
 # without (exercise 2). So " fox" in a question and "fox" in quotes, as
 # arguments have it, are two different tokens, and a model has to learn for
-# each word that they belong together. A model that is not helped fails at just that: its wrong
-# calls are translations, `brown` for *fox*, `b flute` for *flute*. We help
-# three times: the words that are translated are learnt bare as well, so that
-# the quoted one is one token and not f, ox; half of the questions put the
-# word in quotes, as English does; and some of the rows that follow practise
-# nothing but such twins.
+# each word that they belong together. A model that is not helped fails at just
+# that: its wrong calls are translations, `brown` for *fox*, `b flute` for
+# *flute*. We help three times: the words that are translated are learnt bare
+# as well, so that the quoted one is one token and not f, ox; half of the
+# questions put the word in quotes, as English does; and some of the rows that
+# follow practise nothing but such twins.
 
 # %% tags=["export"]
 import random
