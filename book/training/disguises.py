@@ -29,11 +29,10 @@ import random
 import re
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
+from importlib.resources import files
 
 import torch
 
-import gptoss
 from gptoss.chat.turn import STOPS
 from gptoss.model.transformer import GptOss
 from gptoss.text.generate import generate_batch
@@ -43,7 +42,7 @@ from gptoss.text.tokenizer import Tokenizer
 from gptoss.training.lessons import compact
 
 torch.set_num_threads(1)
-POCKET = Path(gptoss.__file__).parent / "pocket"
+POCKET = files("gptoss") / "pocket"
 
 # %% [markdown]
 # ## The naive version

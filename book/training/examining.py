@@ -27,19 +27,18 @@
 
 # %%
 import json
-from pathlib import Path
+from importlib.resources import files
 
 import matplotlib.pyplot as plt
 import torch
 
-import gptoss
 from gptoss.model.transformer import GptOss
 from gptoss.text.harmony import system_message
 from gptoss.text.tokenizer import Tokenizer
 
 torch.set_num_threads(1)
 plt.style.use("../_static/book.mplstyle")
-POCKET = Path(gptoss.__file__).parent / "pocket"
+POCKET = files("gptoss") / "pocket"
 pocket = GptOss.from_pretrained(POCKET, dtype=torch.float32)
 reader = Tokenizer.from_pretrained(POCKET)
 saved = json.loads((POCKET / "train_log.json").read_text())

@@ -37,11 +37,10 @@ from gptoss.training.stories import WORDS, cast_key, draw_cast, shelf, tell
 # %%
 import json
 import random
-from pathlib import Path
+from importlib.resources import files
 
 import torch
 
-import gptoss
 from gptoss.chat.turn import STOPS
 from gptoss.model.transformer import GptOss
 from gptoss.text.generate import generate_batch
@@ -51,7 +50,7 @@ from gptoss.text.tokenizer import Tokenizer
 from gptoss.training.lessons import sum_turn
 
 torch.set_num_threads(1)
-POCKET = Path(gptoss.__file__).parent / "pocket"
+POCKET = files("gptoss") / "pocket"
 pocket = GptOss.from_pretrained(POCKET, dtype=torch.float32)
 reader = Tokenizer.from_pretrained(POCKET)
 rng, sums = random.Random(1), []

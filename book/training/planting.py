@@ -33,12 +33,11 @@ from gptoss.weights.config import GptOssConfig
 
 # %%
 import random
-from pathlib import Path
+from importlib.resources import files
 
 import matplotlib.pyplot as plt
 import torch
 
-import gptoss
 from gptoss.model.transformer import GptOss
 from gptoss.text.tokenizer import Tokenizer
 from gptoss.training.rows import Row, drill_row, padded
@@ -46,7 +45,7 @@ from gptoss.weights.config import GptOssConfig
 
 torch.set_num_threads(1)
 plt.style.use("../_static/book.mplstyle")
-POCKET = Path(gptoss.__file__).parent / "pocket"
+POCKET = files("gptoss") / "pocket"
 config = GptOssConfig.from_pretrained(POCKET)
 reader = Tokenizer.from_pretrained(POCKET)
 

@@ -491,16 +491,15 @@ print(f"held out: {share:.2f} of all casts")
 # the shipped model on held-out ones.
 
 # %% tags=["hide-cell"]
-from pathlib import Path
+from importlib.resources import files
 
 import torch
 
-import gptoss
 from gptoss.model.transformer import GptOss
 from gptoss.text.tokenizer import Tokenizer
 
 torch.set_num_threads(1)
-POCKET = Path(gptoss.__file__).parent / "pocket"
+POCKET = files("gptoss") / "pocket"
 pocket = GptOss.from_pretrained(POCKET, dtype=torch.float32)
 reader = Tokenizer.from_pretrained(POCKET)
 told, nats = story_stream(seed=9, hold_out=True), 0.0

@@ -48,12 +48,11 @@ from torch import Tensor
 # %%
 import json
 from itertools import islice
-from pathlib import Path
+from importlib.resources import files
 
 import matplotlib.pyplot as plt
 import torch
 
-import gptoss
 from gptoss.text.harmony import render
 from gptoss.text.tokenizer import Tokenizer
 from gptoss.training.conversations import lesson_stream
@@ -64,7 +63,7 @@ from gptoss.weights.config import GptOssConfig
 
 torch.set_num_threads(1)  # faster than more for tensors of this size
 plt.style.use("../_static/book.mplstyle")
-POCKET = Path(gptoss.__file__).parent / "pocket"
+POCKET = files("gptoss") / "pocket"
 reader = Tokenizer.from_pretrained(POCKET)
 
 # %% [markdown]
