@@ -1,6 +1,6 @@
-"""A gpt-oss you can train over lunch
+"""Why must tools wear disguises?
 
-Generated from book/14_train.py; edit the chapter, not this file.
+Generated from book/training/disguises.py; edit the chapter, not this file.
 """
 
 import random
@@ -19,7 +19,7 @@ from gptoss.training.lessons import (
 )
 from gptoss.training.stories import WORDS
 
-# --- Tools in disguise -------------------------------------------------------
+# --- A tool in all its guises ------------------------------------------------
 
 @dataclass(frozen=True)
 class Kit:

@@ -1,6 +1,6 @@
-"""A gpt-oss you can train over lunch
+"""How do we know that no exam question was practised?
 
-Generated from book/14_train.py; edit the chapter, not this file.
+Generated from book/training/leaks.py; edit the chapter, not this file.
 """
 
 import re
@@ -11,7 +11,7 @@ from gptoss.training.lessons import FACTS, SUMS, THINGS, Lesson, sum_key
 from gptoss.training.stories import BEATS, WORDS, cast_key, line_pattern, shelf
 from gptoss.weights.errors import Error
 
-# --- No question twice -------------------------------------------------------
+# --- Sums, in every form -----------------------------------------------------
 
 class LeakError(Error):
     """A text for training holds a question that is kept for the exam."""
@@ -54,6 +54,8 @@ def sums_in(text: str) -> Iterator[str]:
             yield sum_key(int(found["a"]), sign, int(found["b"]))
 
 
+# --- Stories and facts -------------------------------------------------------
+
 OPENINGS = [line_pattern(line, {}) for line in BEATS[0][1]]
 PLANS = [line_pattern(line, {}) for line in (
     "{hero} lost a {colour} {thing}", "{hero} the {kind} loses the {colour} "
@@ -88,6 +90,8 @@ def facts_in(text: str) -> Iterator[str]:
         for x in line.findall(text) if part in text else ():
             yield f"{topic} {x}"
 
+
+# --- Questions for tools -----------------------------------------------------
 
 def question_pattern(key: str, line: str) -> re.Pattern:
     """A question for the kit `key`, with a named group for each value."""

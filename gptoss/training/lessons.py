@@ -1,6 +1,6 @@
-"""A gpt-oss you can train over lunch
+"""What must a very small model be taught?
 
-Generated from book/14_train.py; edit the chapter, not this file.
+Generated from book/training/lessons.py; edit the chapter, not this file.
 """
 
 import json

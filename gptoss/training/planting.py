@@ -1,6 +1,6 @@
-"""A gpt-oss you can train over lunch
+"""Can a circuit be planted?
 
-Generated from book/14_train.py; edit the chapter, not this file.
+Generated from book/training/planting.py; edit the chapter, not this file.
 """
 
 import torch

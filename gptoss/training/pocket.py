@@ -1,6 +1,6 @@
-"""A gpt-oss you can train over lunch
+"""Who marks the examiner?
 
-Generated from book/14_train.py; edit the chapter, not this file.
+Generated from book/training/examining.py; edit the chapter, not this file.
 """
 
 import json
@@ -30,7 +30,7 @@ from gptoss.weights.config import GptOssConfig
 from gptoss.weights.encoding import encode
 from gptoss.weights.write import write_checkpoint
 
-# --- Where the weights start -------------------------------------------------
+# --- The model that is shipped -----------------------------------------------
 
 def pocket_config(vocab_size: int = 1536) -> GptOssConfig:
     """The shipped model: every feature of the 20b, a ten-thousandth of it."""

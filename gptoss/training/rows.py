@@ -1,6 +1,6 @@
-"""A gpt-oss you can train over lunch
+"""How does a conversation become a row to learn from?
 
-Generated from book/14_train.py; edit the chapter, not this file.
+Generated from book/training/rows.py; edit the chapter, not this file.
 """
 
 import random
@@ -189,6 +189,8 @@ def rows(tokenizer: Tokenizer, seed: int, easy: int = 0,
             made += 1
             yield row
 
+
+# --- Batches -----------------------------------------------------------------
 
 def padded(group: list[Row]) -> tuple[Tensor, Tensor]:
     """Tokens (B, T) int64 and weights (B, T), zero beyond each row."""

@@ -1,6 +1,6 @@
-"""A gpt-oss you can train over lunch
+"""How does a program mark a story?
 
-Generated from book/14_train.py; edit the chapter, not this file.
+Generated from book/training/stories.py; edit the chapter, not this file.
 """
 
 import math
@@ -207,6 +207,8 @@ def tell(rng: random.Random, cast: dict[str, str] | None = None,
     told = (SLOT.sub(fill, rng.choice(lines)) for _, lines in BEATS[:beats])
     return " ".join(line for line in told if line)
 
+
+# --- The floor ---------------------------------------------------------------
 
 def story_entropy() -> float:
     """Nats of choice in one story of `tell`: the floor of any loss.

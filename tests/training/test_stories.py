@@ -1,12 +1,13 @@
-"""Chapter 14: stories and their reader."""
+"""Stories and their reader."""
 
 import math
 import random
 
-import gptoss.stories as t
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from gptoss.training import stories
 
 MANY = settings(deadline=None, max_examples=60)
 
@@ -15,33 +16,33 @@ MANY = settings(deadline=None, max_examples=60)
 @given(st.integers(0, 2**32))
 def test_what_is_told_can_be_read(seed):
     rng = random.Random(seed)
-    cast = t.draw_cast(rng)
-    reading = t.read_story(t.tell(rng, cast))
+    cast = stories.draw_cast(rng)
+    reading = stories.read_story(stories.tell(rng, cast))
     assert reading.coherent and reading.beat == ""
     assert reading.cast.items() <= cast.items()
 
 
 @MANY
-@given(st.integers(0, 2**32), st.sampled_from(t.CAST_SLOTS))
+@given(st.integers(0, 2**32), st.sampled_from(stories.CAST_SLOTS))
 def test_no_mention_may_differ_from_the_first(seed, slot):
     rng = random.Random(seed)
-    cast = t.draw_cast(rng)
-    story = t.tell(rng, cast)
-    other = rng.choice([w for w in t.WORDS[slot] if w != cast[slot]])
+    cast = stories.draw_cast(rng)
+    story = stories.tell(rng, cast)
+    other = rng.choice([w for w in stories.WORDS[slot] if w != cast[slot]])
     parts = story.split(cast[slot])
     if len(parts) < 3:
         return
     cut = rng.randrange(1, len(parts))
     left, right = cast[slot].join(parts[:cut]), cast[slot].join(parts[cut:])
-    assert not t.read_story(left + other + right).coherent
+    assert not stories.read_story(left + other + right).coherent
 
 
 @MANY
 @given(st.integers(0, 2**32), st.integers(1, 15))
 def test_a_story_cut_short_names_the_beat(seed, beats):
-    story = t.tell(random.Random(seed), beats=beats)
-    reading = t.read_story(story)
-    names = [name for name, _ in t.BEATS]
+    story = stories.tell(random.Random(seed), beats=beats)
+    reading = stories.read_story(story)
+    names = [name for name, _ in stories.BEATS]
     assert not reading.coherent and reading.rest == ""
     assert names.index(reading.beat) >= beats - 2
 
@@ -49,17 +50,19 @@ def test_a_story_cut_short_names_the_beat(seed, beats):
 @pytest.mark.parametrize("text", ["", " ", "Hello", "Once upon a time",
                                   "(((", "\n" * 9, "{hero}"])
 def test_anything_can_be_read(text):
-    assert t.read_story(text).coherent is False
+    assert stories.read_story(text).coherent is False
 
 
 def test_held_out_casts_never_train():
-    training, exam = t.story_stream(3), t.story_stream(3, hold_out=True)
+    training = stories.story_stream(3)
+    exam = stories.story_stream(3, hold_out=True)
     for source, kept in ((training, False), (exam, True)):
         for _ in range(50):
-            cast = t.read_story(next(source)).cast
-            assert t.held_out(cast) is kept
+            cast = stories.read_story(next(source)).cast
+            assert stories.held_out(cast) is kept
     rng = random.Random(0)
-    share = sum(t.held_out(t.draw_cast(rng)) for _ in range(4000)) / 4000
+    kept = sum(stories.held_out(stories.draw_cast(rng)) for _ in range(4000))
+    share = kept / 4000
     assert 0.08 < share < 0.12
 
 
@@ -73,5 +76,12 @@ def test_entropy_is_what_the_generator_draws():
 
     rng = Counting(0)
     for _ in range(1500):
-        t.tell(rng)
-    assert rng.nats / 1500 == pytest.approx(t.story_entropy(), abs=0.15)
+        stories.tell(rng)
+    assert rng.nats / 1500 == pytest.approx(stories.story_entropy(), abs=0.15)
+
+
+def test_a_shelf_is_one_in_ten_and_nothing_has_none():
+    found = [stories.shelf(f"key {n}") for n in range(6000)]
+    assert abs(found.count("") / 6000 - 0.9) < 0.02
+    assert abs(found.count("exam") / found.count("milestone") - 2) < 0.4
+    assert stories.shelf("") == ""
