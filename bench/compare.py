@@ -16,7 +16,7 @@ with dense matrices in bf16, and for llama.cpp-q8_0 beside it, as FILE.q8_0,
 with dense matrices in Q8_0. Without them it is left out, and a line says so.
 --rounds: how often the engines take turns; of each, the round with the
 fastest decode counts, since a machine's memory is not always equally fast.
---save keeps the result for chapter 13.
+--save keeps the result for kernels/measured.
 """
 
 import argparse

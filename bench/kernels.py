@@ -3,10 +3,10 @@
     python bench/kernels.py [--words "2 cores of ..."]
 
 Builds and runs bench/kernels_steps.cpp (for AVX2) with 1, 2, 4 ... threads,
-then chapter 2's plain operator and the kernel of chapter 13 on a matrix of
-the same size, and writes "steps" and "machine" into
-book/_static/kernels_bench.json, which chapter 13 shows. Takes about a minute;
-whatever else the machine does meanwhile is measured as well.
+then the plain operator and the kernel of kernels/packed on a matrix of the
+same size, and writes "steps" and "machine" into
+book/_static/kernels_bench.json, which kernels/measured shows. Takes about a
+minute; whatever else the machine does meanwhile is measured as well.
 """
 
 import argparse
@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from gptoss import kernels
+from gptoss.kernels.build import plain_torch
+from gptoss.kernels.roofline import read_speed
 from gptoss.model.ops import mxfp4_linear
 
 HERE = Path(__file__).parent
@@ -68,7 +69,7 @@ def in_torch(threads: int, plain: bool) -> dict:
     x = torch.randn(1, 32 * BLOCKS).bfloat16()
     torch.set_num_threads(threads)
     if plain:
-        with kernels.plain_torch():
+        with plain_torch():
             speed = timed(blocks, scales, x, 1)
     else:
         speed = timed(blocks, scales, x, 5)
@@ -86,7 +87,7 @@ def main(argv=None):
     steps += in_cpp(most)
     steps += [in_torch(count, False) for count in counts]
     machine = {"threads": most,
-               "read_gb_per_s": round(kernels.read_speed() / 1e9, 1)}
+               "read_gb_per_s": round(read_speed() / 1e9, 1)}
     if options.words:
         machine["words"] = options.words
     save({"steps": steps, "machine": machine})

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from gptoss import kernels
+from gptoss.kernels.build import kernel_path
 from gptoss.model.cache import Cache
 from gptoss.model.transformer import GptOss
 from gptoss.text.generate import generate
@@ -94,7 +94,7 @@ def main(argv=None):
             times[part, count] += (
                 [read(model, count)] if part == "prefill"
                 else write(model, caches[count], options.steps))
-    found = {"kernels": kernels.kernel_path()}
+    found = {"kernels": kernel_path()}
     for part in ("prefill", "decode"):
         middle = {count: statistics.median(seconds)
                   for (kind, count), seconds in times.items() if kind == part}

@@ -1,6 +1,6 @@
-"""Four bits at full speed
+"""What did each step bring?
 
-Generated from book/13_kernels.py; edit the chapter, not this file.
+Generated from book/kernels/measured.py; edit the chapter, not this file.
 """
 
 import statistics
@@ -19,7 +19,7 @@ from gptoss.text.generate import generate
 from gptoss.text.sampling import Sampler
 from gptoss.weights.sizes import bytes_read_per_token
 
-# --- Measuring ---------------------------------------------------------------
+# --- A clock beside a ruler --------------------------------------------------
 
 def peak_rss_bytes() -> int:
     """The most memory this process has held so far, in bytes."""

@@ -1,5 +1,5 @@
-// Four bits at full speed
-// Generated from book/13_kernels.py; edit the chapter, not this file.
+// Sixteen bits in twelve
+// Generated from book/kernels/twelve_bits.py; edit the chapter, not this file.
 
 namespace {
 

@@ -1,6 +1,6 @@
-"""Four bits at full speed
+"""Sixteen bits in twelve
 
-Generated from book/13_kernels.py; edit the chapter, not this file.
+Generated from book/kernels/twelve_bits.py; edit the chapter, not this file.
 """
 
 import logging
@@ -15,7 +15,7 @@ from gptoss.model.layers import Linear
 from gptoss.model.ops import Operator, define_operator, has_kernel
 from gptoss.model.transformer import GptOss
 
-# --- Sixteen bits in twelve --------------------------------------------------
+# --- Pack and unpack ---------------------------------------------------------
 
 class CompactWeight(NamedTuple):
     """A bf16 matrix (m, n) in twelve bits a number, nothing lost."""

@@ -1,5 +1,5 @@
-// Four bits at full speed
-// Generated from book/13_kernels.py; edit the chapter, not this file.
+// A step that can be called again
+// Generated from book/kernels/step.py; edit the chapter, not this file.
 
 namespace {
 

@@ -1,6 +1,6 @@
-"""Four bits at full speed
+"""A step that can be called again
 
-Generated from book/13_kernels.py; edit the chapter, not this file.
+Generated from book/kernels/step.py; edit the chapter, not this file.
 """
 
 import logging
@@ -27,7 +27,7 @@ from gptoss.model.layers import (
 from gptoss.model.ops import has_kernel
 from gptoss.model.transformer import GptOss, ModelError, Stack, check_tokens
 
-# --- A step of decode that can be recorded -----------------------------------
+# --- Fixed shapes ------------------------------------------------------------
 
 @dataclass
 class FixedView:
@@ -48,6 +48,8 @@ class FixedView:
             to.index_copy_(0, self.target[kind], new.flatten(0, 2))
         return *self.seen[layer], self.positions[kind]
 
+
+# --- For CUDA: a graph -------------------------------------------------------
 
 Work = Callable[[], None]
 
@@ -71,6 +73,8 @@ def cuda_graph(run: Work, undo: Work) -> Work:
         run()
     return graph.replay
 
+
+# --- For the CPU: called again -----------------------------------------------
 
 _log = logging.getLogger("gptoss")
 
@@ -99,6 +103,8 @@ def call_again(run: Work, undo: Work | None = None) -> Work:
                          refused)
     return launch
 
+
+# --- What may be recorded ----------------------------------------------------
 
 _FORWARDS = {kind.forward for kind in (
     Block, Attention, MLP, Router, Experts, RMSNorm, Linear, CompactLinear,
@@ -136,13 +142,15 @@ def can_record(model: GptOss) -> bool:
     package's. Plain torch splits the tokens by expert with sizes that the
     host reads.
     """
-    # every layer: those of another stage (chapter 15) have none
+    # every layer: those of another stage have none
     if not all(getattr(m, "packed", True) for m in model.modules()):
         return False
     if model.embed_tokens.weight.device.type != "cpu":
         return has_kernel(device="CUDA")
     return has_kernel() and additions(model) is None
 
+
+# --- One token a row ---------------------------------------------------------
 
 class DecodeStep:
     """One token a row: fixed shapes, fixed addresses, no waiting.
@@ -292,6 +300,8 @@ class DecodeStep:
         self.lengths.add_(1)
 
 
+# --- Who asks for it ---------------------------------------------------------
+
 _told: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
@@ -306,8 +316,8 @@ def _told_why(model: nn.Module, why: str) -> None:
 
 def quick_step(model: GptOss, cache: Cache
                ) -> tuple["DecodeStep | None", str]:
-    """The step for chapter 12's `choose_step` where the C++ kernels compute
-    it, or None, and why.
+    """The step for text/generate's `choose_step` where the C++ kernels
+    compute it, or None, and why.
 
     A recorded `DecodeStep` for a bf16 model on the CPU that `can_record`,
     and a cache without a replay under way. If only hooks or other forwards

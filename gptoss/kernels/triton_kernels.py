@@ -1,6 +1,6 @@
-"""Four bits at full speed
+"""The same on a GPU
 
-Generated from book/13_kernels.py; edit the chapter, not this file.
+Generated from book/kernels/gpu.py; edit the chapter, not this file.
 """
 
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from torch import Tensor
 from gptoss.attention.sinks import softmax_with_sink
 from gptoss.moe.experts import clamped_swiglu
 
-# --- For a GPU: written, not yet run on one ----------------------------------
+# --- Four bits, decoded in registers -----------------------------------------
 
 try:
     import triton
@@ -34,6 +34,8 @@ def decode_fp4(code, scale):
     power = tl.maximum(scale << 23, 1 << 22).to(tl.float32, bitcast=True)
     return value * (power + 0.0 * power)
 
+
+# --- A tile of picks ---------------------------------------------------------
 
 @_jit
 def packed_rows(x, w, s, y, order, tile_expert, tile_begin, tile_end, rows,
@@ -70,6 +72,8 @@ def packed_rows(x, w, s, y, order, tile_expert, tile_begin, tile_end, rows,
     tl.store(y + pick[None] * rows + row[:, None], total,
              (row < rows)[:, None] & real[None])
 
+
+# --- How many tiles? ---------------------------------------------------------
 
 def token_tiles(ids: Tensor, experts: int, size: int) -> tuple[Tensor, ...]:
     """Slots sorted by expert, cut into tiles of one expert each.
@@ -125,6 +129,8 @@ def experts_by_triton(x, ids, weights, gate_up_blocks, gate_up_scales,
     out = (out + down_bias[flat].float()).view(*ids.shape, -1)
     return (out * weights.float()[..., None]).sum(1).to(x.dtype)
 
+
+# --- Attention in parts ------------------------------------------------------
 
 @_jit
 def attend_tile(q, k, v, q_pos, k_pos, y, lse, T, S, H, G, window, scale,

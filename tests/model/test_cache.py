@@ -1,4 +1,5 @@
 """The cache, held against a stack of attention layers without one."""
+import dataclasses
 import functools
 
 import pytest
@@ -6,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptoss import cache as cache_module
 from gptoss.attention.masks import (
     positions_from_mask,
     receptive_field,
@@ -17,6 +17,7 @@ from gptoss.model.cache import (
     Cache,
     CacheError,
     FullCache,
+    Rows,
     SlidingCache,
     plan_chunk,
     roll_back,
@@ -298,7 +299,7 @@ def test_replay_is_exact_and_no_shorter_one_is():
         net(tokens[:, :300], cache)
         assert cache.rollback(length) == length - 2 * 15
         if late:  # pretend the rule said one token less
-            cache.rows = cache_module.replace(
+            cache.rows = dataclasses.replace(
                 cache.rows, lengths=cache.rows.lengths + 1)
         net(tokens[:, cache.length:length], cache)
         got = net(tokens[:, length:], cache)
@@ -596,7 +597,7 @@ def test_reset():
 
 
 def test_roll_back_is_pure():
-    rows = cache_module.Rows.empty(2, 8)
+    rows = Rows.empty(2, 8)
     ring = rows.ring.clone()
     new, again = roll_back(rows, 0, 8, 14)
     assert not again.any() and torch.equal(ring, new.ring)

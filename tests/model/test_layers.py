@@ -1,4 +1,4 @@
-"""gptoss.layers: the router and the experts as modules."""
+"""gptoss.model.layers: the router and the experts as modules."""
 
 import pytest
 import torch

@@ -91,7 +91,7 @@ def test_tiles_change_nothing(batch, tokens, window, at_once, seed):
     args = (q, k, v, sinks, pos, pos, window, 0.3)
     whole = attention_in_tiles(*args)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gptoss.model.SCORES_AT_ONCE", at_once)
+        patch.setattr("gptoss.model.ops.SCORES_AT_ONCE", at_once)
         tiled = attention_in_tiles(*args)
     assert torch.allclose(whole, tiled, rtol=0, atol=1e-14)
     assert torch.equal(torch.ops.gptoss.sink_attention(*args), whole)
@@ -109,7 +109,7 @@ def test_tiles_bound_the_scores(monkeypatch):
 
     monkeypatch.setitem(attention_in_tiles.__globals__, "attention_concat",
                         spy)
-    monkeypatch.setattr("gptoss.model.SCORES_AT_ONCE", 2 ** 12)
+    monkeypatch.setattr("gptoss.model.ops.SCORES_AT_ONCE", 2 ** 12)
     T = 200
     x = torch.randn(1, T, 4, 8)
     pos = torch.arange(T)[None]

@@ -9,17 +9,17 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
-import gptoss.ops as ops
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gptoss import answers
+import gptoss
 from gptoss.kernels.compact import pack_by_torch
+from gptoss.model import answers
 from gptoss.model.ops import OPERATORS, Operator, define_operator
 from gptoss.weights.encoding import encode
 
-POCKET = Path(ops.__file__).parent / "pocket"
+POCKET = Path(gptoss.__file__).parent / "pocket"
 OPS = torch.ops.gptoss
 
 
@@ -48,8 +48,8 @@ def told(GptOss, start=lambda: None):
         logits = model(torch.tensor([[7, 8, 9, 10]]))
     text = list(generate(model, [5, 6, 7], max_new_tokens=24,
                          sampler=Sampler(temperature=0.0)))
-    from gptoss import decode_step, kernels
-    return (kernels._path, decode_step.can_record(model), text,
+    from gptoss.kernels import build, step
+    return (build._path, step.can_record(model), text,
             hashlib.sha256(logits.view(torch.int16).numpy().tobytes()
                            if False else bytes(logits.untyped_storage())
                            ).hexdigest())
@@ -64,7 +64,7 @@ def module():
 
 def attribute():
     import gptoss
-    return told(gptoss.model.GptOss)
+    return told(gptoss.model.transformer.GptOss)
 
 def chat():
     from gptoss.chat.chat import load
@@ -72,11 +72,11 @@ def chat():
     return told(type(model))
 
 def operator():
-    import gptoss.model
+    import gptoss.model.transformer
     x = torch.ones(1, 64).bfloat16()
     torch.ops.gptoss.rms_norm(x, x[0], 1e-5)
     assert torch.ops.gptoss.kernels_on()
-    return told(gptoss.model.GptOss)
+    return told(gptoss.model.transformer.GptOss)
 
 def layer():
     from gptoss.model.layers import Linear
@@ -95,7 +95,10 @@ def subclass():
 def threads():
     # loading takes a while, so that the second thread comes meanwhile
     import time
-    from gptoss import kernels, model, generate
+    from gptoss.kernels import build as kernels
+    from gptoss.model import transformer as model
+    from gptoss.text import generate
+    from gptoss.text.sampling import Sampler
     real, count = kernels.build, []
     def build(*arguments):
         count.append(1)
@@ -109,7 +112,7 @@ def threads():
         texts[n] = list(generate.generate(
             model.GptOss.from_pretrained(sys.argv[1]), [5, 6, 7],
             max_new_tokens=24,
-            sampler=generate.Sampler(temperature=0.0)))
+            sampler=Sampler(temperature=0.0)))
     both = [threading.Thread(target=work, args=(n,)) for n in (0, 1)]
     for thread in both: thread.start()
     for thread in both: thread.join()
@@ -149,8 +152,8 @@ def test_every_route_and_thread_does_the_same(choice):
 THREADS = """
 import sys, threading, time
 import torch
-import gptoss.layers
-from gptoss import kernels
+import gptoss.model.layers
+from gptoss.kernels import build as kernels
 real, count = kernels.build, []
 def build(*arguments):
     count.append(1)
@@ -220,9 +223,12 @@ def test_answers_count_as_loaded_when_they_are(monkeypatch):
 
 
 def test_answers_import_neither_torch_nor_the_package():
-    assert run("import sys, gptoss.answers; print(sorted(name for name in "
-               "sys.modules if name.partition('.')[0] in ('torch', "
-               "'gptoss')))") == "['gptoss', 'gptoss.answers']\n"
+    assert run("import sys, gptoss.model.answers; print(sorted(name for name "
+               "in sys.modules if name.partition('.')[0] in ('torch', "
+               "'gptoss')))") == (
+                   "['gptoss', 'gptoss.checkpoint', 'gptoss.harmony', "
+                   "'gptoss.model', 'gptoss.model.answers', "
+                   "'gptoss.mxfp4']\n")  # subjects: empty until asked
 
 
 @pytest.mark.parametrize("make", [
@@ -230,9 +236,11 @@ def test_answers_import_neither_torch_nor_the_package():
     "(GptOssConfig.gpt_oss_20b(), device='meta')"], ids=["read", "drawn"])
 def test_who_makes_a_model_loads(make):
     """Before any call, so before threads share it."""
-    code = ("import sys\nfrom gptoss import GptOss, GptOssConfig, answers\n"
+    code = ("import sys\nfrom gptoss import GptOss, GptOssConfig\n"
+            "from gptoss.model import answers\n"
             f"assert not answers._state\nGptOss{make}\n"
-            "from gptoss import kernels\nprint(answers._state, kernels._path)")
+            "from gptoss.kernels import build\n"
+            "print(answers._state, build._path)")
     assert run(code, GPTOSS_KERNELS="torch") == (
         "loaded torch (GPTOSS_KERNELS=torch)\n")
 
@@ -337,8 +345,8 @@ CHECKED = """
 import sys, torch
 sys.path.insert(0, sys.argv[2])
 from test_operators import arguments
-import gptoss.kernels as kernels
-import gptoss.compact
+import gptoss.kernels.build as kernels
+import gptoss.kernels.compact
 dtype = torch.float32 if "torch" in kernels.load_kernels() else torch.bfloat16
 for learns in (False, True):
     for name, (operator, case) in arguments(dtype, learns, (5,)).items():
@@ -374,7 +382,7 @@ from torch.func import grad, jvp, vmap
 sys.path.insert(0, sys.argv[2])
 from test_operators import arguments
 import torch.autograd.forward_ad as forward
-import gptoss.compact
+import gptoss.kernels.compact
 from gptoss.kernels.build import load_kernels
 load_kernels()
 
@@ -425,7 +433,7 @@ COMPILED = """
 import sys, torch, warnings
 warnings.simplefilter("ignore")
 import torch._dynamo as dynamo
-from gptoss import kernels
+import gptoss.kernels.build as kernels
 from gptoss.kernels.step import DecodeStep
 from gptoss.model.transformer import GptOss
 model = GptOss.from_pretrained(sys.argv[1])

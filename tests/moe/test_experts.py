@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GptOssConfig as HFConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from gptoss import experts as module
 from gptoss.model.ops import packed_experts
+from gptoss.moe import experts as module
 from gptoss.moe.experts import (
     ALPHA,
     by_expert,

@@ -1,13 +1,13 @@
-"""Chapter 13: a step of decode on the CPU, recorded and called again."""
+"""A step of decode on the CPU, recorded and called again."""
 
 import inspect
 
-import gptoss.decode_step as decode_step
 import pytest
 import torch
-from test_decode_step import POCKET, draw, pair, tiny
 from test_kernels import COMPILED, kernels_on  # noqa: F401
+from test_step import POCKET, draw, pair, tiny
 
+from gptoss.kernels import step as step_module
 from gptoss.kernels.build import plain_torch
 from gptoss.kernels.step import DecodeStep
 from gptoss.model.cache import FullCache
@@ -84,7 +84,7 @@ def test_generate_records_unless_told_otherwise(monkeypatch, caplog):
         def __init__(self, *arguments) -> None:
             super().__init__(*arguments)
             made.append(self)
-    monkeypatch.setattr(decode_step, "DecodeStep", Noted)
+    monkeypatch.setattr(step_module, "DecodeStep", Noted)
 
     def text(model=model, **options):
         made.clear()
@@ -157,7 +157,7 @@ def test_what_cannot_be_called_again(caplog):
                        "cat takes a list of tensors"),
                       (lambda: out.copy_(x.split(3)[1].sum()), "split")):
         caplog.clear()
-        launch = decode_step.call_again(work)
+        launch = step_module.call_again(work)
         for start in (0, 1, 2):
             x.copy_(torch.arange(6.) + start)
             launch()
@@ -181,7 +181,7 @@ def test_what_is_no_operator_is_refused(caplog):
         with torch.enable_grad():
             out.copy_(Twice.apply(torch.ones((), requires_grad=True)).detach())
         out.add_(1)
-    launch = decode_step.call_again(work)
+    launch = step_module.call_again(work)
     for _ in range(3):
         out.zero_()
         launch()
@@ -203,7 +203,7 @@ def test_call_again():
         y.copy_(torch.nn.functional.layer_norm(a, (4,)).sum(0))
         z[:2] = high + at
         z[2:].copy_(z[:1])
-    launch = decode_step.call_again(work)
+    launch = step_module.call_again(work)
     for n in range(4):
         torch.manual_seed(n)
         x.normal_()
@@ -222,14 +222,14 @@ def test_a_recording_that_fails_is_begun_anew():
         total.add_(1)
         if fails:
             raise fails.pop() and KeyboardInterrupt
-    launch = decode_step.call_again(work)
+    launch = step_module.call_again(work)
     with pytest.raises(KeyboardInterrupt):
         launch()
     for _ in range(3):
         launch()
     assert total == 4
-    inner = decode_step.call_again(lambda: total.add_(1))
-    outer = decode_step.call_again(inner)
+    inner = step_module.call_again(lambda: total.add_(1))
+    outer = step_module.call_again(inner)
     with pytest.raises(RuntimeError, match="begun twice"):
         outer()
     inner()

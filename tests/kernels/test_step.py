@@ -1,4 +1,4 @@
-"""Chapter 13: the step of decode with fixed shapes, and the launches of the
+"""The step of decode with fixed shapes, and the launches of the
 Triton kernels under it. No GPU is needed: `cuda_graph` is replaced."""
 
 import os
@@ -10,8 +10,6 @@ from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
-import gptoss.decode_step as decode_step
-import gptoss.triton_kernels as triton_kernels
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,6 +20,9 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
+import gptoss
+from gptoss.kernels import step as step_module
+from gptoss.kernels import triton_kernels
 from gptoss.kernels.step import DecodeStep
 from gptoss.model.cache import Cache, CacheError, FullCache
 from gptoss.model.transformer import GptOss, ModelError
@@ -30,7 +31,7 @@ from gptoss.text.sampling import Sampler
 from gptoss.weights.config import GptOssConfig
 from gptoss.weights.encoding import encode
 
-POCKET = Path(decode_step.__file__).parent / "pocket"
+POCKET = Path(gptoss.__file__).parent / "pocket"
 TINY = GptOssConfig(
     num_hidden_layers=4, num_local_experts=4, num_experts_per_tok=2,
     hidden_size=64, intermediate_size=32, vocab_size=50, head_dim=16,
@@ -216,8 +217,8 @@ def test_cuda_graph_warms_up_aside_and_undoes(monkeypatch):
         current_stream=lambda: Stream("current"), Stream=Stream,
         stream=Inside, graph=Inside,
         CUDAGraph=lambda: SimpleNamespace(replay=lambda: log.append("replay")))
-    monkeypatch.setattr(decode_step.torch, "cuda", cuda)
-    decode_step.cuda_graph(lambda: log.append("run"),
+    monkeypatch.setattr(step_module.torch, "cuda", cuda)
+    step_module.cuda_graph(lambda: log.append("run"),
                            lambda: log.append("undo"))()
     assert log == ["side waits for current", "in side",
                    *3 * ["run", "undo"], "out side",
@@ -514,14 +515,14 @@ def test_can_record():
     always. On the CPU nothing is recorded without kernels."""
     code = """
 import sys, torch
-from gptoss import decode_step
+from gptoss.kernels import step
 from gptoss.weights.config import GptOssConfig
 from gptoss.model.transformer import GptOss
 torch.library.impl("gptoss::packed_experts", "CUDA", lambda *a: a[0])
 config = GptOssConfig.gpt_oss_20b()
-print([decode_step.can_record(GptOss(config, device="meta", packed=packed))
+print([step.can_record(GptOss(config, device="meta", packed=packed))
        for packed in (True, False)])
-print(decode_step.can_record(GptOss.from_pretrained(sys.argv[1])))
+print(step.can_record(GptOss.from_pretrained(sys.argv[1])))
 """
     done = subprocess.run([sys.executable, "-c", code, str(POCKET)],
                           text=True, capture_output=True, timeout=280,
@@ -569,12 +570,12 @@ def test_token_tiles_exhaustively(experts, size):
 TRITON = """
 import sys, torch
 import torch.nn.functional as F
-from gptoss import triton_kernels as t
+from gptoss.kernels import triton_kernels as t
 from gptoss.model.transformer import GptOss
 from gptoss.model.ops import attention_in_tiles
 from gptoss.kernels.step import DecodeStep
 sys.path.insert(0, sys.argv[1])
-from test_decode_step import tiny
+from test_step import tiny
 
 torch.manual_seed(0)
 # attention: keys in 1 to 7 parts, of a cache filled to `filled`, no more read
@@ -635,7 +636,7 @@ import sys
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from gptoss import triton_kernels as t
+from gptoss.kernels import triton_kernels as t
 
 def made(kernel, sizes, integers, **types):
     kinds = types | dict.fromkeys(integers.split(), "i32")

@@ -1,0 +1,591 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   gptoss:
+#     module: bench
+#     public: [measure]
+# ---
+
+# %% [markdown]
+# # What did each step bring?
+#
+# ## Question
+#
+# Which idea brought how much, who is still faster, and how does one measure
+# that honestly? One and the same product of four-bit weights ran at 0.3 GB/s
+# in plain torch and at 27 with the kernel, on two cores that read 31 and can
+# do no more.
+#
+# Speeds are one machine's and no cell can compute them for all. Those in this
+# chapter were measured in November 2026 on two cores of an AMD EPYC, Zen 3
+# where AVX2 is meant and Zen 4 where AVX-512 is; tables show what `bench/`
+# saved, and the text says where a number is in no table.
+
+# %%
+import json
+import logging
+import os
+
+import matplotlib.pyplot as plt
+
+from gptoss.kernels.build import load_kernels
+from gptoss.weights.config import GptOssConfig
+from gptoss.weights.sizes import expert_size, flops_per_token
+
+os.environ["GPTOSS_KERNELS"] = "auto"  # this chapter asks for the kernels
+logging.getLogger("gptoss").setLevel(logging.ERROR)  # and says nothing of it
+path = load_kernels()
+plt.style.use("../_static/book.mplstyle")
+with open("../_static/kernels_bench.json") as file:
+    MEASURED = json.load(file)  # by bench/, on the machine that it names
+with open("../_static/kernels_bench_avx512.json") as file:
+    ON_AVX512 = json.load(file)  # the same on another machine
+big = GptOssConfig.gpt_oss_20b()
+
+
+def measured(*keys, default=None, found=MEASURED):
+    """An entry of the saved measurements, or None: not measured."""
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    return default if found is None else found
+
+
+print(measured("machine", "words"))
+print(measured("machine", "words", found=ON_AVX512))
+
+# %% [markdown]
+# ## Picture
+#
+# The steps from plain torch to the kernel, on a matrix that no cache holds.
+# They stand in `bench/kernels_steps.cpp`; GB/s count the packed bytes.
+
+# %% tags=["hide-input"]
+# Figure: horizontal bars, a pair for each step, for Zen 3 and Zen 4 with two
+# threads. Plain torch and the portable loop can hardly be seen; a table in a
+# register, 16-bit integers, two blocks at a time lengthen the bars in turn to
+# nine tenths of what only reading gives on Zen 3, two thirds on Zen 4.
+fig, ax = plt.subplots(figsize=(7.2, 3.4))
+speeds = {name: {step["name"]: step["gb_per_s"] for step in
+                 measured("steps", default=[], found=saved)
+                 if step["threads"] == 2}
+          for name, saved in (("Zen 3, AVX2", MEASURED),
+                              ("Zen 4, AVX-512", ON_AVX512))}
+names = list(dict.fromkeys(name for found in speeds.values()
+                           for name in found if name != "only reading"))
+names = [n for n in names if n != "the chapter's kernel"] + [
+    "the chapter's kernel", "only reading"]
+for shift, (label, found) in zip((-0.2, 0.2), speeds.items(), strict=True):
+    ax.barh([y + shift for y in range(len(names))],
+            [found.get(name, 0) for name in names], 0.38, label=label)
+ax.set_yticks(range(len(names)), ["the kernel" if "kernel" in name else name
+                                  for name in names])
+ax.invert_yaxis()
+ax.set_xlabel("GB/s of packed weights, two threads")
+ax.legend(loc="upper right")
+plt.show()
+
+# %% [markdown]
+# What to see: the largest factor, seven, is one idea, a table that stays in a
+# register instead of a loop over numbers; integers instead of floats and two
+# blocks at a time bring 1.6 times each. Four streams of rows help Zen 3 by a
+# sixth and Zen 4 not at all, where bytes for `vpdpbusd` help; there reading is
+# faster still than two cores can multiply. In numbers, for Zen 3:
+
+# %% tags=["hide-input"]
+steps = measured("steps", default=[])
+names = list(dict.fromkeys(step["name"] for step in steps))
+threads = sorted({step["threads"] for step in steps})
+found = {(step["name"], step["threads"]): step["gb_per_s"] for step in steps}
+if names:
+    print("GB/s with threads:".ljust(30),
+          *(f"{count:>6}" for count in threads))
+else:
+    print("not measured yet")
+for name in names:
+    row = (found.get((name, count)) for count in threads)
+    print(name.ljust(30),
+          *("     -" if speed is None else f"{speed:6.2f}" for speed in row))
+if {"plain torch", "the chapter's kernel", "only reading"} <= set(names):
+    torchs, ours, most = (found[name, threads[-1]] for name in (
+        "plain torch", "the chapter's kernel", "only reading"))
+    print(f"of reading: torch {torchs / most:.0%}, kernel {ours / most:.0%}")
+
+# %% [markdown]
+# The last line is the operator as the model calls it
+# ([packed](packed.ipynb)): it also makes the integers and rounds the result.
+# Its bytes were chosen for `vpdpbusd`; with AVX2 alone they gain nothing over
+# the 16-bit numbers in four streams. Plain torch moves 8.5 times the bytes,
+# which explains only part of its distance from reading; the rest is its table,
+# looked up in memory a byte at a time. (It was run once, and its run on one
+# thread is left out: it took five times as long as the one on two, which two
+# threads do not explain; something else was running.)
+
+# %% [markdown]
+# ## Code
+#
+# ### A clock beside a ruler
+#
+# `bench` runs what a user runs, `generate`, and looks at the clock. The speed
+# of memory is measured in the same process: a sum over 1 GiB, which torch
+# computes as fast as the numbers arrive: `read_speed` of the
+# [roofline](roofline.ipynb).
+
+# %% tags=["export"]
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from gptoss.kernels.build import KernelError, kernel_path
+from gptoss.kernels.compact import saved_bytes
+from gptoss.kernels.roofline import read_speed
+from gptoss.model.transformer import GptOss
+from gptoss.text.generate import generate
+from gptoss.text.sampling import Sampler
+from gptoss.weights.sizes import bytes_read_per_token
+
+# %% tags=["export"]
+def peak_rss_bytes() -> int:
+    """The most memory this process has held so far, in bytes."""
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def rates(name: str, seconds: list[float], count: int = 1) -> dict:
+    """Rates of `count` things in so many seconds: the median as `name`, and
+    those of the slow and the fast tenth as low and high in `name`_spread."""
+    ordered = sorted(seconds)
+    tenth = len(ordered) // 10
+    return {name: count / statistics.median(ordered),
+            f"{name}_spread": {"low": count / ordered[-1 - tenth],
+                               "high": count / ordered[tenth]}}
+
+# %% tags=["export"]
+def _timed(model: GptOss, prompt: list[int], count: int) -> list[float]:
+    """Seconds from the start to each of `count` greedy tokens."""
+    start, times = time.perf_counter(), []
+    for _ in generate(model, prompt, max_new_tokens=count,
+                      sampler=Sampler(temperature=0.0)):
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def summarise(runs: list[list[float]], prompt_tokens: int, size: int,
+              speed: float) -> dict:
+    """What runs say, each the seconds from its start to each of its tokens.
+
+    size: the bytes of weights that a token reads; speed: bytes a second
+    that memory delivers. The first token ends the reading of the prompt.
+    """
+    first = [times[0] for times in runs]
+    steps = [after - before for times in runs
+             for before, after in zip(times, times[1:], strict=False)]
+    decode = rates("decode_tokens_per_second", steps)
+    share = decode["decode_tokens_per_second"] * size / speed
+    return ({"time_to_first_token": statistics.median(first)}
+            | rates("prefill_tokens_per_second", first, prompt_tokens)
+            | decode | {"bytes_per_token": size,
+                        "read_bytes_per_second": speed,
+                        "read_bandwidth_share": share})
+
+# %% tags=["export"]
+def measure(path: str | Path, prompt_tokens: int = 512, new_tokens: int = 32,
+            repeats: int = 3, seed: int = 0,
+            load: Callable[..., GptOss] = GptOss.from_pretrained) -> dict:
+    """Load the model in `path` and generate; what it took, as a dict.
+
+    The prompt is random tokens. A short run comes first, so that the file
+    is in memory and the kernels are loaded; then `repeats` timed ones.
+    Seconds, bytes, tokens a second (medians); read_bandwidth_share is the
+    bytes of a token over what memory could deliver in its time. KernelError
+    if the tokens do not fit into the model's context.
+    """
+    start = time.perf_counter()
+    model = load(path)
+    load_seconds = time.perf_counter() - start
+    room = model.config.max_position_embeddings
+    if prompt_tokens + new_tokens > room:
+        raise KernelError(f"prompt_tokens + new_tokens: expected at most "
+                          f"{room} (the model's context), found "
+                          f"{prompt_tokens} + {new_tokens}")
+    draw = torch.Generator().manual_seed(seed)
+    prompt = torch.randint(model.config.vocab_size, (prompt_tokens,),
+                           generator=draw).tolist()
+    _timed(model, prompt[:8], 4)
+    runs = [_timed(model, prompt, new_tokens + 1) for _ in range(repeats)]
+    peak = peak_rss_bytes()  # now: measuring memory takes a gigabyte
+    return {"kernels": kernel_path(), "threads": torch.get_num_threads(),
+            "load_seconds": load_seconds, "peak_rss_bytes": peak,
+            "prompt_tokens": prompt_tokens, "new_tokens": new_tokens,
+            "repeats": repeats} | summarise(
+                runs, prompt_tokens,
+                bytes_read_per_token(model.config) - saved_bytes(model),
+                read_speed())
+
+# %%
+told = summarise([[0.5, 0.6, 0.8], [0.25, 0.35, 0.4]], 100, 1000, 50000.0)
+for name in ("time_to_first_token", "decode_tokens_per_second",
+             "read_bandwidth_share"):
+    print(name, round(told[name], 3))
+assert told["prefill_tokens_per_second_spread"] == {"low": 200, "high": 400}
+
+# %% [markdown]
+# ## It holds
+#
+# A fast path is worth nothing if it computes something else.
+# **The shipped model**, on a story it did not see. First the experts of each
+# layer, on the inputs that they get in it: both paths and float64 are given
+# the same numbers, rounded to bf16.
+
+# %%
+import gptoss
+from gptoss.kernels.build import plain_torch
+from gptoss.text.tokenizer import Tokenizer
+
+
+def off(y: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((y - exact).norm() / exact.norm()).item()
+
+
+def errors_of(run, *tensors) -> tuple[float, float]:
+    """Distance from float64 of the kernel's and of plain torch's result."""
+    wide = [x.double() if x.is_floating_point() else x for x in tensors]
+    with torch.inference_mode():
+        fast = run(*tensors)
+        with plain_torch():
+            slow, exact = run(*tensors), run(*wide)
+    return off(fast.double(), exact), off(slow.double(), exact)
+
+
+POCKET = Path(gptoss.__file__).parent / "pocket"
+tokens = Tokenizer.from_pretrained(POCKET).encode(
+    "Once upon a time there was a small fox named Mira. Mira lived in the "
+    "forest. The best thing she had was a red kite. One day Mira took the "
+    "red kite to the lake. But a strong wind came, and the red kite was gone."
+)
+model = GptOss.from_pretrained(POCKET)
+wide = GptOss.from_pretrained(POCKET, dtype=torch.float64)
+inputs = []
+hooks = [layer.mlp.experts.register_forward_pre_hook(
+    lambda module, given: inputs.append(given)) for layer in wide.layers]
+with torch.inference_mode():
+    exact = wide(torch.tensor([tokens]))
+for hook in hooks:
+    hook.remove()
+for n, (x_n, ids, weights) in enumerate(inputs):
+    def run(x, weights, n=n, ids=ids):
+        which = wide if x.dtype == torch.float64 else model
+        return which.layers[n].mlp.experts(x, ids, weights)
+
+    ours, torchs = errors_of(run, x_n.bfloat16(), weights.bfloat16())
+    assert ours <= torchs
+    if path.startswith("C++"):
+        assert ours < 0.8 * torchs
+print(len(inputs), "layers, in each at least as near as plain torch")
+
+# %% [markdown]
+# Then the whole, the same weights in bf16 on both paths and in float64. Now
+# the inputs differ from the first layer on, and both paths round the stream
+# between the layers to bf16.
+
+# %%
+with torch.inference_mode():
+    fast = model(torch.tensor([tokens])).double()
+    with plain_torch():
+        slow = model(torch.tensor([tokens])).double()
+best, second = exact.topk(2).values.unbind(-1)
+clear = best - second > 0.25
+assert (fast.argmax(-1) == exact.argmax(-1))[clear].all()
+assert (slow.argmax(-1) == fast.argmax(-1))[clear].all()
+narrow = GptOss.from_pretrained(POCKET, dtype=torch.float32)
+with torch.inference_mode():
+    single = narrow(torch.tensor([tokens]))
+    with plain_torch():
+        assert torch.equal(narrow(torch.tensor([tokens])), single)
+print("bf16: the same choice wherever the best token leads by 0.25")
+print("float32: the same bits")
+
+# %% [markdown]
+# So what does *identical* mean for two paths? In float32 it is literal: the
+# kernels step aside, and both paths are one. In bf16 it cannot be. Counted
+# once, on the Zen 3 and with the small model that was shipped then: over 16
+# stories (3,351 positions) the median distance of the logits from float64,
+# relative to their size, was 0.0067 with the kernels and 0.0073 with torch,
+# and a router chose another expert than in float64 at 100 and 103
+# positions. Of 12 greedy texts of 64 tokens, 9 were the same on both paths.
+# The other three parted where two words were nearly as good: their exact
+# logits differed by less than 0.05, and at that size one step of bf16 is
+# 0.06. Both paths are right to within their format; neither is the reference.
+# These counts are one processor's. What holds on all is held by the tests in
+# `tests/kernels/`: in bf16 two texts part only where the exact logits
+# are within 0.25.
+
+# %% [markdown]
+# ## Against the others
+#
+# llama.cpp multiplies MXFP4 by activations in 8 bits
+# (`ggml_vec_dot_mxfp4_q8_0`). transformers
+# keeps the experts packed on a CPU only with Triton and kernels from the Hub;
+# without, it decodes them to bf16 while loading. Then it reads 2 bytes a
+# weight instead of 17/32, needs 42 GB for the 20b, and multiplies with torch's
+# bf16 product. Both formulas beside ours, on rows of 2880 weights and
+# activations in bf16:
+
+# %%
+from gptoss.model.ops import mxfp4_linear
+from gptoss.weights.encoding import encode
+from gptoss.weights.mxfp4 import decode
+
+
+def rounded(x: torch.Tensor, largest: int) -> torch.Tensor:
+    """x (…, 32 N), each block rounded to integers of that size and back."""
+    blocks = x.view(*x.shape[:-1], -1, 32)
+    step = blocks.abs().amax(-1, keepdim=True) / largest
+    return ((blocks / step).round() * step).view(x.shape)
+
+
+torch.manual_seed(0)
+weight = decode(*encode(0.02 * torch.randn(256, 2880)), torch.float64)
+x = torch.randn(64, 2880).bfloat16().double()
+fast = mxfp4_linear(x.bfloat16(), *encode(weight)).double()
+formulas = {
+    "llama.cpp, 8-bit activations": rounded(x, 127) @ weight.T,
+    "transformers, bf16 weights": (x.bfloat16() @ weight.bfloat16().T
+                                   ).double(),
+    "ours": fast}
+exact = x @ weight.T
+for name, y in formulas.items():
+    print(f"{name:29} relative error {off(y, exact):.1e}")
+eight, bf16, ours = (off(y, exact) for y in formulas.values())
+assert ours < 1.001 * bf16 and 3 * ours < eight
+
+# %% [markdown]
+# A fast path that is not taken leaves the text right, so nobody notices.
+# SGLang padded the experts to a width that its CPU kernels do not take, and
+# gpt-oss went through the slow path (sgl-project/sglang#31334); transformers
+# decodes to bf16 where a package is missing
+# (huggingface/transformers#42723). Here the path has a name, `kernel_path()`,
+# which `bench` prints, and a missing compiler is one line in the log.
+
+# %% [markdown]
+# `bench/compare.py` runs the three on one checkpoint of random weights, one
+# after the other on the same machine, and divides. What it found:
+
+# %% tags=["hide-input"]
+def number(value, width: int, digits: int = 1) -> str:
+    return " " * (width - 1) + "-" if value is None else (
+        f"{value:{width}.{digits}f}")
+
+
+def table(saved: dict) -> None:
+    """One line an engine and shape, the speeds beside those of ours."""
+    print(measured("machine", "words", found=saved, default="not measured"))
+    print("tokens a second".ljust(33), " decode  prefill  GiB   ours is "
+          "faster by")
+    for shape in ("20b", "4 layers", "4 layers, 16", "2 layers", "shipped"):
+        engines = measured(shape, found=saved, default={})
+        best, copy = (engines.get(name, {}).get
+                      for name in ("ours", "ours-compact"))
+        for engine, result in engines.items():
+            speeds, mine = ([get(f"{part}_tokens_per_second")
+                             for part in ("decode", "prefill")]
+                            for get in (result.get, best))
+            faster = [f"{a / b:.2f} x"
+                      for a, b in zip(mine, speeds, strict=True) if a and b]
+            twelve = copy("decode_tokens_per_second")
+            if twelve:
+                faster.append(f"compact {twelve / speeds[0]:.2f} x")
+            share = result.get("read_bandwidth_share", 0)
+            remark = (", ".join(faster) if not engine.startswith("ours")
+                      else "" if result["prompt_tokens"] < 512 else
+                      f"{share:.0%} of memory's speed"
+                      + (" (see below)" if share > 1 else ""))
+            memory = result.get("peak_rss_bytes")
+            print(shape.ljust(12), engine.ljust(20), number(speeds[0], 7),
+                  number(speeds[1], 8),
+                  number(memory and memory / 2 ** 30, 5), "  ",
+                  remark)
+
+
+table(MEASURED)
+token = bytes_read_per_token(big)
+in_four_bits = (big.num_hidden_layers * big.num_experts_per_tok * 17 / 32
+                * expert_size(big))
+dense = token - in_four_bits  # 2 bytes a weight; in Q8_0 34/32
+print(f"a token of the 20b with Q8_0: "
+      f"{(token - dense * (1 - 17 / 32)) / 1e9:.1f} GB")
+
+# %% [markdown]
+# Each engine ran alone with both cores (the shipped model with one thread),
+# with 512 tokens of prompt (16 in the second group, 128 for the shipped one),
+# llama.cpp with experts in MXFP4 and dense matrices in bf16 or Q8_0. Engines
+# took turns, and of two rounds the one with the faster decode counts (one
+# round for 4 and 2 layers). Memory delivers 33 to 45 GB/s here, changing
+# within minutes, so that a ratio is good to a tenth or so, and a share of
+# memory's speed, which is measured after the runs, to a fifth.
+#
+# *Decode.* In the two rounds the 20b wrote 9.6 and 9.4 tokens a second,
+# llama.cpp with bf16 6.6 and 6.7, with Q8_0 8.7 and 8.3. That is 1.46 and 1.41
+# times as many as the first, and 1.10 and 1.12 times as many as the second,
+# though Q8_0 rounds the dense matrices and reads 2.6 GB for a token where ours
+# keeps every number and reads 3.7. Ours used 83 and 84 % of memory's speed.
+# In twelve bits, 3.1 GB, it wrote 9.6 and 9.8: where the experts' product is
+# limited by the processor, which with AVX2 does some 14 GB/s a thread, reading
+# less brings less.
+#
+# *The rest.* A prompt is read 1.8 times as fast as by llama.cpp. The 20b loads
+# in 0.2 s, because a page of the file is read when it is first touched, and
+# peaks at 12 to 13 GiB where llama.cpp takes 21 to 23; with the copies it is
+# 1.4 s and 14 GiB. torch has no fast product in bf16 for AVX2, and
+# transformers takes 35 times as long for a token and 123 times for a prompt of
+# 16; in fp32, at 2 layers, it takes 3.5 times as long for a token and 2.1
+# times for a prompt of 512.
+#
+# *Long texts*, by `bench/lengths.py`: a token of the 20b at position 8192 took
+# 1.20 times as long as one at 128 (150 and 126 ms, in a run that still touched
+# experts for the first time). The time for a token of a prompt, at 4 layers,
+# was 6.5 ms with 512 tokens and 6.4 with 4096.
+#
+# With AVX-512 llama.cpp's bf16 product comes near the speed of memory as well,
+# and two programs that read the same bytes at that speed take the same time.
+# These were measured while every token was still made in Python, without a
+# [step](step.ipynb) that is called again:
+
+# %% tags=["hide-input"]
+table(ON_AVX512)
+
+# %% [markdown]
+# There decode was 1.25 times as fast as llama.cpp's with bf16, in both rounds,
+# and 1.07 and 1.09 times as with Q8_0. With 4 of the layers, where the head
+# weighs most, we lost to Q8_0: ours wrote 0.84 times as many tokens, and in
+# twelve bits as many. In three more rounds of the 20b with 128 tokens of
+# prompt, which are not in the table, with memory at 30 to 63 GB/s, it was
+# 0.98, 1.07 and 1.43 times as fast as llama.cpp with bf16, in twelve bits
+# 1.51, 1.31 and 1.23 times. No program reads faster than memory delivers: the
+# share above 100 % says that memory, which is measured after the run, was
+# slower by then.
+#
+# **Not run at all**, for want of such machines: the kernels on an ARM
+# processor. The file compiles for one, and the product in NEON, run in an
+# emulator (QEMU), agrees with float64 as the others do; how fast it is, nobody
+# has seen.
+
+# %% [markdown]
+# ## In the 20b and the 120b
+#
+# The kernels take 32 columns and, in tiles, 16 rows at a time. In the released
+# models every width is a multiple of 32 and every number of rows one of 16, so
+# no matrix leaves a remainder. The floor {eq}`kernels-floor`, for a memory
+# that delivers 30 GB/s:
+
+# %%
+from gptoss.weights.layout import tensor_table
+
+for name, config in (("20b", big), ("120b", GptOssConfig.gpt_oss_120b())):
+    for spec in tensor_table(config).values():
+        if spec.name.endswith("_blocks"):  # (E, rows, blocks of 32, 16)
+            assert spec.shape[1] % 16 == 0
+        elif spec.name.endswith(("_proj.weight", "router.weight", "lm_head"
+                                 ".weight")):
+            assert spec.shape[0] % 16 == spec.shape[1] % 32 == 0
+    floor = bytes_read_per_token(config) / 30e9
+    print(f"{name:4}  {bytes_read_per_token(config) / 1e9:.2f} GB a token, "
+          f"at 30 GB/s at least {1000 * floor:.0f} ms")
+
+# %% [markdown]
+# The 120b has four times the experts and reads only a third more for a token:
+# 36 layers instead of 24, with four experts each, and the same head. Where its
+# 65 GB fit in memory it decodes at three quarters of the 20b's speed. With the
+# dense matrices in [twelve bits](twelve_bits.ipynb) the floor of the 20b is a
+# sixth lower.
+
+# %% [markdown]
+# ## Cost
+#
+# In prefill, $N$ tokens make $NK$ picks; with enough of them every expert is
+# hit, and its weights are decoded once whatever $N$ is. Arithmetic per byte
+# then grows with $N$, until the processor, not memory, is the limit. With
+# $\beta$ bytes and $\pi$ operations a second, the $2NK/E$ operations for a
+# weight take as long as its 17/32 bytes when
+#
+# $$ N = \frac{17}{64}\, \frac{E}{K}\, \frac{\pi}{\beta} .
+# $$ (kernels-crossing)
+#
+# For two cores of 3 GHz that do 32 operations a cycle each:
+
+# %%
+READ, OPERATE = 30e9, 2 * 32 * 3e9  # a second
+E, K = big.num_local_experts, big.num_experts_per_tok
+crossing = 17 / 64 * E / K * OPERATE / READ
+in_experts = 2 * K * big.num_hidden_layers * expert_size(big)
+others = flops_per_token(big, 0) - in_experts
+assert abs(others / dense - 1) < 0.01  # two operations for two bytes
+print(f"experts are limited by arithmetic from about {crossing:.0f} tokens "
+      f"on;\nthey take {in_experts / 1e9:.1f} of a token's "
+      f"{flops_per_token(big, 0) / 1e9:.1f} GFLOP")
+
+# %% [markdown]
+# ## Takeaways
+#
+# - The floor is what reading costs; the share of it that a program reaches
+#   says more than its speed, and is what `bench` prints.
+# - The largest factor, seven, is a table in a register; fewer instructions for
+#   each byte brought another three.
+# - Where two programs read the same bytes at memory's speed, they take the
+#   same time: then only fewer bytes are faster.
+# - Fast and plain path are each right to within bf16, and identical in
+#   float32, where the kernels step aside.
+# - A measurement names its machine, is taken in turns, and tells its losses.
+
+# %% [markdown]
+# ## Exercises
+#
+# ### Exercise 1
+#
+# Suppose a kernel multiplied four-bit weights in no time at all, and dense
+# matrices came at 30 GB/s as before. How much faster would a token of the 20b
+# be than at 30 GB/s for both? And if the dense matrices were free instead?
+
+# %% tags=["hide-cell"]
+for free, left in (("experts", dense), ("dense matrices", in_four_bits)):
+    print(f"{free} free: {token / left:.1f} times as fast")
+assert token / dense < 2 < token / in_four_bits
+
+# %% [markdown]
+# ### Exercise 2
+#
+# Memory delivers 33 to 45 GB/s here, and changes within minutes. Two equally
+# fast programs are run in turns. How far apart do they seem to be in one
+# round, and in the median of nine?
+
+# %% tags=["hide-cell"]
+draw = torch.Generator().manual_seed(0)
+speeds = 33 + 12 * torch.rand(10_000, 9, 2, generator=draw)
+ratios = speeds[..., 0] / speeds[..., 1]
+for rounds in (1, 9):
+    apart = (ratios[:, :rounds].median(1).values - 1).abs()
+    print(f"{rounds} round{'s' * (rounds > 1)}: nine times in ten within "
+          f"{apart.quantile(0.9):.0%}")
+
+# %% [markdown]
+# ## Sources
+#
+# - Roofline: {cite}`roofline2009`. MXFP4: {cite}`ocpmx2023`.
+# - llama.cpp, `ggml/src/ggml-cpu/`: MXFP4 times 8-bit activations with the
+#   same lookup instruction.
+# - transformers, `quantizers/quantizer_mxfp4.py`: when it decodes to bf16.
+# - A fast path not taken: sgl-project/sglang#31334,
+#   huggingface/transformers#42723.
