@@ -25,8 +25,9 @@ _PARTS = ("weights", "attention", "moe", "model", "text", "kernels",
           "parallel", "chat", "training", "parity", "cli")
 _SUBJECTS = {
     "mxfp4": ("weights.mxfp4", "weights.encoding", "model.ops"),
-    "checkpoint": ("weights.layout", "weights.files", "weights.checkpoint",
-                   "weights.write", "weights.convert", "weights.hub"),
+    "checkpoint": ("weights.layout", "weights.files", "weights.spellings",
+                   "weights.checkpoint", "weights.write", "weights.convert",
+                   "weights.hub"),
     "harmony": ("text.vocabulary", "text.tokenizer", "text.typescript",
                 "text.harmony", "text.template", "text.parser")}
 

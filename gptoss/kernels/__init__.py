@@ -1,4 +1,4 @@
-"""Part kernels of the book: 0 names, loaded when first asked for
+"""Part kernels of the book: 16 names, loaded when first asked for
 
 Generated from the front matter of book/kernels/*.py; edit it, not this file.
 """
@@ -7,17 +7,47 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    pass
+    from gptoss.kernels.bench import measure as measure
+    from gptoss.kernels.build import KernelError as KernelError
+    from gptoss.kernels.build import kernel_path as kernel_path
+    from gptoss.kernels.build import load_kernels as load_kernels
+    from gptoss.kernels.build import plain_torch as plain_torch
+    from gptoss.kernels.compact import CompactLinear as CompactLinear
+    from gptoss.kernels.compact import CompactWeight as CompactWeight
+    from gptoss.kernels.compact import make_compact as make_compact
+    from gptoss.kernels.compact import pack as pack
+    from gptoss.kernels.compact import unpack as unpack
+    from gptoss.kernels.roofline import read_speed as read_speed
+    from gptoss.kernels.step import DecodeStep as DecodeStep
+    from gptoss.kernels.step import call_again as call_again
+    from gptoss.kernels.step import can_record as can_record
+    from gptoss.kernels.step import cuda_graph as cuda_graph
+    from gptoss.kernels.triton_kernels import use_triton as use_triton
 
 _HOME = {
-
+    "CompactLinear": "compact",
+    "CompactWeight": "compact",
+    "DecodeStep": "step",
+    "KernelError": "build",
+    "call_again": "step",
+    "can_record": "step",
+    "cuda_graph": "step",
+    "kernel_path": "build",
+    "load_kernels": "build",
+    "make_compact": "compact",
+    "measure": "bench",
+    "pack": "compact",
+    "plain_torch": "build",
+    "read_speed": "roofline",
+    "unpack": "compact",
+    "use_triton": "triton_kernels",
 }
 _MODULES = (
-    "compact",
-    "build",
-    "triton_kernels",
-    "step",
     "roofline",
+    "build",
+    "compact",
+    "step",
+    "triton_kernels",
     "bench",
 )
 
@@ -35,5 +65,20 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-
+    "CompactLinear",
+    "CompactWeight",
+    "DecodeStep",
+    "KernelError",
+    "call_again",
+    "can_record",
+    "cuda_graph",
+    "kernel_path",
+    "load_kernels",
+    "make_compact",
+    "measure",
+    "pack",
+    "plain_torch",
+    "read_speed",
+    "unpack",
+    "use_triton",
 ]
