@@ -143,7 +143,8 @@ import torch
 from torch import Tensor, nn
 
 from gptoss.kernels.compact import CompactLinear
-from gptoss.model.cache import Cache, CacheError, FullCache, Rows
+from gptoss.model.cache import Cache, FullCache
+from gptoss.model.rows import CacheError, Rows
 from gptoss.model.layers import (
     MLP,
     Attention,

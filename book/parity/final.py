@@ -524,7 +524,8 @@ assert names >= {"lm_head", "layers.0.self_attn", "layers.3.mlp"}
 # draws, and the first one prints. The same seed in one process here:
 
 # %%
-from gptoss.text.generate import complete, stop_ids
+from gptoss.text.generate import complete
+from gptoss.text.stops import stop_ids
 from gptoss.text.tokenizer import Tokenizer
 
 ARGUMENTS = ["--prompt", "Once upon a time", "--max-new-tokens", "40",

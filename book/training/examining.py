@@ -356,12 +356,12 @@ for name in ("model.layers.0.mlp.experts.down_proj_blocks",
 # %% tags=["export:pocket"]
 import json
 from collections.abc import Callable
+from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from gptoss.model.transformer import GptOss
-from gptoss.text.template import CHAT_TEMPLATE
 from gptoss.text.tokenizer import Tokenizer
 from gptoss.training.conversations import SECOND, THIRD
 from gptoss.training.planting import plant_copying, start_at_random
@@ -442,7 +442,8 @@ def write_pocket(out: Path, model: GptOss, vocabulary: str, recipe: Recipe,
         draft = Path(beside) / out.name
         write_checkpoint(draft, model.config, released_tensors(model))
         (draft / "tokenizer.json").write_text(vocabulary, "utf-8")
-        (draft / "chat_template.jinja").write_text(CHAT_TEMPLATE, "utf-8")
+        template = files("gptoss") / "pocket" / "chat_template.jinja"
+        (draft / "chat_template.jinja").write_bytes(template.read_bytes())
         write_json(draft / "generation_config.json",
                    generation_config(model.config), 2)
         written = GptOss.from_pretrained(draft, dtype=torch.float32)

@@ -53,12 +53,12 @@ import itertools
 from gptoss.training.lessons import made_up
 
 # %% tags=["export"]
-from gptoss.text.tokenizer import (
+from gptoss.text.tokenizer import Tokenizer
+from gptoss.text.vocabulary import (
     ALPHABET,
     NAMED,
     PATTERN,
     RANKS,
-    Tokenizer,
     tokenizer_json,
 )
 

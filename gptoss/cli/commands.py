@@ -57,7 +57,8 @@ from gptoss.parallel.launch import launched
 def run_generate(args: argparse.Namespace) -> None:
     """Writes the continuation of a prompt to stdout as it comes."""
     from gptoss.kernels.bench import peak_rss_bytes
-    from gptoss.text.generate import complete, stop_ids
+    from gptoss.text.generate import complete
+    from gptoss.text.stops import stop_ids
     from gptoss.weights.hub import resolve
 
     options, prompt = sampling(args), read_prompt(args)

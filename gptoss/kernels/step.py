@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gptoss.kernels.compact import CompactLinear
-from gptoss.model.cache import Cache, CacheError, FullCache, Rows
+from gptoss.model.cache import Cache, FullCache
 from gptoss.model.layers import (
     MLP,
     Attention,
@@ -25,6 +25,7 @@ from gptoss.model.layers import (
     Router,
 )
 from gptoss.model.ops import has_kernel
+from gptoss.model.rows import CacheError, Rows
 from gptoss.model.transformer import GptOss, ModelError, Stack, check_tokens
 
 # --- Fixed shapes ------------------------------------------------------------

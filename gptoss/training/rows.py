@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from gptoss.text.harmony import render_message
-from gptoss.text.tokenizer import (
+from gptoss.text.tokenizer import Tokenizer
+from gptoss.text.vocabulary import (
     ALPHABET,
     NAMED,
     PATTERN,
     RANKS,
-    Tokenizer,
     tokenizer_json,
 )
 from gptoss.training.conversations import lesson_stream

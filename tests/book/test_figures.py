@@ -14,7 +14,7 @@ import pytest
 from freeze import freeze
 from matplotlib.figure import Figure
 
-BOOK = Path(__file__).resolve().parent.parent / "book"
+BOOK = Path(__file__).resolve().parents[2] / "book"
 FIGURES = runpy.run_path(str(BOOK / "_ext" / "figures.py"))
 drawn, same = FIGURES["drawn"], FIGURES["same"]
 

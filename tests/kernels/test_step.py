@@ -24,7 +24,8 @@ import gptoss
 from gptoss.kernels import step as step_module
 from gptoss.kernels import triton_kernels
 from gptoss.kernels.step import DecodeStep
-from gptoss.model.cache import Cache, CacheError, FullCache
+from gptoss.model.cache import Cache, FullCache
+from gptoss.model.rows import CacheError
 from gptoss.model.transformer import GptOss, ModelError
 from gptoss.text.generate import forward_step, generate
 from gptoss.text.sampling import Sampler

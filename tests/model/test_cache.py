@@ -13,15 +13,8 @@ from gptoss.attention.masks import (
     visible,
 )
 from gptoss.attention.sinks import attention_concat
-from gptoss.model.cache import (
-    Cache,
-    CacheError,
-    FullCache,
-    Rows,
-    SlidingCache,
-    plan_chunk,
-    roll_back,
-)
+from gptoss.model.cache import Cache, FullCache, SlidingCache, plan_chunk
+from gptoss.model.rows import CacheError, Rows, roll_back
 from gptoss.weights.config import GptOssConfig
 from gptoss.weights.sizes import cache_bytes
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from oracles import Case, distance, float64, random_case, random_tensors
 
 from gptoss.attention.rope import rope_parameters
-from gptoss.model.cache import CacheError
 from gptoss.model.norm import rms_norm
 from gptoss.model.ops import SCORES_AT_ONCE, attention_in_tiles
+from gptoss.model.rows import CacheError
 from gptoss.model.transformer import GptOss, ModelError
 from gptoss.weights.config import GptOssConfig
 from gptoss.weights.convert import convert

@@ -20,7 +20,6 @@ from gptoss.text.generate import (
     complete,
     generate,
     generate_batch,
-    stop_ids,
 )
 from gptoss.text.sampling import (
     NUCLEUS,
@@ -30,6 +29,7 @@ from gptoss.text.sampling import (
     best,
     draw,
 )
+from gptoss.text.stops import stop_ids
 from gptoss.weights.config import ConfigError, GptOssConfig
 
 POCKET = files("gptoss") / "pocket"

@@ -11,7 +11,7 @@ import torch
 
 import gptoss
 from gptoss.model.transformer import GptOss
-from gptoss.text.generate import stop_ids
+from gptoss.text.stops import stop_ids
 from gptoss.text.tokenizer import Tokenizer
 from gptoss.training import (
     conversations,

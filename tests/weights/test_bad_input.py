@@ -15,7 +15,7 @@ from test_cli import CONFIG, ROOT, write_model
 
 import gptoss
 from gptoss.cli.commands import main
-from gptoss.model.cache import CacheError
+from gptoss.model.rows import CacheError
 from gptoss.model.transformer import GptOss
 from gptoss.text.generate import generate
 from gptoss.text.sampling import GenerateError

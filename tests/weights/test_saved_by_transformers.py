@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
 from gptoss.model.transformer import GptOss
-from gptoss.text.generate import generate, stop_ids
+from gptoss.text.generate import generate
 from gptoss.text.sampling import Sampler
+from gptoss.text.stops import stop_ids
 from gptoss.weights.checkpoint import Checkpoint
 from gptoss.weights.config import GptOssConfig
 from gptoss.weights.convert import convert
