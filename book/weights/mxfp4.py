@@ -375,9 +375,11 @@ def decode_by_table(blocks: torch.Tensor, scales: torch.Tensor,
     most 2**15 blocks (2 MiB, inside a cache) on a CPU, 2**22 elsewhere.
     """
     table = _pairs(dtype, blocks.device)
-    if torch._C._are_functorch_transforms_active():  # they lose what `out=`
-        index = (scales.int() << 8)[..., None] + blocks  # writes
-        return table[index].view(dtype).flatten(-2)
+    if torch._C._are_functorch_transforms_active():
+        # they lose what `out=` writes, and see a view as another dtype badly
+        with torch._C._DisableFuncTorch():
+            pairs = table.view(dtype).view(-1, 2)
+        return pairs[(scales.int() << 8)[..., None] + blocks].flatten(-3)
     out = torch.empty(*scales.shape, BLOCK, dtype=dtype, device=blocks.device)
     target = out.view(table.dtype).view(-1, BLOCK // 2)
     blocks, scales = blocks.reshape(-1, BLOCK // 2), scales.reshape(-1)

@@ -507,7 +507,7 @@ def test_package_face():
     code = Sampler(0)
     one = Chat((MODEL, TOKENIZER), "low", temperature=0)
     assert one.settings.sampling.draws == code
-    assert sys.modules["gptoss.calculator"].TOOLS == {
+    assert sys.modules["gptoss.chat.calculator"].TOOLS == {
         "calculator": calculator, "today": today}
     assert sys.modules["gptoss.chat"].Chat is Chat
 
