@@ -31,10 +31,9 @@
 #
 # ## Picture
 #
-# The model that ships with the package ([training](../training/training.ipynb)
-# makes it) drew this: three of its 32 heads on the first sentences of a story.
-# A row is a query; the map shows what it gives to each key, the bar what the
-# sink takes, and together they make one.
+# The model that ships with the package drew this: three of its 32 heads on the
+# first sentences of a story. A row is a query; the map shows what it gives to
+# each key, the bar what the sink takes, and together they make one.
 
 # %% tags=["hide-input", "picture"]
 # Figure: three heads of the shipped model on a text of 43 tokens: the

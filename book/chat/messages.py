@@ -55,7 +55,7 @@ class ChatError(Error):
     """A message, a tool or an option that a chat cannot use."""
 
 
-def expect(fits: bool, where: str, expected: str, found: object) -> None:
+def require(fits: bool, where: str, expected: str, found: object) -> None:
     """Raises ChatError at `where` unless what was `found` fits."""
     if not fits:
         said = "nothing" if found is None else reprlib.repr(found)
@@ -74,7 +74,7 @@ def as_dict(value: object, where: str) -> Mapping:
     dump = getattr(value, "model_dump", None)
     if callable(dump) and not isinstance(value, Mapping | type):
         value = dump()
-    expect(isinstance(value, Mapping), where, "a dict", value)
+    require(isinstance(value, Mapping), where, "a dict", value)
     return value
 
 
@@ -83,7 +83,7 @@ def only_keys(given: Mapping, keys: Sequence[str], where: str) -> None:
     for key, value in given.items():
         empty = value is None or value is False or (
             isinstance(value, str | list | tuple | Mapping) and not value)
-        expect(empty or key in keys or key in _IDLE, f"{where}.{key}",
+        require(empty or key in keys or key in _IDLE, f"{where}.{key}",
                f"no keys but {', '.join(keys)}", value)
 
 # %% [markdown]
@@ -101,7 +101,7 @@ def _part(part: object, where: str) -> str:
     part = as_dict(part, where)
     kind = part.get("type")
     key = _PARTS.get(kind) if isinstance(kind, str) else None
-    expect(key is not None and isinstance(part.get(key), str), where,
+    require(key is not None and isinstance(part.get(key), str), where,
            "{'type': 'text', 'text': ...}", part)
     only_keys(part, ("type", key), where)
     return part[key]
@@ -112,9 +112,9 @@ def content_text(content: object, where: str) -> str:
     if isinstance(content, list | tuple):
         content = "".join(_part(part, f"{where}[{n}]")
                           for n, part in enumerate(content))
-    expect(isinstance(content, str), where,
+    require(isinstance(content, str), where,
            "a string or a list of text parts", content)
-    expect(not re.search("[\ud800-\udfff]", content), where,
+    require(not re.search("[\ud800-\udfff]", content), where,
            "Unicode characters without lone surrogates", content)
     return content
 
@@ -154,7 +154,7 @@ def _piece(piece: object, where: str) -> str:
     if isinstance(kind, str) and kind in _PARTS:
         return _part(piece, where)
     key = _PIECES.get(kind) if isinstance(kind, str) else None
-    expect(key is not None, f"{where}.type",
+    require(key is not None, f"{where}.type",
            f"one of {', '.join(_PIECES)} (what is encrypted cannot be "
            "read)", kind)
     only_keys(piece, ("type", key, "signature", "format"), where)
@@ -170,7 +170,7 @@ def _thought(message: Mapping, where: str) -> str:
             found = "".join(_piece(piece, f"{at}[{n}]")
                             for n, piece in enumerate(found))
         found = content_text("" if found is None else found, at)
-        expect(not (found and thought) or found.strip() == thought.strip(),
+        require(not (found and thought) or found.strip() == thought.strip(),
                at, f"the same as {first}, or only one of them", found)
         if found and not thought:
             first, thought = key, found
@@ -194,7 +194,7 @@ _OTHER = re.compile(r"[^A-Za-z0-9_.-]")
 
 def checked_name(name: object, where: str) -> str:
     """`name` of a function or an author, if it may be one."""
-    expect(isinstance(name, str) and bool(_NAME.fullmatch(name)), where,
+    require(isinstance(name, str) and bool(_NAME.fullmatch(name)), where,
            "1 to 64 letters, digits, _ . -", name)
     return name
 
@@ -207,15 +207,15 @@ def possible_name(name: str) -> str:
 def _call(call: object, where: str) -> tuple[str, Message]:
     """One entry of `tool_calls`: its id, and a message to the function."""
     call = as_dict(call, where)
-    expect(isinstance(call.get("id"), str), f"{where}.id", "a string",
+    require(isinstance(call.get("id"), str), f"{where}.id", "a string",
            call.get("id"))
-    expect(call.get("type", "function") == "function", f"{where}.type",
+    require(call.get("type", "function") == "function", f"{where}.type",
            "'function'", call.get("type"))
     only_keys(call, ("id", "type", "function"), where)
     function = as_dict(call.get("function"), f"{where}.function")
     name = checked_name(function.get("name"), f"{where}.function.name")
     arguments = function.get("arguments")
-    expect(isinstance(arguments, str), f"{where}.function.arguments",
+    require(isinstance(arguments, str), f"{where}.function.arguments",
            "a string of JSON", arguments)
     only_keys(function, ("name", "arguments"), f"{where}.function")
     return call["id"], Message(
@@ -244,14 +244,14 @@ def _assistant(message: Mapping, where: str
     calls, id -> function."""
     only_keys(message, _ASSISTANT, where)
     calls, phase = message.get("tool_calls") or [], message.get("phase")
-    expect(isinstance(calls, list | tuple), f"{where}.tool_calls", "a list",
+    require(isinstance(calls, list | tuple), f"{where}.tool_calls", "a list",
            calls)
-    expect(phase is None or phase in tuple(_PHASES), f"{where}.phase",
+    require(phase is None or phase in tuple(_PHASES), f"{where}.phase",
            f"one of {', '.join(_PHASES)}", phase)
     made = [_call(call, f"{where}.tool_calls[{n}]")
             for n, call in enumerate(calls)]
     known = {id_: call.recipient for id_, call in made}
-    expect(len(known) == len(made), f"{where}.tool_calls",
+    require(len(known) == len(made), f"{where}.tool_calls",
            "ids that differ", [id_ for id_, _ in made])
     said = "\n\n".join(filter(None, (
         content_text(message[key], f"{where}.{key}")
@@ -305,11 +305,11 @@ class _OpenCalls:
         """Takes a tool's message; all answers once none is missing."""
         only_keys(message, ("role", "content", "tool_call_id", "name"), where)
         known, found = ", ".join(self.open), message.get("tool_call_id")
-        expect(isinstance(found, str) and found in self.open,
+        require(isinstance(found, str) and found in self.open,
                f"{where}.tool_call_id",
                f"the id of an open call ({known or 'there is none'})", found)
         to, name = self.to[found], message.get("name")
-        expect(name in (None, "", to, to.removeprefix("functions.")),
+        require(name in (None, "", to, to.removeprefix("functions.")),
                f"{where}.name", f"{to}, which was called", name)
         self.answers[found] = Message(
             "tool", content_text(message.get("content"), f"{where}.content"),
@@ -335,7 +335,7 @@ def _item(item: Mapping, where: str) -> Mapping:
     if kind == "reasoning":
         only_keys(item, ("type", "summary", "content"), where)
         pieces = [item.get(key) or [] for key in ("summary", "content")]
-        expect(all(isinstance(each, list) for each in pieces), where,
+        require(all(isinstance(each, list) for each in pieces), where,
                "lists as summary and content", pieces)
         return {"role": "assistant", "reasoning_details": sum(pieces, [])}
     if kind == "function_call":
@@ -343,7 +343,7 @@ def _item(item: Mapping, where: str) -> Mapping:
         return {"role": "assistant", "tool_calls": [
             {"id": item.get("call_id"), "function": {
                 key: item.get(key) for key in ("name", "arguments")}}]}
-    expect(kind == "function_call_output", f"{where}.type", "one of message,"
+    require(kind == "function_call_output", f"{where}.type", "one of message,"
            " reasoning, function_call, function_call_output", kind)
     only_keys(item, ("type", "call_id", "output"), where)
     return {"role": "tool", "tool_call_id": item.get("call_id"),
@@ -366,17 +366,17 @@ def _next(item: Mapping, where: str, calls: _OpenCalls) -> list[Message]:
     """What a message adds to the conversation, in which `calls` wait."""
     message = _item(item, where)
     role = message.get("role")
-    expect(role in _SPEAKERS, f"{where}.role",
+    require(role in _SPEAKERS, f"{where}.role",
            f"one of {', '.join(_SPEAKERS)}", role)
     if role == "tool":
         return calls.answer(message, where)
     more = item.get("type") == "function_call" and not calls.answers
-    expect(more or not calls.open, f"{where}.role",
+    require(more or not calls.open, f"{where}.role",
            f"'tool', to answer {', '.join(calls.open)}", role)
     if role != "assistant":
         return [_told(message, where)]
     out, made = _assistant(message, where)
-    expect(not made.keys() & calls.to.keys(), f"{where}.call_id",
+    require(not made.keys() & calls.to.keys(), f"{where}.call_id",
            "an id of its own", [*made])
     calls.to |= made
     return out
@@ -391,7 +391,7 @@ def read_messages(messages: Sequence[object]) -> tuple[str, list[Message]]:
     before anybody else speaks, and the user or a tool must have the last
     word. Raises ChatError naming the message's index and the key.
     """
-    expect(isinstance(messages, list | tuple) and len(messages) > 0,
+    require(isinstance(messages, list | tuple) and len(messages) > 0,
            "messages", "a list of at least one dict", messages)
     head, out, calls, heading = [], [], _OpenCalls(), True
     for n, item in enumerate(messages):
@@ -405,7 +405,7 @@ def read_messages(messages: Sequence[object]) -> tuple[str, list[Message]]:
                 out.append(developer_message(message.content) if told
                            else message)
     last = _item(item, where).get("role")
-    expect(last in ("user", "tool") and not calls.open, f"{where}.role",
+    require(last in ("user", "tool") and not calls.open, f"{where}.role",
            "the user or a tool to speak last" + (
                 f" (not answered: {', '.join(calls.open)})"
                 if calls.open else ""), last)

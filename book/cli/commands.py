@@ -222,7 +222,7 @@ from gptoss.cli.options import (
 )
 from gptoss.cli.terminal import (
     STYLES,
-    Session,
+    TerminalSession,
     converse,
     drawer,
     piped,
@@ -290,7 +290,7 @@ def run_chat(args: argparse.Namespace) -> None:
                 top_p=options.top_p, max_new_tokens=options.max_new_tokens)
     everything = args.transcript or sys.stdout.isatty()
     draw = (lambda *_: None) if args.json else drawer(sys.stdout)
-    session = Session(chat, draw, everything, args.system, typed(args))
+    session = TerminalSession(chat, draw, everything, args.system, typed(args))
     if args.prompt is None and agreed(args, sys.stdin.isatty):
         return converse(session)
     asked = args.prompt is not None

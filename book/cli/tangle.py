@@ -723,6 +723,7 @@ for source in BAD:
     except TangleError as error:
         print(error)
 
+# %% [markdown]
 # ## Takeaways
 #
 # - One file is edited; the module and the notebook are made from it, and

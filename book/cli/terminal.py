@@ -11,7 +11,7 @@
 #     name: python3
 #   gptoss:
 #     module: terminal
-#     public: [Session, converse]
+#     public: [TerminalSession, converse]
 # ---
 
 # %% [markdown]
@@ -209,7 +209,7 @@ with stoppable() as options:
     print(options)  # in one process
 
 # %% tags=["export"]
-class Session:
+class TerminalSession:
     """A chat and the messages that were exchanged."""
 
     def __init__(self, chat: "Chat", draw: Callable[..., None],
@@ -300,7 +300,7 @@ with tempfile.TemporaryDirectory() as folder:
         print(kept.read_text(), len(os.listdir(folder)))
 
 # %% tags=["export"]
-def _save(session: Session, name: str, again: bool = False) -> str:
+def _save(session: TerminalSession, name: str, again: bool = False) -> str:
     if not name:
         raise UsageError("/save: expected a file name")
     if process_rank():
@@ -315,13 +315,13 @@ def _save(session: Session, name: str, again: bool = False) -> str:
     return f"{number} message{'s' * (number != 1)} saved"
 
 
-def _reset(session: Session, _: str) -> str:
+def _reset(session: TerminalSession, _: str) -> str:
     session.messages = list(session.head)
     session.chat.reset()
     return "forgotten"
 
 
-def _effort(session: Session, level: str) -> str:
+def _effort(session: TerminalSession, level: str) -> str:
     from gptoss.text.harmony import EFFORTS
 
     if level not in ("", *EFFORTS):
@@ -333,11 +333,11 @@ def _effort(session: Session, level: str) -> str:
     return f"effort: {settings.effort}"
 
 
-def _quit(session: Session, _: str) -> str:
+def _quit(session: TerminalSession, _: str) -> str:
     raise EOFError
 
 
-def _help(session: Session, _: str) -> str:
+def _help(session: TerminalSession, _: str) -> str:
     return "\n".join([f"{name:15}{about}" for name, (_, about)
                       in SLASH.items()] +
                      ["Ctrl-C stops an answer. A line that begins with a "
@@ -353,7 +353,7 @@ SLASH = {"/help": (_help, "this list"),
          "/quit": (_quit, "leave, as Ctrl-D does")}
 
 
-def obey(session: Session, line: str) -> None:
+def obey(session: TerminalSession, line: str) -> None:
     """Carries out a line that begins with a slash."""
     name, _, rest = line.partition(" ")
     if name not in SLASH:
@@ -362,7 +362,8 @@ def obey(session: Session, line: str) -> None:
 
 # %%
 said = []
-session = Session(None, lambda text, style="": said.append(text), True)
+session = TerminalSession(None, lambda text, style="": said.append(text),
+                          True)
 session.messages = [{"role": "user", "content": "né"}]
 with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
     obey(session, "/save talk.json")
@@ -395,7 +396,7 @@ def _own_lines() -> Iterator[str]:
                              f"({error.reason})") from error
 
 
-def _step(session: Session, line: str) -> None:
+def _step(session: TerminalSession, line: str) -> None:
     """Does what a line typed at the prompt says."""
     try:
         if line.startswith("/"):
@@ -411,7 +412,7 @@ def _step(session: Session, line: str) -> None:
         session.draw(f"[error] {reason(error)}\n", STYLES["notice"])
 
 
-def converse(session: Session) -> None:
+def converse(session: TerminalSession) -> None:
     """Prompt and answer until Ctrl-D, /quit or Ctrl-C twice."""
     try:
         import readline  # noqa: F401  line editing for input()
@@ -454,7 +455,8 @@ def typed(args: argparse.Namespace) -> Callable[[str], str]:
 
 # %%
 heard = []
-session = Session(None, lambda text, style="": heard.append(text), True)
+session = TerminalSession(None, lambda text, style="": heard.append(text),
+                          True)
 for line in ("/reset now", "/sing", "/effort loud", "/help"):
     session.chat = argparse.Namespace(reset=lambda: None)
     _step(session, line)
@@ -471,7 +473,7 @@ class Terse:
 
 
 screen = []
-session = Session(Terse(), lambda text, style: screen.append(text), False)
+session = TerminalSession(Terse(), lambda text, style: screen.append(text), False)
 for line in ("one", "three"):
     session.ask(line)
 print("".join(screen), end="")
@@ -498,7 +500,7 @@ class Stopped(Terse):
 
 
 for pieces in (0, 1, 3):
-    session = Session(Stopped(pieces), lambda text, style: None, True)
+    session = TerminalSession(Stopped(pieces), lambda text, style: None, True)
     with contextlib.suppress(KeyboardInterrupt):
         session.ask("why?")
     print(pieces, session.messages)

@@ -302,7 +302,7 @@ from gptoss.text.typescript import Tool
 from gptoss.training.lessons import (
     FACTS,
     Lesson,
-    Turn,
+    Exchange,
     a_city,
     a_date,
     a_number,
@@ -320,7 +320,7 @@ from gptoss.training.stories import shelf
 
 
 def tool_turn(rng: random.Random, key: str, tool: Tool,
-              names: Sequence[str]) -> Turn:
+              names: Sequence[str]) -> Exchange:
     """A question that `tool`, the kit `key` in disguise, can answer."""
     kit = KITS[key]
     values, result = kit.draw(rng)
@@ -340,7 +340,7 @@ def tool_turn(rng: random.Random, key: str, tool: Tool,
     think = (f"{use}.", f"Asked for {need}. {use}.",
              f"The user asks for {need}. {use}"
              + (f": {where}." if where else "."))
-    return Turn("tool", ask, think, answer, (tool.name, arguments), result,
+    return Exchange("tool", ask, think, answer, (tool.name, arguments), result,
                 held=shelf(tool_key(key, values)))
 
 # %%
@@ -355,7 +355,7 @@ for _ in range(2):
 # is missing, and one for the date, which the system message may give.
 
 # %% tags=["export:conversations"]
-def missing_turn(rng: random.Random, given: Sequence[str]) -> Turn:
+def missing_turn(rng: random.Random, given: Sequence[str]) -> Exchange:
     """A question for which a tool would be needed that is not given."""
     keys = [key for key in KITS if key not in (*given, "date")]
     key = rng.choice(keys)
@@ -365,18 +365,18 @@ def missing_turn(rng: random.Random, given: Sequence[str]) -> Turn:
     words = {"s": "on" if values[-1:] == [True] else "off"}
     ask = rng.choice(KITS[key].asks).format(*values, **words)
     need = KITS[key].need.format(*values, **words)
-    return Turn("missing", ask,
+    return Exchange("missing", ask,
                 ("No tool.", f"Asked for {need}: no tool.",
                  f"The user asks for {need}. No tool that I have does it."),
                 "I have no tool for that.",
                 held=shelf(tool_key(key, values)))
 
 
-def date_turn(rng: random.Random, date: str | None) -> Turn:
+def date_turn(rng: random.Random, date: str | None) -> Exchange:
     """The date, which the system message may give."""
     answer = f"Today is {date}." if date else "I do not know the date."
     found = date or "not given"
-    return Turn("date", rng.choice(KITS["date"].asks),
+    return Exchange("date", rng.choice(KITS["date"].asks),
                 (f"{found}.", f"Asked for the date: {found}.",
                  f"The user asks for the date. The system message says: "
                  f"{found}."), answer)
@@ -414,17 +414,17 @@ BEYOND = (
 )
 
 
-def talk_turn(rng: random.Random) -> Turn:
+def talk_turn(rng: random.Random) -> Exchange:
     """A greeting and its like."""
     asks, what, answers = rng.choice(TALK)
     high = f"{what} No tool and no sum is needed. I answer in one line."
-    return Turn("talk", rng.choice(asks), (what, what, high),
+    return Exchange("talk", rng.choice(asks), (what, what, high),
                 rng.choice(answers))
 
 
-def beyond_turn(rng: random.Random) -> Turn:
+def beyond_turn(rng: random.Random) -> Exchange:
     """A question that a model of this size should not try to answer."""
-    return Turn("beyond", rng.choice(BEYOND).format(x=a_city(rng)),
+    return Exchange("beyond", rng.choice(BEYOND).format(x=a_city(rng)),
                 ("Beyond me.", "This is beyond me.",
                  "The user asks for something that I have not learnt. "
                  "This is beyond me."),
@@ -462,7 +462,7 @@ class Given:
     date: str | None
 
 
-def turn_of(rng: random.Random, kind: str, given: Given) -> Turn:
+def turn_of(rng: random.Random, kind: str, given: Given) -> Exchange:
     """A turn of `kind`, with the tools at hand used where they serve."""
     if kind == "sum" and "calculator" in given.kits:
         kind = "calculator"
@@ -474,7 +474,7 @@ def turn_of(rng: random.Random, kind: str, given: Given) -> Turn:
     return date_turn(rng, given.date) if kind == "date" else SIMPLE[kind](rng)
 
 
-def fillers(rng: random.Random, far: bool, given: Given) -> list[Turn]:
+def fillers(rng: random.Random, far: bool, given: Given) -> list[Exchange]:
     """Turns to stand between a fact and the question for it."""
     if far:
         kinds = rng.choice(FAR) if rng.random() < 0.93 else VERY_FAR
@@ -485,7 +485,7 @@ def fillers(rng: random.Random, far: bool, given: Given) -> list[Turn]:
             for kind in kinds]
 
 # %% tags=["export:conversations"]
-def turns_for(rng: random.Random, kind: str, given: Given) -> list[Turn]:
+def turns_for(rng: random.Random, kind: str, given: Given) -> list[Exchange]:
     """The turns of a conversation whose last one is of `kind`."""
     if kind in ("recall", "far"):
         told, asked = recall_turns(rng)
@@ -508,7 +508,7 @@ def turns_for(rng: random.Random, kind: str, given: Given) -> list[Turn]:
     return [*first, last]
 
 
-def recalled(rng: random.Random) -> tuple[Turn, Turn]:
+def recalled(rng: random.Random) -> tuple[Exchange, Exchange]:
     """A fact told and asked for, as something that came before."""
     while (turns := recall_turns(rng))[1].held:
         pass
@@ -528,7 +528,7 @@ def given_for(rng: random.Random, kind: str) -> Given:
                  a_date(rng) if rng.random() < 0.8 else None)
 
 
-def assemble(rng: random.Random, kind: str, turns: Sequence[Turn],
+def assemble(rng: random.Random, kind: str, turns: Sequence[Exchange],
              given: Given) -> Lesson:
     """System and developer message, the turns, and the last one's answer
     with its analysis; the analysis of earlier turns has been dropped."""

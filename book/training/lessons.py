@@ -11,7 +11,7 @@
 #     name: python3
 #   gptoss:
 #     module: lessons
-#     public: [Lesson, Turn]
+#     public: [Lesson, Exchange]
 # ---
 
 # %% [markdown]
@@ -103,7 +103,7 @@ from gptoss.text.harmony import EFFORTS, Message
 
 
 @dataclass(frozen=True)
-class Turn:
+class Exchange:
     """A question with its answer.
 
     Attributes:
@@ -141,7 +141,7 @@ class Lesson:
     muted: frozenset[int] = frozenset()
 
 
-def unheld(draw: Callable[[], Turn]) -> Turn:
+def unheld(draw: Callable[[], Exchange]) -> Exchange:
     """A turn that training may see: drawn again until it is on no shelf."""
     while (turn := draw()).held:
         pass
@@ -153,7 +153,7 @@ def compact(value: object) -> str:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 # %% tags=["export"]
-def answer_messages(turn: Turn, effort: str) -> list[Message]:
+def answer_messages(turn: Exchange, effort: str) -> list[Message]:
     """What follows the question: analysis, perhaps a call, the answer."""
     think = turn.think[EFFORTS.index(effort)]
     messages = [Message("assistant", think, channel="analysis")]
@@ -168,7 +168,7 @@ def answer_messages(turn: Turn, effort: str) -> list[Message]:
     return [*messages, Message("assistant", turn.answer, channel="final")]
 
 # %%
-turn = Turn("tool", "What is the weather in Oslo?",
+turn = Exchange("tool", "What is the weather in Oslo?",
             ("Use weather.", "…", "…"), "In Oslo it is foggy.",
             ("weather", {"city": "Oslo"}), "foggy")
 for message in answer_messages(turn, "low"):
@@ -306,7 +306,7 @@ def sum_key(a: int, sign: str, b: int) -> str:
         f"{low} {'*' if sign == '*' else '+'} {high}"
 
 
-def sum_turn(rng: random.Random) -> Turn:
+def sum_turn(rng: random.Random) -> Exchange:
     """A sum or a difference of two numbers of up to three digits."""
     sign = rng.choice("+-")
     a, b = a_number(rng), a_number(rng)
@@ -316,7 +316,7 @@ def sum_turn(rng: random.Random) -> Turn:
     if "are" in ask and sign == "-" and a < b:
         a, b = b, a     # nobody loses more than there is
     result = a + b if sign == "+" else a - b
-    return Turn("sum", ask.format(a=a, b=b, name=a_name(rng),
+    return Exchange("sum", ask.format(a=a, b=b, name=a_name(rng),
                                   things=rng.choice(THINGS)),
                 sum_thoughts(a, b, sign), f"{a} {sign} {b} = {result}",
                 held=shelf(sum_key(a, sign, b)), facts={"result": result})
@@ -341,7 +341,7 @@ STORY_ASKS = (
 )
 
 
-def story_turn(rng: random.Random) -> Turn:
+def story_turn(rng: random.Random) -> Exchange:
     """A story; what the question names must be in it."""
     cast = draw_cast(rng)
     ask, slots = rng.choice(STORY_ASKS)
@@ -349,7 +349,7 @@ def story_turn(rng: random.Random) -> Turn:
             "{place}. {friend} the {fkind} helps. Home is {home}.")
     about = "A story about {hero} the {kind} and the {colour} {thing}."
     think = "A story.", about.format(**cast), plan.format(**cast)
-    return Turn("story", ask.format(**cast), think, tell(rng, cast),
+    return Exchange("story", ask.format(**cast), think, tell(rng, cast),
                 held=shelf(cast_key(cast)),
                 facts={slot: cast[slot] for slot in slots})
 
@@ -395,10 +395,10 @@ FACTS = (
 NOTED = ("I will remember that.", "Good to know.", "I will not forget it.")
 
 # %% tags=["export"]
-def telling(rng: random.Random, told: Sequence[tuple[str, str]]) -> Turn:
+def telling(rng: random.Random, told: Sequence[tuple[str, str]]) -> Exchange:
     """The user tells facts: (topic, sentence) pairs."""
     topics = " and ".join(topic for topic, _ in told)
-    return Turn("telling", " ".join(text for _, text in told),
+    return Exchange("telling", " ".join(text for _, text in told),
                 ("Noted.", f"Noted: {topics}.",
                  f"The user tells me about {topics}. I keep it in mind."),
                 rng.choice(NOTED))
@@ -413,7 +413,7 @@ def draw_fact(rng: random.Random, fact: tuple, free: bool = False) -> str:
     return x
 
 
-def recall_turns(rng: random.Random) -> tuple[Turn, Turn]:
+def recall_turns(rng: random.Random) -> tuple[Exchange, Exchange]:
     """A turn that tells one to three facts and one that asks for one; on a
     shelf, if it is, for the fact that is asked for alone."""
     chosen = rng.sample(FACTS, rng.choice((1, 1, 2, 3)))
@@ -426,21 +426,21 @@ def recall_turns(rng: random.Random) -> tuple[Turn, Turn]:
     think = (said.format(x=x), f"Asked for {topic}. {said.format(x=x)}",
              f"The user asks for {topic}. The user said: "
              f"{said.format(x=x)} So it is {x}.")
-    return first, Turn("recall", ask, think, answer.format(x=x),
+    return first, Exchange("recall", ask, think, answer.format(x=x),
                        held=shelf(f"{topic} {x}"))
 
 
-def telling_turn(rng: random.Random) -> Turn:
+def telling_turn(rng: random.Random) -> Exchange:
     """One or two facts, with nothing asked."""
     chosen = rng.sample(FACTS, rng.choice((1, 1, 2)))
     return telling(rng, [(fact[0], fact[1].format(x=draw_fact(rng, fact)))
                          for fact in chosen])
 
 
-def unknown_turn(rng: random.Random) -> Turn:
+def unknown_turn(rng: random.Random) -> Exchange:
     """A question for a fact that was never told."""
     topic, _, ask, _, _ = rng.choice(FACTS)
-    return Turn("unknown", ask,
+    return Exchange("unknown", ask,
                 ("Not told.", f"Asked for {topic}: not told.",
                  f"The user asks for {topic}. The user has not said it."),
                 "You have not told me.")

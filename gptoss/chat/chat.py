@@ -14,7 +14,7 @@ import torch
 from gptoss.chat.agreement import SingleProcess
 from gptoss.chat.calculator import today
 from gptoss.chat.memory import SLACK, Session
-from gptoss.chat.messages import ChatError, call_ids, expect, read_messages
+from gptoss.chat.messages import ChatError, call_ids, read_messages, require
 from gptoss.chat.settings import Settings
 from gptoss.chat.tools import read_tools
 from gptoss.chat.turn import ChatEvent, Turn, Usage, stop_tokens
@@ -72,7 +72,7 @@ class Chat:
                  slack: int = SLACK, dtype: torch.dtype = torch.bfloat16,
                  device="cpu", tool_timeout: float | None = None,
                  prefill_chunk: int = 512) -> None:
-        expect(tool_timeout is None or type(tool_timeout) in (int, float)
+        require(tool_timeout is None or type(tool_timeout) in (int, float)
                and 0 < tool_timeout < 1e6, "tool_timeout",
                "seconds > 0", tool_timeout)
         self.settings = Settings(
@@ -108,7 +108,7 @@ class Chat:
                         [*self.settings.head(instructions), *rest],
                         drop="turns")
         most = self.model.config.max_position_embeddings
-        expect(len(prompt) <= most, "messages", f"at most {most} tokens "
+        require(len(prompt) <= most, "messages", f"at most {most} tokens "
                "(max_position_embeddings)", len(prompt))
         return prompt
 

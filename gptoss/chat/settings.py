@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gptoss.chat.memory import SLACK
-from gptoss.chat.messages import content_text, expect
+from gptoss.chat.messages import content_text, require
 from gptoss.chat.tools import FunctionTool
 from gptoss.text.harmony import (
     EFFORTS,
@@ -41,9 +41,9 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("rounds", "slack"):
             value = getattr(self, name)
-            expect(type(value) is int and value >= 0, name,
+            require(type(value) is int and value >= 0, name,
                    "an integer >= 0", value)
-        expect(self.effort in EFFORTS, "effort",
+        require(self.effort in EFFORTS, "effort",
                f"one of {', '.join(EFFORTS)}", self.effort)
         for name, text in (("instructions", self.instructions),
                            ("date", "" if self.date is None else self.date)):

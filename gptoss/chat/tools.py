@@ -17,8 +17,8 @@ from gptoss.chat.messages import (
     as_dict,
     checked_name,
     content_text,
-    expect,
     only_keys,
+    require,
 )
 from gptoss.chat.schema import (
     ArgumentTypes,
@@ -65,13 +65,13 @@ def _inner(function: Callable) -> Callable:
 
 def _tool_name(function: object, name: str | None) -> str:
     """`name`, or the function's; ChatError says why there is none."""
-    expect(callable(function), "tools", "a function or a dict", function)
-    expect(not isinstance(function, type), "tools", "a function, not a "
+    require(callable(function), "tools", "a function or a dict", function)
+    require(not isinstance(function, type), "tools", "a function, not a "
            "class", function)
     while isinstance(function, functools.partial):
         function = function.func
     own = getattr(function, "__name__", type(function).__name__)
-    expect(name is not None or own != "<lambda>", "tools", "a function with "
+    require(name is not None or own != "<lambda>", "tools", "a function with "
            "a name, which a lambda has not: use def", own)
     return checked_name(own if name is None else name,
                         "tools, name of a function")
@@ -91,11 +91,11 @@ def _hints(function: Callable, name: str
         raise ChatError(f"tool {name}: {error}") from error
     asked = {key: asked[key] for key in asked if key not in filled}
     for key, argument in asked.items():
-        expect(argument.kind in (argument.POSITIONAL_OR_KEYWORD,
+        require(argument.kind in (argument.POSITIONAL_OR_KEYWORD,
                                  argument.KEYWORD_ONLY),
                f"tool {name}, {key}",
                "an argument that can be given by name", str(argument))
-        expect(key in hints, f"tool {name}, {key}", "a type hint", None)
+        require(key in hints, f"tool {name}, {key}", "a type hint", None)
     return {key: hints[key] for key in asked}, {
         key: argument.default for key, argument in asked.items()
         if argument.default is not argument.empty}
@@ -274,7 +274,7 @@ def function_tool(function: Callable, *, name: str | None = None,
 def _dict_tool(given: object, where: str) -> Tool:
     """A tool that a dict describes, in either of OpenAI's shapes."""
     given = as_dict(given, where)
-    expect(given.get("type", "function") == "function", f"{where}.type",
+    require(given.get("type", "function") == "function", f"{where}.type",
            "'function' (built-in tools are not run here)",
            given.get("type"))
     if "name" not in given or "function" in given:  # not the flat one
@@ -285,7 +285,7 @@ def _dict_tool(given: object, where: str) -> Tool:
               where)
     name, schema = given.get("name"), given.get("parameters")
     checked_name(name, f"{where}.name")
-    expect(isinstance(schema, Mapping | None), f"{where}.parameters",
+    require(isinstance(schema, Mapping | None), f"{where}.parameters",
            "a JSON schema", schema)
     try:
         json.dumps(schema, allow_nan=False)
@@ -314,7 +314,7 @@ def read_tools(tools: Iterable[object], timeout: float | None = None
             tool = FunctionTool(_dict_tool(given, f"tools[{n}]"))
         else:
             tool = function_tool(given, timeout=timeout)
-        expect(tool.spec.name not in read, f"tools[{n}]",
+        require(tool.spec.name not in read, f"tools[{n}]",
                "a name of its own", tool.spec.name)
         read[tool.spec.name] = tool
     return read

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 
 from gptoss.chat.agreement import Agreement, SingleProcess, Stopped
 from gptoss.chat.memory import Session
-from gptoss.chat.messages import ChatError, expect, possible_name
+from gptoss.chat.messages import ChatError, possible_name, require
 from gptoss.chat.settings import Settings
 from gptoss.chat.tools import result_text
 from gptoss.text.harmony import CHANNELS, Message, render
@@ -150,7 +150,7 @@ STOPS = ("<|return|>", "<|call|>", "<|endoftext|>")
 def stop_tokens(tokenizer: Tokenizer) -> frozenset[int]:
     """The ids of STOPS; ChatError for a tokenizer without them."""
     missing = [name for name in STOPS if name not in tokenizer.special]
-    expect(not missing, "tokenizer", f"the control tokens {STOPS}",
+    require(not missing, "tokenizer", f"the control tokens {STOPS}",
            f"none for {missing}")
     return frozenset(tokenizer.special[name] for name in STOPS)
 

@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from gptoss.cli.commands import main as main
     from gptoss.cli.mistakes import UsageError as UsageError
     from gptoss.cli.mistakes import printable as printable
-    from gptoss.cli.terminal import Session as Session
+    from gptoss.cli.terminal import TerminalSession as TerminalSession
     from gptoss.cli.terminal import converse as converse
 
 _HOME = {
     "COMMANDS": "commands",
-    "Session": "terminal",
+    "TerminalSession": "terminal",
     "UsageError": "mistakes",
     "converse": "terminal",
     "main": "commands",
@@ -45,7 +45,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "COMMANDS",
-    "Session",
+    "TerminalSession",
     "UsageError",
     "converse",
     "main",

@@ -125,7 +125,7 @@ def stoppable() -> Iterator[dict[str, Callable[[], bool]]]:
         signal.signal(signal.SIGINT, before)
 
 
-class Session:
+class TerminalSession:
     """A chat and the messages that were exchanged."""
 
     def __init__(self, chat: "Chat", draw: Callable[..., None],
@@ -195,7 +195,7 @@ def _local(name: str) -> Path:
         raise UsageError(f"{name}: {error}") from error
 
 
-def _save(session: Session, name: str, again: bool = False) -> str:
+def _save(session: TerminalSession, name: str, again: bool = False) -> str:
     if not name:
         raise UsageError("/save: expected a file name")
     if process_rank():
@@ -210,13 +210,13 @@ def _save(session: Session, name: str, again: bool = False) -> str:
     return f"{number} message{'s' * (number != 1)} saved"
 
 
-def _reset(session: Session, _: str) -> str:
+def _reset(session: TerminalSession, _: str) -> str:
     session.messages = list(session.head)
     session.chat.reset()
     return "forgotten"
 
 
-def _effort(session: Session, level: str) -> str:
+def _effort(session: TerminalSession, level: str) -> str:
     from gptoss.text.harmony import EFFORTS
 
     if level not in ("", *EFFORTS):
@@ -228,11 +228,11 @@ def _effort(session: Session, level: str) -> str:
     return f"effort: {settings.effort}"
 
 
-def _quit(session: Session, _: str) -> str:
+def _quit(session: TerminalSession, _: str) -> str:
     raise EOFError
 
 
-def _help(session: Session, _: str) -> str:
+def _help(session: TerminalSession, _: str) -> str:
     return "\n".join([f"{name:15}{about}" for name, (_, about)
                       in SLASH.items()] +
                      ["Ctrl-C stops an answer. A line that begins with a "
@@ -248,7 +248,7 @@ SLASH = {"/help": (_help, "this list"),
          "/quit": (_quit, "leave, as Ctrl-D does")}
 
 
-def obey(session: Session, line: str) -> None:
+def obey(session: TerminalSession, line: str) -> None:
     """Carries out a line that begins with a slash."""
     name, _, rest = line.partition(" ")
     if name not in SLASH:
@@ -273,7 +273,7 @@ def _own_lines() -> Iterator[str]:
                              f"({error.reason})") from error
 
 
-def _step(session: Session, line: str) -> None:
+def _step(session: TerminalSession, line: str) -> None:
     """Does what a line typed at the prompt says."""
     try:
         if line.startswith("/"):
@@ -289,7 +289,7 @@ def _step(session: Session, line: str) -> None:
         session.draw(f"[error] {reason(error)}\n", STYLES["notice"])
 
 
-def converse(session: Session) -> None:
+def converse(session: TerminalSession) -> None:
     """Prompt and answer until Ctrl-D, /quit or Ctrl-C twice."""
     try:
         import readline  # noqa: F401  line editing for input()
@@ -335,7 +335,7 @@ __all__ = [
     "NARROWEST",
     "SLASH",
     "STYLES",
-    "Session",
+    "TerminalSession",
     "console",
     "converse",
     "drawer",

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from gptoss.training.kits import Kit as Kit
     from gptoss.training.leaks import LeakError as LeakError
     from gptoss.training.leaks import without_leaks as without_leaks
+    from gptoss.training.lessons import Exchange as Exchange
     from gptoss.training.lessons import Lesson as Lesson
-    from gptoss.training.lessons import Turn as Turn
     from gptoss.training.planting import plant_copying as plant_copying
     from gptoss.training.pocket import make_pocket as make_pocket
     from gptoss.training.rows import batches as batches
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from gptoss.training.train import weighted_loss as weighted_loss
 
 _HOME = {
+    "Exchange": "lessons",
     "KITS": "kits",
     "Kit": "kits",
     "LeakError": "leaks",
     "Lesson": "lessons",
     "Recipe": "train",
-    "Turn": "lessons",
     "batches": "rows",
     "examine": "exams",
     "lesson_row": "rows",
@@ -75,12 +75,12 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "Exchange",
     "KITS",
     "Kit",
     "LeakError",
     "Lesson",
     "Recipe",
-    "Turn",
     "batches",
     "examine",
     "lesson_row",

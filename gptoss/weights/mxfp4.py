@@ -120,12 +120,12 @@ def decode_by_table(blocks: torch.Tensor, scales: torch.Tensor,
     The index takes 4 bytes for every byte of blocks, so it is made for at
     most 2**15 blocks (2 MiB, inside a cache) on a CPU, 2**22 elsewhere.
     """
-    table = _pairs(dtype, blocks.device)
-    if torch._C._are_functorch_transforms_active():
-        # they lose what `out=` writes, and see a view as another dtype badly
-        with torch._C._DisableFuncTorch():
-            pairs = table.view(dtype).view(-1, 2)
-        return pairs[(scales.int() << 8)[..., None] + blocks].flatten(-3)
+    with torch._C._DisableFuncTorch():  # the table belongs to no transform
+        table = _pairs(dtype, blocks.device)
+        pairs = table.view(dtype).view(-1, 2)
+    if torch._C._are_functorch_transforms_active():  # they lose what `out=`
+        index = (scales.int() << 8)[..., None] + blocks  # writes
+        return pairs[index].flatten(-3)
     out = torch.empty(*scales.shape, BLOCK, dtype=dtype, device=blocks.device)
     target = out.view(table.dtype).view(-1, BLOCK // 2)
     blocks, scales = blocks.reshape(-1, BLOCK // 2), scales.reshape(-1)

@@ -17,7 +17,7 @@ from test_cli import ROOT, folder, write_model  # noqa: F401  a fixture
 from gptoss.cli import terminal
 from gptoss.cli.commands import main
 from gptoss.cli.mistakes import UsageError, tidily
-from gptoss.cli.terminal import Session, obey
+from gptoss.cli.terminal import TerminalSession, obey
 from gptoss.weights.config import GptOssConfig
 
 
@@ -114,9 +114,9 @@ def test_a_lack_of_memory_is_a_line(error, monkeypatch, capsys):
 # -- /save ------------------------------------------------------------------
 
 @pytest.fixture
-def session(tmp_path, monkeypatch) -> Session:
+def session(tmp_path, monkeypatch) -> TerminalSession:
     monkeypatch.chdir(tmp_path)
-    session = Session(None, lambda text, style="": None, True)
+    session = TerminalSession(None, lambda text, style="": None, True)
     session.messages = [{"role": "user", "content": "né 🙂"}]
     return session
 

@@ -463,7 +463,7 @@ def test_interrupted_after_all_was_done():
 
 
 def test_where_a_replay_began_is_not_forgotten():
-    """What the rings hold before position 22 is not right (chapter 9)."""
+    """What the rings hold before position 22 is not right."""
     ours, theirs = pair(MODEL, slack=3)
     tokens = draw(MODEL, 1, 30)
     for cache, run in ((ours, DecodeStep(MODEL, ours)), (theirs, None)):

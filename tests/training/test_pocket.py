@@ -59,7 +59,7 @@ def test_a_pocket_that_is_not_examined_is_not_there(tmp_path, monkeypatch):
 
 
 def test_schooling_changes_to_the_second_mix(tokenizer):
-    recipe = train.Recipe(steps=35)
+    recipe = train.Recipe(steps=32)
     shares = recipe.change, recipe.grid_from, recipe.last
     assert [recipe.at(share) for share in shares] == [15, 19, 23]
     assert [train.Recipe().at(share) for share in shares] == [
