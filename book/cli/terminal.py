@@ -473,7 +473,8 @@ class Terse:
 
 
 screen = []
-session = TerminalSession(Terse(), lambda text, style: screen.append(text), False)
+session = TerminalSession(Terse(), lambda text, style: screen.append(text),
+                          False)
 for line in ("one", "three"):
     session.ask(line)
 print("".join(screen), end="")

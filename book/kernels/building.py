@@ -519,11 +519,11 @@ from pathlib import Path
 
 import torch
 
-from gptoss.weights import errors
+import gptoss
 from gptoss.weights.errors import Error
 
 _log = logging.getLogger("gptoss")
-SOURCE = Path(errors.__file__).parents[1] / "kernels"  # where the parts are
+SOURCE = Path(gptoss.__file__).parent / "kernels"  # where the parts are
 PARTS = ("base", "small", "digits", "wide", "packed", "tiles", "experts",
          "wide16", "dense", "attention", "compact", "recording")
 OPTIONS = ("-O3", "-march=native", "-std=c++20", "-ffp-contract=fast",

@@ -239,6 +239,10 @@ class TorchGroup(Group):
         self._tp = device_mesh.get_group("tp")
         self._pp = device_mesh.get_group("pp")
 
+    def leave(self) -> None:
+        """Let go of torch's groups; the group is of no use afterwards."""
+        self._tp = self._pp = None
+
     def all_reduce(self, x: Tensor) -> Tensor:
         x = x.contiguous()
         if self.mesh.tp_size > 1:
@@ -422,6 +426,7 @@ class World:
     def __init__(self, store, rank: int, size: int, kind: str) -> None:
         self.rank, self.size, self.kind = rank, size, kind
         self._store, self._asked = dist.PrefixStore("gptoss", store), 0
+        self._groups: list[TorchGroup] = []
 
     def same(self, make: Callable[[], object]) -> object:
         """make() of rank 0, told to all ranks as JSON. Waits for it as long
@@ -471,9 +476,20 @@ class World:
         device_mesh = dist.init_device_mesh(
             self.kind, (mesh.pp_size, mesh.tp_size),
             mesh_dim_names=("pp", "tp"))
-        return TorchGroup(mesh, device_mesh, self.same)
+        self._groups.append(TorchGroup(mesh, device_mesh, self.same))
+        return self._groups[-1]
+
+    def leave(self) -> None:
+        """A group of torch's that outlives the others has threads when the
+        process ends, and these end it with an abort: so all go now."""
+        while self._groups:
+            self._groups.pop().leave()
+        dist.destroy_process_group()
 
 # %% tags=["export"]
+_JOINED: list["World"] = []  # one at most; what `leave` has to part from
+
+
 @lru_cache(maxsize=1)
 def join(kind: str = "cpu", timeout: timedelta = TIMEOUT) -> World:
     """Meet the other processes that torchrun started, once.
@@ -493,14 +509,15 @@ def join(kind: str = "cpu", timeout: timedelta = TIMEOUT) -> World:
         why = (str(error).splitlines() or ["no reason given"])[0]
         raise ParallelError(f"the processes do not meet: {why}") from error
     world = World(store, rank, size, kind)
+    _JOINED.append(world)
     torch.manual_seed(world.same(torch.initial_seed))
     return world
 
 
 def leave() -> None:
     """Part from the others, at the end."""
-    if join.cache_info().currsize:
-        dist.destroy_process_group()
+    while _JOINED:
+        _JOINED.pop().leave()
         join.cache_clear()
 
 # %% [markdown]

@@ -19,15 +19,15 @@ from pathlib import Path
 
 import torch
 
+import gptoss
 from gptoss.model.answers import LOADING
 from gptoss.model.ops import has_kernel
-from gptoss.weights import errors
 from gptoss.weights.errors import Error
 
 # --- Built on first use ------------------------------------------------------
 
 _log = logging.getLogger("gptoss")
-SOURCE = Path(errors.__file__).parents[1] / "kernels"  # where the parts are
+SOURCE = Path(gptoss.__file__).parent / "kernels"  # where the parts are
 PARTS = ("base", "small", "digits", "wide", "packed", "tiles", "experts",
          "wide16", "dense", "attention", "compact", "recording")
 OPTIONS = ("-O3", "-march=native", "-std=c++20", "-ffp-contract=fast",
