@@ -66,11 +66,13 @@ def test_what_is_installed_needs_no_book(built, tmp_path):
     copy, _ = built
     (wheel,) = (copy / "dist").glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path)
-    code = ("import gptoss, importlib\n"
+    code = ("import gptoss, importlib, pkgutil\n"
             "assert gptoss.__file__.startswith(r'%s')\n"
-            "for name in gptoss._MODULES: importlib.import_module("
-            "'gptoss.' + name)\n"
-            "from gptoss.commands import main\n"
+            "names = [module.name for module in pkgutil.walk_packages("
+            "gptoss.__path__, 'gptoss.')]\n"
+            "assert len(names) > 70\n"
+            "for name in names: importlib.import_module(name)\n"
+            "from gptoss.cli.commands import main\n"
             "assert main(['generate', '--max-new-tokens', '2']) == 0")
     done = subprocess.run(
         [sys.executable, "-c", code % tmp_path], cwd=tmp_path, timeout=120,

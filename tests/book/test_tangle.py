@@ -650,6 +650,7 @@ def test_a_part_hands_on_what_its_chapters_say(tmp_path: Path) -> None:
     for name, text in texts.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
+    (tmp_path / "gptoss" / "__init__.py").write_text("")
     code = ("import sys; sys.path.insert(0, sys.argv[1])\n"
             "import gptoss.shapes as s\n"
             "assert 'gptoss.shapes.second' not in sys.modules\n"
