@@ -20,7 +20,8 @@ import torch
 from find_browser import TO_DO, find
 from playwright.sync_api import Browser, Page, Request, sync_playwright
 
-from gptoss import masks, mxfp4, rope
+from gptoss import mxfp4
+from gptoss.attention import masks, rope
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE = ROOT / "_build" / "html"
@@ -87,7 +88,7 @@ def test_every_exported_name_leads_to_its_section() -> None:
     chapter's exported cells lead back."""
     api = built("book/api.html").read_text("utf-8")
     names = re.findall(r'<li><p><a class="reference internal" '
-                       r'href="(\w+\.html)#([^"]+)"><span[^>]*>'
+                       r'href="((?:\w+/)?\w+\.html)#([^"]+)"><span[^>]*>'
                        r'<code', api)
     assert len(names) > 300
     for page, anchor in names:
@@ -243,7 +244,7 @@ def test_next_leads_through_the_whole_book(watched: Watched) -> None:
     seen = ["index.html"]
     while found := re.search(r'<a class="right-next"\s+href="([^"]+)"', built(
             f"book/{seen[-1]}").read_text("utf-8")):
-        seen.append(found[1])
+        seen.append(urljoin(seen[-1], found[1]))
     assert [f"book/{name}" for name in seen] == PAGES[2:]
     page = watched.open(PAGES[-1])
     page.locator("a.left-prev").click()
@@ -298,7 +299,7 @@ CONTRAST = """() => {
 def test_light_and_dark(watched: Watched, mode: str) -> None:
     """The browser's wish is followed, and text keeps its contrast."""
     watched.page.emulate_media(color_scheme=mode)
-    for name in ("book/weights/mxfp4.html", "book/api.html"):
+    for name in ("book/weights/encoding.html", "book/api.html"):
         page = watched.open(name)
         ground = page.evaluate("getComputedStyle(document.body)"
                                ".backgroundColor")
@@ -364,7 +365,7 @@ def shown(page: Page) -> dict[str, str]:
 
 def test_a_block_under_its_scale(watched: Watched) -> None:
     """The moving figure agrees with gptoss.mxfp4."""
-    page = watched.open("book/weights/mxfp4.html")
+    page = watched.open("book/weights/encoding.html")
     weights = page.evaluate("live.mxfp4.block")
     assert len(weights) == mxfp4.BLOCK
     values = torch.tensor(weights, dtype=torch.float64)
@@ -460,7 +461,7 @@ def test_figures_stand_without_scripts(browser: Browser, site: str) -> None:
     """The static figure is there, and so is a word about the moving one."""
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
-    for name in ("weights/mxfp4", "attention/rope", "attention/masks"):
+    for name in ("weights/encoding", "attention/rope", "attention/masks"):
         page.goto(f"{site}book/{name}.html")
         assert page.locator("section#picture img").first.is_visible()
         assert "In the web book" in page.locator(".live").inner_text()
