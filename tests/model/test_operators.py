@@ -312,6 +312,7 @@ def arguments(dtype: torch.dtype, learns: bool, sizes=(2, 20)
     def real(*shape: int) -> torch.Tensor:
         return torch.randn(shape).to(dtype).requires_grad_(learns)
 
+    torch.manual_seed(1)  # a process of its own would draw others each time
     found = {}
     for N in sizes:
         E, K, D, F = 4, 2, 64, 32
