@@ -19,8 +19,8 @@
 #
 # ## Question
 #
-# The parts are there: weights in four bits, rotated heads, sinks, masks, a
-# router, experts, a cache. A model calls them some 24 times a token, and on a
+# The parts that compute are there: weights in four bits, rotated heads, sinks,
+# masks, a router, experts. A model calls them 24 times a token, and on a
 # processor with the right instructions a kernel in C++ answers the same call
 # many times faster. How does the model ask, so that it need not know who
 # answers? With **nine names**, one table, and one rounding that everybody must
