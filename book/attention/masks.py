@@ -11,6 +11,7 @@
 #     name: python3
 #   gptoss:
 #     module: masks
+#     public: [visible]
 # ---
 
 # %% [markdown]

@@ -9,8 +9,7 @@
 #     display_name: Python 3
 #     language: python
 #     name: python3
-#   gptoss:
-#     module: sinks
+#   gptoss: {module: sinks, public: [attention_concat, attention_flash]}
 # ---
 
 # %% [markdown]

@@ -230,11 +230,13 @@ import ast
 import difflib
 import sys
 from pathlib import Path
+from textwrap import indent
 
 from chapters import (
     OWN,
     Module,
     TangleError,
+    import_block,
     module_text,
     public_names,
     read_chapter,
@@ -305,11 +307,11 @@ def part_text(part: str, modules: list[Module]) -> str:
                               + ("a module's too" if name in stems else
                                  "bound in none of its modules"))
     names = sorted(homes)
-    typed = "\n".join(f"    from {OWN}.{part}.{homes[name]} import {name} as "
-                      f"{name}" for name in sorted(
-                          names, key=lambda name: (homes[name], name)))
+    typed = import_block([ast.ImportFrom(
+        f"{OWN}.{part}.{homes[name]}", [ast.alias(name, name)], 0)
+        for name in names])
     return _PART.format(
-        part=part, count=len(names), typed=typed or "    pass",
+        part=part, count=len(names), typed=indent(typed or "pass", "    "),
         home="\n".join(f'    "{name}": "{homes[name]}",' for name in names),
         modules="(" + "".join(f'\n    "{stem}",' for stem in stems) + "\n)",
         names="\n".join(f'    "{name}",' for name in names))

@@ -222,7 +222,7 @@ ruff(naive)
 # $$ (tangle-order)
 #
 # then no import is circular, and nothing used in a chapter comes from a later
-# one. `tests/test_book.py` holds this for the book.
+# one. `tests/book/test_book.py` holds this for the book.
 #
 # ## Code
 #

@@ -320,15 +320,15 @@ for name, count in other_experts.items():
     print(f"{name:26}{count:3} of 400 tokens went to other experts; "
           f"largest error {worst:.0e}")
 
-# %% [markdown]
-# So a top-1 token that differs between two bf16 runs is no proof of a bug,
-# and two equal ones no proof of its absence. `tests/test_parity_hf.py` holds
-# ours to transformers on 40 random configurations, in both layouts where
-# both can express them, and on two prompts past position 4,096: in fp32 the
-# logits differ by at most 1e-5 standard deviations, and greedy continuations
-# of 64 tokens are equal. `tests/test_parity_openai.py` does the same with
-# OpenAI's own torch code, and `tests/oracles/float64.py` is a third oracle,
-# loops in numpy, that float64 runs of ours meet to 1e-12.
+# %% [markdown] So a top-1 token that differs between two bf16 runs is no proof
+# of a bug, and two equal ones no proof of its absence.
+# `tests/parity/test_parity_hf.py` holds ours to transformers on 40 random
+# configurations, in both layouts where both can express them, and on two
+# prompts past position 4,096: in fp32 the logits differ by at most 1e-5
+# standard deviations, and greedy continuations of 64 tokens are equal.
+# `tests/parity/test_parity_openai.py` does the same with OpenAI's own torch
+# code, and `tests/oracles/float64.py` is a third oracle, loops in numpy, that
+# float64 runs of ours meet to 1e-12.
 #
 # **What went wrong elsewhere.**
 #

@@ -11,6 +11,7 @@
 #     name: python3
 #   gptoss:
 #     module: experts
+#     public: [clamped_swiglu, experts_grouped]
 # ---
 
 # %% [markdown]
@@ -506,7 +507,7 @@ print("gradients agree:", torch.allclose(got, wanted, atol=1e-4))
 # ## It holds
 #
 # The four forms agree for E up to 6, every K, and 0, 1, 2 and 5 tokens;
-# `tests/test_experts.py` draws D and F as well.
+# `tests/moe/test_experts.py` draws D and F as well.
 
 # %%
 def by_decoding(x, ids, weights, up, up_bias, down, down_bias):
@@ -554,8 +555,8 @@ assert torch.equal(before, after)
 # ## Against the others
 #
 # Hugging Face's module (eager) and OpenAI's formula on the same random
-# weights, in fp32; `tests/test_experts.py` runs OpenAI's `MLPBlock` itself.
-# Hugging Face stores the matrices transposed.
+# weights, in fp32; `tests/moe/test_experts.py` runs OpenAI's `MLPBlock`
+# itself. Hugging Face stores the matrices transposed.
 
 # %%
 from transformers import GptOssConfig as HFConfig

@@ -11,6 +11,7 @@
 #     name: python3
 #   gptoss:
 #     module: routing
+#     public: [route]
 # ---
 
 # %% [markdown]

@@ -1,4 +1,4 @@
-"""Part attention of the book: 3 names, loaded when first asked for
+"""Part attention of the book: 6 names, loaded when first asked for
 
 Generated from the front matter of book/attention/*.py; edit it, not this file.
 """
@@ -7,14 +7,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from gptoss.attention.masks import visible as visible
     from gptoss.attention.rope import apply_rope as apply_rope
     from gptoss.attention.rope import rope_parameters as rope_parameters
     from gptoss.attention.rope import rope_tables as rope_tables
+    from gptoss.attention.sinks import attention_concat as attention_concat
+    from gptoss.attention.sinks import attention_flash as attention_flash
 
 _HOME = {
     "apply_rope": "rope",
+    "attention_concat": "sinks",
+    "attention_flash": "sinks",
     "rope_parameters": "rope",
     "rope_tables": "rope",
+    "visible": "masks",
 }
 _MODULES = (
     "rope",
@@ -37,6 +43,9 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "apply_rope",
+    "attention_concat",
+    "attention_flash",
     "rope_parameters",
     "rope_tables",
+    "visible",
 ]

@@ -1,4 +1,4 @@
-"""Part moe of the book: 0 names, loaded when first asked for
+"""Part moe of the book: 3 names, loaded when first asked for
 
 Generated from the front matter of book/moe/*.py; edit it, not this file.
 """
@@ -7,10 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    pass
+    from gptoss.moe.experts import clamped_swiglu as clamped_swiglu
+    from gptoss.moe.experts import experts_grouped as experts_grouped
+    from gptoss.moe.routing import route as route
 
 _HOME = {
-
+    "clamped_swiglu": "experts",
+    "experts_grouped": "experts",
+    "route": "routing",
 }
 _MODULES = (
     "routing",
@@ -31,5 +35,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-
+    "clamped_swiglu",
+    "experts_grouped",
+    "route",
 ]

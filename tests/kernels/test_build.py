@@ -225,8 +225,8 @@ print(build._path)
 
 @pytest.mark.parametrize("name", ["GptOss", "Chat"])
 def test_whoever_reads_a_model_gets_the_kernels(name):
-    """Importing alone loads nothing; tests/test_operators.py has the other
-    routes."""
+    """Importing alone loads nothing; tests/model/test_operators.py has the
+    other routes."""
     done = subprocess.run(
         [sys.executable, "-c", FRONT % name, str(POCKET)], text=True,
         capture_output=True, timeout=280,
