@@ -50,11 +50,13 @@ class Count(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+torch.manual_seed(0)
+
+
 def some(*shape: int) -> torch.Tensor:
     return torch.randn(shape).bfloat16()
 
 
-torch.manual_seed(0)
 small = {"rms_norm": (rms_norm, some(1, 1, 2880), some(2880), 1e-5),
          "rope": (apply_rope, some(1, 1, 64, 64), some(1, 1, 32),
                   some(1, 1, 32)),

@@ -413,6 +413,7 @@ def load_split(path: str | Path, dtype: torch.dtype | str = torch.bfloat16,
 # %%
 from gptoss.model.transformer import GptOss as Whole
 
+torch.manual_seed(0)
 model = Whole.from_pretrained(POCKET, dtype=torch.float32)
 tokens = torch.randint(pocket.vocab_size, (1, 90))
 

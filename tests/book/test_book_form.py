@@ -432,3 +432,43 @@ def test_outputs(file: Path) -> None:
 def test_no_notebook_without_a_chapter() -> None:
     assert ({path.stem for path in NOTEBOOKS}
             <= {path.stem for path in CHAPTERS})
+
+
+# --- Randomness --------------------------------------------------------------
+
+DRAWS = {"randn", "rand", "randint", "randperm", "multinomial", "normal",
+         "bernoulli", "randn_like", "rand_like", "randint_like", "normal_",
+         "uniform_", "random_", "bernoulli_", "exponential_"}
+
+
+def unseeded(source: str) -> int | None:
+    """The line of the first draw from torch's own generator that no
+    `torch.manual_seed` precedes: such a number differs in every process."""
+    calls = [(node.lineno, ast.unparse(node.func), node.keywords)
+             for node in ast.walk(ast.parse(source))
+             if isinstance(node, ast.Call)]
+    seeds = [line for line, name, _ in calls if name == "torch.manual_seed"]
+    drawn = [line for line, name, keywords in calls
+             if name.rpartition(".")[2] in DRAWS
+             and (name.startswith("torch.") or name.endswith("_"))
+             and all(word.arg != "generator" for word in keywords)]
+    if drawn and min(drawn) < min(seeds, default=1 + max(drawn)):
+        return min(drawn)
+    return None
+
+
+@pytest.mark.parametrize("source, line", [
+    ("x = 1\ny = torch.randn(3)", 2),
+    ("torch.manual_seed(0)\ny = torch.randn(3)", None),
+    ("y = torch.randn(3)\ntorch.manual_seed(0)", 1),
+    ("y = torch.rand(3, generator=g)", None), ("x.normal_()", 1)])
+def test_unseeded(source: str, line: int | None) -> None:
+    assert unseeded(source) == line
+
+
+@each_chapter
+def test_draws_are_seeded(chapter: Path) -> None:
+    source = "\n".join(cell.source for cell in cells(chapter)
+                       if cell.cell_type == "code"
+                       and not cell.source.startswith("%"))
+    assert unseeded(source) is None
