@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+import tomllib
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -204,13 +205,23 @@ def table(head: tuple, rows: list[tuple]) -> nodes.table:
 
 # --- Colab -------------------------------------------------------------------
 
+def home_address(pyproject: Path) -> str:
+    """The repository's address: that of the fork which builds the pages
+    (`GPTOSS_REPOSITORY=owner/name`), else pyproject.toml's, else ""."""
+    if name := os.environ.get("GPTOSS_REPOSITORY", ""):
+        return f"https://github.com/{name}"
+    urls = tomllib.loads(pyproject.read_text("utf-8"))["project"]["urls"]
+    return urls.get("Repository", "").rstrip("/").removesuffix(".git")
+
+
 def colab_link(app: Sphinx, pagename: str, _template: str, context: dict,
                _doctree: nodes.document | None) -> None:
-    """Beside the downloads of a notebook. `GPTOSS_REPOSITORY=owner/name`
-    makes the link open the chapter; without it Colab asks for the file."""
+    """Beside the downloads of a notebook. With the repository's address the
+    link opens the chapter; without it Colab asks for the file."""
     if context.get("page_source_suffix") != ".ipynb":
         return
-    home = os.environ.get("GPTOSS_REPOSITORY", "")
+    home = home_address(Path(app.srcdir) / "pyproject.toml").removeprefix(
+        "https://github.com/")
     url = (f"{COLAB}/github/{home}/blob/main/{pagename}.ipynb" if home
            else f"{COLAB}/")
     for group in context.get("header_buttons", []):

@@ -31,7 +31,8 @@ def whole(folder: Path) -> set[str]:
 def built(tmp_path_factory) -> tuple[Path, str]:
     """A copy of the repository with dist/, and what the build said."""
     copy = tmp_path_factory.mktemp("packaging") / "copy"
-    for name in whole(ROOT) | {".gitignore", ".ci/run"}:
+    for name in whole(ROOT) | {".gitignore", ".ci/run",
+                              ".github/workflows/tests.yml"}:
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, copy / name)
     done = subprocess.run([sys.executable, "-c", BUILD], cwd=copy,
@@ -57,7 +58,8 @@ def test_the_source_distribution_is_the_repository(built):
     with tarfile.open(archive) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
     # LICENSE, README and pyproject.toml come by themselves
-    assert whole(ROOT) | {".ci/run", "tests/conftest.py"} <= names
+    assert whole(ROOT) | {".ci/run", "tests/conftest.py",
+                          ".github/workflows/tests.yml"} <= names
     assert not [name for name in names if name.endswith((".pyc", ".so"))]
 
 

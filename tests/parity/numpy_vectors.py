@@ -3,7 +3,9 @@
 A second implementation, written from the one-line formulas of index.json,
 and proof that a port needs no more than a reader of safetensors.
 
-    python tests/parity/numpy_vectors.py tests/parity/vectors
+    python tests/parity/numpy_vectors.py tests/parity/vectors [ANSWERS]
+
+With ANSWERS it also writes its outputs there, for `gptoss vectors check`.
 """
 
 import json
@@ -211,8 +213,32 @@ def run(folder: Path, port: dict = PORT) -> dict[str, bool]:
     return result
 
 
+def write_answers(folder: Path, file: Path, port: dict = PORT) -> None:
+    """The outputs of every case as safetensors, under the index's names."""
+    index = json.loads((folder / "index.json").read_text("utf-8"))
+    tensors, header, data = read_safetensors(folder / index["file"]), {}, b""
+    for case in index["cases"]:
+        found = port[case["operation"]](
+            {name: tensors[key] for name, key in case["inputs"].items()},
+            case["parameters"])
+        for name, out in case["outputs"].items():
+            wanted = tensors[out["tensor"]].dtype.str
+            raw = np.ascontiguousarray(found[name]).astype(
+                wanted if wanted != "|u1" else "u1").tobytes()
+            kind = next(k for k, v in KINDS.items() if np.dtype(v) == wanted)
+            header[out["tensor"]] = {
+                "dtype": kind, "shape": list(found[name].shape),
+                "data_offsets": [len(data), len(data) + len(raw)]}
+            data += raw
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
 if __name__ == "__main__":
     outcome = run(Path(sys.argv[1]))
+    if sys.argv[2:]:
+        write_answers(Path(sys.argv[1]), Path(sys.argv[2]))
     for name, right in outcome.items():
         print(f"{'ok  ' if right else 'WRONG'} {name}")
     assert not (sys.modules.get("torch") or sys.modules.get("gptoss"))
