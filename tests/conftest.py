@@ -95,3 +95,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+# --- Made once a process -----------------------------------------------------
+
+@pytest.fixture(scope="session")
+def released_text() -> str:
+    """The released tokenizer.json, made from its ranks."""
+    from oracles import o200k
+
+    from gptoss.text.vocabulary import tokenizer_json
+    return tokenizer_json(o200k.ranks())
+
+
+@pytest.fixture(scope="session")
+def real(released_text: str):
+    """The released tokenizer."""
+    from gptoss.text.tokenizer import Tokenizer
+    return Tokenizer(released_text, vocab_size=201_088)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A small vocabulary, learnt from the texts that training sees."""
+    from gptoss.text.tokenizer import Tokenizer
+    from gptoss.training.rows import sample_texts, train_tokenizer
+    return Tokenizer(train_tokenizer(sample_texts(400), 1024))
