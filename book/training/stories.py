@@ -20,20 +20,66 @@
 # ## Question
 #
 # How can a program tell whether a story holds together? The one of this
-# chapter can tell 38 billion plots about 354 million casts, and it takes a
-# text for a story if and only if it could have told that text itself.
+# chapter knows 38 billion plots about 354 million casts, and it takes a text
+# for a story if and only if it could have told that text itself.
 #
 # This part of the book makes the model that the package ships: eight chapters
-# write the text that it learns from, train it over lunch and let programs
+# write the texts that it learns from, train it over lunch, and let programs
 # mark what it has learnt. Stories come first, since they are the longest
 # things that it says: whoever is called Mira at the beginning, and whatever
 # was red, must be so at the end.
 #
+# ## Picture
+
+# %% tags=["hide-input", "picture"]
+# Figure: a matrix of dots, sixteen beats from left to right, eight words of
+# one story from top to bottom. A dot is a mention, a line joins the mentions
+# of one word; hero and friend are named again and again, the places twice or
+# three times.
+import random
+import re
+
+import matplotlib.pyplot as plt
+
+from gptoss.training import stories as finished
+
+plt.style.use("../_static/book.mplstyle")
+rng = random.Random(1)
+cast = finished.draw_cast(rng)
+told = [finished.tell(random.Random(4), cast, beats=n + 1)
+        for n in range(len(finished.BEATS))]
+parts = [told[0], *(b[len(a):] for a, b in zip(told, told[1:],
+                                               strict=False))]
+fig, ax = plt.subplots(figsize=(7, 2.9))
+for y, slot in enumerate(finished.CAST_SLOTS):
+    at = [x for x, part in enumerate(parts)
+          if re.search(rf"\b{cast[slot]}\b", part)]
+    colour = "#0072b2" if slot in ("hero", "kind", "friend", "fkind") else (
+        "#d55e00" if slot in ("colour", "thing") else "#009e73")
+    ax.plot(at, [y] * len(at), "o-", color=colour, lw=1.2)
+ax.set_yticks(range(len(finished.CAST_SLOTS)),
+              [cast[slot] for slot in finished.CAST_SLOTS])
+ax.set_xticks(range(len(finished.BEATS)),
+              [name for name, _ in finished.BEATS], rotation=55, ha="right")
+ax.set_xlim(-.5, len(finished.BEATS) - .5)
+ax.invert_yaxis()
+ax.grid(axis="x", alpha=.3)
+plt.show()
+
+# %% [markdown]
+# One story of sixteen steps, and where it mentions each of its eight words.
+# (This cell uses the finished package, as the first picture of a chapter may;
+# everything below is built here.)
+# What to see: nearly every word occurs more than once, often far apart. The
+# first dot of a line *binds* the word. Each later dot is a chance to go wrong,
+# and so a place where a checker can catch a model that has forgotten.
+#
 # ## The naive version
 #
 # Could the loss be the judge? It rewards a story in which the kite changes
-# colour nearly as much as one in which it doesn't. Looking for words that
-# should occur fares no better:
+# colour nearly as much as one in which it doesn't: one token of two hundred
+# is wrong. Looking for words that should occur fares no better. Here are two
+# stories; in the second the kite turns into a hat, and Mira into Tom.
 
 # %%
 def naive_mark(text: str, words: list[str]) -> bool:
@@ -44,17 +90,91 @@ straight = ("Mira the fox had a red kite. She lost the red kite at the lake. "
             "At last she found the red kite.")
 crooked = ("Mira the fox had a red kite. She lost the red hat at the lake. "
            "At last Tom found the blue kite.")
-for text in (straight, crooked):
-    print(naive_mark(text, ["Mira", "fox", "red", "kite", "lake"]))
+for name, text in (("straight", straight), ("crooked", crooked)):
+    found = naive_mark(text, ["Mira", "fox", "red", "kite", "lake"])
+    print(f"{name}: {'good' if found else 'bad'}")
 
 # %% [markdown]
-# What has to be checked is that each *mention* agrees with the first, and
-# that needs the plot. The way out is to write the generator so that it can be
+# Both pass. What has to be checked is that each *mention* agrees with the
+# first, and that needs the plot.
+#
+# ## Derivation
+#
+# The way out is to write the stories ourselves, by a generator so simple that
+# it can be run backwards. Three sentences show it whole. Words in braces are
+# slots. Those of the cast are drawn once and then stay; telling is filling
+# in, and reading is a regular expression in which the first mention captures
+# the word (`(?P<hero>…)`) and each later one asks for the same
+# (`(?P=hero)`).
+
+# %%
+TOY = ("{hero} had a {colour} kite.", "{hero} lost the {colour} kite.",
+       "At last {hero} found the kite.")
+TOY_WORDS = {"hero": ("Mira", "Tom"), "colour": ("red", "blue", "green")}
+
+
+def tell_toy(rng: random.Random) -> str:
+    cast = {slot: rng.choice(words) for slot, words in TOY_WORDS.items()}
+    return " ".join(TOY).format(**cast)
+
+
+def read_toy(text: str) -> dict[str, str] | None:
+    pattern, seen = "", set()
+    for part in re.split(r"(\{\w+\})", " ".join(TOY)):
+        slot = part.strip("{}")
+        if slot not in TOY_WORDS:
+            pattern += re.escape(part)
+        elif slot in seen:
+            pattern += f"(?P={slot})"
+        else:
+            pattern += f"(?P<{slot}>{'|'.join(TOY_WORDS[slot])})"
+            seen.add(slot)
+    found = re.fullmatch(pattern, text)
+    return found and found.groupdict()
+
+
+story = tell_toy(random.Random(2))
+print(story, "->", read_toy(story))
+hero = read_toy(story)["hero"]
+other = "Tom" if hero == "Mira" else "Mira"
+for broken in (story.replace("kite", "hat"),
+               other.join(story.rsplit(hero, 1))):
+    print(broken, "->", read_toy(broken))
 
 # %% [markdown]
+# `None` is "I could not have told this". A text passes exactly if the
+# generator can produce it. That is much stricter than a list of mistakes: no
+# mistake has to be thought of in advance.
+#
+# The toy also tells how good a model can become. It makes two choices, a hero
+# of 2 and a colour of 3, all equally likely, so there are 6 stories and each
+# has the probability 1/6. A model that knows everything about the generator
+# still cannot guess which of them comes next. On average it pays at least
+# $\log 6 = 1.79$ nats a story, however long it was trained.
+
+# %%
+import math
+
+print(f"log 2 + log 3 = {math.log(2) + math.log(3):.2f} nats a story")
+
+# %% [markdown]
+# In general choices follow one another, and some only arise in one sentence of
+# several: a sentence may have a slot of its own that others lack. A story is
+# then a cast (hero, friend, their kinds, colour, thing, home, place), one
+# sentence for each step of the plot, and one word for each slot of that
+# sentence that is free to vary. If a choice has $n$ equally likely outcomes,
+# no model can predict a story with fewer than
+#
+# $$ \mathcal{L}_{\min} = \sum_{\text{fixed slots}} \log n
+#      + \sum_{\text{beats}} \Big( \log m + \frac1m \sum_{j=1}^{m}
+#        \sum_{\text{free slots of } j} \log n \Big) $$ (train-floor)
+#
+# nats on average, where $m$ is the number of sentences that a beat (a step of
+# the plot) can choose from. We shall hold the trained model to this number.
+#
 # ## Code
 #
-# ### The words of a small world
+# ### Which words can a story be about?
 
 # %% tags=["export"]
 import math
@@ -95,15 +215,19 @@ PRONOUNS |= {name: ("he", "his") for name in BOYS}
 
 # %% [markdown]
 # Slots without an underscore are *fixed*: drawn once, and the same wherever
-# the story mentions them. Slots with one are *free*. Where an article stands
-# before a word it is "a": all of them but "oak" begin with a consonant.
+# the story mentions them. Slots with one are *free*: each mention draws anew.
+# No two lists of fixed words share a word, so hero and friend differ and a
+# word tells which slot it fills. Before a word that follows an article we
+# write "a", since all words that can stand there begin with a consonant.
 
 # %%
 casts = math.prod(len(WORDS[slot]) for slot in CAST_SLOTS)
 print(f"{casts:,} casts")
 
 # %% [markdown]
-# ### A plot is a list of beats
+# ### What happens, and in which order?
+#
+# A plot is a list of *beats*: a name, and the sentences that can say it.
 
 # %% tags=["export"]
 BEATS = (
@@ -211,8 +335,9 @@ BEATS = (
 
 # %% [markdown]
 # Sixteen beats, in this order, each with several ways to be said; two of
-# them may stay silent. The order is what makes a story: the object must be
-# owned before it can be lost, and lost before it can be found.
+# them may stay silent (an empty sentence). The order is what makes a story:
+# the object must be owned before it can be lost, and lost before it can be
+# found.
 
 # %%
 ways = 1
@@ -221,7 +346,14 @@ for _, lines in BEATS:
 print(f"{len(BEATS)} beats, {ways:.2g} plots, before any word is drawn")
 
 # %% [markdown]
-# ### Telling
+# ### How is a story told, and which casts are kept back?
+#
+# Telling is what it was in the toy. Beside it stands a *shelf*: an exam must
+# ask for what was never read, so one cast in ten is kept from training, by a
+# checksum of hero, colour and thing. The same three words always land on the
+# same shelf, in every run and on every machine, and nobody has to store a
+# list. Two thirds of what is kept back is for the exam; the rest is for the
+# milestones on the way there, by which we choose how to train.
 
 # %% tags=["export"]
 import math
@@ -286,20 +418,9 @@ def tell(rng: random.Random, cast: dict[str, str] | None = None,
 print(tell(random.Random(1)))
 
 # %% [markdown]
-# ### The floor
+# ### How low can the loss of a story go?
 #
-# For stories the smallest loss is known in advance. A story is
-# made by independent uniform choices: a cast (hero, friend, their kinds,
-# colour, thing, home, place), one template per beat, and one word for each
-# free slot of the template. If choice $i$ has $n_i$ equally likely outcomes,
-# no model can predict a story with fewer than
-#
-# $$ \mathcal{L}_{\min} = \sum_{\text{fixed slots}} \log n
-#      + \sum_{\text{beats}} \Big( \log m + \frac1m \sum_{j=1}^{m}
-#        \sum_{\text{free slots of } j} \log n \Big) $$ (train-floor)
-#
-# nats on average, where $m$ is the number of templates of a beat.
-#
+# This is equation {eq}`train-floor`, term by term:
 
 # %% tags=["export"]
 def story_entropy() -> float:
@@ -317,8 +438,8 @@ def story_entropy() -> float:
     return nats
 
 # %% [markdown]
-# `story_entropy` is equation {eq}`train-floor`. A generator that counts its
-# own choices agrees with it:
+# We can check it without any model. A random generator that adds up the
+# logarithm of each choice while it tells 2,000 stories must find the same:
 
 # %%
 class CountingRandom(random.Random):
@@ -333,11 +454,18 @@ counting, cast = CountingRandom(0), draw_cast(random.Random(0))
 for _ in range(2000):
     tell(counting, cast)
 counted = counting.nats / 2000 + math.log(casts)
-print(f"{story_entropy():.1f} nats a story")
+print(f"derived {story_entropy():.1f}, counted {counted:.1f} nats a story")
 assert abs(counted - story_entropy()) < 0.2
 
 # %% [markdown]
-# ### Reading: the checker is the generator run backwards
+# ### How is a story read?
+#
+# The generator runs backwards. At each beat we try every sentence, with the
+# words that are bound so far written into it; a word that is not yet bound is
+# captured. If a sentence fits, we go on behind it; if later nothing fits, we
+# come back and try the next one, since two sentences can begin alike. Where
+# no way leads to the end, the furthest point that was reached says what went
+# wrong.
 
 # %% tags=["export"]
 def line_pattern(line: str, cast: dict[str, str]) -> re.Pattern:
@@ -414,9 +542,8 @@ def read_story(text: str) -> Reading:
     return follow(0, 0, {}) or furthest[1]
 
 # %% [markdown]
-# The checker is not a list of forbidden words. It parses: at each beat it
-# tries every template, with the words bound so far written into it. What it
-# cannot parse, the generator could not have told.
+# One word replaced near the end is enough to be noticed, and the reading says
+# at which beat it got stuck:
 
 # %%
 rng = random.Random(1)
@@ -430,6 +557,10 @@ for slot, other in (("colour", "violet"), ("friend", "Zoe"),
     print(f"{slot} changed at the end: {reading.coherent}, "
           f"stuck at the {reading.beat!r} beat")
     assert not reading.coherent
+
+# %% [markdown]
+# Training needs endless stories, none about a cast that was kept back; the
+# exam needs the others.
 
 # %% tags=["export"]
 from collections.abc import Iterator
@@ -454,7 +585,7 @@ print(next(story_stream(3))[:150])
 # twice.
 
 # %%
-rng = random.Random(7)
+rng, noticed = random.Random(7), 0
 for _ in range(200):
     cast = draw_cast(rng)
     story = tell(rng, cast)
@@ -468,6 +599,8 @@ for _ in range(200):
         at = rng.choice(spots)
         broken = story[:at] + word + story[at + len(cast[slot]):]
         assert not read_story(broken).coherent, broken
+        noticed += 1
+print(f"200 stories read back; {noticed} changed words, all noticed")
 share = sum(held_out(draw_cast(rng)) for _ in range(3000)) / 3000
 print(f"held out: {share:.2f} of all casts")
 
@@ -531,6 +664,38 @@ print({name or "training": count for name, count in shelves.items()})
 assert sum(shelves.values()) == 20 * 12 * 16
 
 # %% [markdown]
+# ### Exercise 3
+#
+# A reader that gives up at the first sentence that fits, without coming back,
+# would be simpler. How many of 200 stories does it lose? Find one beat where
+# the first fit is the wrong one.
+
+# %% tags=["hide-cell"]
+def read_greedily(text: str) -> str:
+    """The beat at which a reader that never comes back gets stuck, or ""."""
+    at, cast = 0, {}
+    for name, lines in BEATS:
+        for line in lines:
+            found = line_pattern(line, cast).match(text, at)
+            if found:
+                cast |= found.groupdict()
+                end = found.end()
+                at = end + (text[end:end + 1] == " ") if line else at
+                break
+        else:
+            return name
+    return ""
+
+
+lost = Counter(read_greedily(tell(random.Random(n))) for n in range(200))
+print({name or "read": count for name, count in sorted(lost.items())})
+assert lost[""] < 200
+
+# %% [markdown]
+# An empty sentence fits everywhere. Where it stands first, the reader takes
+# it, and then finds the sentence that was really told where the next beat
+# should be.
+#
 # ## Sources
 #
 # - Stories for very small models: R. Eldan and Y. Li, *TinyStories*,

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-# --- The words of a small world ----------------------------------------------
+# --- Which words can a story be about? ---------------------------------------
 
 GIRLS = ("Mira", "Lily", "Nora", "Anna", "Ruby", "Zoe", "Ella", "Maya",
          "Tess", "Wren")
@@ -47,7 +47,7 @@ PRONOUNS = {name: ("she", "her") for name in GIRLS}
 PRONOUNS |= {name: ("he", "his") for name in BOYS}
 
 
-# --- A plot is a list of beats -----------------------------------------------
+# --- What happens, and in which order? ---------------------------------------
 
 BEATS = (
     ("opening", (
@@ -153,7 +153,7 @@ BEATS = (
 )
 
 
-# --- Telling -----------------------------------------------------------------
+# --- How is a story told, and which casts are kept back? ---------------------
 
 def draw_cast(rng: random.Random) -> dict[str, str]:
     """Draw who and what a story is about: one word for each fixed slot.
@@ -208,7 +208,7 @@ def tell(rng: random.Random, cast: dict[str, str] | None = None,
     return " ".join(line for line in told if line)
 
 
-# --- The floor ---------------------------------------------------------------
+# --- How low can the loss of a story go? -------------------------------------
 
 def story_entropy() -> float:
     """Nats of choice in one story of `tell`: the floor of any loss.
@@ -225,7 +225,7 @@ def story_entropy() -> float:
     return nats
 
 
-# --- Reading: the checker is the generator run backwards ---------------------
+# --- How is a story read? ----------------------------------------------------
 
 def line_pattern(line: str, cast: dict[str, str]) -> re.Pattern:
     """The regular expression of a template under what is known so far.
