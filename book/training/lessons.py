@@ -24,6 +24,47 @@
 # sums of ten when it may think. With its analysis cut off, it gets hardly any
 # right. Its lessons made the difference, and a program wrote them.
 #
+# ## Picture
+
+# %% tags=["hide-input", "picture"]
+# Figure: 347 + 285 in columns with the two carries, each column in the colour
+# of the words that the model writes for it beside the sum, and below the text
+# in one line. The ones come first, the leading digit last.
+import matplotlib.pyplot as plt
+
+from gptoss.training import lessons as finished
+
+plt.style.use("../_static/book.mplstyle")
+fig, ax = plt.subplots(figsize=(7, 2.5))
+ax.axis("off")
+ax.set_xlim(0, 10)
+ax.set_ylim(-.9, 4.2)
+mono = {"family": "monospace", "va": "center"}
+tints = ("#0072b2", "#d55e00", "#009e73")   # ones, tens, hundreds
+for row, digits in ((3, "347"), (2, "285"), (.8, "632")):
+    for place, digit in enumerate(reversed(digits)):
+        ax.text(2.3 - .6 * place, row, digit, size=17, ha="center",
+                color=tints[place], **mono)
+ax.text(.45, 2, "+", size=17, ha="center", **mono)
+ax.plot([.3, 2.6], [1.4, 1.4], color="k", lw=1)
+for place in (1, 2):
+    ax.text(2.3 - .6 * place, 3.75, "1", size=11, ha="center",
+            color=tints[place], **mono)
+ax.text(2.1, 3.75, "carries", size=10, va="center", color="0.35")
+named = zip(finished.COLUMNS, finished.columns(347, 285, "+"), strict=False)
+for place, (name, line) in enumerate(named):
+    ax.text(4.2, 3.4 - 1.15 * place, f"{place + 1}.  {name} {line}", size=13,
+            color=tints[place], **mono)
+ax.text(.3, -.5, finished.worked(347, 285, "+"), size=11, **mono)
+plt.show()
+
+# %% [markdown]
+# What to see: on paper we begin with the ones and carry to the left. The
+# model can only write from left to right, and an answer starts with its
+# *leading* digit, the one that depends on all the others. So it does what we
+# do on scrap paper: it writes the columns down first, ones to hundreds, and
+# copies the answer from there. (The cell above uses the finished package.)
+#
 # ## The naive version
 #
 # Why think at all? Here is the trained model with its analysis cut off: the
@@ -77,21 +118,23 @@ print(f"with analysis: {exam['right'] * exam['count']:.0f} "
 assert right <= 10 and exam["right"] > 0.75
 
 # %% [markdown]
-# Why can two numbers not be added at once? The leading digit
-# of $a+b$ is said first, and it depends on the carry from the column below,
-# which depends on the one below that. Written from the ones on, each column
-# needs two digits and one carry, all of them already on the page: a constant
-# amount of work per token, which is what a transformer has.
-
+# Why can two numbers not be added at once? Look at 347 + 285. The leading
+# digit 6 is said first. It is 3 + 2, and 1 more if the tens overflow; whether
+# they do depends on whether the ones do. A model does a fixed amount of work
+# for each token, four layers here, and would have to settle all of that
+# before its first word. Written from the ones on, each column needs two
+# digits and one carry, and all three already stand on the page.
 #
 # ## Code
 #
-# ### A turn of conversation
+# ### What is a lesson?
 #
 # A **turn** is a question with everything that answers it: what the model
 # thinks (once for each effort), perhaps a tool call with its result, and the
 # final text. A **lesson** is a conversation whose last turn the model has to
-# write; what the examiner needs to know is kept beside it.
+# write; what the examiner needs to know is kept beside it. A turn that an
+# exam may ask is *held*: it stands on one of the
+# [shelves](stories.ipynb) that training never sees.
 
 # %% tags=["export"]
 import json
@@ -175,7 +218,7 @@ for message in answer_messages(turn, "low"):
     print(f"{message.role:>9} {message.channel:>10}  {message.content}")
 
 # %% [markdown]
-# ### Names that nobody has seen
+# ### How is a model kept from guessing names?
 #
 # A model that has met twenty names could answer "What is my cat called?" by
 # choosing one of twenty. Half of all names are therefore made up on the
@@ -221,11 +264,11 @@ rng = random.Random(0)
 print([made_up(rng) for _ in range(6)], a_date(rng))
 
 # %% [markdown]
-# ### Sums, column by column
+# ### What does it write down for a sum?
 #
-# The school method goes from the ones on and writes the carry down, so each
-# column is short work, even for a model of four layers. That is what the
-# analysis channel is for.
+# One line for each column, in the order of the picture. A difference borrows
+# where a sum carries: 5 - 7 cannot be, so 10 are added, `5-7+10=8`, and 1 is
+# taken off the next column.
 
 # %% tags=["export"]
 COLUMNS = ("ones", "tens", "hundreds", "thousands")
@@ -275,9 +318,19 @@ def sum_thoughts(a: int, b: int, sign: str) -> tuple[str, str, str]:
     check = worked(result, y, "-" if sign == "+" else "+")
     return short, full, f"{full}. Check: {check}, right."
 
+# %% [markdown]
+# Low effort writes the bare columns, medium names them, high adds a check in
+# the other direction. Here the smaller number stands first, so the answer is
+# negative:
+
 # %%
-for think in sum_thoughts(285, 347, "-"):
-    print(think)
+for effort, think in zip(EFFORTS, sum_thoughts(285, 347, "-"), strict=True):
+    print(f"{effort:>6}: {think}")
+
+# %% [markdown]
+# One sum can be asked in fourteen ways here, and 5 + 40, 40 + 5 and 45 - 40
+# are one fact to whoever has learnt one of them. `sum_key` writes down that
+# fact, so that a sum which is kept for the exam is kept in every form.
 
 # %% tags=["export"]
 SUMS = {
@@ -324,9 +377,14 @@ def sum_turn(rng: random.Random) -> Exchange:
 # %%
 turn = sum_turn(random.Random(3))
 print(turn.ask, "|", turn.answer)
+print({sum_key(5, "+", 40), sum_key(40, "+", 5), sum_key(45, "-", 40)})
 
 # %% [markdown]
-# ### Stories on request
+# ### How is a story asked for?
+#
+# The question names some words of the cast, and the story that follows must
+# hold them. At high effort the analysis writes the whole cast down first; it
+# is a plan that the story then only has to follow.
 
 # %% tags=["export"]
 STORY_ASKS = (
@@ -358,10 +416,10 @@ turn = story_turn(random.Random(1))
 print(turn.ask, "|", turn.think[2])
 
 # %% [markdown]
-# ### Facts to remember
+# ### What can be told and asked for?
 #
-# Topic, how it is told, how it is asked for, how it is answered, and what
-# value it can have.
+# Each entry: the topic, how it is told, how it is asked for, how it is
+# answered, and how a value is drawn.
 
 # %% tags=["hide-input", "export"]
 FACTS = (
@@ -393,6 +451,12 @@ FACTS = (
                  f"{rng.choice(WORDS['thing'])}"),
 )
 NOTED = ("I will remember that.", "Good to know.", "I will not forget it.")
+
+# %% [markdown]
+# From these entries come three kinds of turns: facts that are told and need
+# no more than a nod, a fact that was told and is asked for, and one that is
+# asked for but was never told. Without the last kind a model learns to answer
+# with *some* name whenever a name is wanted.
 
 # %% tags=["export"]
 def telling(rng: random.Random, told: Sequence[tuple[str, str]]) -> Exchange:
@@ -452,8 +516,8 @@ for turn in recall_turns(random.Random(2)):
 # %% [markdown]
 # ## It holds
 #
-# The column method is right for every pair of numbers up to three digits
-# that a stride of 7 and 11 reaches.
+# Read the last digit of every column and you have the result. We try it for
+# every seventh number plus, and minus, every eleventh, up to three digits.
 
 # %%
 pairs = [(a, b) for a in range(0, 1000, 7) for b in range(0, 1000, 11)]
@@ -464,7 +528,7 @@ for a, b in pairs:
     if a >= b:
         digits = [line.rpartition("=")[2] for line in columns(a, b, "-")]
         assert int("".join(digits[::-1])) == a - b
-print(f"{len(pairs):,} pairs")
+print(f"{len(pairs):,} pairs, every sum and difference as it should be")
 
 # %% [markdown]
 # ## Takeaways
@@ -519,6 +583,28 @@ for a in range(1000):
 print("largest carry:", largest)
 
 # %% [markdown]
+# ### Exercise 3
+#
+# How often does the leading column of a sum of two three-digit numbers depend
+# on more than its own two digits and the tens? Count the pairs in which a
+# carry from the *ones* decides the hundreds: the tens add up to exactly 9.
+
+# %% tags=["hide-cell"]
+deep = top = 0
+for a in range(100, 1000):
+    for b in range(100, 1000, 7):
+        tens, ones = a // 10 % 10 + b // 10 % 10, a % 10 + b % 10
+        top += tens + (ones > 9) > 9
+        deep += tens == 9
+total = 900 * len(range(100, 1000, 7))
+print(f"a carry reaches the hundreds in {top / total:.0%} of the sums; "
+      f"the ones decide whether it does in {deep / total:.0%}")
+
+# %% [markdown]
+# So a model that looks at two columns at once would be right in nine sums of
+# ten. The trained one, without its scrap paper, does not even learn that:
+# nothing in its lessons asked it to.
+#
 # ## Sources
 #
 # - Writing intermediate steps: M. Nye and others, *Show your work:

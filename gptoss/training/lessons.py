@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from gptoss.text.harmony import EFFORTS, Message
 from gptoss.training.stories import WORDS, cast_key, draw_cast, shelf, tell
 
-# --- A turn of conversation --------------------------------------------------
+# --- What is a lesson? -------------------------------------------------------
 
 @dataclass(frozen=True)
 class Exchange:
@@ -79,7 +79,7 @@ def answer_messages(turn: Exchange, effort: str) -> list[Message]:
     return [*messages, Message("assistant", turn.answer, channel="final")]
 
 
-# --- Names that nobody has seen ----------------------------------------------
+# --- How is a model kept from guessing names? --------------------------------
 
 SYLLABLES = ("ba", "bo", "da", "di", "fe", "fo", "ga", "ku", "la", "li",
              "lo", "ma", "mo", "na", "ni", "pa", "po", "ra", "ri", "ro",
@@ -116,7 +116,7 @@ def a_date(rng: random.Random) -> str:
             f"{rng.randrange(1, 29):02}")
 
 
-# --- Sums, column by column --------------------------------------------------
+# --- What does it write down for a sum? --------------------------------------
 
 COLUMNS = ("ones", "tens", "hundreds", "thousands")
 
@@ -208,7 +208,7 @@ def sum_turn(rng: random.Random) -> Exchange:
                 held=shelf(sum_key(a, sign, b)), facts={"result": result})
 
 
-# --- Stories on request ------------------------------------------------------
+# --- How is a story asked for? -----------------------------------------------
 
 STORY_ASKS = (
     ("Tell me a story.", ()),
@@ -235,7 +235,7 @@ def story_turn(rng: random.Random) -> Exchange:
                 facts={slot: cast[slot] for slot in slots})
 
 
-# --- Facts to remember -------------------------------------------------------
+# --- What can be told and asked for? -----------------------------------------
 
 FACTS = (
     ("your name", "My name is {x}.", "What is my name?",
