@@ -23,6 +23,47 @@
 # called, instead of guessing? Each of the twelve tools of its lessons comes
 # under up to 33 names, with other descriptions and parameters each time, so
 # that the best guess is right once in five and reading is the shorter way.
+#
+# ## Picture
+
+# %% tags=["hide-input", "picture"]
+# Figure: three definitions of the weather tool as three conversations show
+# them, in TypeScript; name, description and parameter differ each time, and
+# below each stands the call that answers the same question about Oslo.
+import json
+import random
+
+import matplotlib.pyplot as plt
+
+from gptoss.training import kits as finished
+
+plt.style.use("../_static/book.mplstyle")
+fig, ax = plt.subplots(figsize=(7.4, 2.6))
+ax.axis("off")
+ax.set_xlim(0, 3)
+ax.set_ylim(0, 1)
+ax.text(1.5, .95, '"How is the weather in Oslo?"', size=12, ha="center")
+mono = {"family": "monospace", "size": 8.5, "va": "top"}
+for n, seed in enumerate((5, 1, 17)):
+    tool, (place,) = finished.disguise(random.Random(seed), "weather")
+    ax.text(n + .02, .76, f"// {tool.description}", color="0.4", **mono)
+    ax.text(n + .02, .65, f"type {tool.name} = (_: {{", color="#0072b2",
+            **mono)
+    ax.text(n + .02, .54, f"  {place}: string", color="#d55e00", **mono)
+    ax.text(n + .02, .43, "}) => any;", color="#0072b2", **mono)
+    ax.text(n + .02, .22, f"to=functions.{tool.name}", color="#0072b2",
+            **mono)
+    ax.text(n + .02, .11, json.dumps({place: "Oslo"}), color="#d55e00",
+            **mono)
+ax.plot([0, 3], [.29, .29], color="0.6", lw=.8)
+plt.show()
+
+# %% [markdown]
+# What to see: above the line what the model reads, three times the same tool
+# for the same question; below it what the model has to write each time. No
+# word of the call can be known beforehand. Name and parameter must be found in
+# the definition, the city in the question. (The cell above uses the finished
+# package; here it is built.)
 
 # %%
 import random
@@ -56,11 +97,16 @@ POCKET = files("gptoss") / "pocket"
 # Three names for a tool are still too few: a model that guesses among them is
 # right once in three, and training is content with that for a long time. So
 # half of the names get another verb, like `run_weather`, and guessing no
-# longer pays. What is left to learn is to read.
+# longer pays (exercise 3 counts it). What is left to learn is to read.
 #
 # ## Code
 #
-# ### A tool in all its guises
+# ### What is a tool in all its guises?
+#
+# A **kit** is the data of one tool: what it may be called, how it may be
+# described, which parameters it has under which names, how users ask for it
+# and how it is answered. The twelve kits are a table; the code knows nothing
+# of weather or timers.
 
 # %% tags=["export"]
 import random
@@ -242,6 +288,12 @@ KITS = {
                      f"{rng.choice(WORDS['thing'])}")),
 }
 
+# %% [markdown]
+# ### How does a conversation see it?
+#
+# A disguise is drawn for each conversation. It is a `Tool`, the same class
+# that [the developer message](../text/conversation.ipynb) is made from.
+
 # %% tags=["export"]
 def disguise(rng: random.Random, key: str) -> tuple[Tool, list[str]]:
     """A tool as one conversation sees it, and its parameters' names."""
@@ -385,7 +437,11 @@ def date_turn(rng: random.Random, date: str | None) -> Exchange:
 print(missing_turn(random.Random(5), ["weather"]).ask)
 
 # %% [markdown]
-# ### Small talk, and what is beyond it
+# ### What is said that needs no tool at all?
+#
+# A model whose lessons are all sums and tools answers "Hello!" with a sum.
+# Small talk is a short table. So are questions beyond a model of this size:
+# the only right answer is to say so.
 
 # %% tags=["hide-input", "export:conversations"]
 TALK = (
@@ -434,10 +490,14 @@ def beyond_turn(rng: random.Random) -> Exchange:
 print(beyond_turn(random.Random(6)).ask)
 
 # %% [markdown]
-# ### From turns to a conversation
+# ### How do turns become a conversation?
 #
 # Between a fact and the question for it stand other turns: none, a few short
-# ones, or stories that are longer than two windows.
+# ones, or stories that are longer than two windows. The shares in the code
+# below (a fact in three conversations of ten is preceded by something else, a
+# calculator comes with the date in one set of tools of four, and so on) are
+# choices, not derivations: they decide how often a situation is practised, and
+# were set where a milestone showed that it was too rare.
 
 # %% tags=["export:conversations"]
 SIMPLE = {"sum": sum_turn, "story": story_turn, "talk": talk_turn,
@@ -705,6 +765,26 @@ turn = tool_turn(random.Random(2), "tea", tool, names)
 print(turn.ask, "|", turn.call[0], compact(turn.call[1]), "|", turn.answer)
 del KITS["tea"]
 assert "tea" not in KITS and turn.call[0].endswith("_tea")
+
+# %% [markdown]
+# ### Exercise 3
+#
+# Take the verbs away: each kit then has the names of its table alone. How
+# often is the best guess at a name right then, on average over the twelve
+# tools, and how often with the verbs?
+
+# %% tags=["hide-cell"]
+def best_guess(names: list[str]) -> float:
+    return max(map(names.count, {*names})) / len(names)
+
+
+rng = random.Random(0)
+verbs = sum(best_guess([disguise(rng, key)[0].name for _ in range(2000)])
+            for key in KITS) / len(KITS)
+plain = sum(best_guess([rng.choice(kit.names) for _ in range(2000)])
+            for kit in KITS.values()) / len(KITS)
+print(f"without verbs {plain:.0%}, with them {verbs:.0%}")
+assert verbs < plain
 
 # %% [markdown]
 # ## Sources

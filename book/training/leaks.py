@@ -23,6 +23,49 @@
 # fact in ten is kept back, and the last question of a lesson is drawn again
 # if it is one of these. Is that enough? Of 300 conversations made by this
 # rule, 63 hold a question of the exam all the same.
+#
+# ## Picture
+
+# %% tags=["hide-input", "picture"]
+# Figure: six texts on the left, a question, its reverse, two differences, a
+# word problem and a line of working; arrows lead from all of them to one key,
+# and from the key to the shelf that it lies on.
+import matplotlib.pyplot as plt
+
+from gptoss.training import leaks as finished
+
+plt.style.use("../_static/book.mplstyle")
+low = next(n for n in range(101, 250)
+           if finished.shelf(f"{n} + 250") == "exam")
+texts = (f"What is 250 + {low}?", f"Add 250 to {low}.",
+         f"Take {low} from {250 + low}.", f"{250 + low} - 250",
+         f"There were {250 + low} keys and {low} are gone. How many …",
+         f"Check: {250 + low}-{low}: ones …")
+(key,) = {key for text in texts for key in finished.sums_in(text)} - {""}
+fig, ax = plt.subplots(figsize=(7.4, 2.4))
+ax.axis("off")
+ax.set_xlim(0, 10)
+ax.set_ylim(-.6, 5.6)
+for n, text in enumerate(reversed(texts)):
+    ax.text(0, n, text, size=9, va="center")
+    ax.annotate("", (7, 2.5), (5.6, n), arrowprops={
+        "arrowstyle": "-", "color": "#0072b2", "lw": 1})
+box = {"boxstyle": "round", "fc": "white", "ec": "#0072b2"}
+ax.text(7.05, 2.5, key, size=11, va="center", bbox=box)
+ax.annotate("", (9.1, 2.5), (8.4, 2.5), arrowprops={
+    "arrowstyle": "->", "color": "#d55e00", "lw": 1.2})
+ax.text(9.2, 2.5, finished.shelf(key) or "training", size=11, va="center",
+        color="#d55e00")
+ax.text(7.05, 4.2, "key", size=9, color="0.4")
+ax.text(9.2, 4.2, "shelf", size=9, color="0.4")
+plt.show()
+
+# %% [markdown]
+# What to see: six texts, one fact. Whoever has practised one of them has
+# practised all. So each fact has one *key*, and a checksum of the key says on
+# which shelf it lies: for training, for the milestones, or for the exam. This
+# fact is kept back, and none of the six may occur in any text that is trained
+# on.
 
 # %% tags=["export"]
 from gptoss.training.kits import KITS, LANGUAGES, MONEY, NOTES, ROOMS, tool_key
@@ -65,15 +108,37 @@ print(f"on every turn:           {leaking()}")
 # about is written down in one way whatever its form: 5 + 40, 45 - 5 and 45 -
 # 40 are one fact, and so is the weather in Oslo under any tool's name.
 #
-# That is the intention. The check does not trust it: it knows nothing of
-# flags and reads the words. It turns the templates around, finds in a text
-# every cast, sum, fact and question for a tool that it holds, and asks for
-# each on which shelf it lies. `rows` sends all that is ever trained on
-# through it, so a run that ends has proved it for itself.
+# That is the intention. The check of this chapter does not trust it: it knows
+# nothing of flags and reads the words. It turns the templates around, finds in
+# a text every cast, sum, fact and question for a tool that it holds, and asks
+# for each on which shelf it lies. [The rows](rows.ipynb) send all that is ever
+# trained on through it, so a run that ends has proved it for itself.
 #
 # ## Code
 #
-# ### Sums, in every form
+# The heart of it is five lines: some *readers*, functions from a text to the
+# keys that occur in it, and the question where these lie. In small, with one
+# reader for one form:
+
+# %%
+import re
+
+from gptoss.training.lessons import sum_key
+
+
+def plus_only(text: str) -> list[str]:
+    return [sum_key(int(a), "+", int(b))
+            for a, b in re.findall(r"(\d+) \+ (\d+)", text)]
+
+
+for text in ("What is 250 + 105?", "Take 105 from 355."):
+    print(f"{text:20}", [(key, shelf(key)) for key in plus_only(text)])
+
+# %% [markdown]
+# The second text is the same fact, and this reader is blind to it. All the
+# rest of the chapter is about missing no form.
+#
+# ### How is a sum found in every form?
 
 # %% tags=["export"]
 import re
@@ -126,7 +191,7 @@ def sums_in(text: str) -> Iterator[str]:
 print(sorted({*sums_in("Add 5 to 40. 45-5: ones 5-5=0, tens 4=4.")} - {""}))
 
 # %% [markdown]
-# ### Stories and facts
+# ### How are stories and facts found?
 #
 # A story's hero is any of the names that it holds, together with any "red
 # kite" in it; that is more than the cast, never less. Facts and questions for
@@ -168,7 +233,10 @@ def facts_in(text: str) -> Iterator[str]:
             yield f"{topic} {x}"
 
 # %% [markdown]
-# ### Questions for tools
+# ### How are questions for tools found?
+#
+# A question says nothing of the tool's name, so it is found by its words, with
+# a group for each value: the city of the weather, the minutes of a timer.
 
 # %% tags=["export"]
 def question_pattern(key: str, line: str) -> re.Pattern:
@@ -293,6 +361,28 @@ print(f"{len(kept_back)} of the {len(inside)} columns would be kept back")
 assert sum_key(5, "+", 7) == "" and sum_key(5, "+", 40) == "5 + 40"
 
 # %% [markdown]
+# ### Exercise 3
+#
+# There are four readers. How many of 200 questions of each kind would slip
+# through if one of them were missing?
+
+# %% tags=["hide-cell"]
+for kind in ("story", "sum", "far", "tool"):
+    exam = list(itertools.islice(lesson_stream(
+        4, hold_out="exam", mix={kind: 1}), 200))
+    slipped = {}
+    for blind in READERS:
+        others = tuple(read for read in READERS if read is not blind)
+        slipped[blind.__name__] = sum(
+            not any(leaks(message.content, others)
+                    for message in one.messages) for one in exam)
+    print(f"{kind:5}", slipped)
+    assert max(slipped.values()) > 100
+
+# %% [markdown]
+# Each kind hangs on one reader. (The calculator's questions are sums, which is
+# why two readers matter for tools.)
+#
 # ## Sources
 #
 # - Exam questions in training data, and how they are looked for: T. Brown and

@@ -23,6 +23,48 @@
 # set by hand, a model that has not been trained for a single step continues
 # text without sense whose pieces come again at less than one nat per token.
 # Guessing blindly costs more than seven.
+#
+# ## Picture
+
+# %% tags=["hide-input"]
+# Figure: the tokens of "Zorali lives in Bomak. Where does Zor" in a row with
+# arrows. Short arrows from each token to the next: layer 0 writes the token
+# before beside it. One long arrow: the last "or" finds the earlier "al",
+# which has "or" beside it, and says "al".
+import matplotlib.pyplot as plt
+
+plt.style.use("../_static/book.mplstyle")
+pieces = ["␣", "Z", "or", "al", "i", "lives", "in", "…", "where", "does",
+          "␣", "Z", "or"]
+fig, ax = plt.subplots(figsize=(7.4, 2.5))
+ax.axis("off")
+ax.set_xlim(-.6, len(pieces) + .4)
+ax.set_ylim(-.9, 2.7)
+for n, piece in enumerate(pieces):
+    ax.text(n, 0, piece, ha="center", va="center", family="monospace",
+            size=10)
+    if n:
+        ax.annotate("", (n, .85), (n - .95, .2), arrowprops={
+            "arrowstyle": "->", "color": "#0072b2", "lw": .9})
+        ax.text(n, 1.05, pieces[n - 1], ha="center", va="center", size=8,
+                color="#0072b2", family="monospace")
+ax.text(0, -.75, "layer 0: beside each token, the one before it", size=9,
+        color="#0072b2")
+ax.annotate("", (3.05, 1.25), (12, .25), arrowprops={
+    "arrowstyle": "->", "color": "#d55e00", "lw": 1.3,
+    "connectionstyle": "arc3,rad=.28"})
+ax.text(7.6, 2.5, 'layer 1: who has "or" beside them?  "al". Say "al".',
+        size=9, color="#d55e00", ha="center")
+ax.add_patch(plt.Rectangle((2.6, -.25), .8, 1.6, fill=False, ec="#d55e00",
+                           lw=1))
+plt.show()
+
+# %% [markdown]
+# What to see: a name that was read once is to be said again. The last token is
+# "or". Which one comes next? Blue, in the first layer: every token notes its
+# predecessor. Orange, in a later layer: the present "or" looks for a place
+# that has noted "or", finds "al", and says it. These two heads are all the
+# circuit there is.
 
 # %% tags=["export"]
 import torch
@@ -54,9 +96,8 @@ reader = Tokenizer.from_pretrained(POCKET)
 #
 # Most of what the small model has to learn is to say again what stands
 # further up: the colour of the kite, the name of a cat, of a tool, of its
-# parameters. The circuit that does it is known {cite}`induction2022` and
-# needs two layers. After "Zorali lives in Bomak. Where does Zo", the next
-# piece is "ra", because "ra" came after "Zo" before:
+# parameters. The circuit that does it is known as an *induction head*
+# {cite}`induction2022` and needs two layers:
 #
 # 1. A head of the first layer writes beside each token the one before it.
 # 2. A head of a later layer looks, with the present token as its query, for
@@ -68,12 +109,28 @@ reader = Tokenizer.from_pretrained(POCKET)
 # circuit that is understood need not be found: it can be where the training
 # starts {cite}`mimetic2023`.
 #
-# *Step 1 needs no token at all.* The projections of gpt-oss have biases, and
-# [RoPE](../attention/rope.ipynb) turns a constant into a clock. If all queries
-# are $q$ and all keys $k$, constants, and pair $i$ turns by $\theta_i$ per
-# position, then with each pair read as a complex number, $k_i = r_i$ and
-# $q_i = r_i e^{-\mathrm{i} \theta_i}$, the score of a key that is $d$ tokens
-# back is
+# *Step 1 needs no token at all.* "One token back" is a question of position
+# alone. The projections of gpt-oss have biases, so queries and keys can be
+# constants, the same at every position; and
+# [RoPE](../attention/rope.ipynb) turns a constant into a clock. It reads the
+# channels of a head in pairs, each pair a hand of a clock, and turns pair $i$
+# by $\theta_i$ for each position. A query and a key that are $d$ tokens apart
+# then differ by the angle $\theta_i d$, whatever they stand for.
+#
+# Take one pair that turns by 1 radian a token. If both hands pointed the same
+# way, the score would be $\cos d$, largest for the token itself. Turn the
+# query *back* by one radian beforehand, and it is $\cos(d - 1)$: 0.54 for the
+# token itself, 1 for the one before, 0.54 for the one before that.
+
+# %%
+import math
+
+print([round(math.cos(d - 1), 2) for d in range(5)], "at d = 0, 1, 2, 3, 4")
+
+# %% [markdown]
+# In general, with each pair read as a complex number, let all keys be
+# $k_i = r_i$ and all queries $q_i = r_i e^{-\mathrm{i} \theta_i}$. The score
+# of a key that is $d$ tokens back is
 #
 # $$ s(d) = \sum_i \operatorname{Re}\big( q_i e^{\mathrm{i} \theta_i d}
 #    \, \overline{k_i} \big) = \sum_i r_i^2 \cos\big( \theta_i (d - 1)
@@ -103,7 +160,7 @@ for n in (0, 1, 2, 3, 4, 5):
 # %% [markdown]
 # ## Code
 #
-# ### Where the weights start
+# ### Where do the weights start?
 
 # %% tags=["export"]
 def start_at_random(model: GptOss, seed: int) -> None:
@@ -120,11 +177,26 @@ def start_at_random(model: GptOss, seed: int) -> None:
             nn.init.normal_(parameter, std=scale, generator=generator)
 
 # %% [markdown]
-# And now the two heads of the derivation, once for each of the two key/value
-# heads. The first half of the residual stream belongs to the token itself,
-# the second to what stands beside it; from there the output is read too, in
-# another rotation. `look_back` is step 1, `look_for` the attention of step 2,
-# and `carry` says what a head takes along and where it puts it.
+# ### How are the two heads set?
+#
+# An attention head is four matrices. Queries and keys decide where it looks,
+# values what it takes from there, and the output matrix where it puts that.
+# We set all four, once for each of the two key/value heads. The first half of
+# the residual stream belongs to the token itself, the second to what stands
+# beside it:
+#
+# | | looks (q, k) | takes (v) | puts (o) |
+# |---|---|---|---|
+# | layer 0 | one token back, by the clock | the token | beside |
+# | layers 1, 3 | for the present token, beside | the token | beside, rotated |
+#
+# `look_back` and `look_for` are the first column, `carry` the other two. The
+# output is read from the second half as well. So that a note of layer 0 ("the
+# token before me") is not mistaken for an answer of layer 1 ("say this"), the
+# two are written in two random rotations, `inner` and `outer`, which hardly
+# overlap; the output matrix reads the second one only. The remaining numbers
+# (0.7, 1.3, 2, 4 and the heights of PULL) are how loud each part speaks; they
+# were found by trying, and training changes them anyway.
 
 # %% tags=["export"]
 from gptoss.model.layers import Attention
@@ -215,11 +287,11 @@ def plant_copying(model: GptOss, seed: int) -> None:
             carry(layer.self_attn, *place, inner[at], 1.3 * outer[at].T, half)
 
 # %% [markdown]
-# ### Before the first step
+# ### What can it do before the first step?
 #
 # Not a step has been trained, and the planted model copies: given text
-# without sense whose pieces come again, it finds the continuation. (Nats per
-# token; guessing blindly among 1,536 costs 7.3.)
+# without sense whose pieces come again, it finds the continuation. Guessing
+# blindly among all tokens is the price to compare with.
 
 # %%
 def nats_of(model: GptOss, row: Row) -> float:
@@ -230,6 +302,8 @@ def nats_of(model: GptOss, row: Row) -> float:
     return ((weights[0, 1:] * nats).sum() / weights.sum()).item()
 
 
+print(f"guessing among {config.vocab_size:,} tokens: "
+      f"{math.log(config.vocab_size):.1f} nats a token")
 drills = [drill_row(reader, random.Random(n)) for n in range(20)]
 for name in ("at random", "planted"):
     fresh = GptOss(config, dtype=torch.float32, packed=False)
@@ -351,6 +425,27 @@ back = [share.diagonal(-d).mean().item() for d in range(5)]
 print("shares by distance:", [f"{value:.1f}" for value in back])
 
 # %% [markdown]
+# ### Exercise 3
+#
+# Which of the two heads is needed? Silence one of them (set its output matrix
+# to zero) in a planted model that has not been trained, and let it read the
+# drills.
+
+# %% tags=["hide-cell"]
+for silent in ((), (0,), (1, 3)):
+    fresh = GptOss(config, dtype=torch.float32, packed=False)
+    start_at_random(fresh, seed=0)
+    plant_copying(fresh, seed=0)
+    for layer in silent:
+        fresh.layers[layer].self_attn.o_proj.weight.detach().zero_()
+    with torch.inference_mode():
+        nats = sum(nats_of(fresh, row) for row in drills) / 20
+    print(f"silent layers {silent}: {nats:.1f} nats a token")
+
+# %% [markdown]
+# Both, and that is why a model finds them so late: each alone is worth
+# nothing.
+#
 # ## Sources
 #
 # - Induction heads: {cite}`induction2022`; weights that begin with what

@@ -21,12 +21,79 @@
 #
 # A conversation is system, developer, user, tool and assistant text in one
 # row of tokens. Which of them should the model learn to write? Of an average
-# lesson only 30 % are its own; all others it reads, and most of what it has to
-# know stands in them.
+# lesson less than a third are its own; all others it reads, and most of what
+# it has to know stands in them.
+#
+# ## Picture
+
+# %% tags=["hide-input", "picture"]
+# Figure: the tokens of a short conversation in seven lines of boxes, coloured
+# by what they count in the loss: white for nothing, light for a fifth, dark
+# for everything. Only the last answer, from its analysis to its stop, is dark.
+from importlib.resources import files
+
+import matplotlib.pyplot as plt
+
+from gptoss.text.harmony import Message
+from gptoss.text.tokenizer import Tokenizer as Reader
+from gptoss.training import rows as finished
+from gptoss.training.lessons import Lesson as Finished
+
+plt.style.use("../_static/book.mplstyle")
+reader = Reader.from_pretrained(files("gptoss") / "pocket")
+talk = [Message("user", "My cat is called Zorali."),
+        Message("assistant", "Good to know.", channel="final"),
+        Message("user", "What is my cat called?"),
+        Message("assistant", "Asked for your cat.", channel="analysis"),
+        Message("assistant", "Your cat is called Zorali.", channel="final")]
+ids, weights = finished.lesson_row(reader, Finished("recall", talk, 3))
+fig, ax = plt.subplots(figsize=(7.4, 2.5))
+ax.axis("off")
+tint = {0: "white", .2: "#cfe3f1", 1: "#0072b2"}
+x, y, widest, per_character = 0.0, 0, 0.0, .0122
+for token, weight in zip(ids, weights, strict=True):
+    text = reader.decode([token])
+    if text == "<|start|>" and x:
+        x, y = 0.0, y - 1
+    width = per_character * len(text) + .01
+    ax.text(x + width / 2, y, text, size=7.5, family="monospace",
+            ha="center", va="center",
+            color="white" if weight == 1 else "black")
+    ax.add_patch(plt.Rectangle((x, y - .32), width, .64, fc=tint[weight],
+                               ec="0.6", lw=.6, zorder=0))
+    x += width + .003
+    widest = max(widest, x)
+ax.set_xlim(0, widest)
+ax.set_ylim(y - 1.4, .6)
+for n, (weight, what) in enumerate(((1, "counts 1"), (.2, "counts 0.2"),
+                                    (0, "counts 0"))):
+    ax.add_patch(plt.Rectangle((.18 * n, y - 1.2), .03, .5, fc=tint[weight],
+                               ec="0.6", lw=.6))
+    ax.text(.04 + .18 * n, y - .95, what, size=9, va="center")
+plt.show()
+
+# %% [markdown]
+# What to see: what the model has to write next is dark and counts fully, from
+# behind `<|start|>assistant`, which the prompt gives, to the stop. What users
+# say is light: it is only read. Of the model's own *earlier* answer the text
+# is light and the frame around it white; why, we shall see below.
 #
 # ## Derivation
 #
-# Only the assistant's text is the model's to write.
+# Only the assistant's text is the model's to write. A token is paid for by
+# its surprise: if the model gave the right one a probability of 1/4, it pays
+# $\log 4 = 1.39$ nats. With a weight for each token, the loss is the average
+# of what was paid, by weight. Two tokens with surprises of 1.39 and 0.69 that
+# count 1 and 0.2 make (1.39 + 0.2 · 0.69) / 1.2 = 1.27.
+
+# %%
+import math
+
+paid, counts = (math.log(4), math.log(2)), (1, .2)
+loss = sum(p * w for p, w in zip(paid, counts, strict=True)) / sum(counts)
+print(f"surprises {paid[0]:.2f} and {paid[1]:.2f}, loss {loss:.2f}")
+
+# %% [markdown]
 # With logits $z_t \in \mathbb{R}^V$ at position $t$, the next token $y_t$ and
 # a weight $w_t$ for it, the loss of a batch is
 #
@@ -39,7 +106,14 @@
 #
 # ## Code
 #
-# ### A tokenizer of fifteen hundred tokens
+# ### Which tokens does so small a model need?
+#
+# The released vocabulary has two hundred thousand tokens; its table of
+# embeddings alone would be far larger than our whole model. We learn a small
+# vocabulary of fifteen hundred from the lessons themselves, by the same
+# method: byte pair encoding, which joins the pair that occurs most often into
+# a new token, again and again. The control tokens get the last 21 ids, in the
+# released order.
 
 # %% tags=["export"]
 from gptoss.training.conversations import lesson_stream
@@ -162,7 +236,7 @@ for name in (made_up(rng) for _ in range(100)):
     assert vocabulary.encode(f" {name}")[-len(alone):] == alone
 
 # %% [markdown]
-# ### Rows, and what counts in them
+# ### What is a row, and what counts in it?
 #
 # A row is a whole conversation, a plain story, a drill or a table. A drill is
 # tokens without any sense, in pieces that come again and again, of which each
@@ -174,7 +248,7 @@ for name in (made_up(rng) for _ in range(100)):
 # Its own *earlier* messages need care. Their analysis has been dropped, so
 # each of them goes straight from `<|start|>assistant` to the final channel
 # and ends in `<|end|>`: just what the model must not do now. Where these
-# tokens count, a model answers greetings without thinking after 1,500 steps,
+# tokens count, a model soon answers greetings without thinking,
 # ends with `<|end|>` and goes on to write the user's next question itself. So
 # headers and stops of old messages count nothing, and neither does the text
 # of an old sum: learning to say 632 without the working is what the analysis
@@ -296,7 +370,7 @@ print("a table:", vocabulary.decode(table_row(
     vocabulary, random.Random(0))[0][:40]))
 
 # %% [markdown]
-# ### Batches
+# ### How do rows of unequal length share a batch?
 #
 # Rows of like length go into a batch together, so that little of it is
 # padding: 400 rows are sorted and cut into batches of at most so many tokens,
@@ -392,6 +466,21 @@ for where in (BREAK, EVERY):
     found.append(sum(len(small.encode(text)) for text in told[:40]))
 print(f"{found[1] / found[0] - 1:.0%} longer")
 assert found[1] > found[0]
+
+# %% [markdown]
+# ### Exercise 3
+#
+# What is read counts a fifth of what is written, but there is more of it. Of
+# all the weight in the loss, how much falls on the model's own tokens?
+
+# %% tags=["hide-cell"]
+written = total = 0.0
+for lesson in itertools.islice(lesson_stream(3), 200):
+    _, weights = lesson_row(vocabulary, lesson)
+    written += sum(weight for weight in weights if weight == 1)
+    total += sum(weights)
+print(f"{written / total:.0%} of the weight")
+assert written > total / 2
 
 # %% [markdown]
 # ## Sources

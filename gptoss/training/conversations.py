@@ -34,7 +34,7 @@ from gptoss.training.lessons import (
 )
 from gptoss.training.stories import shelf
 
-# --- A tool in all its guises ------------------------------------------------
+# --- How does a conversation see it? -----------------------------------------
 
 def tool_turn(rng: random.Random, key: str, tool: Tool,
               names: Sequence[str]) -> Exchange:
@@ -88,7 +88,7 @@ def date_turn(rng: random.Random, date: str | None) -> Exchange:
                  f"{found}."), answer)
 
 
-# --- Small talk, and what is beyond it ---------------------------------------
+# --- What is said that needs no tool at all? ---------------------------------
 
 TALK = (
     (("Hello!", "Hi", "Good morning!", "Hello there."), "A greeting.",
@@ -133,7 +133,7 @@ def beyond_turn(rng: random.Random) -> Exchange:
                 "I am too small to know that.")
 
 
-# --- From turns to a conversation --------------------------------------------
+# --- How do turns become a conversation? -------------------------------------
 
 SIMPLE = {"sum": sum_turn, "story": story_turn, "talk": talk_turn,
           "beyond": beyond_turn, "unknown": unknown_turn,

@@ -21,7 +21,7 @@ from gptoss.training.conversations import TALK, lesson_stream
 from gptoss.training.lessons import NOTED, Lesson
 from gptoss.training.stories import CAST_SLOTS, read_story
 
-# --- Examination by programs -------------------------------------------------
+# --- How does a program examine? ---------------------------------------------
 
 @dataclass
 class Mark:

@@ -19,7 +19,7 @@ from gptoss.training.lessons import (
 )
 from gptoss.training.stories import WORDS
 
-# --- A tool in all its guises ------------------------------------------------
+# --- What is a tool in all its guises? ---------------------------------------
 
 @dataclass(frozen=True)
 class Kit:
@@ -183,6 +183,8 @@ KITS = {
                      f"{rng.choice(WORDS['thing'])}")),
 }
 
+
+# --- How does a conversation see it? -----------------------------------------
 
 def disguise(rng: random.Random, key: str) -> tuple[Tool, list[str]]:
     """A tool as one conversation sees it, and its parameters' names."""

@@ -11,7 +11,7 @@ from gptoss.training.lessons import FACTS, SUMS, THINGS, Lesson, sum_key
 from gptoss.training.stories import BEATS, WORDS, cast_key, line_pattern, shelf
 from gptoss.weights.errors import Error
 
-# --- Sums, in every form -----------------------------------------------------
+# --- How is a sum found in every form? ---------------------------------------
 
 class LeakError(Error):
     """A text for training holds a question that is kept for the exam."""
@@ -54,7 +54,7 @@ def sums_in(text: str) -> Iterator[str]:
             yield sum_key(int(found["a"]), sign, int(found["b"]))
 
 
-# --- Stories and facts -------------------------------------------------------
+# --- How are stories and facts found? ----------------------------------------
 
 OPENINGS = [line_pattern(line, {}) for line in BEATS[0][1]]
 PLANS = [line_pattern(line, {}) for line in (
@@ -91,7 +91,7 @@ def facts_in(text: str) -> Iterator[str]:
             yield f"{topic} {x}"
 
 
-# --- Questions for tools -----------------------------------------------------
+# --- How are questions for tools found? --------------------------------------
 
 def question_pattern(key: str, line: str) -> re.Pattern:
     """A question for the kit `key`, with a named group for each value."""

@@ -11,7 +11,7 @@ from gptoss.model.layers import Attention
 from gptoss.model.transformer import GptOss
 from gptoss.weights.config import GptOssConfig
 
-# --- Where the weights start -------------------------------------------------
+# --- Where do the weights start? ---------------------------------------------
 
 def start_at_random(model: GptOss, seed: int) -> None:
     """Draw the matrices from normal(0, 1 / columns), in place.
@@ -26,6 +26,8 @@ def start_at_random(model: GptOss, seed: int) -> None:
             scale = parameter.shape[-1] ** -0.5
             nn.init.normal_(parameter, std=scale, generator=generator)
 
+
+# --- How are the two heads set? ----------------------------------------------
 
 PULL = (8.0, 8.0, 4.0)  # on the score, of the three fastest pairs
 

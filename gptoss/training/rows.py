@@ -24,7 +24,7 @@ from gptoss.training.leaks import story_without_leaks, without_leaks
 from gptoss.training.lessons import Lesson, column
 from gptoss.training.stories import WORDS, story_stream
 
-# --- A tokenizer of fifteen hundred tokens -----------------------------------
+# --- Which tokens does so small a model need? --------------------------------
 
 CONTROL = 21  # control tokens, in the order of o200k_harmony
 
@@ -90,7 +90,7 @@ def sample_texts(count: int, seed: int = 7) -> list[str]:
     return texts + [word for word in QUOTED for _ in range(count // 4)]
 
 
-# --- Rows, and what counts in them -------------------------------------------
+# --- What is a row, and what counts in it? -----------------------------------
 
 Row = tuple[list[int], list[float]]
 READ = 0.2  # weight of a token that the model only reads
@@ -190,7 +190,7 @@ def rows(tokenizer: Tokenizer, seed: int, easy: int = 0,
             yield row
 
 
-# --- Batches -----------------------------------------------------------------
+# --- How do rows of unequal length share a batch? ----------------------------
 
 def padded(group: list[Row]) -> tuple[Tensor, Tensor]:
     """Tokens (B, T) int64 and weights (B, T), zero beyond each row."""

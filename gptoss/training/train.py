@@ -18,7 +18,7 @@ from gptoss.moe.routing import expert_load, top_logits
 from gptoss.weights.encoding import encode
 from gptoss.weights.mxfp4 import decode
 
-# --- The loss: the next token, and a fair share for every expert -------------
+# --- What is the loss? -------------------------------------------------------
 
 def weighted_loss(model: GptOss, tokens: Tensor, weights: Tensor
                   ) -> tuple[Tensor, Tensor]:
@@ -76,7 +76,7 @@ class RouterTap:
         return taken
 
 
-# --- Weights that live on the grid -------------------------------------------
+# --- How do weights live on the grid? ----------------------------------------
 
 class OnGrid(nn.Module):
     """Replace a weight by its MXFP4 rounding; gradients pass unchanged."""
@@ -95,7 +95,7 @@ def put_on_grid(model: GptOss) -> None:
                 layer.mlp.experts, name, OnGrid())
 
 
-# --- The training loop -------------------------------------------------------
+# --- How does a run go? ------------------------------------------------------
 
 @dataclass(frozen=True)
 class Recipe:
