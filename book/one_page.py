@@ -632,7 +632,7 @@ for name, wrong in (("decode", swapped_nibbles), ("rope", interleaved),
 # wrong place: these give nonsense at once. The softmax before the choice
 # gives a story, too, only another one. Whoever had no right one to compare
 # with would never know. That is why this book compares everything, and why
-# [ten such mistakes](traps.md) have a page of their own.
+# [such mistakes](traps.md) have a page of their own.
 #
 # ### What is refused
 #
