@@ -60,7 +60,7 @@ class Module:
 
 _TARGET = re.compile(r"/?([A-Za-z_]\w*/)*[A-Za-z_]\w*(\.\w+)?")
 _HEADING = re.compile(r"^#+[ \t]+(.*?)[ \t]*$", re.MULTILINE)
-_FENCE = re.compile(r"^```[^\n]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```[^\n]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
 
 
 def place(path: Path) -> Path:
@@ -82,9 +82,9 @@ def read_chapter(path: Path) -> dict[str, Module]:
     for cell in notebook.cells:
         source, prose = cell.source, cell.cell_type == "markdown"
         if prose:
-            for text in _HEADING.findall(_FENCE.sub("", source)):
+            for text in _HEADING.findall(FENCE.sub("", source)):
                 title, heading = title or text, text
-            source = "\n\n".join(_FENCE.findall(source))
+            source = "\n\n".join(FENCE.findall(source))
         for tag in cell.metadata.get("tags", []):
             if tag.split(":")[0] != "export":
                 continue
@@ -140,16 +140,19 @@ def _member(name: str) -> tuple[int, str]:
     return 1 if first[:1].isupper() else 2, first
 
 
-def _from(module: str, names: list[str]) -> str:
+def _from(module: str, names: list[str], width: int) -> str:
     line = f"from {module} import {', '.join(names)}"
-    if len(line) <= 79:
+    if len(line) <= width:
         return line
     inner = "".join(f"    {name},\n" for name in names)
     return f"from {module} import (\n{inner})"
 
 
-def import_block(nodes: list[ast.stmt]) -> str:
-    """Import statements merged, sorted and grouped, as source text."""
+def import_block(nodes: list[ast.stmt], width: int = 79) -> str:
+    """Import statements merged, sorted and grouped, as source text.
+
+    What would be longer than `width` columns gets a line for each name.
+    """
     plain, named = set(), {}
     for node in nodes:
         for alias in node.names:
@@ -166,7 +169,7 @@ def import_block(nodes: list[ast.stmt]) -> str:
         rest = sorted(names.difference(renamed), key=_member)
         parts = [[name] for name in renamed] + ([rest] if rest else [])
         parts.sort(key=lambda part: (_member(part[0]), part[0]))
-        lines = "\n".join(_from(module, part) for part in parts)
+        lines = "\n".join(_from(module, part, width) for part in parts)
         entries.append((_group(module), 1, module.lower(), lines))
     entries.sort()
     groups = sorted({group for group, *_ in entries})
@@ -319,6 +322,7 @@ def module_text(module: Module) -> str:
 
 
 __all__ = [
+    "FENCE",
     "Module",
     "OWN",
     "TangleError",

@@ -90,7 +90,7 @@ def part_text(part: str, modules: list[Module]) -> str:
     names = sorted(homes)
     typed = import_block([ast.ImportFrom(
         f"{OWN}.{part}.{homes[name]}", [ast.alias(name, name)], 0)
-        for name in names])
+        for name in names], width=75)  # they stand under an `if`
     return _PART.format(
         part=part, count=len(names), typed=indent(typed or "pass", "    "),
         home="\n".join(f'    "{name}": "{homes[name]}",' for name in names),
@@ -103,7 +103,8 @@ def tangle(chapters: list[Path], whole: bool = False) -> dict[str, str]:
 
     With `whole`, the parts' __init__.py and the reference page of all these
     chapters are among them.
-    Raises TangleError if two chapters export to the same module.
+    Raises TangleError if two chapters export to the same module, or for
+    public names of a chapter that lies in no folder.
     """
     modules: dict[str, Module] = {}
     for chapter in chapters:
@@ -112,6 +113,9 @@ def tangle(chapters: list[Path], whole: bool = False) -> dict[str, str]:
                 raise TangleError(f"module {module.name}: exported by both "
                                   f"{modules[module.file].chapter} and "
                                   f"{module.chapter}")
+            if module.public and "/" not in module.chapter:
+                raise TangleError(f"{module.chapter}: public names, and no "
+                                  "part of the book to hand them on")
             modules[module.file] = module
     texts = {file: module_text(module) for file, module in modules.items()}
     if whole:

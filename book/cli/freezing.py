@@ -309,7 +309,7 @@ def part_text(part: str, modules: list[Module]) -> str:
     names = sorted(homes)
     typed = import_block([ast.ImportFrom(
         f"{OWN}.{part}.{homes[name]}", [ast.alias(name, name)], 0)
-        for name in names])
+        for name in names], width=75)  # they stand under an `if`
     return _PART.format(
         part=part, count=len(names), typed=indent(typed or "pass", "    "),
         home="\n".join(f'    "{name}": "{homes[name]}",' for name in names),
@@ -323,7 +323,8 @@ def tangle(chapters: list[Path], whole: bool = False) -> dict[str, str]:
 
     With `whole`, the parts' __init__.py and the reference page of all these
     chapters are among them.
-    Raises TangleError if two chapters export to the same module.
+    Raises TangleError if two chapters export to the same module, or for
+    public names of a chapter that lies in no folder.
     """
     modules: dict[str, Module] = {}
     for chapter in chapters:
@@ -332,6 +333,9 @@ def tangle(chapters: list[Path], whole: bool = False) -> dict[str, str]:
                 raise TangleError(f"module {module.name}: exported by both "
                                   f"{modules[module.file].chapter} and "
                                   f"{module.chapter}")
+            if module.public and "/" not in module.chapter:
+                raise TangleError(f"{module.chapter}: public names, and no "
+                                  "part of the book to hand them on")
             modules[module.file] = module
     texts = {file: module_text(module) for file, module in modules.items()}
     if whole:
@@ -623,7 +627,7 @@ if __name__ == "__main__" and Path(sys.argv[0]).stem == "tangle":
 
 # %% [markdown]
 # The last condition keeps the notebook from running the program: a notebook
-# is `__main__` too. The four files of `book/_ext` need nothing of the package,
+# is `__main__` too. The files of `book/_ext` need nothing of the package,
 # so `python book/_ext/tangle.py` works when every module of it is broken. That
 # is how the Makefile calls it, and how these two appendices, which are tangled
 # by their own output, get out of a hole.
@@ -632,6 +636,116 @@ if __name__ == "__main__" and Path(sys.argv[0]).stem == "tangle":
 print("exit", run_freeze([chapter]))
 print("exit", run_freeze([chapter], check=True))
 print("exit", run_freeze([chapter]), "(nothing was left to do)")
+
+# %% [markdown]
+# ### The blank page
+#
+# Does a chapter explain its code, or does it only show it? Take the exported
+# cells out and give the rest to somebody who has not read them. Whoever can
+# write the module from that, so that its tests pass, had every rule told. In
+# place of a cell stand the file it went to and the first lines of what it
+# defines, because a test calls things by their names:
+#
+#     python book/_ext/blank.py book/attention/sinks.py > sinks.md
+
+# %% tags=["export:blank"]
+import ast
+import re
+import sys
+from pathlib import Path
+
+import jupytext
+import nbformat
+
+from chapters import FENCE, bound_names, read_chapter
+
+_PAGE = "{prose}\n\n```{kind}\n{text}\n```"
+
+
+def first_lines(source: str) -> str:
+    """What a cell defines: functions and classes without their bodies, and
+    the names of its constants; nothing that begins with an underscore."""
+    found = []
+    for node in ast.parse(source).body:
+        names = [name for name in bound_names(node)
+                 if not name.startswith("_")]
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and names:
+            found.append(_without_body(node, ""))
+        elif isinstance(node, ast.Assign | ast.AnnAssign) and names:
+            found.append(f"{', '.join(names)} = ...")
+    return "\n".join(found)
+
+
+def _without_body(node: ast.stmt, indent: str) -> str:
+    """A class keeps its fields and the heads of its methods."""
+    if isinstance(node, ast.AnnAssign):
+        return indent + ast.unparse(node)
+    inner = [part for part in node.body if isinstance(node, ast.ClassDef)
+             and isinstance(part, ast.FunctionDef | ast.AnnAssign)
+             and not re.match("_(?!_)", bound_names(part)[0])]
+    bare = type(node)(**{**vars(node), "body": [ast.Expr(ast.Constant(...))]})
+    head = indent + ast.unparse(bare).replace("\n    ...", "").replace(
+        "\n", f"\n{indent}")
+    if not inner:
+        return f"{head} ..."
+    return "\n".join([head, *(_without_body(part, indent + "    ")
+                              for part in inner)])
+
+
+# %% tags=["export:blank"]
+def _printed(cell: nbformat.NotebookNode) -> str:
+    """The text under a cell; a figure says its own text in the source."""
+    texts = []
+    for output in cell.get("outputs", []):
+        data = output.get("data", {})
+        shown = "" if "image/png" in data else data.get("text/plain", "")
+        texts.append(output.get("text", "") or shown)
+    return "\n".join(text.rstrip("\n") for text in texts if text)
+
+
+def blank(path: Path) -> str:
+    """A chapter as Markdown, without its exported cells.
+
+    The other cells are shown, each with what it printed when the notebook
+    beside the chapter was frozen, if there is one.
+    """
+    files = {source: module.file for module in read_chapter(path).values()
+             for _, source in module.cells}
+    frozen, printed = path.with_suffix(".ipynb"), {}
+    if frozen.exists():
+        printed = {cell.source: _printed(cell)
+                   for cell in nbformat.read(frozen, 4).cells}
+    page = []
+    for cell in jupytext.read(path).cells:
+        source, prose = cell.source, cell.cell_type == "markdown"
+        code = "\n\n".join(FENCE.findall(source)) if prose else source
+        out = any(tag.split(":")[0] == "export"
+                  for tag in cell.metadata.get("tags", []))
+        if out:
+            text = "" if prose else first_lines(source)
+            if prose:
+                page.append(FENCE.sub("", source).strip())
+            note = f"To be written: a part of `{files[code]}`."
+            page.append(_PAGE.format(prose=note, kind="python", text=text)
+                        if text else note)
+        elif prose:
+            page.append(source)
+        else:
+            page.append(f"```python\n{source}\n```")
+            if printed.get(source):
+                page.append(f"```text\n{printed[source]}\n```")
+    return "\n\n".join(text for text in page if text) + "\n"
+
+
+if __name__ == "__main__" and Path(sys.argv[0]).stem == "blank":
+    print("\n".join(blank(Path(name)) for name in sys.argv[1:]), end="")
+
+# %%
+from blank import blank
+
+_ = chapter.write_text(SAMPLE, "utf-8")
+run_freeze([chapter])
+print(blank(chapter))
 
 # %% [markdown]
 # ## Against the others

@@ -282,14 +282,15 @@ class Module:
 # The two trees are one tree: a chapter in the folder `attention` of the book
 # exports to the folder `attention` of the package. A code cell tagged `export`
 # goes into the module that the front matter names, one tagged `export:NAME`
-# into `NAME.py` beside it, one tagged `export:/NAME` to the package's top.
+# into `NAME.py` beside it, one tagged `export:/NAME` to the package's top,
+# where a chapter that lies in no folder exports to anyway.
 # A markdown cell can be exported as well: tagged `export:base.h`, it gives its
 # fenced blocks to `base.h`.
 
 # %% tags=["export"]
 _TARGET = re.compile(r"/?([A-Za-z_]\w*/)*[A-Za-z_]\w*(\.\w+)?")
 _HEADING = re.compile(r"^#+[ \t]+(.*?)[ \t]*$", re.MULTILINE)
-_FENCE = re.compile(r"^```[^\n]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```[^\n]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
 
 
 def place(path: Path) -> Path:
@@ -311,9 +312,9 @@ def read_chapter(path: Path) -> dict[str, Module]:
     for cell in notebook.cells:
         source, prose = cell.source, cell.cell_type == "markdown"
         if prose:
-            for text in _HEADING.findall(_FENCE.sub("", source)):
+            for text in _HEADING.findall(FENCE.sub("", source)):
                 title, heading = title or text, text
-            source = "\n\n".join(_FENCE.findall(source))
+            source = "\n\n".join(FENCE.findall(source))
         for tag in cell.metadata.get("tags", []):
             if tag.split(":")[0] != "export":
                 continue
@@ -402,17 +403,20 @@ def _member(name: str) -> tuple[int, str]:
     return 1 if first[:1].isupper() else 2, first
 
 
-def _from(module: str, names: list[str]) -> str:
+def _from(module: str, names: list[str], width: int) -> str:
     line = f"from {module} import {', '.join(names)}"
-    if len(line) <= 79:
+    if len(line) <= width:
         return line
     inner = "".join(f"    {name},\n" for name in names)
     return f"from {module} import (\n{inner})"
 
 
 # %% tags=["export"]
-def import_block(nodes: list[ast.stmt]) -> str:
-    """Import statements merged, sorted and grouped, as source text."""
+def import_block(nodes: list[ast.stmt], width: int = 79) -> str:
+    """Import statements merged, sorted and grouped, as source text.
+
+    What would be longer than `width` columns gets a line for each name.
+    """
     plain, named = set(), {}
     for node in nodes:
         for alias in node.names:
@@ -429,7 +433,7 @@ def import_block(nodes: list[ast.stmt]) -> str:
         rest = sorted(names.difference(renamed), key=_member)
         parts = [[name] for name in renamed] + ([rest] if rest else [])
         parts.sort(key=lambda part: (_member(part[0]), part[0]))
-        lines = "\n".join(_from(module, part) for part in parts)
+        lines = "\n".join(_from(module, part, width) for part in parts)
         entries.append((_group(module), 1, module.lower(), lines))
     entries.sort()
     groups = sorted({group for group, *_ in entries})

@@ -10,6 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from api import api_page
+from blank import blank, first_lines
 from chapters import (
     Module,
     TangleError,
@@ -24,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tangle import left_behind, listed, main, part_text, tangle
 
+ROOT = Path(__file__).resolve().parents[2]
 HEADER = """\
 # ---
 # jupyter:
@@ -246,6 +248,16 @@ def test_long_import_is_wrapped() -> None:
     assert ast.unparse(ast.parse(block)) == f"from a import {', '.join(names)}"
 
 
+def test_a_long_name_of_its_own_statement_is_wrapped() -> None:
+    """As in a part's __init__, where imports stand under an `if`."""
+    line = ("from gptoss.weights.sizes import bytes_read_per_token as "
+            "bytes_read_per_token")
+    assert len(line) == 77 and imports(line) == line
+    assert import_block(ast.parse(line).body, width=75) == (
+        "from gptoss.weights.sizes import (\n"
+        "    bytes_read_per_token as bytes_read_per_token,\n)")
+
+
 LINES = st.lists(st.sampled_from([
     "import os", "import sys as system", "import numpy as np", "import torch",
     "from math import tau, e, pi", "from collections import OrderedDict, abc",
@@ -415,6 +427,84 @@ def test_runs_without_the_package(inside: Path) -> None:
         "run_name='__main__')")], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert (inside / "gptoss/areas.py").read_text("utf-8") == AREAS_MODULE
+
+
+# --- A chapter at the top of the book ----------------------------------------
+
+def test_a_chapter_in_no_folder_exports_to_the_top(tmp_path: Path) -> None:
+    path = write(tmp_path, "page.py", AREAS, "page")
+    inside = write(tmp_path, "shapes/two.py", TWO, "first")
+    texts = tangle(listed(tmp_path), whole=True)
+    assert list(texts)[0] == "gptoss/page.py"
+    assert 'Generated from book/page.py;' in texts["gptoss/page.py"]
+    assert "gptoss/shapes/__init__.py" in texts
+    assert "gptoss/__init__.py" not in texts  # it belongs to no part
+    assert "(page.ipynb#a-square)" in texts["book/api.md"]
+    assert {path.name, inside.name} == {"page.py", "two.py"}
+
+
+def test_a_chapter_in_no_folder_hands_nothing_on(tmp_path: Path) -> None:
+    path = write(tmp_path, "page.py", AREAS, "page\n#     public: [circle]")
+    with pytest.raises(TangleError, match="page.py: public names, and no p"):
+        tangle([path])
+
+
+# --- The blank page ----------------------------------------------------------
+
+def test_blank_takes_out_what_is_exported(tmp_path: Path) -> None:
+    path = write(tmp_path, "shapes/areas.py", AREAS, "areas")
+    page = blank(path)
+    assert "# Areas" in page and "### A circle" in page
+    assert "To be written: a part of `gptoss/shapes/areas.py`." in page
+    assert "def square(side: float) -> float: ...\n" in page
+    assert "PI = ...\ndef circle(diameter: float) -> float: ...\n" in page
+    assert "Area of" not in page and "_HALF" not in page
+    assert "side * side" not in page
+    assert '```python\nprint("shown", square(3))\n```' in page
+
+
+def test_blank_shows_what_was_printed(tmp_path: Path) -> None:
+    path = write(tmp_path, "shapes/areas.py", AREAS, "areas")
+    notebook = prepared(path)
+    shown = next(cell for cell in notebook.cells if "shown" in cell.source)
+    shown.outputs = [nbformat.v4.new_output("stream", text="shown 9\n")]
+    nbformat.write(notebook, path.with_suffix(".ipynb"))
+    assert "```text\nshown 9\n```" in blank(path)
+
+
+def test_blank_takes_out_other_languages(tmp_path: Path) -> None:
+    path = write(tmp_path, "k/k.py", '# %% [markdown]\n# # K\n\n'
+                 '# %% [markdown] tags=["export:k.h"]\n# Before.\n#\n'
+                 "# ```cpp\n# int x = 1;\n# ```\n# After.\n")
+    page = blank(path)
+    assert "Before." in page and "After." in page and "int x" not in page
+    assert "To be written: a part of `gptoss/k/k.h`." in page
+
+
+def test_first_lines() -> None:
+    assert first_lines(
+        "@dataclass\nclass A(B):\n    x: int = 3\n    _y: int = 4\n\n"
+        "    def __len__(self): return 1\n    def _p(self): pass\n"
+        "    @property\n    def q(self) -> int:\n        'Doc.'\n"
+        "        return 2\n"
+        "def _h(): pass\nC, D = 1, 2\nimport os\nf(C)") == (
+        "@dataclass\nclass A(B):\n    x: int = 3\n"
+        "    def __len__(self): ...\n    @property\n"
+        "    def q(self) -> int: ...\nC, D = ...")
+
+
+def test_every_chapter_can_be_blanked() -> None:
+    """No line of what is exported is left, but those of the first lines."""
+    path = ROOT / "book" / "attention" / "sinks.py"
+    page = blank(path)
+    cells = [cell for module in read_chapter(path).values()
+             for cell in module.cells]
+    assert cells and not [source for _, source in cells if source in page]
+    assert "def softmax_with_sink(" in page
+    done = subprocess.run(
+        [sys.executable, "book/_ext/blank.py", "book/attention/sinks.py"],
+        cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (page, "")
 
 
 # --- Freezing ----------------------------------------------------------------
