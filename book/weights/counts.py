@@ -97,9 +97,9 @@ for size, config in (("20b", small), ("120b", big)):
         at += 1
     at += 0.5
 for x, y, part, colour in ((40, 0, "experts", "white"),
-                           (78.5, 1, "attent.", "black"),
-                           (87.3, 1, "embed.", "white"),
-                           (95.8, 1, "lm_head", "black"),
+                           (78.5, 1, "att.", "black"),
+                           (87.3, 1, "emb.", "white"),
+                           (95.8, 1, "head", "black"),
                            (17, 2, "experts", "white"),
                            (51, 2, "attention", "black"),
                            (84, 2, "lm_head", "black"),
@@ -107,7 +107,7 @@ for x, y, part, colour in ((40, 0, "experts", "white"),
                            (57, 5.5, "attention", "black"),
                            (88, 5.5, "lm_head", "black")):
     right.text(x, y, part, ha="center", va="center", color=colour,
-               fontsize=5.5 if y == 1 else 7)
+               fontsize=6 if y == 1 else 7)
 left.set_yticks([y for y, _ in labels], [text for _, text in labels])
 left.invert_yaxis()
 left.set(xlim=(0, 175), xlabel="billion parameters, or GB",
