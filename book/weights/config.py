@@ -507,7 +507,8 @@ for field in fields(GptOssConfig):
     assert said.startswith(field.name), said
     refused += 1
 print(refused, "of", len(fields(GptOssConfig)), "refuse a question mark;",
-      "the last says:", said, sep="\n")
+      "the last says:")
+print(said)
 
 # %% [markdown]
 # ## Takeaways

@@ -66,18 +66,19 @@ fig, ax = plt.subplots(figsize=(7.4, 2.9))
 for row, keys in enumerate(KEYS):
     false = keys[0].startswith("rope_ntk")
     colour = "#c00000" if false else "0.25"
-    for x, key in zip((1.9, 2.2, 6.0), keys, strict=True):
+    for x, key in zip((1.9, 2.2, 5.5), keys, strict=True):
         y = ORDER[row] if x == 1.9 and row < 7 else row
         ax.text(x, y, key, family="monospace", fontsize=6.5, va="center",
                 ha="right" if x == 1.9 else "left", color=colour)
     if keys[0]:
         ax.plot((1.93, 2.17), (ORDER[row], row), color=colour, lw=1)
-    ax.plot((5.55, 5.95), (row, row), color=colour, lw=1)
+    ax.plot((2.28 + 0.063 * len(keys[1]), 5.45), (row, row), color=colour,
+            lw=0.7)
 for x, word, side in ((1.9, "original/config.json", "right"),
                       (2.2, "config.json of 2025", "left"),
-                      (6.0, "since transformers 5", "left")):
+                      (5.5, "since transformers 5", "left")):
     ax.text(x, -1.2, word, ha=side, va="center")
-ax.set(xlim=(-0.3, 9.6), ylim=(9.7, -1.8))
+ax.set(xlim=(0.2, 8.5), ylim=(9.7, -1.8))
 ax.set_axis_off()
 plt.show()
 

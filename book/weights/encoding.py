@@ -58,7 +58,7 @@ axis.text(block[worst], worst - 2, "clipped", ha="center", va="center")
 axis.annotate("weight", (block[15], 15), (0.5 * block[worst], 21),
               color="C1", arrowprops={"arrowstyle": "-", "color": "C1"})
 axis.annotate("what is stored", (nearest[15], 15), (block[worst], 24),
-              color="C0", ha="center",
+              color="C0", ha="left",
               arrowprops={"arrowstyle": "-", "color": "C0"})
 axis.set(xlabel="weight", ylabel="place in the block", yticks=(0, 15, 31),
          ylim=(-1, 32))
@@ -96,7 +96,7 @@ print("to   ", *(f"{FP4_VALUES[n]:g}" for n in naive_codes(ties)))
 #
 # ## Which scale?
 #
-# Take the block of the picture. Its largest magnitude is 0.0521. The largest
+# Take the block of the picture. Its largest magnitude is 0.0520. The largest
 # code is $6 = 1.5 \cdot 2^2$, so the scale should bring the largest weight to
 # somewhere around $2^2$:
 
@@ -483,8 +483,8 @@ bins = torch.bucketize(place, edges, right=True) - 1
 counts = torch.bincount(bins, minlength=16)
 figure, axis = plt.subplots(figsize=(7, 2.8))
 for loss, label, style, at in (
-        (up, "double the scale above 6", "s--", (6.3, 0.0185)),
-        (floor, "keep the scale, clip at 6", "o-", (6.05, 0.009))):
+        (up, "double above 6", "s--", (6.3, 0.0185)),
+        (floor, "clip at 6", "o-", (6.3, 0.0092))):
     mean = torch.bincount(bins, loss, minlength=16) / counts
     (line,) = axis.plot(middle, mean, style, markersize=4)
     axis.text(*at, label, color=line.get_color())

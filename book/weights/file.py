@@ -43,8 +43,8 @@
 # %% tags=["hide-input", "picture"]
 # Figure: left, a map with 24 equal lines, one a layer, between two boxes for
 # the tables of the vocabulary; its columns are q k v o, blocks and scales of
-# gate and up, blocks and scales of down. Right, the bytes of each part of a
-# layer, from 265 MB of blocks down to 128 bytes of sinks.
+# gate and up, blocks and scales of down. Right, the bytes of the 19 tensors of
+# a layer, from 265 MB of blocks down to 64 bytes of the router's bias.
 import matplotlib.pyplot as plt
 from matplotlib.patches import Rectangle
 
@@ -57,9 +57,9 @@ layer = {name.removeprefix("model.layers.0."): spec.nbytes
          for name, spec in tensor_table(SMALL).items() if ".layers.0." in name}
 total = sum(layer.values())
 COLUMNS = (("q k v o", "proj.weight", "C0", "white"),
-           ("blocks of gate and up", "gate_up_proj_blocks", "C1", "black"),
+           ("gate and up: blocks", "gate_up_proj_blocks", "C1", "black"),
            ("scales", "gate_up_proj_scales", "C5", "black"),
-           ("blocks of down", "down_proj_blocks", "C2", "white"),
+           ("down: blocks", "down_proj_blocks", "C2", "white"),
            ("scales", "down_proj_scales", "C3", "black"))
 fig, (left, right) = plt.subplots(1, 2, figsize=(7, 3.9),
                                   width_ratios=(1.5, 1))
@@ -69,8 +69,9 @@ for word, end, colour, ink in COLUMNS:
     left.add_patch(Rectangle((start, 0), size, 24, fc=colour))
     edges[end] = (start, size)
     left.text(start + size / 2, 17.5, word, color=ink, ha="center",
-              va="center", rotation=90 if size < 60 else 0, fontsize=7,
-              bbox={"fc": colour, "ec": "none", "pad": 0.5})
+              va="center", rotation=90 * (size < 60),
+              fontsize=7 if size > 10 else 5, bbox={
+                  "fc": colour, "ec": "none", "pad": 0.5})
     start += size
 left.hlines(range(25), 0, start, color="white", lw=0.5)
 table_lines = SMALL.vocab_size * SMALL.hidden_size * 2 / total
