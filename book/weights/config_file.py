@@ -21,19 +21,91 @@
 #
 # A configuration is 24 fields, but the files that people have spell them in
 # three ways, and leave some out. Ten of the 31 keys that the released
-# `config.json` has decide nothing, and one that may be missing,
-# `truncate`, has a default that is the opposite of what gpt-oss was trained
-# with. How are such files read so that nothing is guessed? (This chapter may
-# be skipped at first.)
+# `config.json` has decide nothing, and one that may be missing, `truncate`,
+# has a default that is the opposite of what gpt-oss was trained with. How are
+# such files read so that nothing is guessed? (This chapter may be skipped at
+# first.)
 #
-# ## Three spellings of the same numbers
+# ## Picture
 #
-# There are three, for one model. Hugging Face's `config.json` of 2025 has
-# `rope_theta` and an object `rope_scaling`; since transformers 5 both are
-# one object, `rope_parameters`; and OpenAI's own `original/config.json`
-# has names of its own. Two of those are false friends: `rope_ntk_alpha` is
-# YaRN's $\beta_{slow}$ and `rope_ntk_beta` its $\beta_{fast}$ (see
-# [rope](../attention/rope.ipynb)). The differences are tables:
+# The same numbers in the three spellings: OpenAI's own
+# `original/config.json`, Hugging Face's `config.json` of 2025, and the one
+# that its library `transformers` writes since version 5.
+#
+# What to see: most keys only move. But the two drawn in red are false
+# friends. YaRN, the recipe for long texts, has a fast and a slow end (see
+# [rope](../attention/rope.ipynb)), and `rope_ntk_alpha` is the slow one.
+# Three fields have no key on the left at all.
+
+# %% tags=["hide-input"]
+# Figure: three columns of keys, joined by lines where they hold the same
+# number. rope_ntk_alpha is joined to beta_slow and rope_ntk_beta to
+# beta_fast, in red; truncate, layer_types and max_position_embeddings have
+# no partner on the left.
+import matplotlib.pyplot as plt
+
+plt.style.use("../_static/book.mplstyle")
+KEYS = (  # original, config.json of 2025, since transformers 5
+    ("num_experts", "num_local_experts", "num_local_experts"),
+    ("experts_per_token", "num_experts_per_tok", "num_experts_per_tok"),
+    ("rope_theta", "rope_theta", "rope_parameters: rope_theta"),
+    ("rope_scaling_factor", "rope_scaling: factor",
+     "rope_parameters: factor"),
+    ("initial_context_length",
+     "rope_scaling: original_max_position_…",
+     "rope_parameters: original_max_position_…"),
+    ("rope_ntk_beta", "rope_scaling: beta_fast",
+     "rope_parameters: beta_fast"),
+    ("rope_ntk_alpha", "rope_scaling: beta_slow",
+     "rope_parameters: beta_slow"),
+    ("", "rope_scaling: truncate", "rope_parameters: truncate"),
+    ("", "max_position_embeddings", "max_position_embeddings"),
+    ("", "layer_types", "layer_types"))
+ORDER = (0, 1, 2, 3, 4, 6, 5)  # alpha above beta, as in the file
+fig, ax = plt.subplots(figsize=(7.4, 2.9))
+for row, keys in enumerate(KEYS):
+    false = keys[0].startswith("rope_ntk")
+    colour = "#c00000" if false else "0.25"
+    for x, key in zip((1.9, 2.2, 5.5), keys, strict=True):
+        y = ORDER[row] if x == 1.9 and row < 7 else row
+        ax.text(x, y, key, family="monospace", fontsize=6.5, va="center",
+                ha="right" if x == 1.9 else "left", color=colour)
+    if keys[0]:
+        ax.plot((1.93, 2.17), (ORDER[row], row), color=colour, lw=1)
+    ax.plot((2.28 + 0.063 * len(keys[1]), 5.45), (row, row), color=colour,
+            lw=0.7)
+for x, word, side in ((1.9, "original/config.json", "right"),
+                      (2.2, "config.json of 2025", "left"),
+                      (5.5, "since transformers 5", "left")):
+    ax.text(x, -1.2, word, ha=side, va="center")
+ax.set(xlim=(0.2, 8.5), ylim=(9.7, -1.8))
+ax.set_axis_off()
+plt.show()
+
+# %% [markdown]
+# ## The naive version
+#
+# Take the keys by the names that they seem to mean:
+
+# %%
+from gptoss.weights.config import GptOssConfig
+
+theirs = {"rope_theta": 150000, "rope_scaling_factor": 32.0,
+          "rope_ntk_alpha": 1, "rope_ntk_beta": 32}
+fast, slow = theirs["rope_ntk_alpha"], theirs["rope_ntk_beta"]
+print("alpha as the fast end:", fast, "to", slow, "| right:",
+      GptOssConfig().rope_beta_fast, "to", GptOssConfig().rope_beta_slow)
+newer = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0}}
+print("rope_theta of a file of transformers 5:",
+      newer.get("rope_theta", 150000), "| right:",
+      newer["rope_parameters"]["rope_theta"])
+
+# %% [markdown]
+# Neither fails. The first swaps the two ends of a ramp, the second takes a
+# default for a number that the file does have, in another place. So we need
+# the differences as tables, and a reader that knows which spelling it reads.
+#
+# ## The spellings as tables
 
 # %% tags=["export"]
 import itertools
@@ -101,10 +173,11 @@ renamed = {ours: theirs for ours, theirs in ORIGINAL_KEYS.items()
 print(renamed)
 
 # %% [markdown]
-# ## Reading OpenAI's spelling
+# ## How is OpenAI's spelling read?
 #
-# It says nothing of `max_position_embeddings`: that is the trained length
-# times the factor.
+# All its keys must be there. It says nothing of `max_position_embeddings`:
+# that is the trained length times the factor, 4096 · 32. A factor of 1 is no
+# YaRN at all but plain rope.
 
 # %% tags=["export"]
 def _from_original(values: dict) -> dict:
@@ -128,25 +201,35 @@ ORIGINAL = {
     "num_key_value_heads": 8, "sliding_window": 128,
     "initial_context_length": 4096, "rope_theta": 150000,
     "rope_scaling_factor": 32.0, "rope_ntk_alpha": 1, "rope_ntk_beta": 32}
-print(GptOssConfig(**_from_original(ORIGINAL)) == small)
+read = GptOssConfig(**_from_original(ORIGINAL))
+print(f"{read.max_position_embeddings:,} positions, {read.rope_type}, ends",
+      read.rope_beta_fast, "and", read.rope_beta_slow)
+assert read == small
 
 # %% [markdown]
-# ## Reading Hugging Face's, rope first
+# ## How is Hugging Face's spelling read? Rope first
 #
-# Three things are left out in files that people have. Without any rope
-# object `transformers` takes the one that gpt-oss was released with, and
-# $\theta$ is 150,000 unless a file says otherwise; our own defaults are the
-# same, so nothing is guessed that the program that wrote the file would not
-# have computed with. Where `truncate` is left out *of a rope object*,
-# though, its default is *true*, the opposite of what gpt-oss was trained
-# with ([what that costs](../attention/rope.ipynb)): such a file is read as
-# `transformers` reads it. The third, the trained length, is refused, because
-# the default of `transformers` has changed between its versions.
+# The rope object is `rope_parameters` or `rope_scaling`. Its kind stands
+# under `rope_type` or, in older files, under `type`; and $\theta$ is in it or
+# beside it. Files that people have leave things out:
 #
-# `transformers` obeys some keys that gpt-oss does not have, such as
-# `attention_factor`: a file with one is refused rather than read as if the
-# key were not there. So is one with two rope objects that disagree, as an
-# edit of only one of them leaves behind.
+# - *No rope object.* `transformers` then takes the one that gpt-oss was
+#   released with, and $\theta$ is 150,000 unless the file says otherwise. Our
+#   defaults are the same, so we compute what the program computed that wrote
+#   the file.
+# - *No `truncate` in the object.* Its default there is *true*, the opposite
+#   of what gpt-oss was trained with
+#   ([what that costs](../attention/rope.ipynb)). Such a file is read as
+#   `transformers` reads it.
+# - *No factor or no trained length in a YaRN object.* Refused: the default of
+#   `transformers` for the second has changed between its versions.
+#
+# And three things are refused that would change the model without a word. A
+# kind of rope that is neither `yarn` nor `default`. A key that `transformers`
+# obeys and gpt-oss does not have, `attention_factor`, `mscale`,
+# `mscale_all_dim` or a `partial_rotary_factor` other than 1 (a value of null
+# is as good as no key). And two rope objects that disagree, as an edit of
+# only one of them leaves behind. Of a `default` rope only $\theta$ is read.
 
 # %% tags=["export"]
 ROPE_SPELLINGS = ("rope_parameters", "rope_scaling")
@@ -202,7 +285,8 @@ def _rope_fields(values: dict) -> dict:
 # %%
 old = _rope_fields({"rope_scaling": YARN, "rope_theta": 150000})
 new = _rope_fields({"rope_parameters": YARN | {"rope_theta": 150000}})
-print("same:", old == new, "| truncate left out:", old["rope_truncate"])
+print("keys that differ:", [key for key in old if old[key] != new[key]],
+      "| truncate left out:", old["rope_truncate"])
 print("no object:", _rope_fields({"rope_theta": 10000}))
 edited = YARN | {"rope_theta": 150000, "factor": 8.0}
 print(refusal(lambda: _rope_fields({"rope_scaling": YARN,
@@ -210,11 +294,20 @@ print(refusal(lambda: _rope_fields({"rope_scaling": YARN,
 print(refusal(lambda: _rope_fields({"rope_scaling": {"type": "linear"}})))
 
 # %% [markdown]
-# ## The other keys
+# ## And the other keys?
 #
 # Keys that decide nothing are ignored: `use_cache`, `initializer_range`, or
 # `hidden_act`, which says "silu" although the experts use another function.
-# A test below finds all of them.
+# We find all of them below. Of the others
+#
+# - `model_type` must be there and be `gpt_oss`; `attention_bias` and
+#   `swiglu_alpha`, if they are there, must be true and 1.702;
+# - sizes must be there (null counts as missing); kinds of layers, the trained
+#   length, the three small constants and the ids may be left out;
+# - `experts_per_token` is an older name of `num_experts_per_tok` and is read
+#   when that is missing;
+# - `eos_token_id` may be a list; the first is taken, and an empty list says
+#   nothing.
 
 # %% tags=["export"]
 OPTIONAL = ("layer_types", "initial_context_length", "rms_norm_eps",
@@ -247,13 +340,15 @@ print(refusal(lambda: _from_hf({"model_type": "llama"})))
 print(refusal(lambda: _from_hf({"model_type": "gpt_oss"})))
 
 # %% [markdown]
-# ## From a dictionary, from a file
+# ## Which spelling is it?
 #
-# Which spelling it is can be seen from the keys, and messages use the words
-# of the file.
+# That can be seen from the keys: OpenAI's has `num_experts` and no
+# `model_type`. Messages use the words of the file, so that whoever reads one
+# finds the key there: our `rope_beta_fast` is `rope_ntk_beta` in one and
+# `beta_fast` in the other. They begin with the file's name.
 
 # %% tags=["export"]
-def config_from_dict(values: dict, source: str) -> GptOssConfig:
+def config_from_dict(values: object, source: str) -> GptOssConfig:
     """From HF keys (either rope spelling) or those of original/config.json.
 
     Keys that decide nothing here are ignored; a missing one, one of another
@@ -281,14 +376,18 @@ def _spelt(word: str, keys: dict[str, str]) -> str:
     return word if word == "initial_context_length" else keys.get(word, word)
 
 # %%
-print(GptOssConfig.from_dict(ORIGINAL) == small)
-print(refusal(lambda: GptOssConfig.from_dict(
-    ORIGINAL | {"num_experts": 2}, "original/config.json")))
+for change in ({"num_experts": 2}, {"rope_ntk_alpha": 64}):
+    print(refusal(lambda change=change: GptOssConfig.from_dict(
+        ORIGINAL | change, "original/config.json")))
 
 # %% [markdown]
+# ## What is refused of a file?
+#
 # A file comes from somebody else. If `config.json` is a pipe, reading it
-# waits for ever; if it is a link to `/dev/zero`, it never ends. A regular
-# file of at most 16 MB is read, thousands of times what is needed.
+# waits for ever; if it is a link to `/dev/zero`, it never ends. So only a
+# regular file of at most $2^{24}$ bytes is read, thousands of times what is
+# needed, and it must be JSON in UTF-8. Every failure is a `ConfigError` of
+# one line that begins with the file's path.
 
 # %% tags=["export"]
 MOST_JSON = 2 ** 24  # bytes
@@ -329,17 +428,18 @@ import tempfile
 with tempfile.TemporaryDirectory() as folder:
     file = Path(folder) / "config.json"
     file.write_text(json.dumps(ORIGINAL))
-    print(GptOssConfig.from_pretrained(folder) == small)
+    print(GptOssConfig.from_pretrained(folder).num_hidden_layers, "layers")
     for text in ("{", "[" * 10 ** 6, " " * (MOST_JSON + 1)):
         file.write_text(text)
         said = refusal(lambda: GptOssConfig.from_pretrained(folder))
         print(said.replace(folder, "...")[:74])
 
 # %% [markdown]
-# ## Writing both spellings
+# ## How are they written?
 #
 # What we write is the released file, key by key: a test holds it. Keys
-# that only other programs read are written as OpenAI wrote them.
+# that only other programs read are written as OpenAI wrote them. (One is
+# left out, `transformers_version`: we are not transformers.)
 
 # %% tags=["export"]
 NOT_CONVERTED = ("model.layers.*.self_attn", "model.layers.*.mlp.router",
@@ -367,8 +467,9 @@ def hf_dict(config: GptOssConfig) -> dict:
     }).items()))
 
 # %%
-print(len(small.to_hf_dict()), "keys;",
-      GptOssConfig.from_dict(small.to_hf_dict()) == small)
+print(len(small.to_hf_dict()), "keys; the rope object:")
+print(small.to_hf_dict()["rope_scaling"])
+assert GptOssConfig.from_dict(small.to_hf_dict()) == small
 
 # %% [markdown]
 # OpenAI's spelling can say less, and a model that it cannot describe must
@@ -392,7 +493,8 @@ def original_dict(config: GptOssConfig) -> dict:
     return values
 
 # %%
-print(small.to_original_dict() == ORIGINAL)
+assert small.to_original_dict() == ORIGINAL
+print(len(small.to_original_dict()), "keys")
 longer = replace(small, max_position_embeddings=262_144)
 print(refusal(longer.to_original_dict))
 
@@ -429,7 +531,8 @@ for _ in range(300):
     plain = replace(c, layer_types=None, rope_truncate=False,
                     max_position_embeddings=int(4096 * c.rope_factor))
     assert through_json(plain.to_original_dict()) == plain
-print("300 configurations, three spellings")
+print("300 configurations, three spellings; the last:", len(old), len(new),
+      "and", len(plain.to_original_dict()), "keys")
 
 # %% [markdown]
 # **No value passes unseen.** Put something that is no number into each key
@@ -446,7 +549,8 @@ for key in small.to_hf_dict():
     else:
         assert config == small
         harmless.append(key)
-print("decide nothing:", *harmless, sep="\n  ")
+print(f"{len(harmless)} of {len(small.to_hf_dict())} decide nothing:",
+      *harmless, sep="\n  ")
 
 # %% [markdown]
 # Two of these are read when something better is missing:
@@ -455,7 +559,7 @@ print("decide nothing:", *harmless, sep="\n  ")
 #
 # ## Against the others
 #
-# **Gaps.** `transformers` fills them. Four files, with the rope type, factor
+# `transformers` fills gaps. Here are four files, with the rope type, factor
 # and trained length that it reads in them, and what we say:
 
 # %%
@@ -518,6 +622,18 @@ print(refusal(replace(config, max_position_embeddings=100_000)
 # %% [markdown]
 # ### Exercise 2
 #
+# Somebody writes an `original/config.json` and takes the false friends for
+# true ones: alpha 32 and beta 1. What would a model compute with, and what
+# says our reader?
+
+# %% tags=["hide-cell"]
+swapped = ORIGINAL | {"rope_ntk_alpha": 32, "rope_ntk_beta": 1}
+print(refusal(lambda: GptOssConfig.from_dict(swapped)))
+print("the fast end of the ramp would lie below its slow end: no ramp at all")
+
+# %% [markdown]
+# ### Exercise 3
+#
 # Which keys of the released `config.json` can be left out without changing
 # the model? Try them all; compare with those that decide nothing.
 
@@ -533,7 +649,6 @@ for key in small.to_hf_dict():
 print(len(optional), "of", len(small.to_hf_dict()))
 print("decide something, and have a default:",
       *sorted(set(optional) - set(harmless)), sep="\n  ")
-assert set(harmless) <= set(optional)
 
 # %% [markdown]
 # ## Sources

@@ -19,75 +19,121 @@
 #
 # ## Question
 #
-# How does gpt-oss-20b, with 20.9 billion parameters, fit into 13.8 GB?
-#
-# Nine parameters of ten are expert weights, and each of those is one of only
+# How does gpt-oss-20b, with 20.9 billion parameters, fit into 13.8 GB? Nine
+# parameters of ten are weights of experts, and each of those is one of only
 # **fifteen different numbers**, times a power of two that it shares with 31
-# neighbours. That makes 4.25 bits a weight. Yet turning the file's bytes into
-# bfloat16 loses nothing: of the 64,768 combinations of a byte and a scale
-# below $2^{126}$, not one is rounded. This chapter reads the format, called
-# MXFP4, and proves that; [the next](encoding.ipynb) writes it.
+# neighbours. That makes 4.25 bits a weight. What does the file hold for one
+# weight, and is anything lost when it is turned into a bf16 number?
+#
+# Nothing is, we shall see. This chapter reads the format, called MXFP4;
+# [the next](encoding.ipynb) writes it.
+
+# %%
+from gptoss.weights.config import GptOssConfig
+from gptoss.weights.sizes import checkpoint_bytes, total_parameters
+
+small = GptOssConfig.gpt_oss_20b()
+print(f"{total_parameters(small) / 1e9:.1f} billion parameters,",
+      f"{checkpoint_bytes(small) / 1e9:.1f} GB,",
+      f"{(32 * 4 + 8) / 32} bits for an expert's weight")
 
 # %% [markdown]
 # ## Picture
 #
-# Each row is the whole set of values that a weight can take, for three
-# neighbouring scale bytes. The points crowd towards zero, and a larger scale
-# moves them all apart.
+# One block of the file: 17 bytes in hexadecimal notation, 16 with two codes
+# each and one with the scale. Below, the first four bytes are taken apart.
+#
+# What to see: each byte is two hexadecimal digits, and each digit is the code
+# of one weight. The *right* digit, the low half, comes first, so the arrows
+# cross. A code stands for one of sixteen values. The scale byte `78` is 120,
+# which says "times $2^{120-127}$", and it is the same for all 32.
 
 # %% tags=["hide-input"]
-# Figure: three rows of 16 marks, the values at scale bytes 119, 120 and 121.
-# The marks crowd towards zero, and each row is twice as wide as the one below
-# it.
+# Figure: a strip of 16 hexadecimal bytes and one scale byte; below, the
+# digits of the first four in the order low, high, under each the value of
+# its code, such as 1 for 2 and -6 for f, and that value divided by 128.
 import matplotlib.pyplot as plt
 import torch
 
 plt.style.use("../_static/book.mplstyle")
-torch.manual_seed(0)
-grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-figure, axis = plt.subplots(figsize=(7, 2.2))
-for height, byte in enumerate((119, 120, 121)):
-    points = torch.cat([-grid, grid]) * 2.0 ** (byte - 127)
-    axis.plot(points, [height] * 16, "|", markersize=17, markeredgewidth=1.8)
-axis.set_yticks(range(3), ["scale 119", "scale 120", "scale 121"])
-axis.set_ylim(-0.7, 2.7)
-axis.set_xticks((-0.08, -0.04, 0, 0.04, 0.08))
-axis.set_xlabel("weight")
-axis.grid(axis="y", visible=False)
-plt.show()
-
-# %% [markdown]
-# In the file, 32 consecutive inputs of one output row make a block: 16 bytes
-# of two codes each, and one scale byte that lies in a tensor of its own. The
-# code of an even input sits in the low half of its byte.
-
-# %% tags=["hide-input"]
-# Figure: a block as a row of boxes. Byte 0 holds element 1 in its high and
-# element 0 in its low half, byte 15 elements 31 and 30; the scale is a box
-# of its own.
-names = ["byte 0", "byte 1", "byte 2", "", "byte 15", "scale"]
-inside = [("1", "0"), ("3", "2"), ("5", "4"), None, ("31", "30"), None]
-figure, axis = plt.subplots(figsize=(7, 1.5))
-for place, (name, pair) in enumerate(zip(names, inside, strict=True)):
-    axis.text(place + 0.45, 1.06, name, ha="center", fontsize=9)
-    if name == "":
-        axis.text(place + 0.45, 0.45, "…", ha="center", fontsize=14)
-        continue
-    colour = "C1" if name == "scale" else "C0"
-    axis.add_patch(plt.Rectangle((place, 0), 0.9, 0.9, fc=colour,
-                                 ec="black", alpha=0.35))
-    if pair is None:
-        axis.text(place + 0.45, 0.45, "s", ha="center", va="center")
-        continue
-    axis.plot([place + 0.45] * 2, [0, 0.9], color="black", linewidth=0.8)
-    for x, word, element in ((0.22, "high", pair[0]), (0.67, "low", pair[1])):
-        axis.text(place + x, 0.58, element, ha="center", va="center")
-        axis.text(place + x, 0.18, word, ha="center", fontsize=7)
-axis.set(xlim=(-0.1, 6), ylim=(-0.05, 1.35))
+BYTES = bytes.fromhex("f20a7135c4009d482be6135c87a00f6e")
+SCALE = 0x78
+VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+figure, axis = plt.subplots(figsize=(7, 3.3))
+for n, byte in enumerate([*BYTES, SCALE]):
+    x = n * 0.9 + (0.5 if n == 16 else 0)
+    axis.add_patch(plt.Rectangle((x, 6.4), 0.9, 0.9, ec="black", lw=0.8,
+                                 fc="C1" if n == 16 else "C0", alpha=0.35))
+    axis.text(x + 0.45, 6.85, f"{byte:02x}", ha="center", va="center",
+              family="monospace", fontsize=11)
+axis.text(0, 7.5, "16 bytes of codes", fontsize=8)
+axis.text(14.9, 7.5, "scale", fontsize=8)
+for n, byte in enumerate(BYTES[:4]):
+    for half, code in enumerate((byte & 15, byte >> 4)):
+        x, element = 1.6 + 1.75 * (2 * n + half), 2 * n + half
+        value = -VALUES[code & 7] if code & 8 else VALUES[code]
+        start = n * 0.9 + (0.62 if half == 0 else 0.28)
+        axis.annotate("", (x, 5.15), (start, 6.45), arrowprops={
+            "arrowstyle": "-|>", "lw": 0.8, "shrinkA": 0, "shrinkB": 2,
+            "color": "C2" if half == 0 else "C5"})
+        axis.text(x, 4.8, f"{code:x}", ha="center", va="center",
+                  family="monospace", fontsize=11)
+        axis.text(x, 3.6, f"{value:g}", ha="center", va="center")
+        axis.text(x, 2.2, f"{value:g}/128", ha="center", va="center",
+                  fontsize=8)
+        axis.text(x, 1.0, str(element), ha="center", va="center",
+                  fontsize=8)
+for y, word in ((4.8, "code"), (3.6, "value"), (2.2, "weight"),
+                (1.0, "input")):
+    axis.text(0, y, word, va="center", fontsize=8)
+    axis.axhline(y + 0.6, color="0.9", lw=0.8)
+axis.text(15.4, 4.8, "…", ha="center", va="center")
+axis.text(15.7, 5.7, "low half", color="C2", fontsize=8, ha="right")
+axis.text(15.7, 5.25, "high half", color="C5", fontsize=8, ha="right")
+axis.set(xlim=(-0.1, 16), ylim=(0.5, 8.1))
 axis.set_axis_off()
 plt.show()
 
 # %% [markdown]
+# ## One block by hand
+#
+# Let us decode this block in plain Python. A code has four bits. The three
+# low ones choose one of eight magnitudes, the fourth is the sign:
+
+# %%
+def block_by_hand(block, scale):
+    """16 bytes and a scale byte -> 32 numbers."""
+    weights = []
+    for byte in block:
+        for code in (byte & 15, byte >> 4):          # the low half first
+            value = VALUES[code & 7]
+            if code & 8:
+                value = -value
+            weights.append(value * 2.0 ** (scale - 127))
+    return weights
+
+
+print("byte  codes    values         weights")
+for byte in BYTES[:4]:
+    low, high = byte & 15, byte >> 4
+    weights = block_by_hand([byte], SCALE)
+    print(f"  {byte:02x}   {low:x}, {high:x}",
+          "{:6.1f}, {:4.1f}".format(*block_by_hand([byte], 127)),
+          "{:11.6f}, {:9.6f}".format(*weights))
+print(len(block_by_hand(BYTES, SCALE)), "numbers from",
+      len(BYTES) + 1, "bytes")
+
+# %% [markdown]
+# Take the first byte, `f2`. Its low half 2 is the code of 1, its high half
+# `f` is 15: sign bit set, and 7 is the code of 6, so -6. Divided by 128 these
+# are 0.0078125 and -0.046875. That is the whole format. What is left of the
+# chapter asks why it is so, why nothing is lost, and how to do it to 19
+# billion weights.
+#
+# In the file the 16-byte parts of all blocks lie in one tensor, `blocks`, and
+# the scale bytes in another, `scales`. A block is 32 consecutive inputs of
+# one output: a matrix of $F$ rows and $D$ columns is `blocks` of shape
+# ($F$, $D/32$, 16) and `scales` of shape ($F$, $D/32$).
 #
 # ## The naive version
 #
@@ -96,6 +142,7 @@ plt.show()
 # outlier in a row is enough to break it.
 
 # %%
+torch.manual_seed(0)
 row = 0.02 * torch.randn(2880)
 row[7] = 1.0  # one weight at 50 standard deviations
 step = row.abs().max() / 7
@@ -103,14 +150,30 @@ uniform = (row / step).round() * step
 print("weights that became zero:", int((uniform == 0).sum()), "of 2880")
 
 # %% [markdown]
-# Two repairs, and MXFP4 makes both: give every 32 weights a scale of their
-# own, so that an outlier spoils only its block; and space the values like
-# floats, fine near zero.
-#
-# **The wrong half first.** With the format settled, decoding looks like five
-# lines. Here they are, with the two halves of each byte in the order of a
-# hexadecimal dump, the high one first. They run, and the shape, the mean and
-# the standard deviation are right.
+# There are two repairs, and MXFP4 makes both. Every 32 weights get a scale of
+# their own, so that an outlier spoils only its block. And the values are
+# spaced like those of floats, fine near zero, because most weights are small:
+
+# %% tags=["hide-input"]
+# Figure: three rows of 15 marks, the values at scale bytes 119, 120 and 121.
+# The marks crowd towards zero, and each row is twice as wide as the one below
+# it.
+grid = torch.tensor(VALUES)
+figure, axis = plt.subplots(figsize=(7, 1.7))
+for height, byte in enumerate((119, 120, 121)):
+    points = torch.cat([-grid, grid]) * 2.0 ** (byte - 127)
+    axis.plot(points, [height] * 16, "|", markersize=15, markeredgewidth=1.8)
+axis.set_yticks(range(3), ["scale 119", "scale 120", "scale 121"])
+axis.set_ylim(-0.6, 2.6)
+axis.set_xticks((-0.08, -0.04, 0, 0.04, 0.08))
+axis.set_xlabel("weight")
+axis.grid(axis="y", visible=False)
+plt.show()
+
+# %% [markdown]
+# **The wrong half first.** Now decode whole tensors, with the two halves of
+# each byte in the order in which they are written, the high one first. It
+# runs, and the shape, the mean and the standard deviation are right.
 
 # %%
 def naive_decode(blocks, scales, first="high"):
@@ -127,30 +190,30 @@ wrong = naive_decode(blocks, scales)
 right = naive_decode(blocks, scales, first="low")
 x = torch.randn(128)
 cosine = torch.cosine_similarity(wrong @ x, right @ x, dim=0)
-print("same mean and deviation:",
-      torch.allclose(wrong.mean(), right.mean(), atol=1e-6)
-      and torch.allclose(wrong.std(), right.std()))
-print("outputs agree in direction:", bool(cosine.abs() > 0.2))
+print(f"standard deviation {wrong.std():.4f} and {right.std():.4f}")
+print(f"cosine between the outputs {cosine.abs():.1f}, where 1 is equal")
 print("bytes of index for a byte of blocks:",
       2 * (blocks & 15).long().nbytes // blocks.nbytes)
+print(f"blocks of one gate_up of the 120b: {128 * 5760 * 1440 / 1e9:.2f} GB,",
+      f"their index {16 * 128 * 5760 * 1440 / 1e9:.0f} GB")
 
 # %% [markdown]
 # Nothing fails, and every output is noise, because each weight multiplies its
 # neighbour's input. No shape check can see it, only a comparison of values.
-# Nor is the low half first everywhere: in llama.cpp's GGUF the low halves of
-# a block hold its inputs 0 to 15 and the high halves 16 to 31, and its
-# converter moves them (`transform_nibble_layout`).
+# Nor is the low half first everywhere: in llama.cpp's GGUF files the low
+# halves of a block hold its inputs 0 to 15 and the high halves 16 to 31, and
+# its converter moves them (`transform_nibble_layout`).
 #
-# The second fault is `.long()`, an 8-byte index for each 4-bit code, sixteen
-# times the file. The gate and up weights of one layer of the 120b are
-# 128 · 5760 · 1440 bytes, or 1.06 GB; their indices take 17 GB.
-
-# %% [markdown]
-# ## Derivation
+# The second fault is `.long()`, an 8-byte index for each 4-bit code. For one
+# matrix of the 120b the indices take 17 GB.
 #
-# **A code.** Four bits: a sign $\sigma$, two exponent bits $\eta$, one
-# fraction bit $\mu$. This is the float type E2M1 of the OCP specification
-# {cite}`ocpmx2023`, without infinities or NaN:
+# ## What a code means
+#
+# The four bits are a tiny float: a sign $\sigma$, two exponent bits $\eta$,
+# one fraction bit $\mu$. Take code 5, `0 10 1`: the exponent bits say 2, the
+# fraction bit adds a half, so it is $2^{2-1} \cdot (1 + 1/2) = 3$. The
+# smallest exponent is special, as in every float format: there is no 1 in
+# front of the fraction, which leaves room for zero.
 #
 # $$
 # \mathrm{fp4}(8 \sigma + 2 \eta + \mu) = (-1)^\sigma \cdot
@@ -160,10 +223,20 @@ print("bytes of index for a byte of blocks:",
 # \end{cases}
 # $$ (mxfp4-code)
 #
-# which gives 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives; code 8 is -0.
-#
-# **A block.** Write $b_{n,j}$ for byte $j$ of block $n$ and $s_n$ for the
-# block's scale byte. The weight at input $32 n + 2 j + h$ is
+# It is called E2M1, and stands in the specification of the Open Compute
+# Project {cite}`ocpmx2023`. There is no infinity and no NaN. There is a -0,
+# code 8: it counts as zero, but we keep its sign, so that a file that is
+# decoded and encoded again has the same bytes.
+
+# %%
+table = [(-1) ** sign * (mu / 2 if eta == 0 else 2 ** (eta - 1) * (1 + mu / 2))
+         for sign in range(2) for eta in range(4) for mu in range(2)]
+print(*(f"{code:x}: {value:g}" for code, value in enumerate(table)),
+      sep="  ")
+
+# %% [markdown]
+# **A block.** Write $b_{n,j}$ for byte $j$ of block $n$ and $s_n$ for its
+# scale byte. The weight at input $32 n + 2 j + h$ is
 #
 # $$
 # w_{32 n + 2 j + h} =
@@ -171,33 +244,13 @@ print("bytes of index for a byte of blocks:",
 # \cdot 2^{s_n - 127}, \qquad h \in \{0, 1\}, \; 0 \le j < 16.
 # $$ (mxfp4-value)
 #
-# $s_n = 255$ means that the whole block is NaN. The cost is
-# $(32 \cdot 4 + 8) / 32 = 4.25$ bits a weight.
+# The scale byte $s_n = 255$ means that the whole block is NaN.
 #
-# **Why decoding is exact.** By {eq}`mxfp4-value` a weight is an integer
-# $m \in \{0, 1, 2, 3, 4, 6, 8, 12\}$ times $2^{s - 128}$. Apart from powers
-# of two, $m$ is 1 or 3: two significant bits. A float format holds it if it
-# has two bits and the exponent:
+# ### Those equations in code
 #
-# * float32 and bfloat16 reach down to $2^{-149}$ and $2^{-133}$, below the
-#   least possible weight $2^{-128}$. They hold everything below $2^{128}$,
-#   that is all codes of the scales 0 to 252 (whose 6 is $1.5 \cdot 2^{127}$),
-#   and round the 4 of scale 253 to infinity.
-# * float16 has $2^{-24} \le |w| \le 65504$. All codes of a scale survive when
-#   $s - 128 \ge -24$ and $6 \cdot 2^{s - 127} \le 65504$: scales 104 to 140.
-#
-# Weights near $2^{-128}$ are *subnormal* in float32 and bfloat16, and a
-# processor in flush-to-zero mode would make them zero. So the decoder below
-# does not multiply. It looks up finished bit patterns, made by integers.
-#
-
-# %% [markdown]
-# ## Code
-#
-# ### Names and errors
-#
-# Everything about the format that is not arithmetic: sixteen values, the
-# block, the four float types, and checks that name what they refuse.
+# Both equations in float64, where nothing can go wrong, since its smallest
+# normal number is $2^{-1022}$. One cast at the end. This is the slow twin
+# against which everything faster is held.
 
 # %% tags=["export"]
 from functools import lru_cache
@@ -225,52 +278,12 @@ class MXFP4Error(Error):
     """Blocks, scales or values that are not MXFP4 or cannot become it."""
 
 # %% tags=["export"]
-def check_packed(blocks: torch.Tensor, scales: torch.Tensor) -> None:
-    """Raise MXFP4Error unless blocks (…, N, 16) fit scales (…, N)."""
-    for name, tensor in (("blocks", blocks), ("scales", scales)):
-        if tensor.dtype != torch.uint8:
-            raise mismatch(MXFP4Error, name, "uint8", tensor.dtype)
-    if blocks.ndim < 2 or blocks.shape[-1] != BLOCK // 2:
-        raise mismatch(MXFP4Error, "blocks", "shape (..., N, 16)",
-                       tuple(blocks.shape))
-    if scales.shape != blocks.shape[:-1]:
-        raise mismatch(MXFP4Error, "scales",
-                       f"shape {tuple(blocks.shape[:-1])} beside blocks "
-                       f"{tuple(blocks.shape)}", tuple(scales.shape))
-
-
-def check_dtype(dtype: torch.dtype) -> None:
-    if dtype not in FORMATS:
-        names = ", ".join(str(known) for known in FORMATS)
-        raise mismatch(MXFP4Error, "dtype", f"one of {names}", dtype)
-
-# %%
-from itertools import product
-
-assert [(-1) ** sign * (mu / 2 if eta == 0 else 2 ** (eta - 1) * (1 + mu / 2))
-        for sign, eta, mu in product(range(2), range(4), range(2))
-        ] == list(FP4_VALUES)
-try:
-    check_packed(blocks, scales[:, :3])
-except MXFP4Error as error:
-    print(error)
-
-# %% [markdown]
-# ### The obvious decoder
-#
-# Equation {eq}`mxfp4-value` in float64, where nothing can go wrong: its
-# smallest normal number is $2^{-1022}$. One cast at the end. This is the slow
-# twin against which the rest is held.
-
-# %% tags=["export"]
 def decode_reference(blocks: torch.Tensor, scales: torch.Tensor,
                      dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """The slow twin of `decode`: look up, multiply in float64, cast once.
 
     blocks (…, N, 16) and scales (…, N), both uint8 -> (…, 32 N) in dtype.
     """
-    check_packed(blocks, scales)
-    check_dtype(dtype)
     grid = torch.tensor(FP4_VALUES, dtype=torch.float64)
     power = torch.tensor([2.0 ** (s - SCALE_BIAS) for s in range(SCALE_NAN)]
                          + [float("nan")], dtype=torch.float64)
@@ -279,23 +292,87 @@ def decode_reference(blocks: torch.Tensor, scales: torch.Tensor,
     return (values * power[scales.long()][..., None]).flatten(-2).to(dtype)
 
 # %%
+blocks_1 = torch.tensor([list(BYTES)], dtype=torch.uint8)
+scales_1 = torch.tensor([SCALE], dtype=torch.uint8)
+one = decode_reference(blocks_1, scales_1, torch.float32)
+print(one[:4].tolist())
+assert one.tolist() == block_by_hand(BYTES, SCALE)
 assert torch.equal(decode_reference(blocks, scales, torch.float32), right)
-print(decode_reference(torch.full((1, 16), 0x2F, dtype=torch.uint8),
-                       torch.tensor([128], dtype=torch.uint8))[:4])
 
 # %% [markdown]
-# Byte `0x2F` holds code 15 (-6) in its low half and code 2 (1) in its high
-# half; scale 128 doubles them.
+# The same four numbers as by hand.
 #
-# ### One rounding, by integers
+# ## Why nothing is lost
 #
-# A float format with $x$ exponent and $f$ fraction bits has a smallest step
-# $2^{2 - 2^{x - 1} - f}$. To round $m \cdot 2^e$: find the step in force at
-# that size, count steps, round the count. A useful accident of IEEE 754 makes
-# the last line short: read as integers, the bit patterns of the positive
-# floats number them in order, so the pattern is the count plus one full
-# binade for every doubling of the step, and a carry out of the fraction lands
-# in the exponent, where it belongs.
+# By {eq}`mxfp4-value` a weight is an integer
+# $m \in \{0, 1, 2, 3, 4, 6, 8, 12\}$ times $2^{s - 128}$. Apart from powers
+# of two, $m$ is 1 or 3: two significant bits. A float format holds the weight
+# exactly if it has two bits and the exponent.
+#
+# * bfloat16 and float32 reach down to $2^{-133}$ and $2^{-149}$, below the
+#   least possible weight, $2^{-128}$. At the other end they hold what is
+#   below $2^{128}$: all codes of the scales 0 to 252, whose 6 is
+#   $1.5 \cdot 2^{127}$. The 4 of scale 253 becomes infinity.
+# * float16 reaches from $2^{-24}$ to 65504. All codes of a scale survive when
+#   $s - 128 \ge -24$ and $6 \cdot 2^{s - 127} \le 65504$: scales 104 to 140.
+#
+# So of the 253 · 256 pairs of a byte and a scale up to 252 not one is rounded
+# in bf16. We count them below.
+#
+# There is one trap. Weights near $2^{-128}$ are *subnormal* in float32 and
+# bfloat16, below the smallest number with a full fraction. A processor may be
+# set to *flush to zero*: then the result of a multiplication that is
+# subnormal becomes 0. So the fast decoder does not multiply. It looks up
+# finished bit patterns, which are made from integers, once.
+#
+# ### How is a number rounded without arithmetic on floats?
+#
+# (You may skip this section; it makes the entries of the table.) Take a float
+# format with three exponent bits and two fraction bits, small enough to draw.
+# Its smallest step is 1/16. The marks below are its first values, with the
+# bit patterns read as integers under them.
+
+# %% tags=["hide-input"]
+# Figure: a number line of a small float format with marks at 0 to 8 in
+# sixteenths, then every second sixteenth to one; below, bit patterns 0 to 12
+# count the marks. 1.5/16 lies between patterns 1 and 2 and goes to 2; 0.75
+# is at pattern 10.
+marks = [n / 16 for n in range(8)] + [n / 8 for n in range(4, 9)]
+figure, axis = plt.subplots(figsize=(7, 1.9))
+axis.axhline(0, color="black", lw=0.8)
+axis.plot(marks, [0] * len(marks), "|", color="C0", ms=16, mew=1.8)
+for pattern, mark in enumerate(marks):
+    axis.text(mark, -0.75, str(pattern), ha="center", color="C0")
+for x, to, word in ((1.5 / 16, 2 / 16, "3 · 2$^{-5}$, a tie"),
+                    (0.75, 0.75, "3 · 2$^{-2}$, exact")):
+    axis.plot([x], [0], "o", color="C5", ms=5)
+    axis.annotate("", (to, 0.25), (x, 0.9), arrowprops={
+        "arrowstyle": "-|>", "color": "C5"})
+    axis.text(x, 1.0, word, ha="center", va="bottom", color="C5")
+axis.text(0.25, 1.05, "step 1/16", ha="center", fontsize=8)
+axis.text(0.55, 1.05, "step 1/8", ha="center", fontsize=8)
+axis.axvline(0.5, 0.3, 0.75, color="0.6", ls=":", lw=1)
+axis.set(xlim=(-0.02, 1.02), ylim=(-1.1, 1.8), yticks=[],
+         xlabel="value (blue numbers: bit pattern as an integer)")
+axis.spines["left"].set_visible(False)
+axis.grid(False)
+plt.show()
+
+# %% [markdown]
+# Two numbers are rounded to it. The first is $3 \cdot 2^{-5}$, or 1.5 steps
+# of 1/16: halfway between patterns 1 and 2. A tie goes to the even one, 2.
+# The second, $3 \cdot 2^{-2} = 0.75$, lies where steps are 1/8: it is 6 such
+# steps. Its pattern is not 6 but 10, because on the way the step has doubled
+# once, and each doubling adds $2^2 = 4$ patterns. That is the recipe:
+#
+# 1. Find the step in force at the number's size, `unit` (its logarithm).
+# 2. Count steps, and round the count: nearest, ties to even.
+# 3. The bit pattern is the count plus $2^f$ for each doubling of the step.
+#
+# For $x$ exponent and $f$ fraction bits the smallest step is
+# $2^{2 - 2^{x - 1} - f}$. If rounding carries the count up to the next power
+# of two, the sum still comes out right: the carry lands in the exponent. What
+# is too large gets the pattern of infinity.
 
 # %% tags=["export"]
 def _round_bits(m: int, e: int, exponent: int, fraction: int) -> int:
@@ -318,21 +395,68 @@ def _round_bits(m: int, e: int, exponent: int, fraction: int) -> int:
     return min(count + ((unit - lowest) << fraction), infinity)
 
 # %%
+for m, e in ((3, -5), (3, -2)):
+    print(f"{m} * 2**{e}, 3 exponent and 2 fraction bits: pattern",
+          _round_bits(m, e, 3, 2))
 for m, e in ((3, -129), (12, 126), (12, 127), (1, -127)):
     as_float = torch.tensor(m * 2.0 ** e, dtype=torch.float64)
-    want = as_float.to(torch.float32).view(torch.int32)
-    assert _round_bits(m, e, 8, 23) == want
-print(hex(_round_bits(1, -128, 8, 23)), hex(_round_bits(1, -25, 5, 10)))
+    pattern = as_float.to(torch.float32).view(torch.int32).item()
+    print(f"{m} * 2**{e} in float32: {_round_bits(m, e, 8, 23):#x},",
+          f"by torch {pattern:#x}")
+    assert _round_bits(m, e, 8, 23) == pattern
 
 # %% [markdown]
-# $2^{-128}$ is bit 21 of a float32; half of float16's smallest number is a
-# tie, which goes to the even 0.
+# ## Code
 #
-# ### A table of pairs
+# ### What is refused
 #
-# There are 256 scales and 256 bytes, so 65,536 pairs of values: 256 KiB in
-# bfloat16, of which a real tensor touches the few scales that it uses. The
-# table stores a pair as one integer of twice the width.
+# The fast code below looks at what it is given first. Refused are `blocks` and
+# `scales` that are not uint8; blocks of fewer than two
+# dimensions, or whose last is not 16; scales that do not have the blocks'
+# shape without that 16; and a type that is none of float16, bfloat16, float32
+# and float64. Each is an `MXFP4Error` that begins with `blocks`, `scales` or
+# `dtype` and says what was expected and what was found.
+
+# %% tags=["export"]
+def check_packed(blocks: torch.Tensor, scales: torch.Tensor) -> None:
+    """Raise MXFP4Error unless blocks (…, N, 16) fit scales (…, N)."""
+    for name, tensor in (("blocks", blocks), ("scales", scales)):
+        if tensor.dtype != torch.uint8:
+            raise mismatch(MXFP4Error, name, "uint8", tensor.dtype)
+    if blocks.ndim < 2 or blocks.shape[-1] != BLOCK // 2:
+        raise mismatch(MXFP4Error, "blocks", "shape (..., N, 16)",
+                       tuple(blocks.shape))
+    if scales.shape != blocks.shape[:-1]:
+        raise mismatch(MXFP4Error, "scales",
+                       f"shape {tuple(blocks.shape[:-1])} beside blocks "
+                       f"{tuple(blocks.shape)}", tuple(scales.shape))
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raise MXFP4Error unless it is one of the four float types."""
+    if dtype not in FORMATS:
+        names = ", ".join(str(known) for known in FORMATS)
+        raise mismatch(MXFP4Error, "dtype", f"one of {names}", dtype)
+
+# %%
+for call in (lambda: check_packed(blocks, scales[:, :3]),
+             lambda: check_packed(blocks.int(), scales),
+             lambda: check_dtype(torch.int8)):
+    try:
+        call()
+    except MXFP4Error as error:
+        print(error)
+
+# %% [markdown]
+# ### How is a byte decoded in one step?
+#
+# By a table of pairs. There are 256 scales and 256 bytes, so 65,536 pairs of
+# values: 256 KiB in bfloat16, of which a real tensor touches only the few
+# scales that it uses. A pair is stored as one integer of twice the width, so
+# that the decoder only moves it. For a pair of doubles that must be 16 bytes
+# wide, and the only such type that torch has is complex128. Each float type
+# and device has a table of its own, made when it is first asked for and then
+# kept.
 
 # %% tags=["export"]
 @lru_cache(maxsize=32)
@@ -354,17 +478,22 @@ def _pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return table.view(pair).flatten().to(device)
 
 # %%
-table = _pairs(torch.bfloat16, torch.device("cpu"))
-print(table.shape, table.dtype, table.nbytes // 1024, "KiB")
-print(table[256 * 128 + 0x2F].view(1).view(torch.bfloat16))
+pair_table = _pairs(torch.bfloat16, torch.device("cpu"))
+print(tuple(pair_table.shape), pair_table.dtype, pair_table.nbytes // 1024,
+      "KiB")
+entry = pair_table[256 * 120 + 0xF2].view(1).view(torch.bfloat16)
+print("scale 120, byte f2:", entry.tolist())
 
 # %% [markdown]
-# ### The decoder
+# ### How is a whole tensor decoded in little memory?
 #
-# The index for {eq}`mxfp4-value` is `256 * scale + byte`, four bytes for
-# every two weights. It is made for at most $2^{15}$ blocks at a time, so the
-# work stays inside the processor's cache and the memory beyond the output
-# stays at 2 MiB, whatever the tensor's size.
+# The place in the table is `256 * scale + byte`, a four-byte index for every
+# two weights. It is made for at most $2^{15}$ blocks at a time, so that the
+# work stays inside the processor's cache, and the memory beyond the output
+# stays at 2 MiB, whatever the tensor's size. Tensors that are not contiguous
+# are welcome, and so are those without rows. (Two lines are for torch's
+# function transforms such as `vmap`. They lose what is written by `out=`;
+# under one of them we index at once.)
 
 # %% tags=["export"]
 def decode_by_table(blocks: torch.Tensor, scales: torch.Tensor,
@@ -410,16 +539,19 @@ def decode(blocks: torch.Tensor, scales: torch.Tensor,
 # %%
 for dtype in FORMATS:
     assert torch.equal(decode(blocks, scales, dtype), right.to(dtype))
+print(decode(blocks_1, scales_1)[:4].tolist())
 on_meta = decode(blocks.to("meta"), scales.to("meta"))
 print(tuple(blocks.shape), tuple(scales.shape), "->", tuple(on_meta.shape),
       on_meta.device)
 
 # %% [markdown]
+# ### How does a tensor stay packed?
 #
-# ### A tensor that stays packed
-#
-# Two tensors that belong together, with the shape they stand for. Taking one
-# expert out of a layer must not copy, so indexing gives views.
+# `blocks` and `scales` belong together, and stand for a shape that neither
+# has. `PackedMXFP4` holds both. Taking one expert out of a layer must not
+# copy, so indexing gives views. The last dimension is packed and cannot be
+# indexed: at most as many integers or slices as there are dimensions before
+# it, and nothing else. `to` moves both parts, `nbytes` counts both.
 
 # %% tags=["export"]
 class PackedMXFP4:
@@ -475,13 +607,19 @@ layer = PackedMXFP4(blocks.view(8, 64, 4, 16), scales.view(8, 64, 4))
 print(layer, layer.nbytes, "bytes")
 print(layer[3], layer[3].decode(torch.float16).dtype)
 assert layer[3].blocks.data_ptr() == blocks[192].data_ptr()
+try:
+    layer[0, 0, 0]
+except MXFP4Error as error:
+    print(error)
 
 # %% [markdown]
-# ### A linear layer with a packed weight
+# ### How is a packed weight multiplied with?
 #
-# $y = x W^T + b$, decoding $W$ to the type of $x$ inside the call. That is
-# the definition; it saves memory, and the section on cost says what it does
-# not save.
+# $y = x W^T + b$, where $W$ is decoded to the type of $x$ inside the call.
+# That is the definition. It saves memory; the section on cost says what it
+# does not save. [The table of operators](../model/operators.ipynb) makes an
+# operator of it, so that a kernel can take its place and gradients pass
+# through.
 
 # %% tags=["export"]
 def linear_by_decoding(x: torch.Tensor, blocks: torch.Tensor,
@@ -499,10 +637,6 @@ x = torch.randn(3, 128)
 y = linear_by_decoding(x, blocks, scales, None)
 assert torch.equal(y, x @ right.T)
 print(tuple(x.shape), "->", tuple(y.shape))
-
-# %% [markdown]
-# [The table of operators](../model/operators.ipynb) makes one of it, so that
-# a kernel can take its place and gradients pass through it.
 
 # %% [markdown]
 # ## It holds
@@ -528,17 +662,16 @@ for dtype in FORMATS:
     assert same_bits(found, decode_reference(every_byte, every_scale, dtype))
     unrounded = (found.double() == exact).all(-1).nonzero().flatten()
     assert len(unrounded) == unrounded.max() - unrounded.min() + 1
-    assert dtype != torch.bfloat16 or 256 * len(unrounded) == 64_768
     print(f"{str(dtype):15} exact for scales", unrounded.min().item(), "to",
-          unrounded.max().item())
+          f"{unrounded.max().item()}: {256 * len(unrounded):,} pairs")
 powers = every_scale[:, 0].contiguous().view(torch.float8_e8m0fnu)
 ones = torch.full((256, 1, 16), 0x22, dtype=torch.uint8)
 assert same_bits(decode(ones, every_scale[:, :1], torch.float32)[:, 0],
                  powers.to(torch.float32))
 
 # %% [markdown]
-# In bfloat16 and float32 the last scale without an infinity is 252, whose 6
-# is $1.5 \cdot 2^{127}$; float16 has the range that the derivation found.
+# These are the ranges that we derived: in bfloat16 all 64,768 pairs, in
+# float16 the scales 104 to 140.
 #
 # **Flush to zero.** In that mode a product that is subnormal becomes zero;
 # bits that are only moved do not.
@@ -546,20 +679,22 @@ assert same_bits(decode(ones, every_scale[:, :1], torch.float32)[:, 0],
 # %%
 half_codes = torch.full((1, 16), 0x11, dtype=torch.uint8)  # 0.5, 0.5, …
 lowest = torch.zeros(1, dtype=torch.uint8)  # scale 2 ** -127
+moved = decode(half_codes, lowest)[0].double().item()
 if torch.set_flush_denormal(True):
     product = torch.tensor(0.5) * torch.tensor(2.0 ** -126) * 0.5
     bits = decode(half_codes, lowest, torch.float32).view(torch.int32)
     torch.set_flush_denormal(False)
     assert product == 0 and bool((bits == 1 << 21).all())
-assert decode(half_codes, lowest)[0].double() == 2.0 ** -128
+assert moved == 2.0 ** -128
+print(f"decoded: {moved:.4g}")
 
 # %% [markdown]
 # ## Against the others
 #
-# The formulas of OpenAI's reader and of transformers are the same two steps:
-# look up each nibble in the target type, then `torch.ldexp` by
-# `scale - 127`. We compare with transformers itself, on every byte at every
-# scale, bit for bit. (Its result is transposed.)
+# OpenAI's reader and transformers take the same two steps: look up each
+# nibble in the target type, then `torch.ldexp` by `scale - 127`. We compare
+# with transformers itself, on every byte at every scale, bit for bit. (Its
+# result is transposed.)
 
 # %%
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -581,10 +716,10 @@ print("scale 255 elsewhere:", theirs[255, 0:2].tolist(),
 
 # %% [markdown]
 # The one difference is scale 255. The specification says NaN; `ldexp` takes
-# it for $2^{128}$ and returns zeros and infinities (in float32 even the finite
-# $2^{127}$ for 0.5), so a corrupt scale passes for data. Ours is NaN, and
-# [the audit of a file](encoding.ipynb) counts it.
-#
+# it for $2^{128}$ and returns zeros and infinities, so a corrupt scale passes
+# for data. Ours is NaN, and [the audit of a file](encoding.ipynb) counts it.
+
+# %% [markdown] tags=["given"]
 # Known elsewhere: memory. OpenAI's reader makes two int64 indices for chunks
 # of 8 million blocks: a peak of 11.4 GB in
 # [gpt-oss#149](https://github.com/openai/gpt-oss/pull/149). transformers
@@ -595,13 +730,10 @@ print("scale 255 elsewhere:", theirs[255, 0:2].tolist(),
 # %% [markdown]
 # ## In the 20b and the 120b
 #
-# The experts of both models, on the meta device: exact shapes and bytes, no
-# memory.
+# The experts of both models, on torch's meta device: exact shapes and bytes,
+# and no memory.
 
 # %%
-from gptoss.weights.config import GptOssConfig
-
-
 def packed_experts(config):
     """(weights, packed bytes) of all experts of a model."""
     E, F, D = (config.num_local_experts, config.intermediate_size,
@@ -620,9 +752,8 @@ def packed_experts(config):
 for name, config in (("20b", GptOssConfig.gpt_oss_20b()),
                      ("120b", GptOssConfig.gpt_oss_120b())):
     count, total = packed_experts(config)
-    assert total * 32 == count * 17  # 4.25 bits
     print(f"{name:4}: {count:,} expert weights, {total:,} bytes "
-          f"instead of {2 * count:,}")
+          f"instead of {2 * count:,}: {8 * total / count} bits")
 
 # %% [markdown]
 # ## Cost
@@ -652,28 +783,40 @@ with counter:
     linear_by_decoding(torch.randn(T, D), blocks, scales, None)
 assert counter.get_total_flops() == 2 * T * F * D
 packed = PackedMXFP4(blocks, scales)
-assert packed.nbytes * 32 == F * D * 17
+print(f"{packed.nbytes:,} bytes for {F * D:,} weights")
 print(f"memory: {2 / (17 / 32):.2f} times less than bf16;",
       f"traffic of decoding first: {(17 / 32 + 4) / 2:.2f} times more")
 
 # %% [markdown]
-# The claim on memory is tested rather than shown here: decoding 128 million
-# weights raises a process's peak by less than 1.2 times the output
-# (`tests/weights/test_mxfp4.py`).
+# A test holds the memory of decoding itself: 128 million weights must not
+# raise a process's peak by more than the output and a fifth of it.
 #
 # ## Takeaways
 #
-# * A weight is one of 15 values times a power of two shared by 32; decoding
-#   is exact in bfloat16, so all loss happened when the file was written.
+# * A weight is one of 15 values times a power of two that 32 weights share:
+#   17 bytes for 32 weights, 4.25 bits each.
+# * Decoding is exact in bfloat16, so whatever was lost was lost when the file
+#   was written.
 # * The low half of a byte is the even input. No shape tells when this is
 #   wrong, only values do.
 # * To decode first and multiply then saves memory and not time: the bytes are
 #   written and read again.
-
-# %% [markdown]
+#
 # ## Exercises
 #
 # ### Exercise 1
+#
+# Decode by hand: the scale byte is `81` in hexadecimal notation, and the
+# first two bytes of the block are `3c` and `80`. Which four weights are
+# these, and which of them is the odd one out?
+
+# %% tags=["hide-cell"]
+print("scale 2 **", 0x81 - 127)
+print(block_by_hand([0x3C, 0x80], 0x81))
+print("codes c, 3, 0, 8: -2, 1.5, 0 and -0 times 4; the last is a minus zero")
+
+# %% [markdown]
+# ### Exercise 2
 #
 # How many different finite numbers can MXFP4 represent, over all scales?
 # Predict it from {eq}`mxfp4-value`, then count.
@@ -682,12 +825,12 @@ print(f"memory: {2 / (17 / 32):.2f} times less than bf16;",
 # m is 1 or 3 times a power of two. 1 * 2**k: k from -128 (code 0.5, scale
 # 0) to 129 (code 4, scale 254). 3 * 2**k: k from -128 to 128. Both signs,
 # and one zero.
+predicted = 2 * ((129 + 128 + 1) + (128 + 128 + 1)) + 1
 count = decode(every_byte[:255], every_scale[:255], torch.float64).unique()
-assert len(count) == 2 * ((129 + 128 + 1) + (128 + 128 + 1)) + 1
-print(len(count))
+print(f"predicted {predicted:,}, counted {len(count):,}")
 
 # %% [markdown]
-# ### Exercise 2
+# ### Exercise 3
 #
 # Move the three low bits of a code to bits 6 to 8 of a 16-bit integer and its
 # sign to bit 15, and read that as bfloat16. What is the value, and which
@@ -712,7 +855,25 @@ assert same_bits(decode_by_shift(blocks, scales), decode(blocks, scales))
 works = [s for s in range(255) if same_bits(
     decode_by_shift(every_byte[s], every_scale[s]),
     decode(every_byte[s], every_scale[s]))]
+print("value: fp4 / 2**126; multiply by 2**(s - 1)")
 print("right for scales", works[0], "to", works[-1])
+
+# %% [markdown]
+# ### Exercise 4
+#
+# llama.cpp keeps inputs 0 to 15 of a block in the low halves of its 16 bytes
+# and 16 to 31 in the high halves. Rearrange the bytes of the block on this
+# page so, and decode them in that order: the weights must be the same.
+
+# %% tags=["hide-cell"]
+codes = [code for byte in BYTES for code in (byte & 15, byte >> 4)]
+gguf = bytes(codes[n] | codes[n + 16] << 4 for n in range(16))
+again = ([VALUES[byte & 7] * (-1) ** (byte >> 3 & 1) for byte in gguf]
+         + [VALUES[byte >> 4 & 7] * (-1) ** (byte >> 7) for byte in gguf])
+print(BYTES.hex(" "), gguf.hex(" "), sep="\n")
+same = [a * 2.0 ** (SCALE - 127) for a in again]
+print("weights that differ:",
+      sum(a != b for a, b in zip(same, one.tolist(), strict=True)), "of 32")
 
 # %% [markdown]
 # ## Sources

@@ -20,16 +20,10 @@
 # ## Question
 #
 # A program that loads the 20b in the usual way holds 69 GB for a file of
-# 13.8 GB. How much must be read to have all of it at hand? Nothing but the
-# headers: each tensor is a view of the file, and the operating system fetches
-# its bytes when somebody looks at them. And how is the file found to be this
-# model, if it may come from a dozen programs that give its tensors other
-# names?
-#
-# ## The naive version
-#
-# [safetensors](file.ipynb) holds numbers and nothing that can run. The usual
-# loop over its files still takes far more memory than it should:
+# 13.8 GB. How much must be copied to have every tensor at hand? Nothing: each
+# tensor can be a view of the file, and the operating system fetches its bytes
+# when somebody looks at them. And how is a file recognised as this model, if
+# it may come from a dozen programs that give its tensors other names?
 
 # %% tags=["export:spellings"]
 import re
@@ -44,108 +38,140 @@ from gptoss.weights.layout import FLOATS, TensorSpec, faulty
 import json
 
 import torch
-from safetensors.torch import load, load_file, save, save_file
+from safetensors.torch import load, save, save_file
 
 from gptoss.weights.layout import (
     LAYOUTS,
-    PACKED,
     CheckpointError,
     places,
     tensor_table,
 )
 from gptoss.weights.sizes import bf16_bytes, checkpoint_bytes
 
+SMALL, LARGE = GptOssConfig.gpt_oss_20b(), GptOssConfig.gpt_oss_120b()
+
+# %% [markdown]
+# ## Picture
+#
+# What a process needs to have the tensors of a model at hand. "The usual way"
+# reads the file, makes tensors of its bytes, and decodes the experts to bf16;
+# "views" is what this chapter does.
+#
+# What to see: the usual way needs five times the file. Views need the file's
+# own pages, which the operating system has read, which processes share, and
+# which it takes back when memory is short.
+
+# %% tags=["hide-input"]
+# Figure: stacked bars of memory. For the 20b, 69 GB the usual way, in three
+# parts, and 13.8 GB of the file's own pages as views; for the 120b 364 and
+# 65 GB.
+import matplotlib.pyplot as plt
+
+plt.style.use("../_static/book.mplstyle")
+fig, ax = plt.subplots(figsize=(7, 2.5))
+at, ticks = 0.0, []
+for size, c in (("20b", SMALL), ("120b", LARGE)):
+    file, wide = checkpoint_bytes(c) / 1e9, bf16_bytes(c) / 1e9
+    left = 0.0
+    for n, part in enumerate((file, file, wide)):
+        ax.barh(at, part, left=left, color=f"C{n}", height=0.8)
+        left += part
+    ax.text(left + 3, at, f"{left:.0f} GB", va="center")
+    ax.barh(at + 1, file, color="white", ec="C0", hatch="///", height=0.8)
+    ax.text(file + 3, at + 1, f"{file:.1f} GB, the file's own", va="center")
+    ticks += [(at, f"{size}: the usual way"), (at + 1, f"{size}: views")]
+    at += 2.5
+for x, word in ((33, "bytes read"), (98, "tensors"), (247, "decoded")):
+    ax.text(x, 2.5, word, ha="center", va="center",
+            color="black" if word == "tensors" else "white")
+ax.set_yticks([y for y, _ in ticks], [word for _, word in ticks])
+ax.invert_yaxis()
+ax.set(xlim=(0, 400), xlabel="GB of memory")
+ax.grid(axis="y", visible=False)
+plt.show()
+
+# %% [markdown]
+# ## The naive version
+#
+# The usual loop: read a file, make tensors of it, convert them to the type
+# that the model computes in.
+
+# %%
 raw = save({"w": torch.zeros(1000, 1000, dtype=torch.bfloat16)})
 tensors = load(raw)                                       # a second copy
 wide = {name: t.float() for name, t in tensors.items()}   # twice as wide
 held = len(raw) + sum(t.nbytes for d in (tensors, wide) for t in d.values())
 print(f"{held / len(raw):.1f} times the file")
-for name, c in (("20b", GptOssConfig.gpt_oss_20b()),
-                ("120b", GptOssConfig.gpt_oss_120b())):
-    held = 2 * checkpoint_bytes(c) + bf16_bytes(c)  # experts decoded to bf16
-    print(f"{name}: {checkpoint_bytes(c) / 1e9:.3g} GB of file, "
-          f"{held / 1e9:.3g} GB to load it so")
+held = 2 * checkpoint_bytes(SMALL) + bf16_bytes(SMALL)  # decoded to bf16
+print(f"20b: {checkpoint_bytes(SMALL) / 1e9:.1f} GB, {held / 1e9:.0f} held")
 
-# %% [markdown]
+# %% [markdown] tags=["given"]
 # In practice: one loader took 50.14 GiB of memory for the 20b, and 3.49 GiB
 # after it was made to read a layer at a time (NeMo
 # [Automodel#3667](https://github.com/NVIDIA-NeMo/Automodel/issues/3667)).
-#
-# ## Derivation
-#
-# A file that is mapped into memory (`mmap`) gets addresses, and only the
-# first access to a page of 4096 bytes reads it. A tensor made from such
-# addresses is a view of the file; a run that nobody touches is never read.
-# By {eq}`checkpoint-rows` an expert, or q, k or v in the joined matrix of the
-# original layout, is such a run.
-#
-# ## Code
-#
-# Something to read: a tiny model of random numbers, in any layout, written by
-# the safetensors library.
-
-# %%
-import tempfile
-
-folder = tempfile.TemporaryDirectory()
-here = Path(folder.name)
-SMALL, LARGE = GptOssConfig.gpt_oss_20b(), GptOssConfig.gpt_oss_120b()
-TINY = GptOssConfig(
-    num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2,
-    vocab_size=256, hidden_size=64, intermediate_size=96, head_dim=16,
-    num_attention_heads=6, num_key_value_heads=2, sliding_window=8)
-
-
-def report(call, *args, **options):
-    """Print the error that a call ends in, without the folder's name."""
-    try:
-        call(*args, **options)
-    except (CheckpointError, ValueError) as error:
-        text = str(error).replace(f"{here}/", "").replace(str(here), ".")
-        print(f"{type(error).__name__}: {text}")
-    else:
-        raise AssertionError("no error")
-
-
-def save_tiny(path, layout="hf", shards=1):
-    """A checkpoint of random numbers in one or more files; its tensors."""
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(TINY.to_hf_dict()))
-    g, tensors = torch.Generator().manual_seed(0), {}
-    for name, spec in tensor_table(TINY, layout).items():
-        tensors[name] = (
-            torch.randint(118, 124, spec.shape, generator=g).to(torch.uint8)
-            if spec.dtype == "U8" else
-            torch.randn(spec.shape, generator=g).bfloat16())
-    if shards == 1:
-        save_file(tensors, path / "model.safetensors")
-        return tensors
-    home = {name: f"model-{1 + n * shards // len(tensors):05}-of-{shards:05}"
-                  ".safetensors" for n, name in enumerate(tensors)}
-    for file in set(home.values()):
-        save_file({name: tensor for name, tensor in tensors.items()
-                   if home[name] == file}, path / file)
-    (path / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": home}))
-    return tensors
-
-
-saved = {layout: save_tiny(here / layout, layout, 1 + 4 * (layout == "hf"))
-         for layout in LAYOUTS}
-print(*sorted(file.name for file in (here / "hf").iterdir()), sep="\n")
 
 # %% [markdown]
-# ### Names that other programs give
+# ## A tensor that is a piece of a file
 #
-# Programs that train write the same tensors under other names. Wrappers of
-# modules leave a word in the middle; a save of the inner model has no
-# `model.` in front; and unsloth, which needs ordinary linear layers to put
-# its adapters on, has one tensor for each expert, (out, in), and one word
-# more for the router. The first table says what becomes of a part of a
-# name. The second names kinds of files that hold a gpt-oss and cannot be
-# read, by the names that give them away, and says what to do. And tensors
-# that hold nothing that was learnt, tables of rotary frequencies, are left
-# out.
+# An operating system can *map* a file into memory: the file's bytes get
+# addresses, and nothing is read. Only when a program looks at an address is
+# the page around it, 4096 bytes, fetched from the disk. A tensor made of such
+# addresses is a view of the file. torch has this as `from_file`, and with
+# [the header](file.ipynb), which says where each tensor begins, a reader is
+# five lines. `shared=False` means that what we write into such a tensor stays
+# with us and does not reach the file.
+
+# %%
+from importlib.resources import files
+
+from gptoss.weights.files import read_header
+from gptoss.weights.layout import DTYPES
+
+pocket = Path(str(files("gptoss"))) / "pocket" / "model.safetensors"
+header = read_header(pocket)
+whole = torch.from_file(str(pocket), shared=False, dtype=torch.uint8,
+                        size=pocket.stat().st_size)
+
+
+def view(name):
+    """A tensor of the shipped model, without a copy"""
+    stored = header[name]
+    run = whole[stored.offset:stored.offset + stored.nbytes]
+    return run.view(DTYPES[stored.spec.dtype]).view(stored.spec.shape)
+
+
+blocks = view("model.layers.0.mlp.experts.down_proj_blocks")
+norm = view("model.norm.weight")
+print(tuple(blocks.shape), tuple(norm.shape), norm.dtype)
+ahead = blocks[5].data_ptr() - blocks.data_ptr()
+print(f"expert 5 begins {ahead:,} bytes behind expert 0:",
+      "5 x", " x ".join(map(str, blocks.shape[1:])))
+
+# %% [markdown]
+# By {eq}`layout-rows` an expert, or q in the joined matrix of the original
+# layout, is one run of bytes, so it is a view too.
+#
+# That is the heart of the chapter. What is left: to find the tensors under
+# whatever names they have, and to be sure that all of them are there.
+#
+# ## Which tensor is this?
+#
+# Programs that train write the same tensors under other names:
+#
+# - Wrappers of modules leave a word in the middle: `_orig_mod.` from a
+#   compiled model, `module.`, `_fsdp_wrapped_module.` and
+#   `_checkpoint_wrapped_module.` from training on many GPUs.
+# - peft puts `base_model.model.` in front, and a save of the inner model has
+#   no `model.` in front where we expect it.
+# - unsloth needs ordinary linear layers to put its adapters on. So it has one
+#   tensor for each expert, of shape (out, in), named `gate_up_projs.0.weight`
+#   and so on, and the router's are called `router.linear`.
+# - Tables of rotary frequencies (`inv_freq`, `original_inv_freq`), which hold
+#   nothing that was learnt, are left out.
+#
+# The first table says what becomes of a part of a name. The second names
+# kinds of files that hold a gpt-oss and that we cannot read, by the names
+# that give them away, and says what to do.
 
 # %% tags=["export:spellings"]
 ALIASES = (  # a part of a name, and what we call it
@@ -189,19 +215,35 @@ def known_name(stored: Stored) -> str:
     return name
 
 # %%
+import tempfile
+
+folder = tempfile.TemporaryDirectory()
+here = Path(folder.name)
+
+
+def report(call, *args, **options):
+    """Print the error that a call ends in, without the folder's name."""
+    try:
+        call(*args, **options)
+    except ValueError as error:
+        text = str(error).replace(f"{here}/", "").replace(str(here), ".")
+        print(f"{type(error).__name__}: {text}")
+
+
 file = here / "model.safetensors"
 for name in ("model.layers.3._orig_mod.mlp.router.linear.bias",
-             "layers.0.input_layernorm.weight", "model.norm.weight",
-             "block.3.mlp.gate.bias"):
-    print(known_name(Stored(TensorSpec(name, (4,), "F32"), file, 0, 16)))
+             "layers.0.input_layernorm.weight", "block.3.mlp.gate.bias"):
+    known = known_name(Stored(TensorSpec(name, (4,), "F32"), file, 0, 16))
+    print(f"{name} -> {known}")
 for name in ("model.layers.0.self_attn.q_proj.lora_A.weight",
              "model.layers.0.mlp.experts.down_projs.0.weight.absmax"):
     report(known_name, Stored(TensorSpec(name, (4,), "F32"), file, 0, 16))
 
 # %% [markdown]
-# The one tensor of each expert makes a row of the tensor that we know. It
-# lies (out, in) in the file; the decoded experts of Hugging Face are (E, in,
-# out), so it is turned when it is read.
+# One tensor for each expert makes a row of the tensor that we know. It lies
+# (out, in) in the file; the decoded experts of Hugging Face are (E, in, out),
+# so it is turned when it is read. Every expert from 0 on must be there, all
+# of one shape and dtype.
 
 # %% tags=["export:spellings"]
 @dataclass(frozen=True)
@@ -213,16 +255,19 @@ class PerExpert:
 
     @property
     def spec(self) -> TensorSpec:
+        """What a header would say of the whole."""
         first = self.parts[0].spec
         return TensorSpec(self.name, (len(self.parts), *first.shape[::-1]),
                           first.dtype)
 
     @property
     def file(self) -> Path:
+        """The file of its first row."""
         return self.parts[0].file
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all rows."""
         return sum(part.nbytes for part in self.parts)
 
 
@@ -238,12 +283,13 @@ def stacked(folder: Path, name: str, rows: dict[int, Stored]) -> PerExpert:
     return PerExpert(name, tuple(rows[n] for n in sorted(rows)))
 
 # %% [markdown]
-# A fourth kind is read by its dtype. Since transformers 5.5 a model that was
+# A last kind is known by its dtype. Since transformers 5 a model that was
 # decoded on loading, trained and saved has its *floats* under the names
 # `..._blocks`, and no scales. `transformers` itself does not recognise them:
-# it takes its own file for a packed one without scales, leaves the experts
-# as they are drawn at random, and warns. The numbers are all there, so here
-# they are decoded experts under another name.
+# it takes its own file for a packed one without scales, leaves the experts as
+# they are drawn at random, and warns. The numbers are all there, so here they
+# are decoded experts under another name. If a file has one tensor under two
+# names, or an expert twice, that is an error.
 
 # %% tags=["export:spellings"]
 def recognise(folder: Path, found: dict[str, Stored]
@@ -294,12 +340,11 @@ report(recognise, here, {name: tensor for name, tensor in strange.items()
                          if "projs.0" not in name})
 
 # %% [markdown]
-# ### One matrix for both ends
-#
-# A model may look tokens up in the matrix that it reads the logits from. No
-# released gpt-oss does, but a configuration may say so, and then a file has
-# one of the two. It is read twice; a file with both has both, equal or not,
-# as in `transformers`. What we write always has both.
+# **One matrix for both ends.** A model may look tokens up in the matrix that
+# it reads the logits from. No released gpt-oss does, but a configuration may
+# say so, and then a file has one of the two, either one. It is read twice. A
+# file with both has both, equal or not, as in `transformers`. What we write
+# always has both, so `untied` returns a configuration that says so.
 
 # %% tags=["export:spellings"]
 ENDS = ("model.embed_tokens.weight", "lm_head.weight")
@@ -315,19 +360,16 @@ def untied(config: GptOssConfig, found: dict[str, Stored | PerExpert]
                 found[missing] = found[other]
     return replace(config, tie_word_embeddings=False)
 
-# %%
-one = {ENDS[0]: stand(ENDS[0], (256, 64))}
-print(untied(replace(SMALL, tie_word_embeddings=True), one) == SMALL,
-      sorted(one))
-
 # %% [markdown]
-# ### Files against the table
+# ## Is everything there?
 #
-# The names tell the layout; layout and configuration make the table; and the
-# files must hold what is in it and nothing else. Packed experts are bytes.
-# Everything else may be any float that safetensors has: some programs save
-# what they merged in fp32 beside experts that they have not touched, in
-# MXFP4. The model's dtype decides what becomes of them.
+# The names tell the layout; layout and configuration make
+# [the table](file.ipynb); and the files must hold what is in it and nothing
+# else. Packed experts are bytes. Everything else may be any float that
+# safetensors has, float16, bfloat16, float32 or float64, for some programs
+# save what they merged in fp32 beside experts that they have not touched. The
+# model's dtype decides later what becomes of them. The first tensor that is
+# missing, superfluous, or of another shape or dtype is a `CheckpointError`.
 
 # %% tags=["export"]
 from collections import Counter
@@ -388,24 +430,71 @@ def check_tensors(folder: Path, found: dict[str, Stored | PerExpert],
                          stored.spec)
 
 # %%
+TINY = GptOssConfig(
+    num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2,
+    vocab_size=256, hidden_size=64, intermediate_size=96, head_dim=16,
+    num_attention_heads=6, num_key_value_heads=2, sliding_window=8)
+
+
+def report(call, *args, **options):
+    """Print the error that a call ends in, without the folder's name."""
+    try:
+        call(*args, **options)
+    except (CheckpointError, ValueError) as error:
+        text = str(error).replace(f"{here}/", "").replace(str(here), ".")
+        print(f"{type(error).__name__}: {text}")
+    else:
+        raise AssertionError("no error")
+
+
+def save_tiny(path, layout="hf"):
+    """A checkpoint of random numbers; its tensors."""
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(TINY.to_hf_dict()))
+    g, tensors = torch.Generator().manual_seed(0), {}
+    for name, spec in tensor_table(TINY, layout).items():
+        tensors[name] = (
+            torch.randint(118, 124, spec.shape, generator=g).to(torch.uint8)
+            if spec.dtype == "U8" else
+            torch.randn(spec.shape, generator=g).bfloat16())
+    save_file(tensors, path / "model.safetensors")
+    return tensors
+
+
 table = tensor_table(TINY)
 found = {name: Stored(spec, here / "model.safetensors", 0, spec.nbytes)
          for name, spec in table.items()}
-check_tensors(here, found, table)
+check_tensors(here, found, table)  # all is there
 name = "model.layers.1.mlp.experts.down_proj_scales"
 spoilt = TensorSpec(name, (4, 64, 2), "U8")
 report(check_tensors, here, found | {
     name: Stored(spoilt, here / "model.safetensors", 0, 512)}, table)
-del found[name]
-report(check_tensors, here, found, table)
 
 # %% [markdown]
-# ### Reading
+# ## The open checkpoint
 #
-# Opening reads the configuration, the index and the headers, and does all the
-# checks above. One is left: whether a scale is 255, NaN, only the numbers
-# can tell, 0.6 GB of scales in the 20b. `check_scales` is for those who read
-# them anyway, the model's loader and [the converter](writing.ipynb).
+# `Checkpoint.open` puts it together: it finds the folder, reads the
+# configuration (or takes one that is handed in), the index and the headers,
+# and does all the checks. Then
+#
+# - `names()` are the canonical names in the order of the table, and
+#   `spec(name)` is shape and dtype as found in the file; `file(name)` says
+#   which file, `files` are all, `nbytes` counts the bytes of all tensors;
+# - `read(name, rows)` is a tensor or some of its rows: a contiguous view that
+#   holds on to nothing but its own bytes (so `torch.save` of it saves no
+#   more), and stays good after `close`. `rows` is a slice as Python's lists
+#   know it, negative ends included, but with step 1. Two cases are copies: a
+#   stack of single experts, and a tensor whose first byte does not lie on a
+#   multiple of its dtype's size, which is legal and rare;
+# - `dtype` is what the model was saved as: the `dtype` of `config.json`, in
+#   older files `torch_dtype`. Without either, bf16 if the experts are packed
+#   or the layout is OpenAI's, and otherwise the embedding's;
+# - an unknown name is a `CheckpointError`, and so is a step.
+#
+# Only one thing is left that no header tells: whether a scale is 255, NaN.
+# `check_scales` reads the scales, which are one byte in seventeen of the
+# experts, and is for those who read them anyway: the model's loader and
+# [the converter](writing.ipynb).
 
 # %% tags=["export"]
 class Checkpoint:
@@ -478,7 +567,7 @@ class Checkpoint:
         said = read_json(file) if file.exists() else {}
         for key in ("dtype", "torch_dtype"):
             name = said.get(key) if isinstance(said, dict) else None
-            for dtype in map(DTYPES.get, FLOATS):
+            for dtype in (DTYPES[word] for word in FLOATS):
                 if name == str(dtype).removeprefix("torch."):
                     return dtype
         return (torch.bfloat16 if self.layout != "bf16"
@@ -561,22 +650,25 @@ def check_scales(name: str, scales: Tensor) -> None:
         raise faulty(name, "scales 0 to 254", f"{bad} of {SCALE_NAN} (NaN)")
 
 # %%
+saved = {layout: save_tiny(here / layout, layout) for layout in LAYOUTS}
 with Checkpoint.open(here / "hf") as checkpoint:
-    print(checkpoint.layout, len(checkpoint.names()), checkpoint.nbytes)
+    print(checkpoint.layout, len(checkpoint.names()), "tensors,",
+          f"{checkpoint.nbytes:,} bytes")
     name = "model.layers.1.mlp.experts.down_proj_blocks"
     print(checkpoint.spec(name), "in", checkpoint.file(name).name)
     expert = checkpoint.read(name, rows=slice(2, 3))
     again = checkpoint.read(name, rows=slice(2, 3))
     checkpoint.check_scales()
-print(tuple(expert.shape), "read twice, at one address:",
-      expert.data_ptr() == again.data_ptr())
+print(tuple(expert.shape), "read twice, bytes between the two:",
+      expert.data_ptr() - again.data_ptr(), "(one copy, the system's)")
 report(check_scales, "some scales", torch.tensor([[126, 255, 127, 255]]))
 
 # %% [markdown]
-# Read twice and at the same address: there is one copy, the operating
-# system's.
+# ### What does a checkpoint hold?
 #
-# ### What a file holds, without its weights
+# `describe` answers from the configuration and the headers alone; it is what
+# `python -m gptoss inspect` prints. Bytes are those of the file, so a
+# checkpoint with decoded experts reads more for a token than a packed one.
 
 # %% tags=["export"]
 def describe(path: str | Path) -> dict[str, object]:
@@ -616,13 +708,15 @@ for key, value in describe(here / "bf16").items():
         print(f"{key}: {value}")
 
 # %% [markdown]
-# ### Handing tensors to a model
+# ### How are tensors handed to a model?
 #
 # The canonical names are those of
-# [the model's attributes](../model/transformer.ipynb), but for the
-# prefix `model.`; that is the whole of the mapping. Packed experts are handed
-# over as they lie in the file, or decoded, one tensor at a time. A bf16
-# checkpoint holds them transposed, and a transposed view undoes that.
+# [the model's attributes](../model/transformer.ipynb), but for the prefix
+# `model.`; that is the whole of the mapping. With `packed` the experts are
+# handed over as they lie in the file, otherwise decoded, one tensor at a
+# time, and the scales are not handed over. Decoded experts of a file lie
+# transposed, and a transposed view undoes that. Bytes stay bytes; floats are
+# converted to `dtype`, which costs nothing where they have it already.
 
 # %% tags=["export:loading"]
 from collections.abc import Iterator
@@ -685,71 +779,28 @@ for layout in LAYOUTS:
             assert torch.equal(checkpoint.read(name), whole)
             assert torch.equal(checkpoint.read(name, slice(a, b)), whole[a:b])
             count += 1
-    print(f"{layout}: {count} tensors")
+    print(f"{layout}: {count} tensors, whole and in part")
 
 # %% [markdown]
 # ## Against the others
 #
 # What has gone wrong elsewhere, and what happens here:
 #
-# - *Missing experts.* A program that reads the packed files as if they were
-#   bf16 does not find the experts and leaves them random (tt-forge-models
-#   [#443](https://github.com/tenstorrent/tt-forge-models/pull/443)). Here
-#   every name that is missing or superfluous is an error.
+# - *Missing experts.* A program that takes packed files for bf16 does not find
+#   the experts and leaves them random (tt-forge-models
+#   [#443](https://github.com/tenstorrent/tt-forge-models/pull/443)). Here a
+#   name that is missing or superfluous is an error.
 # - *Orientation.* Packed experts are (E, out, in), decoded ones (E, in, out);
 #   with `down_proj`, which is square, no shape tells
 #   ([mlx-lm#1079](https://github.com/ml-explore/mlx-lm/issues/1079),
 #   Megatron-Bridge
 #   [#3743](https://github.com/NVIDIA-NeMo/Megatron-Bridge/pull/3743)). Here
 #   the names tell the layout, and the layout the orientation.
-# - *Floats under packed names.* After a decoded load, transformers 5.23
-#   saves floats as `..._blocks` unless `save_original_format=False` is given
+# - *Floats under packed names.* transformers saves them unless
+#   `save_original_format=False` is given
 #   ([#44983](https://github.com/huggingface/transformers/pull/44983) made it
 #   save them at all), and loads its own file with random experts. Here it is
-#   read. The same model as it is written by three programs, and one file in
-#   which floats stand where bytes were promised:
-
-# %%
-def renamed(tensors, kind):
-    """Decoded tensors under the names of another program."""
-    for name, tensor in tensors:
-        if kind == "transformers" and name.endswith("_proj"):
-            yield name + "_blocks", tensor.float()
-        elif kind == "unsloth" and ".experts." in name:
-            end = ".bias" if name.endswith("_bias") else ".weight"
-            for e, row in enumerate(tensor):
-                yield f"{name.removesuffix('_bias')}s.{e}{end}", row.t()
-        elif kind == "unsloth":
-            yield name.replace("router.", "router.linear."), tensor
-        else:
-            yield name.replace("self_attn", "_orig_mod.self_attn"), tensor
-
-
-with Checkpoint.open(here / "bf16") as checkpoint:
-    wanted = {n: checkpoint.read(n).clone() for n in checkpoint.names()}
-for kind in ("transformers", "unsloth", "a compiled model"):
-    bad = here / kind
-    bad.mkdir()
-    save_file({n: t.contiguous() for n, t in renamed(wanted.items(), kind)},
-              bad / "model.safetensors")
-    (bad / "config.json").write_text(json.dumps(TINY.to_hf_dict()))
-    with Checkpoint.open(bad) as checkpoint:
-        same = sum(torch.equal(checkpoint.read(name).bfloat16(), tensor)
-                   for name, tensor in wanted.items())
-    print(f"{kind}: {len(load_file(bad / 'model.safetensors'))} tensors,",
-          f"{same} of {len(wanted)} read as they were")
-with Checkpoint.open(here / "hf") as checkpoint:
-    tensors = {n: checkpoint.read(n).clone() for n in checkpoint.names()}
-name = "model.layers.0.mlp.experts.down_proj_blocks"
-tensors[name] = tensors[name].bfloat16()
-save_file(tensors, bad / "model.safetensors")
-report(Checkpoint.open, bad)
-
-# %% [markdown]
-# ## In the 20b and the 120b
-#
-# With the files at hand, `python -m gptoss inspect openai/gpt-oss-20b` prints
-# what `describe` finds in the headers.
+#   read, as the cell of `recognise` shows.
 #
 # ## Cost
 #
@@ -762,25 +813,21 @@ report(Checkpoint.open, bad)
 # | read rows $[r, r')$ of $t$ | $(r' - r)\, b_t / R$, when used | 0 |
 # | check scales | $1/17$ of the experts | one byte a scale of a tensor |
 #
-# The first and third line, counted:
+# The first line, counted:
 
 # %%
 with Checkpoint.open(here / "hf") as checkpoint:
     size = sum(file.stat().st_size for file in checkpoint.files)
     headers = sum(8 + int.from_bytes(file.read_bytes()[:8], "little")
                   for file in checkpoint.files)
-    assert size == headers + checkpoint.nbytes  # (checkpoint-offset)
-for config in (SMALL, LARGE):
-    blocks, scales = (sum(s.nbytes for n, s in tensor_table(config).items()
-                          if n.endswith(part)) for part in PACKED)
-    assert blocks == 16 * scales
-    print(f"{scales:,} bytes of scales")
+    print(f"files {size:,} bytes = headers {headers:,} + tensors",
+          f"{checkpoint.nbytes:,}")
 
 # %% [markdown]
 # ## Takeaways
 #
-# - A tensor that is a view of a mapped file costs no memory; rows of its
-#   first dimension are read alone.
+# - A tensor that is a view of a mapped file costs no memory of its own; rows
+#   of its first dimension are read alone.
 # - One model has many spellings. Those that are known to mean the same are
 #   read through a table; what is of another kind is named; nothing is left
 #   at random.
@@ -790,6 +837,35 @@ for config in (SMALL, LARGE):
 # ## Exercises
 #
 # ### Exercise 1
+#
+# To write one token the 20b needs four experts of 32 in each layer. If only
+# those are touched: how many runs of bytes are they in all 24 layers, and
+# what share of the file?
+
+# %% tags=["hide-cell"]
+expert_tensors = [spec for name, spec in tensor_table(SMALL).items()
+                  if ".experts." in name]
+runs = 4 * len(expert_tensors)
+touched = sum(spec.nbytes // 32 * 4 for spec in expert_tensors)
+print(f"{runs} runs, {touched / 1e9:.2f} GB,",
+      f"{touched / checkpoint_bytes(SMALL):.1%} of the file")
+
+# %% [markdown]
+# ### Exercise 2
+#
+# Write zeros into a tensor that is a view, and read the file's bytes again.
+# What has changed, and where do the zeros live?
+
+# %% tags=["hide-cell"]
+with Checkpoint.open(here / "original") as checkpoint:
+    file = checkpoint.files[0]
+    before, tensor = file.read_bytes(), checkpoint.read("model.norm.weight")
+    tensor.zero_()
+    print("sum", tensor.sum().item(), "- has the file changed?",
+          file.read_bytes() != before, "- the zeros are in our own page")
+
+# %% [markdown]
+# ### Exercise 3
 #
 # Two GPUs split every expert's gate_up projection by its output rows, the
 # second dimension. How many runs of bytes does each read from a tensor of
@@ -808,20 +884,16 @@ def read_split(checkpoint, name, rank, ranks):
 name = "model.layers.0.mlp.experts.gate_up_proj_blocks"
 with Checkpoint.open(here / "hf") as checkpoint:
     half = checkpoint.spec(name).shape[1] // 2
-    assert torch.equal(read_split(checkpoint, name, 1, 2),
-                       checkpoint.read(name)[:, half:])
+    mine, all_of_it = read_split(checkpoint, name, 1, 2), checkpoint.read(name)
+    print("elements that differ:", int((mine != all_of_it[:, half:]).sum()))
 spec = tensor_table(SMALL)[name]
-runs, length = spec.shape[0], spec.nbytes // spec.shape[0] // 2
-print(f"{runs} runs of {length:,} bytes")
+print(f"{spec.shape[0]} runs of {spec.nbytes // spec.shape[0] // 2:,} bytes")
 folder.cleanup()
 
 # %% [markdown]
-# A view of an expert reads nothing yet; only the stacked halves are touched.
-#
 # ## Sources
 #
-# - openai/gpt-oss, `gpt_oss/torch/weights.py`, `Checkpoint` and
-#   `PARAM_NAME_MAP`.
-# - transformers 5.23, `models/gpt_oss/modeling_gpt_oss.py`, `GptOssExperts`.
+# - openai/gpt-oss, `gpt_oss/torch/weights.py`; transformers 5.23,
+#   `models/gpt_oss/modeling_gpt_oss.py`, `GptOssExperts`.
 # - unslothai/unsloth-zoo, `temporary_patches/gpt_oss.py` (one linear layer an
 #   expert).

@@ -11,7 +11,7 @@
 #     name: python3
 #   gptoss:
 #     module: write
-#     public: [random_tensors, resolve, write_checkpoint]
+#     public: [drafted, random_tensors, write_checkpoint]
 # ---
 
 # %% [markdown]
@@ -21,22 +21,8 @@
 #
 # The 120b in another layout is 65 GB to be written, on a machine with 16 GB of
 # memory, and on the way the disk may be full or the process killed. How is it
-# done with 64 MB in memory, so that a folder that looks like a model is one?
+# done with 64 MiB in memory, so that a folder that looks like a model is one?
 # (This chapter may be skipped at first.)
-#
-# ## Derivation
-#
-# **Writing before the numbers are there.** The configuration decides every
-# $b_t$, hence every header and, by {eq}`checkpoint-offset`, every $o_t$. So
-# all files can be laid out empty; then tensors may come in any order, a few
-# rows at a time. Memory is bounded by the rows in flight, not by a tensor, a
-# shard or the model.
-#
-# ## Code
-#
-# ### Laying out files before writing them
-#
-# A header needs the table and no tensor.
 
 # %% tags=["export"]
 import ctypes
@@ -44,13 +30,12 @@ import hashlib
 import json
 import math
 import os
-import re
 import secrets
 import shutil
 import signal
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from glob import escape
@@ -61,8 +46,6 @@ from torch import Tensor
 
 from gptoss.weights.checkpoint import Checkpoint
 from gptoss.weights.config import GptOssConfig
-from gptoss.weights.config_file import read_json
-from gptoss.weights.encoding import encode
 from gptoss.weights.files import Stored, make_header, read_header
 from gptoss.weights.layout import (
     DTYPES,
@@ -75,7 +58,7 @@ from gptoss.weights.layout import (
     places,
     tensor_table,
 )
-from gptoss.weights.mxfp4 import MXFP4Error, decode
+from gptoss.weights.mxfp4 import decode
 
 # %%
 import tempfile
@@ -93,11 +76,140 @@ def report(call, *args, **options):
     """Print the error that a call ends in, without the folder's name."""
     try:
         call(*args, **options)
-    except (CheckpointError, ValueError) as error:
+    except ValueError as error:
         text = str(error).replace(f"{here}/", "").replace(str(here), ".")
         print(f"{type(error).__name__}: {text}")
-    else:
-        raise AssertionError("no error")
+
+# %% [markdown]
+# ## Picture
+#
+# Two files of a checkpoint, at three moments. A box is a tensor, the dark
+# piece in front is the header, and the number says as which it came.
+#
+# What to see: the files have their full length before a single tensor is
+# there, so tensors may come in any order, and each goes straight to its
+# place. Until all of them are there the folder has a hidden name that no
+# program takes for a model. Then it is renamed, in one step.
+
+# %% tags=["hide-input"]
+# Figure: three panels with two files each, as rows of six boxes. First all
+# boxes are empty; then four, numbered 1 to 4 in a mixed order, are filled;
+# last all are filled, and the folder's name has changed from hidden to new.
+import matplotlib.pyplot as plt
+
+plt.style.use("../_static/book.mplstyle")
+fig, axes = plt.subplots(1, 3, figsize=(7, 1.7))
+order = (3, 8, 1, 10, 5, 12, 2, 7, 4, 11, 6, 9)
+for ax, name, there in zip(axes, (".new.3f2a.partial/", ".new.3f2a.partial/",
+                                  "new/"), (0, 4, 12), strict=True):
+    for row in range(2):
+        ax.barh(row, 0.5, color="black", height=0.6)
+        for n in range(6):
+            came = order[6 * row + n]
+            ax.barh(row, 1, left=0.5 + n, height=0.6, ec="black", lw=0.6,
+                    color="C0" if came <= there else "white")
+            if came <= there:
+                ax.text(1 + n, row, str(came), color="white", ha="center",
+                        va="center", fontsize=8)
+    ax.set(xlim=(-0.1, 6.6), ylim=(1.5, -0.5), xticks=[])
+    ax.set_yticks([0, 1], ["…-00001", "…-00002"] if ax is axes[0] else [])
+    ax.set_title(name, family="monospace", fontsize=9)
+    ax.tick_params(length=0)
+    ax.grid(False)
+    for side in ax.spines.values():
+        side.set_visible(False)
+for ax, word in zip(axes, ("laid out", "half-way", "finished"), strict=True):
+    ax.set_xlabel(word)
+plt.show()
+
+# %% [markdown]
+# ## The naive version
+#
+# Make all tensors, make the bytes of a file of them, write it. Here the disk
+# is full half-way:
+
+# %%
+from safetensors.torch import save
+
+made = here / "naive"
+made.mkdir()
+tensors = {"a": torch.zeros(1000, 100), "b": torch.zeros(1000, 100)}
+data = save(tensors)                              # everything, twice
+(made / "config.json").write_text("{}")
+(made / "model.safetensors").write_bytes(data[:len(data) // 2])
+for file in sorted(made.iterdir()):
+    print(file.name, f"{file.stat().st_size:,} bytes")
+print(f"in memory: {(len(data) + 2 * 4 * 10 ** 5) / len(data):.0f} times the",
+      "file's numbers")
+
+# %% [markdown]
+# Two things are wrong. Everything is in memory at once, twice. And what is
+# left on the disk looks like a model: it has the right names, and nobody sees
+# that half of it is missing until it is read.
+#
+# ## How does something appear whole?
+#
+# By its name. Giving a file or a folder another name is one step for the
+# operating system: it has the old name or the new one, nothing between. So
+# whatever must appear whole is written *beside* its place, waited for until it
+# is on the disk (`fsync`), and then renamed:
+
+# %% tags=["export"]
+@contextmanager
+def drafted(target: Path) -> Iterator[Path]:
+    """A path beside `target`; what is made there, a file or a folder, takes
+    the place of `target` when the block has ended, whole and in one step.
+
+    A block that fails leaves `target` as it was and nothing beside it.
+    """
+    draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.draft")
+    try:
+        yield draft
+        for path in [*(draft.iterdir() if draft.is_dir() else ()), draft]:
+            _sync(path)  # whole on the disk before it has its name
+        os.replace(draft, target)
+    except BaseException:
+        if draft.is_dir():
+            shutil.rmtree(draft, ignore_errors=True)
+        else:
+            draft.unlink(missing_ok=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or a folder is on the disk."""
+    held = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(held)
+    finally:
+        os.close(held)
+
+# %%
+note = here / "note.txt"
+note.write_text("old")
+for failing in (True, False):
+    try:
+        with drafted(note) as draft:
+            draft.write_text("new, half of it" if failing else "new")
+            if failing:
+                raise OSError("no space left")
+    except OSError as error:
+        print("failed:", error)
+    print(f"{note.read_text()!r};", len(list(here.glob(".note*"))), "drafts")
+
+# %% [markdown]
+# It serves everything that this package writes: a saved conversation, a set
+# of test vectors, a trained model. A checkpoint of 65 GB needs a little more
+# care, to which we come below.
+#
+# ## How can a file be written before its tensors are there?
+#
+# The configuration decides each tensor's bytes $b_t$, hence every header and,
+# by {eq}`layout-offset`, where every tensor begins. So all files can be laid
+# out empty, and then tensors may come in any order, a few rows at a time.
+# Memory is bounded by the rows in flight, not by a tensor, a file or the
+# model. First, which tensor goes into which file? They keep their order, and
+# a file is closed before it would become longer than `max_shard_bytes`.
 
 # %% tags=["export"]
 MAX_SHARD_BYTES = 5 * 10 ** 9
@@ -128,12 +240,21 @@ for config in (SMALL, LARGE):
           list(shards)[-1])
 
 # %% [markdown]
-# Three and fifteen, as many as were released.
+# As many as were released, three and fifteen. Now the writer. It makes all
+# files at full length, puts rows where they belong, and counts and hashes
+# them as they pass. It refuses
 #
-# ### Writing tensors in any order
+# - a disk with less room than the tensors need, before it writes anything;
+# - a `dtype` that is no float of safetensors, a name that is not canonical, a
+#   tensor of another shape or dtype than the table's;
+# - a tensor that comes twice, or rows that do not follow those before;
+# - in `finish`, a tensor that is missing or has rows missing, and an extra
+#   file with the name of one of its own.
 #
-# A writer makes all files at full length, puts rows where they belong, and
-# counts and hashes them as they pass.
+# `finish` writes `config.json`, in the spelling of the layout, and the index
+# if there are several files, and returns a hash for each canonical tensor.
+# Decoded experts have no `quantization_config`; what is not bf16 says its
+# `dtype`; and both matrices at the ends are written even if they were tied.
 
 # %% tags=["export"]
 OUR_FILES = ("config.json", "manifest.json", "model.safetensors.index.json")
@@ -226,6 +347,7 @@ class Writer:
 
 
 def json_file(file: Path, value: object) -> None:
+    """Write JSON, indented, with a line's end."""
     file.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
 
 # %% [markdown]
@@ -247,22 +369,24 @@ print([x.tolist() for x in values.unique_consecutive(return_counts=True)])
 report(writer.finish, [])
 
 # %% [markdown]
-# ### All or nothing
+# ## What can still go wrong?
 #
-# Renaming a folder is atomic. So everything is written to a hidden folder
-# beside the target and flushed to the disk, and then the folder gets its
-# name. Whatever fails before, a full disk or a killed process included,
-# leaves nothing under that name.
+# For a folder that takes an hour to write, three cases need more than a
+# rename.
 #
-# Three cases need more. An empty folder that is there already may be a disk,
-# mounted at this place: what is written beside it lands on another disk, and
-# no rename goes from one to the other. So there the draft is made inside, and
-# its files get their places one by one, `config.json` last: without it no
-# program takes the folder for a model. A process that is told to end
-# (SIGTERM; SIGHUP, when the line to the terminal breaks) removes its draft
-# first. One that is killed cannot; so a draft is locked as long as its
-# writer lives, and the next one to write under that name removes those that
-# nobody holds.
+# 1. *The process is killed.* Then it cannot clean up. So a draft is locked as
+#    long as its writer lives, and the next one to write under the same name
+#    removes drafts that nobody holds. (An empty one is left: its writer may
+#    be about to lock it.)
+# 2. *The process is told to end*, by SIGTERM, or by SIGHUP when the line to
+#    the terminal breaks. It removes its draft and ends with 128 plus the
+#    signal's number. If the program has a handler of its own, that one is
+#    left alone.
+# 3. *The target is an empty folder.* It may be a disk that is mounted there:
+#    what is written beside it lands on another disk, and no rename goes from
+#    one to the other. So the draft is made inside, and its files get their
+#    places one by one, `config.json` last, without which no program takes the
+#    folder for a model. (`lost+found`, which a new disk has, does not count.)
 
 # %% tags=["export"]
 def _lock(folder: Path) -> int | None:
@@ -311,9 +435,10 @@ def _draft(home: Path, name: str) -> Iterator[Path]:
 (here / ".new.1234.partial" / "model.safetensors").touch()
 with _draft(here, "new") as draft:
     (draft / "model.safetensors").touch()
+    print("before:", len(list(here.glob(".new.*"))), "drafts", end=", ")
     _sweep(here, "new")
-    print(len(list(here.glob(".new.*"))), draft.exists())
-print(len(list(here.glob(".new.*"))))
+    print("swept:", len(list(here.glob(".new.*"))), end=", ")
+print("at the end:", len(list(here.glob(".new.*"))))
 
 # %% tags=["export"]
 @contextmanager
@@ -339,14 +464,11 @@ def _told_to_end() -> Iterator[None]:
         for each in mine:
             signal.signal(each, signal.SIG_DFL)
 
-
-def _sync(path: Path) -> None:
-    """Wait until a file or a folder is on the disk."""
-    held = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(held)
-    finally:
-        os.close(held)
+# %% [markdown]
+# `new_folder` puts it together. A target that is there already is refused,
+# except an empty folder. Folders that were made on the way to it are removed
+# again if the writing fails, and an error of the system becomes a
+# `CheckpointError` that names the target.
 
 # %% tags=["export"]
 @contextmanager
@@ -419,11 +541,9 @@ def write_checkpoint(path: str | Path, config: GptOssConfig,
         return writer.finish(map(Path, extra_files))
 
 # %% [markdown]
-# ### Random checkpoints
-#
-# Something to try it on, of the right shapes and sensible sizes. Nothing is
-# zero, so that a tensor that goes missing, or a bias that is not added,
-# shows.
+# Something to try it on: random tensors of the right shapes and sensible
+# sizes. Nothing is zero, so that a tensor that goes missing, or a bias that is
+# not added, shows. A tensor depends on the seed and its name alone.
 
 # %% tags=["export"]
 def random_tensors(config: GptOssConfig, seed: int = 0, layout: str = "hf"
@@ -443,8 +563,9 @@ def random_tensors(config: GptOssConfig, seed: int = 0, layout: str = "hf"
             yield name, _random_tensor(spec, seed)
         elif name.endswith("_blocks"):
             name = name.removesuffix("_blocks")
-            pair = (_random_tensor(table[name + p], seed) for p in PACKED)
-            yield name, decode(*pair).transpose(1, 2)
+            blocks, scales = (_random_tensor(table[name + part], seed)
+                              for part in PACKED)
+            yield name, decode(blocks, scales).transpose(1, 2)
 
 
 def _random_tensor(spec: TensorSpec, seed: int) -> Tensor:
@@ -482,260 +603,11 @@ def half():
 
 (here / "empty").mkdir()
 before = sorted(here.rglob("*"))
-report(write_checkpoint, here / "new" / "one", TINY, half())
-report(write_checkpoint, here / "empty", TINY, half())
-report(write_checkpoint, here / "hf", TINY, random_tensors(TINY))
+for place in ("new/one", "empty", "hf"):
+    report(write_checkpoint, here / place, TINY, half())
 assert sorted(here.rglob("*")) == before
 write_checkpoint(here / "empty", TINY, random_tensors(TINY))
 print(*sorted(file.name for file in (here / "empty").iterdir()))
-
-# %% [markdown]
-# ### Converting
-#
-# Between the two released layouts rows are copied; to and from bf16 each
-# expert is [decoded](mxfp4.ipynb) or [encoded](encoding.ipynb) alone. The
-# hashes are those of
-# canonical tensors, so one model has the same in both released layouts.
-
-# %% tags=["export:convert"]
-import logging
-
-_log = logging.getLogger("gptoss")
-
-
-CHUNK = 2 ** 26  # bytes copied at a time
-Piece = tuple[str, int, Tensor]  # canonical name, first row, rows
-
-
-def _pieces(old: Checkpoint, name: str, layout: str) -> Iterator[Piece]:
-    """What `layout` makes of one tensor of `old`, a few rows at a time."""
-    dense = name.endswith(("gate_up_proj", "down_proj"))
-    if name.endswith("_scales"):
-        old.check_scales(name)
-    if layout == "bf16" and name.endswith(PACKED):
-        if name.endswith("_blocks"):
-            yield from _unpacked(old, name.removesuffix("_blocks"))
-    elif layout != "bf16" and dense:
-        yield from _packed(old, name)
-    else:
-        yield from _copied(old, name)
-
-# %% tags=["export:convert"]
-def _copied(old: Checkpoint, name: str) -> Iterator[Piece]:
-    """Rows as they are; floats of another dtype are rounded to bf16."""
-    spec = old.spec(name)
-    step = max(1, CHUNK * spec.shape[0] // spec.nbytes)
-    for start in range(0, spec.shape[0], step):
-        rows = old.read(name, slice(start, start + step))
-        yield name, start, rows if spec.dtype == "U8" else rows.bfloat16()
-
-
-def _unpacked(old: Checkpoint, name: str) -> Iterator[Piece]:
-    """MXFP4 -> bf16, one expert at a time, transposed to (in, out)."""
-    for e in range(old.config.num_local_experts):
-        blocks, scales = (old.read(name + part, slice(e, e + 1))
-                          for part in PACKED)
-        yield name, e, decode(blocks, scales).transpose(1, 2)
-
-
-def _packed(old: Checkpoint, name: str) -> Iterator[Piece]:
-    """Floats (in, out) -> MXFP4 (out, in), one expert at a time."""
-    for e in range(old.config.num_local_experts):
-        values = old.read(name, slice(e, e + 1)).transpose(1, 2)
-        try:
-            pair = encode(values)
-        except MXFP4Error as error:
-            raise CheckpointError(f"{old.file(name)}: {name}, expert {e}: "
-                                  f"{error}") from error
-        for part, rows in zip(PACKED, pair, strict=True):
-            yield name + part, e, rows
-
-# %% [markdown]
-# A new folder should be one that other programs can use, so the small files
-# beside the weights come along: those on a list, by their names. A pattern
-# such as `*.json` would be shorter, and would publish whatever else lies
-# there. For the same reason a link is followed only to where its folder
-# leads anyway: the folder itself, or the store of the hub's cache, whose
-# folders are links throughout.
-
-# %% tags=["export:convert"]
-COMPANIONS = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "generation_config.json", "chat_template.jinja",
-    "chat_template.json", "README.md", "LICENSE", "LICENSE.txt",
-    "LICENSE.md", "NOTICE", "USAGE_POLICY", "USAGE_POLICY.md")
-
-
-def home_file(folder: Path, name: str) -> Path | None:
-    """A small file of a model: in its folder or, for original/ alone, in
-    the folder above, where the released ones lie."""
-    places = [folder]
-    if folder.resolve().name == "original":
-        places.append(folder.resolve().parent)
-    return next((place / name for place in places
-                 if (place / name).is_file()), None)
-
-# %% tags=["export:convert"]
-def companions(old: Checkpoint) -> list[Path]:
-    """Tokenizer, generation_config and the like beside the weights."""
-    found = [home_file(old.folder, name) for name in COMPANIONS]
-    return [file for file in found if file and _stays(file)]
-
-
-def _stays(file: Path) -> bool:
-    """Whether a file is where its folder says; if not, one line of log."""
-    folder, real = file.parent.resolve(), file.resolve().parent
-    store = folder.parent.parent / "blobs"
-    if real == folder or (folder.parent.name, real) == ("snapshots", store):
-        return True
-    _log.warning("%s: a link that leaves its folder is not copied", file)
-    return False
-
-# %%
-for name in ("README.md", "secrets.json"):
-    (here / "hf" / name).write_text("{}")
-(here / "hf" / "LICENSE").symlink_to("/etc/hostname")
-logging.disable()  # it would say that the link was not copied
-with Checkpoint.open(here / "hf") as checkpoint:
-    print([file.name for file in companions(checkpoint)])
-logging.disable(logging.NOTSET)
-(here / "hf" / "LICENSE").unlink()
-
-# %% [markdown]
-# OpenAI's spelling of the configuration has no token ids; the released
-# `generation_config.json` has them.
-
-# %% tags=["export:convert"]
-def _config_for(old: Checkpoint, extra: list[Path]) -> GptOssConfig:
-    """The configuration to write, with the ids that only
-    generation_config.json says."""
-    files = [f for f in extra if f.name == "generation_config.json"]
-    if old.layout != "original" or not files:
-        return old.config
-    said = read_json(files[0])
-    if not isinstance(said, dict):
-        raise faulty(files[0], "a JSON object", type(said).__name__)
-    ids = {key: said[key] for key in ("eos_token_id", "pad_token_id")
-           if said.get(key) is not None}
-    return GptOssConfig.from_dict(old.config.to_hf_dict() | ids,
-                                  str(files[0]))
-
-# %% tags=["export:convert"]
-def convert(source: str | Path, target: str | Path, layout: str,
-            max_shard_bytes: int = MAX_SHARD_BYTES,
-            progress: Callable[[str], None] | None = None
-            ) -> dict[str, str]:
-    """Rewrite a checkpoint in another layout (or the same, resharded).
-
-    hf <-> original keeps every byte; to "bf16" decodes, which is exact as
-    far as bf16 reaches; from "bf16" encodes, which rounds what is not on
-    the MXFP4 grid. The new folder `target` also gets manifest.json, the
-    returned canonical name -> sha256, and the tokenizer and other small
-    files. progress(name) is called before each tensor of the source.
-    Memory: 64 MiB of rows, and one mapped tensor of the source at a time.
-    CheckpointError; nothing half-written.
-    """
-    with Checkpoint.open(source) as old, new_folder(Path(target)) as draft:
-        extra = companions(old)
-        writer = Writer(draft, _config_for(old, extra), layout,
-                        max_shard_bytes)
-        for source_name in old.names():
-            if progress:
-                progress(source_name)
-            for name, start, rows in _pieces(old, source_name, layout):
-                writer.put(name, rows, start)
-            old.close()  # unmap: pages read so far count as memory in use
-        manifest = writer.finish(extra)
-        json_file(draft / "manifest.json", manifest)
-    return manifest
-
-# %%
-there = convert(here / "hf", here / "original", "original")
-back = convert(here / "original", here / "again", "hf", 50_000)
-print("the same bytes:", manifest == there == back)
-convert(here / "hf", here / "bf16", "bf16")
-for layout in LAYOUTS:
-    size = (here / ("again" if layout == "hf" else layout)).glob("model*")
-    print(f"{layout:8} {sum(f.stat().st_size for f in size):,} bytes")
-
-# %% [markdown]
-# ### From the hub
-#
-# A name like `openai/gpt-oss-20b` is a folder if there is one and otherwise
-# a repository, which `huggingface_hub` fetches into the cache that HF_HOME
-# names, or not at all if HF_HUB_OFFLINE is set. A broken download goes on
-# where it stopped; after the process has died, whole files are kept and the
-# others begin anew. What is not of the form owner/name can only be a path,
-# and a mistyped path must not travel over the network.
-
-# %% tags=["export:hub"]
-def is_repo_id(text: str) -> bool:
-    """Whether `text` can be a hub id, owner/name, and not a path."""
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text, re.ASCII) is not None
-
-
-def resolve(path: str | Path, revision: str | None = None) -> Path:
-    """A local folder as it is; a hub id (owner/name) as its downloaded one.
-
-    Only a string of exactly that form, with no such file or folder here, is
-    asked for at the hub: JSON and safetensors of the repository's root, at
-    `revision` (branch, tag or commit), resumed and cached as HF_HOME and
-    HF_HUB_OFFLINE say. CheckpointError, in one line, if that fails.
-    """
-    try:
-        local = Path(path).expanduser()
-        if local.exists():
-            return local
-    except RuntimeError:
-        raise CheckpointError(f"{path}: no such user") from None
-    if isinstance(path, Path) or not is_repo_id(path):
-        raise CheckpointError(f"{path}: no such directory"
-                              " (and a hub id is owner/name)")
-    return _fetch(path, revision)
-
-# %% tags=["export:hub"]
-def _fetch(path: str, revision: str | None) -> Path:
-    at = f"{path} at revision {revision}" if revision else path
-    try:
-        import huggingface_hub.constants  # noqa: F401  it reads HF_...
-    except ValueError as error:
-        raise CheckpointError(f"{at}: no such directory, and a setting HF_... "
-                              f"of the environment: {error}") from error
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(
-            path, revision=revision, ignore_patterns=["*/*"],
-            allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # the client has many kinds, and so its own
-        raise CheckpointError(f"{at}: no such directory, and "
-                              f"{_why(error)}") from error
-
-
-def _why(error: Exception) -> str:
-    """What went wrong at the hub, in a line."""
-    from huggingface_hub import constants, errors
-
-    known = {errors.GatedRepoError:
-             "the hub wants a token with access (hf auth login)",
-             errors.RepositoryNotFoundError:
-             "the hub knows no such repository",
-             errors.RevisionNotFoundError: "the hub knows no such revision",
-             errors.LocalEntryNotFoundError: "the hub cannot be reached"}
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set and the cache has none"
-    for kind, why in known.items():
-        if isinstance(error, kind):
-            return why
-    line = next(iter(str(error).splitlines()), type(error).__name__)
-    return f"{constants.ENDPOINT} cannot be asked: {line}"
-
-# %%
-for text in ("openai/gpt-oss-20b", "./gpt-oss-20b", "gpt-oss-20b",
-             "models/openai/gpt-oss-20b", "~/gpt-oss-20b"):
-    print(f"{text:26}", "hub" if is_repo_id(text) else "path")
-report(resolve, "./gpt-oss-20b")
-assert resolve(here / "hf") == here / "hf"
 
 # %% [markdown]
 # ## It holds
@@ -761,89 +633,46 @@ for layout in LAYOUTS:
                 assert torch.equal(checkpoint.read(name), tensor)
                 assert torch.equal(checkpoint.read(name, slice(a, b)),
                                    tensor[a:b])
-print("every tensor, every layout")
+print(len(LAYOUTS) * 4, "checkpoints, all tensors equal")
 
 # %% [markdown]
-# Decoding to bf16 and encoding again gives equal values, and here even equal
-# bytes, because each of these random blocks contains a 4 or a 6 (see
-# [encoding](encoding.ipynb)):
+# **The safetensors library** reads what we write; q, k and v of OpenAI's
+# joined matrix are the rows of our three:
 
 # %%
-back = convert(here / "bf16", here / "packed-again", "hf")
-print(sum(back[name] == manifest[name] for name in manifest), "of",
-      len(manifest), "tensors have the same hash")
+from safetensors.torch import load_file
 
-# %% [markdown]
-# ## Against the others
-#
-# The safetensors library reads what we write, and we read what it writes:
-
-# %%
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-
+write_checkpoint(here / "original", TINY, random_tensors(TINY), "original")
 theirs = load_file(here / "original" / "model.safetensors")
-with Checkpoint.open(here / "hf") as checkpoint:
-    for name, place in places(TINY, "original").items():
-        rows = theirs[place.stored][place.first:]
-        assert torch.equal(rows[:place.spec.shape[0]], checkpoint.read(name))
-(here / "saved").mkdir()
-save_file(theirs, here / "saved" / "model.safetensors")
-(here / "saved" / "config.json").write_bytes(
-    (here / "original" / "config.json").read_bytes())
-print("as theirs:", convert(here / "saved", here / "x", "hf") == manifest)
-with safe_open(here / "original" / "model.safetensors", "pt") as f:
-    print(f.metadata())
+equal = 0
+for name, tensor in random_tensors(TINY):
+    place = places(TINY, "original")[name]
+    rows = theirs[place.stored][place.first:]
+    equal += torch.equal(rows[:len(tensor)], tensor)
+assert equal == len(manifest)
+print(equal, "of", len(manifest), "tensors")
 
 # %% [markdown]
-# The rows of q, k and v that OpenAI's `AttentionBlock` cuts out of its
-# product with the joined matrix are thus the rows of our three products.
-#
-# ## Cost
-#
-# Let $b$ be the bytes of the numbers and $P$ the parameters.
-#
-# | operation | reads | writes | memory of its own |
-# |---|---|---|---|
-# | hf to original, or back | $b$ | $b$ | 64 MiB of rows |
-# | to bf16 | $b$ | $2P$ | one expert |
-#
-# `tests/weights/test_checkpoint.py` holds the memory of converting below the
-# bytes of the file.
-#
 # ## Takeaways
 #
+# - What must appear whole is written beside its place, flushed, and renamed.
 # - The configuration determines a file but for its numbers, so it can be laid
 #   out before a number is there, and filled in any order.
-# - A new folder appears whole or not at all: hidden, flushed, renamed.
-# - One model has the same hashes in both released layouts, so a conversion
-#   can be checked.
+# - A draft is locked while its writer lives, so a dead writer's is known and
+#   swept; a process that is told to end removes its own.
 #
 # ## Exercises
 #
 # ### Exercise 1
 #
-# Write `verify(path)`, which names the tensors that do not have the hash in
-# `manifest.json`. Flip one bit of a file: the header is whole and
-# `Checkpoint.open` is content, but `verify` is not.
+# How many files has the 20b with at most 1 GB a file? Which is the longest,
+# and why is it longer than 1 GB?
 
 # %% tags=["hide-cell"]
-def verify(path):
-    wanted = json.loads((path / "manifest.json").read_text())
-    with Checkpoint.open(path) as checkpoint:
-        for name, digest in wanted.items():
-            data = checkpoint.read(name).flatten().view(torch.uint8)
-            if hashlib.sha256(memoryview(data.numpy())).hexdigest() != digest:
-                yield name
-
-
-shard = sorted((here / "again").glob("*.safetensors"))[1]
-assert list(verify(here / "again")) == []
-data = bytearray(shard.read_bytes())
-data[-1] ^= 1
-shard.write_bytes(data)
-print(*verify(here / "again"))
-assert len(list(verify(here / "again"))) == 1
+shards = plan_shards(tensor_table(SMALL), 10 ** 9)
+longest = max(shards, key=lambda name: sum(t.nbytes for t in shards[name]))
+print(len(shards), "files; the longest", longest, "has",
+      ", ".join(f"{t.name}: {t.nbytes:,} bytes" for t in shards[longest]))
 
 # %% [markdown]
 # ### Exercise 2
@@ -853,26 +682,30 @@ assert len(list(verify(here / "again"))) == 1
 # reading the other half.
 
 # %% tags=["hide-cell"]
-def keep_experts(source, target, count):
-    with Checkpoint.open(source) as checkpoint:
-        config = replace(checkpoint.config, num_local_experts=count)
-        tensors = ((name, checkpoint.read(name, slice(
-            spec.shape[0]))) for name, spec in tensor_table(config).items())
-        return write_checkpoint(target, config, tensors)
+with Checkpoint.open(here / "hf") as old:
+    fewer = replace(old.config, num_local_experts=2)
+    write_checkpoint(here / "half", fewer, (
+        (name, old.read(name, slice(spec.shape[0])))
+        for name, spec in tensor_table(fewer).items()))
+    with Checkpoint.open(here / "half") as new:
+        print(f"{new.nbytes / old.nbytes:.2f} of the bytes;",
+              new.spec("model.layers.0.mlp.router.weight"))
 
+# %% [markdown]
+# ### Exercise 3
+#
+# Why is `config.json` the last file that gets its place in an empty folder?
+# Stop just before it, and look at what a reader says.
 
-keep_experts(here / "hf", here / "half", 2)
-with Checkpoint.open(here / "hf") as old, \
-        Checkpoint.open(here / "half") as new:
-    print(f"{new.nbytes / old.nbytes:.2f} of the bytes")
-    for name in new.names():
-        rows = new.spec(name).shape[0]
-        assert torch.equal(new.read(name), old.read(name)[:rows])
+# %% tags=["hide-cell"]
+(here / "empty" / "config.json").unlink()
+report(Checkpoint.open, here / "empty")
+print("what lies there:", *sorted(f.name for f in (here / "empty").iterdir()))
+folder.cleanup()
 
 # %% [markdown]
 # ## Sources
 #
 # - safetensors 0.8: the format, `README.md` of huggingface/safetensors.
-# - openai/gpt-oss, `gpt_oss/torch/model.py`, `AttentionBlock`.
-# - transformers 5.23, `models/gpt_oss/convert_gpt_oss_weights_to_hf.py`
-#   (q, k and v taken apart).
+# - huggingface/transformers 5.23, `modeling_utils.py`, `save_pretrained` (the
+#   names of shards and of the index).

@@ -1,4 +1,4 @@
-"""Part weights of the book: 27 names, loaded when first asked for
+"""Part weights of the book: 28 names, loaded when first asked for
 
 Generated from the front matter of book/weights/*.py; edit it, not this file.
 """
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from gptoss.weights.sizes import flops_per_token as flops_per_token
     from gptoss.weights.sizes import parameter_counts as parameter_counts
     from gptoss.weights.sizes import total_parameters as total_parameters
+    from gptoss.weights.write import drafted as drafted
     from gptoss.weights.write import random_tensors as random_tensors
     from gptoss.weights.write import write_checkpoint as write_checkpoint
 
@@ -51,6 +52,7 @@ _HOME = {
     "config_from_dict": "config_file",
     "decode": "mxfp4",
     "describe": "checkpoint",
+    "drafted": "write",
     "encode": "encoding",
     "flops_per_token": "sizes",
     "hf_dict": "config_file",
@@ -65,8 +67,8 @@ _HOME = {
     "write_checkpoint": "write",
 }
 _MODULES = (
-    "errors",
     "config",
+    "errors",
     "sizes",
     "config_file",
     "mxfp4",
@@ -110,6 +112,7 @@ __all__ = [
     "config_from_dict",
     "decode",
     "describe",
+    "drafted",
     "encode",
     "flops_per_token",
     "hf_dict",

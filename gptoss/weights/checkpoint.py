@@ -41,7 +41,7 @@ from gptoss.weights.sizes import (
 )
 from gptoss.weights.spellings import ENDS, PerExpert, recognise, untied
 
-# --- Files against the table -------------------------------------------------
+# --- Is everything there? ----------------------------------------------------
 
 def check_tensors(folder: Path, found: dict[str, Stored | PerExpert],
                   table: dict[str, TensorSpec]) -> None:
@@ -63,7 +63,7 @@ def check_tensors(folder: Path, found: dict[str, Stored | PerExpert],
                          stored.spec)
 
 
-# --- Reading -----------------------------------------------------------------
+# --- The open checkpoint -----------------------------------------------------
 
 class Checkpoint:
     """An open checkpoint in any of the three layouts; see `open`.
@@ -135,7 +135,7 @@ class Checkpoint:
         said = read_json(file) if file.exists() else {}
         for key in ("dtype", "torch_dtype"):
             name = said.get(key) if isinstance(said, dict) else None
-            for dtype in map(DTYPES.get, FLOATS):
+            for dtype in (DTYPES[word] for word in FLOATS):
                 if name == str(dtype).removeprefix("torch."):
                     return dtype
         return (torch.bfloat16 if self.layout != "bf16"
@@ -218,7 +218,7 @@ def check_scales(name: str, scales: Tensor) -> None:
         raise faulty(name, "scales 0 to 254", f"{bad} of {SCALE_NAN} (NaN)")
 
 
-# --- What a file holds, without its weights ----------------------------------
+# --- What does a checkpoint hold? --------------------------------------------
 
 def describe(path: str | Path) -> dict[str, object]:
     """What `inspect` prints, from config and headers alone; JSON as it is.

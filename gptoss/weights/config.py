@@ -6,17 +6,9 @@ Generated from book/weights/config.py; edit the chapter, not this file.
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from gptoss.weights.errors import Error, expect, is_count, is_positive
-
-# --- A mistake has a name ----------------------------------------------------
-
-class ConfigError(Error):
-    """A configuration that is not one of a gpt-oss model."""
-
-
-demand = partial(expect, ConfigError)
-
 
 # --- One dataclass for both models -------------------------------------------
 
@@ -42,7 +34,8 @@ class GptOssConfig:
     num_attention_heads: int = 64
     num_key_value_heads: int = 8
     sliding_window: int = 128
-    layer_types: tuple[str, ...] | None = None
+    # None only until __post_init__ has filled it in
+    layer_types: tuple[str, ...] = None  # type: ignore[assignment]
     max_position_embeddings: int = 131072
     initial_context_length: int = 4096
     rope_theta: float = 150000.0
@@ -101,6 +94,15 @@ class GptOssConfig:
         return original_dict(self)
 
 
+# --- What is an error, and what does it say? ---------------------------------
+
+class ConfigError(Error):
+    """A configuration that is not one of a gpt-oss model."""
+
+
+demand = partial(expect, ConfigError)
+
+
 # --- What is refused ---------------------------------------------------------
 
 COUNTS = ("num_hidden_layers", "num_local_experts", "num_experts_per_tok",
@@ -119,7 +121,7 @@ MOST = dict.fromkeys(COUNTS, 2 ** 24) | {
     "eos_token_id": 2 ** 31 - 1, "pad_token_id": 2 ** 31 - 1}
 
 
-def check_number(key: str, value: object, name: str | None = None) -> None:
+def check_number(key: str, value: Any, name: str | None = None) -> None:
     """ConfigError unless it is a number within the bounds of field `key`;
     the message calls it `name`."""
     name, whole = name or key, key in COUNTS
@@ -131,10 +133,10 @@ def check_number(key: str, value: object, name: str | None = None) -> None:
     demand(value <= most, name, f"at most {most:,}", value)
 
 
-def fill_kinds(kinds: object, layers: object) -> tuple[str, ...]:
+def fill_kinds(kinds: Any, layers: Any) -> tuple[str, ...]:
     """The kinds of all layers, alternating if None; ConfigError if none."""
     demand(is_count(layers) and layers > 0, "num_hidden_layers",
-            "a whole number above 0", layers)
+           "a whole number above 0", layers)
     # a damaged file must not make a list of a billion entries
     most = MOST["num_hidden_layers"]
     demand(layers <= most, "num_hidden_layers", f"at most {most:,}", layers)
@@ -142,7 +144,7 @@ def fill_kinds(kinds: object, layers: object) -> tuple[str, ...]:
         kinds = [KINDS[n % 2] for n in range(layers)]
     demand(isinstance(kinds, list | tuple), "layer_types", "a list", kinds)
     demand(len(kinds) == layers, "layer_types", f"{layers} entries",
-            len(kinds))
+           len(kinds))
     for n, kind in enumerate(kinds):
         demand(kind in KINDS, f"layer_types[{n}]", " or ".join(KINDS), kind)
     return tuple(kinds)
@@ -155,24 +157,24 @@ def check_sizes(config: GptOssConfig) -> None:
     E, K = config.num_local_experts, config.num_experts_per_tok
     H, G = config.num_attention_heads, config.num_key_value_heads
     demand(K <= E, "num_experts_per_tok",
-            f"at most num_local_experts = {E}", K)
+           f"at most num_local_experts = {E}", K)
     demand(H % G == 0, "num_attention_heads",
-            f"a multiple of num_key_value_heads = {G}", H)
+           f"a multiple of num_key_value_heads = {G}", H)
     demand(config.head_dim % 2 == 0, "head_dim", "an even number",
-            config.head_dim)
+           config.head_dim)
 
 
 def check_choices(config: GptOssConfig) -> None:
     """ConfigError naming the first choice that gpt-oss does not have."""
     slow = config.rope_beta_slow
     demand(config.rope_type in ROPE_TYPES, "rope_type",
-            " or ".join(ROPE_TYPES), config.rope_type)
+           " or ".join(ROPE_TYPES), config.rope_type)
     demand(config.rope_factor >= 1, "rope_factor", "at least 1",
-            config.rope_factor)
+           config.rope_factor)
     demand(config.rope_theta > 1, "rope_theta", "a number above 1",
-            config.rope_theta)
+           config.rope_theta)
     demand(config.rope_beta_fast >= slow, "rope_beta_fast",
-            f"at least rope_beta_slow = {slow}", config.rope_beta_fast)
+           f"at least rope_beta_slow = {slow}", config.rope_beta_fast)
     for key in ("rope_truncate", "tie_word_embeddings"):
         value = getattr(config, key)
         demand(isinstance(value, bool), key, "true or false", value)

@@ -19,7 +19,7 @@ from gptoss.weights.config import (
 )
 from gptoss.weights.errors import shown
 
-# --- Three spellings of the same numbers -------------------------------------
+# --- The spellings as tables -------------------------------------------------
 
 SAME = (*COUNTS, "layer_types", "rms_norm_eps", "swiglu_limit",
         "eos_token_id", "pad_token_id", "tie_word_embeddings")
@@ -44,7 +44,7 @@ ORIGINAL_KEYS = {
     "rope_beta_slow": "rope_ntk_alpha", "rope_beta_fast": "rope_ntk_beta"}
 
 
-# --- Reading OpenAI's spelling -----------------------------------------------
+# --- How is OpenAI's spelling read? ------------------------------------------
 
 def _from_original(values: dict) -> dict:
     """Our fields from those of original/config.json."""
@@ -60,7 +60,7 @@ def _from_original(values: dict) -> dict:
     return fields
 
 
-# --- Reading Hugging Face's, rope first --------------------------------------
+# --- How is Hugging Face's spelling read? Rope first -------------------------
 
 ROPE_SPELLINGS = ("rope_parameters", "rope_scaling")
 # keys of yarn that would change the model, and the value that would not
@@ -108,7 +108,7 @@ def _rope_fields(values: dict) -> dict:
     return first
 
 
-# --- The other keys ----------------------------------------------------------
+# --- And the other keys? -----------------------------------------------------
 
 OPTIONAL = ("layer_types", "initial_context_length", "rms_norm_eps",
             "swiglu_limit", "eos_token_id", "pad_token_id",
@@ -136,9 +136,9 @@ def _from_hf(values: dict) -> dict:
     return fields | _rope_fields(values)
 
 
-# --- From a dictionary, from a file ------------------------------------------
+# --- Which spelling is it? ---------------------------------------------------
 
-def config_from_dict(values: dict, source: str) -> GptOssConfig:
+def config_from_dict(values: object, source: str) -> GptOssConfig:
     """From HF keys (either rope spelling) or those of original/config.json.
 
     Keys that decide nothing here are ignored; a missing one, one of another
@@ -165,6 +165,8 @@ def _spelt(word: str, keys: dict[str, str]) -> str:
     above the rope object, under our name."""
     return word if word == "initial_context_length" else keys.get(word, word)
 
+
+# --- What is refused of a file? ----------------------------------------------
 
 MOST_JSON = 2 ** 24  # bytes
 
@@ -199,7 +201,7 @@ def read_config(path: Path) -> GptOssConfig:
     return config_from_dict(read_json(file), str(file))
 
 
-# --- Writing both spellings --------------------------------------------------
+# --- How are they written? ---------------------------------------------------
 
 NOT_CONVERTED = ("model.layers.*.self_attn", "model.layers.*.mlp.router",
                  "model.embed_tokens", "lm_head")

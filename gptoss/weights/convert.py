@@ -1,6 +1,6 @@
-"""How does a checkpoint come to be, whole or not at all?
+"""How is one layout turned into another?
 
-Generated from book/weights/writing.py; edit the chapter, not this file.
+Generated from book/weights/converting.py; edit the chapter, not this file.
 """
 
 import logging
@@ -17,10 +17,9 @@ from gptoss.weights.layout import PACKED, CheckpointError, faulty
 from gptoss.weights.mxfp4 import MXFP4Error, decode
 from gptoss.weights.write import MAX_SHARD_BYTES, Writer, json_file, new_folder
 
-# --- Converting --------------------------------------------------------------
+# --- What becomes of one tensor? ---------------------------------------------
 
 _log = logging.getLogger("gptoss")
-
 
 CHUNK = 2 ** 26  # bytes copied at a time
 Piece = tuple[str, int, Tensor]  # canonical name, first row, rows
@@ -70,6 +69,8 @@ def _packed(old: Checkpoint, name: str) -> Iterator[Piece]:
             yield name + part, e, rows
 
 
+# --- Which files come along? -------------------------------------------------
+
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "generation_config.json", "chat_template.jinja",
@@ -102,6 +103,8 @@ def _stays(file: Path) -> bool:
     _log.warning("%s: a link that leaves its folder is not copied", file)
     return False
 
+
+# --- The whole conversion ----------------------------------------------------
 
 def _config_for(old: Checkpoint, extra: list[Path]) -> GptOssConfig:
     """The configuration to write, with the ids that only

@@ -18,7 +18,7 @@ from gptoss.weights.mxfp4 import (
     check_packed,
 )
 
-# --- Rounding to the grid ----------------------------------------------------
+# --- Which value is the nearest? ---------------------------------------------
 
 def _round_to_grid(magnitude: torch.Tensor) -> torch.Tensor:
     """Codes 0..7 (uint8) of the nearest FP4 value, ties to the even code.
@@ -35,7 +35,7 @@ def _round_to_grid(magnitude: torch.Tensor) -> torch.Tensor:
     return codes
 
 
-# --- Choosing the scale ------------------------------------------------------
+# --- How is the exponent found? ----------------------------------------------
 
 def _choose_scales(largest: torch.Tensor) -> torch.Tensor:
     """OCP rule: floor(log2(largest)) - 2, as a byte; a zero block gets 0.
@@ -48,7 +48,17 @@ def _choose_scales(largest: torch.Tensor) -> torch.Tensor:
     return torch.where(largest > 0, scales, 0).to(torch.uint8)
 
 
-# --- The encoder -------------------------------------------------------------
+# --- How is a tensor encoded? ------------------------------------------------
+
+def _encode_rows(rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """rows (M, 32) float64, scales (M,) uint8 -> blocks (M, 16) uint8."""
+    inverse = torch.tensor([2.0 ** (SCALE_BIAS - s)
+                            for s in range(SCALE_NAN)], dtype=torch.float64)
+    inverse = inverse.to(rows.device)[scales.int()]
+    codes = _round_to_grid(rows.abs() * inverse[:, None])
+    codes |= torch.signbit(rows).to(torch.uint8) << 3
+    return codes[:, 0::2] | codes[:, 1::2] << 4
+
 
 def encode(values: torch.Tensor, scales: torch.Tensor | None = None
            ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,8 +74,8 @@ def encode(values: torch.Tensor, scales: torch.Tensor | None = None
     blocks = torch.empty(*shape, BLOCK // 2, dtype=torch.uint8,
                          device=values.device)
     kept = scales is not None
-    scales = scales if kept else torch.empty(
-        shape, dtype=torch.uint8, device=values.device)
+    if scales is None:
+        scales = torch.empty(shape, dtype=torch.uint8, device=values.device)
     rows, flat = values.reshape(-1, BLOCK), scales.reshape(-1)
     target = blocks.view(-1, BLOCK // 2)
     for start in range(0, len(rows), 2 ** 15):
@@ -78,17 +88,10 @@ def encode(values: torch.Tensor, scales: torch.Tensor | None = None
     return blocks, scales
 
 
-def _encode_rows(rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """rows (M, 32) float64, scales (M,) uint8 -> blocks (M, 16) uint8."""
-    inverse = torch.tensor([2.0 ** (SCALE_BIAS - s)
-                            for s in range(SCALE_NAN)], dtype=torch.float64)
-    inverse = inverse.to(rows.device)[scales.int()]
-    codes = _round_to_grid(rows.abs() * inverse[:, None])
-    codes |= torch.signbit(rows).to(torch.uint8) << 3
-    return codes[:, 0::2] | codes[:, 1::2] << 4
+# --- What is refused ---------------------------------------------------------
 
-
-def _check_values(values, scales) -> torch.Size:
+def _check_values(values: torch.Tensor, scales: torch.Tensor | None
+                  ) -> torch.Size:
     """Shape of the scales of values, or MXFP4Error."""
     if values.dtype not in FORMATS:
         raise mismatch(MXFP4Error, "values", "floats", values.dtype)
@@ -114,7 +117,7 @@ def _check_finite(name: str, tensor: torch.Tensor, bad: torch.Tensor
                          f"numbers only ({int(bad.sum())} such entries)")
 
 
-# --- An audit of a file ------------------------------------------------------
+# --- Would a file survive? ---------------------------------------------------
 
 @dataclass(frozen=True)
 class Audit:

@@ -5,7 +5,7 @@ Generated from book/weights/config.py; edit the chapter, not this file.
 
 from typing import NoReturn, TypeGuard, TypeVar
 
-# --- A mistake has a name ----------------------------------------------------
+# --- What is an error, and what does it say? ---------------------------------
 
 class Error(ValueError):
     """What this package refuses: each of its errors is one of these."""

@@ -15,7 +15,22 @@ from gptoss.weights.config import ConfigError
 from gptoss.weights.config_file import read_json
 from gptoss.weights.layout import DTYPES, CheckpointError, TensorSpec, faulty
 
-# --- The header of one file --------------------------------------------------
+# --- How is a header made? ---------------------------------------------------
+
+def make_header(specs: Iterable[TensorSpec]) -> bytes:
+    """The safetensors header of tensors stored one after the other."""
+    header: dict = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for spec in specs:
+        header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape),
+                             "data_offsets": [end, end + spec.nbytes]}
+        end += spec.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the numbers start aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+# --- What is refused ---------------------------------------------------------
 
 _log = logging.getLogger("gptoss")
 
@@ -97,7 +112,7 @@ def _check_cover(file: Path, stored: list[Stored], end: int,
         raise faulty(file, f"{end} bytes", size)
 
 
-# --- Which files -------------------------------------------------------------
+# --- Which files of a folder are the model's? --------------------------------
 
 def _read_index(index: Path) -> dict[str, str]:
     """The weight_map of an index; file names that leave the folder, or that
@@ -159,6 +174,7 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
 
 def _check_index(index: Path, named: dict[str, str],
                  found: dict[str, Stored]) -> None:
+    """CheckpointError unless index and headers name the same tensors."""
     for name, file in named.items():
         if name not in found or found[name].file.name != file:
             where = found[name].file.name if name in found else "no file"
@@ -202,21 +218,6 @@ def config_folder(path: Path) -> Path:
     below = path / "original"
     return below if ((below / "config.json").exists() and not (
         path / "config.json").exists()) else path
-
-
-# --- A header of one's own ---------------------------------------------------
-
-def make_header(specs: Iterable[TensorSpec]) -> bytes:
-    """The safetensors header of tensors stored one after the other."""
-    header: dict = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for spec in specs:
-        header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape),
-                             "data_offsets": [end, end + spec.nbytes]}
-        end += spec.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the numbers start aligned
-    return len(text).to_bytes(8, "little") + text
 
 
 __all__ = [

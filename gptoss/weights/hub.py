@@ -1,6 +1,6 @@
-"""How does a checkpoint come to be, whole or not at all?
+"""How is one layout turned into another?
 
-Generated from book/weights/writing.py; edit the chapter, not this file.
+Generated from book/weights/converting.py; edit the chapter, not this file.
 """
 
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gptoss.weights.layout import CheckpointError
 
-# --- From the hub ------------------------------------------------------------
+# --- What does a name of the hub mean? ---------------------------------------
 
 def is_repo_id(text: str) -> bool:
     """Whether `text` can be a hub id, owner/name, and not a path."""

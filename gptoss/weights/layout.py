@@ -16,7 +16,7 @@ from gptoss.weights.config import GptOssConfig
 from gptoss.weights.errors import Error, mismatch
 from gptoss.weights.mxfp4 import BLOCK
 
-# --- Names, shapes and dtypes as one table -----------------------------------
+# --- Which tensors must be there? --------------------------------------------
 
 class CheckpointError(Error):
     """A checkpoint that is not what it should be; names file and tensor."""
@@ -129,8 +129,6 @@ def tensor_table(config: GptOssConfig, layout: str = "hf",
     return table
 
 
-# --- Where a canonical tensor lies -------------------------------------------
-
 @dataclass(frozen=True)
 class Place:
     """A tensor under its canonical name, and where its rows are stored."""
@@ -146,7 +144,8 @@ def places(config: GptOssConfig, layout: str, floats: str = "BF16"
     if layout != "original":
         table = tensor_table(config, layout, floats)
         return {name: Place(spec, name, 0) for name, spec in table.items()}
-    table, filled, found = tensor_table(config, "hf", floats), Counter(), {}
+    table, found = tensor_table(config, "hf", floats), {}
+    filled: Counter[str] = Counter()
     for hf, original, shape in _rows(config):
         found[hf] = Place(table[hf], original, filled[original])
         filled[original] += shape[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 from gptoss.weights.checkpoint import Checkpoint, check_scales
 from gptoss.weights.mxfp4 import decode
 
-# --- Handing tensors to a model ----------------------------------------------
+# --- How are tensors handed to a model? --------------------------------------
 
 def load_tensors(checkpoint: Checkpoint, dtype: torch.dtype, device,
                  packed: bool) -> Iterator[tuple[str, Tensor]]:

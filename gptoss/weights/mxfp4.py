@@ -9,7 +9,7 @@ import torch
 
 from gptoss.weights.errors import Error, mismatch
 
-# --- Names and errors --------------------------------------------------------
+# --- Those equations in code -------------------------------------------------
 
 BLOCK = 32  # values that share one scale
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0,
@@ -30,36 +30,12 @@ class MXFP4Error(Error):
     """Blocks, scales or values that are not MXFP4 or cannot become it."""
 
 
-def check_packed(blocks: torch.Tensor, scales: torch.Tensor) -> None:
-    """Raise MXFP4Error unless blocks (…, N, 16) fit scales (…, N)."""
-    for name, tensor in (("blocks", blocks), ("scales", scales)):
-        if tensor.dtype != torch.uint8:
-            raise mismatch(MXFP4Error, name, "uint8", tensor.dtype)
-    if blocks.ndim < 2 or blocks.shape[-1] != BLOCK // 2:
-        raise mismatch(MXFP4Error, "blocks", "shape (..., N, 16)",
-                       tuple(blocks.shape))
-    if scales.shape != blocks.shape[:-1]:
-        raise mismatch(MXFP4Error, "scales",
-                       f"shape {tuple(blocks.shape[:-1])} beside blocks "
-                       f"{tuple(blocks.shape)}", tuple(scales.shape))
-
-
-def check_dtype(dtype: torch.dtype) -> None:
-    if dtype not in FORMATS:
-        names = ", ".join(str(known) for known in FORMATS)
-        raise mismatch(MXFP4Error, "dtype", f"one of {names}", dtype)
-
-
-# --- The obvious decoder -----------------------------------------------------
-
 def decode_reference(blocks: torch.Tensor, scales: torch.Tensor,
                      dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """The slow twin of `decode`: look up, multiply in float64, cast once.
 
     blocks (…, N, 16) and scales (…, N), both uint8 -> (…, 32 N) in dtype.
     """
-    check_packed(blocks, scales)
-    check_dtype(dtype)
     grid = torch.tensor(FP4_VALUES, dtype=torch.float64)
     power = torch.tensor([2.0 ** (s - SCALE_BIAS) for s in range(SCALE_NAN)]
                          + [float("nan")], dtype=torch.float64)
@@ -68,7 +44,7 @@ def decode_reference(blocks: torch.Tensor, scales: torch.Tensor,
     return (values * power[scales.long()][..., None]).flatten(-2).to(dtype)
 
 
-# --- One rounding, by integers -----------------------------------------------
+# --- How is a number rounded without arithmetic on floats? -------------------
 
 def _round_bits(m: int, e: int, exponent: int, fraction: int) -> int:
     """Bit pattern of m * 2**e (m >= 0) rounded once to nearest, ties to even.
@@ -90,7 +66,30 @@ def _round_bits(m: int, e: int, exponent: int, fraction: int) -> int:
     return min(count + ((unit - lowest) << fraction), infinity)
 
 
-# --- A table of pairs --------------------------------------------------------
+# --- What is refused ---------------------------------------------------------
+
+def check_packed(blocks: torch.Tensor, scales: torch.Tensor) -> None:
+    """Raise MXFP4Error unless blocks (…, N, 16) fit scales (…, N)."""
+    for name, tensor in (("blocks", blocks), ("scales", scales)):
+        if tensor.dtype != torch.uint8:
+            raise mismatch(MXFP4Error, name, "uint8", tensor.dtype)
+    if blocks.ndim < 2 or blocks.shape[-1] != BLOCK // 2:
+        raise mismatch(MXFP4Error, "blocks", "shape (..., N, 16)",
+                       tuple(blocks.shape))
+    if scales.shape != blocks.shape[:-1]:
+        raise mismatch(MXFP4Error, "scales",
+                       f"shape {tuple(blocks.shape[:-1])} beside blocks "
+                       f"{tuple(blocks.shape)}", tuple(scales.shape))
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raise MXFP4Error unless it is one of the four float types."""
+    if dtype not in FORMATS:
+        names = ", ".join(str(known) for known in FORMATS)
+        raise mismatch(MXFP4Error, "dtype", f"one of {names}", dtype)
+
+
+# --- How is a byte decoded in one step? --------------------------------------
 
 @lru_cache(maxsize=32)
 def _pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -111,7 +110,7 @@ def _pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return table.view(pair).flatten().to(device)
 
 
-# --- The decoder -------------------------------------------------------------
+# --- How is a whole tensor decoded in little memory? -------------------------
 
 def decode_by_table(blocks: torch.Tensor, scales: torch.Tensor,
                     dtype: torch.dtype) -> torch.Tensor:
@@ -154,7 +153,7 @@ def decode(blocks: torch.Tensor, scales: torch.Tensor,
     return decode_by_table(blocks, scales, dtype)
 
 
-# --- A tensor that stays packed ----------------------------------------------
+# --- How does a tensor stay packed? ------------------------------------------
 
 class PackedMXFP4:
     """blocks and scales of one weight, held as the file holds them.
@@ -205,7 +204,7 @@ class PackedMXFP4:
         return PackedMXFP4(self.blocks.to(device), self.scales.to(device))
 
 
-# --- A linear layer with a packed weight -------------------------------------
+# --- How is a packed weight multiplied with? ---------------------------------
 
 def linear_by_decoding(x: torch.Tensor, blocks: torch.Tensor,
                        scales: torch.Tensor, bias: torch.Tensor | None

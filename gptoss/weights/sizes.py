@@ -5,7 +5,7 @@ Generated from book/weights/counts.py; edit the chapter, not this file.
 
 from gptoss.weights.config import GptOssConfig
 
-# --- Counting ----------------------------------------------------------------
+# --- How many parameters? ----------------------------------------------------
 
 def parameter_counts(config: GptOssConfig) -> dict[str, int]:
     """Parameters by component; the values sum to `total_parameters`."""
@@ -30,6 +30,8 @@ def total_parameters(config: GptOssConfig) -> int:
     return sum(parameter_counts(config).values())
 
 
+# --- How many of them does a token use? --------------------------------------
+
 def active_parameters(config: GptOssConfig) -> int:
     """Parameters that one token multiplies with: K experts of E, and
     without the embedding, which is looked up."""
@@ -41,7 +43,7 @@ def active_parameters(config: GptOssConfig) -> int:
     return rest + chosen
 
 
-# --- Bytes -------------------------------------------------------------------
+# --- How many bytes? ---------------------------------------------------------
 
 def expert_bytes(config: GptOssConfig) -> int:
     """One expert in the file: 17 bytes per 32 weights, bf16 biases."""
@@ -76,7 +78,7 @@ def bytes_read_per_token(config: GptOssConfig) -> int:
             + experts * expert_bytes(config))
 
 
-# --- The cache ---------------------------------------------------------------
+# --- What does the text itself take? -----------------------------------------
 
 def layer_cache_bytes(config: GptOssConfig, dtype_bytes: int = 2) -> int:
     """Bytes of one token's key and value in one layer: 2 G C numbers."""
@@ -100,7 +102,7 @@ def cache_bytes(config: GptOssConfig, tokens: int, batch_size: int = 1,
         config, dtype_bytes))
 
 
-# --- Arithmetic --------------------------------------------------------------
+# --- How much arithmetic? ----------------------------------------------------
 
 def flops_per_token(config: GptOssConfig, context: int) -> int:
     """Multiplications and additions of one token that sees `context` keys.

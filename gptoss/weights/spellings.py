@@ -11,7 +11,7 @@ from gptoss.weights.config import GptOssConfig
 from gptoss.weights.files import ADAPTER, Stored
 from gptoss.weights.layout import FLOATS, TensorSpec, faulty
 
-# --- Names that other programs give ------------------------------------------
+# --- Which tensor is this? ---------------------------------------------------
 
 ALIASES = (  # a part of a name, and what we call it
     (r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|"
@@ -63,16 +63,19 @@ class PerExpert:
 
     @property
     def spec(self) -> TensorSpec:
+        """What a header would say of the whole."""
         first = self.parts[0].spec
         return TensorSpec(self.name, (len(self.parts), *first.shape[::-1]),
                           first.dtype)
 
     @property
     def file(self) -> Path:
+        """The file of its first row."""
         return self.parts[0].file
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all rows."""
         return sum(part.nbytes for part in self.parts)
 
 
@@ -118,8 +121,6 @@ def recognise(folder: Path, found: dict[str, Stored]
         known[name] = stacked(folder, name, rows)
     return known
 
-
-# --- One matrix for both ends ------------------------------------------------
 
 ENDS = ("model.embed_tokens.weight", "lm_head.weight")
 

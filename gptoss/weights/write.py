@@ -37,7 +37,39 @@ from gptoss.weights.layout import (
 )
 from gptoss.weights.mxfp4 import decode
 
-# --- Laying out files before writing them ------------------------------------
+# --- How does something appear whole? ----------------------------------------
+
+@contextmanager
+def drafted(target: Path) -> Iterator[Path]:
+    """A path beside `target`; what is made there, a file or a folder, takes
+    the place of `target` when the block has ended, whole and in one step.
+
+    A block that fails leaves `target` as it was and nothing beside it.
+    """
+    draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.draft")
+    try:
+        yield draft
+        for path in [*(draft.iterdir() if draft.is_dir() else ()), draft]:
+            _sync(path)  # whole on the disk before it has its name
+        os.replace(draft, target)
+    except BaseException:
+        if draft.is_dir():
+            shutil.rmtree(draft, ignore_errors=True)
+        else:
+            draft.unlink(missing_ok=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or a folder is on the disk."""
+    held = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(held)
+    finally:
+        os.close(held)
+
+
+# --- How can a file be written before its tensors are there? -----------------
 
 MAX_SHARD_BYTES = 5 * 10 ** 9
 
@@ -59,8 +91,6 @@ def plan_shards(table: dict[str, TensorSpec], max_shard_bytes: int
     return {f"model-{i:05}-of-{len(shards):05}.safetensors": specs
             for i, specs in enumerate(shards, 1)}
 
-
-# --- Writing tensors in any order --------------------------------------------
 
 OUR_FILES = ("config.json", "manifest.json", "model.safetensors.index.json")
 
@@ -152,10 +182,11 @@ class Writer:
 
 
 def json_file(file: Path, value: object) -> None:
+    """Write JSON, indented, with a line's end."""
     file.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
 
 
-# --- All or nothing ----------------------------------------------------------
+# --- What can still go wrong? ------------------------------------------------
 
 def _lock(folder: Path) -> int | None:
     """A descriptor that holds the folder until it is closed or the process
@@ -221,15 +252,6 @@ def _told_to_end() -> Iterator[None]:
     finally:
         for each in mine:
             signal.signal(each, signal.SIG_DFL)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or a folder is on the disk."""
-    held = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(held)
-    finally:
-        os.close(held)
 
 
 @contextmanager
@@ -302,8 +324,6 @@ def write_checkpoint(path: str | Path, config: GptOssConfig,
         return writer.finish(map(Path, extra_files))
 
 
-# --- Random checkpoints ------------------------------------------------------
-
 def random_tensors(config: GptOssConfig, seed: int = 0, layout: str = "hf"
                    ) -> Iterator[tuple[str, Tensor]]:
     """(canonical name, random tensor) for `write_checkpoint`, one by one.
@@ -321,8 +341,9 @@ def random_tensors(config: GptOssConfig, seed: int = 0, layout: str = "hf"
             yield name, _random_tensor(spec, seed)
         elif name.endswith("_blocks"):
             name = name.removesuffix("_blocks")
-            pair = (_random_tensor(table[name + p], seed) for p in PACKED)
-            yield name, decode(*pair).transpose(1, 2)
+            blocks, scales = (_random_tensor(table[name + part], seed)
+                              for part in PACKED)
+            yield name, decode(blocks, scales).transpose(1, 2)
 
 
 def _random_tensor(spec: TensorSpec, seed: int) -> Tensor:
@@ -348,6 +369,7 @@ __all__ = [
     "MAX_SHARD_BYTES",
     "OUR_FILES",
     "Writer",
+    "drafted",
     "json_file",
     "new_folder",
     "plan_shards",

@@ -42,6 +42,7 @@ from gptoss.weights.sizes import (
 from gptoss.weights.spellings import ENDS
 from gptoss.weights.write import (
     Writer,
+    drafted,
     plan_shards,
     random_tensors,
     write_checkpoint,
@@ -1545,3 +1546,42 @@ def test_a_packed_model_can_be_saved_by_torch(made, tmp_path):
     for name, tensor in model.state_dict().items():
         assert torch.equal(again[name], tensor), name
     model.load_state_dict(again)
+
+
+# ---- One file or folder, whole or not at all
+
+def test_a_draft_takes_its_place_in_one_step(tmp_path):
+    file, folder = tmp_path / "note", tmp_path / "set"
+    for text in ("old", "new"):
+        with drafted(file) as draft:
+            assert draft.parent == tmp_path and draft.name.startswith(".note")
+            draft.write_text(text)
+            assert not file.exists() or file.read_text() == "old"
+        assert file.read_text() == text
+    with drafted(folder) as draft:
+        draft.mkdir()
+        (draft / "one").write_text("1")
+        assert not folder.exists()
+    assert (folder / "one").read_text() == "1"
+    assert sorted(tmp_path.iterdir()) == [file, folder]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("kind", ["file", "folder", "nothing"])
+def test_a_draft_that_fails_leaves_what_was_there(tmp_path, kind, error):
+    file = tmp_path / "note"
+    file.write_text("old")
+    with pytest.raises(error), drafted(file) as draft:
+        if kind == "folder":
+            draft.mkdir()
+            (draft / "one").write_text("half")
+        elif kind == "file":
+            draft.write_text("half")
+        raise error
+    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_draft_that_nobody_made_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError), drafted(tmp_path / "note"):
+        pass
+    assert list(tmp_path.iterdir()) == []
