@@ -663,7 +663,7 @@ print(f"lengths grow by {(long.norm() / x.norm()).item():.4f}")
 # **How good is fp32 at the far end?** Two roundings touch an angle. The
 # speed $\theta'_i$ is rounded to 24 bits, and so is the product with the
 # position. From $2^{16}$ radians up its steps are $2^{-7} = 0.0078$, so it
-# is at most 0.0039 off. Compare with float64 at position 131,071:
+# is at most $2^{-8}$ off. Compare with float64 at position 131,071:
 
 # %%
 e = torch.arange(0, C, 2, dtype=torch.float64)
@@ -820,16 +820,16 @@ print(f"tables of one token: {2 * C // 2 * 4} bytes in fp32;",
 #   speeds, and read short ones less well afterwards.
 # - The ramp's ends are 8.09 and 17.40, **not** rounded; the concentration
 #   1.3466 multiplies cos and sin, so scores are multiplied by 1.8133.
-# - The fp32 list is part of the model. Angles in fp32 are good to some
-#   0.0025 rad at the last position; the same in bf16 is noise.
+# - The fp32 list is part of the model. Angles in fp32 are good to a
+#   few thousandths of a radian at the last position; the same in bf16 is noise.
 
 # %% [markdown]
 # ## Exercises
 #
 # ### Exercise 1
 #
-# A model laid out for 4,096 tokens is to read 8,192 (factor 2). Which pairs
-# change, and what is a score multiplied by?
+# A model laid out for 4,096 tokens is to read twice as many (factor 2).
+# Which pairs change, and what is a score multiplied by?
 
 # %% tags=["hide-cell"]
 twice_as_far = inverse_frequencies(C, THETA, 2.0)
