@@ -138,9 +138,10 @@ for w in (63, 64, 65):
     print(f"window {w}: loss {loss[w]:.2f}")
 change = (nats[65] - nats[64]).abs()
 assert abs(loss[63] / loss[64] - 1) < 0.02 > abs(loss[65] / loss[64] - 1)
-assert change[:, 64:].max() > 0.001
-print(f"up to token 64 the losses change by {change[:, :64].max():.3f},",
-      "later by more than 0.001")
+moved = (change[:, 64:] > 0.001).double().mean()
+print("64 against 65: up to token 64 no loss changes by more than",
+      f"{change[:, :64].max():.3f}, of the later ones {100 * moved:.0f} % do",
+      "by 0.001")
 
 # %% [markdown]
 # No loss, no benchmark and no reader will find that. Yet single

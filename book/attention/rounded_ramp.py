@@ -66,11 +66,11 @@ left.set(xlabel="pair", ylabel="change of speed (%)", title="Speeds",
          xticks=range(7, 20, 2))
 right.bar(shown, TRAINED * off[shown], color="C1")
 right.bar(shown, 100 * off[shown], color="black")
-right.text(13.2, 0.84, "4,096 tokens apart", color="#9a6a00")
-right.annotate("100 tokens apart", (12, 0.02), (14.6, 0.35), fontsize=9,
+right.text(14.55, 0.79, "4,096 tokens apart", color="#9a6a00")
+right.annotate("100 tokens\napart", (17.4, 0.005), (17.8, 0.16), fontsize=9,
                arrowprops={"arrowstyle": "-", "lw": 0.8})
 right.set(xlabel="pair", ylabel="angle error (rad)", title="Angles",
-          xticks=range(7, 20, 2))
+          xticks=range(7, 20, 2), xlim=(6, 21.5))
 for ax in (left, right):
     ax.grid(axis="x", visible=False)
 plt.show()
