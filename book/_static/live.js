@@ -1,4 +1,4 @@
-/* Three figures of the book that can be moved: no library, no kernel.
+/* Four figures of the book that can be moved: no library, no kernel.
 
    A chapter holds <div class="live" data-live="NAME">fallback</div>; this file
    replaces the fallback. The arithmetic stands apart from the drawing, in
@@ -84,7 +84,21 @@ const rope = {
   },
 };
 
-window.live = { mxfp4, masks, rope };
+const sinks = {
+  scores: [-1, 0, -2, 3, 1, 2], // of six keys, for one query
+
+  /* gptoss.sinks.softmax_with_sink for one row, and the share of the sink */
+  softmax(scores, sink) {
+    const top = Math.max(sink, ...scores);
+    const powers = scores.map((score) => Math.exp(score - top));
+    const own = Math.exp(sink - top);
+    const total = powers.reduce((sum, power) => sum + power, own);
+    return { weights: powers.map((power) => power / total),
+             share: own / total };
+  },
+};
+
+window.live = { mxfp4, masks, rope, sinks };
 
 // --- Drawing -----------------------------------------------------------------
 
@@ -332,12 +346,62 @@ function drawRope(root) {
   draw();
 }
 
+// --- attention/sinks: a head that declines ------------------------------------
+
+function drawSinks(root) {
+  const WIDTH = 640, HEIGHT = 270, BOTTOM = 52, TOP = 26, STEP = WIDTH / 7;
+  const full = HEIGHT - BOTTOM - TOP;
+  let sink = 0, shift = 0;
+
+  slider(root, "sink s", "sink", [-8, 12, 0.5, sink], (value) => {
+    sink = value; draw(); });
+  slider(root, "add to all scores", "shift", [-10, 10, 0.5, shift],
+         (value) => { shift = value; draw(); });
+  const said = html("p", { class: "live-said", "aria-live": "polite" }, root);
+  const box = canvas(root, WIDTH, HEIGHT,
+    "Six bars, the weights of six keys, and a seventh, what the sink takes; " +
+    "outlines show the weights without a sink");
+
+  function bar(place, height, name) {
+    svg("rect", { x: place * STEP + 14, y: TOP + full * (1 - height),
+                  width: STEP - 28, height: full * height, class: name }, box);
+  }
+  function under(place, y, text) {
+    svg("text", { x: (place + 0.5) * STEP, y, "text-anchor": "middle" }, box,
+        text);
+  }
+  function draw() {
+    box.replaceChildren();
+    const scores = sinks.scores.map((score) => score + shift);
+    const { weights, share } = sinks.softmax(scores, sink);
+    const alone = sinks.softmax(scores, -Infinity).weights;
+    svg("line", { x1: 0, x2: WIDTH, y1: HEIGHT - BOTTOM, y2: HEIGHT - BOTTOM,
+                  class: "live-rule" }, box);
+    weights.forEach((weight, n) => {
+      bar(n, weight, "live-seen live-row-on");
+      bar(n, alone[n], "live-outline");
+      under(n, HEIGHT - 30, figure3(scores[n]).replace("-", "−"));
+    });
+    bar(6, share, "live-share");
+    under(6, HEIGHT - 30, figure3(sink).replace("-", "−"));
+    under(6, HEIGHT - 8, "sink");
+    svg("text", { x: 14, y: HEIGHT - 8 }, box, "scores of six keys");
+    const kept = weights.reduce((sum, weight) => sum + weight, 0);
+    said.textContent = `The keys get ${figure3(100 * kept)} % of the weight, ` +
+      `the sink ${figure3(100 * share)} %. Without a sink (outlines) the ` +
+      "keys get all of it, whatever is added to their scores.";
+    Object.assign(root.dataset, { sink, shift, kept, share });
+  }
+  draw();
+}
+
 // --- Start -------------------------------------------------------------------
 
 const TITLES = {
   mxfp4: ["Move the scale", drawMxfp4],
   masks: ["Drag the window", drawMasks],
   rope: ["Slide the factor", drawRope],
+  sinks: ["Move the sink", drawSinks],
 };
 
 for (const root of document.querySelectorAll("div.live[data-live]")) {

@@ -23,56 +23,90 @@
 # Every second layer of gpt-oss looks back at 128 tokens and no further,
 # in a model that reads 131,072. At that length a sliding layer needs 512
 # times fewer scores than a full one. How can half the layers be so
-# short-sighted, and is it 127, 128 or 129 tokens? Released software has
-# got that number wrong in two places: in the mask itself and in the
-# option that sets it.
+# short-sighted? And is it 127, 128 or 129 tokens? Released software has got
+# that number wrong in two places, in the mask itself and in the option that
+# sets it, and we shall see why nobody noticed.
+#
+# ## Picture
+#
+# A **mask** says, for each query (row), which keys (columns) it may see. The
+# model that ships with the package is built like gpt-oss, with four layers
+# and a window of 64. It reads a story of some 170 tokens. What is tinted may
+# be seen; the dark marks are what one head of the layer takes.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input", "picture"]
+# Figure: two square maps of a story. Left, a sliding layer: a band along the
+# diagonal is tinted, and all marks lie in it. Right, a full layer: the whole
+# triangle is tinted, with dark marks far from the diagonal, many of them more
+# than the window away.
+from importlib.resources import files
+from itertools import islice
+
 import matplotlib.pyplot as plt
 import torch
+
+from gptoss.text.tokenizer import Tokenizer
+from gptoss.model.transformer import GptOss
+from gptoss.parity.walk import trace_ours
+from gptoss.training.stories import story_stream
 
 plt.style.use("../_static/book.mplstyle")
 _ = torch.manual_seed(0)
 
-# %% [markdown]
-# ## Picture
-#
-# A mask says, for each query (row), which keys (columns) it may see.
-# What to see: the full layer's triangle grows with the text; the sliding
-# layer's band keeps its width, here 6 including the diagonal. Right, what
-# the last query's output rests on after one to four sliding layers: each
-# layer moves the horizon back by 5, because the furthest key that a query
-# sees has itself looked back.
-
-# %% tags=["hide-input"]
-# Figure: left a full triangle, the mask of a full layer; in the middle a
-# diagonal band six keys wide, that of a sliding layer; right a stair, what
-# the last query reaches after one to four sliding layers.
-n, w = 24, 6
-q, k = torch.arange(n)[:, None], torch.arange(n)[None]
-causal = k <= q
-band = causal & (k > q - w)
-depth = torch.zeros(5, n)
-reached = torch.zeros(n, dtype=torch.bool)
-reached[-1] = True
-depth[0] = reached
-for layer in range(1, 5):
-    reached = band[reached].any(0)
-    depth[layer] = reached
-fig, axes = plt.subplots(1, 3, figsize=(7, 2.8))
-for ax, mask, title in zip(
-    axes[:2], (causal, band), ("Full layer", "Sliding, window 6"), strict=True
-):
-    ax.imshow(mask, cmap="Blues", vmin=0, vmax=1.4)
-    ax.set(xlabel="key position", ylabel="query position", title=title)
-axes[2].imshow(depth, cmap="Blues", vmin=0, vmax=1.4, aspect="auto")
-axes[2].set(xlabel="position reached", ylabel="sliding layers passed",
-            title="The last query's horizon")
-for ax in axes:
+pocket = files("gptoss") / "pocket"
+reader = Tokenizer.from_pretrained(pocket)
+model = GptOss.from_pretrained(pocket, dtype=torch.float32)
+told = [reader.encode(story) for story in islice(story_stream(5, True), 12)]
+tokens = torch.tensor([ids[:min(map(len, told))] for ids in told])
+trace = trace_ours(model, tokens[:1])
+n, window = tokens.shape[1], model.config.sliding_window
+order = torch.arange(n)
+distance = order[:, None] - order
+seen = {2: (distance >= 0) & (distance < window), 3: distance >= 0}
+fig, axes = plt.subplots(1, 2, figsize=(7.2, 3.7), sharey=True)
+for ax, (layer, mask) in zip(axes, seen.items(), strict=True):
+    weights = trace[layer, "weights"].transpose(0, 1)  # (H, T, S)
+    weights = max(weights, key=lambda w: w[distance > window // 2].sum())
+    ax.imshow(torch.where(mask, 0.12 + weights, 0), cmap="Blues", vmax=0.9,
+              vmin=0)
+    ax.set(title=f"layer {layer}, {model.config.layer_types[layer][:-10]}",
+           xlabel="key", xticks=(0, 64, 128), yticks=(0, 64, 128))
     ax.grid(False)
+axes[0].set_ylabel("query")
+axes[0].annotate("", (n - 1 - window, n - 4), (n - 1, n - 4),
+                 arrowprops={"arrowstyle": "<->", "color": "C1"})
+axes[0].text(n - 0.5 * window, n - 9, "window", color="C1", ha="center",
+             bbox={"fc": "white", "ec": "none", "pad": 1})
+axes[1].text(95, 22, "not visible:\nthe future", ha="left", fontsize=8)
+axes[0].text(8, 150, "not visible:\ntoo long ago", ha="left", fontsize=8)
 plt.show()
 
+
+@torch.no_grad()
+def losses(sliding, full=0):
+    """Nats of each next token, (stories, n - 1), with these windows; 0: none
+    (used below)."""
+    for block in model.layers:
+        own = block.self_attn
+        kind = model.config.layer_types[own.layer]
+        own.window = full if kind == "full_attention" else sliding
+    log_p = model(tokens).log_softmax(-1)[:, :-1]
+    return -log_p.gather(-1, tokens[:, 1:, None])[..., 0]
+
+
+windows = (16, 32, 48, 63, 64, 65, 80, 96, 128, 0)
+nats = {w: losses(w) for w in windows}
+nats["short"] = losses(window, full=window)
+far = weights[distance >= window].sum() / weights.sum()
+print(f"the head on the right takes {100 * far:.0f} % from further away "
+      f"than {window} tokens")
+
 # %% [markdown]
+# What to see: the full layer's triangle grows with the text, and this head
+# reaches across all of it, to where the story told what it now speaks of. The
+# sliding layer's band keeps its width. No head of that layer, whatever it
+# has learnt, can take anything from beyond.
+#
 # Any row of the band holds as many keys as the window is wide, except at the
 # beginning of the text, where there are not yet so many.
 #
@@ -94,10 +128,29 @@ print("keys seen by a late query:", naive(300, 128)[-1].sum().item())
 # %% [markdown]
 # 129: the query's own key and 128 before it. gpt-oss counts the query
 # itself, so this is one too many. Texts of up to 128 tokens come out the
-# same, so short tests pass.
+# same, so short tests pass. Do long ones find it? Our model has a window of
+# 64. The cell of the picture has read twelve stories with other windows in
+# the sliding layers, and noted the loss (nats per token, from token 65 on):
+
+# %%
+loss = {w: x[:, 65:].mean().item() for w, x in nats.items()}
+for w in (63, 64, 65):
+    print(f"window {w}: loss {loss[w]:.2f}")
+change = (nats[65] - nats[64]).abs()
+assert abs(loss[63] / loss[64] - 1) < 0.02 > abs(loss[65] / loss[64] - 1)
+moved = (change[:, 64:] > 0.001).double().mean()
+print("64 against 65: up to token 64 no loss changes by more than",
+      f"{change[:, :64].max():.3f}, of the later ones {100 * moved:.0f} % do",
+      "by 0.001")
+
+# %% [markdown]
+# No loss, no benchmark and no reader will find that. Yet single
+# probabilities are wrong, in every long text, and whoever trains on them
+# (reinforcement learning does) trains on numbers of another model. This has
+# to be found by looking at the mask.
 #
-# It fails in a second way. It numbers columns, and in a batch of unequal
-# prompts a column is not a position:
+# The naive mask fails in a second way. It numbers columns, and in a batch of
+# unequal prompts a column is not a position:
 
 # %%
 batch = torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]]).bool()
@@ -148,17 +201,93 @@ print("of those, padding:", (rows[:, -1] & ~batch).sum(-1).tolist())
 # R_{L_{sliding}} = 1 + L_{sliding}\,(W - 1) .
 # $$ (masks-reach)
 #
-# One full layer makes it everything. In gpt-oss that is layer 1, the
-# second: from there on, sliding layers need not carry news from afar, and
-# can afford to be short-sighted. Nor does what they keep depend on more than
-# {eq}`masks-reach` says: [a replay](../model/remembering.ipynb) refills their
-# lost caches from the last $L_{sliding}(W-1)$ tokens.
+# One full layer makes it everything. In gpt-oss that is layer 1, the second.
+
+# %% tags=["hide-input"]
+# Figure: what the last of 24 tokens rests on after 0 to 4 layers, a row a
+# layer. Left, four sliding layers of window 6: a stair of steps of five.
+# Right, sliding and full in turns: after the first full layer, everything.
+length, w = 24, 6
+at = torch.arange(length)
+band = (at[:, None] >= at) & (at > at[:, None] - w)
+triangle = at[:, None] >= at
+fig, axes = plt.subplots(1, 2, figsize=(7.2, 2.0), sharey=True)
+for ax, layers, title in zip(axes, (
+        [band] * 4, [band, triangle] * 2), (
+        "four sliding layers", "sliding and full in turns"), strict=True):
+    rows = [at == length - 1]
+    for i in range(1, 5):  # the last layer's query first
+        reached = at == length - 1
+        for mask in reversed(layers[:i]):
+            reached = mask[reached].any(0)
+        rows.append(reached)
+    ax.pcolormesh(torch.stack(rows), cmap="Blues", vmin=0, vmax=1.3,
+                  edgecolors="white", linewidth=1)
+    for y, row in enumerate(rows):
+        ax.text(length + 0.4, y + 0.5, str(row.sum().item()), va="center",
+                fontsize=8)
+    ax.set(xlabel="position", title=title, xticks=(0.5, 12.5, 23.5))
+    ax.set_xticklabels(("0", "12", "23"))
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+axes[0].set_yticks([y + 0.5 for y in range(5)],
+                   ["the token itself", *(f"after layer {n}" for n in
+                                          range(4))])
+plt.show()
+
+# %% [markdown]
+# What to see: each row is what the output for the last token can rest on,
+# with the number of positions beside it. Sliding layers alone move the
+# horizon back by 5 a layer, {eq}`masks-reach` with $W = 6$; one full layer
+# lifts it.
+#
+# **Are short-sighted layers a loss?** The model of the picture can tell. We
+# change the windows of its sliding layers, then cut the full layers down to
+# 64 as well. (It was trained with 64 and full; nothing is trained anew.)
+
+# %%
+for w, name in ((16, "16"), (32, "32, half"), (64, "64, as trained"),
+                (96, "96"), (128, "128, twice"), (0, "none: all full")):
+    print(f"sliding layers {name:15} loss {loss[w]:.2f}")
+print(f"full layers cut to 64 too      loss {loss['short']:.2f}")
+assert loss[64] < loss[32] < loss[16] and loss[64] < loss[128]
+assert loss["short"] > 1.3 * loss[64]
+
+# %% tags=["hide-input"]
+# Figure: loss over the window of the sliding layers. It falls to a flat
+# bottom from 48 to 80 and rises again for wider windows; a point far above
+# marks the model with no full layer.
+fig, ax = plt.subplots(figsize=(6, 2.6))
+ax.plot(windows[:-1], [loss[w] for w in windows[:-1]], "o-", ms=4)
+ax.plot(64, loss["short"], "D", color="C5")
+ax.text(66, loss["short"], "full layers cut to 64, too", color="C5",
+        va="center")
+ax.text(64, loss[64] - 0.006, "as trained", ha="center", va="top")
+ax.set(xlabel="window of the sliding layers", ylabel="loss",
+       xticks=(16, 32, 48, 64, 80, 96, 128))
+ax.margins(y=0.15)
+ax.set_title("What the window does to the loss")
+plt.show()
+
+# %% [markdown]
+# What to see: half the window costs a little, and the full layers are what
+# this model cannot do without: they alone fetch what lies further back. A
+# *wider* window is worse again. The sliding layers have never met keys at
+# such distances, and more keys share the same softmax. So a window is no
+# limit to be lifted by hand; it is part of what was trained, and the number
+# in the configuration is the right one.
+#
+# Nor does what sliding layers remember depend on more than {eq}`masks-reach`
+# says: [a replay](../model/remembering.ipynb) refills their lost caches from
+# the last $L_{sliding}(W-1)$ tokens.
 #
 # ## Code
 #
-# ### Who sees whom
+# ### Who sees whom?
 #
-# Equation {eq}`masks-visible`, once, for every use in the book.
+# Equation {eq}`masks-visible`, once, for every use in the book. A window of
+# None is a full layer; one below 1 is refused (`window: expected None or >=
+# 1`). One row of queries or keys serves a batch of the other.
 
 # %% tags=["export"]
 from collections.abc import Sequence
@@ -194,9 +323,11 @@ print(visible(torch.tensor([[9, -1]]), ring, 3).int().tolist())
 # The ring of five slots holds positions 6 to 9 in no particular order; the
 # query at 9 finds 7, 8 and 9, and the padding query finds nothing.
 #
-# ### A mask one can read
+# ### How does one read a mask?
 #
-# Tests that compare a mask with a drawing are hard to get wrong.
+# Tests that compare a mask with a drawing are hard to get wrong. `picture`
+# draws one mask, not a batch of them, and says so (`picture: expected a
+# (T, S) mask`).
 
 # %% tags=["export"]
 def picture(mask: Tensor) -> str:
@@ -218,30 +349,23 @@ for lines in zip(*(d.splitlines() for d in drawn), strict=True):
 assert drawn[1].splitlines()[-1] == "....####"
 
 # %% [markdown]
-# These are the small twins of 127, 128 and 129: in the last row three,
-# four and five marks, the last of them on the diagonal. The real ones are
-# too wide for the page; their last rows at query 299, run by run:
+# These are the small twins of 127, 128 and 129: in the last row three, four
+# and five marks, the last of them on the diagonal. The real ones are too wide
+# for the page, but their last row is quickly told:
 
 # %%
-def runs(line):
-    out = []
-    for mark in line:
-        if out and out[-1][0] == mark:
-            out[-1][1] += 1
-        else:
-            out.append([mark, 1])
-    return " ".join(f"{mark}x{count}" for mark, count in out)
-
-
 for w in (127, 128, 129):
-    last = picture(visible(order, order, w)[0]).splitlines()[-1]
-    print(w, "|", runs(last))
+    keys = visible(order, order, w)[0, 299].nonzero().flatten()
+    print(f"window {w}: query 299 sees keys {keys[0]} to {keys[-1]},",
+          len(keys), "of them")
 
 # %% [markdown]
-# ### Positions from an attention mask
+# ### Which position has a token among padding?
 #
 # Users pad left, right, or in the middle (two pieces of a conversation,
-# each padded). Tokens are numbered as if the padding were not there.
+# each padded). Tokens are numbered as if the padding were not there, from 0
+# or from where an earlier chunk ended. The mask may be of any type; what is
+# not zero is a token.
 
 # %% tags=["export"]
 def positions_from_mask(
@@ -273,9 +397,12 @@ print(picture(visible(middle, middle, 2)[0]))
 # In the middle-padded row the token after the gap still sees the one
 # before it: their positions are 0 and 1.
 #
-# ### How far a layer sees
+# ### How far does a layer see?
 #
-# Equation {eq}`masks-reach`, layer by layer.
+# Equation {eq}`masks-reach`, layer by layer, by way of sliding layers alone
+# and by way of all; None stands for "everything before". The first number
+# is needed where caches of sliding layers are refilled. A layer of another
+# kind is refused by its name.
 
 # %% tags=["export"]
 class Reach(NamedTuple):
@@ -487,34 +614,10 @@ models = {
 for name, config in models.items():
     reach = receptive_field(config.layer_types, config.sliding_window)
     count = config.layer_types.count("sliding_attention")
-    print(f"{name}: {count} sliding layers reach {reach[-1].sliding:,}",
-          "tokens; all layers everything, from layer",
+    print(f"{name}: {count} sliding layers alone reach",
+          f"{reach[-1].sliding:,} tokens; all layers everything, from layer",
           next(i for i, r in enumerate(reach) if r.total is None))
     assert reach[-1].sliding == 1 + count * 127
-
-# %% [markdown]
-# What to see: the sliding layers of the 20b alone would reach 1,525
-# positions, in steps of 127; the first full layer lifts the horizon to the
-# whole context.
-
-# %% tags=["hide-input"]
-# Figure: positions that the output of each layer can rest on. Sliding layers
-# alone climb from 128 to some 1,500; with the full layers all positions are
-# reached from layer 1 on.
-config = models["20b"]
-reach = receptive_field(config.layer_types, config.sliding_window)
-everything = config.max_position_embeddings
-fig, ax = plt.subplots(figsize=(7, 2.8))
-layers = range(len(reach))
-ax.step(layers, [r.sliding for r in reach], where="mid",
-        label="sliding layers alone")
-ax.step(layers, [r.total or everything for r in reach], where="mid",
-        ls="--", label="all layers")
-ax.set_yscale("log")
-ax.set(xlabel="layer", ylabel="positions reached", ylim=(80, 4e5),
-       title="What the output of each layer can rest on (20b)")
-ax.legend(loc="center right", bbox_to_anchor=(1, 0.68))
-plt.show()
 
 # %% [markdown]
 # ## Cost
@@ -603,13 +706,16 @@ for w in (127, 129):
 # %% [markdown]
 # ### Exercise 2
 #
-# A prefill of 4,096 tokens computes all $T^2$ pairs and then masks. What
-# part of the scores does the mask throw away in a full layer, what part in
-# a sliding one, in per cent?
+# `nats[w]` of the picture holds the losses of the twelve stories with window
+# `w`; column $t$ belongs to query $t$. From which query on do 63 and 65
+# differ from 64? First say what you expect.
 
 # %% tags=["hide-cell"]
-for name, w in (("full", None), ("sliding", 128)):
-    print(f"{name:8}{100 * (1 - pairs(4096, w) / 4096**2):.1f} %")
+for w in (63, 65):
+    change = (nats[w] - nats[64]).abs().amax(0)
+    first = (change > 1e-6).nonzero()[0].item()
+    print(f"{w}: from query {first} on")
+print("query 63 is the first to see 64 keys, query 64 the first to lose one")
 
 # %% [markdown]
 # ### Exercise 3

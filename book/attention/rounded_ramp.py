@@ -16,17 +16,13 @@
 #
 # ## Question
 #
-# The ramp of YaRN ends at pairs 8.09 and 17.40. Four well-known inference
-# engines rounded these **two numbers**, to 8 and 18, and every short test
-# passed. What does it change, and how far must a test look to see it? First,
-# whether our own list is the released one.
-#
-# ## Against the others
-#
-# **Hugging Face.** All 131,072 positions, every pair, bit for bit, from
-# the released configuration:
+# The ramp of YaRN begins at pair 8.09 and ends at pair 17.40 ([RoPE and
+# YaRN](rope.ipynb)). Four well-known inference engines rounded these **two
+# numbers**, to 8 and 18, as most YaRN models want it. One of the 32 speeds is
+# then 76 % too fast, and every short test passed. Why did they pass, and how
+# far must a test look?
 
-# %%
+# %% tags=["hide-input"]
 import math
 
 import matplotlib.pyplot as plt
@@ -46,14 +42,86 @@ C, THETA, TRAINED, FACTOR = 64, 150_000.0, 4096, 32.0
 POSITIONS = 131_072
 speed = THETA ** (-2 * torch.arange(C // 2, dtype=torch.float64) / C)
 turns = TRAINED * speed / (2 * math.pi)
-some = torch.logspace(0, math.log10(POSITIONS - 1), 1500).long().double()
 inv_freq, conc = rope_parameters(GptOssConfig.gpt_oss_20b())
-table = rope_tables(torch.arange(POSITIONS), inv_freq, conc)
+rounded = inverse_frequencies(C, THETA, FACTOR, truncate=True)
 
+# %% [markdown]
+# ## Picture
+#
+# Which speeds change when the ends of the ramp are rounded, and by how many
+# radians are the angles off at a distance of 100 tokens and of 4,096?
 
+# %% tags=["hide-input"]
+# Figure: left, the change of speed of pairs 7 to 19: bars from pair 9 on,
+# rising to 76 per cent at pair 17, none from 18 on. Right, the error of the
+# angles: hardly to be seen at a distance of 100, up to 0.9 radians at 4,096,
+# most at pair 12.
+change = 100 * (rounded.double() / inv_freq.double() - 1)
+off = (rounded.double() - inv_freq.double()).abs()
+fig, (left, right) = plt.subplots(1, 2, figsize=(7, 2.7))
+shown = torch.arange(7, 20)
+left.bar(shown, change[shown], color="C0")
+left.text(16.3, 70, "76 %", color="C0", ha="right")
+left.set(xlabel="pair", ylabel="change of speed (%)", title="Speeds",
+         xticks=range(7, 20, 2))
+right.bar(shown, TRAINED * off[shown], color="C1")
+right.bar(shown, 100 * off[shown], color="black")
+right.text(14.55, 0.79, "4,096 tokens apart", color="#9a6a00")
+right.annotate("100 tokens\napart", (17.4, 0.005), (17.8, 0.16), fontsize=9,
+               arrowprops={"arrowstyle": "-", "lw": 0.8})
+right.set(xlabel="pair", ylabel="angle error (rad)", title="Angles",
+          xticks=range(7, 20, 2), xlim=(6, 21.5))
+for ax in (left, right):
+    ax.grid(axis="x", visible=False)
+plt.show()
+
+# %% [markdown]
+# What to see: the largest error of a speed is in pair 17, the largest error of
+# an angle in pair 12, which turns faster. And at 100 tokens there is hardly
+# anything to see.
+#
+# ## The naive version
+#
+# The naive test compares with a reference on a prompt of some sentences. Only
+# distances count, by {eq}`rope-relative`, so let us ask what a head feels at
+# which distance. As in [the chapter on RoPE](rope.ipynb) we take a query equal
+# to its key, all pairs of the same length: up to a factor, its score at
+# distance $d$ is the mean of $\cos d\theta_i$.
+
+# %%
 def self_score(distance, speed):
     """The score of a query equal to its key, all pairs of one length."""
     return torch.cos(distance[:, None] * speed).mean(-1)
+
+
+distance = torch.arange(POSITIONS, dtype=torch.float64)
+right_score = self_score(distance, inv_freq.double())
+error = (self_score(distance, rounded.double()) - right_score).abs()
+print("pairs that change:", change.abs().gt(1e-4).nonzero().flatten().tolist())
+print("per cent:", [round(n, 1) for n in change[9:18].tolist()])
+for most in (10, 100, 127, 1000, 4096, POSITIONS - 1):
+    print(f"up to {most:7,} tokens apart: an angle off by",
+          f"{most * off.max():.3g} rad,",
+          f"a score by {error[:most + 1].max():.2g}")
+
+# %% [markdown]
+# A prompt of a hundred tokens changes a score by two thousandths, and the
+# sliding layers never look back further than 127. Rounding scores to bf16 does
+# as much. It is the full layers that turn to the wrong places, when they look
+# back thousands of tokens.
+#
+# Who rounds? ggml (hence llama.cpp; `ggml_rope_yarn_corr_dims`) and mlx-lm
+# 0.32 (`YarnRoPE`) round the range to 8 and 18. So did vLLM
+# ([#27722](https://github.com/vllm-project/vllm/issues/27722), found
+# through log-probabilities that did not match in reinforcement learning;
+# fixed in [#28244](https://github.com/vllm-project/vllm/pull/28244)) and
+# SGLang ([#14270](https://github.com/sgl-project/sglang/pull/14270)). The
+# released configuration says `truncate: false`.
+#
+# ## Against the others
+#
+# Is our own list the released one? **Hugging Face**, all 131,072 positions,
+# every pair, bit for bit, from the released configuration:
 
 # %%
 from transformers import GptOssConfig as HFConfig
@@ -84,17 +152,6 @@ assert equal == 2 * POSITIONS * C // 2
 print(f"{equal:,} of {2 * POSITIONS * C // 2:,} entries equal")
 
 # %% [markdown]
-# **One at a time.** The row of a decoding step is the row of the long
-# table, bit for bit, so a cache cannot drift:
-
-# %%
-for p in range(0, POSITIONS, 4099):
-    one_row = rope_tables(torch.tensor([p]), inv_freq, conc)
-    assert torch.equal(one_row[0][0], table[0][p])
-    assert torch.equal(one_row[1][0], table[1][p])
-print("decode = prefill")
-
-# %% [markdown]
 # **OpenAI.** `gpt_oss/torch/model.py` orders the range differently
 # ($\frac C2 \cdot \ln(\cdot) / \ln\vartheta$) and forms the angles as an
 # outer product. In its order of operations:
@@ -114,72 +171,35 @@ def openai_tables(positions):
     return angle.cos() * factor, angle.sin() * factor
 
 
+table = rope_tables(torch.arange(POSITIONS), inv_freq, conc)
 theirs = openai_tables(torch.arange(POSITIONS))
 both = list(zip(theirs, table, strict=True))
 print("largest difference:", max((t - o).abs().max().item() for t, o in both))
 assert all(torch.equal(t, o) for t, o in both)
 
 # %% [markdown]
-# None: the other order falls on the same fp32 numbers here.
-#
-# **`truncate: true`.** ggml (hence llama.cpp; `ggml_rope_yarn_corr_dims`)
-# and mlx-lm 0.32 (`YarnRoPE`) round the range to 8 and 18. So did vLLM
-# ([#27722](https://github.com/vllm-project/vllm/issues/27722), found
-# through log-probabilities that did not match in reinforcement learning;
-# fixed in [#28244](https://github.com/vllm-project/vllm/pull/28244)) and
-# SGLang ([#14270](https://github.com/sgl-project/sglang/pull/14270)).
-# Nine speeds change:
+# None: the other order falls on the same fp32 numbers here. And a row that is
+# computed alone, as in a step of decoding, is the row of the long table, so a
+# cache cannot drift:
 
 # %%
-rounded = inverse_frequencies(C, THETA, FACTOR, truncate=True)
-change = rounded.double() / inv_freq.double() - 1
-moved = change.abs().gt(1e-6).nonzero().flatten().tolist()
-assert moved == list(range(9, 18))
-print("pairs that change:", moved)
-print("per cent:", [f"{100 * change[i].item():+.1f}" for i in moved])
-phase = TRAINED * (rounded.double() - inv_freq.double())
-worst_pair = phase.abs().argmax().item()
-print(f"at distance 4,096: {phase.abs().max().item():.2f} rad",
-      f"in pair {worst_pair};",
-      f"at 127: {127 / TRAINED * phase.abs().max().item():.3f} rad")
+rows = range(0, POSITIONS, 4099)
+for p in rows:
+    one_row = rope_tables(torch.tensor([p]), inv_freq, conc)
+    assert all(torch.equal(a[0], b[p])
+               for a, b in zip(one_row, table, strict=True))
+print(f"cos of pair 5 at {p:,}: alone {one_row[0][0, 5]:.6f},",
+      f"in the table {table[0][p, 5]:.6f}; {len(rows)} rows equal")
 
 # %% [markdown]
-# Why short tests pass: by {eq}`rope-relative` only distances count. Within
-# the 128 tokens of a sliding layer the error stays below 0.03 rad; it is
-# the full layers, looking back thousands of tokens, that turn to the
-# wrong places.
+# ## Another silent error: which channels are a pair?
 #
-# What to see: left, the error of speed is largest in pair 17; in the
-# middle, the angle error is largest in pair 12, which turns faster. Right
-# is what a head feels: the score of equals, with rounding minus without,
-# below 0.002 up to a hundred tokens and up to 0.33 beyond the 4,096
-# (dashed).
-
-# %% tags=["hide-input"]
-# Figure: what rounding the ramp changes. Left, the speed of pairs 9 to 17,
-# most at pair 17; in the middle, the error of their angles at distance
-# 4,096; right, the error of a score, which grows with the distance.
-fig, (one, two, three) = plt.subplots(1, 3, figsize=(7, 2.7))
-shown = torch.arange(7, 20)
-one.bar(shown, 100 * change[shown])
-one.set(xlabel="pair", ylabel="change of speed (%)", title="Speed")
-two.bar(shown, phase[shown], color="#E69F00")
-two.set(xlabel="pair", ylabel="angle error (rad)", title="At distance 4,096")
-error = self_score(some, rounded.double())
-error -= self_score(some, inv_freq.double())
-three.semilogx(some, error, lw=0.7, color="#009E73")
-three.axvline(TRAINED, color="k", lw=1, ls="--")
-three.set(xlabel="distance (tokens)", ylabel="score error",
-          title="Score of equals")
-plt.show()
-
-# %% [markdown]
-# **Interleaved.** The paper, GPT-J and Meta's Llama release pair channel
-# $2i$ with $2i + 1$. That is the same operation in another order of
-# channels, so a permutation of the rows of the query and key projections
-# converts one to the other, with the same scores. Without the permutation
-# it is another silent error: nothing crashes, and at distance 0 the scores
-# are still right.
+# gpt-oss pairs channel $i$ with channel $i + C/2$. The paper, GPT-J and
+# Meta's Llama release pair channel $2i$ with $2i + 1$ (**interleaved**). That
+# is the same operation on another order of channels, so whoever permutes the
+# rows of the query and key projections converts one to the other, with the
+# same scores. Without the permutation nothing crashes, and at distance 0 the
+# scores are even right:
 
 # %%
 def apply_interleaved(x, cos, sin):
@@ -189,25 +209,27 @@ def apply_interleaved(x, cos, sin):
 
 
 to_interleaved = torch.arange(C).view(2, C // 2).T.flatten()
-q, k = torch.randn(2, 1, 9, 4, C).unbind()
+q, k = torch.randn(2, 1, 9, 1, C).unbind()
 t = rope_tables(torch.arange(100, 109)[None], inv_freq, conc)
 for x in (q, k):
     half = apply_rope(x, *t)[..., to_interleaved]
     assert torch.equal(half, apply_interleaved(x[..., to_interleaved], *t))
-mixed = (apply_interleaved(q, *t) * apply_interleaved(k, *t)).sum(-1)
-right = (apply_rope(q, *t) * apply_rope(k, *t)).sum(-1)
-print("same position, either pairing:", torch.allclose(mixed, right))
-shifted = (apply_interleaved(q, *t)[:, 1:] * apply_interleaved(k, *t)[:, :-1])
-right = (apply_rope(q, *t)[:, 1:] * apply_rope(k, *t)[:, :-1]).sum(-1)
-print("one apart, wrong pairing:", torch.allclose(shifted.sum(-1), right))
+print("distance   right pairs   wrong pairs")
+for apart in (0, 1, 5):
+    found = []
+    for turn in (apply_rope, apply_interleaved):
+        query, key = turn(q, *t)[0, 8, 0], turn(k, *t)[0, 8 - apart, 0]
+        found.append((query @ key).item())
+    print(f"{apart:8}{found[0]:14.3f}{found[1]:14.3f}")
 
 # %% [markdown]
 # ## Takeaways
 #
-# - All 131,072 rows of the table equal Hugging Face's and OpenAI's, bit for
-#   bit.
 # - Two rounded ends change nine speeds, one by 76 %. Within the 128 tokens of
-#   a window that is nothing; at a distance of 4,096 it is several radians.
+#   a window that is nothing; at a distance of 4,096 an angle is off by nearly
+#   one radian, and a test must look thousands of tokens back to see it.
+# - All 131,072 rows of our table equal Hugging Face's and OpenAI's, bit for
+#   bit.
 # - Pairing channels otherwise is a permutation of rows; forgetting it breaks
 #   every score but those at distance 0.
 #
@@ -220,12 +242,8 @@ print("one apart, wrong pairing:", torch.allclose(shifted.sum(-1), right))
 # 0.1? Concentration left aside.
 
 # %% tags=["hide-cell"]
-distance = torch.arange(8192, dtype=torch.float64)
-error = self_score(distance, rounded.double())
-error -= self_score(distance, inv_freq.double())
 for e in (0.01, 0.05, 0.1):
-    print(f"off by {e} from {(error.abs() > e).nonzero()[0].item()} tokens on")
-print(f"within a window by {error[:128].abs().max().item():.1g} at most")
+    print(f"off by {e} from {(error > e).nonzero()[0].item()} tokens on")
 
 # %% [markdown]
 # ### Exercise 2
@@ -237,9 +255,10 @@ print(f"within a window by {error[:128].abs().max().item():.1g} at most")
 # %% tags=["hide-cell"]
 paper_gamma = ((turns - 1) / (32 - 1)).clamp(0, 1)
 paper = speed * (paper_gamma + (1 - paper_gamma) / FACTOR)
-off = (paper / inv_freq.double() - 1).abs()
-print(f"pair {off.argmax().item()}: {100 * off.max().item():.0f} % too slow")
-assert off[:9].max() < 1e-6 and off[18:].max() < 1e-6
+too_slow = (paper / inv_freq.double() - 1).abs()
+print(f"pair {too_slow.argmax().item()}:",
+      f"{100 * too_slow.max().item():.0f} % too slow")
+assert too_slow[:9].max() < 1e-6 and too_slow[18:].max() < 1e-6
 assert (paper[9:18] < inv_freq[9:18]).all()
 
 # %% [markdown]
@@ -278,7 +297,9 @@ torch.testing.assert_close(both, reference, rtol=1e-4, atol=1e-4)
 only_q = all_scores(
     project(Iq, apply_interleaved), project(Wk, apply_interleaved)
 )
-print("both: equal; queries only:", torch.allclose(only_q, reference, 1e-4))
+for name, a in (("half-split", reference), ("both converted", both),
+                ("queries only", only_q)):
+    print(f"{name:15}", [round(n, 2) for n in a[0, 0, 3, :4].tolist()])
 
 # %% [markdown]
 # ## Sources

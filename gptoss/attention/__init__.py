@@ -23,6 +23,7 @@ _HOME = {
     "visible": "masks",
 }
 _MODULES = (
+    "scores",
     "rope",
     "sinks",
     "masks",

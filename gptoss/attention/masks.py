@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# --- Who sees whom -----------------------------------------------------------
+# --- Who sees whom? ----------------------------------------------------------
 
 def visible(q_pos: Tensor, k_pos: Tensor, window: int | None) -> Tensor:
     """Which keys each query may see: (B, T), (B, S) int -> (B, T, S) bool.
@@ -26,7 +26,7 @@ def visible(q_pos: Tensor, k_pos: Tensor, window: int | None) -> Tensor:
     return seen if window is None else seen & (k > q - window)
 
 
-# --- A mask one can read -----------------------------------------------------
+# --- How does one read a mask? -----------------------------------------------
 
 def picture(mask: Tensor) -> str:
     """A (T, S) bool mask as text: a row a query, # seen, . not seen."""
@@ -39,7 +39,7 @@ def picture(mask: Tensor) -> str:
     )
 
 
-# --- Positions from an attention mask ----------------------------------------
+# --- Which position has a token among padding? -------------------------------
 
 def positions_from_mask(
     attention_mask: Tensor, start: Tensor | None = None
@@ -56,7 +56,7 @@ def positions_from_mask(
     return numbers.masked_fill(~mask, -1)
 
 
-# --- How far a layer sees ----------------------------------------------------
+# --- How far does a layer see? -----------------------------------------------
 
 class Reach(NamedTuple):
     """Positions, the query's own included, that a layer's output rests on."""

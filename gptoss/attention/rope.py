@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gptoss.weights.config import GptOssConfig
 
-# --- Which pairs are stretched -----------------------------------------------
+# --- Which pairs are slowed? -------------------------------------------------
 
 def correction_range(
     head_dim: int,
@@ -38,7 +38,7 @@ def correction_range(
     return max(low, 0), min(high, head_dim - 1)
 
 
-# --- One angular speed a pair ------------------------------------------------
+# --- How fast does each pair turn? -------------------------------------------
 
 def _ramp(low: float, high: float, pairs: int) -> Tensor:
     """0 up to pair `low`, 1 from pair `high`, straight between. (pairs,)"""
@@ -82,7 +82,7 @@ def inverse_frequencies(
     return (slow * (1 - keep) + fast * keep).to(device)
 
 
-# --- The concentration -------------------------------------------------------
+# --- By how much are scores sharpened? ---------------------------------------
 
 def concentration(factor: float) -> float:
     """Factor on both cos and sin; scores get its square. 1.0 if factor <= 1.
@@ -113,7 +113,7 @@ def rope_parameters(
     return inv_freq, concentration(config.rope_factor)
 
 
-# --- Tables of cos and sin ---------------------------------------------------
+# --- By which angle is a token turned? ---------------------------------------
 
 def rope_tables(
     positions: Tensor,
@@ -138,7 +138,7 @@ def rope_tables(
     return cos.to(dtype), sin.to(dtype)
 
 
-# --- Turning queries and keys ------------------------------------------------
+# --- How is a vector turned? -------------------------------------------------
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x (B, T, H, C) by tables (B, T, C/2); same shape and dtype.

@@ -6,18 +6,9 @@ Generated from book/attention/sinks.py; edit the chapter, not this file.
 import torch
 from torch import Tensor
 
-# --- A softmax with a sink ---------------------------------------------------
+from gptoss.attention.scores import mix, scores
 
-def _column(sinks: Tensor, like: Tensor) -> Tensor:
-    """Sinks (H,) -> (H, 1) in like.dtype, never below its lowest number.
-
-    A sink of -inf (no sink) would leave a row without visible keys with no
-    finite logit, 0 / 0. The lowest finite number weighs exp(-3e38) = 0
-    beside any visible key and takes everything when there is none.
-    """
-    lowest = torch.finfo(like.dtype).min
-    return sinks.to(like.dtype).clamp_min(lowest).unsqueeze(-1)
-
+# --- Form 1: how does the sink join the softmax? -----------------------------
 
 def softmax_with_sink(scores: Tensor, sinks: Tensor) -> Tensor:
     """Softmax over S keys and one sink: (…, H, T, S), (H,) -> (…, H, T, S).
@@ -31,38 +22,11 @@ def softmax_with_sink(scores: Tensor, sinks: Tensor) -> Tensor:
     return torch.cat([scores, column], -1).softmax(-1)[..., :-1]
 
 
-# --- Scores and mixing with grouped heads ------------------------------------
+def _column(sinks: Tensor, like: Tensor) -> Tensor:
+    """Sinks (H,) -> (H, 1) in like.dtype, never below its lowest number."""
+    lowest = torch.finfo(like.dtype).min
+    return sinks.to(like.dtype).clamp_min(lowest).unsqueeze(-1)
 
-def _scores(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Scaled scores (B, H, T, S), fp32 or wider, -inf where mask is false.
-
-    The H / G query heads that share a key head are stacked along T: the
-    keys are never repeated.
-    """
-    B, T, H, C = q.shape
-    S, G = k.shape[1:3]
-    if H % G:
-        raise ValueError(f"heads: expected H a multiple of G, found {H}, {G}")
-    if mask.shape[1:] != (T, S) or mask.dtype != torch.bool:
-        raise ValueError(f"mask: expected bool ({B} or 1, {T}, {S}), found "
-                         f"{mask.dtype} {tuple(mask.shape)}")
-    wide = torch.promote_types(q.dtype, torch.float32)
-    q = (q.to(wide) * scale).view(B, T, G, H // G, C)
-    q = q.permute(0, 2, 3, 1, 4).reshape(B, G, H // G * T, C)
-    scores = (q @ k.to(wide).permute(0, 2, 3, 1)).view(B, H, T, S)
-    return scores.masked_fill_(~mask.unsqueeze(1), -torch.inf)
-
-
-def _mix(probs: Tensor, v: Tensor) -> Tensor:
-    """Weighted sums of values: (B, H, T, S), (B, S, G, C) -> (B, T, H, C)."""
-    B, H, T, S = probs.shape
-    G, C = v.shape[2:]
-    grouped = probs.reshape(B, G, H // G * T, S)
-    out = grouped @ v.to(probs.dtype).transpose(1, 2)
-    return out.view(B, H, T, C).transpose(1, 2)
-
-
-# --- Form 1: concat ----------------------------------------------------------
 
 def attention_concat(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
                      mask: Tensor, scale: float) -> Tensor:
@@ -74,11 +38,11 @@ def attention_concat(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
     end. A row with no visible key gives 0. Memory O(B H T S).
     ValueError: H not a multiple of G, a mask of another shape or dtype.
     """
-    probs = softmax_with_sink(_scores(q, k, mask, scale), sinks)
-    return _mix(probs, v).to(q.dtype)
+    weights = softmax_with_sink(scores(q, k, mask, scale), sinks)
+    return mix(weights, v).to(q.dtype)
 
 
-# --- Form 2: rescale ---------------------------------------------------------
+# --- Form 2: what does a kernel have to return? ------------------------------
 
 def sink_share(lse: Tensor, sinks: Tensor) -> Tensor:
     """What the sink takes of each row: (…, H, T), (H,) -> (…, H, T), 0..1.
@@ -102,15 +66,15 @@ def rescale(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
 def attention_rescale(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
                       mask: Tensor, scale: float) -> Tensor:
     """`attention_concat` as plain attention and then `rescale`."""
-    scores = _scores(q, k, mask, scale)
-    lse = scores.logsumexp(-1)
+    a = scores(q, k, mask, scale)
+    lse = a.logsumexp(-1)
     # finite even for an empty row: exp(-inf - lowest) = 0, not NaN
     floor = lse.clamp_min(torch.finfo(lse.dtype).min)
-    out = _mix((scores - floor.unsqueeze(-1)).exp(), v)
+    out = mix((a - floor.unsqueeze(-1)).exp(), v)
     return rescale(out, lse, sinks).to(q.dtype)
 
 
-# --- Form 3: online ----------------------------------------------------------
+# --- Form 3: what if only a few keys fit into memory? ------------------------
 
 def attention_online(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
                      mask: Tensor, scale: float, chunk: int = 64) -> Tensor:
@@ -128,18 +92,18 @@ def attention_online(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
     total = torch.ones_like(top)
     for s in range(0, k.shape[1], chunk):
         keys = slice(s, s + chunk)
-        scores = _scores(q, k[:, keys], mask[..., keys], scale)
-        higher = torch.maximum(top, scores.amax(-1))
+        a = scores(q, k[:, keys], mask[..., keys], scale)
+        higher = torch.maximum(top, a.amax(-1))
         shrink = (top - higher).exp()
-        weights = (scores - higher.unsqueeze(-1)).exp()
+        weights = (a - higher.unsqueeze(-1)).exp()
         total = total * shrink + weights.sum(-1)
         out = out * shrink.transpose(1, 2).unsqueeze(-1)
-        out = out + _mix(weights, v[:, keys])
+        out = out + mix(weights, v[:, keys])
         top = higher
     return (out / total.transpose(1, 2).unsqueeze(-1)).to(q.dtype)
 
 
-# --- A kernel that knows nothing of sinks ------------------------------------
+# --- Can a kernel serve that knows nothing of sinks? -------------------------
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = (

@@ -21,7 +21,7 @@ from find_browser import TO_DO, find
 from playwright.sync_api import Browser, Page, Request, sync_playwright
 
 from gptoss import mxfp4
-from gptoss.attention import masks, rope
+from gptoss.attention import masks, rope, sinks
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE = ROOT / "_build" / "html"
@@ -457,11 +457,36 @@ def test_the_factor_slides(watched: Watched) -> None:
     watched.check()
 
 
+def test_the_sink_slides(watched: Watched) -> None:
+    """The moving figure agrees with gptoss.sinks."""
+    page = watched.open("book/attention/sinks.html")
+    fixed = torch.tensor(page.evaluate("live.sinks.scores")).double()
+    for sink in (-8, -1.5, 0, 3, 12):
+        slide(page, "sink", sink)
+        for shift in (-10, -0.5, 0, 7):
+            slide(page, "shift", shift)
+            ours = sinks.softmax_with_sink(
+                fixed.view(1, 1, -1) + shift,
+                torch.tensor([sink]).double()).flatten()
+            theirs = page.evaluate(
+                "([a, s]) => live.sinks.softmax(a, s).weights",
+                [(fixed + shift).tolist(), sink])
+            assert theirs == pytest.approx(ours.tolist(), rel=1e-9)
+            found = shown(page)
+            assert (float(found["sink"]), float(found["shift"])) == (
+                sink, shift)
+            assert float(found["kept"]) == pytest.approx(ours.sum().item())
+            assert float(found["share"]) == pytest.approx(
+                1 - ours.sum().item(), abs=1e-12)
+    watched.check()
+
+
 def test_figures_stand_without_scripts(browser: Browser, site: str) -> None:
     """The static figure is there, and so is a word about the moving one."""
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
-    for name in ("weights/encoding", "attention/rope", "attention/masks"):
+    for name in ("weights/encoding", "attention/rope", "attention/masks",
+                 "attention/sinks"):
         page.goto(f"{site}book/{name}.html")
         assert page.locator("section#picture img").first.is_visible()
         assert "In the web book" in page.locator(".live").inner_text()
