@@ -52,6 +52,8 @@ class Router(Linear):
         return torch.ops.gptoss.route(super().forward(x), self.k)
 
 
+# --- What do the experts hold? -----------------------------------------------
+
 class Experts(nn.Module):
     """The E experts of one layer, packed (MXFP4) or dense (dtype)."""
 
@@ -104,7 +106,7 @@ class Experts(nn.Module):
                 f"packed={self.packed}")
 
 
-# --- The attention layer -----------------------------------------------------
+# --- What does attention add to the operator? --------------------------------
 
 class Attention(nn.Module):
     """Grouped-query attention with RoPE, sinks and, perhaps, a window."""
@@ -143,7 +145,7 @@ class Attention(nn.Module):
                 f"head_dim={self.head_dim}, window={self.window or None}")
 
 
-# --- The block ---------------------------------------------------------------
+# --- How do the halves make a block? -----------------------------------------
 
 class MLP(nn.Module):
     """The router and the experts it chooses from."""
@@ -183,6 +185,8 @@ class Block(nn.Module):
                                plan)
         return h + self.mlp(self.post_attention_layernorm(h))
 
+
+# --- What is there before a file is read? ------------------------------------
 
 class Embedding(nn.Embedding):
     """torch's embedding; on the meta device there is nothing to draw."""
