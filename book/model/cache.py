@@ -163,16 +163,10 @@ from gptoss.model.rows import CacheError, Rows, roll_back
 from gptoss.weights.config import GptOssConfig
 
 # %%
-from gptoss.attention.masks import (
-    positions_from_mask,
-    receptive_field,
-    visible,
-)
+from gptoss.attention.masks import positions_from_mask, visible
 from gptoss.attention.sinks import attention_concat
-from gptoss.weights.sizes import cache_bytes
 
-small, large = GptOssConfig.gpt_oss_20b(), GptOssConfig.gpt_oss_120b()
-token = 2 * small.num_key_value_heads * small.head_dim * 2  # k and v, bf16
+small = GptOssConfig.gpt_oss_20b()
 
 # %% tags=["export"]
 class CacheView(Protocol):
@@ -299,8 +293,7 @@ print(chunk.tolist(), "wrong if row 1 began at 1: row",
 
 # %% [markdown]
 # Two rows of 3 and 4 tokens, then 3 more for the second: the first row, all
-# padding, keeps its ring; the second overwrites three of its slots. `before`
-# says that a chunk of three has to look at the old ring.
+# padding, keeps its ring; the second overwrites three of its slots.
 
 # %%
 plan = plan_chunk(rows, chunk, slack=0)
@@ -310,7 +303,6 @@ mask = torch.tensor([[False] * 3, [True] * 3])
 chunk = positions_from_mask(mask, rows.lengths)
 plan = plan_chunk(rows, chunk, slack=0)
 print("rings:", plan.rows.ring.tolist())
-print("look at a copy:", plan.before is not None)
 print("full layers:", plan.full_positions.tolist())
 
 # %% [markdown]
@@ -430,7 +422,15 @@ print("slots:", full.k.shape[1], " returned:", seen.shape[1], " a view:",
 #
 # Without `max_tokens` the full layers start with 256 slots (or as many as the
 # model has positions) and grow. Keys and values are stored without gradient,
-# and a cache that was made or grown under `inference_mode` works outside.
+# and a cache that was made or grown under `inference_mode` works outside. On
+# the meta device it has its shapes, and so its bytes, and takes none.
+#
+# What one can ask: `layers`, a list of `SlidingCache` and `FullCache` with
+# their `k` and `v` of (B, slots, G, C); `lengths` (B,) and `length`, that of
+# the longest row; `nbytes`; `replay`, how many tokens a rollback feeds again
+# at most; `rows`, which is refused while a forward is half written (`_rows`
+# holds them all the same); and a `repr` that says how many layers of which
+# kind, slots and dtype there are.
 
 # %% tags=["export"]
 class Cache:
@@ -456,18 +456,19 @@ class Cache:
                              f"{batch_size} and {slack}")
         self.batch_size, self.max_tokens = batch_size, max_tokens
         self.window, self.slack = config.sliding_window, slack
-        sliding = config.layer_types.count("sliding_attention")
+        kinds = config.layer_types or ()
+        sliding = kinds.count("sliding_attention")
         self.replay = (sliding * (self.window - 1) if replay is None
                        else replay)
         self.limit = ((longest, "max_position_embeddings")
                       if max_tokens is None else (max_tokens, "max_tokens"))
-        sizes = {"sliding_attention": (SlidingCache, self.window + slack),
-                 "full_attention": (FullCache,
-                                    max_tokens or min(256, longest))}
+        sizes: dict[str, tuple[type[SlidingCache | FullCache], int]] = {
+            "sliding_attention": (SlidingCache, self.window + slack),
+            "full_attention": (FullCache, max_tokens or min(256, longest))}
         self.layers: list[SlidingCache | FullCache] = [
             make((batch_size, size, config.num_key_value_heads,
                   config.head_dim), dtype, device)
-            for make, size in map(sizes.__getitem__, config.layer_types)]
+            for make, size in map(sizes.__getitem__, kinds)]
         self._plan: Plan | None = None  # of a forward under way
         self.reset()
 
@@ -799,25 +800,6 @@ print("ours: feed again from", ours.rollback(first - 20))
 # ring can serve, whose first queries lose the keys before the chunk
 # ([executorch#20346](https://github.com/pytorch/executorch/issues/20346): a
 # ring of 2W slots, so {eq}`eq-cache-inplace` with s = W, and chunks of 2W).
-#
-# ## In the 20b and the 120b
-#
-# On the meta device a cache has its shapes and therefore its bytes without
-# taking any. At 131,072 tokens the sliding layers hold a thousandth of it.
-
-# %%
-for name, config in (("20b", small), ("120b", large)):
-    layers = config.num_hidden_layers
-    for tokens_held in (1024, 8192, 131_072):
-        cache = Cache(config, max_tokens=tokens_held, device="meta")
-        plain = layers * token * tokens_held
-        assert cache.nbytes == token * layers // 2 * (128 + tokens_held)
-        assert cache.nbytes == cache_bytes(config, tokens_held)
-        print(f"{name:>4} {tokens_held:8,} tokens {cache.nbytes:14,} bytes, "
-              f"{100 * cache.nbytes / plain:.1f} % of all in every layer")
-    reach = receptive_field(config.layer_types, 128)[-1].sliding
-    assert cache.replay == reach - 1  # masks, without the query itself
-    print(f"{name:>4} replay: {cache.replay} tokens")
 
 # %% [markdown]
 # ## Takeaways
@@ -899,8 +881,7 @@ print(f"{cost / 1e6:.0f} MB; of the full layers' {(cost - rings) / 1e6:.0f} "
 # %% [markdown]
 # ## Sources
 #
-# - {cite}`gptoss2025` for the model; {cite}`longformer2020` and
-#   {cite}`sparse2019` for windows in alternating layers.
+# - {cite}`gptoss2025`; {cite}`longformer2020`, {cite}`sparse2019`: windows.
 # - huggingface/transformers, `cache_utils.py`: `DynamicSlidingWindowLayer`
 #   (W - 1 positions, `crop`).
 # - mistralai/mistral-inference, `cache.py`: a rotating buffer per layer.

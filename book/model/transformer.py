@@ -351,10 +351,12 @@ def _say_as_file(model: nn.Module, incompatible: _IncompatibleKeys) -> None:
 
 def one_of(tokens: Tensor | None, input_ids: Tensor | None) -> Tensor:
     """The one that is given; ModelError for both or none."""
-    if (tokens is None) == (input_ids is None):
-        raise mismatch(ModelError, "tokens", "either tokens or input_ids",
-                       "neither" if tokens is None else "both")
-    return input_ids if tokens is None else tokens
+    if tokens is not None and input_ids is None:
+        return tokens
+    if input_ids is not None and tokens is None:
+        return input_ids
+    raise mismatch(ModelError, "tokens", "either tokens or input_ids",
+                   "neither" if tokens is None else "both")
 
 # %% [markdown]
 # The two names of one tensor of dense experts, and what of them is turned:

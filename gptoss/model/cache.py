@@ -217,18 +217,19 @@ class Cache:
                              f"{batch_size} and {slack}")
         self.batch_size, self.max_tokens = batch_size, max_tokens
         self.window, self.slack = config.sliding_window, slack
-        sliding = config.layer_types.count("sliding_attention")
+        kinds = config.layer_types or ()
+        sliding = kinds.count("sliding_attention")
         self.replay = (sliding * (self.window - 1) if replay is None
                        else replay)
         self.limit = ((longest, "max_position_embeddings")
                       if max_tokens is None else (max_tokens, "max_tokens"))
-        sizes = {"sliding_attention": (SlidingCache, self.window + slack),
-                 "full_attention": (FullCache,
-                                    max_tokens or min(256, longest))}
+        sizes: dict[str, tuple[type[SlidingCache | FullCache], int]] = {
+            "sliding_attention": (SlidingCache, self.window + slack),
+            "full_attention": (FullCache, max_tokens or min(256, longest))}
         self.layers: list[SlidingCache | FullCache] = [
             make((batch_size, size, config.num_key_value_heads,
                   config.head_dim), dtype, device)
-            for make, size in map(sizes.__getitem__, config.layer_types)]
+            for make, size in map(sizes.__getitem__, kinds)]
         self._plan: Plan | None = None  # of a forward under way
         self.reset()
 
