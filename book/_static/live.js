@@ -1,4 +1,4 @@
-/* Four figures of the book that can be moved: no library, no kernel.
+/* The figures of the book that can be moved: no library, no kernel.
 
    A chapter holds <div class="live" data-live="NAME">fallback</div>; this file
    replaces the fallback. The arithmetic stands apart from the drawing, in
@@ -395,9 +395,172 @@ function drawSinks(root) {
   draw();
 }
 
+// --- moe/routing: two logits that nearly tie ---------------------------------
+
+const routing = {
+  // of eight experts, four chosen; the sixth is moved, the third stays
+  logits: [0.41, 2.31, 1.86, -0.37, 2.05, 1.8555, 2.62, 0.9], k: 4, moved: 5,
+
+  /* the nearest bf16, ties to the even one */
+  bf16(number) {
+    const bits = new Uint32Array(new Float32Array([number]).buffer);
+    bits[0] += 0x7fff + ((bits[0] >>> 16) & 1);
+    bits[0] &= 0xffff0000;
+    return new Float32Array(bits.buffer)[0];
+  },
+  softmax(logits) {
+    const most = Math.max(...logits);
+    const powers = logits.map((l) => Math.exp(l - most));
+    const sum = powers.reduce((s, p) => s + p, 0);
+    return powers.map((p) => p / sum);
+  },
+  /* gptoss.moe.routing.route for one token; the sort is stable */
+  route(logits, k) {
+    const ids = logits.map((_, e) => e).sort((a, b) => logits[b] - logits[a])
+      .slice(0, k);
+    return { ids, weights: this.softmax(ids.map((e) => logits[e])) };
+  },
+};
+
+function drawRouting(root) {
+  const WIDTH = 640, HEIGHT = 330, LEFT = 50, MIDDLE = 200;
+  const logits = [...routing.logits], { k, moved } = routing;
+
+  slider(root, "logit of expert 5", "logit", [1.845, 1.875, 0.0005, 1.8555],
+         (value) => { logits[moved] = value; draw(); });
+  const said = html("p", { class: "live-said", "aria-live": "polite" }, root);
+  const box = canvas(root, WIDTH, HEIGHT,
+    "Above, the logits of experts 2 and 5 over the numbers that bf16 can " +
+    "hold, each joined to the one it rounds to; below, eight experts and " +
+    "their weights, by choosing first and by a softmax over all");
+
+  function draw() {
+    box.replaceChildren();
+    const rounded = logits.map((l) => routing.bf16(l));
+    const exact = routing.route(logits, k), found = routing.route(rounded, k);
+    const tie = rounded[2] === rounded[moved];
+    const x = (l) => LEFT + (WIDTH - 2 * LEFT) * (l - 1.843) / 0.034;
+    svg("text", { x: LEFT, y: 16 }, box, "the logits of experts 2 and 5");
+    svg("text", { x: LEFT, y: 128 }, box, "what bf16 can hold");
+    for (let n = 236; n <= 240; n++) {
+      svg("line", { x1: x(n / 128), x2: x(n / 128), y1: 88, y2: 108,
+                    class: "live-grid" }, box);
+    }
+    for (const e of [2, moved]) {
+      const bad = e === moved ? " live-bad" : "";
+      svg("line", { x1: x(logits[e]), y1: 44, x2: x(rounded[e]), y2: 88,
+                    class: "live-link" + bad }, box);
+      svg("circle", { cx: x(logits[e]), cy: 40, r: 5,
+                      class: "live-dot" + bad }, box);
+      svg("text", { x: x(logits[e]), y: e === 2 ? 32 : 62,
+                    "text-anchor": "middle" }, box, String(e));
+    }
+    const all = routing.softmax(rounded), wide = (WIDTH - 2 * LEFT) / 8;
+    const y = (w) => HEIGHT - 44 - MIDDLE * 0.5 * w / 0.5;
+    svg("text", { x: LEFT, y: 176 }, box,
+        "weights: ● choose, then softmax   | softmax over all");
+    for (let e = 0; e < 8; e++) {
+      const at = LEFT + wide * (e + 0.5), place = found.ids.indexOf(e);
+      svg("line", { x1: at + 9, x2: at + 9, y1: y(0), y2: y(all[e]),
+                    class: "live-grid" }, box);
+      svg("circle", { cx: at - 4, cy: y(place < 0 ? 0 : found.weights[place]),
+                      r: 5, class: "live-dot" + (e === moved ? " live-bad"
+                                                             : "") }, box);
+      svg("text", { x: at, y: HEIGHT - 20, "text-anchor": "middle" }, box,
+          String(e));
+    }
+    svg("text", { x: WIDTH / 2, y: HEIGHT - 2, "text-anchor": "middle" }, box,
+        "expert");
+    const kept = found.ids.reduce((s, e) => s + all[e], 0);
+    const flipped = [...exact.ids].sort().join() !== [...found.ids].sort()
+      .join();
+    said.textContent = `Exact: expert ${exact.ids[3]} is the fourth. ` +
+      (tie ? `In bf16 both are ${rounded[2]}, a tie: the lower index, 2, ` +
+             (flipped ? "which is the wrong one." : "which is right.")
+           : `In bf16 they stay apart: expert ${found.ids[3]}.`) +
+      ` A softmax over all would give the four ${kept.toFixed(2)} together.`;
+    Object.assign(root.dataset, { logit: logits[moved], tie, flipped, kept,
+                                  exact: exact.ids, found: found.ids });
+  }
+  draw();
+}
+
+// --- model/remembering: how far can we go back? ------------------------------
+
+const cache = {
+  tokens: 24,
+
+  /* gptoss.model.rows.roll_back for one row that was never replayed */
+  rollBack(length, window, slack, layers) {
+    const to = Math.min(length, this.tokens);
+    const oldest = Math.max(0, this.tokens - window - slack);
+    const replays = oldest > Math.max(0, to - window + 1) && to > 0;
+    return { replays, start: replays ? Math.max(0, to - layers * (window - 1))
+                                     : to };
+  },
+  /* whether sliding layer j is right at a position fed again from start */
+  right(position, j, start, window) {
+    return start === 0 || position >= start + j * (window - 1);
+  },
+};
+
+function drawRollback(root) {
+  const CELL = 22, LEFT = 96, TOP = 26, HIGH = 34, LAYERS = 3, WINDOW = 4;
+  let slack = 1, length = 20;
+
+  slider(root, "go back to length", "length", [0, cache.tokens, 1, length],
+         (value) => { length = value; draw(); });
+  slider(root, "slack of the rings", "slack", [0, 6, 1, slack],
+         (value) => { slack = value; draw(); });
+  const said = html("p", { class: "live-said", "aria-live": "polite" }, root);
+  const box = canvas(root, LEFT + CELL * cache.tokens + 6,
+                     TOP + HIGH * (LAYERS + 1) + 30,
+    "Keys by position: of a full layer, and of three sliding layers, after " +
+    "24 tokens were read and some taken back");
+
+  function draw() {
+    box.replaceChildren();
+    const { replays, start } = cache.rollBack(length, WINDOW, slack, LAYERS);
+    svg("text", { x: LEFT, y: 15 }, box, "position 0 to 23; framed: what " +
+        "the next query needs");
+    for (let row = 0; row <= LAYERS; row++) {
+      const y = TOP + row * HIGH, full = row === LAYERS;
+      svg("text", { x: LEFT - 6, y: y + 17, "text-anchor": "end" }, box,
+          full ? "full" : `sliding ${row}`);
+      for (let p = 0; p < cache.tokens; p++) {
+        const held = full ? p < length : replays ? p >= start && p < length
+          : p < length && p >= cache.tokens - WINDOW - slack;
+        const wrong = !full && replays && held
+          && !cache.right(p, row, start, WINDOW);
+        svg("rect", { x: LEFT + p * CELL, y, width: CELL - 2, height: 22,
+                      class: wrong ? "live-wrong" : held
+                        ? "live-seen live-row-on" : "live-unseen" }, box);
+        if (!full && p < length && p > length - WINDOW) {
+          svg("rect", { x: LEFT + p * CELL + 1, y: y + 1, width: CELL - 4,
+                        height: 20, class: "live-need" }, box);
+        }
+      }
+    }
+    const back = cache.tokens - length;
+    said.textContent = (replays
+      ? `${back} tokens taken back, more than slack + 1 = ${slack + 1}: the ` +
+        `rings are emptied and positions ${start} to ${length - 1} fed ` +
+        "again. Orange keys come out wrong, and no later query looks at them."
+      : back === 0 ? "Nothing taken back."
+      : `${back} token${back === 1 ? "" : "s"} taken back: all that the next ` +
+        "query needs is there. Nothing is fed again.");
+    Object.assign(root.dataset, { length, slack, start, replays });
+  }
+  draw();
+}
+
+Object.assign(window.live, { routing, cache });
+
 // --- Start -------------------------------------------------------------------
 
 const TITLES = {
+  routing: ["Move a logit", drawRouting],
+  rollback: ["Take tokens back", drawRollback],
   mxfp4: ["Move the scale", drawMxfp4],
   masks: ["Drag the window", drawMasks],
   rope: ["Slide the factor", drawRope],

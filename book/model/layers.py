@@ -20,21 +20,24 @@
 # ## Question
 #
 # Weights, attention, experts and a cache are there, and names for what they
-# compute. What is left to write before they are a block?
+# compute. What is left to write before they are a block, the thing of which
+# the 20b has 24?
 #
 # Little is left: four matrices around the attention, and two additions. All
 # that block 7 of the 20b learns from blocks 0 to 6 about a token is one vector
 # of 2,880 numbers, **5,760 bytes**; the block that reads them holds 477
 # million bytes of weights. Everything between the parts happens in that
-# vector.
+# vector. It is called the *residual stream*.
 
 # %% tags=["export"]
 from gptoss.model.ops import packed_experts
 
 # %%
 import matplotlib.pyplot as plt
+import torch
 import torch.nn.functional as F
 
+torch.manual_seed(0)
 plt.style.use("../_static/book.mplstyle")
 
 # %% [markdown]
@@ -43,16 +46,21 @@ plt.style.use("../_static/book.mplstyle")
 # Left, one token's way through the 20b. The long grey arrow is the residual
 # stream; each half of a block reads it through a norm and adds to it. Right,
 # what each step must read from memory for that one token, over all 24 layers
-# and after 4,096 tokens of context. Three shares are nearly equal: the
-# matrices of attention (1.27 GB), four experts a layer (1.27 GB) and the head
-# (1.16 GB). The experts hold nine tenths of the parameters, but 28 of 32 are
-# not touched.
+# and after 4,096 tokens of context. (The cell also opens the shipped model's
+# [tokenizer](../text/tokenizer.ipynb) for the experiment below.)
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input", "picture"]
 # Figure: left, the blocks of the model from embedding to lm_head, attention
 # and experts each added back to the stream, 24 times; right, the bytes that
 # each reads for one token: lm_head, the four experts and q, k, v, o have
 # nearly all.
+from importlib.resources import files
+
+from gptoss.text.tokenizer import Tokenizer
+
+pocket = files("gptoss") / "pocket"
+reader = Tokenizer.from_pretrained(pocket)
+sentence = "Once upon a time there was a little"
 MB, L, D, V = 1e6, 24, 2880, 201088
 H, G, C, F_, E, K = 64, 8, 64, 2880, 32, 4
 linear = 2 * D * (H + 2 * G) * C, 2 * D * H * C
@@ -77,7 +85,7 @@ for y, (text, size, colour) in enumerate(steps):
         "boxstyle": "round,pad=0.35", "fc": "white", "ec": colour})
     right.barh(y, size / MB, color=colour, height=0.55)
     number = f"{size / MB:,.0f}" if size > 9 * MB else f"{size / MB:.2g}"
-    right.text(size / MB * 1.25, y, number, va="center", fontsize=8)
+    right.text(size / MB + 25, y, number, va="center", fontsize=8)
 for top, bottom, name in ((1, 4, "attention"), (5, 7, "experts"), (8, 9, "")):
     left.plot([0.52, 0.52], [top, bottom], color="0.55", zorder=0)
     left.text(0.98, (top + bottom) / 2, name, rotation=270, va="center",
@@ -97,23 +105,123 @@ left.add_patch(plt.Rectangle((-0.08, 0.5), 1.14, 7, fill=False, ls=":",
 left.set(xlim=(-0.1, 1.1), ylim=(9.6, -0.6))
 left.axis("off")
 right.tick_params(left=False, labelleft=False)
-right.set(xscale="log", xlim=(3e-3, 3e4), xlabel="MB read for one token")
+right.set(xlim=(0, 1500), xlabel="MB read for one token")
 right.spines.left.set_visible(False)
 right.grid(axis="y", visible=False)
 plt.show()
+read = sum(size for _, size, _ in steps)
+for name, size in (("q, k, v, o", sum(linear) * L),
+                   ("4 experts a layer", L * K * expert),
+                   ("lm_head", 2 * D * V)):
+    print(f"{name:18} {size / 1e9:.2f} GB, {size / read:.0%}")
 
 # %% [markdown]
-# ## The naive version
+# What to see: three shares are nearly equal, q, k, v and o together, the
+# experts, and the head; the rest hardly shows. The experts hold nine tenths of
+# the parameters, but 28 of 32 are not touched.
 #
-# Whoever has written a Llama writes the rest from memory, and meets a trap in
-# the head size: in Llama it is hidden size over heads.
+# ## The idea, in twenty lines
+#
+# A block has two halves. Each reads the stream through a norm and adds its
+# answer to it. The last two lines of this cell are the whole block; above
+# them stand its halves, of the parts that we have. `w` holds the weights of
+# one layer, by their names.
 
 # %%
-import torch
+from gptoss.attention.masks import visible
+from gptoss.attention.rope import (
+    apply_rope,
+    inverse_frequencies,
+    rope_parameters,
+    rope_tables,
+)
+from gptoss.attention.sinks import attention_concat
+from gptoss.model.norm import rms_norm
+from gptoss.moe.experts import experts_grouped
+from gptoss.moe.routing import route
+from gptoss.weights.config import GptOssConfig
 
-from gptoss.attention.rope import apply_rope, inverse_frequencies, rope_tables
 
-torch.manual_seed(0)
+def linear(x, w, name):
+    return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+
+
+def attend(x, w, tables, where, window, size):
+    """Every token looks at the earlier ones: (B, T, D) -> (B, T, D)."""
+    q, k, v = (linear(x, w, f"self_attn.{name}_proj").unflatten(
+        -1, (-1, size)) for name in "qkv")  # (B, T, heads, size)
+    q, k = apply_rope(q, *tables), apply_rope(k, *tables)
+    out = attention_concat(q, k, v, w["self_attn.sinks"], visible(
+        where, where, window), size ** -0.5)
+    return linear(out.flatten(2), w, "self_attn.o_proj")
+
+
+def think(x, w, k):
+    """Every token asks its k experts: (B, T, D) -> (B, T, D)."""
+    rows = x.flatten(0, 1)
+    weights, ids = route(linear(rows, w, "mlp.router"), k)
+    parts = (w[f"mlp.experts.{name}"] for name in (
+        "gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"))
+    return experts_grouped(rows, ids, weights, *parts).view_as(x)
+
+
+def block(x, w, k, *more):
+    h = x + attend(rms_norm(x, w["input_layernorm.weight"]), w, *more)
+    return h + think(rms_norm(h, w["post_attention_layernorm.weight"]), w, k)
+
+# %% [markdown]
+# Does it work? We read the weights of the model that ships with the package
+# ([reading](../weights/reading.ipynb)) and send a few tokens through its four
+# blocks, noting how long the stream is for the last token, and how long what
+# each half adds. (The length of a vector is the root of the sum of its
+# squares.)
+
+# %%
+from gptoss.weights.checkpoint import Checkpoint
+from gptoss.weights.loading import load_tensors
+
+with Checkpoint.open(pocket) as checkpoint:
+    config = checkpoint.config
+    loaded = dict(load_tensors(checkpoint, torch.float32, "cpu", False))
+
+
+def weights_of(layer):
+    start = f"layers.{layer}."
+    return {name.removeprefix(start): tensor for name, tensor
+            in loaded.items() if name.startswith(start)}
+
+
+def context(where):
+    """(tables, where, window, size) of each layer, for positions (B, T)."""
+    tables = rope_tables(where, *rope_parameters(config))
+    return [(tables, where, config.sliding_window if kind.startswith("slid")
+             else None, config.head_dim) for kind in config.layer_types]
+
+# %%
+torch.set_grad_enabled(False)
+ids = torch.tensor([reader.encode(sentence)])
+x = loaded["embed_tokens.weight"][ids]
+k, where = config.num_experts_per_tok, torch.arange(ids.shape[1])[None]
+stream = [x]  # before every block, and after the last
+for layer, more in enumerate(context(where)):
+    w = weights_of(layer)
+    half = attend(rms_norm(x, w["input_layernorm.weight"]), w, *more)
+    x = block(x, w, k, *more)
+    print(f"block {layer}: stream {stream[-1][0, -1].norm():.1f}, attention "
+          f"adds {half[0, -1].norm():.1f}, experts add "
+          f"{(x - stream[-1] - half)[0, -1].norm():.1f}")
+    stream.append(x)
+torch.set_grad_enabled(True)
+logits = loaded["lm_head.weight"] @ rms_norm(x, loaded["norm.weight"])[0, -1]
+print(sentence, "→", reader.decode([int(logits.argmax())]))
+
+# %% [markdown]
+# ### Where a Llama goes wrong
+#
+# Whoever has written a Llama meets a trap in the head size: there it is hidden
+# size over heads. Here, that number cannot even be rotated:
+
+# %%
 naive_head = 2880 // 64
 q = torch.randn(1, 3, 64, naive_head)
 try:
@@ -129,10 +237,11 @@ except ValueError as error:
 #
 # ## Derivation
 #
-# Let $x_l$ be the residual stream before layer $l$, one vector of $D$
-# numbers a token, with $x_0$ the token's row of the embedding.
+# ### What follows from two additions?
 #
-# **A block** has two halves, attention $A_l$ and experts $M_l$:
+# Let $x_l$ be the residual stream before layer $l$, one vector of $D$
+# numbers a token, with $x_0$ the token's row of the embedding. A block has
+# two halves, attention $A_l$ and experts $M_l$:
 #
 # $$
 # h_l = x_l + A_l(N(x_l)), \qquad x_{l+1} = h_l + M_l(N(h_l)).
@@ -152,10 +261,14 @@ except ValueError as error:
 # $2^{-8}|x|$ in bf16 that no later layer can repair. The 48 additions of the
 # 20b, with errors of one size and random sign, would leave
 # $\sqrt{48} \approx 7$ times the error of one, were both halves of every block
-# exact. That is the floor of bf16, and the walk below shows how near to it
-# both implementations are.
+# exact (exercise 3). That is the floor of bf16, and [a walk through two
+# implementations](beside.ipynb) shows how near to it both are.
 #
-# **Grouped attention** {cite}`gqa2023`. $H$ query heads share $G$ key/value
+# ### Which keys does a query head read?
+#
+# Grouped attention {cite}`gqa2023`: eight neighbouring query heads share a
+# key/value head, so in the 20b query heads 0 to 7 read key head 0, 8 to 15
+# read key head 1. In general $H$ query heads share $G$ key/value
 # heads; query head $h$ of token $t$ reads key head $g(h)$:
 #
 # $$
@@ -213,7 +326,8 @@ class Router(Linear):
                          bias=True, device=device, dtype=dtype)
         self.k = config.num_experts_per_tok
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(  # type: ignore[override]  # a choice, not a tensor
+            self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (N, D) -> weights (N, K) in x.dtype, ids (N, K) int64."""
         return torch.ops.gptoss.route(super().forward(x), self.k)
 
@@ -223,24 +337,33 @@ class Router(Linear):
 # %%
 norm = RMSNorm(2880, 1e-5, torch.float32)
 vector = torch.randn(2880)
-print(torch.allclose(norm(100 * vector), norm(vector), atol=1e-4))
+print([[f"{y:.3f}" for y in norm(factor * vector)[:3].tolist()]
+       for factor in (1, 100)])
 layer, row = Linear(16, 3), torch.randn(2, 16)
 assert torch.equal(layer(row), F.linear(row, layer.weight, layer.bias))
 
 # %% [markdown]
-# The experts hold, packed, what the released files hold, names and shapes
+# ### What do the experts hold?
+#
+# They hold, packed, what the released files hold, names and shapes
 # included: four tensors of bytes and two biases. Dense, two tensors
 # [E, out, in] take the place of the four, drawn from N(0, 0.02²); packed ones
-# are zero until a file fills them.
+# are zero until a file fills them. A packed row consists of blocks of 32, so a
+# width that 32 does not divide is refused, with a ValueError that names the
+# tensor.
 
 # %% tags=["export"]
 from gptoss.moe.experts import experts_grouped
 from gptoss.weights.mxfp4 import BLOCK, PackedMXFP4
 
 
-
 class Experts(nn.Module):
     """The E experts of one layer, packed (MXFP4) or dense (dtype)."""
+
+    gate_up_proj: nn.Parameter  # (E, 2F, D), dense ones alone
+    down_proj: nn.Parameter  # (E, D, F), dense ones alone
+    gate_up_proj_bias: nn.Parameter  # (E, 2F)
+    down_proj_bias: nn.Parameter  # (E, D)
 
     def __init__(self, config: GptOssConfig, packed: bool = True,
                  dtype: torch.dtype = torch.bfloat16, device=None) -> None:
@@ -271,18 +394,20 @@ class Experts(nn.Module):
             self.register_buffer(f"{name}_{part}", torch.zeros(
                 size, dtype=torch.uint8, device=device))
 
-    def _weight(self, name: str) -> PackedMXFP4 | Tensor:
-        if not self.packed:
-            return getattr(self, name)
+    def _packed(self, name: str) -> PackedMXFP4:
         return PackedMXFP4(getattr(self, f"{name}_blocks"),
                            getattr(self, f"{name}_scales"))
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """x (N, D), ids and weights (N, K) -> (N, D)."""
-        run = packed_experts if self.packed else experts_grouped
-        return run(x, ids, weights, self._weight("gate_up_proj"),
-                   self.gate_up_proj_bias, self._weight("down_proj"),
-                   self.down_proj_bias, self.limit)
+        if self.packed:
+            return packed_experts(
+                x, ids, weights, self._packed("gate_up_proj"),
+                self.gate_up_proj_bias, self._packed("down_proj"),
+                self.down_proj_bias, self.limit)
+        return experts_grouped(
+            x, ids, weights, self.gate_up_proj, self.gate_up_proj_bias,
+            self.down_proj, self.down_proj_bias, self.limit)
 
     def extra_repr(self) -> str:
         E, D = self.down_proj_bias.shape
@@ -302,7 +427,7 @@ weights, ids = router(rows)
 assert Experts(tiny, dtype=torch.float32)(rows, ids, weights).shape == (5, 64)
 
 # %% [markdown]
-# ### The attention layer
+# ### What does attention add to the operator?
 #
 # Four linear layers with biases, and one sink a head. A layer knows its window
 # (0: none) and its number, by which the cache keeps its keys. What it gets is
@@ -322,7 +447,8 @@ class Attention(nn.Module):
         D, C = config.hidden_size, config.head_dim
         H, G = config.num_attention_heads, config.num_key_value_heads
         self.layer, self.head_dim = layer, C
-        sliding = config.layer_types[layer] == "sliding_attention"
+        kinds = config.layer_types or ()
+        sliding = kinds[layer] == "sliding_attention"
         self.window = config.sliding_window if sliding else 0
         like = {"dtype": dtype, "device": device}
         self.q_proj = Linear(D, H * C, **like)
@@ -370,7 +496,7 @@ print(tuple(out.shape), "window", attention.window,
       tuple(attention.q_proj.weight.shape))
 
 # %% [markdown]
-# ### The block
+# ### How do the halves make a block?
 
 # %% tags=["export"]
 class MLP(nn.Module):
@@ -412,24 +538,43 @@ class Block(nn.Module):
         return h + self.mlp(self.post_attention_layernorm(h))
 
 # %% [markdown]
-# The last two lines are {eq}`model-block`. If both halves write zeros, a
-# block is the identity, which is what makes deep stacks trainable:
+# The last two lines are {eq}`model-block`, as in the twenty lines above. The
+# two must say the same with the trained weights:
 
 # %%
-block = Block(TINY, 0, torch.float32, packed=False).requires_grad_(False)
-x = torch.randn(1, 10, 64)
-print(tuple(block(x, *tables, pos).shape))
-for silent in (block.self_attn.o_proj.weight, block.self_attn.o_proj.bias,
-               block.mlp.experts.down_proj, block.mlp.experts.down_proj_bias):
-    silent.zero_()
-print(torch.equal(block(x, *tables, pos), x))
+with torch.no_grad():
+    for number, more in enumerate(context(where)):
+        ours = Block(config, number, torch.float32, packed=False)
+        ours.load_state_dict(weights_of(number))
+        gap = (ours(stream[number], *more[0], where)
+               - stream[number + 1]).abs().max()
+        assert gap < 1e-4
+print("four blocks, the same as the twenty lines, within 1e-4 of values up to",
+      f"{stream[-1].abs().max():.0f}")
 
 # %% [markdown]
+# If both halves write zeros, a block is the identity, which is what makes deep
+# stacks trainable:
+
+# %%
+tiny_block = Block(TINY, 0, torch.float32, packed=False).requires_grad_(False)
+x = torch.randn(1, 10, 64)
+print(f"adds up to {(tiny_block(x, *tables, pos) - x).abs().max():.1f}")
+for part in (tiny_block.self_attn.o_proj, tiny_block.mlp.experts):
+    for name, tensor in part.named_parameters():
+        if "gate_up" not in name:
+            tensor.zero_()
+print(f"adds up to {(tiny_block(x, *tables, pos) - x).abs().max():.1f}")
+
+# %% [markdown] tags=["measured"]
+# ### What is there before a file is read?
+#
 # A model that will be loaded is first built on the meta device, where a
 # tensor has a shape and no numbers. `nn.Embedding` draws numbers even there,
 # and for that torch imports its compiler, which takes a hundred times as long
-# as loading the shipped model (1.2 s against 0.01 s). So a weight on the meta
-# device is passed over, here and in `initialise` below.
+# as loading the shipped model (1.2 s against 0.01 s, on a core of a server).
+# So a weight on the meta device is passed over, here and in `initialise`
+# below.
 
 # %% tags=["export"]
 class Embedding(nn.Embedding):
@@ -474,13 +619,71 @@ def initialise(model: nn.Module) -> None:
 # read, for every byte that it passes on to block 8?
 
 # %% tags=["hide-cell"]
-config = GptOssConfig.gpt_oss_20b()
-held = Block(config, 7, torch.bfloat16, "meta").state_dict()
+big = GptOssConfig.gpt_oss_20b()
+held = Block(big, 7, torch.bfloat16, "meta").state_dict()
 read = sum(t.nbytes * (4 / 32 if ".experts." in n else 1)
            for n, t in held.items())
-passed = 2 * config.hidden_size
+passed = 2 * big.hidden_size
 print(f"{read / 1e6:.1f} MB for {passed} bytes: {read / passed:,.0f}")
-assert round(read / passed) == 18445
+print(f"the block holds {sum(t.nbytes for t in held.values()):,} bytes")
+
+# %% [markdown]
+# ### Exercise 2
+#
+# Multiply the stream by 10 before block 1 of the shipped model. What do the
+# two halves add then, and what becomes of their share of the stream?
+
+# %% tags=["hide-cell"]
+w, more = weights_of(1), context(where)[1]
+with torch.no_grad():
+    for factor in (1, 10):
+        x = factor * stream[1]
+        half = attend(rms_norm(x, w["input_layernorm.weight"]), w, *more)
+        rest = block(x, w, k, *more) - x - half
+        lengths = [f"{y[0, -1].norm():.1f}" for y in (x, half, rest)]
+        print(f"times {factor:2}: stream {lengths[0]}, attention adds "
+              f"{lengths[1]}, experts {lengths[2]}")
+print("attention reads the direction alone; the experts read a stream in "
+      "which the attention's answer is a tenth of what it was")
+
+# %% [markdown]
+# ### Exercise 3
+#
+# Add 48 random vectors to a stream, exactly and in bf16, and compare the error
+# with that of one addition. Is it $\sqrt{48} \approx 7$?
+
+# %% tags=["hide-cell"]
+parts = torch.randn(48, 100_000)
+start = 50 * torch.randn(100_000).bfloat16()
+rounded, errors = start.clone(), []
+for n, part in enumerate(parts.bfloat16()):
+    rounded = rounded + part
+    exact = start.double() + parts[:n + 1].bfloat16().double().sum(0)
+    errors.append((rounded.double() - exact).square().mean().sqrt())
+print(f"{(errors[-1] / errors[0]).item():.1f} times")
+
+# %% [markdown]
+# ### Exercise 4
+#
+# Another reading of "eight heads share one" deals them out in turns: query
+# head h reads key head h mod G. Run block 0 of the shipped model with it. How
+# far is the attention's answer from the right one?
+
+# %% tags=["hide-cell"]
+w, more = weights_of(0), context(where)[0]
+G, H = config.num_key_value_heads, config.num_attention_heads
+dealt = torch.arange(H).view(H // G, G).T.flatten()  # heads that share
+size, wrong = config.head_dim, dict(w)
+for name, side in (("q_proj.weight", 0), ("q_proj.bias", 0), ("sinks", 0),
+                   ("o_proj.weight", 1)):
+    tensor = w[f"self_attn.{name}"]
+    each = 1 if name == "sinks" else size
+    rows = (dealt[:, None] * each + torch.arange(each)).flatten()
+    wrong[f"self_attn.{name}"] = tensor.index_select(side, rows)
+normed = rms_norm(stream[0], w["input_layernorm.weight"])
+right, other = (attend(normed, x, *more) for x in (w, wrong))
+print(f"off by {(other - right).norm() / right.norm():.0%} of its length, and "
+      "nothing complains")
 
 # %% [markdown]
 # ## Sources

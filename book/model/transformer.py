@@ -24,35 +24,163 @@
 # What else do people expect of a class that they call `GptOss`, and how do we
 # know that the whole is right when only the parts were tested?
 #
+# ## Picture
+#
+# What does each block contribute? The head makes a guess at the next word of
+# the stream after the last block. Nothing keeps us from asking it earlier:
+# after the embedding, after block 0, and so on. That is called a *logit
+# lens*. The shipped model (four blocks) reads a sentence:
+
+# %% tags=["hide-input", "picture"]
+# Figure: a table of words, a column for each token of a sentence, a row for
+# each place in the network. Each cell has the word that the head would say
+# there, dark where it is sure. In the upper rows the words are odd and pale,
+# in the last they continue the sentence.
+from importlib.resources import files
+
+import matplotlib.pyplot as plt
+import torch
+
+from gptoss.model.transformer import GptOss as Finished
+from gptoss.text.tokenizer import Tokenizer
+
+plt.style.use("../_static/book.mplstyle")
+pocket = files("gptoss") / "pocket"
+reader = Tokenizer.from_pretrained(pocket)
+shipped = Finished.from_pretrained(pocket, dtype=torch.float32)
+story = reader.encode("Once upon a time there was a little fox named Mira. "
+                      "Mira lived in the cave. For her birthday Mira got")
+seen, first = [], 12  # the columns from here on
+
+
+def keep(module, arguments, result):
+    seen.append(result[0])
+
+
+hooks = [part.register_forward_hook(keep)
+         for part in (shipped.embed_tokens, *shipped.layers)]
+with torch.inference_mode():
+    shipped(torch.tensor([story]))
+    lens = torch.stack([shipped.lm_head(shipped.norm(x)).softmax(-1)
+                        for x in seen])  # (places, T, V)
+for hook in hooks:
+    hook.remove()
+sure, said = lens.max(-1)
+places = ["embedding", *(f"block {n}" for n in range(len(shipped.layers)))]
+fig, ax = plt.subplots(figsize=(7.4, 2.6))
+ax.imshow(sure[:, first:], cmap="Blues", vmin=0, vmax=1.4, aspect="auto")
+for y in range(len(places)):
+    for x, token in enumerate(said[y, first:].tolist()):
+        ax.text(x, y, reader.decode([token]).strip() or "·", ha="center",
+                va="center", fontsize=7)
+columns = [reader.decode([token]).strip() or "·" for token in story[first:]]
+ax.set_xticks(range(len(columns)), columns, fontsize=7, rotation=60)
+ax.set_yticks(range(len(places)), places)
+ax.tick_params(length=0)
+ax.set(xlabel="token read, and below it what each place says comes next")
+ax.xaxis.set_label_position("top")
+ax.xaxis.tick_top()
+ax.grid(False)
+ax.spines[["left", "bottom"]].set_visible(False)
+plt.show()
+for place, row in zip(places, said, strict=True):
+    print(f"{place:9} says the last block's word at "
+          f"{int((row == said[-1]).sum())} of {len(story)} tokens")
+
+# %% [markdown]
+# What to see: a column is a token that is read; the row below, what the head
+# would say next. Down a column the guess is formed: words that merely go
+# together at first, in the last row the words of the story. The darker, the
+# surer.
+#
+# ## The naive version
+#
+# The model itself, as five lines. (`shipped` has the parts of [a
+# block](layers.ipynb), opened by the cell above.)
+
+# %%
+from gptoss.attention.rope import rope_parameters, rope_tables
+
+
+@torch.inference_mode()
+def run(model, tokens, positions):
+    x = model.embed_tokens(tokens)  # (B, T, D)
+    tables = rope_tables(positions, *rope_parameters(model.config))
+    for block in model.layers:
+        x = block(x, *tables, positions)
+    return model.lm_head(model.norm(x))  # (B, T, V)
+
+
+tokens, positions = torch.tensor([story]), torch.arange(len(story))[None]
+logits = run(shipped, tokens, positions)
+print("next:", [reader.decode([int(token)])
+                for token in logits[0, -1].topk(3).indices])
+
+# %% [markdown]
+# So what is left to do? Two prompts of unequal length in one batch, for
+# example. Fill the shorter one up on the left, run, and compare its last
+# logits with those that it has alone:
+
+# %%
+short = story[:9]
+filled = torch.tensor([[0] * (len(story) - 9) + short, story])
+alone = run(shipped, torch.tensor([short]), positions[:, :9])[0, -1]
+together = run(shipped, filled, positions.expand(2, -1))[0, -1]
+print(f"logits up to {alone.abs().max():.0f}, wrong by up to "
+      f"{(together - alone).abs().max():.0f}")
+print("alone:", reader.decode([int(alone.argmax())]), "- in the batch:",
+      reader.decode([int(together.argmax())]))
+where = torch.full((1, len(story)), -1)  # -1: padding
+where[0, -9:] = torch.arange(9)
+right = run(shipped, filled, torch.cat([where, positions]))[0, -1]
+assert (right - alone).abs().max() < 1e-3
+print("with positions that leave the padding out: equal within 1e-3")
+
+# %% [markdown]
+# The five lines are right; what they are given was not. The rest of the
+# chapter is what makes them safe to use: positions, loading in the memory
+# that there is, names, and refusals.
+#
 # ## Derivation
 #
 # **Positions.** A token's position is the number of real tokens before it in
-# its row, those in the cache included; padding has position -1, sees nothing
+# its row, those in the cache included; padding has position −1, sees nothing
 # and is seen by nobody. Then the same equations serve a prompt, one more
 # token, and a batch of unequal prompts.
 #
-# **Loading.** Let the checkpoint hold tensors of $b_i$ bytes, and let the
-# model want $c_i$. Build the model and then read into it, and the peak is
-# $\sum c_i + \sum b_i$. Build on the meta device (shapes, no bytes) and hand
-# over one tensor at a time, and it is
+# **Loading.** Build the model and then read the file into it, and there are
+# two copies for a while: 27.5 GB for the 13.8 GB of the 20b. Build it on the
+# meta device (shapes, no bytes), hand over one tensor at a time, and there is
+# one copy, and one tensor more where the dtype has to be converted. Let the
+# checkpoint hold tensors of $b_i$ bytes and the model want $c_i$. Then
 #
 # $$
-# \text{peak} \le \sum_i c_i + \max_{i:\ \text{converted}} b_i ,
+# \text{peak} \le \sum_i c_i + \max_{i:\ \text{converted}} b_i
 # $$ (model-load)
 #
-# where a tensor that is not converted is a view of the memory-mapped file:
-# its $c_i$ are pages which the system may drop and read again.
-# (A test measures the peak.)
-#
+# instead of $\sum c_i + \sum b_i$. A tensor that is not converted is a view
+# of the memory-mapped file: its $c_i$ are pages which the system may drop and
+# read again. (A test measures the peak.)
+
+# %%
+from gptoss.weights.config import GptOssConfig
+from gptoss.weights.sizes import checkpoint_bytes
+
+file = checkpoint_bytes(GptOssConfig.gpt_oss_20b()) / 1e9
+print(f"{file:.1f} GB, twice: {2 * file:.1f} GB")
+
+# %% [markdown]
 # ## Code
 #
-# ### The stack
+# ### What runs?
 #
-# The inverse frequencies are the same for every layer. They are no buffer of
-# the model, because `model.to(torch.bfloat16)` would round them, and a rounded
-# frequency turns the 100,000th token by some random angle
-# ([rope](../attention/rope.ipynb)). One computation on the CPU serves every
-# device.
+# The five lines, as a module with parameters. The inverse frequencies are the
+# same for every layer. They are no buffer of the model, because
+# `model.to(torch.bfloat16)` would round them, and a rounded frequency turns a
+# token far in the text by some random angle ([rope](../attention/rope.ipynb)).
+# One computation on the CPU serves every device. `logits_to_keep` spares the
+# head where only the last columns are wanted; 0 means all, since `x[:, -0:]`
+# is `x[:, 0:]`.
 
 # %% tags=["export"]
 from gptoss.model.answers import load_answers
@@ -126,6 +254,7 @@ class Stack(nn.Module):
 # %%
 import tempfile
 
+torch.manual_seed(0)
 TINY = GptOssConfig(
     num_hidden_layers=4, num_local_experts=8, num_experts_per_tok=2,
     vocab_size=96, hidden_size=64, intermediate_size=64, head_dim=32,
@@ -140,48 +269,11 @@ print(tuple(stack.run(torch.tensor([[5, 6, 7]]), pos[:, :3]).shape),
 # %%
 torch.manual_seed(0)
 initialise(stack)
-print(f"{stack.lm_head.weight.std().item():.2f}",
-      stack.layers[3].mlp.router.bias.abs().max().item())
+print(f"head drawn with deviation {stack.lm_head.weight.std().item():.2f}, "
+      f"biases {stack.layers[3].mlp.router.bias.abs().max().item()}")
 
 # %% [markdown]
-# ### Checks and positions
-#
-# What can be wrong with tokens is found before anything runs: on a GPU an id
-# out of range would otherwise end the process with a device assert.
-
-# %% tags=["export"]
-class ModelError(Error):
-    """Tokens or a mask that the model cannot take."""
-
-
-def check_tokens(tokens: Tensor, attention_mask: Tensor | None,
-                 config: GptOssConfig) -> None:
-    """Raise ModelError unless tokens (B, T) and the mask can be run."""
-    shape, most = tuple(tokens.shape), config.max_position_embeddings
-    if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
-        raise mismatch(ModelError, "tokens", "int64 of shape (B, T)",
-                       f"{tokens.dtype} of shape {shape}")
-    if tokens.numel() == 0:
-        raise mismatch(ModelError, "tokens", "at least one",
-                       f"an empty prompt of shape {shape}")
-    if attention_mask is not None and attention_mask.shape != tokens.shape:
-        raise mismatch(ModelError, "attention_mask",
-                       f"shape {shape} as tokens has",
-                       tuple(attention_mask.shape))
-    if tokens.shape[1] > most:
-        raise mismatch(ModelError, "tokens",
-                       f"at most {most} (max_position_embeddings)", shape[1])
-    for token in torch.stack(tokens.aminmax()).tolist():
-        if not 0 <= token < config.vocab_size:
-            raise mismatch(ModelError, "token id",
-                           f"0 to {config.vocab_size - 1}", token)
-
-# %%
-for bad in ([[5, 96]], [[]], [5, 6]):
-    try:
-        check_tokens(torch.tensor(bad, dtype=torch.int64), None, TINY)
-    except ModelError as error:
-        print(error)
+# ### Where does each token stand?
 
 # %% tags=["export"]
 def token_positions(tokens: Tensor, attention_mask: Tensor | None = None,
@@ -203,7 +295,7 @@ mask = torch.tensor([[0, 0, 1, 1], [1, 0, 1, 1], [1, 1, 1, 1]])
 print(token_positions(torch.zeros(3, 4), mask).tolist())
 
 # %% [markdown]
-# ### The front door
+# ### Which names do people expect?
 #
 # What stands around the stack is what people expect who know torch and
 # `transformers`: `model.device` and `model.dtype`, `input_ids=` as another
@@ -259,10 +351,12 @@ def _say_as_file(model: nn.Module, incompatible: _IncompatibleKeys) -> None:
 
 def one_of(tokens: Tensor | None, input_ids: Tensor | None) -> Tensor:
     """The one that is given; ModelError for both or none."""
-    if (tokens is None) == (input_ids is None):
-        raise mismatch(ModelError, "tokens", "either tokens or input_ids",
-                       "neither" if tokens is None else "both")
-    return input_ids if tokens is None else tokens
+    if tokens is not None and input_ids is None:
+        return tokens
+    if input_ids is not None and tokens is None:
+        return input_ids
+    raise mismatch(ModelError, "tokens", "either tokens or input_ids",
+                   "neither" if tokens is None else "both")
 
 # %% [markdown]
 # The two names of one tensor of dense experts, and what of them is turned:
@@ -271,6 +365,55 @@ def one_of(tokens: Tensor | None, input_ids: Tensor | None) -> Tensor:
 name = "layers.3.mlp.experts.down_proj"
 print(file_name(name), tuple(file_tensor(name, torch.zeros(4, 64, 96)).shape))
 print(file_name("lm_head.weight"))
+
+# %% [markdown]
+# ### What is refused?
+#
+# What can be wrong with tokens is found before anything runs: on a GPU an id
+# out of range would otherwise end the process with a device assert. Both
+# `tokens` and `input_ids`, or neither, is a ModelError too; so are a config
+# with tied embeddings (here the two matrices are two), and a dtype that no
+# model can have.
+
+# %% tags=["export"]
+class ModelError(Error):
+    """Tokens or a mask that the model cannot take."""
+
+
+def check_tokens(tokens: Tensor, attention_mask: Tensor | None,
+                 config: GptOssConfig) -> None:
+    """Raise ModelError unless tokens (B, T) and the mask can be run."""
+    shape, most = tuple(tokens.shape), config.max_position_embeddings
+    if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
+        raise mismatch(ModelError, "tokens", "int64 of shape (B, T)",
+                       f"{tokens.dtype} of shape {shape}")
+    if tokens.numel() == 0:
+        raise mismatch(ModelError, "tokens", "at least one",
+                       f"an empty prompt of shape {shape}")
+    if attention_mask is not None and attention_mask.shape != tokens.shape:
+        raise mismatch(ModelError, "attention_mask",
+                       f"shape {shape} as tokens has",
+                       tuple(attention_mask.shape))
+    if tokens.shape[1] > most:
+        raise mismatch(ModelError, "tokens",
+                       f"at most {most} (max_position_embeddings)", shape[1])
+    for token in torch.stack(tokens.aminmax()).tolist():
+        if not 0 <= token < config.vocab_size:
+            raise mismatch(ModelError, "token id",
+                           f"0 to {config.vocab_size - 1}", token)
+
+# %%
+for bad in ([[5, 96]], [[]], [5, 6]):
+    try:
+        check_tokens(torch.tensor(bad, dtype=torch.int64), None, TINY)
+    except ModelError as error:
+        print(error)
+
+# %% [markdown]
+# ### What stands around the stack?
+#
+# With a cache, `forward` is `begin`, `run`, `commit`; if anything fails in
+# between, the cache knows ([the cache](cache.ipynb)).
 
 # %% tags=["export"]
 class GptOss(Stack):
@@ -421,9 +564,12 @@ for _ in range(40):
     assert all(p.grad is not None for p in model.parameters())
     optimiser.step()
     losses.append(loss.item())
-print(f"loss {losses[0]:.1f}, after 40 steps below 0.5: {losses[-1] < 0.5}")
+assert losses[-1] < 0.5
+print(f"loss {losses[0]:.1f}, after 40 steps below 0.5; ln 96 is "
+      f"{torch.tensor(96.0).log():.1f}")
 
-# %% [markdown] The dtype is a choice, and people write it in three ways: as
+# %% [markdown]
+# The dtype is a choice, and people write it in three ways: as
 # torch does, by name, or as "auto". The last is what `config.json` says of the
 # file, which need not be what lies in it ([the file](../weights/file.ipynb)):
 # some programs save fp32 and say bf16, and mean bf16.
@@ -450,7 +596,8 @@ try:
 except ModelError as error:
     print(error)
 
-# %% [markdown] To show it all, a checkpoint in the released layout: random
+# %% [markdown]
+# To show it all, a checkpoint in the released layout: random
 # tensors for every name in the [table of tensors](../weights/file.ipynb),
 # biases and sinks not zero, so that nothing can hide.
 
@@ -493,7 +640,7 @@ for layout in ("hf", "original", "bf16"):
 worst = max((logits - found["hf", True]).abs().max().item()
             for logits in found.values())
 assert worst < 1e-4
-print(len(found), "ways to load, one model:", worst < 1e-4)
+print(len(found), "ways to load, one model: logits equal within 1e-4")
 print("auto:", GptOss.from_pretrained(path / "hf", "auto").norm.weight.dtype)
 
 # %% [markdown]
@@ -526,7 +673,7 @@ if maps.exists():
     spans = [range(int(start, 16), int(end, 16)) for start, end in lines]
     held = model.state_dict().values()
     assert all(any(t.data_ptr() in span for span in spans) for t in held)
-print("every tensor is a view of the file")
+print(len(model.state_dict()), "tensors, each a view of the file")
 
 # %% [markdown]
 # ## It holds
@@ -566,7 +713,8 @@ for _ in range(20):
         assert (logits[row, mask[row]] - alone).abs().max() < 1e-11
 print("60 rows with holes")
 
-# %% [markdown] The future is invisible, and through sliding layers alone a
+# %% [markdown]
+# The future is invisible, and through sliding layers alone a
 # token reaches $L(W-1)$ positions ahead and no further
 # ([masks](../attention/masks.ipynb)). Here all four layers slide, with a
 # window of 6.
@@ -581,7 +729,8 @@ other = tokens.clone()
 other[0, 10] = (other[0, 10] + 1) % 96
 change = (model(other) - model(tokens))[0].abs().amax(-1)
 moved = (change > 1e-12).nonzero().flatten()
-print(moved.min().item(), "to", moved.max().item())
+print("token 10 changed; outputs that move:", moved.min().item(), "to",
+      moved.max().item())
 assert moved.tolist() == list(range(10, 10 + 4 * 5 + 1))
 
 # %% [markdown]
@@ -663,7 +812,7 @@ for config in (GptOssConfig.gpt_oss_20b(), GptOssConfig.gpt_oss_120b()):
 #   before anything runs.
 # - A state dict has the names and orientations of the file.
 # - Build on meta, hand over one mapped tensor at a time, and loading takes
-#    the bytes of the file.
+#   the bytes of the file.
 
 # %% [markdown]
 # ## Exercises
@@ -683,6 +832,47 @@ blocks = 2 * 512 * big.num_hidden_layers * (
     + 3 * big.num_experts_per_tok * big.intermediate_size * D)
 print(f"{heads / 1e12:.2f} of {(heads + blocks) / 1e12:.2f} TFLOPs: "
       f"{heads / (heads + blocks):.0%}")
+
+# %% [markdown]
+# ### Exercise 2
+#
+# Leave out one block of the shipped model and measure the loss on the story.
+# Which block is missed most, and which least?
+
+# %% tags=["hide-cell"]
+from copy import copy
+
+
+def loss_without(layer):
+    model = copy(shipped)
+    model._modules = dict(shipped._modules)
+    model.layers = nn.ModuleList(block for n, block in enumerate(
+        shipped.layers) if n != layer)
+    return nn.functional.cross_entropy(
+        run(model, tokens, positions)[0, :-1], tokens[0, 1:]).item()
+
+
+tokens = torch.tensor([story])
+positions = torch.arange(len(story))[None]
+for layer in (None, 0, 1, 2, 3):
+    print(f"without block {layer}: loss {loss_without(layer):.1f}")
+
+# %% [markdown]
+# ### Exercise 3
+#
+# In {eq}`model-flops` one term grows with $T^2$. For which $T$ is it as large
+# as all the others together, in the 20b? And if sliding layers computed only
+# the scores that they see?
+
+# %% tags=["hide-cell"]
+c = big
+linear = 2 * (c.num_hidden_layers * (
+    2 * D * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
+    + D * c.num_local_experts
+    + 3 * c.num_experts_per_tok * c.intermediate_size * D) + D * V)
+square = 4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim
+print(f"T = {linear / square:,.0f}; with windows about "
+      f"{2 * linear / square:,.0f}, as half of the layers drop out")
 
 # %% [markdown]
 # ## Sources

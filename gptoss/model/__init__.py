@@ -30,8 +30,8 @@ _HOME = {
 }
 _MODULES = (
     "norm",
-    "answers",
     "ops",
+    "answers",
     "rows",
     "cache",
     "layers",

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from importlib import import_module
 from threading import RLock
 
-# --- Who answers -------------------------------------------------------------
+# --- When are the kernels loaded? --------------------------------------------
 
 ANSWERS = {"kernels": "gptoss.kernels.build:load_kernels",
            "step": "gptoss.kernels.step:quick_step"}

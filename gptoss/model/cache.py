@@ -13,24 +13,7 @@ from torch import Tensor
 from gptoss.model.rows import CacheError, Rows, roll_back
 from gptoss.weights.config import GptOssConfig
 
-# --- Refusing before writing -------------------------------------------------
-
-def discontinued(rows: Rows, positions: Tensor) -> Tensor:
-    """(B,) bool: rows that positions (B, T), -1 = padding, do not continue.
-
-    CacheError if positions are of another batch size or no int64.
-    """
-    batch = rows.lengths.shape[0]
-    if (positions.ndim != 2 or positions.shape[0] != batch
-            or positions.dtype != torch.int64):
-        raise CacheError(f"positions: expected ({batch}, T) int64, found "
-                         f"{tuple(positions.shape)} {positions.dtype}")
-    real = positions >= 0
-    expected = rows.lengths[:, None] + real.cumsum(1) - 1
-    return (positions != expected.where(real, -1)).any(1)
-
-
-# --- One plan for all layers -------------------------------------------------
+# --- What does a layer ask? --------------------------------------------------
 
 class CacheView(Protocol):
     """A cache as the layers see it in one forward."""
@@ -76,6 +59,8 @@ class Plan:
         return store.update(k, v, self)
 
 
+# --- What is worked out once a forward? --------------------------------------
+
 def _targets(keep: Tensor, slots: Tensor, count: int
              ) -> tuple[Tensor, Tensor, Tensor]:
     """keep, slots (B, T) -> row, column and slot of the count kept."""
@@ -113,7 +98,24 @@ def plan_chunk(rows: Rows, positions: Tensor, slack: int) -> Plan:
         slots.where(slots < held[:, None], -1))
 
 
-# --- A sliding layer ---------------------------------------------------------
+# --- Does a row continue where it stands? ------------------------------------
+
+def discontinued(rows: Rows, positions: Tensor) -> Tensor:
+    """(B,) bool: rows that positions (B, T), -1 = padding, do not continue.
+
+    CacheError if positions are of another batch size or no int64.
+    """
+    batch = rows.lengths.shape[0]
+    if (positions.ndim != 2 or positions.shape[0] != batch
+            or positions.dtype != torch.int64):
+        raise CacheError(f"positions: expected ({batch}, T) int64, found "
+                         f"{tuple(positions.shape)} {positions.dtype}")
+    real = positions >= 0
+    expected = rows.lengths[:, None] + real.cumsum(1) - 1
+    return (positions != expected.where(real, -1)).any(1)
+
+
+# --- How does a ring take in a chunk? ----------------------------------------
 
 class SlidingCache:
     """Keys and values of one sliding layer, a ring: p in slot p % size."""
@@ -162,7 +164,7 @@ def _zeros(shape, dtype, device) -> tuple[Tensor, Tensor]:
     return pair[0].transpose(1, 2), pair[1].transpose(1, 2)
 
 
-# --- A full layer ------------------------------------------------------------
+# --- How does a full layer grow? ---------------------------------------------
 
 class FullCache:
     """Keys and values of one full layer: position p in slot p."""
@@ -190,7 +192,7 @@ class FullCache:
         return self.k[:, :used], self.v[:, :used], plan.full_positions
 
 
-# --- The memory of all layers ------------------------------------------------
+# --- Who keeps the account? --------------------------------------------------
 
 class Cache:
     """Keys and values of all layers, for a batch of unequal rows.
@@ -215,18 +217,19 @@ class Cache:
                              f"{batch_size} and {slack}")
         self.batch_size, self.max_tokens = batch_size, max_tokens
         self.window, self.slack = config.sliding_window, slack
-        sliding = config.layer_types.count("sliding_attention")
+        kinds = config.layer_types or ()
+        sliding = kinds.count("sliding_attention")
         self.replay = (sliding * (self.window - 1) if replay is None
                        else replay)
         self.limit = ((longest, "max_position_embeddings")
                       if max_tokens is None else (max_tokens, "max_tokens"))
-        sizes = {"sliding_attention": (SlidingCache, self.window + slack),
-                 "full_attention": (FullCache,
-                                    max_tokens or min(256, longest))}
+        sizes: dict[str, tuple[type[SlidingCache | FullCache], int]] = {
+            "sliding_attention": (SlidingCache, self.window + slack),
+            "full_attention": (FullCache, max_tokens or min(256, longest))}
         self.layers: list[SlidingCache | FullCache] = [
             make((batch_size, size, config.num_key_value_heads,
                   config.head_dim), dtype, device)
-            for make, size in map(sizes.__getitem__, config.layer_types)]
+            for make, size in map(sizes.__getitem__, kinds)]
         self._plan: Plan | None = None  # of a forward under way
         self.reset()
 

@@ -47,13 +47,21 @@ class Router(Linear):
                          bias=True, device=device, dtype=dtype)
         self.k = config.num_experts_per_tok
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(  # type: ignore[override]  # a choice, not a tensor
+            self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (N, D) -> weights (N, K) in x.dtype, ids (N, K) int64."""
         return torch.ops.gptoss.route(super().forward(x), self.k)
 
 
+# --- What do the experts hold? -----------------------------------------------
+
 class Experts(nn.Module):
     """The E experts of one layer, packed (MXFP4) or dense (dtype)."""
+
+    gate_up_proj: nn.Parameter  # (E, 2F, D), dense ones alone
+    down_proj: nn.Parameter  # (E, D, F), dense ones alone
+    gate_up_proj_bias: nn.Parameter  # (E, 2F)
+    down_proj_bias: nn.Parameter  # (E, D)
 
     def __init__(self, config: GptOssConfig, packed: bool = True,
                  dtype: torch.dtype = torch.bfloat16, device=None) -> None:
@@ -84,18 +92,20 @@ class Experts(nn.Module):
             self.register_buffer(f"{name}_{part}", torch.zeros(
                 size, dtype=torch.uint8, device=device))
 
-    def _weight(self, name: str) -> PackedMXFP4 | Tensor:
-        if not self.packed:
-            return getattr(self, name)
+    def _packed(self, name: str) -> PackedMXFP4:
         return PackedMXFP4(getattr(self, f"{name}_blocks"),
                            getattr(self, f"{name}_scales"))
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """x (N, D), ids and weights (N, K) -> (N, D)."""
-        run = packed_experts if self.packed else experts_grouped
-        return run(x, ids, weights, self._weight("gate_up_proj"),
-                   self.gate_up_proj_bias, self._weight("down_proj"),
-                   self.down_proj_bias, self.limit)
+        if self.packed:
+            return packed_experts(
+                x, ids, weights, self._packed("gate_up_proj"),
+                self.gate_up_proj_bias, self._packed("down_proj"),
+                self.down_proj_bias, self.limit)
+        return experts_grouped(
+            x, ids, weights, self.gate_up_proj, self.gate_up_proj_bias,
+            self.down_proj, self.down_proj_bias, self.limit)
 
     def extra_repr(self) -> str:
         E, D = self.down_proj_bias.shape
@@ -104,7 +114,7 @@ class Experts(nn.Module):
                 f"packed={self.packed}")
 
 
-# --- The attention layer -----------------------------------------------------
+# --- What does attention add to the operator? --------------------------------
 
 class Attention(nn.Module):
     """Grouped-query attention with RoPE, sinks and, perhaps, a window."""
@@ -115,7 +125,8 @@ class Attention(nn.Module):
         D, C = config.hidden_size, config.head_dim
         H, G = config.num_attention_heads, config.num_key_value_heads
         self.layer, self.head_dim = layer, C
-        sliding = config.layer_types[layer] == "sliding_attention"
+        kinds = config.layer_types or ()
+        sliding = kinds[layer] == "sliding_attention"
         self.window = config.sliding_window if sliding else 0
         like = {"dtype": dtype, "device": device}
         self.q_proj = Linear(D, H * C, **like)
@@ -143,7 +154,7 @@ class Attention(nn.Module):
                 f"head_dim={self.head_dim}, window={self.window or None}")
 
 
-# --- The block ---------------------------------------------------------------
+# --- How do the halves make a block? -----------------------------------------
 
 class MLP(nn.Module):
     """The router and the experts it chooses from."""
@@ -183,6 +194,8 @@ class Block(nn.Module):
                                plan)
         return h + self.mlp(self.post_attention_layernorm(h))
 
+
+# --- What is there before a file is read? ------------------------------------
 
 class Embedding(nn.Embedding):
     """torch's embedding; on the meta device there is nothing to draw."""

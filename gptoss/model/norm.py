@@ -6,7 +6,7 @@ Generated from book/model/operators.py; edit the chapter, not this file.
 import torch
 from torch import Tensor
 
-# --- RMSNorm -----------------------------------------------------------------
+# --- How is the norm rounded once? -------------------------------------------
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     """x / rms(x) * weight over the last dimension: (…, D) -> (…, D).

@@ -31,106 +31,7 @@ from gptoss.weights.mxfp4 import (
     linear_by_decoding,
 )
 
-# --- What an operator is -----------------------------------------------------
-
-@dataclass(frozen=True)
-class Operator:
-    """What an operator promises, whoever computes it."""
-
-    schema: str  # arguments and results, as torch.library writes them
-    plain: Callable  # computes it with plain torch, on every device
-    fake: Callable | None = None  # empty results; None: those of `plain`
-    backward: Callable | None = None  # as in torch.library.register_autograd;
-    setup: Callable | None = None  # None: torch differentiates `plain`
-    flops: Callable | None = None  # as in torch.utils.flop_counter
-
-
-def _gate(name: str, plain: Callable, formula: Callable | None) -> Callable:
-    """What stands at the autograd key of an operator."""
-    def gate(keys, *args):
-        if ((torch.autograd.forward_ad._current_level >= 0
-                or torch._C._are_functorch_transforms_active())
-                and any(map(_is_real, args))):
-            return plain(*args)
-        if formula is not None:
-            return formula(keys, *args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return plain(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return _overload(name).redispatch(
-                keys & torch._C._after_autograd_keyset, *args)
-    return gate
-
-
-def _is_real(argument) -> bool:
-    return (isinstance(argument, torch.Tensor)
-            and argument.is_floating_point())
-
-
-def _words(argument) -> str:
-    """An argument in an error's note: type and sizes of a tensor."""
-    if not isinstance(argument, torch.Tensor):
-        return repr(argument)
-    return f"{argument.dtype} {tuple(argument.shape)}"
-
-
-def _compact(result: torch.Tensor) -> torch.Tensor:
-    """In one piece: torch.compile relies on the strides that `fake` says."""
-    return result.contiguous()
-
-
-def _overload(name: str):
-    return getattr(torch.ops.gptoss, name).default
-
-
-def _declare(name: str, operator: Operator) -> None:
-    held = vars(torch.ops.gptoss).setdefault("_held", {})
-    if name in held:
-        held.pop(name)._destroy()
-    library = held[name] = torch.library.Library("gptoss", "FRAGMENT")
-    library.define(name + operator.schema,
-                   tags=(torch.Tag.pt2_compliant_tag,))
-
-    def run(*args):
-        if not load_answers():
-            return _overload(name)(*args)  # there may be a kernel now
-        try:
-            return tree_map(_compact, operator.plain(*args))
-        except Exception as error:
-            error.add_note(
-                f"in gptoss::{name}({', '.join(map(_words, args))})")
-            raise
-
-    def shape(*args):
-        return tree_map(_compact, (operator.fake or operator.plain)(*args))
-
-    library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"gptoss::{name}", shape, lib=library)
-    formula = None if operator.backward is None else make_autograd_impl(
-        _overload(name), Info(operator.backward, operator.setup))
-    library.impl(name, _gate(name, operator.plain, formula), "Autograd",
-                 with_keyset=True)
-    if operator.flops is not None:
-        flop_registry[_overload(name).overloadpacket] = shape_wrapper(
-            operator.flops)
-
-
-def define_operator(name: str, operator: Operator) -> None:
-    """Enter it into OPERATORS and define torch.ops.gptoss.NAME, or define it
-    anew, and its twin plain_NAME. A kernel registered for "CPU" or "CUDA"
-    takes precedence over operator.plain."""
-    OPERATORS[name] = operator
-    _declare(name, operator)
-    _declare(f"plain_{name}", Operator(operator.schema, operator.plain))
-
-
-def has_kernel(name: str = "packed_experts", device: str = "CPU") -> bool:
-    """Is there a kernel for the operator, on "CPU" or "CUDA"?"""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"gptoss::{name}", device)
-
-
-# --- Attention as an operator ------------------------------------------------
+# --- How do some queries at a time make the whole? ---------------------------
 
 SCORES_AT_ONCE = 2 ** 23  # entries of (B, H, T, S) that exist at a time
 
@@ -158,7 +59,21 @@ def attention_in_tiles(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
     return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=1)
 
 
-# --- The table of operators --------------------------------------------------
+# --- What does an operator promise? ------------------------------------------
+
+@dataclass(frozen=True)
+class Operator:
+    """What an operator promises, whoever computes it."""
+
+    schema: str  # arguments and results, as torch.library writes them
+    plain: Callable  # computes it with plain torch, on every device
+    fake: Callable | None = None  # empty results; None: those of `plain`
+    backward: Callable | None = None  # as in torch.library.register_autograd;
+    setup: Callable | None = None  # None: torch differentiates `plain`
+    flops: Callable | None = None  # as in torch.utils.flop_counter
+
+
+# --- Which nine names? -------------------------------------------------------
 
 def _mxfp4_linear_setup(ctx, inputs, output) -> None:
     _, blocks, scales, bias = inputs
@@ -235,9 +150,102 @@ OPERATORS: dict[str, Operator] = {
         "(Tensor blocks, Tensor scales, ScalarType dtype) -> Tensor",
         decode_by_table, _decode_fake),
 }
+
+
+# --- What if a gradient is asked for? ----------------------------------------
+
+def _gate(name: str, plain: Callable, formula: Callable | None) -> Callable:
+    """What stands at the autograd key of an operator."""
+    def gate(keys, *args):
+        if ((torch.autograd.forward_ad._current_level >= 0
+                or torch._C._are_functorch_transforms_active())
+                and any(map(_is_real, args))):
+            return plain(*args)
+        if formula is not None:
+            return formula(keys, *args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return plain(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _overload(name).redispatch(
+                keys & torch._C._after_autograd_keyset, *args)
+    return gate
+
+
+def _is_real(argument) -> bool:
+    return (isinstance(argument, torch.Tensor)
+            and argument.is_floating_point())
+
+
+def _words(argument) -> str:
+    """An argument in an error's note: type and sizes of a tensor."""
+    if not isinstance(argument, torch.Tensor):
+        return repr(argument)
+    return f"{argument.dtype} {tuple(argument.shape)}"
+
+
+def _compact(result: torch.Tensor) -> torch.Tensor:
+    """In one piece: torch.compile relies on the strides that `fake` says."""
+    return result.contiguous()
+
+
+def _overload(name: str):
+    return getattr(torch.ops.gptoss, name).default
+
+
+# --- How is a name defined, and defined again? -------------------------------
+
+def _declare(name: str, operator: Operator) -> None:
+    held = vars(torch.ops.gptoss).setdefault("_held", {})
+    if name in held:
+        held.pop(name)._destroy()
+    library = held[name] = torch.library.Library("gptoss", "FRAGMENT")
+    library.define(name + operator.schema,
+                   tags=(torch.Tag.pt2_compliant_tag,))
+
+    def run(*args):
+        if not load_answers():
+            return _overload(name)(*args)  # there may be a kernel now
+        try:
+            return tree_map(_compact, operator.plain(*args))
+        except Exception as error:
+            error.add_note(
+                f"in gptoss::{name}({', '.join(map(_words, args))})")
+            raise
+
+    def shape(*args):
+        return tree_map(_compact, (operator.fake or operator.plain)(*args))
+
+    library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gptoss::{name}", shape, lib=library)
+    formula = None if operator.backward is None else make_autograd_impl(
+        _overload(name), Info(operator.backward, operator.setup))
+    library.impl(name, _gate(name, operator.plain, formula), "Autograd",
+                 with_keyset=True)
+    if operator.flops is not None:
+        flop_registry[_overload(name).overloadpacket] = shape_wrapper(
+            operator.flops)
+
+
+def define_operator(name: str, operator: Operator) -> None:
+    """Enter it into OPERATORS and define torch.ops.gptoss.NAME, or define it
+    anew, and its twin plain_NAME. A kernel registered for "CPU" or "CUDA"
+    takes precedence over operator.plain."""
+    OPERATORS[name] = operator
+    _declare(name, operator)
+    _declare(f"plain_{name}", Operator(operator.schema, operator.plain))
+
+
+def has_kernel(name: str = "packed_experts", device: str = "CPU") -> bool:
+    """Is there a kernel for the operator, on "CPU" or "CUDA"?"""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"gptoss::{name}", device)
+
+
 for _name, _operator in OPERATORS.items():
     define_operator(_name, _operator)
 
+
+# --- What is refused? --------------------------------------------------------
 
 def mxfp4_linear(x: Tensor, blocks: Tensor,
                  scales: Tensor, bias: Tensor | None = None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gptoss.weights.errors import Error
 
-# --- What a row holds --------------------------------------------------------
+# --- What does a row remember of itself? -------------------------------------
 
 class CacheError(Error, RuntimeError):
     """The cache cannot hold, or was not given, what a forward needs."""
@@ -32,7 +32,7 @@ class Rows:
         return cls(zeros, zeros, zeros, ring)
 
 
-# --- Going back --------------------------------------------------------------
+# --- How does a row go back? -------------------------------------------------
 
 def roll_back(rows: Rows, length: int, window: int, replay: int
               ) -> tuple[Rows, Tensor]:

@@ -25,7 +25,7 @@ from gptoss.weights.layout import DTYPES, FLOATS, PACKED
 from gptoss.weights.loading import load_tensors
 from gptoss.weights.write import MAX_SHARD_BYTES, write_checkpoint
 
-# --- The stack ---------------------------------------------------------------
+# --- What runs? --------------------------------------------------------------
 
 @lru_cache(maxsize=64)
 def _frequencies(config: GptOssConfig, device: torch.device,
@@ -69,34 +69,7 @@ class Stack(nn.Module):
         return self.lm_head(self.norm(x[:, -logits_to_keep:]))
 
 
-# --- Checks and positions ----------------------------------------------------
-
-class ModelError(Error):
-    """Tokens or a mask that the model cannot take."""
-
-
-def check_tokens(tokens: Tensor, attention_mask: Tensor | None,
-                 config: GptOssConfig) -> None:
-    """Raise ModelError unless tokens (B, T) and the mask can be run."""
-    shape, most = tuple(tokens.shape), config.max_position_embeddings
-    if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
-        raise mismatch(ModelError, "tokens", "int64 of shape (B, T)",
-                       f"{tokens.dtype} of shape {shape}")
-    if tokens.numel() == 0:
-        raise mismatch(ModelError, "tokens", "at least one",
-                       f"an empty prompt of shape {shape}")
-    if attention_mask is not None and attention_mask.shape != tokens.shape:
-        raise mismatch(ModelError, "attention_mask",
-                       f"shape {shape} as tokens has",
-                       tuple(attention_mask.shape))
-    if tokens.shape[1] > most:
-        raise mismatch(ModelError, "tokens",
-                       f"at most {most} (max_position_embeddings)", shape[1])
-    for token in torch.stack(tokens.aminmax()).tolist():
-        if not 0 <= token < config.vocab_size:
-            raise mismatch(ModelError, "token id",
-                           f"0 to {config.vocab_size - 1}", token)
-
+# --- Where does each token stand? --------------------------------------------
 
 def token_positions(tokens: Tensor, attention_mask: Tensor | None = None,
                     cache: Cache | None = None) -> Tensor:
@@ -110,7 +83,7 @@ def token_positions(tokens: Tensor, attention_mask: Tensor | None = None,
     return start[:, None] + steps
 
 
-# --- The front door ----------------------------------------------------------
+# --- Which names do people expect? -------------------------------------------
 
 _DENSE = re.compile(r".*\.experts\.(parametrizations\.)?"
                     r"(gate_up|down)_proj(\.original)?")
@@ -153,11 +126,44 @@ def _say_as_file(model: nn.Module, incompatible: _IncompatibleKeys) -> None:
 
 def one_of(tokens: Tensor | None, input_ids: Tensor | None) -> Tensor:
     """The one that is given; ModelError for both or none."""
-    if (tokens is None) == (input_ids is None):
-        raise mismatch(ModelError, "tokens", "either tokens or input_ids",
-                       "neither" if tokens is None else "both")
-    return input_ids if tokens is None else tokens
+    if tokens is not None and input_ids is None:
+        return tokens
+    if input_ids is not None and tokens is None:
+        return input_ids
+    raise mismatch(ModelError, "tokens", "either tokens or input_ids",
+                   "neither" if tokens is None else "both")
 
+
+# --- What is refused? --------------------------------------------------------
+
+class ModelError(Error):
+    """Tokens or a mask that the model cannot take."""
+
+
+def check_tokens(tokens: Tensor, attention_mask: Tensor | None,
+                 config: GptOssConfig) -> None:
+    """Raise ModelError unless tokens (B, T) and the mask can be run."""
+    shape, most = tuple(tokens.shape), config.max_position_embeddings
+    if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
+        raise mismatch(ModelError, "tokens", "int64 of shape (B, T)",
+                       f"{tokens.dtype} of shape {shape}")
+    if tokens.numel() == 0:
+        raise mismatch(ModelError, "tokens", "at least one",
+                       f"an empty prompt of shape {shape}")
+    if attention_mask is not None and attention_mask.shape != tokens.shape:
+        raise mismatch(ModelError, "attention_mask",
+                       f"shape {shape} as tokens has",
+                       tuple(attention_mask.shape))
+    if tokens.shape[1] > most:
+        raise mismatch(ModelError, "tokens",
+                       f"at most {most} (max_position_embeddings)", shape[1])
+    for token in torch.stack(tokens.aminmax()).tolist():
+        if not 0 <= token < config.vocab_size:
+            raise mismatch(ModelError, "token id",
+                           f"0 to {config.vocab_size - 1}", token)
+
+
+# --- What stands around the stack? -------------------------------------------
 
 class GptOss(Stack):
     """gpt-oss: token ids in, logits out.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gptoss.weights.mxfp4 import decode
 
-# --- The clamped SwiGLU ------------------------------------------------------
+# --- How does one expert answer? ---------------------------------------------
 
 ALPHA = 1.702  # makes z * sigmoid(ALPHA * z) close to GELU; not in config
 
@@ -28,8 +28,6 @@ def clamped_swiglu(gate_up: Tensor, limit: float = 7.0) -> Tensor:
     up = up.clamp(-limit, limit)
     return (up + 1) * (gate * torch.sigmoid(gate * ALPHA))
 
-
-# --- One expert --------------------------------------------------------------
 
 def one_expert(x: Tensor, gate_up_FD: Tensor, gate_up_bias: Tensor,
                down_DF: Tensor, down_bias: Tensor, limit: float = 7.0
@@ -48,7 +46,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-# --- The loop ----------------------------------------------------------------
+# --- What is the loop, word for word? ----------------------------------------
 
 def experts_loop(x: Tensor, ids: Tensor, weights: Tensor,
                  gate_up_EFD: Tensor, gate_up_bias: Tensor,
@@ -69,7 +67,7 @@ def experts_loop(x: Tensor, ids: Tensor, weights: Tensor,
     return y.to(x.dtype)
 
 
-# --- The gather --------------------------------------------------------------
+# --- What does OpenAI's code do? ---------------------------------------------
 
 def experts_gather(x: Tensor, ids: Tensor, weights: Tensor,
                    gate_up_EFD: Tensor, gate_up_bias: Tensor,
@@ -86,7 +84,7 @@ def experts_gather(x: Tensor, ids: Tensor, weights: Tensor,
     return (out * weights.to(out.dtype)[..., None]).sum(1).to(x.dtype)
 
 
-# --- Sorting the tokens by expert --------------------------------------------
+# --- How are the tokens sorted by expert? ------------------------------------
 
 def by_expert(x: Tensor, ids: Tensor, weights: Tensor, experts: int,
               apply: Callable[[int, Tensor], Tensor]) -> Tensor:
@@ -122,7 +120,7 @@ def experts_grouped(x: Tensor, ids: Tensor, weights: Tensor,
                      lambda e, rows: one_expert(rows, *parts[e], limit))
 
 
-# --- Packed experts ----------------------------------------------------------
+# --- What if the weights are packed in four bits? ----------------------------
 
 def packed_by_decoding(x: Tensor, ids: Tensor, weights: Tensor,
                        gate_up_blocks: Tensor, gate_up_scales: Tensor,
@@ -138,7 +136,7 @@ def packed_by_decoding(x: Tensor, ids: Tensor, weights: Tensor,
     return by_expert(x, ids, weights, len(gate_up_scales), apply)
 
 
-# --- Its gradient ------------------------------------------------------------
+# --- How do gradients pass packed experts? -----------------------------------
 
 def swiglu_backward(gate_up: Tensor, grad: Tensor, limit: float) -> Tensor:
     """Gradient of `clamped_swiglu` at gate_up (…, 2F) for grad (…, F)."""

@@ -6,7 +6,7 @@ Generated from book/moe/routing.py; edit the chapter, not this file.
 import torch
 from torch import Tensor
 
-# --- Choose, then weigh ------------------------------------------------------
+# --- How are the largest chosen? ---------------------------------------------
 
 def top_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of (N, E), largest first: (N, k) logits, (N, k) int64.
@@ -32,7 +32,7 @@ def route(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return chosen.softmax(-1), ids
 
 
-# --- The other order ---------------------------------------------------------
+# --- And the other order? ----------------------------------------------------
 
 def softmax_then_topk(logits: Tensor, k: int, renormalise: bool = True
                       ) -> tuple[Tensor, Tensor]:
@@ -47,7 +47,7 @@ def softmax_then_topk(logits: Tensor, k: int, renormalise: bool = True
     return probs, ids
 
 
-# --- Load --------------------------------------------------------------------
+# --- How is the load counted? ------------------------------------------------
 
 def expert_load(ids: Tensor, experts: int) -> Tensor:
     """How many tokens chose each expert: ids (N, K) -> counts (E,) int64."""

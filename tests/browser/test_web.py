@@ -22,6 +22,8 @@ from playwright.sync_api import Browser, Page, Request, sync_playwright
 
 from gptoss import mxfp4
 from gptoss.attention import masks, rope, sinks
+from gptoss.model.rows import Rows, roll_back
+from gptoss.moe.routing import route, softmax_then_topk
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE = ROOT / "_build" / "html"
@@ -481,12 +483,61 @@ def test_the_sink_slides(watched: Watched) -> None:
     watched.check()
 
 
+def test_a_logit_moves_into_a_tie(watched: Watched) -> None:
+    """The moving figure agrees with gptoss.moe.routing, bf16 and ties."""
+    page = watched.open("book/moe/routing.html")
+    logits = torch.tensor(page.evaluate("live.routing.logits"),
+                          dtype=torch.float64)
+    told = set()
+    for step in range(0, 61, 3):
+        value = 1.845 + 0.0005 * step
+        slide(page, "logit", value)
+        logits[5] = value
+        found = shown(page)
+        low = logits.bfloat16()
+        assert page.evaluate("x => x.map(y => live.routing.bf16(y))",
+                             logits.tolist()) == low.tolist()
+        for name, row in (("exact", logits), ("found", low)):
+            ids = route(row[None], 4)[1][0].tolist()
+            assert found[name] == ",".join(map(str, ids))
+        tie = bool(low[2] == low[5])
+        flipped = set(found["exact"].split(",")) != set(
+            found["found"].split(","))
+        assert (found["tie"], found["flipped"]) == (
+            str(tie).lower(), str(flipped).lower())
+        told.add((tie, flipped))
+        kept = softmax_then_topk(low[None].double(), 4, False)[0].sum()
+        assert float(found["kept"]) == pytest.approx(kept.item())
+    assert told == {(False, False), (True, False), (True, True)}
+    watched.check()
+
+
+def test_tokens_are_taken_back(watched: Watched) -> None:
+    """The moving figure agrees with gptoss.model.rows."""
+    page = watched.open("book/model/remembering.html")
+    t, window, layers = 24, 4, 3
+    for slack in range(7):
+        slide(page, "slack", slack)
+        size = window + slack
+        ring = torch.tensor([[t - size + n for n in range(size)]])
+        rows = Rows(*torch.tensor([[t], [t], [0]]), ring=ring)
+        for length in (0, 1, 5, 10, 16, 17, 18, 19, 20, 21, 22, 23, 24):
+            slide(page, "length", length)
+            after, again = roll_back(rows, length, window,
+                                     layers * (window - 1))
+            found = shown(page)
+            assert found["replays"] == str(again.item()).lower()
+            assert int(found["start"]) == after.lengths.item()
+    watched.check()
+
+
 def test_figures_stand_without_scripts(browser: Browser, site: str) -> None:
     """The static figure is there, and so is a word about the moving one."""
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
     for name in ("weights/encoding", "attention/rope", "attention/masks",
-                 "attention/sinks"):
+                 "attention/sinks", "moe/routing",
+                 "model/remembering"):
         page.goto(f"{site}book/{name}.html")
         assert page.locator("section#picture img").first.is_visible()
         assert "In the web book" in page.locator(".live").inner_text()
