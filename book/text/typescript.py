@@ -299,14 +299,16 @@ print(_object({"properties": {
 
 # %%
 digits = 9090909090909091
-print(f"{digits:,} as a float: {float(digits):,.0f}")
+print(f"2**53 is      {2 ** 53:,}")
+print(f"the digits:   {digits:,}")
+print(f"as a float:   {float(digits):,.0f}")
 print("divided by 1e17:", float(digits) / 1e17, " and 1/11 is", 1 / 11)
 
 # %% [markdown]
-# A float holds whole numbers exactly up to 2**53, about 9.007e15. This one is
-# larger and odd, so it is rounded before the division, and the division
-# rounds once more. The result is the neighbour of 1/11, the next float there
-# is. Numbers of up to 15 digits come through unharmed.
+# A float holds every whole number up to 2**53. This one is larger and odd, so
+# it is rounded before the division, and the division rounds once more. The
+# result is the neighbour of 1/11, the next float there is. Numbers of up to
+# 15 digits come through unharmed.
 #
 # **In general**, the two differ in four ways.
 #
