@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -90,7 +90,7 @@ def _generators(model: GptOss, seed: int | None, rows: int
                 ) -> list[torch.Generator]:
     """A generator for each row; row 0 of a seed is the seed itself."""
     if seed is None:
-        drawn = seed = torch.randint(2 ** 48, ()).item()
+        drawn = seed = int(torch.randint(2 ** 48, ()))
         if (group := getattr(model, "group", None)) is not None:
             seed = group.same(lambda: drawn)  # one for all its processes
     return [torch.Generator().manual_seed(seed + row) for row in range(rows)]
@@ -112,13 +112,28 @@ def _generate(model: GptOss, prompt: list[int], count: int,
                 yield None
         with torch.inference_mode():
             chosen = draws(run(last)[:, -1], generator)
-        token = chosen.item()
+        token = int(chosen)
         yield token
         if token in stop or produced == count:
             return
         if produced == 1:
             run = choose_step(model, cache, decode)
         feed = chosen[:, None]
+
+
+@overload
+def generate(model: GptOss, prompt: Sequence[int],
+             options: SamplingOptions | None = None, *,
+             cache: Cache | None = None, decode: Decoder | str = "auto",
+             pauses: Literal[False] = False, **changes: Any
+             ) -> Iterator[int]: ...
+
+
+@overload
+def generate(model: GptOss, prompt: Sequence[int],
+             options: SamplingOptions | None = None, *,
+             cache: Cache | None = None, decode: Decoder | str = "auto",
+             pauses: bool, **changes: Any) -> Iterator[int | None]: ...
 
 
 def generate(model: GptOss, prompt: Sequence[int],
