@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,21 +121,6 @@ def _generate(model: GptOss, prompt: list[int], count: int,
         feed = chosen[:, None]
 
 
-@overload
-def generate(model: GptOss, prompt: Sequence[int],
-             options: SamplingOptions | None = None, *,
-             cache: Cache | None = None, decode: Decoder | str = "auto",
-             pauses: Literal[False] = False, **changes: Any
-             ) -> Iterator[int]: ...
-
-
-@overload
-def generate(model: GptOss, prompt: Sequence[int],
-             options: SamplingOptions | None = None, *,
-             cache: Cache | None = None, decode: Decoder | str = "auto",
-             pauses: bool, **changes: Any) -> Iterator[int | None]: ...
-
-
 def generate(model: GptOss, prompt: Sequence[int],
              options: SamplingOptions | None = None, *,
              cache: Cache | None = None, decode: Decoder | str = "auto",
@@ -164,6 +149,11 @@ def generate(model: GptOss, prompt: Sequence[int],
     return _generate(model, prompt, options.room(limit - held - len(prompt)),
                      options, _generators(model, options.seed, 1)[0],
                      cache or model.new_cache(), decode, pauses)
+
+
+def _only_tokens(found: Iterable[int | None]) -> Iterator[int]:
+    """What was generated, without the pauses."""
+    return (token for token in found if token is not None)
 
 
 # --- Many texts at once ------------------------------------------------------
@@ -274,10 +264,10 @@ def continue_ids(model: GptOss, input_ids: Tensor | Sequence[int], *,
         eos_token_id = [eos_token_id]
     run = SamplingOptions(**{"stop": eos_token_id} | given)
     if not isinstance(input_ids, Tensor):
-        return [*input_ids, *generate(model, input_ids, run)]
+        return [*input_ids, *_only_tokens(generate(model, input_ids, run))]
     rows = _unpadded(input_ids, attention_mask)
-    new = ([list(generate(model, rows[0], run))] if len(rows) == 1
-           else generate_batch(model, rows, run))
+    new = ([list(_only_tokens(generate(model, rows[0], run)))]
+           if len(rows) == 1 else generate_batch(model, rows, run))
     pad = model.config.pad_token_id if pad_token_id is None else pad_token_id
     made = torch.full((len(new), max(map(len, new), default=0)), pad)
     for row, tokens in zip(made, new, strict=True):
@@ -350,7 +340,8 @@ def complete(model: GptOss, tokenizer: Tokenizer, prompt: str | list[int],
             on_text(text)
 
     began = time.perf_counter()
-    for token in generate(model, ids, options, cache=cache, decode=decode):
+    for token in _only_tokens(generate(model, ids, options, cache=cache,
+                                       decode=decode)):
         done.tokens.append(token)
         if token in options.stop:
             done.finish_reason = "stop"
