@@ -25,19 +25,23 @@
 # integers. What tells the model who said what, and which of its own old
 # thoughts does it see again? When the third turn of a talk with tools begins,
 # the official rule shows two of the model's four old thoughts, and one call
-# later all four. A cache has to read 484 tokens over such a talk; under
-# another rule it reads 232.
+# later all four. A program that keeps what it has computed has to read 484
+# tokens over such a talk under that rule; under another it reads 232.
 
 # %% [markdown]
 # ## Picture
 
-# %% tags=["hide-input"]
-# Figure: seven messages as rows of boxes, coloured by who wrote them:
-# provider, application, user, model, tool. Dark boxes are control tokens;
-# between start and message stands the header.
+# %% tags=["hide-input", "picture"]
+# Figure: above, one conversation as a band of all its tokens, coloured by who
+# wrote them, control tokens dark; provider and application take most of it.
+# Below, its seven messages spelt out, with their headers.
 from importlib.resources import files
 
 import matplotlib.pyplot as plt
+
+from gptoss.text import harmony as finished
+from gptoss.text.tokenizer import Tokenizer
+from gptoss.text.typescript import Tool
 
 plt.style.use("../_static/book.mplstyle")
 POCKET = files("gptoss") / "pocket"
@@ -75,25 +79,83 @@ def draw(ax: plt.Axes, y: float, parts: tuple[str, ...], who: str) -> None:
         x += width + 0.15
 
 
-fig, ax = plt.subplots(figsize=(7, 2.6))
+tokenizer = Tokenizer.from_pretrained(POCKET)
+number = {"type": "number"}
+ADD = Tool("add", "The sum of two numbers.", {
+    "type": "object", "properties": {"a": number, "b": number}})
+SAID = [
+    finished.system_message("low", "2026-11-24", True),
+    finished.developer_message(tools=[ADD]),
+    finished.Message("user", "What is 17 + 25?"),
+    finished.Message("assistant", "Use add.", "analysis"),
+    finished.Message("assistant", '{"a": 17, "b": 25}', "commentary",
+                     "functions.add", "<|constrain|>json"),
+    finished.Message("tool", "42", "commentary", "assistant",
+                     name="functions.add"),
+    finished.Message("assistant", "17 + 25 = 42", "final")]
+fig, (band, ax) = plt.subplots(2, figsize=(7, 3.3), height_ratios=[1, 5])
+x = 0
+for message, (_, who) in zip(SAID, WRITTEN, strict=True):
+    ids = finished.render_message(tokenizer, message)
+    dark = [tokenizer.is_special(n) for n in ids]
+    for control, colour, alpha in (True, "0.25", 1), (False, COLOURS[who],
+                                                      0.45):
+        band.bar([x + n for n, each in enumerate(dark) if each == control], 1,
+                 0.86, align="edge", color=colour, alpha=alpha)
+    if len(ids) > 40:
+        band.text(x + len(ids) / 2, 1.25, f"{who}: {len(ids)} tokens",
+                  ha="center", color=COLOURS[who], fontsize=7)
+    x += len(ids)
+total = x
+band.text(total, 1.25, "user, model, tool", ha="right", fontsize=7)
+band.set(xlim=(-0.1 * total, total), ylim=(0, 1.9))
+band.axis("off")
 for n, (parts, who) in enumerate(WRITTEN):
     draw(ax, -n, parts, who)
     ax.text(-1, -n, who, ha="right", va="center", color=COLOURS[who])
 ax.set(xlim=(-9, 79), ylim=(-len(WRITTEN) + 0.4, 0.6))
 ax.axis("off")
 plt.show()
+sizes = [len(finished.render_message(tokenizer, each)) for each in SAID]
+print(f"{total} tokens, of them {sum(sizes[:2])} of provider and application")
 
 # %% [markdown]
-# A conversation is a run of messages, a message a run of control tokens
-# (dark) and text (coloured by who writes it). Between `start` and `message`
-# stands the header: who speaks, on which channel, to whom. Generation goes on
-# through the `end` of the reasoning and stops at `call`, for the program to
-# run the tool, and at `return`.
+# **What to see.** Above, one conversation as the model reads it: a band with
+# a cell for each token. The provider and the application, whom the user never
+# sees, wrote most of it. Below, the same seven messages spelt out (the long
+# ones shortened). A message is control tokens (dark) and text (coloured by who
+# writes it). Between `start` and `message` stands the *header*: who speaks, on
+# which *channel*, to whom. The model writes three of the messages. It goes on
+# through the `end` of its reasoning, and stops at `call`, for the program to
+# run the tool, and at `return`, when the turn is over. The picture imports
+# the finished module, which we now write.
 
 # %% [markdown]
-# ## Derivation
+# ## The naive version
 #
-# **A message** is, with brackets around what may be absent,
+# Chats are often written with a line for each speaker:
+
+# %%
+chat = [("user", "What is 17 + 25?"), ("assistant", "Use add."),
+        ("assistant", '{"a": 17, "b": 25}'), ("tool", "42\nuser: Thanks"),
+        ("assistant", "17 + 25 = 42")]
+text = "\n".join(f"{who}: {said}" for who, said in chat)
+print(text)
+print(len(chat), "messages written,", text.count("\n") + 1, "lines read")
+
+# %% [markdown]
+# Three things are lost. A line may be anybody's: the tool's answer has two,
+# and the second looks like the user's. The assistant wrote three lines, of
+# which the user should see one: the first is a thought and the second a call
+# to a program. And nothing says when the assistant is done. The first fault we
+# [know how to mend](tokenizer.ipynb): control tokens, by id. For the others a
+# message needs fields.
+
+# %% [markdown]
+# ## What does a message say of itself?
+#
+# OpenAI's format is called *harmony*. Its message is, with brackets around
+# what may be absent,
 #
 # $$ \begin{aligned}
 #    & \texttt{<|start|>}\; a \;[\,\texttt{to=}r\,]\;
@@ -102,10 +164,9 @@ plt.show()
 #      \texttt{<|message|>}\; x \; s
 #    \end{aligned} $$ (harmony-message)
 #
-# with an author $a$, a recipient $r$, a channel $c$, the format $f$ and the
-# content $x$, all of them text and so all of them through
-# {eq}`harmony-safe`, and a stop token $s$. The rest of a prompt is written
-# by the program, by id. Who uses what:
+# with an author $a$, a recipient $r$, a channel $c$, the format $f$ of the
+# content, the content $x$, and a stop token $s$. All but $s$ is text, and so
+# all of it goes through the encoder of {eq}`harmony-safe`. Who uses what:
 #
 # | author | content | channel | recipient | stop |
 # |---|---|---|---|---|
@@ -117,44 +178,13 @@ plt.show()
 # | the tool | its result | commentary | assistant | end |
 # | assistant | the answer | final | | return |
 #
-# The models write the recipient of a call behind the channel
+# Three details. A tool has no role in its header but its name,
+# `functions.add`. The models write the recipient of a call behind the channel
 # (`<|channel|>commentary to=functions.add`), OpenAI's renderer before it
 # (`assistant to=functions.add<|channel|>commentary`); both are in its
-# documentation, and a reader has to take both. `<|return|>` says that the
-# turn is over. It is a target in training and a stop in generation; in a
-# prompt the same message ends in `<|end|>`.
-#
-# **Old reasoning is dropped.** OpenAI's documentation asks to leave out the
-# reasoning of turns that ended in an answer, and to keep that of the turn in
-# progress, across its tool calls. An answer is a message of the assistant on
-# the final channel that says something. So with $j$ the index of the last
-# one, message $i$ is shown unless
-#
-# $$ c_i = \text{analysis} \quad\text{and}\quad i < j.
-#    $$ (harmony-drop)
-#
-# It is the answer that ends a turn, not the user's next message: a user may
-# break in while the model works ("be short", behind a tool's result), or say
-# "go on" to a thought that ran out of tokens, and the model needs to know
-# what it was thinking.
-#
-# This is the rule "turns"; openai-harmony has another. If the assistant's
-# last message is on the final channel, it drops the reasoning before the
-# *first* final message of the conversation, else nothing. The two agree when
-# a second turn starts:
-#
-# | prompt | "official" shows the reasoning of | "turns" |
-# |---|---|---|
-# | turn 2, after the question | none | none |
-# | turn 2, after its tool's result | turns 1 and 2 | turn 2 |
-# | turn 3, after the question | turn 2 | none |
-# | turn 3, after its tool's result | turns 1, 2 and 3 | turn 3 |
-#
-# In the second line the first turn's reasoning comes back, since the
-# assistant's last message is now a call. A cache notices: under
-# {eq}`harmony-drop` a turn only appends to its prompt, and the cache is
-# rolled back ([cache](../model/cache.ipynb)) once a turn, when the user has
-# spoken.
+# documentation, so we write the second and [read](parsing.ipynb) both. And
+# `<|return|>` is written by the model alone: it is a target in training and a
+# stop in generation; in a prompt the same message ends in `<|end|>`.
 
 # %% [markdown]
 # ## Code
@@ -195,6 +225,11 @@ class Message:
 
 # %% [markdown]
 # ### A message as tokens
+#
+# The form, from left to right: `_header` gives pairs of a control token (or
+# none) and the text behind it, and `render_message` makes ids of the pairs.
+# The text of a pair is encoded by itself and never joined with the next.
+# A recipient `all` is not written: it means everybody.
 
 # %% tags=["export"]
 CONSTRAIN = "<|constrain|>"
@@ -216,8 +251,9 @@ def _header(message: Message) -> list[tuple[str, str]]:
     if message.role == "tool" and not message.name:
         raise HarmonyError("a tool's message: expected a name like "
                            "'functions.add', found none")
-    author = [message.role] * (message.role != "tool")
-    author += [message.name] * bool(message.name)
+    author = [] if message.role == "tool" else [message.role]
+    if message.name:
+        author.append(message.name)
     parts = [("<|start|>", ":".join(author))]
     if message.recipient not in (None, "all"):
         parts.append(("", f" to={message.recipient}"))
@@ -275,9 +311,10 @@ assert ids[-1] == tokenizer.special["<|end|>"]
 # %% [markdown]
 # ### What the provider and the application say
 #
-# The system message is the provider's: who the model is, dates, effort,
-# channels. OpenAI's two built-in tools have fixed texts there. Functions stand
-# in the application's developer message, as [TypeScript](typescript.ipynb).
+# The system message is the provider's: who the model is, dates, how long it
+# should think (the *effort*), which channels there are. OpenAI's two built-in
+# tools have fixed texts there, which we copy. Functions stand in the
+# application's developer message, as [TypeScript](typescript.ipynb).
 
 # %% tags=["export"]
 _NUMBER, _STRING = {"type": "number"}, {"type": "string"}
@@ -353,9 +390,9 @@ def system_message(effort: str | None = "medium", date: str | None = None,
         if value not in known:
             raise HarmonyError(f"system message: expected one of {known}, "
                                f"found {value!r}")
-    who = [line for line, given in (
-        (identity, identity), (f"Knowledge cutoff: {cutoff}", cutoff),
-        (f"Current date: {date}", date)) if given is not None]
+    who = [] if identity is None else [identity]
+    who += [] if cutoff is None else [f"Knowledge cutoff: {cutoff}"]
+    who += [] if date is None else [f"Current date: {date}"]
     parts = ["\n".join(who)] * bool(who)
     parts += [f"Reasoning: {effort}"] * (effort is not None)
     parts += ["# Tools"] * bool(builtin)
@@ -380,6 +417,41 @@ def developer_message(instructions: str = "",
 print(system_message("low", date="2026-11-24", functions=True).content)
 
 # %% [markdown]
+# ## Which old thoughts does the model see again?
+#
+# Reasoning is long, and of use while a turn goes on: the model that gets a
+# tool's result needs to know why it asked. Once the answer is given, the
+# thoughts behind it are only in the way. OpenAI's documentation asks to leave
+# out the reasoning of turns that ended in an answer, and to keep that of the
+# turn in progress, across its tool calls.
+#
+# **By hand.** Number the messages of two turns:
+#
+# | i | 0 | 1 | 2 | 3 | 4 |
+# |---|---|---|---|---|---|
+# | who | user | assistant | assistant | user | assistant |
+# | channel | | analysis | final | | analysis |
+#
+# The last answer is message 2. The thought at 1 stands before it and goes, the
+# thought at 4 stands behind it and stays.
+#
+# **In general**, an answer is a message of the assistant on the final channel,
+# to nobody in particular, that says something. With $j$ the index of the last
+# one, message $i$ is shown unless
+#
+# $$ c_i = \text{analysis} \quad\text{and}\quad i < j.
+#    $$ (harmony-drop)
+#
+# It is the answer that ends a turn, not the user's next message: a user may
+# break in while the model works ("be short", behind a tool's result), or say
+# "go on" to a thought that ran out of tokens, and the model needs to know
+# what it was thinking.
+#
+# We call this rule "turns". openai-harmony has another, "official": if the
+# assistant's last message is on the final channel, it drops the reasoning
+# before the *first* final message of the conversation, else nothing. The
+# third rule, "none", drops nothing.
+#
 # ### A conversation
 
 # %% tags=["export"]
@@ -437,6 +509,12 @@ def render_training(tokenizer: Tokenizer, messages: Iterable[Message],
         ids[-1] = _control(tokenizer, "<|return|>")
     return ids
 
+# %% [markdown]
+# A talk of three turns of the same form: a question, a thought, a call, its
+# result, a second thought, an answer. The model is asked twice a turn, after
+# the question and after the result. How many thoughts does each of the six
+# prompts show?
+
 # %%
 turn = [Message("user", "Q"), Message("assistant", "think", "analysis"),
         call, result, Message("assistant", "think on", "analysis"),
@@ -448,17 +526,49 @@ for drop in ("official", "turns"):
             for n in range(1, len(talk)) if talk[n - 1].role != "assistant"]
     print(f"{drop:8}", kept)
 
+# %% tags=["hide-input"]
+# Figure: two grids, official and turns: six prompts by six thoughts. Under
+# turns a prompt shows only thoughts of its own turn. Under official the
+# prompts after a tool's result show all thoughts so far.
+thoughts = [n for n, each in enumerate(talk) if each.channel == "analysis"]
+asked = [n for n in range(1, len(talk)) if talk[n - 1].role != "assistant"]
+fig, axes = plt.subplots(1, 2, figsize=(7, 2.3), sharey=True)
+for ax, drop in zip(axes, ("official", "turns"), strict=True):
+    for row, n in enumerate(asked):
+        start = _forgotten(talk[:n], drop)
+        for column, at in enumerate(thoughts):
+            if at < n:
+                ax.barh(-row, 0.9, 0.8, column - 0.45, ec="C2",
+                        fc="C2" if at >= start else "w")
+    ax.set_title(drop)
+    ax.set_xticks(range(6), [f"turn {n // 2 + 1}" if n % 2 == 0 else ""
+                             for n in range(6)], ha="left")
+    ax.set_yticks(range(0, -6, -1),
+                  [f"turn {n // 2 + 1}, " + ("question", "result")[n % 2]
+                   for n in range(6)])
+    ax.set(xlim=(-0.6, 5.6), ylim=(-5.6, 0.6), xlabel="the thoughts of")
+    ax.grid(visible=False)
+    ax.tick_params(length=0)
+axes[0].set_ylabel("prompt after")
+plt.show()
+
 # %% [markdown]
-# Three turns of the same form, each with two prompts: after the question and
-# after the tool's result. The numbers say how many messages of reasoning
-# each prompt shows. Under {eq}`harmony-drop` every turn is like the first.
-# Under the official rule the first turn's two are gone when the second
-# begins, are back when it has called its tool, and the second's own two stay
-# for good.
+# **What to see.** A row is a prompt, a square one of the thoughts so far:
+# full if the prompt shows it, empty if not. Under "turns" ({eq}`harmony-drop`)
+# each turn looks like the first: a prompt shows the thoughts of its own turn.
+# Under "official" the first turn's two are gone when the second begins, and
+# are back when it has called its tool, since the assistant's last message is
+# now a call. The second turn's own two stay for good, since only what stands
+# before the *first* answer ever goes.
 #
-# A turn that has not ended is where the rules must not forget. The user
-# breaks in after the tool's result; or the model's tokens ran out before an
-# answer, and a program stored an empty one:
+# Why does it matter to us? A program keeps what the model has computed for
+# the beginning that two prompts share ([the cache](../model/cache.ipynb)).
+# Under "turns" a turn only appends to its prompt, and the program goes back
+# once a turn, when the user has spoken. Exercise 1 counts the tokens.
+#
+# The rules also differ where a turn has not ended. The user breaks in after
+# the tool's result; or the model's tokens ran out before an answer, and a
+# program stored an empty one:
 
 # %%
 broken_in = [*turn[:4], Message("user", "Be short.")]
@@ -471,10 +581,33 @@ for drop in ("official", "turns"):
         for messages in (broken_in, cut_off)])
 
 # %% [markdown]
+# In both the thought is needed, and only "turns" keeps it in the second: an
+# empty answer says nothing, so it ends no turn.
+
+# %% [markdown]
+# ## What is refused
+#
+# A role that is none of the five, a tool's message without a name, a rule,
+# an effort or a built-in tool that does not exist, and a tokenizer that lacks
+# a control token which the form needs. All are a `HarmonyError`; so is what
+# [the encoder](tokenizer.ipynb) refuses.
+
+# %%
+for wrong in (lambda: render_message(tokenizer, Message("bot")),
+              lambda: render_message(tokenizer, Message("tool", "x")),
+              lambda: render(tokenizer, [], drop="all"),
+              lambda: system_message("huge")):
+    try:
+        wrong()
+    except HarmonyError as error:
+        print(error)
+
+# %% [markdown]
 # ## It holds
 #
-# The names of all control tokens typed into every field of a message: the
-# control tokens are those of the form {eq}`harmony-message` and no others.
+# **The attack on every field.** The names of all control tokens are typed into
+# every field of a message. The control tokens in the ids are those of the form
+# {eq}`harmony-message` and no others.
 
 # %%
 attack = "".join(tokenizer.special)
@@ -529,6 +662,7 @@ def as_official(message: Message) -> official.Message:
     return made
 
 
+equal = 0
 for n in range(1, len(talk) + 1):
     conversation = official.Conversation.from_messages(
         map(as_official, talk[:n]))
@@ -536,11 +670,15 @@ for n in range(1, len(talk) + 1):
         conversation, official.Role.ASSISTANT)
     assert render_training(real, talk[:n]) == (
         theirs.render_conversation_for_training(conversation))
+    equal += 1
+print(f"{equal} of {len(talk)} beginnings: the same ids, to go on and to "
+      f"train on")
 
 # %% [markdown]
 # ## Cost
 #
-# The form costs tokens in every prompt. With $|\cdot|$ for the tokens of a
+# The form costs tokens in every prompt. A user's empty message is four:
+# start, the role, message, end. In general, with $|\cdot|$ for the tokens of a
 # text, in the letters of {eq}`harmony-message`, and $[\cdot]$ for 1 where a
 # part is present, else 0, a message costs
 #
@@ -644,6 +782,26 @@ show(ids)
 print(sum(map(tokenizer.is_special, ids)), "control tokens")
 # The name is text, in the header, however it is spelt: still one message.
 assert sum(map(tokenizer.is_special, ids)) == 4
+
+# %% [markdown]
+# ### Exercise 3
+#
+# Many programs keep only what the user sees: they store calls, results and
+# answers, and throw reasoning away as it comes. Render what the model reads
+# when it gets the tool's result, in such a program and in ours. What does it
+# no longer know?
+
+# %% tags=["hide-cell"]
+middle = [Message("user", "Is 17 + 25 a square?"),
+          Message("assistant", "Add first, then compare with 36 and 49.",
+                  "analysis"), call, replace(result, content="42")]
+stored = [each for each in middle if each.channel != "analysis"]
+for messages in (stored, middle):
+    ids = render(tokenizer, messages, drop="turns")
+    print(len(ids), "tokens:")
+    show(ids)
+# Its plan. The model was trained with the thoughts of the turn in progress
+# before its eyes, and has to think them again, or answers the sum.
 
 # %% [markdown]
 # ## Sources

@@ -26,6 +26,61 @@
 # work instead of 24,675?
 
 # %% [markdown]
+# ## Picture
+
+# %% tags=["hide-input", "picture"]
+# Figure: a table in time, a column a token: its id, its bytes, the bytes that
+# wait, the new text on the screen. é appears with its second byte, the sign
+# with its third; the last column is the stop id, which shows nothing.
+from importlib.resources import files
+
+import matplotlib.pyplot as plt
+
+from gptoss.text.generate import TextStream as Finished
+from gptoss.text.tokenizer import Tokenizer
+
+plt.style.use("../_static/book.mplstyle")
+POCKET = files("gptoss") / "pocket"
+tokenizer = Tokenizer.from_pretrained(POCKET)
+drawn = [*tokenizer.encode("né ☺!"), tokenizer.special["<|return|>"]]
+fig, ax = plt.subplots(figsize=(7.4, 2.3))
+for y, name in enumerate(["id, drawn from logits", "its bytes",
+                          "bytes that wait", "new on the screen"]):
+    ax.text(-0.65, -y, name, ha="right", va="center")
+finished, waits, shown = Finished(tokenizer), b"", ""
+for x, n in enumerate(drawn):
+    stop = tokenizer.is_special(n)
+    data = b"" if stop else tokenizer.token_bytes(n)
+    new = "" if stop else finished.feed(n)
+    waits, shown = b"" if new else waits + data, shown + new
+    for y, (label, colour) in enumerate([
+            (str(n), "0.25" if stop else "C0"), (data.hex(" "), "C0"),
+            (waits.hex(" "), "C1"), (new.replace(" ", "␣"), "C2")]):
+        if label:
+            ax.barh(-y, 0.94, 0.78, x - 0.47, color=colour,
+                    alpha=1 if stop else 0.35)
+        ax.text(x, -y, label, ha="center", va="center",
+                fontsize=10 if y == 3 else 7.5, color="w" if stop else "k")
+ax.text(x, -1, "a stop id:\nthe end", ha="center", va="center",
+        fontsize=7.5)
+ax.annotate("", (x + 0.6, 0.72), (-0.6, 0.72), arrowprops={
+    "arrowstyle": "-|>", "color": "0.3"})
+ax.text(-0.65, 0.72, "time", ha="right", va="center", color="0.3")
+ax.set(xlim=(-3.6, x + 0.8), ylim=(-3.5, 1.0))
+ax.axis("off")
+plt.show()
+print(len(drawn), "tokens,", len(shown), "characters on the screen")
+
+# %% [markdown]
+# **What to see.** The model writes `né ☺!`. Time goes to the right, and each
+# column is one token: one run of the model, whose logits give one id. An id
+# stands for bytes. `n` is a character at once and is shown. The é comes in two
+# tokens of one byte each; the first has to wait, since half a letter cannot be
+# shown, and the letter appears with the second. The sign ☺ needs three. The
+# last token is the one that ends a turn. It is not text: the loop stops there
+# and shows nothing.
+
+# %% [markdown]
 # ## The naive version
 #
 # Run the model on the text so far, draw, append, repeat; show each token as
@@ -55,72 +110,95 @@ from gptoss.weights.errors import is_count
 from gptoss.weights.files import config_folder
 
 # %%
-from importlib.resources import files
-
 from gptoss.text.sampling import Sampler
 
 torch.manual_seed(0)
-POCKET = files("gptoss") / "pocket"
 model = GptOss.from_pretrained(POCKET, dtype=torch.float32)
-tokenizer = Tokenizer.from_pretrained(POCKET)
 opening = "Once upon a time there was a little fox named Mira."
 lost = (" For her birthday she got a white lamp. One morning she went to the "
         "park with the lamp. But on the way from the cave she lost the lamp. ")
 
-# %%
+
 def naive(prompt: list[int], count: int):
     ids = list(prompt)
     for _ in range(count):
-        logits = model(torch.tensor([ids]))[:, -1]
-        token = Sampler(0)(logits).item()
-        yield tokenizer.decode([token])
-        ids.append(token)
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]))[:, -1]
+        ids.append(Sampler(0)(logits).item())
+        yield ids[-1]
 
 
 fed = []
 hook = model.register_forward_pre_hook(
     lambda module, inputs: fed.append(inputs[0].numel()))
-story = "".join(naive(tokenizer.encode(opening), 210))
-hook.remove()
+story = "".join(tokenizer.decode([n]) for n in naive(
+    tokenizer.encode(opening), 210))
 print(f"{sum(fed):,} tokens went through the model for 210 new ones")
-print("went on after the end:", "<|endoftext|>" in story[:-20])
+print("shown as text:", story[story.index("<|endoftext|>"):][:60])
 print([tokenizer.decode([n]) for n in tokenizer.encode("né")])
 
 # %% [markdown]
-# Three faults: the work grows with the square of the length; nothing stops at
-# the end of the story; a letter of two bytes becomes two replacement
-# characters.
+# Three faults. The work grows with the square of the length, since every step
+# reads the whole text again. Nothing stops at the end of the story: the token
+# that means it is shown like a word. And a letter of two bytes becomes two
+# replacement characters.
+#
+# ## The loop in ten lines
+#
+# The first two faults go quickly. The [cache](../model/cache.ipynb) keeps what
+# the model has computed, so that after the prompt only the new token has to be
+# fed. And somebody must know which ids end a text.
+
+# %%
+def essential(prompt: list[int], count: int, stop: set[int]):
+    cache, feed = model.new_cache(), torch.tensor([prompt])
+    for _ in range(count):
+        logits = model(feed, cache=cache, logits_to_keep=1)[:, -1]
+        token = Sampler(0)(logits)
+        yield token.item()
+        if token.item() in stop:
+            return
+        feed = token[:, None]
+
+
+fed.clear()
+with torch.no_grad():
+    ids = list(essential(tokenizer.encode(opening), 210, set()))
+    print(f"{sum(fed):,} tokens for {len(ids)} new ones, the same text:",
+          tokenizer.decode(ids[:12]))
+    ends = {tokenizer.special["<|endoftext|>"]}
+    print("with a stop id:",
+          len([*essential(tokenizer.encode(opening), 300, ends)]), "tokens")
+assert tokenizer.decode(ids)[:200] == story[:200]
+hook.remove()
 
 # %% [markdown]
-# ## Derivation
-#
-# **How many tokens.** Of $M$ positions, a prompt of $P$ tokens after $n$
-# cached ones uses $n + P$. The last new token needs none, since nothing is
-# fed after it, so $M - n - P + 1$ can be produced.
-#
-# **UTF-8.** The first byte of a character says how many follow: `0…` none,
-# `110…` one, `1110…` two, `11110…` three; those that follow begin with `10`.
-# So after any number of bytes at most three wait for the rest of their
-# character, and everything before them is final. A decoder with that state
-# needs no look at earlier text.
-#
-# **Batches.** Pad on the left: then all rows end in the last column, whose
-# logits are the only ones needed. Padding has position $-1$, sees nothing,
-# is seen by nothing ([the mask](../attention/masks.ipynb)) and never enters
-# [the cache](../model/cache.ipynb), so row $r$ counts its positions from 0 as
-# it would alone.
+# The rest of the chapter is about what these lines leave open: which ids
+# stop; how many tokens fit; what if a prompt is long, if there are several of
+# them; and how text reaches the screen.
 
 # %% [markdown]
 # ## Code
 #
-# ### When to stop
+# ### Which ids end a text?
 #
-# `generation_config.json` has the ids. But people put only a temperature
-# there, and `transformers` itself writes files without ids. Where it says
-# nothing, `config.json` may; and if that says nothing either, a gpt-oss still
-# ends its turns as [harmony](conversation.ipynb) does, with the tokens of
-# those names in its tokenizer. A list of no ids says nothing, too: a text
-# that nothing can end is not what anybody meant.
+# A gpt-oss ends its own part in three ways: `<|return|>` behind an answer,
+# `<|call|>` behind the call of a function, which the program must now run, and
+# `<|endoftext|>` behind a text that is no conversation. A checkpoint says so
+# in `generation_config.json`. But people put only a temperature there, and
+# `transformers` itself writes files without ids. So we ask, in this order, and
+# take the first that says something:
+#
+# | file | what | if it says nothing |
+# |---|---|---|
+# | generation_config.json | `eos_token_id`, one or a list | ask the next |
+# | config.json | `eos_token_id` | ask the next |
+# | tokenizer.json | the three names | the ids of o200k |
+#
+# A list of no ids says nothing, too: a text that nothing can end is not what
+# anybody meant. For a folder `original`, the second copy in the released
+# layout, the first file may lie in the folder above. What is no id is refused,
+# with the name of the file. A configuration alone has its own one id.
 
 # %% tags=["export:stops"]
 HARMONY_STOPS = {"<|return|>": 200002, "<|endoftext|>": 199999,
@@ -168,15 +246,14 @@ def stop_ids(source: str | Path | GptOssConfig) -> tuple[int, ...]:
 
 # %%
 import json
-import shutil
 import tempfile
 
 stop = stop_ids(POCKET)
 print([tokenizer.decode([n]) for n in stop])
 with tempfile.TemporaryDirectory() as folder:
     said = Path(folder, "generation_config.json")
-    for name in ("config.json", "tokenizer.json"):
-        shutil.copy(POCKET / name, folder)
+    config = (POCKET / "config.json").read_text()
+    Path(folder, "config.json").write_text(config)
     for text in ('{"temperature": 0.7}', '{"eos_token_id": []}',
                  '{"eos_token_id": [273, null]}'):
         said.write_text(text)
@@ -184,16 +261,16 @@ with tempfile.TemporaryDirectory() as folder:
             print(text, stop_ids(folder))
         except GenerateError as error:
             print(str(error).removeprefix(f"{folder}/"))
-    whole = json.loads(Path(folder, "config.json").read_text())
-    for stop in (None, []):
-        Path(folder, "config.json").write_text(json.dumps(
-            whole | {"eos_token_id": stop}))
-        said.unlink(missing_ok=True)
-        print(f"config.json with {stop}:", stop_ids(folder))
-stop = stop_ids(POCKET)
 
 # %% [markdown]
 # ### What is checked before any work
+#
+# A prompt has at least one token, and each is an id of the vocabulary. It must
+# also fit. Say there are 12 positions, 5 of them taken in the cache, and a
+# prompt of 4 tokens: 3 positions are left, and 4 tokens can be written, as the
+# last one needs no position, since nothing is fed after it. In general, of $M$
+# positions, a prompt of $P$ tokens after $n$ cached ones leaves room for
+# $M - n - P + 1$ new tokens. If $n + P > M$ the prompt is refused.
 
 # %% tags=["export"]
 def _check_prompt(config: GptOssConfig, prompt: Sequence[int], held: int,
@@ -214,23 +291,21 @@ def _check_prompt(config: GptOssConfig, prompt: Sequence[int], held: int,
             f"prompt: expected at most {limit - held} tokens{before} "
             f"({what} is {limit}), found {len(prompt)}")
 
-# %%
-try:
-    _check_prompt(model.config, [3, 5000], 0, 2048)
-except GenerateError as error:
-    print(error)
-
 # %% [markdown]
 # ### One text
 #
 # `generate` checks and returns an iterator. Its body is a function of its
 # own because a Python generator runs nothing, not even a check, before its
-# first item is asked for. After the prompt the same model takes one token at
-# a time, always the same work; [a recorded step](../kernels/step.ipynb) does
-# it with less ado. It gets its place here: a *decoder* makes of model and
-# cache a step, something that takes a token (1, 1) and gives logits
-# (1, 1, V). Which step runs is an argument, and one function decides: it asks
-# for the recorded one where nobody asked for another.
+# first item is asked for. The stop token is given too, as the last.
+#
+# After the prompt the same model takes one token at a time, always the same
+# work, and that can be made quicker: [a recorded step](../kernels/step.ipynb)
+# does it without asking anew each time what to do. That comes chapters later,
+# so here is only its place. A *decoder* makes of a model and a cache a *step*,
+# something that takes a token (1, 1) and gives logits (1, 1, V).
+# `forward_step` makes the plain one, the model itself. Which one runs is an
+# argument, `decode`: "eager" for the plain one, "auto" for a quicker one if
+# there is one, or a decoder of one's own.
 
 # %% tags=["export"]
 import logging
@@ -270,6 +345,12 @@ def _check_decode(decode: Decoder | str) -> None:
         reject("decode", "auto, eager or a function of model and cache",
                 decode)
 
+# %% [markdown]
+# The loop is the essential one with four additions: the prompt is fed in
+# chunks of `prefill_chunk` tokens, which bounds the memory; the sampler takes
+# its random numbers from a generator with the given seed; the step is chosen
+# when the first single token is due; and it may pause, as we shall see.
+
 # %% tags=["export"]
 def _limit(config: GptOssConfig, cache: Cache | None) -> int:
     """How many positions there are: the model's, or the cache's if fewer."""
@@ -281,7 +362,7 @@ def _generators(model: GptOss, seed: int | None, rows: int
                 ) -> list[torch.Generator]:
     """A generator for each row; row 0 of a seed is the seed itself."""
     if seed is None:
-        drawn = seed = torch.randint(2 ** 48, ()).item()
+        drawn = seed = int(torch.randint(2 ** 48, ()))
         if (group := getattr(model, "group", None)) is not None:
             seed = group.same(lambda: drawn)  # one for all its processes
     return [torch.Generator().manual_seed(seed + row) for row in range(rows)]
@@ -303,7 +384,7 @@ def _generate(model: GptOss, prompt: list[int], count: int,
                 yield None
         with torch.inference_mode():
             chosen = draws(run(last)[:, -1], generator)
-        token = chosen.item()
+        token = int(chosen)
         yield token
         if token in stop or produced == count:
             return
@@ -341,15 +422,20 @@ def generate(model: GptOss, prompt: Sequence[int],
                      options, _generators(model, options.seed, 1)[0],
                      cache or model.new_cache(), decode, pauses)
 
+
+def _only_tokens(found: Iterable[int | None]) -> Iterator[int]:
+    """What was generated, without the pauses."""
+    return (token for token in found if token is not None)
+
 # %%
 ids = list(generate(model, tokenizer.encode(opening), stop=stop,
                     sampler=Sampler(0)))
 print(len(ids), "tokens, ended by", tokenizer.decode(ids[-1:]))
 print(tokenizer.decode(ids[:40]), "...")
 
-# %% [markdown]
+# %% [markdown] tags=["measured"]
 # A long prompt takes its time before the first token: the 20b needs minutes
-# for 10,000 tokens on a CPU. Whoever asks for `pauses` has the control back
+# for 10,000 tokens on a CPU of 2 cores. Whoever asks for `pauses` gets None
 # after every chunk, may show how far the model has read, or stop. What was
 # fed is in the cache, and the rest of the prompt can be fed later:
 
@@ -361,10 +447,18 @@ for token in generate(model, long, cache=cache, prefill_chunk=20,
     if cache.length >= 60:
         break
 rest = generate(model, long[cache.length:], cache=cache, sampler=Sampler(0))
-assert next(rest) == next(generate(model, long, sampler=Sampler(0)))
+later, at_once = next(rest), next(generate(model, long, sampler=Sampler(0)))
+print("the first token, with a pause and at once:", later, at_once)
+assert later == at_once
 
 # %% [markdown]
 # ### Many texts at once
+#
+# A batch has one shape, and prompts have many lengths. We pad on the *left*:
+# then all rows end in the last column, whose logits are the only ones needed.
+# Padding has position $-1$, sees nothing, is seen by nothing
+# ([the mask](../attention/masks.ipynb)) and never enters the cache, so each
+# row counts its positions from 0 as it would alone.
 
 # %% tags=["export"]
 def _pad_left(rows: list[list[int]],
@@ -389,9 +483,10 @@ def _feed(model: GptOss, tokens: Tensor, mask: Tensor, cache: Cache,
                        logits_to_keep=1)
     return logits[:, -1]
 
-# %%
-tokens, mask = _pad_left([[7], [1, 2, 3]], torch.device("cpu"))
-print(tokens.tolist(), mask.tolist())
+# %% [markdown]
+# A row that has ended goes on as padding until all have. Row r draws with the
+# seed `seed` + r, so it is what `generate` gives for that prompt and that
+# seed. A prompt that is refused is named by its row.
 
 # %% tags=["export"]
 def generate_batch(model: GptOss, prompts: Sequence[Sequence[int]],
@@ -492,10 +587,10 @@ def continue_ids(model: GptOss, input_ids: Tensor | Sequence[int], *,
         eos_token_id = [eos_token_id]
     run = SamplingOptions(**{"stop": eos_token_id} | given)
     if not isinstance(input_ids, Tensor):
-        return [*input_ids, *generate(model, input_ids, run)]
+        return [*input_ids, *_only_tokens(generate(model, input_ids, run))]
     rows = _unpadded(input_ids, attention_mask)
-    new = ([list(generate(model, rows[0], run))] if len(rows) == 1
-           else generate_batch(model, rows, run))
+    new = ([list(_only_tokens(generate(model, rows[0], run)))]
+           if len(rows) == 1 else generate_batch(model, rows, run))
     pad = model.config.pad_token_id if pad_token_id is None else pad_token_id
     made = torch.full((len(new), max(map(len, new), default=0)), pad)
     for row, tokens in zip(made, new, strict=True):
@@ -510,13 +605,28 @@ out = model.generate(both, attention_mask=mask, do_sample=False,
                      max_new_tokens=6)
 print(tuple(both.shape), "->", tuple(out.shape))
 print([tokenizer.decode(row[both.shape[1]:]) for row in out.tolist()])
-try:
-    model.generate(both, num_beams=4)
-except TypeError as error:
-    print(error)
 
 # %% [markdown]
+# ## How does text come whole?
+#
+# **By hand.** These are the bytes of three characters:
+
+# %%
+for char in "é☺🙂":
+    print(char, *(f"{byte:08b}" for byte in char.encode()))
+
+# %% [markdown]
+# The first byte says how many there are: `110…` two, `1110…` three, `11110…`
+# four, and `0…` is a character by itself. All that follow begin with `10`. So
+# whoever has read the first byte knows how many to wait for. **In general**
+# at most three bytes wait, and everything before them is final; a decoder that
+# remembers these needs no look at earlier text. Python has one in `codecs`.
+#
 # ### Text as it comes
+#
+# A control token cannot stand within a character. If one comes while bytes
+# wait, they become U+FFFD, then its name is shown (or nothing, with
+# `skip_special`). All pieces together are what `tokenizer.decode` says.
 
 # %% tags=["export"]
 class TextStream:
@@ -551,6 +661,9 @@ print([stream.feed(n) for n in tokenizer.encode("né!")], [stream.flush()])
 
 # %% [markdown]
 # ### A whole completion
+#
+# Generate, stop, stream: `complete` does all three for a text or for ids. It
+# is the loop that most programs want.
 
 # %% tags=["export"]
 @dataclass
@@ -587,7 +700,8 @@ def complete(model: GptOss, tokenizer: Tokenizer, prompt: str | list[int],
             on_text(text)
 
     began = time.perf_counter()
-    for token in generate(model, ids, options, cache=cache, decode=decode):
+    for token in _only_tokens(generate(model, ids, options, cache=cache,
+                                       decode=decode)):
         done.tokens.append(token)
         if token in options.stop:
             done.finish_reason = "stop"
@@ -605,33 +719,46 @@ print(pieces)
 print(done.finish_reason, len(done.tokens), done.text)
 
 # %% [markdown]
+# ## What is refused
+#
+# Everything at the call, not at the first token; each is a `GenerateError`,
+# except an option that does not exist, a `TypeError`.
+
+# %%
+for wrong in ({"prompt": []}, {"prompt": [3, 5000]},
+              {"prompt": [1] * 3000}, {"prompt": [1], "decode": "fast"},
+              {"prompt": [1], "cache": model.new_cache(batch_size=2)},
+              {"prompt": [1], "num_beams": 4}):
+    try:
+        generate(model, **wrong)
+    except (GenerateError, TypeError) as error:
+        print(str(error)[:76])
+
+# %% [markdown]
 # ## It holds
 #
 # **The fast loop is the slow loop**: greedy with the cache, in any chunks,
 # continued, or in a batch, gives what the model gives on the whole text.
 
 # %%
-def slow(prompt: list[int], count: int) -> list[int]:
-    ids = list(prompt)
-    with torch.no_grad():
-        for _ in range(count):
-            ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
-    return ids[len(prompt):]
-
-
 greedy = Sampler(0)
-wanted = [slow(prompt, 12) for prompt in prompts]
+wanted = [list(naive(prompt, 12)) for prompt in prompts]
+equal = 0
 for chunk in (1, 7, 512):
     options = {"sampler": greedy, "prefill_chunk": chunk}
     assert [list(generate(model, prompt, max_new_tokens=12, **options))
             for prompt in prompts] == wanted
     assert generate_batch(model, prompts, max_new_tokens=12,
                           **options) == wanted
+    equal += 2 * len(prompts)
+print(equal, "texts of 12 tokens: one by one and in a batch, three chunks")
 
 cache, parts = model.new_cache(), []
 for count in (1, 6, 5):
     parts += generate(model, parts[-1:] or prompts[0], cache=cache,
                       max_new_tokens=count, sampler=greedy)
+print("in three parts:", tokenizer.decode(parts))
+print("at once:       ", tokenizer.decode(wanted[0]))
 assert parts == wanted[0]
 
 # %% [markdown]
@@ -639,26 +766,16 @@ assert parts == wanted[0]
 # cutting a text of 12 bytes with characters of one to four.
 
 # %%
-class Cut:
-    """A vocabulary whose tokens are the given byte strings."""
-
-    def __init__(self, pieces: list[bytes]) -> None:
-        self.token_bytes = pieces.__getitem__
-
-    def is_special(self, token: int) -> bool:
-        return False
-
+from itertools import pairwise
+from types import SimpleNamespace
 
 text = "a é中 🙂"
 data = text.encode()
 for cuts in range(2 ** (len(data) - 1)):
-    pieces, piece = [], b""
-    for n, byte in enumerate(data):
-        piece += bytes([byte])
-        if cuts >> n & 1 or n == len(data) - 1:
-            pieces.append(piece)
-            piece = b""
-    stream, shown = TextStream(Cut(pieces)), ""
+    ends = [n + 1 for n in range(len(data)) if cuts >> n & 1]
+    pieces = [data[a:b] for a, b in pairwise([0, *ends, len(data)])]
+    stream, shown = TextStream(SimpleNamespace(
+        token_bytes=pieces.__getitem__, is_special=lambda n: False)), ""
     for n in range(len(pieces)):
         shown += stream.feed(n)
         assert text.startswith(shown)
@@ -666,18 +783,12 @@ for cuts in range(2 ** (len(data) - 1)):
 print(f"{2 ** (len(data) - 1):,} cuts of {len(data)} bytes")
 
 # %% [markdown]
-# ## Against the others
-#
-# Known errors elsewhere: stopping at 200002 alone, so that a tool call,
-# which ends with 200012, runs on into the reasoning
-# (mlx-openai-server#178); characters cut between tokens (llama.cpp#4446
-# mended it).
-
-# %% [markdown]
 # ## In the 20b and the 120b
 #
 # The released generation_config.json names three ids. config.json names one
-# of them: whoever reads only that misses the end of a tool call.
+# of them: whoever reads only that misses the end of a tool call
+# (mlx-openai-server#178; Exercise 3). Half characters were shown by others,
+# too, until llama.cpp#4446 and its like.
 
 # %%
 released = {"bos_token_id": 199998, "do_sample": True,
@@ -689,31 +800,19 @@ with tempfile.TemporaryDirectory() as folder:
 print("config.json:", stop_ids(GptOssConfig.gpt_oss_20b()))
 
 # %% [markdown]
-# During prefill only the last position's logits are of use. For all
-# positions of a prompt of 4,096 tokens they would fill a tensor of
-
-# %%
-V = GptOssConfig.gpt_oss_20b().vocab_size
-print(f"{4096 * V * 2 / 1e9:.2f} GB in bf16, instead of {V * 2 / 1e3:.0f} kB")
-
-# %% [markdown]
 # ## Cost
 #
-# For a prompt of $P$ tokens and $a$ new ones the naive loop feeds
+# A prompt of 3 tokens and 2 new ones: the naive loop feeds 3, then 4 tokens,
+# together 7; the cached loop feeds 3, then 1, together 4. For a prompt of $P$
+# tokens and $a$ new ones
 #
 # $$ \sum_{i=0}^{a-1} (P + i) = aP + \tfrac12 a(a-1)
 #    \quad\text{tokens, the cached loop}\quad P + a - 1 . $$ (generate-fed)
 
 # %%
-P = len(prompts[0])
-assert sum(fed) == 210 * P + 210 * 209 // 2
-fed.clear()
-hook = model.register_forward_pre_hook(
-    lambda module, inputs: fed.append(inputs[0].numel()))
-a = len(list(generate(model, prompts[0], max_new_tokens=210)))
-hook.remove()
-assert sum(fed) == P + a - 1
-print(f"{210 * P + 210 * 209 // 2:,} against {P + a - 1:,} tokens")
+P, a = len(tokenizer.encode(opening)), 210
+print(f"P = {P}, a = {a}: {a * P + a * (a - 1) // 2:,} and {P + a - 1} "
+      "tokens, as counted above")
 
 # %% [markdown]
 # ## Takeaways
@@ -742,8 +841,6 @@ stream = TextStream(tokenizer)
 print([stream.feed(n) for n in ids])
 # Half characters appear and change again, which a pipe or a browser cannot
 # take back; and the whole text is decoded each time, about n^2 / 2 tokens.
-assert any("\ufffd" in text for text in shown[:-1])
-assert shown[-1] == "né 🙂"
 
 # %% [markdown]
 # ### Exercise 2
@@ -758,7 +855,32 @@ _, mask = _pad_left(rows, torch.device("cpu"))
 print(f"{1 - mask.float().mean():.0%} of {mask.numel()} columns")
 # Feed rows of a like length together, or each prompt by itself, and put them
 # into one batch only when they write.
-assert int((~mask).sum()) == 2 * 90
+
+# %% [markdown]
+# ### Exercise 3
+#
+# A program reads its stop id from config.json alone, `<|return|>`, and offers
+# the model a calculator. What does the model write behind its call?
+
+# %% tags=["hide-cell"]
+tools = [{"type": "function", "function": {
+    "name": "calculator", "description": "Work out an arithmetic expression.",
+    "parameters": {"type": "object", "required": ["expression"],
+                   "properties": {"expression": {
+                       "type": "string",
+                       "description": "what to work out"}}}}},
+    {"type": "function", "function": {
+        "name": "today", "description": "The date of today."}}]
+prompt = tokenizer.apply_chat_template(
+    [{"role": "user", "content": "What is 1234 + 567?"}], tools, date="")
+for ends in (stop, {tokenizer.special["<|return|>"]}):
+    ids = list(generate(model, prompt, stop=ends, max_new_tokens=90,
+                        sampler=Sampler(0)))
+    text = tokenizer.decode(ids)
+    print(len(ids), "tokens, behind the arguments:",
+          text.rpartition('567"}')[2][:120])
+# It makes up the calculator's answer, a wrong one, and goes on with a user
+# who never spoke. With all three ids it stops and waits for the program.
 
 # %% [markdown]
 # ## Sources

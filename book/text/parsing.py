@@ -18,13 +18,14 @@
 # %% [markdown]
 # # What if the model gets the form wrong?
 
-# %% [markdown]
+# %% [markdown] tags=["given"]
 # ## Question
 #
-# How do the integers that the model writes become messages again, also when it
-# gets the form wrong? It does: a log of llama.cpp with gpt-oss-20b counts 9 of
-# 850 turns whose first header was garbled (ggml-org/llama.cpp#27720). The
-# parser expected none, and each time the whole turn was lost.
+# How do the integers that the model writes become
+# [messages](conversation.ipynb) again, also when it gets the form wrong? It
+# does: a log of llama.cpp with gpt-oss-20b counts 9 of 850 turns whose first
+# header was garbled (ggml-org/llama.cpp#27720). The parser expected none, and
+# each time the whole turn was lost.
 
 # %% [markdown]
 # ## Picture
@@ -62,43 +63,107 @@ ax.axis("off")
 plt.show()
 
 # %% [markdown]
-# Text leaves the state as it is; a control token moves along the arrows.
-# Solid: the form {eq}`harmony-message`. Dashed: what a model does instead.
+# **What to see.** A reader of tokens is always in one of three states: between
+# two messages, in a header, or in a content. Text leaves the state as it is; a
+# control token moves along the arrows. The solid arrows are the form
+# {eq}`harmony-message`: start, message, a stop token. The dashed arrows are
+# the same tokens in the wrong place, which models write, too. Each of them
+# leads to a state: there is a way on from everything.
 
 # %% [markdown]
 # ## The naive version
 #
-# A header is what stands before `<|message|>`.
+# For replies of the right form the three solid arrows are all we need. A
+# header is collected until `<|message|>`, a content until a stop token.
 
 # %%
-reply = "<|channel|>??<|end|><|start|>assistant<|channel|>final<|message|>42"
-header, _, content = reply.partition("<|message|>")
-print("channel:", header.removeprefix("<|channel|>"))
+import re
+from importlib.resources import files
+
+from gptoss.text.tokenizer import Tokenizer
+
+tokenizer = Tokenizer.from_pretrained(files("gptoss") / "pocket")
+
+
+def tokens(text: str) -> list[int]:
+    """Control tokens by name, the rest as text: for examples only."""
+    ids = []
+    for part in re.split(r"(<\|\w+\|>)", text):
+        ids += ([tokenizer.special[part]] if part in tokenizer.special
+                else tokenizer.encode(part))
+    return ids
+
+
+def naive(ids: list[int]) -> list[tuple[str, str]]:
+    """(header, content) of each message of a reply."""
+    state, header, content, found = "header", "", "", []
+    for text in (tokenizer.decode([n]) for n in ids):
+        if text == "<|start|>":
+            state, header = "header", ""
+        elif text == "<|message|>":
+            state, content = "content", ""
+        elif text in ("<|end|>", "<|return|>", "<|call|>"):
+            state = "between"
+            found.append((header, content))
+        elif state == "header":
+            header += text
+        elif state == "content":
+            content += text
+    return found
+
+
+good = "<|channel|>analysis<|message|>so<|end|><|start|>assistant"
+answer = "<|channel|>final<|message|>42<|return|>"
+print(naive(tokens(good + answer)))
+slip = "<|channel|>??<|end|><|start|>assistant" + answer
+for case in (slip, "I cannot help with that.<|return|>"):
+    print(naive(tokens(case)))
 
 # %% [markdown]
-# A model's slip (`??` for a channel, then a fresh start) is read as a channel
-# named after everything that followed.
+# The first reply is read well. In the second the model slips (`??` for a
+# channel, then a fresh start), and a message appears that nobody wrote. The
+# third is a refusal without any header: its text is taken for one, and no
+# content is left to show.
 
-# %% [markdown]
-# ## Derivation
+# %% [markdown] tags=["given"]
+# ## What do models get wrong?
 #
-# Reading is an automaton over single tokens with the three states of the
-# picture. Each dashed arrow is reported and leads to a state from which the
-# next header is read as usual. Not drawn: `<|channel|>` and `<|constrain|>`
-# are part of a header, a `<|start|>` within one begins it anew, and any other
-# control token is reported and skipped. So every token has an answer in every
-# state, and there is nothing to raise.
+# A collection of what users of other engines reported, and what we do. "Said"
+# means that the parser reports it and goes on.
+#
+# | what the model writes | reported in | what we do |
+# |---|---|---|
+# | bare text, then a stop | openai/harmony#80 | text of no channel; said |
+# | channel, text, no `message` | frontend-crates#237 | text of it; said |
+# | `??`, then a fresh start | llama.cpp#27720 | read the second; said |
+# | no `start` after an end | vllm#22519 | read the header; said |
+# | a channel twice | vllm#31677 | the later known one; said |
+# | words too many | vllm#51977 | the call is made; said |
+# | two recipients | | the first; said |
+# | a role, or none, for a tool | llama.cpp#21286 | no call; said |
+# | `end` behind a call | mlx-openai-server#156 | the call is made; said |
+# | a call that is cut off | lmstudio-bug-tracker#942 | no call |
+# | `start` in a content | openai/harmony#72 | ends the message; said |
+# | `analyis` for a channel | frontend-crates#237 | keeps its name; said |
+# | an id that does not exist | | skipped; said |
+#
+# Two principles decide the right column. *What is safe*: only text on the
+# channel `final` is an answer that a user may see. A model that means
+# `analysis` and writes `analyis`, or stops in the middle of the word, must
+# not have its reasoning shown; so an unknown channel keeps its own name, and
+# a call whose arguments may be cut short is not made. *What loses least*: an
+# error costs at most the message it stands in, and is always said.
 
 # %% [markdown]
 # ## Code
 #
 # ### What a parser reports
 #
-# A channel is passed on as the header wrote it. A model that means
-# `analysis` and writes `analyis`, or stops in the middle of the word, must
-# not have its reasoning shown as an answer: an unknown channel is reported
-# before the text that stands on it, and keeps its own name. Only text on
-# `final` is an answer. `None` is a header that named no channel.
+# Five kinds of events. A message is `Opened` when its header is complete, its
+# content comes in `Delta`s of whole characters, and it is `Done` when it ends.
+# Just before, a call to a tool is reported as a `ToolCall`. `Malformed` may
+# come anywhere. An unknown channel is reported before the text that stands on
+# it. `None` for a channel is a header that named none.
 
 # %% tags=["export"]
 import codecs
@@ -167,15 +232,19 @@ Event = Opened | Delta | ToolCall | Done | Malformed
 # %% [markdown]
 # ### Reading a header
 #
-# A header is kept as pieces: the text before its first control token, then
-# each control token with the text behind it. The first word behind
-# `<|channel|>` and `<|constrain|>` belongs to it; a word `to=...` is the
-# recipient wherever it stands, so that both orders are one case; what is
-# left is the author and at most a content type. A bare word for it comes
-# last; before the recipient it is reported, as is white space where none
-# belongs: the official parser refuses such a header. It also refuses a format
-# before the recipient that `<|constrain|>` announces, about which there can
-# be no doubt; that one is read in silence.
+# A header is kept as *pieces*: the text before its first control token, then
+# `<|channel|>` and `<|constrain|>`, each with the text behind it, as bytes.
+# `assistant<|channel|>final` has two: ("", assistant) and (channel, final).
+# `_fields` takes pieces apart into words.
+#
+# - The first word behind a control token is its value; all others go into one
+#   list, in order.
+# - A word `to=x` is a recipient wherever it stands, so both of harmony's
+#   orders are one case. `to= x` is mended first: "white space behind to=".
+# - "white space behind <|channel|>", if a name follows it, and "a <|channel|>
+#   without a name" if none does; then it does not count.
+# - "two <|channel|> in a header" (or `<|constrain|>`): the later one counts,
+#   but an unknown channel never replaces a known one.
 
 # %% tags=["export"]
 _Pieces = list[tuple[str, bytearray]]  # control token or "", text behind it
@@ -189,9 +258,12 @@ def _spell(pieces: _Pieces) -> str:
                    for control, data in pieces)
 
 # %% tags=["export"]
-def _fields(pieces: _Pieces) -> tuple[dict, list[str], list[str]]:
+def _fields(pieces: _Pieces
+            ) -> tuple[dict[str, str], list[str], list[str]]:
     """Channel and content type by control token, other words, complaints."""
-    found, words, wrong = {}, [], []
+    found: dict[str, str] = {}
+    words: list[str] = []
+    wrong: list[str] = []
     for control, data in pieces:
         text = data.decode("utf-8", "replace")
         if _TORN_TO.search(text):
@@ -208,10 +280,26 @@ def _fields(pieces: _Pieces) -> tuple[dict, list[str], list[str]]:
                 wrong.append("a <|channel|> without a name")
             # the later of two, but no unknown channel after a known one
             elif (control == CONSTRAIN or value in CHANNELS
-                  or found.get(control) not in CHANNELS):
+                  or found.get(control, "") not in CHANNELS):
                 found[control] = value
         words += parts
     return found, words, wrong
+
+# %% [markdown]
+# **Who speaks?** The first word of the list should say so. `role` is known
+# beforehand where the tokens continue a prompt's `<|start|>assistant`.
+#
+# | the first word | author | said |
+# |---|---|---|
+# | any, if the role is known | the role; the word goes if it is the role | |
+# | a role but `tool`, or `user:ada` | the role, and the name `ada` | |
+# | none, a channel, `to=...` | assistant | "a header without a role" |
+# | `tool`, `browser`, `python` | the tool of that name | |
+# | one with a dot, or with a `to=...` behind it | the tool of that name | |
+# | any other | assistant | "an unknown role 'asistant'" |
+#
+# The first line that fits decides. The third also fits every word of a header
+# without `<|start|>`; there the word stays in the list.
 
 # %% tags=["export"]
 def _author(words: list[str], role: str | None, started: bool
@@ -237,6 +325,29 @@ def _author(words: list[str], role: str | None, started: bool
         return "tool", first, []
     return "assistant", None, [f"an unknown role {first!r}"]
 
+# %% [markdown]
+# **The rest of the list.** Recipients are taken out; the first that is not
+# empty counts. If there was no `<|channel|>` and the next word is one of the
+# three channels, it is the channel. The format is what `<|constrain|>` names,
+# with that prefix, else the word that is left, if it is only one. These are
+# the complaints, in this order, behind those of the fields and of the author;
+# each comes with the whole header, spelt out:
+#
+# | complaint | when |
+# |---|---|
+# | a channel without <\|channel\|> | the channel was a bare word |
+# | unexpected text '...' in a header | words left, but for one format word |
+# | a format before to=: 'json' | a bare format word before a recipient |
+# | recipients [...] in a header | more than one, or an empty one |
+# | an unknown channel '...' | of the assistant, none of the three |
+# | a message of the assistant without a channel | |
+# | a header that is not UTF-8 | it has U+FFFD |
+#
+# A format word is made of letters, digits and `_./+-`. Another single word is
+# kept as the format all the same, and said. The third complaint is there
+# because the official parser refuses such a header; a format that
+# `<|constrain|>` announces can be nothing else, and may stand anywhere.
+
 # %% tags=["export"]
 def _read_header(pieces: _Pieces, role: str | None, started: bool
                  ) -> tuple[Message, list[Malformed]]:
@@ -250,7 +361,8 @@ def _read_header(pieces: _Pieces, role: str | None, started: bool
     channel = words.pop(0) if bare else found.get("<|channel|>")
     kind = (CONSTRAIN + found[CONSTRAIN] if CONSTRAIN in found
             else words[0] if len(words) == 1 else None)
-    alone = words == [kind] and bool(_WORD.fullmatch(kind))
+    alone = kind is not None and (
+        words == [kind] and bool(_WORD.fullmatch(kind)))
     lost = role == "assistant" and channel not in CHANNELS
     text = _spell(pieces)
     table = {  # complaint -> whether it holds
@@ -276,9 +388,16 @@ print(message)
 print(wrong)
 
 # %% [markdown]
+# ### A header that never came to its message
+#
 # A header that a stop token ends instead of `<|message|>` may still hold an
 # answer: refusals are written as bare text (openai/harmony#80), and behind
-# the channel `<|message|>` is forgotten (ai-dynamo/frontend-crates#237).
+# the channel `<|message|>` is forgotten (ai-dynamo/frontend-crates#237). We
+# rescue two forms. *Plain text* without any control token (a leading
+# `assistant` is dropped) is a message without a channel. *A channel and text*:
+# the text behind the only `<|channel|>` begins with one of the three names,
+# and no small letter follows it (`final: yes`, but not `finally`). There is
+# nothing to rescue if the text is empty or has `to=` in it.
 
 # %% tags=["export"]
 def _rescue(pieces: _Pieces) -> Message | None:
@@ -290,8 +409,8 @@ def _rescue(pieces: _Pieces) -> Message | None:
     text, channel = before.decode("utf-8", "replace"), None
     text = text.removeprefix("assistant").lstrip()
     if rest:
-        control, after = rest[0]
-        after = after.decode("utf-8", "replace").lstrip()
+        control, behind = rest[0]
+        after = behind.decode("utf-8", "replace").lstrip()
         # not "finally": that may be any text
         channel = next((c for c in CHANNELS
                         if re.match(f"{c}(?![a-z])", after)), None)
@@ -308,10 +427,55 @@ print(_rescue([("", bytearray()), ("<|channel|>", bytearray(b"??"))]))
 # %% [markdown]
 # ### One token at a time
 #
-# The figure's arrows. The state "between" is a header whose `<|start|>` has
-# not been seen. `feed` and `close` are what a caller sees; `_header` and
-# `_content` are the two states, and each arrow out of them begins, opens,
-# adds to, finishes or abandons the message in progress.
+# Now the arrows of the picture, as a table for a state and a token. "Between"
+# is a header whose `<|start|>` has not been seen.
+#
+# In a header:
+#
+# | token | what happens |
+# |---|---|
+# | text | is collected |
+# | channel, constrain | begin a new piece |
+# | message | complaints, "a header without <\|start\|>" if so; `Opened` |
+# | start | a new header begins; what was collected is abandoned |
+# | end, return, call | the header is abandoned |
+# | any other | "a control token in a header" |
+#
+# To *abandon* a header is to say "a header without <|message|>" (or "text
+# outside of a message", if it had no `<|start|>`), with what was collected and
+# the token. If the parser reads a reply of the assistant, and it was not a
+# start, what can be rescued becomes a message: `Opened`, `Delta`, `Done`. A
+# reply that repeats its `<|start|>assistant` abandons nothing. A start behind
+# `<|return|>` is "a message after <|return|>".
+#
+# In a content:
+#
+# | token | what happens |
+# |---|---|
+# | text | a `Delta` of the characters that are whole |
+# | end, return, call | the message is finished |
+# | start, channel | "<\|start\|> before the message has ended"; finished |
+# | any other | "a control token in a text"; the text goes on |
+#
+# A start then begins a new header, and a channel one of the same author. At
+# the end of a message, and before a control token that is skipped, half a
+# character becomes U+FFFD. To *finish* a message: the last `Delta`; then, if
+# the assistant addressed somebody, it is a call.
+#
+# | recipient | stop | what happens |
+# |---|---|---|
+# | a tool | call | `ToolCall` |
+# | a tool | end, return | "a call without <\|call\|>", `ToolCall` |
+# | a tool | none: cut off | no call |
+# | a role | any | "a recipient that is no tool" |
+# | none | call | "<\|call\|> without a recipient" |
+#
+# Last comes `Done`, with the stop token's word, or None. `close` tells the
+# parser that no token follows: it finishes or abandons what is open. An id
+# that no vocabulary has, or something that is no number at all, counts as a
+# control token by the name `<|unknown 7.5|>`: `feed` never raises.
+#
+# In the code `_header` and `_content` are the two tables, line by line.
 
 # %% tags=["export"]
 _STOPS = {"<|end|>": "end", "<|return|>": "return", "<|call|>": "call"}
@@ -336,7 +500,7 @@ class StreamParser:
         self.messages: list[Message] = []
         self._tokenizer = tokenizer
         self._replying = role == "assistant"
-        self._stop: str | None = None         # of the message before
+        self._stop: str | None = None  # of the message before
         self._begin(role, started=role is not None)
 
     def feed(self, token: int) -> list[Event]:
@@ -346,12 +510,12 @@ class StreamParser:
             special = self._tokenizer.is_special(token)
         except (HarmonyError, TypeError):
             data, special = f"<|unknown {token}|>".encode(), True
-        step = self._header if self._message is None else self._content
+        step = self._content if self._in_content else self._header
         return step(*((data.decode(), b"") if special else ("", data)))
 
     def close(self) -> list[Event]:
         """The events that the end of the tokens causes."""
-        if self._message is not None:
+        if self._in_content:
             return self._finish(None)
         blank = self._pieces == [("", b"")]
         return [] if blank and not self._started else self._abandon()
@@ -402,13 +566,14 @@ class StreamParser:
         """A new header; `started`: its `<|start|>` has been seen."""
         self._role, self._started = role, started
         self._pieces: _Pieces = [("", bytearray())]
-        self._message: Message | None = None  # whose content is being read
+        self._message = Message("assistant")  # its header, once read
+        self._in_content = False              # whether it has been
         self._text: list[str] = []
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def _open(self, message: Message) -> list[Event]:
         """A header is complete."""
-        self._message = message
+        self._message, self._in_content = message, True
         return [Opened(message)]
 
     def _add(self, data: bytes, final: bool = False) -> list[Event]:
@@ -426,11 +591,13 @@ class StreamParser:
             call = ToolCall(to, message.content_type, message.content)
         if stop == "call" and call is None:
             events.append(Malformed("<|call|> without a recipient", ""))
-        if call and to in ROLES:
-            events.append(Malformed("a recipient that is no tool", to))
+        if call and call.recipient in ROLES:
+            events.append(Malformed("a recipient that is no tool",
+                                    call.recipient))
         elif call and stop is not None:
             if stop != "call":
-                events.append(Malformed("a call without <|call|>", to))
+                events.append(Malformed("a call without <|call|>",
+                                        call.recipient))
             events.append(call)
         self.messages.append(message)
         self._stop = stop
@@ -452,23 +619,8 @@ class StreamParser:
         return events + self._finish(_STOPS.get(control))
 
 # %%
-from importlib.resources import files
-
-tokenizer = Tokenizer.from_pretrained(files("gptoss") / "pocket")
-
-
-def tokens(text: str) -> list[int]:
-    """Control tokens by name, the rest as text: for examples only."""
-    ids = []
-    for part in re.split(r"(<\|\w+\|>)", text):
-        ids += ([tokenizer.special[part]] if part in tokenizer.special
-                else tokenizer.encode(part))
-    return ids
-
-
 parser = StreamParser(tokenizer)
-events = [event for token in tokens(reply + "<|return|>")
-          for event in parser.feed(token)]
+events = [event for token in tokens(slip) for event in parser.feed(token)]
 print(*(event for event in events if not isinstance(event, Delta)),
       sep="\n")
 
@@ -477,6 +629,10 @@ print(*(event for event in events if not isinstance(event, Delta)),
 # answer arrives on its own channel.
 #
 # ### All at once
+#
+# A program that reads its own conversations back wants an error instead.
+# `parse` raises `HarmonyError` at the first complaint and names the token's
+# index. Only a last message without its stop token is no error.
 
 # %% tags=["export"]
 def parse(tokenizer: Tokenizer, ids: Iterable[int],
@@ -505,9 +661,20 @@ talk = [Message("user", "Q"), Message("assistant", "think", "analysis"),
 assert parse(tokenizer, render(tokenizer, talk, reply=False,
                                drop="none")) == talk
 try:
-    parse(tokenizer, tokens(reply), role="assistant")
+    parse(tokenizer, tokens(slip), role="assistant")
 except HarmonyError as error:
     print(str(error).partition(": ")[2])
+
+# %% [markdown]
+# ## What is refused
+#
+# No token is. Only a parser for a role that does not exist:
+
+# %%
+try:
+    StreamParser(tokenizer, "bot")
+except HarmonyError as error:
+    print(error)
 
 # %% [markdown]
 # ## It holds
@@ -640,12 +807,6 @@ print(f"{len(cases)} replies: the official parser raises on {raised}, agrees "
 # that `StreamParser` reports, a channel missing or unknown among it.
 
 # %% [markdown]
-# ## Cost
-#
-# The parser does a constant amount of work a token, and a header's length at
-# its end.
-
-# %% [markdown]
 # ## Takeaways
 #
 # - A parser of what a model writes must have an answer to every token in
@@ -657,6 +818,27 @@ print(f"{len(cases)} replies: the official parser raises on {raised}, agrees "
 # ## Exercises
 #
 # ### Exercise 1
+#
+# Say from the tables who speaks, on which channel, to whom, and what is
+# reported. Then run: `assistant final`, `get_weather to=assistant`,
+# `asistant<|channel|>analysis<|channel|>finl`.
+
+# %% tags=["hide-cell"]
+for header in ("assistant final", "get_weather to=assistant",
+               "asistant<|channel|>analysis<|channel|>finl"):
+    parser = StreamParser(tokenizer, role=None)
+    events = [event for token in tokens(f"<|start|>{header}<|message|>x")
+              for event in parser.feed(token)]
+    message = next(event.message for event in events
+                   if isinstance(event, Opened))
+    print(message.role, message.name, message.channel, message.recipient)
+    print("   ", [event.reason for event in events
+                  if isinstance(event, Malformed)])
+# A bare channel counts. A to= makes the word before it a tool. Of two
+# channels the known one wins, although the other is the later.
+
+# %% [markdown]
+# ### Exercise 2
 #
 # Find a message that openai-harmony renders and cannot read back, without any
 # control token's name in its text.
@@ -687,7 +869,7 @@ for message in (Message("user", "hi", name="ada"),
         print(error)
 
 # %% [markdown]
-# ### Exercise 2
+# ### Exercise 3
 #
 # A model repeats its header: `<|start|>assistant<|channel|>analysis<|start|>`
 # `assistant<|channel|>final<|message|>42<|return|>`. What do the arrows of the

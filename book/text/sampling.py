@@ -19,19 +19,19 @@
 #
 # ## Question
 #
-# [The model](../model/transformer.ipynb) returns 201,088 numbers. How does
-# one of them become the next word? Rounded to bf16, so many random logits
-# take only about 3,000 different values, and "the 50 largest" are mostly not
-# 50: the rule that most code uses keeps more.
+# [The model](../model/transformer.ipynb) returns 201,088 numbers, a *logit*
+# for every token: the larger, the likelier. How does one of them become the
+# next word? Rounded to bf16, so many random logits take only about 3,000
+# different values. So "the 50 largest" are mostly not 50, and the rule that
+# most code uses keeps more.
 
 # %% [markdown]
 # ## Picture
 
 # %% tags=["hide-input"]
-# Figure: four bar charts of the eight likeliest next tokens, and of all
-# others together. At temperature 1.3 the bars are flatter and the others
-# gain. Top-k leaves four bars and no others; top-p leaves likely ones and
-# only a part of the others.
+# Figure: five bar charts of the eight likeliest next tokens and of all others.
+# At temperature 1.3 the bars are flatter and the others gain. Top-k 4 leaves
+# four bars, top-p 0.8 all eight and a quarter of the others, min-p 0.1 seven.
 from importlib.resources import files
 
 import matplotlib.pyplot as plt
@@ -53,98 +53,139 @@ with torch.no_grad():
 
 order = logits.sort(descending=True, stable=True).indices
 hot = (logits / 1.3).softmax(-1)[order]
-four = torch.where(torch.arange(len(hot)) < 4, hot, 0)
-few = torch.where(hot.cumsum(0) - hot < 0.8, hot, 0)
-panels = {"as it is": logits.softmax(-1)[order], "temperature 1.3": hot,
-          "temperature 1.3, top-k 4": four / four.sum(),
-          "temperature 1.3, top-p 0.8": few / few.sum()}
+KEPT = {"temperature 1.3": torch.ones_like(hot),
+        "and top-k 4": torch.arange(len(hot)) < 4,
+        "or top-p 0.8": hot.cumsum(0) - hot < 0.8,
+        "or min-p 0.1": hot >= 0.1 * hot[0]}
+panels = {"as it is": logits.softmax(-1)[order]} | {
+    title: kept * hot / (kept * hot).sum() for title, kept in KEPT.items()}
 words = [repr(tokenizer.decode([n]))[1:-1] for n in order[:8].tolist()]
-fig, axes = plt.subplots(1, 4, figsize=(7.4, 2.6), sharey=True)
+fig, axes = plt.subplots(1, 5, figsize=(7.4, 2.6), sharey=True)
 for ax, (title, probs) in zip(axes, panels.items(), strict=True):
     bars = [*probs[:8].tolist(), probs[8:].sum().item()]
-    ax.bar(range(9), bars, color=["C0"] * 8 + ["C1"])
+    ax.barh(range(9), bars, color=["C0"] * 8 + ["C1"])
+    if title in KEPT:
+        ax.plot([*hot[:8].tolist(), hot[8:].sum().item()], range(9), "|",
+                color="k", ms=9, mew=1)
     ax.set_title(title, fontsize=8)
-    ax.set_xticks(range(9), [*words, "all others"], rotation=90, fontsize=7)
-    ax.grid(axis="x", visible=False)
-axes[0].set_ylabel("probability")
+    ax.set_yticks(range(9), [*words, "all others"], fontsize=7.5)
+    ax.set(ylim=(8.6, -0.6), xlim=(0, 0.4), xticks=[0, 0.2, 0.4])
+    ax.grid(axis="y", visible=False)
+    ax.tick_params(length=0)
+axes[2].set_xlabel("probability")
 plt.show()
+for title, probs in panels.items():
+    print(f"{title:16} {int((probs > 0).sum()):5,} tokens can be drawn, "
+          f"{probs[8:].sum():3.0%} of the probability is the others'")
 
 # %% [markdown]
-# How the shipped model may begin the sentence after "…she lost the lamp.":
-# its eight likeliest tokens, and all the others together (orange). At
-# temperature 1.3 the others gain what the likely ones lose. Top-k cuts that
-# tail after a fixed number of tokens, here four, good ones too; top-p after a
-# share of the probability, here 80 %:
+# **What to see.** How the shipped model may begin the sentence after "…she
+# lost the lamp.": its eight likeliest tokens, and all others together
+# (orange). A higher *temperature* makes the bars more equal, and the many
+# unlikely tokens gain most. The other three cut that tail, and what is left
+# grows to a sum of 1 again (the black marks are the bars before the cut).
+# *Top-k* keeps a number of tokens, here four, and cuts good ones too. *Top-p*
+# keeps the likeliest that together reach a share of the probability, here
+# 80 %, and so a part of the tail. *Min-p* keeps what has a share of the
+# likeliest token's probability, here 10 %. Our sampler has the first three, as
+# OpenAI's and transformers' have; the fourth is Exercise 2.
+
+# %% [markdown]
+# ## By hand
+#
+# Four tokens with the logits 2, 1, 0 and −1. We do with them all that a
+# sampler does, a line a step:
 
 # %%
-others = {name: probs[8:].sum().item() for name, probs in panels.items()}
-for name, share in others.items():
-    print(f"{name:27}{share:5.0%} in the {len(hot) - 8:,} others")
-print(f"top-p keeps {(few[:8] > 0).sum().item()} of the eight, and of the "
-      f"others' share {few[8:].sum() / hot[8:].sum():.0%}")
-assert others["as it is"] < others["temperature 1.3"]
+z = torch.tensor([2.0, 1.0, 0.0, -1.0])
+
+
+def line(title: str, values: torch.Tensor) -> None:
+    """A row of numbers under a title."""
+    print(f"{title:32}", *(f"{value:5.2f}" for value in values))
+
+
+line("logits minus the largest", z - z.max())
+line("e to the power of that", (z - z.max()).exp())
+p = (z - z.max()).exp() / (z - z.max()).exp().sum()
+line("divided by their sum", p)
+line("the same at temperature 2", ((z - z.max()) / 2).softmax(-1))
+line("top-k 2", torch.tensor([p[0], p[1], 0, 0]) / p[:2].sum())
+line("running sums, for top-p", p.cumsum(-1))
+for u in (0.5, 0.7, 0.9):
+    print(f"{u} is reached by token", int(torch.searchsorted(p.cumsum(-1), u)))
+
+# %% [markdown]
+# Top-p 0.8 needs two tokens: the first alone reaches 0.64, the first two 0.88.
+# To draw one of the four, take a random number between 0 and 1 and look which
+# running sum is the first to reach it: 0.5 gives token 0 (we count from zero),
+# 0.7 token 1, 0.9 token 2. A token is hit as often as its probability says.
 
 # %% [markdown]
 # ## The naive version
 #
-# Divide by the temperature, make probabilities, draw. That is right until
-# somebody types 0, which everybody means as "the likeliest":
+# That is a sampler in eight lines:
 
 # %%
-def naive(logits: torch.Tensor, temperature: float) -> int:
-    return torch.multinomial((logits / temperature).softmax(-1), 1).item()
+def naive(logits: torch.Tensor, temperature: float, top_k: int,
+          top_p: float, u: float) -> int:
+    """The token that the random number `u` hits."""
+    scores, ids = logits.topk(top_k)
+    probs = (scores / temperature).softmax(-1)
+    probs[1:][probs.cumsum(-1)[:-1] >= top_p] = 0
+    running = probs.cumsum(-1)
+    return ids[torch.searchsorted(running, u * running[-1])].item()
 
 
-print(repr(tokenizer.decode([naive(logits, 1.3)])))
+print(repr(tokenizer.decode([naive(logits, 1.3, 50, 0.8, u=0.5)])))
 try:
-    naive(logits, 0)
-except RuntimeError as error:
-    print("temperature 0:", str(error)[:40])
+    naive(logits, 0, 50, 0.8, u=0.5)
+except IndexError:
+    print("temperature 0:", (logits / 0).softmax(-1)[:3].tolist(), "...")
+print("temperature 1e-40:", (logits / 1e-40).softmax(-1)[:3].tolist(), "...")
 
 # %% [markdown]
-# It divides by zero, and no probabilities are left. And "the k largest", of
-# which several may be equal, is no rule yet.
+# It is nearly right. It breaks at temperature 0, which everybody means as "the
+# likeliest", and at very small ones, where the quotient overflows. A model
+# that overflowed gives NaN, and it would draw a token from that. And which of
+# several equal logits `topk` takes is not said anywhere: on another device it
+# may be another. The rest of the chapter settles these, one by one.
 
 # %% [markdown]
-# ## Derivation
+# ## What does the temperature do?
 #
-# **Temperature.** With logits $z_1 \dots z_V$ and temperature $\tau > 0$,
+# With logits $z_1 \dots z_V$ and a temperature $\tau > 0$,
 #
 # $$ p_i = \frac{e^{(z_i - \max z)/\tau}}
 #               {\sum_j e^{(z_j - \max z)/\tau}} . $$ (generate-temperature)
 #
 # As $\tau \to 0$ every exponent but the maximum's goes to $-\infty$: all
-# probability on the largest logit, greedy decoding. Subtracting the maximum
-# *before* dividing keeps this true in floating point down to the smallest
-# $\tau$ there is: $z_i/\tau$ alone would overflow, and $\infty - \infty$ is no
-# number.
+# probability on the largest logit. That is *greedy* decoding, and so 0 means
+# that. Subtracting the maximum *before* dividing keeps this true in floating
+# point down to the smallest $\tau$ there is: the largest becomes $0/\tau = 0$
+# and the others $-\infty$ at worst. Dividing first gives $\infty$ for several,
+# and $\infty - \infty$ is no number. We compute in float64, whatever the
+# model's numbers are.
+
+# %% [markdown]
+# ## Which are the k largest?
 #
-# **Top-k.** Sort so that $z_{(1)} \ge z_{(2)} \ge \dots$, equal logits by id;
-# keep $(1) \dots (k)$ and renormalise. The order among equals is what makes
-# the set well defined.
+# **Top-k.** Sort so that $z_{(1)} \ge z_{(2)} \ge \dots$, equal logits by id,
+# the lower first; keep $(1) \dots (k)$ and renormalise. The order among equals
+# is what makes the set well defined: in bf16 ties are the rule.
 #
-# **Top-p** {cite}`nucleus2019`. Keep $(1) \dots (m)$ with the smallest $m$ for
-# which
-#
-# $$ \sum_{j=1}^{m} p_{(j)} \ge \texttt{top\_p} , $$ (generate-nucleus)
-#
-# that is: a token goes if the tokens before it already reach top_p. At least
-# one stays for every top_p above 0. It acts on the probabilities that top-k
-# left, renormalised.
-#
-# **Drawing.** With $c_j = p_1 + \dots + p_j$ and one uniform $u \in (0, 1]$,
-#
-# $$ i = \min \{ j : c_j \ge u \}, \qquad
-#    \Pr(i = j) = c_j - c_{j-1} = p_j . $$ (generate-cdf)
-#
-# With $u > 0$ a token of probability 0 is never the first to reach $u$.
-# `torch.rand` gives $[0, 1)$, so $u$ is one minus that. One number a token
-# from a CPU generator makes a seed mean the same on every device.
+# A stable sort of all logits does it, and takes long. `torch.topk` is quick
+# and promises nothing about equals, so it serves only to find the k-th largest
+# *value*, the edge. What lies above the edge is in; of those at the edge we
+# take the lowest ids until there are k.
 
 # %% [markdown]
 # ## Code
 #
-# ### Refusing by name
+# ### Names for what is wrong
+#
+# The module's own error, and a short way to raise it: what, what was expected,
+# what was found.
 
 # %% tags=["export"]
 import math
@@ -166,17 +207,8 @@ class GenerateError(Error):
 
 reject = partial(refuse, GenerateError)
 
-# %%
-try:
-    reject("top_p", "a number > 0 and <= 1", 0)
-except GenerateError as error:
-    print(error)
-
 # %% [markdown]
 # ### The k best
-#
-# `torch.topk` promises nothing about which of equal values it returns, so it
-# serves only to find the k-th largest *value*.
 
 # %% tags=["export"]
 def best(logits: Tensor, k: int) -> Tensor:
@@ -198,7 +230,23 @@ def best(logits: Tensor, k: int) -> Tensor:
     return ids.gather(-1, order.indices)
 
 # %%
-print(best(torch.tensor([[1.0, 3.0, 2.0, 3.0, 2.0, 2.0]]), 3))
+print(best(torch.tensor([[1.0, 3.0, 2.0, 3.0, 2.0, 2.0]]), 3).tolist())
+
+# %% [markdown]
+# The two threes, the first of them first, and of three twos the one with the
+# lowest id.
+
+# %% [markdown]
+# ## How many tokens reach a share?
+#
+# **Top-p** {cite}`nucleus2019`. Keep $(1) \dots (m)$ with the smallest $m$ for
+# which
+#
+# $$ \sum_{j=1}^{m} p_{(j)} \ge \texttt{top\_p} , $$ (generate-nucleus)
+#
+# that is: a token goes if the tokens *before* it already reach top_p. At least
+# one stays for every top_p above 0. Top-p comes after top-k: it acts on the
+# probabilities that top-k left, renormalised.
 
 # %% [markdown]
 # ### Temperature, top-k, top-p
@@ -213,6 +261,17 @@ def nucleus(probs: Tensor, top_p: float) -> Tensor:
 
 # %%
 print(nucleus(torch.tensor([[0.5, 0.3, 0.1, 0.1]]), 0.8))
+
+# %% [markdown]
+# The first two reach 0.8, and are divided by their sum. The argument is left
+# as it was.
+#
+# `ranked` puts the three steps together, for several rows of logits at once.
+# It returns probabilities and the ids that they belong to. With top-k that is
+# k columns. With top-p alone, the 1,024 likeliest mostly suffice; only if they
+# do not reach top_p in some row are all tokens sorted. With neither (top_k 0
+# or at least V, top_p 1) nothing needs an order, and the ids are None: column
+# i is token i.
 
 # %% tags=["export"]
 NUCLEUS = 1024  # top-p looks at so many tokens before it sorts all of them
@@ -245,9 +304,26 @@ def ranked(logits: Tensor, temperature: float, top_k: int,
 
 # %%
 probs, ids = ranked(logits[None], 1.3, 0, 0.8)
-kept = int((probs > 0).sum())
-print("kept by top-p 0.8 at temperature 1.3:", kept)
+print("kept by top-p 0.8 at temperature 1.3:", int((probs > 0).sum()))
+print("first eight, as in the picture:", ids[0, :8].tolist(),
+      order[:8].tolist())
 assert ids[0, :8].tolist() == order[:8].tolist()
+
+# %% [markdown]
+# ## How is one token drawn?
+#
+# With the running sums $c_j = p_1 + \dots + p_j$ and one uniform random number
+# $u \in (0, 1]$, the token is the first whose sum reaches it:
+#
+# $$ i = \min \{ j : c_j \ge u \}, \qquad
+#    \Pr(i = j) = c_j - c_{j-1} = p_j . $$ (generate-cdf)
+#
+# Why $u > 0$? A token of probability 0 has the sum of the token before it. The
+# only sum that it could be the first to reach is 0, if it stands first. So 0
+# must not be drawn. `torch.rand` gives $[0, 1)$, and we take one minus that.
+# Rounding may leave the last sum at a little less than 1, so $u$ is multiplied
+# by it. One number a token, from a generator on the CPU, makes a seed mean the
+# same on every device.
 
 # %% [markdown]
 # ### Drawing with one uniform number
@@ -273,15 +349,22 @@ def draw(probs: Tensor, ids: Tensor | None = None,
 
 # %%
 quarter = torch.tensor([[0.0, 0.25, 0.75]], dtype=torch.float64)
-drawn = draw(quarter.expand(4000, -1), generator=torch.Generator())
-print(drawn.bincount(minlength=3).tolist())
+drawn = draw(quarter.expand(4000, -1),
+             generator=torch.Generator().manual_seed(0))
+print("4,000 draws:", drawn.bincount(minlength=3).tolist())
 
 # %% [markdown]
 # ### The sampler
 #
-# Logits that are not finite must not give a token. The activations of
-# gpt-oss can exceed 65,504, the largest number of float16, and what comes
-# out then is NaN (unsloth#3152): the error names the dtype.
+# A sampler is three numbers, and checks them when it is made. Called with
+# logits (B, V) it gives ids (B,). At temperature 0 it takes the first of the
+# largest and no random number. `probabilities` tells what it draws from.
+#
+# Logits that are not finite must not give a token. The activations of gpt-oss
+# can exceed 65,504, the largest number of float16, and what comes out then is
+# NaN (unsloth#3152). So the largest logit of each row is looked at first: if
+# it is NaN or infinite, the error says so and names the dtype. A single
+# $-\infty$ is no fault: it forbids a token.
 
 # %% tags=["export"]
 def _likeliest(logits: Tensor) -> Tensor:
@@ -349,16 +432,11 @@ class Sampler:
         return full.scatter_(-1, ids, probs)
 
 # %%
-print(Sampler(temperature=0)(logits[None]).tolist() == [order[0].item()])
-for wrong in ({"temperature": -1}, {"top_k": 2.5}, {"top_p": 0}):
-    try:
-        Sampler(**wrong)
-    except GenerateError as error:
-        print(error)
-try:
-    Sampler()(torch.tensor([[1.0, torch.nan]], dtype=torch.float16))
-except GenerateError as error:
-    print(str(error).partition("; ")[2])
+print("greedy:", Sampler(temperature=0)(logits[None]).tolist(),
+      "the likeliest:", order[:1].tolist())
+seeded = torch.Generator().manual_seed(1)
+print([tokenizer.decode(Sampler(1.3, top_p=0.8)(logits[None], seeded))
+       for _ in range(6)])
 
 # %% [markdown]
 # ### One object for all options
@@ -367,7 +445,8 @@ except GenerateError as error:
 # how long the text may be, what ends it. `generate`, a whole batch, a chat
 # and the command line therefore share one object, and an option is named and
 # checked here alone. A caller may hand over the object, or single options
-# that change it, or both.
+# that change it, or both. Instead of temperature, top-k and top-p it may hold
+# a sampler of one's own, any function of logits and a generator.
 
 # %% tags=["export"]
 @dataclass(frozen=True, kw_only=True)
@@ -432,12 +511,37 @@ class SamplingOptions:
 # %%
 usual = SamplingOptions(temperature=0.8, max_new_tokens=40)
 print(usual.with_changes(seed=7))
-for wrong in ({"seed": -1}, {"max_new_tokens": 0}, {"top_n": 5},
-              {"sampler": Sampler(0)}):
+
+# %% [markdown]
+# ## What is refused
+#
+# | option | must be |
+# |---|---|
+# | temperature | a finite number, 0 or more |
+# | top_k | a whole number, 0 or more |
+# | top_p | a number above 0, at most 1 |
+# | seed | a whole number from 0 to 2**63 - 1, or None |
+# | max_new_tokens | a whole number, 1 or more, or None |
+# | prefill_chunk | a whole number, 1 or more |
+# | stop | numbers of tokens, in any collection |
+# | sampler | None, if temperature, top_k or top_p is given too |
+#
+# All are a `GenerateError` that begins with the option's name. `True` is no
+# number, although Python thinks it is 1. An option that does not exist is a
+# `TypeError`: it must not be ignored.
+
+# %%
+for wrong in ({"temperature": -1}, {"top_k": 2.5}, {"top_p": 0},
+              {"seed": -1}, {"max_new_tokens": 0}, {"stop": "end"},
+              {"sampler": Sampler(0)}, {"top_n": 5}):
     try:
         usual.with_changes(**wrong)
     except (GenerateError, TypeError) as error:
         print(error)
+try:
+    Sampler()(torch.tensor([[1.0, torch.nan]], dtype=torch.float16))
+except GenerateError as error:
+    print(error)
 
 # %% [markdown]
 # ## It holds
@@ -449,7 +553,7 @@ for wrong in ({"seed": -1}, {"max_new_tokens": 0}, {"top_n": 5},
 # %%
 import random
 
-rng = random.Random(0)
+rng, checked = random.Random(0), 0
 for _ in range(300):
     row = [rng.randint(-8, 8) / 4 for _ in range(rng.randint(1, 12))]
     rows = torch.tensor([row], dtype=torch.bfloat16)
@@ -461,6 +565,8 @@ for _ in range(300):
     kept = Sampler(top_p=p).probabilities(rows)[0] > 0
     mass = whole[kept].sum()
     assert mass >= p - 1e-12 and mass - whole[kept].min() < p + 1e-12
+    checked += 1
+print(checked, "rows: exactly k, and the smallest set")
 
 # %% [markdown]
 # **What is drawn is what is stated.** Pearson's statistic over $m$ kept
@@ -477,13 +583,17 @@ for sampler in (Sampler(), Sampler(2.0, top_k=9), Sampler(1.5, top_p=0.9)):
     chi = ((drawn - wanted)[often] ** 2 / wanted[often]).sum().item()
     freedom = int(often.sum())
     assert chi < freedom + 5 * (2 * freedom) ** 0.5
+    print(f"{freedom} tokens: {chi:.0f}, allowed are "
+          f"{freedom + 5 * (2 * freedom) ** 0.5:.0f}")
 
 # %% [markdown]
 # **Cold is greedy**, down to the smallest positive number.
 
 # %%
 for temperature in (1e-3, 1e-30, 5e-324):
-    assert Sampler(temperature)(logits[None]).item() == order[0]
+    cold = Sampler(temperature)(logits[None]).item()
+    print(temperature, "->", repr(tokenizer.decode([cold])))
+    assert cold == order[0]
 
 # %% [markdown]
 # ## Against the others
@@ -503,7 +613,9 @@ for temperature, k, p in ((0.7, 20, 0.9), (1.5, 100, 0.5), (1.0, 7, 0.99)):
                  logits_process.TopPLogitsWarper(p)):
         scores = step(None, scores)
     worst = max(worst, (scores.softmax(-1) - ours).abs().max().item())
-print("max |difference| below 1e-6:", worst < 1e-6)
+    print(f"the likeliest of the last row: {ours[-1].max():.3f} here, "
+          f"{scores[-1].softmax(-1).max():.3f} there")
+assert worst < 1e-6
 
 # %% [markdown]
 # With ties they do not: its top-k removes what is *smaller than the k-th
@@ -529,7 +641,7 @@ print("top_k if nothing says otherwise:",
 # says `do_sample: true` and nothing of top-k, and transformers then takes
 # 50. OpenAI's own code samples from all tokens, as `Sampler()` does.
 
-# %% [markdown]
+# %% [markdown] tags=["measured"]
 # ## Cost
 #
 # Sampling is a fixed number of passes over $V$ numbers in float64: for
@@ -603,6 +715,8 @@ u = torch.rand(20_000, 8, dtype=torch.float64,
 drawn = (few / 1.5 - torch.log(-torch.log(u))).argmax(-1)
 wanted = 20_000 * Sampler(1.5).probabilities(few[None])[0]
 chi = ((drawn.bincount(minlength=8) - wanted) ** 2 / wanted).sum().item()
+for title, counts in (("wanted", wanted), ("drawn", drawn.bincount())):
+    print(f"{title:7}", *(f"{n / 20_000:.0%}" for n in counts.tolist()))
 assert chi < 7 + 5 * 14 ** 0.5
 # It takes V uniform numbers a token instead of one, so the same seed gives
 # another text when the vocabulary is cut or padded.

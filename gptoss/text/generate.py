@@ -90,7 +90,7 @@ def _generators(model: GptOss, seed: int | None, rows: int
                 ) -> list[torch.Generator]:
     """A generator for each row; row 0 of a seed is the seed itself."""
     if seed is None:
-        drawn = seed = torch.randint(2 ** 48, ()).item()
+        drawn = seed = int(torch.randint(2 ** 48, ()))
         if (group := getattr(model, "group", None)) is not None:
             seed = group.same(lambda: drawn)  # one for all its processes
     return [torch.Generator().manual_seed(seed + row) for row in range(rows)]
@@ -112,7 +112,7 @@ def _generate(model: GptOss, prompt: list[int], count: int,
                 yield None
         with torch.inference_mode():
             chosen = draws(run(last)[:, -1], generator)
-        token = chosen.item()
+        token = int(chosen)
         yield token
         if token in stop or produced == count:
             return
@@ -149,6 +149,11 @@ def generate(model: GptOss, prompt: Sequence[int],
     return _generate(model, prompt, options.room(limit - held - len(prompt)),
                      options, _generators(model, options.seed, 1)[0],
                      cache or model.new_cache(), decode, pauses)
+
+
+def _only_tokens(found: Iterable[int | None]) -> Iterator[int]:
+    """What was generated, without the pauses."""
+    return (token for token in found if token is not None)
 
 
 # --- Many texts at once ------------------------------------------------------
@@ -259,10 +264,10 @@ def continue_ids(model: GptOss, input_ids: Tensor | Sequence[int], *,
         eos_token_id = [eos_token_id]
     run = SamplingOptions(**{"stop": eos_token_id} | given)
     if not isinstance(input_ids, Tensor):
-        return [*input_ids, *generate(model, input_ids, run)]
+        return [*input_ids, *_only_tokens(generate(model, input_ids, run))]
     rows = _unpadded(input_ids, attention_mask)
-    new = ([list(generate(model, rows[0], run))] if len(rows) == 1
-           else generate_batch(model, rows, run))
+    new = ([list(_only_tokens(generate(model, rows[0], run)))]
+           if len(rows) == 1 else generate_batch(model, rows, run))
     pad = model.config.pad_token_id if pad_token_id is None else pad_token_id
     made = torch.full((len(new), max(map(len, new), default=0)), pad)
     for row, tokens in zip(made, new, strict=True):
@@ -335,7 +340,8 @@ def complete(model: GptOss, tokenizer: Tokenizer, prompt: str | list[int],
             on_text(text)
 
     began = time.perf_counter()
-    for token in generate(model, ids, options, cache=cache, decode=decode):
+    for token in _only_tokens(generate(model, ids, options, cache=cache,
+                                       decode=decode)):
         done.tokens.append(token)
         if token in options.stop:
             done.finish_reason = "stop"

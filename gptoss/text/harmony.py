@@ -58,8 +58,9 @@ def _header(message: Message) -> list[tuple[str, str]]:
     if message.role == "tool" and not message.name:
         raise HarmonyError("a tool's message: expected a name like "
                            "'functions.add', found none")
-    author = [message.role] * (message.role != "tool")
-    author += [message.name] * bool(message.name)
+    author = [] if message.role == "tool" else [message.role]
+    if message.name:
+        author.append(message.name)
     parts = [("<|start|>", ":".join(author))]
     if message.recipient not in (None, "all"):
         parts.append(("", f" to={message.recipient}"))
@@ -166,9 +167,9 @@ def system_message(effort: str | None = "medium", date: str | None = None,
         if value not in known:
             raise HarmonyError(f"system message: expected one of {known}, "
                                f"found {value!r}")
-    who = [line for line, given in (
-        (identity, identity), (f"Knowledge cutoff: {cutoff}", cutoff),
-        (f"Current date: {date}", date)) if given is not None]
+    who = [] if identity is None else [identity]
+    who += [] if cutoff is None else [f"Knowledge cutoff: {cutoff}"]
+    who += [] if date is None else [f"Current date: {date}"]
     parts = ["\n".join(who)] * bool(who)
     parts += [f"Reasoning: {effort}"] * (effort is not None)
     parts += ["# Tools"] * bool(builtin)

@@ -81,9 +81,12 @@ def _spell(pieces: _Pieces) -> str:
                    for control, data in pieces)
 
 
-def _fields(pieces: _Pieces) -> tuple[dict, list[str], list[str]]:
+def _fields(pieces: _Pieces
+            ) -> tuple[dict[str, str], list[str], list[str]]:
     """Channel and content type by control token, other words, complaints."""
-    found, words, wrong = {}, [], []
+    found: dict[str, str] = {}
+    words: list[str] = []
+    wrong: list[str] = []
     for control, data in pieces:
         text = data.decode("utf-8", "replace")
         if _TORN_TO.search(text):
@@ -100,7 +103,7 @@ def _fields(pieces: _Pieces) -> tuple[dict, list[str], list[str]]:
                 wrong.append("a <|channel|> without a name")
             # the later of two, but no unknown channel after a known one
             elif (control == CONSTRAIN or value in CHANNELS
-                  or found.get(control) not in CHANNELS):
+                  or found.get(control, "") not in CHANNELS):
                 found[control] = value
         words += parts
     return found, words, wrong
@@ -142,7 +145,8 @@ def _read_header(pieces: _Pieces, role: str | None, started: bool
     channel = words.pop(0) if bare else found.get("<|channel|>")
     kind = (CONSTRAIN + found[CONSTRAIN] if CONSTRAIN in found
             else words[0] if len(words) == 1 else None)
-    alone = words == [kind] and bool(_WORD.fullmatch(kind))
+    alone = kind is not None and (
+        words == [kind] and bool(_WORD.fullmatch(kind)))
     lost = role == "assistant" and channel not in CHANNELS
     text = _spell(pieces)
     table = {  # complaint -> whether it holds
@@ -160,6 +164,8 @@ def _read_header(pieces: _Pieces, role: str | None, started: bool
             [Malformed(reason, text) for reason in wrong])
 
 
+# --- A header that never came to its message ---------------------------------
+
 def _rescue(pieces: _Pieces) -> Message | None:
     """The assistant's text in a header that never came to `<|message|>`.
 
@@ -169,8 +175,8 @@ def _rescue(pieces: _Pieces) -> Message | None:
     text, channel = before.decode("utf-8", "replace"), None
     text = text.removeprefix("assistant").lstrip()
     if rest:
-        control, after = rest[0]
-        after = after.decode("utf-8", "replace").lstrip()
+        control, behind = rest[0]
+        after = behind.decode("utf-8", "replace").lstrip()
         # not "finally": that may be any text
         channel = next((c for c in CHANNELS
                         if re.match(f"{c}(?![a-z])", after)), None)
@@ -205,7 +211,7 @@ class StreamParser:
         self.messages: list[Message] = []
         self._tokenizer = tokenizer
         self._replying = role == "assistant"
-        self._stop: str | None = None         # of the message before
+        self._stop: str | None = None  # of the message before
         self._begin(role, started=role is not None)
 
     def feed(self, token: int) -> list[Event]:
@@ -215,12 +221,12 @@ class StreamParser:
             special = self._tokenizer.is_special(token)
         except (HarmonyError, TypeError):
             data, special = f"<|unknown {token}|>".encode(), True
-        step = self._header if self._message is None else self._content
+        step = self._content if self._in_content else self._header
         return step(*((data.decode(), b"") if special else ("", data)))
 
     def close(self) -> list[Event]:
         """The events that the end of the tokens causes."""
-        if self._message is not None:
+        if self._in_content:
             return self._finish(None)
         blank = self._pieces == [("", b"")]
         return [] if blank and not self._started else self._abandon()
@@ -271,13 +277,14 @@ class StreamParser:
         """A new header; `started`: its `<|start|>` has been seen."""
         self._role, self._started = role, started
         self._pieces: _Pieces = [("", bytearray())]
-        self._message: Message | None = None  # whose content is being read
+        self._message = Message("assistant")  # its header, once read
+        self._in_content = False              # whether it has been
         self._text: list[str] = []
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def _open(self, message: Message) -> list[Event]:
         """A header is complete."""
-        self._message = message
+        self._message, self._in_content = message, True
         return [Opened(message)]
 
     def _add(self, data: bytes, final: bool = False) -> list[Event]:
@@ -295,11 +302,13 @@ class StreamParser:
             call = ToolCall(to, message.content_type, message.content)
         if stop == "call" and call is None:
             events.append(Malformed("<|call|> without a recipient", ""))
-        if call and to in ROLES:
-            events.append(Malformed("a recipient that is no tool", to))
+        if call and call.recipient in ROLES:
+            events.append(Malformed("a recipient that is no tool",
+                                    call.recipient))
         elif call and stop is not None:
             if stop != "call":
-                events.append(Malformed("a call without <|call|>", to))
+                events.append(Malformed("a call without <|call|>",
+                                        call.recipient))
             events.append(call)
         self.messages.append(message)
         self._stop = stop

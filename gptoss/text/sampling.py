@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gptoss.weights.errors import Error, is_count, is_number, refuse
 
-# --- Refusing by name --------------------------------------------------------
+# --- Names for what is wrong -------------------------------------------------
 
 class GenerateError(Error):
     """An option, a prompt or logits that generation cannot use."""

@@ -13,7 +13,7 @@ from gptoss.weights.convert import home_file
 from gptoss.weights.errors import is_count
 from gptoss.weights.files import config_folder
 
-# --- When to stop ------------------------------------------------------------
+# --- Which ids end a text? ---------------------------------------------------
 
 HARMONY_STOPS = {"<|return|>": 200002, "<|endoftext|>": 199999,
                  "<|call|>": 200012}

@@ -28,11 +28,12 @@ def chat_prompt(tokenizer: Tokenizer, messages: Iterable[object],
     naming the message.
     """
     messages, tools = list(messages), list(tools)
-    if messages and all(isinstance(each, Message) for each in messages):
+    ours = [each for each in messages if isinstance(each, Message)]
+    if ours and len(ours) == len(messages):
         if tools:
             raise HarmonyError("tools: expected none beside messages of "
                                "harmony, whose developer message has them")
-        return render(tokenizer, messages, reply, "turns")
+        return render(tokenizer, ours, reply, "turns")
     from gptoss.chat.calculator import today
     from gptoss.chat.messages import read_messages
     from gptoss.chat.tools import read_tools

@@ -21,74 +21,12 @@ from gptoss.text.vocabulary import (
 )
 from gptoss.weights.config import GptOssConfig
 
-# --- What the file says, and what the library makes of it --------------------
+# --- Code --------------------------------------------------------------------
 
 _Added = list[tuple[str, int, bool]]  # spelling, id, special
 
 
-def _once(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object; a name that stands in it twice is an error."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = sorted(name for name, _ in pairs)
-        raise ValueError("two entries " + next(
-            repr(one) for one, other in zip(names, names[1:], strict=False)
-            if one == other))
-    return found
-
-
-def _read_json(text: str, source: str) -> tuple[dict, _Added]:
-    """tokenizer.json, and its added tokens."""
-    try:
-        data = json.loads(text, object_pairs_hook=_once)
-        added = [(token["content"], token["id"], token["special"])
-                 for token in data["added_tokens"]]
-        vocab = dict(data["model"]["vocab"].items())
-    except (ValueError, KeyError, TypeError, AttributeError,
-            RecursionError) as error:
-        raise HarmonyError(f"{source}: not a tokenizer.json ({error!r})"
-                           ) from error
-    missing = [b for b, letter in enumerate(ALPHABET) if letter not in vocab]
-    if missing:
-        raise HarmonyError(f"{source}: expected a byte-level vocabulary with "
-                           f"a token for each of 256 bytes, found none for "
-                           f"byte {missing[0]} ({len(missing)} missing)")
-    return data, added
-
-
-def _check_ids(vocab: Mapping[str, int], added: _Added, source: str) -> None:
-    """Raises HarmonyError unless `tokenizers` gives these ids too."""
-    seen: dict[object, str] = {}
-
-    def check(spelling: object, found: object, wanted: Iterable[int]) -> None:
-        if not isinstance(spelling, str) or not spelling:
-            raise HarmonyError(f"{source}: token with id {found!r}: expected "
-                               f"a spelling, found {spelling!r}")
-        if type(found) is not int or found not in wanted or found in seen:
-            other = seen.get(found) if type(found) is int else None
-            raise HarmonyError(
-                f"{source}: token {spelling[:80]!r}: expected id "
-                f"{' to '.join(map(str, sorted({min(wanted), max(wanted)})))}"
-                f", found {found!r}"
-                + (f", which {other[:80]!r} has" if other is not None else ""))
-        seen[found] = spelling
-
-    for spelling, found in vocab.items():
-        check(spelling, found, range(len(vocab)))
-    seen.clear()
-    fresh: dict[str, int] = {}
-    for spelling, found, special in added:
-        if type(special) is not bool:
-            raise HarmonyError(f"{source}: token {spelling!r}: special: "
-                               f"expected true or false, found {special!r}")
-        free = len(vocab) + len(fresh)
-        wanted = (vocab.get(spelling, fresh.get(spelling, free))
-                  if isinstance(spelling, str) else free)
-        check(spelling, found, [wanted])
-        fresh |= {spelling: found} if spelling not in vocab else {}
-
-
-# --- Which added tokens are control tokens -----------------------------------
+# --- Which added tokens are control tokens? ----------------------------------
 
 _HARMONY = re.compile(rf"<\|({'|'.join(NAMED.values())}|reserved_\d+)\|>")
 
@@ -116,7 +54,7 @@ def _control_tokens(model: Mapping, added: _Added, source: str
     return {name: n for name, n in found.items() if name not in in_use}
 
 
-# --- The encoder gives no control token --------------------------------------
+# --- How is the library kept from giving one? --------------------------------
 
 _NEVER = "\0"  # in no spelling of bytes
 
@@ -140,6 +78,8 @@ def _without_control(data: dict, control: Mapping[str, int], source: str
                               "added_tokens": tokens}, ensure_ascii=False)
 
 
+# --- Which bytes does a token stand for? -------------------------------------
+
 def _spellings(vocab: Mapping[str, int], added: _Added,
                control: Mapping[str, int], source: str) -> dict[int, str]:
     """Id -> spelling in bytes of all tokens that are text."""
@@ -157,36 +97,6 @@ def _spellings(vocab: Mapping[str, int], added: _Added,
                                f"of its own, found {n}, which stands for "
                                f"bytes that are another text")
     return found
-
-
-# --- Finding the file --------------------------------------------------------
-
-_MOST = 2 ** 28  # bytes of a tokenizer.json; the released one: 28 million
-
-
-def _find_json(folder: Path) -> Path:
-    """The tokenizer.json that belongs to the checkpoint in `folder`."""
-    above = Path(os.path.realpath(folder))
-    places = [folder] + [above.parent] * (above.name == "original")
-    for file in (place / "tokenizer.json" for place in places):
-        if os.path.lexists(file):
-            return file
-    raise HarmonyError(f"{folder}: no tokenizer.json there"
-                       + " or in the folder above" * (len(places) - 1))
-
-
-def _read_text(file: Path) -> str:
-    """The text of `file`; refuses what is no file or far too long."""
-    try:
-        state = file.stat()
-        if not stat.S_ISREG(state.st_mode):
-            raise HarmonyError(f"{file}: expected a regular file")
-        if state.st_size > _MOST:
-            raise HarmonyError(f"{file}: expected at most {_MOST:,} bytes, "
-                               f"found {state.st_size:,}")
-        return file.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise HarmonyError(f"{file}: {error}") from error
 
 
 # --- The tokenizer -----------------------------------------------------------
@@ -335,6 +245,100 @@ class Tokenizer:
     def __repr__(self) -> str:
         return (f"Tokenizer(vocab_size={self.vocab_size}, "
                 f"text={len(self._spelling)}, control={len(self.special)})")
+
+
+# --- A file that is none, or whose ids the library would change --------------
+
+def _once(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object; a name that stands in it twice is an error."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = sorted(name for name, _ in pairs)
+        raise ValueError("two entries " + next(
+            repr(one) for one, other in zip(names, names[1:], strict=False)
+            if one == other))
+    return found
+
+
+def _read_json(text: str, source: str) -> tuple[dict, _Added]:
+    """tokenizer.json, and its added tokens."""
+    try:
+        data = json.loads(text, object_pairs_hook=_once)
+        added = [(token["content"], token["id"], token["special"])
+                 for token in data["added_tokens"]]
+        vocab = dict(data["model"]["vocab"].items())
+    except (ValueError, KeyError, TypeError, AttributeError,
+            RecursionError) as error:
+        raise HarmonyError(f"{source}: not a tokenizer.json ({error!r})"
+                           ) from error
+    missing = [b for b, letter in enumerate(ALPHABET) if letter not in vocab]
+    if missing:
+        raise HarmonyError(f"{source}: expected a byte-level vocabulary with "
+                           f"a token for each of 256 bytes, found none for "
+                           f"byte {missing[0]} ({len(missing)} missing)")
+    return data, added
+
+
+def _check_ids(vocab: Mapping[str, int], added: _Added, source: str) -> None:
+    """Raises HarmonyError unless `tokenizers` gives these ids too."""
+    seen: dict[object, str] = {}
+
+    def check(spelling: object, found: object, wanted: Iterable[int]) -> None:
+        if not isinstance(spelling, str) or not spelling:
+            raise HarmonyError(f"{source}: token with id {found!r}: expected "
+                               f"a spelling, found {spelling!r}")
+        if type(found) is not int or found not in wanted or found in seen:
+            other = seen.get(found) if type(found) is int else None
+            raise HarmonyError(
+                f"{source}: token {spelling[:80]!r}: expected id "
+                f"{' to '.join(map(str, sorted({min(wanted), max(wanted)})))}"
+                f", found {found!r}"
+                + (f", which {other[:80]!r} has" if other is not None else ""))
+        seen[found] = spelling
+
+    for spelling, found in vocab.items():
+        check(spelling, found, range(len(vocab)))
+    seen.clear()
+    fresh: dict[str, int] = {}
+    for spelling, found, special in added:
+        if type(special) is not bool:
+            raise HarmonyError(f"{source}: token {spelling!r}: special: "
+                               f"expected true or false, found {special!r}")
+        free = len(vocab) + len(fresh)
+        wanted = (vocab.get(spelling, fresh.get(spelling, free))
+                  if isinstance(spelling, str) else free)
+        check(spelling, found, [wanted])
+        fresh |= {spelling: found} if spelling not in vocab else {}
+
+
+# --- A file that is not where it should be -----------------------------------
+
+_MOST = 2 ** 28  # bytes of a tokenizer.json; the released one: 28 million
+
+
+def _find_json(folder: Path) -> Path:
+    """The tokenizer.json that belongs to the checkpoint in `folder`."""
+    above = Path(os.path.realpath(folder))
+    places = [folder] + [above.parent] * (above.name == "original")
+    for file in (place / "tokenizer.json" for place in places):
+        if os.path.lexists(file):
+            return file
+    raise HarmonyError(f"{folder}: no tokenizer.json there"
+                       + " or in the folder above" * (len(places) - 1))
+
+
+def _read_text(file: Path) -> str:
+    """The text of `file`; refuses what is no file or far too long."""
+    try:
+        state = file.stat()
+        if not stat.S_ISREG(state.st_mode):
+            raise HarmonyError(f"{file}: expected a regular file")
+        if state.st_size > _MOST:
+            raise HarmonyError(f"{file}: expected at most {_MOST:,} bytes, "
+                               f"found {state.st_size:,}")
+        return file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise HarmonyError(f"{file}: {error}") from error
 
 
 __all__ = [

@@ -59,6 +59,19 @@ def merge_by_rank(piece: bytes, ranks: Mapping[bytes, int]) -> list[int]:
         parts[at:at + 2] = [joined[at]]
 
 
+# --- Cutting text into pieces ------------------------------------------------
+
+_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TAIL = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+PATTERN = "|".join((
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_TAIL}",  # word, Word
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_TAIL}",  # WORD
+    r"\p{N}{1,3}",                                # up to three digits
+    r" ?[^\s\p{L}\p{N}]+[\r\n/]*",                # punctuation
+    r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"))         # line ends, spaces
+
+
 # --- The merges, recovered from the ranks ------------------------------------
 
 def merges_from_ranks(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
@@ -88,19 +101,6 @@ NAMED = {199_998: "startoftext", 199_999: "endoftext", 200_002: "return",
 def control_name(token: int) -> str:
     """The spelling of control token `token` in o200k_harmony."""
     return f"<|{NAMED.get(token, f'reserved_{token}')}|>"
-
-
-# --- Cutting text into pieces ------------------------------------------------
-
-_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
-_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_TAIL = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-PATTERN = "|".join((
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_TAIL}",  # word, Word
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_TAIL}",  # WORD
-    r"\p{N}{1,3}",                                # up to three digits
-    r" ?[^\s\p{L}\p{N}]+[\r\n/]*",                # punctuation
-    r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"))         # line ends, spaces
 
 
 # --- Writing tokenizer.json --------------------------------------------------
