@@ -238,6 +238,25 @@ print(f"{8 * compact_matrix.nbytes / matrix.numel():.2f} bits a number, "
 # [building](building.ipynb). Four rows are read at a time, and what stands
 # apart is added at the end of each.
 
+# %% [markdown] tags=["export:twelve.h"]
+# ```cpp
+# namespace {
+#
+# #ifdef GPTOSS_AVX2
+# constexpr int64_t WEIGHTS = 64, SIZE = WEIGHTS * 3 / 2;  // of a block, bytes
+#
+# struct Compact {  // (rows, blocks, SIZE) bytes
+#   const uint8_t *bytes, *upper;
+#   const int32_t *first, *others;  // row r: others[first[r] ... first[r + 1]]
+#   int64_t rows, blocks, count;    // count: of all others
+#
+#   const uint8_t* row(int64_t r) const { return bytes + r * blocks * SIZE; }
+# };
+# #endif
+#
+# }  // namespace
+# ```
+
 # %% [markdown] tags=["export:compact.h"]
 # ```cpp
 # namespace {
