@@ -336,7 +336,7 @@ from contextlib import contextmanager, suppress
 try:
     import fcntl
 except ImportError:  # Windows: two processes may both compile
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # asked for before each use
 
 
 def library_path(variant: str = "auto",

@@ -694,9 +694,9 @@ print("no rows give", tuple(OPS.rms_norm(some(0, 96), some(96), 1e-5).shape))
 # ### Exercise 3
 #
 # `share` lets threads take pieces as they come. Ten pieces take 1 ms each but
-# for the third, which takes 5. How long do two threads need with an equal split
-# in order, and how long if each takes the next piece when it is free? What if
-# the long piece comes last?
+# for the third, which takes 5. How long do two threads need with an equal
+# split in order, and how long if each takes the next piece when it is free?
+# What if the long piece comes last?
 
 # %% tags=["hide-cell"]
 def time_of(pieces: list[int], threads: int = 2) -> int:

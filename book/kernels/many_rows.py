@@ -93,9 +93,9 @@ plt.show()
 #
 # For many tokens one could decode the whole matrix to bf16 first. Then it goes
 # out to memory and comes back, several times the bytes of the packed weight
-# ([roofline](roofline.ipynb)). A tile is the same idea with an amount that stays
-# near the processor. Its weights can be as wide as the activations, 16 bits
-# each, because widening them is done once:
+# ([roofline](roofline.ipynb)). A tile is the same idea with an amount that
+# stays near the processor. Its weights can be as wide as the activations, 16
+# bits each, because widening them is done once:
 
 # %%
 rows, columns = 16, 320

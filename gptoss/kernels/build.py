@@ -77,7 +77,7 @@ def compile_command(target: Path, variant: str = "auto",
 try:
     import fcntl
 except ImportError:  # Windows: two processes may both compile
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # asked for before each use
 
 
 def library_path(variant: str = "auto",
