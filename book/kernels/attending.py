@@ -15,9 +15,9 @@
 #
 # ## Question
 #
-# Eight query heads of the 20b share each key and value head, and a prompt of
-# 512 tokens asks 512 times. How is each key read once for all of them, without
-# a table of scores? For 4,096 tokens that table would have a billion entries
+# Eight query heads of the 20b share each key and value head, and every token
+# of a prompt asks anew. How is each key read once for all of them, without a
+# table of scores? For 4,096 tokens that table would have a billion entries
 # in one layer; the kernel keeps 64 rows of 64 of them at a time.
 
 # %%

@@ -18,7 +18,7 @@
 #
 # ## Question
 #
-# What in a step of decoding never changes? One token of the 20b is some 2,000
+# What in a step of decoding never changes? One token of the 20b is some 2,400
 # operators in plain torch and 700 with kernels, and every one of them is
 # called out of Python, with arguments that are looked up again: ten
 # microseconds a call, as long as a small operator takes to compute. But the
@@ -175,9 +175,8 @@ for _ in range(3):
 #
 # ### What does the model get instead of a cache?
 #
-# A `FixedView`: for each layer the same memory in two shapes, one to read
-# (`seen`) and one to write (`lines`), and for each kind of layer where to
-# write and what the slots hold.
+# A `FixedView`: for each layer the same memory in two shapes, to read (`seen`)
+# and to write (`lines`); for each kind where to write and what the slots hold.
 
 # %% tags=["export"]
 import logging
@@ -232,7 +231,9 @@ class FixedView:
 # `rows` (`_take_over`). Whoever else uses the cache puts other `Rows` there
 # ([cache](../model/cache.ipynb)); the step notices by their identity and
 # copies. Only then does it look at numbers, to learn the lengths; after that
-# Python counts along.
+# Python counts along. What it refuses, before anything is written: no room, or
+# a rollback whose tokens wait to be fed again (CacheError); tokens of another
+# shape, type or range, or none where it has not chosen any (ModelError).
 
 # %% tags=["export"]
 def _lines(memory: Tensor) -> Tensor:
@@ -896,5 +897,3 @@ assert frozen != out.tolist()
 #   https://docs.pytorch.org/docs/stable/notes/cuda.html.
 # - Looking at every call of an operator: pytorch/pytorch,
 #   `aten/src/ATen/record_function.h`.
-# - Static shapes and a compiled step of decoding: meta-pytorch/gpt-fast,
-#   `generate.py`.

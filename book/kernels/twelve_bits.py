@@ -57,9 +57,8 @@ print(f"{token / 1e9:.2f} GB a token, {experts / 1e9:.2f} of them experts: "
 # %% tags=["hide-input", "picture"]
 # Figure: bars over exponents from minus 24 to minus 4, on a logarithmic axis.
 # The two highest, near the right end, are a quarter and three tenths of all
-# numbers; to the left of them each bar is half as high as its neighbour. The
-# fourteen on the right are coloured, seven low ones on the left grey. Dots
-# for the shipped model's head lie about as high.
+# numbers; to the left each bar is half as high as its neighbour. Fourteen on
+# the right are blue, seven on the left grey. Dots for the shipped head beside.
 from pathlib import Path
 
 import gptoss
@@ -83,20 +82,26 @@ def information(share: torch.Tensor) -> float:
     return -(known * known.log2()).sum().item()
 
 
-at = torch.arange(101, 125)
+at = torch.arange(101, 127)
 share = shares(matrix)
 pairs = share.view(128, 2).sum(1)  # of e // 2
 coded = torch.isin(at // 2, pairs.argsort(descending=True)[:7])
 fig, ax = plt.subplots(figsize=(6.4, 2.8))
-for which, color, label in ((coded, "C0", "has a code"),
-                            (~coded, "0.6", "stored apart")):
-    ax.bar(at[which] - 127, share[at[which]], color=color, label=label)
-ax.plot(at - 127, shares(head)[at], "C1o", ms=4, label="the shipped head")
-ax.set(yscale="log", xlabel="exponent $e$ of a weight $\\pm 1.m \\cdot 2^e$",
-       ylabel="share of all weights", xlim=(-24.9, -3.1),
-       xticks=range(-24, -3, 4))
-ax.legend(frameon=False)
+for which, color in ((coded, "C4"), (~coded, "0.7")):
+    ax.bar(at[which] - 127, share[at[which]], color=color)
+ax.plot(at - 127, shares(head)[at], "C5o", ms=4)
+ax.text(-11, 0.06, "14 exponents that have a code", color="C0", fontsize=8,
+        ha="right")
+ax.text(-21.4, 1.2e-4, "stored apart", color="0.4", fontsize=8, ha="center")
+ax.text(-3.4, 0.3, "the shipped head", color="C5", fontsize=8)
+ax.set(yscale="log", xlabel="exponent of a weight $\\pm 1.m \\cdot 2^x$",
+       ylabel="share of all weights", xlim=(-24.9, 0.6),
+       xticks=range(-24, 1, 4))
 plt.show()
+two = share.sort(descending=True).values[:2].sum().item()
+apart = 1 - pairs.sort(descending=True).values[:7].sum().item()
+print(f"two neighbouring exponents hold {two:.0%}, fourteen all but one in "
+      f"{1 / apart:,.0f}")
 print(f"information in an exponent: {information(share):.1f} bits in normal "
       f"numbers, {information(shares(head)):.1f} in the shipped head")
 assert information(share) < 3 and information(shares(head)) < 3
@@ -105,7 +110,7 @@ assert information(share) < 3 and information(shares(head)) < 3
 # What to see: the weights of a matrix have about one size. More than half of
 # them lie within a factor of four, and below that each halving of the size is
 # half as frequent as the one before. Fourteen neighbouring exponents, the
-# coloured ones, hold all but one number in some thousands. The *information*
+# blue bars, hold all but one number in some thousands. The *information*
 # in an exponent, $-\sum_e p_e \log_2 p_e$ for shares $p_e$, is what the best
 # code needs for it in the mean: not even three of its eight bits.
 #
