@@ -391,7 +391,7 @@ for columns in (32, 96, 2880):  # one block, three, no whole register
     for name, (y, wide) in found.items():
         exact = x.double() @ wide.T
         off = ((y.double() - exact).norm() / exact.norm()).item()
-        print(f"{columns:4} {name:6} {off:.3f} from float64")
+        print(f"{columns:4} {name:6} {off:.0e} from float64")
         assert off < (1e-4 if name == "packed" else 1 / 256)
 
 # %% [markdown]

@@ -56,12 +56,14 @@ from gptoss.kernels.triton_kernels import token_tiles as tiles_of
 
 ids = torch.tensor([[0, 2], [2, 1], [2, 0], [2, 4], [2, 1], [0, 2]])
 order, of, begin, end = (x.tolist() for x in tiles_of(ids, 5, 4))
+colors = ["C4", "C1", "C2", "C3", "C5"]
 fig, ax = plt.subplots(figsize=(7.4, 1.9))
 for place, pick in enumerate(order):
     expert = ids.flatten()[pick].item()
-    ax.add_patch(plt.Rectangle((place, 0), 0.94, 0.94, color=f"C{expert}"))
+    ax.add_patch(plt.Rectangle((place, 0), 0.94, 0.94,
+                               color=colors[expert]))
     ax.text(place + 0.47, 0.47, f"token {pick // 2}", ha="center",
-            va="center", fontsize=6.5, color="white")
+            va="center", fontsize=6.5)
 empty = 0
 for tile, (expert, first, last) in enumerate(zip(of, begin, end,
                                                  strict=True)):
@@ -74,7 +76,7 @@ for tile, (expert, first, last) in enumerate(zip(of, begin, end,
         empty += 1
     else:
         ax.plot([first + 0.05, first + 0.05, last - 0.11, last - 0.11],
-                [-0.1, -0.3, -0.3, -0.1], color=f"C{expert}")
+                [-0.1, -0.3, -0.3, -0.1], color=colors[expert])
         ax.text((first + last) / 2, -0.65, f"tile {tile}:\nexpert {expert}",
                 ha="center", va="center", fontsize=7)
 ax.set(xlim=(-0.1, 12.8 + 1.7 * empty), ylim=(-1.1, 1.05))
