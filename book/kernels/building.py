@@ -46,7 +46,7 @@ plt.style.use("../_static/book.mplstyle")
 # with; everything else has to be loaded into one first. A core has 16 or 32
 # registers for *vectors*. With AVX2, the vector instructions of most x86
 # processors since 2013, such a register has 32 bytes. What the bytes mean is
-# up to the instruction.
+# up to the instruction; the place of one number in a register is a *lane*.
 
 # %% tags=["hide-input"]
 # Figure: left, two registers of eight numbers and a third with their products,
@@ -503,6 +503,8 @@ def build(variant: str = "auto", anew: bool = False,
 # `GPTOSS_KERNELS` in the environment chooses: `auto` (which is also the
 # default), another variant, or `torch` for plain torch. The earlier chapters
 # of the book are run with `torch`, so that they show what they say.
+# `kernel_path` tells in words which path is taken, and never compiles: before
+# the first use it may say "C++, to be compiled when first used".
 
 # %% tags=["export"]
 from gptoss.model.answers import LOADING

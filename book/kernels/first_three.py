@@ -106,6 +106,8 @@ print(f"{before} calls in plain torch, {49 + 48 + 24} with kernels")
 # | `int64_t`, `uint8_t` | a whole number of 64 bits; one of 8 without a sign |
 # | `[&](int64_t r) { … }` | a `lambda` that sees the names around it |
 # | `template <int R>` | the function is compiled anew for each R |
+# | `constexpr int64_t N = 4` | a number that is known when compiling |
+# | `struct Line { … }` | a class, mostly of fields |
 # | `a ? b : c` | `b if a else c` |
 # | `bits >> 16`, `& 15` | shift right by 16 bits; keep the lowest four |
 # | `#ifdef X … #endif` | these lines only if X was defined |

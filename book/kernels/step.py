@@ -18,8 +18,8 @@
 #
 # ## Question
 #
-# What in a step of decoding never changes? One token of the 20b is some 2,400
-# operators in plain torch and 700 with kernels, and every one of them is
+# What in a step of decoding never changes? One token of the 20b is 2,411
+# operators in plain torch and some 700 with kernels, and every one of them is
 # called out of Python, with arguments that are looked up again: ten
 # microseconds a call, as long as a small operator takes to compute. But the
 # calls of one step are nearly those of the next. Make them *exactly* those,

@@ -528,7 +528,8 @@ assert (floats == matrix[5, :64].float().numpy()).all()
 # machine that has the memory and is limited by it. So one asks for it:
 # `make_compact(model)`, or `--compact` on the command line. The weights
 # themselves stay where they are, mapped from the file; prompts, gradients and
-# other devices use those.
+# other devices use those. The four parts of a copy are buffers that are not
+# saved, so a checkpoint of the model stays as it was.
 
 # %% tags=["export"]
 from torch import nn
