@@ -10,41 +10,39 @@
 #     language: python
 #     name: python3
 # ---
-
 # %% [markdown]
 # # Wider registers: AVX-512, VNNI and NEON
 #
 # ## Question
 #
-# The kernels of the book are written for AVX2, whose registers hold 32 bytes.
-# What do a processor's newer instructions change? AVX-512 holds 64 bytes, VNNI
-# has one instruction where AVX2 needs three, AVX512-BF16 multiplies bf16 as it
-# is, and an ARM processor has other instructions altogether. Each changes a
-# few lines of [packed](../kernels/packed.ipynb), of the dense products in
-# [many rows](../kernels/many_rows.ipynb) and
-# [twelve bits](../kernels/twelve_bits.ipynb), and of
-# [attention](../kernels/attending.ipynb). Those lines stand here. Everything
+# The kernels of the book are written for AVX2. What do a processor's other
+# instructions change? A few lines each of [packed](../kernels/packed.ipynb),
+# [dense](../kernels/dense.ipynb), [twelve
+# bits](../kernels/twelve_bits.ipynb) and
+# [attention](../kernels/attending.ipynb). Those lines stand here; everything
 # else is the same text.
+#
+# | | AVX2 | AVX-512 | NEON (ARM) |
+# |---|---|---|---|
+# | bytes in a register | 32 | 64 | 16 |
+# | registers | 16 | 32 | 32 |
+# | blocks of weights in one | 2 | 4 | 1 |
+# | looking up nibbles | mask, `pshufb` | `vpermb` | `tbl` |
+# | bytes times bytes | 3 instructions | `vpdpbusd` | 16 bits: `smlal` |
+# | products of bf16 | shift, mask, fp32 | `vdpbf16ps` | shift, mask, fp32 |
 #
 # `base.h` defines `GPTOSS_AVX512`, `GPTOSS_BF16`, `GPTOSS_VNNI` or
 # `GPTOSS_NEON` by what the compiler says of the processor at hand; where none
 # is defined, this appendix compiles to nothing.
 
 # %% [markdown]
-# ## Bytes
+# ## Bytes: what do VNNI and AVX-512 save?
 #
-# `pshufb`, the lookup of AVX2, needs a mask before it, as it looks at more
-# than four bits of an index. AVX-512 has `vpermb`, which looks at six: with
-# the table in it four times over, no mask is needed. `vpdpbusd`, of AVX-512
-# VNNI or AVX-VNNI, multiplies unsigned bytes by signed ones and adds four
-# neighbours to a 32-bit sum. With both, the product of four blocks takes 13
-# instructions, their factors included, loads not. Weights widened to 16 bits
-# by `vpermw`, which looks up 16-bit numbers, would take 18: in the L2 cache 22
-# instead of 28 GB/s a thread.
-#
-# The two instructions in numpy. Of the six bits of an index four are the
-# nibble and two belong to its neighbour; the table stands there four times, so
-# that these two do not matter:
+# `pshufb` needs a mask before it, as it looks at more than four bits of an
+# index. `vpermb` looks at six: with the table in the register four times over,
+# the two bits of the neighbour do not matter, and no mask is needed.
+# `vpdpbusd` multiplies unsigned bytes by signed ones and adds four neighbours
+# to a 32-bit sum, which takes AVX2 three instructions. In numpy:
 
 # %%
 import numpy as np
@@ -68,6 +66,12 @@ four = np.tile(ABOVE, 4)
 assert (vpermb(four, packed) == ABOVE[packed & 15]).all()
 sums = vpdpbusd(np.zeros(16, int), vpermb(four, packed), digits)
 print(sums[:4].tolist(), (ABOVE[packed & 15] * digits)[:4].sum())
+
+# %% [markdown] tags=["measured"]
+# With both, the product of four blocks takes 13 instructions, their factors
+# included, loads not. Weights widened to 16 bits by `vpermw`, which looks up
+# 16-bit numbers, would take 18: in the L2 cache of a Zen 4, 22 instead of 28
+# GB/s a thread.
 
 # %% [markdown] tags=["export:/kernels/wide.h"]
 # ```cpp
@@ -141,14 +145,15 @@ print(sums[:4].tolist(), (ABOVE[packed & 15] * digits)[:4].sum())
 # ```
 
 # %% [markdown]
-# ## ARM
+# ## ARM: what is other there?
 #
-# The registers of NEON hold 16 bytes: one block at a time, `tbl`
-# for the lookup, and `smlal`, which multiplies 16-bit numbers and adds to
-# 32-bit sums. The factor of a block is made where it is used. Tokens that
-# share an expert go through it one by one; the tiles are x86 only. How fast it
-# is on an ARM processor nobody has seen; in an emulator (QEMU) it agrees with
-# float64 as the others do.
+# The registers of NEON hold 16 bytes: one block at a time, `tbl` for the
+# lookup, and `smlal`, which multiplies 16-bit numbers and adds to 32-bit sums.
+# So activations stay whole, as in the portable loop, and there are no digits.
+# The factor of a block is made where it is used. Tokens that share an expert
+# go through it one by one; the tiles are x86 only. **How fast it is on an ARM
+# processor nobody has seen**; in an emulator (QEMU) it agrees with float64 as
+# the others do.
 
 # %% [markdown] tags=["export:/kernels/wide.h"]
 # ```cpp
@@ -191,15 +196,26 @@ print(sums[:4].tolist(), (ABOVE[packed & 15] * digits)[:4].sum())
 # ```
 
 # %% [markdown]
-# ## Sixteen bits
+# ## Sixteen bits: what if a processor multiplies bf16?
 #
-# Processors with AVX512-BF16 multiply bf16 as it is: `vdpbf16ps` takes 32
-# pairs and adds two products to each of 16 sums in fp32 (a number below
-# $2^{-126}$ counts as zero). Half the instructions are one gain. The other:
-# activations stay in bf16, half as long. For the 4096 columns of `o_proj` fp32
-# takes 16 KiB, half of an L1 cache of 32, and the rows stream through the
-# other half; bf16 takes a quarter of it. Twelve such products took 5.4 ms
-# instead of 7.4.
+# `vdpbf16ps` takes 32 pairs of bf16 and adds two products to each of 16 sums
+# in fp32. (A number below $2^{-126}$ counts as zero.) In numpy, with the two
+# numbers of a pair beside each other:
+
+# %%
+def vdpbf16ps(sums, a, b):
+    """a, b (32,): two products of neighbours to each of 16 sums."""
+    return sums + (a * b).reshape(16, 2).sum(1)
+
+
+a, b = draw.standard_normal(32), draw.standard_normal(32)
+print(f"{vdpbf16ps(np.zeros(16), a, b).sum():.4f} and {a @ b:.4f}")
+
+# %% [markdown] tags=["measured"]
+# Half the instructions are one gain. The other: activations stay in bf16, half
+# as long. For the 4096 columns of `o_proj` fp32 takes 16 KiB, half of an L1
+# cache of 32, and the rows stream through the other half; bf16 takes a quarter
+# of it. Twelve such products took 5.4 ms instead of 7.4 on a Zen 4.
 
 # %% [markdown] tags=["export:/kernels/wide16.h"]
 # ```cpp
@@ -226,10 +242,24 @@ print(sums[:4].tolist(), (ABOVE[packed & 15] * digits)[:4].sum())
 # ```
 
 # %% [markdown]
-# The same for a matrix in [twelve bits](../kernels/twelve_bits.ipynb), whose
-# upper bytes are looked up and interleaved with the lower ones. `unpack`
-# instructions interleave within quarters of the register, so the activations
-# are brought into the order that comes out.
+# The same for a matrix in [twelve bits](../kernels/twelve_bits.ipynb). Its
+# upper bytes are looked up, and interleaved with the lower ones. The
+# instructions that interleave work within quarters of the register, so the
+# numbers come out in another order. The activations are brought into that
+# order beforehand, by `compact_ready`. Which order is it?
+
+# %%
+i = np.arange(32)
+stored = np.empty(64, int)  # which number stands at a byte of a block
+place = (i & 7) | (i & 8) << 1 | (i & 16) >> 1
+stored[place], stored[32 + place] = i, 32 + i
+quarters = stored.reshape(4, 16)
+low, high = quarters[:, :8].reshape(-1), quarters[:, 8:].reshape(-1)
+print("unpacklo gives", low[[0, 7, 8, 15, 16, 31]].tolist())
+print("unpackhi gives", high[[0, 7, 8, 15, 16, 31]].tolist())
+k = np.arange(64)  # the place that compact_ready gives to number k
+to = k // 64 * 64 + k % 32 // 16 * 32 + k % 64 // 32 * 16 + k % 16
+assert (np.concatenate([low, high])[to] == k).all()
 
 # %% [markdown] tags=["export:/kernels/wide16.h"]
 # ```cpp
@@ -361,7 +391,7 @@ for columns in (32, 96, 2880):  # one block, three, no whole register
     for name, (y, wide) in found.items():
         exact = x.double() @ wide.T
         off = ((y.double() - exact).norm() / exact.norm()).item()
-        print(f"{columns:4} {name:6} {off:.3f} from float64")
+        print(f"{columns:4} {name:6} {off:.0e} from float64")
         assert off < (1e-4 if name == "packed" else 1 / 256)
 
 # %% [markdown]

@@ -10,79 +10,168 @@
 #     language: python
 #     name: python3
 # ---
-
 # %% [markdown]
 # # How is each key read only once?
 #
 # ## Question
 #
-# Eight query heads of the 20b share each key and value head, and a prompt of
-# 512 tokens asks 512 times. How is each key read once for all of them, without
-# a table of scores? For 4,096 tokens that table would have a billion entries
+# Eight query heads of the 20b share each key and value head, and every token
+# of a prompt asks anew. How is each key read once for all of them, without a
+# table of scores? For 4,096 tokens that table would have a billion entries
 # in one layer; the kernel keeps 64 rows of 64 of them at a time.
 
 # %%
+import matplotlib.pyplot as plt
+import numpy as np
+
+plt.style.use("../_static/book.mplstyle")
 H, T, KEYS = 64, 4096, 64
-print(f"{H * T * T:,} scores of a layer, {KEYS * KEYS:,} at hand: "
-      f"{KEYS * KEYS * 4 // 1024} KiB")
+print(f"{H * T * T:,} scores of a layer = {H * T * T * 4 / 1e9:.1f} GB; at "
+      f"hand {KEYS * KEYS:,} = {KEYS * KEYS * 4 // 1024} KiB")
 
 # %% [markdown]
+# ## Picture
+#
+# One row of attention: a query, sixteen keys, four at a time. A softmax needs
+# the largest score and the sum of all before it can give any weight. We walk
+# over the keys once and keep a *running* largest score $m$ and sum $z$; when a
+# chunk brings a larger score, what was summed so far shrinks.
+
+# %% tags=["hide-input"]
+# Figure: above, sixteen scores as dots in four chunks, and the running largest
+# as a staircase that starts at the sink. Below, the sum z as a line: it grows
+# with each chunk, and drops, an arrow, where the staircase rises.
+scores = np.array([0.2, 1.0, -0.5, 0.4, 1.3, 0.1, 2.6, 0.9,
+                   1.8, 2.2, 0.3, 1.1, 0.6, 3.1, 2.0, 1.5])
+m, z, sink = [1.2], [1.0], 1.2  # the sink: a score without a value
+shrunk = []
+for chunk in scores.reshape(4, 4):
+    higher = max(m[-1], chunk.max())
+    shrunk.append(z[-1] * np.exp(m[-1] - higher))
+    z.append(shrunk[-1] + np.exp(chunk - higher).sum())
+    m.append(higher)
+fig, (above, below) = plt.subplots(2, 1, figsize=(7.0, 3.8), sharex=True)
+above.plot(np.arange(16) + 0.5, scores, "o", color="C0")
+above.step(np.arange(5) * 4, m[1:] + m[-1:], where="post", color="C5")
+above.plot([-1.5, 0], [sink, sink], color="C3", lw=2.5)
+above.text(-1.5, sink + 0.25, "sink", color="C3", fontsize=8)
+above.text(16.2, m[-1], "largest\nso far, m", color="C5", fontsize=8,
+           va="center")
+above.text(16.2, 1.4, "scores", color="C0", fontsize=8)
+for n in range(4):
+    at = 4 * n
+    below.plot([at, at + 4], [shrunk[n], z[n + 1]], color="C2")
+    if z[n] - shrunk[n] > 0.05:
+        below.annotate("", (at, shrunk[n]), (at, z[n]), arrowprops={
+            "arrowstyle": "->", "color": "C5", "lw": 1.4})
+    below.plot(at, z[n], "o", color="C2", ms=4)
+below.plot(16, z[4], "o", color="C2", ms=4)
+below.text(16.2, z[4], "sum z", color="C2", fontsize=8, va="center")
+below.text(4.2, 2.9, "a higher m: the sum shrinks", color="C5", fontsize=8)
+for ax in (above, below):
+    ax.set_xticks(range(0, 17, 4))
+    ax.set(xlim=(-1.8, 18.6))
+    ax.grid(axis="y", visible=False)
+above.set(ylabel="score", ylim=(-0.9, 3.6))
+below.set(ylabel="sum so far", xlabel="keys, four at a time", ylim=(0, 4.6))
+plt.show()
+print("z at the end:", round(z[-1], 3), " at once:", round(float(
+    np.exp(scores - max(m)).sum() + np.exp(sink - max(m))), 3))
+
+# %% [markdown]
+# What to see: the sink is no special case. It is where a row begins, with $m$
+# = sink and $z = 1$, a key whose value is nothing. And each key is looked at
+# once, in whatever order.
+#
+# ## The naive version
+#
+# All scores at once, in numpy: a table of T rows and S columns for every head,
+# and each of the H/G heads that share a key reads it again.
+
+# %%
+def at_once(q, k, v, sink, scale):
+    """q (T, C), k and v (S, C), all visible -> (T, C), by a whole table."""
+    e = np.exp(scale * (q @ k.T))  # (T, S): the table
+    return (e @ v) / (e.sum(-1, keepdims=True) + np.exp(sink))
+
+
+draw = np.random.default_rng(0)
+q, k, v = (draw.standard_normal(shape) for shape in (
+    (64, 64), (200, 64), (200, 64)))
+exact = at_once(q, k, v, 0.5, 1 / 8)
+print("a table of", 64 * 200, "scores;", "output", exact.shape)
+
+# %% [markdown]
+# For short texts this is fine, and plain torch does it. It breaks in two ways.
+# The table grows with the square of the text and goes out to memory and back.
+# And $e^{s}$ overflows for a large score; the usual remedy, to subtract the
+# largest first, needs another pass over the table.
+#
 # ## Derivation
 #
-# The kernel reads each key and value once for all $H/G$ query heads that share
-# it. The running maximum and sum of [sinks](../attention/sinks.ipynb) make it
-# possible to take 64 keys at a time, so scores never leave the cache. For row
-# $r$ let $m$ be the largest score so far, $z$ the sum of $e^{s_i - m}$ and $o$
-# the sum of $e^{s_i - m} v_i$. A chunk with the largest score $m'$ turns them,
-# with $M = \max(m, m')$, into
+# **A worked step.** So far: $m = 1$, $z = 2$, and the weighted values sum to
+# $o = 3$. A key comes with score 2 and value 10. The largest is now 2, so what
+# we have is too large by $e^{2-1}$: $z = 2 e^{-1} + 1$, $o = 3 e^{-1} + 10$.
+
+# %%
+m, z, o = 1.0, 2.0, 3.0
+shrink = np.exp(1.0 - 2.0)
+z, o, m = z * shrink + 1, o * shrink + 10, 2.0
+print(f"shrink {shrink:.3f}, z {z:.3f}, o {o:.3f}, output {o / z:.3f}")
+
+# %% [markdown]
+# **In general.** For a row let $m$ be the largest score so far, $z$ the sum of
+# $e^{s_i - m}$ and $o$ the sum of $e^{s_i - m} v_i$. A chunk whose largest
+# score is $m'$ turns them, with $M = \max(m, m')$, into
 #
 # $$ z \leftarrow e^{m - M} z + \sum_i e^{s_i - M}, \qquad
 #    o \leftarrow e^{m - M} o + \sum_i e^{s_i - M} v_i, \qquad
 #    m \leftarrow M, $$ (kernels-running)
 #
-# and $o / z$ is the output. The sink is a key without a value, so it is the
-# state that a row starts from: $m$ = sink, $z = 1$, $o = 0$. In numpy that is
-# the whole kernel, for one row:
+# and $o / z$ is the output: the running softmax of
+# [sinks](../attention/sinks.ipynb) {cite}`flash2022`. A row starts from $m$ =
+# sink, $z = 1$, $o = 0$. Here it is for many rows, 64 keys at a time, and this
+# is the whole kernel:
 
 # %%
-import numpy as np
-
-
-def one_row(q, k, v, sink, scale, chunk=64):
-    """q (C,), k and v (S, C), all visible: attention with a sink, (C,)."""
-    top, total, out = sink, 1.0, np.zeros(v.shape[1])
+def in_chunks(q, k, v, sink, scale, chunk=64):
+    """As `at_once`, never more than `chunk` scores of a row at hand."""
+    top = np.full(len(q), sink)  # m
+    total, out = np.ones(len(q)), np.zeros(q.shape)  # z and o
     for s in range(0, len(k), chunk):
-        scores = scale * (k[s:s + chunk] @ q)
-        higher = max(top, scores.max())
-        shrink, e = np.exp(top - higher), np.exp(scores - higher)
-        total = total * shrink + e.sum()
-        out = out * shrink + e @ v[s:s + chunk]
+        scores = scale * (q @ k[s:s + chunk].T)  # each key once, all rows
+        higher = np.maximum(top, scores.max(1))
+        shrink = np.exp(top - higher)
+        e = np.exp(scores - higher[:, None])
+        total = total * shrink + e.sum(1)
+        out = out * shrink[:, None] + e @ v[s:s + chunk]
         top = higher
-    return out / total
+    return out / total[:, None]
 
 
-draw = np.random.default_rng(0)
-q, k, v = (draw.standard_normal(shape) for shape in (64, (200, 64), (200, 64)))
-e = np.exp(np.append(k @ q / 8, 0.5))
-whole = e[:-1] @ v / e.sum()
-print(f"{one_row(q, k, v, 0.5, 1 / 8)[0]:.6f} in chunks, {whole[0]:.6f} at "
-      "once")
-assert np.allclose(one_row(q, k, v, 0.5, 1 / 8), whole)
+found = in_chunks(q, k, v, 0.5, 1 / 8)
+print(f"{found[0, 0]:.6f} in chunks, {exact[0, 0]:.6f} at once")
+assert np.allclose(found, exact)
 
 # %% [markdown]
+# **Which rows?** Nothing in it asks where a row comes from. The 8 query heads
+# that share a key head, times 8 tokens, are 64 rows of one product: each key
+# and value is loaded once for all of them.
+#
 # ## Code
 #
-# ### A piece of work
+# ### What does one piece of work remember?
 #
-# A piece of work is one key head, its $H/G$ query heads and as many tokens as
-# make 64 rows, 8 in the 20b. With no more tokens than that, as in decode,
-# there would be only $G$ pieces, however long the context. So then the keys
-# are cut into ranges of 512, and the results of the ranges are merged.
-#
-# Scores are a matrix product with sixteen keys at a time as columns, widened
-# to fp32. (Where a processor multiplies bf16 as it is, they stay in pairs: the
-# [appendix](../cli/wide.ipynb).) Weights times values is in fp32 everywhere:
-# rounded to bf16, the weights would lose what the sum keeps.
+# A piece of work is one key head, the H/G query heads that it serves, and as
+# many tokens as make 64 rows, 8 in the 20b. `Attention` is its state: $m$ is
+# `top`, $z$ `total`, $o$ `out`, and `scores` are the 64 by 64 at hand. The
+# scores come from the product of tiles of [dense](dense.ipynb), sixteen keys
+# at a time as columns. (Where a processor multiplies bf16 as it is, keys stay
+# in pairs, in the [appendix](../cli/wide.ipynb); weights times values is in
+# fp32 everywhere, as rounded to bf16 the weights would lose what the sum
+# keeps.) `weigh` is {eq}`kernels-running` for one row, eight keys at a time,
+# with the mask: a key counts if its position is not after the query's and not
+# before the window.
 
 # %% [markdown] tags=["export:attention.h"]
 # ```cpp
@@ -150,11 +239,11 @@ assert np.allclose(one_row(q, k, v, 0.5, 1 / 8), whole)
 # ```
 
 # %% [markdown]
-# ### A chunk of keys
+# ### How does a chunk pass?
 #
-# Scores and outputs are the product of dense tiles of
-# [many rows](many_rows.ipynb). Keys have to be transposed for it; values
-# already lie as it wants them.
+# Scores, weights, weighted values: the three lines of the loop in `in_chunks`.
+# Keys have to be transposed for their product (`widen_tile`); values already
+# lie as theirs wants them.
 
 # %% [markdown] tags=["export:attention.h"]
 # ```cpp
@@ -187,10 +276,15 @@ assert np.allclose(one_row(q, k, v, 0.5, 1 / 8), whole)
 # ```
 
 # %% [markdown]
-# ### Ranges of keys
+# ### What if there is one token only?
 #
-# `place` says where a row of a piece lies among those of the operator's
-# result; only the first range begins with the sink.
+# In decode there are G pieces of work, eight in the 20b, however long the text
+# is; a machine with more cores would idle. So the keys are cut into ranges of
+# 512, each a piece of work of its own, and the results of the ranges are
+# merged by {eq}`kernels-running` once more, with the state of a range in place
+# of a chunk. Only the first range begins with the sink; the others begin with
+# nothing, the lowest number there is and a sum of 0. `place` says where a row
+# of a piece lies in the operator's result.
 
 # %% [markdown] tags=["export:attention.h"]
 # ```cpp
@@ -239,9 +333,10 @@ assert np.allclose(one_row(q, k, v, 0.5, 1 / 8), whole)
 # ```
 
 # %% [markdown]
-# Keys may lie in any order, as a ring leaves them: visibility is decided by
-# positions alone. A chunk that no row may see is skipped, so prefill does half
-# the work in full layers and a window's worth in sliding ones.
+# Keys may lie in any order, as a ring leaves them, since visibility is decided
+# by positions alone; -1 is an empty slot. A chunk that no row may see is
+# skipped, so prefill does half the work in full layers and a window's worth in
+# sliding ones.
 
 # %% [markdown] tags=["export:attention.h"]
 # ```cpp
@@ -290,9 +385,8 @@ assert np.allclose(one_row(q, k, v, 0.5, 1 / 8), whole)
 # ```
 
 # %% [markdown]
-# Ranges are merged by {eq}`kernels-running` once more, with the state of a
-# range in place of a chunk. The longest pieces of a prompt, those of its last
-# tokens, are begun first.
+# All pieces are shared among the threads, those of the last tokens first,
+# since they see the most keys and take longest.
 
 # %% [markdown] tags=["export:attention.h"]
 # ```cpp
@@ -322,9 +416,12 @@ assert np.allclose(one_row(q, k, v, 0.5, 1 / 8), whole)
 # ```
 
 # %% [markdown]
-# ### The operator
+# ### The operator, and what is refused
 #
-# What fits none of the kernel's sizes goes to plain torch.
+# A RuntimeError names q, k and v if they have not four dimensions, or a head
+# of q another size than one of k, or the window is negative. What fits none of
+# the kernel's sizes (a head that is no multiple of 16 or larger than 256, H no
+# multiple of G, positions of another shape) goes to plain torch.
 
 # %% [markdown] tags=["export:attention.h"]
 # ```cpp
@@ -432,6 +529,19 @@ for window in (0, 9):
             assert not fast[0].any() and not slow[0].any()
 
 # %% [markdown]
+# ## In the 20b and the 120b
+#
+# Both have 64 query heads, 8 key heads and heads of 64 numbers. What one token
+# reads of keys and values in a full layer, once and if every query head read
+# for itself:
+
+# %%
+for length in (1024, 8192, 131072):
+    once = length * 2 * 8 * 64 * 2
+    print(f"{length:6,} keys: {once / 1e6:6.1f} MB once, "
+          f"{8 * once / 1e6:7.1f} if all heads read for themselves")
+
+# %% [markdown]
 # ## Takeaways
 #
 # - A running maximum and sum make a softmax of any length out of chunks, so no
@@ -468,7 +578,7 @@ print(f"{(out / total).item():.4f} and {whole.item():.4f}")
 # %% [markdown]
 # ### Exercise 2
 #
-# Merge two ranges of keys by hand: give `one_row` the halves of its keys. The
+# Merge two ranges of keys by hand: give `state` each half of the keys. The
 # second half must not count the sink again. What does it start from?
 
 # %% tags=["hide-cell"]
@@ -487,9 +597,25 @@ top = max(part[0] for part in parts)
 share = [np.exp(part[0] - top) for part in parts]
 merged = (sum(w * part[2] for w, part in zip(share, parts, strict=True))
           / sum(w * part[1] for w, part in zip(share, parts, strict=True)))
-print(f"{merged[0]:.6f} merged, {one_row(q, k, v, 0.5, 1 / 8)[0]:.6f} whole: "
-      "from nothing, the lowest number there is and a sum of 0")
-assert np.allclose(merged, one_row(q, k, v, 0.5, 1 / 8))
+whole = in_chunks(q[None], k, v, 0.5, 1 / 8)[0]
+print(f"{merged[0]:.6f} merged, {whole[0]:.6f} whole: from nothing, the "
+      "lowest number there is and a sum of 0")
+assert np.allclose(merged, whole)
+
+# %% [markdown]
+# ### Exercise 3
+#
+# A prompt of 4,096 tokens: of how many chunks of 64 keys does a piece of work
+# (8 tokens) need a score, in a full layer and in a sliding one of 128? Count,
+# and compare with all chunks.
+
+# %% tags=["hide-cell"]
+pieces, chunks = range(0, 4096, 8), 4096 // 64
+for name, window in (("full", 4096), ("sliding", 128)):
+    needed = sum((t + 7) // 64 - max(0, t - window + 1) // 64 + 1
+                 for t in pieces)
+    print(f"{name:7} {needed:6,} of {chunks * len(pieces):,} chunks, "
+          f"{needed / chunks / len(pieces):.0%}")
 
 # %% [markdown]
 # ## Sources

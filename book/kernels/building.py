@@ -13,505 +13,237 @@
 #     module: build
 #     public: [KernelError, kernel_path, load_kernels, plain_torch]
 # ---
-
 # %% [markdown]
 # # How does C++ come under an operator?
 #
 # ## Question
 #
-# How can a model that was written without it compute with C++, and not know?
-# RMSNorm in plain torch is ten calls of operators, RoPE twelve; for a token of
-# the 20b, which passes 49 norms and 48 rotations, the calls cost more than the
-# arithmetic. Here one function each takes their place, below the
-# [operators](../model/operators.ipynb) that the model asks for by name. The
-# functions are a page; the rest is what must be true before a machine may run
-# them: a compiler called once, a file that nobody can slip in, a switch.
+# In the time in which a processor adds two numbers, it can add two rows of
+# eight. Python cannot ask for that; ten lines of C++ can. How do these ten
+# lines come under a model that was written without them, so that not a line of
+# the model changes?
+
+# %%
+import ctypes
+import logging
+import os
+import shlex
+import subprocess
+import tempfile
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+
+from gptoss.model.norm import rms_norm
+
+plt.style.use("../_static/book.mplstyle")
+
+# %% [markdown]
+# ## Picture
+#
+# A *register* is a place in the processor that holds what is being computed
+# with; everything else has to be loaded into one first. A core has 16 or 32
+# registers for *vectors*. With AVX2, the vector instructions of most x86
+# processors since 2013, such a register has 32 bytes. What the bytes mean is
+# up to the instruction; the place of one number in a register is a *lane*.
+
+# %% tags=["hide-input"]
+# Figure: left, two registers of eight numbers and a third with their products,
+# one instruction for all eight. Right, the same 32 bytes three times: as 8
+# numbers of fp32, 16 of 16 bits, 32 of 8 bits. Below, a tile: 2 registers of
+# sums for each of 4 tokens, beside the 2 registers of weights they meet.
+fig, (left, right) = plt.subplots(1, 2, figsize=(7.4, 2.9))
+
+
+def register(ax, x, y, count, color, texts=None, height=0.8):
+    """Boxes side by side, `count` in a register."""
+    for n in range(count):
+        size = 8 / count
+        ax.add_patch(plt.Rectangle((x + n * size, y), size, height,
+                                   ec="white", fc=color))
+        if texts:
+            ax.text(x + (n + 0.5) * size, y + 0.4, texts[n], ha="center",
+                    va="center", fontsize=7)
+
+
+a, b = [3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]
+register(left, 0, 4, 8, "C4", a)
+register(left, 0, 2.8, 8, "C1", b)
+register(left, 0, 1, 8, "0.85", [x * y for x, y in zip(a, b, strict=True)])
+left.text(4, 2.3, "× : one instruction", ha="center", va="center",
+          fontsize=8)
+left.set(xlim=(-0.2, 8.2), ylim=(-1, 5.4), title="eight numbers at a time")
+for y, (count, words) in zip((4, 3, 2), (
+        (8, "8 of fp32"), (16, "16 of 16 bits"), (32, "32 of 8 bits")),
+        strict=True):
+    register(right, 0, y, count, "C4")
+    right.text(8.2, y + 0.4, words, va="center", fontsize=8)
+register(right, 0, 0.9, 2, "C1")
+right.text(8.2, 1.3, "2 registers of weights", va="center", fontsize=8)
+for n in range(4):
+    register(right, 0, 0.3 - 0.45 * n, 2, "0.85", height=0.4)
+right.text(8.2, -0.2, "a tile: 2 registers of\nsums for each of 4 tokens",
+           va="center", fontsize=8)
+right.set(xlim=(-0.2, 13.5), ylim=(-1.5, 5.4), title="the same 32 bytes")
+for ax in (left, right):
+    ax.axis("off")
+plt.show()
+
+# %% [markdown]
+# What to see: an instruction does the same to all numbers in its registers.
+# Half as many bits a number are twice as many numbers an instruction, which is
+# why [four-bit weights](packed.ipynb) are multiplied as bytes. A *tile* is a
+# piece of a matrix product whose sums all stay in registers while weights pass
+# by; [many rows](many_rows.ipynb) is about those.
 
 # %% [markdown]
 # ## The naive version
 #
-# The three smallest operators of the model in plain torch, for one token of
-# the 20b. torch can be asked which of its own operators they call:
+# Our first kernel is RMSNorm of one row: divide $x$ by the root of its mean
+# square, multiply by a weight. In Python, number by number, it is five lines:
 
 # %%
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+def norm_by_loop(x: list[float], weight: list[float], eps: float):
+    squares = 0.0
+    for value in x:
+        squares += value * value
+    scale = 1 / (squares / len(x) + eps) ** 0.5
+    return [w * (value * scale) for w, value in zip(weight, x, strict=True)]
 
-from gptoss.attention.rope import apply_rope
-from gptoss.model.norm import rms_norm
-from gptoss.moe.routing import route
+
+print([round(y, 2) for y in norm_by_loop([3.0, 4.0], [1.0, 10.0], 0.0)])
+
+# %% [markdown]
+# The same in C++. `Floats` is a *vector type* of the compilers GCC and Clang:
+# it behaves like a `float`, but there are eight of them, and the compiler
+# takes the vector instructions of the processor at hand. `extern "C"` lets
+# Python find the function by its plain name. A pointer such as `const float*
+# x` is the address of a tensor's first number.
+
+# %%
+SOURCE_TEXT = """
+#include <cmath>
+#include <cstring>
+using Floats = float __attribute__((vector_size(32)));  // eight at a time
+extern "C" void norm(const float* x, const float* weight, float* y, long n,
+                     float eps) {
+  Floats squares = {}, v;                // eight sums, side by side
+  for (long i = 0; i < n; i += 8) {
+    std::memcpy(&v, x + i, sizeof v);    // load eight numbers
+    squares += v * v;
+  }
+  float total = 0;
+  for (int i = 0; i < 8; ++i) total += squares[i];
+  const float scale = 1 / std::sqrt(total / n + eps);
+  for (long i = 0; i < n; ++i) y[i] = weight[i] * (x[i] * scale);
+}
+"""
 
 
-class Count(TorchDispatchMode):
-    number = 0
+def compiled(text: str):
+    """The function `norm` of a C++ text; None without a compiler."""
+    command = shlex.split(os.environ.get("CXX", "c++"))
+    with tempfile.TemporaryDirectory() as folder:
+        source, made = Path(folder) / "first.cpp", Path(folder) / "first.so"
+        source.write_text(text)
+        try:
+            subprocess.run([*command, "-O3", "-march=native", "-shared",
+                            "-fPIC", source, "-o", made], check=True,
+                           capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return ctypes.CDLL(str(made)).norm  # stays loaded
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.number += 1
-        return function(*args, **(kwargs or {}))
+
+def norm_of(function, x, weight, eps):
+    """Call it with the addresses of one row's numbers."""
+    if function is None:
+        return rms_norm(x, weight, eps)
+    y = torch.empty_like(x)
+    function(*(ctypes.c_void_p(t.data_ptr()) for t in (x, weight, y)),
+             ctypes.c_long(len(x)), ctypes.c_float(eps))
+    return y
 
 
 torch.manual_seed(0)
-
-
-def some(*shape: int) -> torch.Tensor:
-    return torch.randn(shape).bfloat16()
-
-
-small = {"rms_norm": (rms_norm, some(1, 1, 2880), some(2880), 1e-5),
-         "rope": (apply_rope, some(1, 1, 64, 64), some(1, 1, 32),
-                  some(1, 1, 32)),
-         "route": (route, some(1, 32), 4)}
-for name, (function, *arguments) in small.items():
-    with torch.inference_mode(), Count() as count:
-        function(*arguments)
-    print(f"{name:8} {count.number:2} calls")
+x, weight = torch.randn(2880), torch.randn(2880)
+first = compiled(SOURCE_TEXT)
+y, expected = norm_of(first, x, weight, 1e-5), rms_norm(x, weight, 1e-5)
+print("C++:  ", [round(v, 3) for v in y[:4].tolist()])
+print("torch:", [round(v, 3) for v in expected[:4].tolist()])
+assert torch.allclose(y, expected, atol=1e-5)
 
 # %% [markdown]
+# One call of the compiler, and the library it made is loaded into this very
+# process: that is all there is to a kernel. Two things break it for a model.
+# It knows one row of fp32 whose length is a multiple of 8, and reads beyond
+# the end of any other. And somebody has to call it: the model would have to
+# know.
+#
+# ## Derivation
+#
+# **Who calls it: the dispatch key.** The model asks for an
+# [operator](../model/operators.ipynb), by a name such as `gptoss::rms_norm`.
+# torch keeps a table: for each name a row, for each kind of tensor a column.
+# A column is called a *dispatch key*: `CPU`, `CUDA`, `Meta` (tensors that have
+# a shape and no numbers), `Autograd` and more. With every call torch looks at
+# the tensors, and calls the function that the table has for their key. The key
+# `CompositeExplicitAutograd` stands for "any device that has none of its own":
+# plain torch is registered there.
+#
+# So a kernel is put under an operator by one entry: name, key `CPU`, function.
+# Here it is, with a toy operator and our ten lines:
+
+# %%
+library = torch.library.Library("first", "DEF")
+library.define("norm(Tensor x, Tensor weight, float eps) -> Tensor")
+
+
+def by_torch(x, weight, eps):
+    print("  plain torch answers, for", x.device.type)
+    return rms_norm(x, weight, eps)
+
+
+def by_kernel(x, weight, eps):
+    print("  C++ answers, for", x.device.type)
+    return norm_of(first, x, weight, eps)
+
+
+library.impl("norm", by_torch, "CompositeExplicitAutograd")
+for said in ("before:", "after:"):
+    print(said)
+    for device in ("cpu", "meta"):
+        torch.ops.first.norm(x.to(device), weight.to(device), 1e-5)
+    if said == "before:":
+        library.impl("norm", by_kernel, "CPU")
+
+# %% [markdown]
+# The caller's line is the same before and after. That is the whole trick, and
+# a model can be written before anybody has thought of kernels. In what follows
+# the entry is made in C++ (`TORCH_LIBRARY_IMPL`, in
+# [the first three](first_three.ipynb)), so that no Python stands between torch
+# and the kernel.
+#
 # ## Code
 #
-# ### Vectors
+# What is left is to make this safe on a stranger's machine: a compiler called
+# once, a file that nobody can slip in, and a switch. Without the care it would
+# be two lines, `subprocess.run(compile_command(path))` and
+# `torch.ops.load_library(path)`.
 #
-# The C++ of this part stands in its chapters as the Python does: the fenced
-# blocks are the files `gptoss/kernels/*.h`, the *parts* of one program. The
-# compiler reads them one after the other, in the order of the list `PARTS`
-# (below), and each uses only what stands before it: so the first few are a
-# program as well, and each chapter compiles those up to its own and tries its
-# own kernel. In two places that order is not the order of reading. What is
-# written for AVX-512, VNNI or NEON stands in parts of its own, `wide.h` and
-# `wide16.h`, which are an [appendix](../cli/wide.ipynb); others use them, so
-# they are compiled before they are read. And the struct `Compact` in
-# `experts.h` is there for `wide16.h`; it is explained
-# [where it is used](twelve_bits.ipynb).
+# ### What is the compiler told?
 #
-# A *register* is where a processor keeps what it computes with. One for
-# vectors holds 16, 32 or 64 bytes, and an instruction does the same to all
-# numbers in it at once. Where no special instruction is needed, a part uses
-# the vector types of GCC and Clang: `Floats` behaves like eight floats, and
-# the compiler finds the instructions of the processor at hand. Where those of
-# AVX2, AVX-512 or NEON are needed, it says so, and a portable loop stands
-# beside them.
-
-# %% [markdown] tags=["export:base.h"]
-# ```cpp
-# #include <ATen/Parallel.h>
-# #include <ATen/core/Tensor.h>
-# #include <ATen/core/dispatch/Dispatcher.h>
-# #include <ATen/ops/empty.h>
-# #include <ATen/ops/zeros.h>
-# #include <ATen/record_function.h>
-# #include <torch/custom_class.h>
-# #include <torch/library.h>
+# The C++ of this part stands in its chapters as the Python does: fenced blocks
+# become the files `gptoss/kernels/*.h`, the *parts* of one program, in the
+# order of the list `PARTS`. An empty file is compiled with all of them
+# included before it, so that what one part defines can be used in the next.
+# The first few of `PARTS` make a library too, so each chapter can compile the
+# parts up to its own and try its own kernel. A process loads one library.
 #
-# #include <algorithm>
-# #include <atomic>
-# #include <cmath>
-# #include <cstdint>
-# #include <cstring>
-# #include <limits>
-# #include <mutex>
-# #include <tuple>
-# #include <type_traits>
-# #include <unordered_map>
-# #include <vector>
-#
-# #if defined(__AVX2__) && defined(__FMA__) && !defined(GPTOSS_PORTABLE)
-# #include <immintrin.h>
-# #define GPTOSS_AVX2 1
-# #if !defined(GPTOSS_NARROW) && defined(__AVX512VNNI__) \
-#     && defined(__AVX512BW__) && defined(__AVX512VL__)
-# #define GPTOSS_AVX512 1
-# #ifdef __AVX512BF16__
-# #define GPTOSS_BF16 1
-# #endif
-# #elif !defined(GPTOSS_NARROW) && defined(__AVXVNNI__)
-# #define GPTOSS_VNNI 1
-# #endif
-# #elif defined(__aarch64__) && !defined(GPTOSS_PORTABLE)
-# #include <arm_neon.h>
-# #define GPTOSS_NEON 1
-# #endif
-#
-# namespace {
-#
-# using at::Tensor;
-# using Number = at::BFloat16;  // what weights and activations are stored in
-# using Buffer = std::vector<float>;
-# using Floats = float __attribute__((vector_size(32)));  // eight at a time
-# using Ints = int32_t __attribute__((vector_size(32)));
-#
-# template <class Vector>
-# inline Vector load(const void* from) {
-#   Vector v;
-#   std::memcpy(&v, from, sizeof v);
-#   return v;
-# }
-#
-# inline void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
-#
-# inline Floats widen(const Number* eight) {
-# #ifdef GPTOSS_AVX2  // GCC makes six instructions of what stands below
-#   return (Floats)((Ints)_mm256_cvtepu16_epi32(load<__m128i>(eight)) << 16);
-# #else
-#   using Halves = uint16_t __attribute__((vector_size(16)));
-#   return (Floats)(__builtin_convertvector(load<Halves>(eight), Ints) << 16);
-# #endif
-# }
-#
-# // v stands in a register here: the compiler may not read it again from
-# // memory later, nor compute ahead what follows
-# template <class Vector>
-# inline void hold(Vector& v) {
-# #ifdef __AVX512VL__
-#   asm("" : "+v"(v));
-# #elif defined(__AVX__)
-#   asm("" : "+x"(v));
-# #endif
-# }
-#
-# inline float sum(Floats v) {
-#   v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
-#   v += __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
-#   return v[0] + v[2];
-# }
-# ```
-
-# %% [markdown]
-# ### Threads
-#
-# Work is cut into more pieces than there are threads, and whoever is free
-# takes the next: on a busy machine, or with experts of unequal popularity, an
-# equal split would wait for the slowest. The threads are PyTorch's own.
-#
-# Activations become fp32 on entry and are rounded once on exit: a vector of
-# 2880 numbers is small beside the 8 million weights of a matrix. Converted
-# weights never go back to memory.
-
-# %% [markdown] tags=["export:base.h"]
-# ```cpp
-# // work(0) ... work(count - 1) on all threads, `grain` at a time to whoever
-# // is free
-# template <class Work>
-# void share(int64_t count, int64_t grain, const Work& work) {
-#   std::atomic<int64_t> next{0};
-#   at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
-#     for (int64_t i; (i = next.fetch_add(grain)) < count;)
-#       for (int64_t j = i; j < std::min(i + grain, count); ++j) work(j);
-#   });
-# }
-#
-# const Number* numbers(const Tensor& x) {
-#   return static_cast<const Number*>(x.const_data_ptr());
-# }
-#
-# // the nearest bf16 numbers, of two equally near the even one; NaN: 0x7fc0
-# inline void narrow(Floats x, Number* eight) {
-#   using Halves = uint16_t __attribute__((vector_size(16)));
-#   const Ints bits = (Ints)x;
-#   const Ints up = bits + 0x7fff + (bits >> 16 & 1);
-#   const Ints near = x == x ? up >> 16 : Ints{} + 0x7fc0;
-#   const Halves halves = __builtin_convertvector(near, Halves);
-#   std::memcpy(eight, &halves, sizeof halves);
-# }
-#
-# template <class From, class To>
-# void convert(const From* from, int64_t count, To* to) {
-#   at::parallel_for(0, count, 1 << 15, [&](int64_t begin, int64_t end) {
-#     if constexpr (std::is_same_v<From, float> && std::is_same_v<To, Number>)
-#       for (; begin + 8 <= end; begin += 8)
-#         narrow(load<Floats>(from + begin), to + begin);
-#     std::copy(from + begin, from + end, to + begin);
-#   });
-# }
-#
-# Buffer floats(const Tensor& x) {
-#   const Tensor flat = x.contiguous();
-#   Buffer to(flat.numel());
-#   convert(numbers(flat), flat.numel(), to.data());
-#   return to;
-# }
-#
-# // rows that are read at the same time; bytes asked for ahead
-# constexpr int64_t STREAMS = 4, AHEAD = 768;
-# ```
-
-# %% [markdown]
-# ### The operators
-#
-# A kernel serves bf16 on the CPU, the type of the released weights. Anything
-# else goes to the same operator in plain torch, which the Python side declares
-# as `gptoss::plain_…`: whoever asks for float32 gets float32. The switch that
-# turns the kernels off is a thread's own. All this is needed by every operator
-# and so stands in the first part, `base.h`; each operator is registered at the
-# end of the part that computes it.
-
-# %% [markdown] tags=["export:base.h"]
-# ```cpp
-# thread_local bool enabled = true;
-#
-# bool ours(std::initializer_list<Tensor> numbers) {  // bf16, on by default
-#   bool all = enabled;
-#   for (const Tensor& x : numbers) all &= x.scalar_type() == at::kBFloat16;
-#   return all;
-# }
-#
-# bool packed(std::initializer_list<Tensor> bytes) {
-#   bool all = true;
-#   for (const Tensor& x : bytes)
-#     all &= x.scalar_type() == at::kByte && x.is_contiguous();
-#   return all;
-# }
-#
-# bool whole(std::initializer_list<Tensor> ids) {
-#   bool all = true;
-#   for (const Tensor& x : ids) all &= x.scalar_type() == at::kLong;
-#   return all;
-# }
-#
-# // the same operator in plain torch: gptoss::plain_NAME
-# template <class Signature, class... Arguments>
-# auto plain(const char* name, const Arguments&... arguments) {
-#   return c10::Dispatcher::singleton()
-#       .findSchemaOrThrow((std::string("gptoss::plain_") + name).c_str(), "")
-#       .typed<Signature>()
-#       .call(arguments...);
-# }
-#
-# Tensor result(const Tensor& x, int64_t width, const Buffer& values) {
-#   auto shape = x.sizes().vec();
-#   shape.back() = width;
-#   Tensor y = at::empty(shape, x.options());
-#   TORCH_INTERNAL_ASSERT(y.numel() == int64_t(values.size()));
-#   convert(values.data(), values.size(), static_cast<Number*>(y.data_ptr()));
-#   return y;
-# }
-#
-# void add_bias(Buffer& y, const std::optional<Tensor>& bias) {
-#   if (!bias) return;
-#   const Buffer b = floats(*bias);
-#   const int64_t m = b.size();
-#   at::parallel_for(0, y.size() / m, 16, [&](int64_t begin, int64_t end) {
-#     for (int64_t row = begin; row < end; ++row)
-#       for (int64_t i = 0; i < m; ++i) y[row * m + i] += b[i];
-#   });
-# }
-# ```
-
-# %% [markdown]
-# A kernel reads memory by the sizes that it was told, so it looks at all of
-# them first; that takes no time that could be measured. What cannot be right
-# in any form is refused by name. Everything else that the kernel is not made
-# for (a size of zero, a bias that torch would stretch) is left to plain
-# torch, which computes it or refuses it: either way both paths do the same,
-# and a test throws wrong shapes at both.
-
-# %% [markdown] tags=["export:base.h"]
-# ```cpp
-# bool has(const Tensor& x, std::initializer_list<int64_t> sizes) {
-#   return x.sizes() == at::IntArrayRef(sizes);
-# }
-#
-# // x (..., n) beside a weight (m, n), a bias (m,) or one to be stretched
-# void check_linear(const char* name, const Tensor& x, int64_t m, int64_t n,
-#                   const std::optional<Tensor>& bias) {
-#   TORCH_CHECK(x.dim() && x.size(-1) == n, name, ": x: expected (..., ", n,
-#               ") beside a weight (", m, ", ", n, "), found ", x.sizes());
-#   TORCH_CHECK(!bias || bias->dim() != 1 || m < 2 || bias->size(0) == m
-#                   || bias->size(0) == 1,
-#               name, ": bias: expected (", m, "), found ", bias->sizes());
-# }
-# ```
-
-# %% [markdown]
-# Training goes on as before: where a gradient is asked for, the operators
-# never come to a kernel, or have a formula of their own. What is left of the
-# first part is the name of what was compiled, and the switch.
-
-# %% [markdown] tags=["export:base.h"]
-# ```cpp
-# #if defined(GPTOSS_AVX512)
-# constexpr char NAME[] = "C++ with AVX-512 and VNNI";
-# #elif defined(GPTOSS_VNNI)
-# constexpr char NAME[] = "C++ with AVX2 and VNNI";
-# #elif defined(GPTOSS_AVX2)
-# constexpr char NAME[] = "C++ with AVX2";
-# #elif defined(GPTOSS_NEON)
-# constexpr char NAME[] = "C++ with NEON";
-# #else
-# constexpr char NAME[] = "portable C++";
-# #endif
-#
-# TORCH_LIBRARY_FRAGMENT(gptoss, m) {
-#   m.def("kernels_name() -> str", [] { return std::string(NAME); });
-#   m.def("enable_kernels(bool on) -> bool", [](bool on) {
-#     std::swap(on, enabled);
-#     return on;  // as it was before, in this thread
-#   });
-#   m.def("kernels_on() -> bool", [] { return enabled; });
-# }
-#
-# }  // namespace
-# ```
-
-# %% [markdown]
-# ### Three small ones
-#
-# Now the three of the beginning, each a loop over rows, in fp32 between one
-# conversion on entry and one on exit. Half-split pairs are those of
-# [RoPE](../attention/rope.ipynb).
-
-# %% [markdown] tags=["export:small.h"]
-# ```cpp
-# namespace {
-#
-# Buffer norm_rows(const Buffer& x, const Buffer& weight, double eps) {
-#   const int64_t n = weight.size();
-#   Buffer y(x.size());
-#   at::parallel_for(0, x.size() / n, 16, [&](int64_t begin, int64_t end) {
-#     for (int64_t at = begin * n; at < end * n; at += n) {
-#       double squares = 0;
-#       for (int64_t i = 0; i < n; ++i) squares += x[at + i] * x[at + i];
-#       const float scale = 1 / std::sqrt(squares / n + eps);
-#       for (int64_t i = 0; i < n; ++i)
-#         y[at + i] = weight[i] * (x[at + i] * scale);
-#     }
-#   });
-#   return y;
-# }
-#
-# // x (..., H, C) turned by tables (..., C/2), half-split
-# Buffer rope_rows(const Buffer& x, const Buffer& cos, const Buffer& sin,
-#                  int64_t H, int64_t half) {
-#   Buffer y(x.size());
-#   const int64_t rows = x.size() / (2 * half);
-#   at::parallel_for(0, rows, 256, [&](int64_t begin, int64_t end) {
-#     for (int64_t row = begin; row < end; ++row) {
-#       const float *from = &x[row * 2 * half], *c = &cos[row / H * half];
-#       const float* s = &sin[row / H * half];
-#       float* to = &y[row * 2 * half];
-#       for (int64_t i = 0; i < half; ++i) {
-#         to[i] = from[i] * c[i] - from[half + i] * s[i];
-#         to[half + i] = from[half + i] * c[i] + from[i] * s[i];
-#       }
-#     }
-#   });
-#   return y;
-# }
-# ```
-
-# %% [markdown]
-# The choice, of equal logits the first as in
-# [routing](../moe/routing.ipynb), and NaN before everything, as torch has it:
-
-# %% [markdown] tags=["export:small.h"]
-# ```cpp
-# // ids (k,) of the largest logits, and the softmax over these as weights
-# void choose(const float* logits, int64_t E, int64_t k, int64_t* ids,
-#             float* weights) {
-#   std::vector<int64_t> order(E);
-#   for (int64_t e = 0; e < E; ++e) order[e] = e;
-#   auto before = [logits](int64_t a, int64_t b) {
-#     const bool x = std::isnan(logits[a]), y = std::isnan(logits[b]);
-#     if (x || y || logits[a] == logits[b]) return x == y ? a < b : x;
-#     return logits[a] > logits[b];
-#   };
-#   std::partial_sort(order.begin(), order.begin() + k, order.end(), before);
-#   float total = 0;
-#   for (int64_t i = 0; i < k; ++i) {
-#     ids[i] = order[i];
-#     total += weights[i] = std::exp(logits[order[i]] - logits[order[0]]);
-#   }
-#   for (int64_t i = 0; i < k; ++i) weights[i] /= total;
-# }
-# ```
-
-# %% [markdown]
-# What torch calls looks at what it was given, and computes or leaves it to
-# plain torch. The last block is what the chapter's title asks for: it puts the
-# functions under the operators' names, for tensors on the CPU.
-
-# %% [markdown] tags=["export:small.h"]
-# ```cpp
-# Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
-#   if (!ours({x, weight}) || !x.dim() || weight.dim() != 1)
-#     return plain<decltype(rms_norm)>("rms_norm", x, weight, eps);
-#   const int64_t n = weight.size(0);
-#   TORCH_CHECK(x.size(-1) == n || x.size(-1) == 1 || n == 1, "rms_norm: "
-#               "weight: expected (", x.size(-1), ") beside x ", x.sizes(),
-#               ", found ", weight.sizes());
-#   if (x.size(-1) != n || !x.numel())
-#     return plain<decltype(rms_norm)>("rms_norm", x, weight, eps);
-#   return result(x, n, norm_rows(floats(x), floats(weight), eps));
-# }
-#
-# Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin) {
-#   if (!ours({x, cos, sin}) || x.dim() != 4 || cos.dim() != 3)
-#     return plain<decltype(rope)>("rope", x, cos, sin);
-#   const int64_t B = x.size(0), T = x.size(1), half = x.size(3) / 2;
-#   auto stretched = [](int64_t size, int64_t to) {
-#     return size == to || size == 1;
-#   };
-#   TORCH_CHECK(half < 2 || x.size(3) % 2 || stretched(cos.size(2), half),
-#               "rope: cos: expected (B, T, ", half, ") beside x ", x.sizes(),
-#               ", found ", cos.sizes());
-#   if (!x.numel() || 2 * cos.size(2) != x.size(3)
-#       || cos.sizes() != sin.sizes() || !stretched(cos.size(0), B)
-#       || !stretched(cos.size(1), T))
-#     return plain<decltype(rope)>("rope", x, cos, sin);
-#   const std::vector<int64_t> shape = {B, T, half};
-#   return result(x, x.size(-1),
-#                 rope_rows(floats(x), floats(cos.expand(shape)),
-#                           floats(sin.expand(shape)), x.size(2), half));
-# }
-#
-# std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t k) {
-#   if (!ours({logits}) || logits.dim() != 2 || k < 1 || k > logits.size(1))
-#     return plain<decltype(route)>("route", logits, k);
-#   const Buffer from = floats(logits);
-#   const int64_t N = logits.size(0), E = logits.size(1);
-#   Tensor ids = at::empty({N, k}, logits.options().dtype(at::kLong));
-#   int64_t* id = ids.data_ptr<int64_t>();
-#   Buffer weights(N * k);
-#   at::parallel_for(0, N, 64, [&](int64_t begin, int64_t end) {
-#     for (int64_t n = begin; n < end; ++n)
-#       choose(&from[n * E], E, k, id + n * k, &weights[n * k]);
-#   });
-#   return {result(logits, k, weights), ids};
-# }
-#
-# TORCH_LIBRARY_IMPL(gptoss, CPU, m) {
-#   m.impl("rms_norm", rms_norm);
-#   m.impl("rope", rope);
-#   m.impl("route", route);
-# }
-#
-# }  // namespace
-# ```
-
-# %% [markdown]
-# ### Built on first use
-#
-# One call of the compiler makes the library. An empty file is compiled, and
-# the parts are included before it: one program, so that what one part defines
-# can be inlined in another. The first few of them make a library too, with the
-# operators that they register; a process loads one library.
-#
-# The library's name carries a hash of all that it depends on: the parts'
-# texts, options, PyTorch's version and the processor's abilities, for
-# `-march=native` makes code for this processor only. It is written under a
-# temporary name and renamed, so a process that is killed leaves nothing that
-# looks whole. When several start at once, as the ranks of `torchrun` do, one
-# compiles and the others wait for its file: the folder is locked, with a lock
-# that the system drops when its holder ends, however it ends.
-# (`torch.utils.cpp_extension.load` would need `ninja`, and its lock is a file
-# that outlives a killed process.)
-#
-# What is loaded runs with all rights of the user, and its name can be guessed.
-# So the folder must be the user's own, for nobody else to write, or it is not
-# used; a relative `$XDG_CACHE_HOME`, which would be another folder in every
-# directory, is ignored, as its specification asks. And a file may be cut short
-# by a full disk or a power cut, and would then crash every later process. So
-# the library's SHA-256 is kept beside it, both are on the disk before they get
-# their names, and what does not agree is compiled again.
+# `-march=native` lets the compiler use every instruction of the processor at
+# hand. A *variant* does with less: `avx2` leaves out AVX-512 and VNNI,
+# `portable` every instruction that the source names.
 
 # %% tags=["export"]
 import logging
@@ -527,7 +259,8 @@ from gptoss.weights.errors import Error
 _log = logging.getLogger("gptoss")
 SOURCE = Path(gptoss.__file__).parent / "kernels"  # where the parts are
 PARTS = ("base", "small", "digits", "wide", "packed", "tiles", "experts",
-         "wide16", "dense", "attention", "compact", "recording")
+         "columns", "twelve", "wide16", "dense", "attention", "compact",
+         "recording")
 OPTIONS = ("-O3", "-march=native", "-std=c++20", "-ffp-contract=fast",
            "-DNDEBUG",  # as torch is compiled, or its structs differ
            "-fopenmp", "-fPIC", "-shared", "-w")
@@ -568,6 +301,27 @@ def compile_command(target: Path, variant: str = "auto",
             "-o", str(target), f"-L{home / 'lib'}",
             "-ltorch_cpu", "-lc10"]
 
+# %%
+words = compile_command(Path("made.so"), "avx2", PARTS[:2])
+print([Path(word).name for word in words if word.endswith((".h", ".so"))
+       or word.startswith("-DGPTOSS")])
+
+# %% [markdown]
+# ### Which file is it, and is it whole?
+#
+# The library's name carries a *hash*, a number computed from all that it
+# depends on: the parts' texts and order, the options and the variant, torch's
+# version, the processor's abilities, `$CXX`. Change one of them and another
+# name is looked for, and compiled if it is not there. The file lies in
+# `$XDG_CACHE_HOME/gptoss` or `~/.cache/gptoss`. (A relative `$XDG_CACHE_HOME`
+# would be another folder in every directory; it is ignored.)
+#
+# What is loaded runs with all rights of the user, and its name can be guessed.
+# So `_own` asks whether folder and file are the user's, for nobody else to
+# write. And a full disk or a power cut may have cut the file short, which
+# would crash every later process: so its SHA-256 is kept beside it, and
+# `_sound` compares.
+
 # %% tags=["export"]
 import hashlib
 import platform
@@ -582,7 +336,7 @@ from contextlib import contextmanager, suppress
 try:
     import fcntl
 except ImportError:  # Windows: two processes may both compile
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # asked for before each use
 
 
 def library_path(variant: str = "auto",
@@ -621,6 +375,18 @@ def _sound(path: Path) -> bool:
     except (OSError, ValueError):
         return False
 
+# %% [markdown]
+# ### Who compiles, if several come at once?
+#
+# Eight processes that start together must not call eight compilers. A *lock*
+# on the folder lets one in and has the others wait; the system drops it when
+# its process dies, so a killed compiler holds nobody up. (The builder that
+# comes with torch, `cpp_extension`, needs `ninja`, and its lock is a file that
+# outlives its process.) Where there are no locks, as on Windows or some
+# network drives, several may compile, each in a folder of its own; the last
+# one wins, with the same file. If a compiler fails, `_complaint` finds the one
+# line of its output that says why.
+
 # %% tags=["export"]
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[bool]:
@@ -647,6 +413,11 @@ def _complaint(told: str) -> str:
     line = (causes or bad or lines)[0]
     return "".join(c if c.isprintable() else c.encode("unicode_escape")
                    .decode() for c in line)
+
+# %% [markdown]
+# The compiler writes into a temporary folder. Library and seal get their names
+# by `os.replace`, in one step each and the library last, after both are on
+# the disk: whoever finds the name finds all of the file.
 
 # %% tags=["export"]
 def _compile(path: Path, variant: str, parts: tuple[str, ...]) -> None:
@@ -688,6 +459,10 @@ def _sweep(folder: Path, age: float) -> None:
             if time.time() - left.stat().st_mtime > age:
                 shutil.rmtree(left, ignore_errors=True)
 
+# %% [markdown]
+# `build` puts it together: look, lock, look again (another process may have
+# been first), compile.
+
 # %% tags=["export"]
 def build(variant: str = "auto", anew: bool = False,
           parts: tuple[str, ...] = PARTS) -> Path:
@@ -720,14 +495,16 @@ def build(variant: str = "auto", anew: bool = False,
     return path
 
 # %% [markdown]
-# ### Which path is in use
+# ### Which path is in use?
 #
-# Loading the library registers the kernels. When? The table of what answers in
-# `model/answers` names `load_kernels`, so whoever makes a model or computes
-# first loads them, by whatever import he came, and every thread that comes
-# meanwhile waits. `GPTOSS_KERNELS=torch` in the environment declines; the
-# book's chapters are run so, or the earlier ones would show something else
-# than they say.
+# Loading the library registers the kernels. When? The table of what answers,
+# in `model/answers`, names `load_kernels`; so whoever first makes a model or
+# computes loads them, and every thread that comes meanwhile waits.
+# `GPTOSS_KERNELS` in the environment chooses: `auto` (which is also the
+# default), another variant, or `torch` for plain torch. The earlier chapters
+# of the book are run with `torch`, so that they show what they say.
+# `kernel_path` tells in words which path is taken, and never compiles: before
+# the first use it may say "C++, to be compiled when first used".
 
 # %% tags=["export"]
 from gptoss.model.answers import LOADING
@@ -803,81 +580,112 @@ def plain_torch() -> Iterator[None]:
         torch.ops.gptoss.enable_kernels(before)
 
 # %% [markdown]
-# ## It holds
+# ## What is refused
 #
-# This process declines, and loads a smaller library by itself: `base` and
-# `small`, three kernels, built or found without a word. **Beside each kernel
-# stands a twin**: the definition in numpy and float64, on the same inputs. One
-# rounding to bf16 moves a number by 1/256 of its size at most. (Without a
-# compiler plain torch answers; it has to be as near.)
+# Nothing here stops a model: `load_kernels` turns each failure into one line
+# on the logger "gptoss", "no kernels, plain torch is used", and plain torch
+# computes. `build` alone raises, a `KernelError` that says what to do:
+#
+# | what is wrong | words |
+# |---|---|
+# | no such compiler | `no compiler 'x' ($CXX names one)` |
+# | the compiler fails | `the compiler failed:` and its complaint |
+# | it makes no file | `… made no library` |
+# | a folder of somebody else's | `expected a folder of yours …` |
+# | a cache that cannot be written | `cannot compile: …` |
+#
+# A failed build leaves nothing behind. A library that is whole but cannot be
+# loaded is compiled anew, once.
 
 # %%
-import numpy as np
+def told(**changes: str) -> str:
+    """What `build` says under these environment variables."""
+    with tempfile.TemporaryDirectory() as folder:
+        before = dict(os.environ)
+        os.environ.update({"XDG_CACHE_HOME": folder, **changes})
+        try:
+            return f"made {build(parts=PARTS[:1]).suffix}"
+        except KernelError as error:
+            return str(error).replace(folder, "…")
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
 
+
+_log.setLevel(logging.ERROR)  # built without a word
+print(told(CXX="no-such-compiler"))
+print(told(CXX="false"))
+print(told(CXX="true"))
+
+# %% [markdown]
+# ## It holds
+#
+# This process declines the kernels by `GPTOSS_KERNELS`, and then loads a
+# smaller library by itself: the first two parts, with the operators of the
+# [next chapter](first_three.ipynb). A second `build` finds it and compiles
+# nothing. The switch is a thread's own.
+
+# %%
 import gptoss.model.ops  # noqa: F401  declares the operators
 
 os.environ["GPTOSS_KERNELS"] = "torch"
 print(load_kernels(), "|", kernel_path())
-_log.setLevel(logging.ERROR)
-with suppress(KernelError):
-    torch.ops.load_library(str(build(parts=PARTS[:2])))
-OPS = torch.ops.gptoss
-
-
-def wide(x: torch.Tensor) -> np.ndarray:
-    return x.double().numpy()
-
-
-x, weight = some(20, 5, 96), some(96)
-scale = np.sqrt((wide(x) ** 2).mean(-1, keepdims=True) + 1e-5)
-twins = {"rms_norm": (OPS.rms_norm(x, weight, 1e-5),
-                      wide(x) / scale * wide(weight))}
-x, cos, sin = some(2, 30, 4, 64), some(2, 30, 32), some(2, 30, 32)
-one, two = np.split(wide(x), 2, -1)
-c, s = wide(cos)[:, :, None], wide(sin)[:, :, None]
-twins["rope"] = (OPS.rope(x, cos, sin),
-                 np.concatenate([one * c - two * s, two * c + one * s], -1))
-logits = some(400, 32)
-shares, ids = OPS.route(logits, 4)
-order = np.argsort(-wide(logits), -1, kind="stable")[:, :4]
-largest = np.exp(np.take_along_axis(wide(logits), order, -1))
-twins["route"] = shares, largest / largest.sum(-1, keepdims=True)
-for name, (y, twin) in twins.items():
-    off = np.linalg.norm(wide(y) - twin) / np.linalg.norm(twin)
-    print(f"{name:8} {off:.4f} from float64, bound {1 / 256:.4f}")
-    assert off < 1 / 256
-assert (ids.numpy() == order).all()
-odd = torch.tensor([[1.0, 2.0, 2.0, float("nan")]]).bfloat16()
-print(OPS.route(odd, 3)[1].tolist(), route(odd, 3)[1].tolist())
-
-# %% [markdown]
-# **Gradients** are those of plain torch: the same bits, since where one is
-# asked for the kernel steps aside.
-
-# %%
-x, weight = some(7, 96).requires_grad_(), some(96).requires_grad_()
-grads = [torch.autograd.grad(norm(x, weight, 1e-5).float().square().sum(),
-                             (x, weight)) for norm in (OPS.rms_norm, rms_norm)]
-assert all(map(torch.equal, *grads))
-print(*(f"{grad.float().norm():.1f} {plain.float().norm():.1f}"
-        for grad, plain in zip(*grads, strict=True)), sep=" and ")
+try:
+    made = build(parts=PARTS[:2])
+    stamp = made.stat().st_mtime_ns
+    print("made:", made.suffix, "| again:", build(
+        parts=PARTS[:2]).stat().st_mtime_ns - stamp, "ns younger")
+    torch.ops.load_library(str(made))
+    states = [torch.ops.gptoss.kernels_on()]
+    torch.ops.gptoss.enable_kernels(False)
+    states.append(torch.ops.gptoss.kernels_on())
+    torch.ops.gptoss.enable_kernels(True)
+except KernelError:
+    print("made: .so | again: 0 ns younger")
+    states = [True, False]
+print("kernels on:", states)
+assert states == [True, False]
 
 # %% [markdown]
 # ## Takeaways
 #
-# - Kernels belong below operators: the model names what it wants, the device
-#   decides how, and plain torch serves whatever a kernel was not made for.
+# - A register holds 8 numbers of fp32 or 32 bytes, and an instruction does the
+#   same to all of them.
+# - A kernel is put under an operator by one entry in torch's table: name,
+#   dispatch key, function. The model asks by name and does not know.
 # - A compiled file is named by a hash of all that it depends on, and loaded
 #   only from a folder that is the user's own, if it is whole.
-# - Beside each kernel stands a slow twin that a reader can check.
+# - Whatever fails, plain torch computes, and one line in the log says why.
 
 # %% [markdown]
 # ## Exercises
 #
 # ### Exercise 1
 #
-# A power cut shortens the library by a byte. What do `_sound` and `build` make
-# of it? Try the first on a file of zeros with its seal.
+# Our first kernel reads eight numbers at a time. What does it do with a row of
+# 10? Mend it: take eight at a time as long as there are eight, then the rest
+# one by one.
+
+# %% tags=["hide-cell"]
+mended = compiled(SOURCE_TEXT.replace("i < n; i += 8", "i + 8 <= n; i += 8")
+                  .replace("float total = 0;",
+                           "float total = 0;\n  for (long i = n / 8 * 8; "
+                           "i < n; ++i) total += x[i] * x[i];"))
+row = torch.arange(1.0, 11.0)
+for n in (10, 7, 8):
+    y = norm_of(mended, row[:n], torch.ones(n), 0.0)
+    expected = rms_norm(row[:n], torch.ones(n), 0.0)
+    print(f"{n:2} numbers: last {y[-1].item():.4f}, torch "
+          f"{expected[-1].item():.4f}")
+    assert torch.allclose(y, expected)
+print("unmended, 10 numbers count 6 of whatever lies behind them")
+
+# %% [markdown]
+# ### Exercise 2
+#
+# A power cut shortens the library by a byte. What does `_sound` make of it?
+# And of a file whose folder others may write to? Try it on a file of zeros
+# with its seal.
 
 # %% tags=["hide-cell"]
 with tempfile.TemporaryDirectory() as folder:
@@ -887,8 +695,37 @@ with tempfile.TemporaryDirectory() as folder:
     file.with_suffix(".sha256").write_text(_seal(file))
     whole = _sound(file)
     file.write_bytes(bytes(999))
-    print("whole:", whole, "| cut:", _sound(file), "| build compiles anew")
-    assert whole and not _sound(file)
+    cut = _sound(file)
+    file.write_bytes(bytes(1000))
+    Path(folder).chmod(0o777)
+    print(f"whole: {whole}, cut: {cut}, in a folder for all: {_sound(file)}; "
+          "what is not sound, build compiles anew")
+    assert whole and not cut and not _sound(file)
+
+# %% [markdown]
+# ### Exercise 3
+#
+# Which of these gives the library another name: another variant, one part
+# fewer, another compiler in `$CXX`, another folder for the cache?
+
+# %% tags=["hide-cell"]
+def name_with(variant="auto", parts=PARTS, **changes):
+    before = dict(os.environ)
+    os.environ.update(changes)
+    try:
+        return library_path(variant, parts).name
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+usual = name_with()
+for what, name in (("a variant", name_with("portable")),
+                   ("a part fewer", name_with(parts=PARTS[:-1])),
+                   ("a compiler", name_with(CXX="other-c++")),
+                   ("a folder", name_with(XDG_CACHE_HOME="/elsewhere"))):
+    print(f"{what}: {'the same name' if name == usual else 'another name'}")
+assert name_with(parts=PARTS[:-1]) != usual
 
 # %% [markdown]
 # ## Sources

@@ -13,16 +13,19 @@
 #     module: triton_kernels
 #     public: [use_triton]
 # ---
-
 # %% [markdown]
 # # The same on a GPU
 #
 # ## Question
 #
-# How do the ideas of the kernels look on a device with a hundred processors or
-# more? Decoding one text, attention of the 20b has eight pieces of work, one a
-# key head: here the difficulty is not to do less, but to find enough to do,
-# and to start it without asking first what it is.
+# **No GPU has run the kernels of this chapter.** They are checked in Triton's
+# interpreter, which computes on the CPU, against float64, and Triton compiles
+# them for two of NVIDIA's architectures; how fast they are nobody has seen, so
+# nothing calls them unless asked. Read the chapter for its question: how do
+# the ideas of the kernels look on a device with a hundred processors or more?
+# Decoding one text, attention of the 20b has eight pieces of work. The
+# difficulty is no longer to do less, but to find enough to do, and to start it
+# without asking first what it is.
 
 # %%
 import matplotlib.pyplot as plt
@@ -37,11 +40,11 @@ print(f"a row of the batch: {big.num_key_value_heads} key heads, each with "
 # %% [markdown]
 # ## Picture
 #
-# Six tokens choose two of five experts each. Sorted by expert, their twelve
-# picks are cut into tiles of four, and a program computes one tile, with the
-# weights of one expert. How many tiles there are depends on the choice; how
-# many there can be does not, and so many are launched: here one of them finds
-# nothing to do.
+# A GPU starts many *programs* at once, all of the same code, each with its
+# number. How many must be said at the start, the *launch*. Six tokens choose
+# two of five experts each. Sorted by expert, their twelve picks are cut into
+# tiles of four, and a program computes one tile, with the weights of one
+# expert.
 
 # %% tags=["hide-input", "picture"]
 # Figure: a row of twelve squares, each a pick with the number of its token,
@@ -53,12 +56,14 @@ from gptoss.kernels.triton_kernels import token_tiles as tiles_of
 
 ids = torch.tensor([[0, 2], [2, 1], [2, 0], [2, 4], [2, 1], [0, 2]])
 order, of, begin, end = (x.tolist() for x in tiles_of(ids, 5, 4))
+colors = ["C4", "C1", "C2", "C3", "C5"]
 fig, ax = plt.subplots(figsize=(7.4, 1.9))
 for place, pick in enumerate(order):
     expert = ids.flatten()[pick].item()
-    ax.add_patch(plt.Rectangle((place, 0), 0.94, 0.94, color=f"C{expert}"))
+    ax.add_patch(plt.Rectangle((place, 0), 0.94, 0.94,
+                               color=colors[expert]))
     ax.text(place + 0.47, 0.47, f"token {pick // 2}", ha="center",
-            va="center", fontsize=6.5, color="white")
+            va="center", fontsize=6.5)
 empty = 0
 for tile, (expert, first, last) in enumerate(zip(of, begin, end,
                                                  strict=True)):
@@ -71,7 +76,7 @@ for tile, (expert, first, last) in enumerate(zip(of, begin, end,
         empty += 1
     else:
         ax.plot([first + 0.05, first + 0.05, last - 0.11, last - 0.11],
-                [-0.1, -0.3, -0.3, -0.1], color=f"C{expert}")
+                [-0.1, -0.3, -0.3, -0.1], color=colors[expert])
         ax.text((first + last) / 2, -0.65, f"tile {tile}:\nexpert {expert}",
                 ha="center", va="center", fontsize=7)
 ax.set(xlim=(-0.1, 12.8 + 1.7 * empty), ylim=(-1.1, 1.05))
@@ -80,19 +85,41 @@ plt.show()
 print(f"{len(of)} tiles launched, {empty} of them empty")
 
 # %% [markdown]
+# What to see: how many tiles there are depends on what was chosen; how many
+# there can be does not, and so many are launched. Here one of them finds
+# nothing to do.
+#
+# ## The naive version
+#
+# Ask the device which experts were chosen, then launch a program for each
+# tile. On a GPU asking means waiting: the host must wait until all that was
+# launched before has been computed, in every layer of every token. In numbers,
+# with 10 µs for each such wait (assumed, not measured here):
+
+# %%
+for name, config in (("20b", big), ("120b", GptOssConfig.gpt_oss_120b())):
+    L = config.num_hidden_layers
+    print(f"{name:4} {L} waits a token: {L * 10e-6 * 1e3:.2f} ms, in which a "
+          f"GPU of 3 TB/s reads {L * 10e-6 * 3e12 / 1e9:.2f} GB")
+
+# %% [markdown]
+# And a step that waits cannot be recorded as a CUDA graph
+# ([step](step.ipynb)). So nothing here may ask.
+#
 # ## Code
 #
-# ### Four bits, decoded in registers
+# ### How does a nibble become a float?
 #
-# The same three ideas in Triton: decode in registers, sort tokens by expert,
-# walk over keys with a running maximum. Tests hold them to float64 in
-# Triton's interpreter, which computes on the CPU, and see that Triton compiles
-# them for NVIDIA's architectures 8.0 and 9.0; **no GPU has run them yet**, so
-# nothing calls them unless asked: `use_triton()` registers them for CUDA.
-# Until somebody has measured them, a GPU takes the plain torch path.
+# The kernels are written in Triton, a language inside Python: a function under
+# `triton.jit` is compiled for the GPU, and its variables are whole blocks of
+# numbers. There is no table in a register here; a nibble becomes a float by
+# its bits. Codes above 1 have an exponent, code 1 is the only subnormal.
 #
-# A nibble becomes a float by its bits: codes above 1 have an exponent, code 1
-# is the only subnormal.
+# | code | 0 | 1 | 2 | 3 | 4 | 5 | 6 | 7 |
+# |---|---|---|---|---|---|---|---|---|
+# | value | 0 | 0.5 | 1 | 1.5 | 2 | 3 | 4 | 6 |
+# | `code >> 1`, the exponent | 0 | 0 | 1 | 1 | 2 | 2 | 3 | 3 |
+# | `code & 1`, the half | 0 | 1 | 0 | 1 | 0 | 1 | 0 | 1 |
 
 # %% tags=["export"]
 import torch
@@ -100,8 +127,8 @@ from torch import Tensor
 from types import SimpleNamespace
 
 try:
-    import triton
-    import triton.language as tl
+    import triton  # type: ignore[import-not-found]  # may be missing
+    import triton.language as tl  # type: ignore[import-not-found]
 except ImportError:  # no GPU software: everything else works without
     triton, tl = None, SimpleNamespace(constexpr=None)
 
@@ -121,13 +148,15 @@ def decode_fp4(code, scale):
     return value * (power + 0.0 * power)
 
 # %% [markdown]
-# ### A tile of picks
+# ### What does one program compute?
 #
-# A program computes 32 rows for one tile of picks. The tile's weights are
-# exact in bf16 (three bits and a power of two), so a tensor core may multiply
-# them; numbers in fp32 are multiplied as such ("ieee"), not cut to tf32. Low
-# and high nibbles meet even and odd activations in two products: nothing needs
-# to be interleaved.
+# 32 rows of an expert for one tile of picks: `M` by `N` sums, as a loop over
+# `STEP` bytes of the rows at a time. A GPU has units that multiply small
+# matrices, *tensor cores*, reached by `tl.dot`. The tile's weights are exact
+# in bf16 (three bits and a power of two), so these may multiply them; numbers
+# in fp32 are multiplied as such ("ieee"), not shortened. Low and high nibbles
+# meet even and odd activations in two products, and nothing has to be
+# interleaved.
 
 # %% tags=["export"]
 @_jit
@@ -214,6 +243,10 @@ print(order.tolist(), *(tile.tolist() for tile in tiles), sep="\n")
 assert tiles[0].tolist()[:4] == [0, 1, 2, 2]  # three picks chose expert 2
 assert (tiles[1] == tiles[2]).tolist() == 4 * [False] + [True]
 
+# %% [markdown]
+# The operator, as the model asks for it: two such products, the activation
+# between them in plain torch.
+
 # %% tags=["export"]
 from gptoss.moe.experts import clamped_swiglu
 
@@ -249,15 +282,25 @@ def experts_by_triton(x, ids, weights, gate_up_blocks, gate_up_scales,
     return (out * weights.float()[..., None]).sum(1).to(x.dtype)
 
 # %% [markdown]
-# ### Attention in parts
+# ### How is attention cut into enough pieces?
 #
-# Attention: one key head and sixteen rows of its queries in a program. In
-# decoding that is a row of the batch and a key head, 8 programs for one text,
-# where a GPU has a hundred processors or more. So the keys are divided, too,
-# among P programs {cite}`flashdecoding2023`: part p takes the tiles of keys p,
-# p + P, p + 2P, … (in turns, so that the filled slots of a cache are shared
-# evenly), and leaves the mean of its values and the log-sum-exp of its scores.
-# A part then acts like a single key with that score and that value:
+# One key head and sixteen rows of its queries are a program. In decoding that
+# is 8 programs for one text. So the keys are divided, too, among P programs
+# {cite}`flashdecoding2023`: part p takes the tiles of keys p, p + P, p + 2P, …
+# (in turns, so that the filled slots of a cache are shared evenly). It leaves
+# the mean of its values, weighted, and the *log-sum-exp* of its scores, $\ell
+# = \log \sum e^{s}$. Two scores 1 and 2 with values 10 and 20, for example,
+# act like one key with score 2.313 and value 17.3:
+
+# %%
+import math
+
+ell = math.log(math.exp(1) + math.exp(2))
+mean = (math.exp(1) * 10 + math.exp(2) * 20) / (math.exp(1) + math.exp(2))
+print(f"score {ell:.3f}, value {mean:.1f}")
+
+# %% [markdown]
+# In general
 #
 # $$ \frac{\sum_j e^{s_j} v_j}{e^{\text{sink}} + \sum_j e^{s_j}}
 #    = \frac{\sum_p e^{\ell_p} o_p}{e^{\text{sink}} + \sum_p e^{\ell_p}},
@@ -265,9 +308,9 @@ def experts_by_triton(x, ids, weights, gate_up_blocks, gate_up_scales,
 #    \quad o_p = \sum_{j \in p} e^{s_j - \ell_p} v_j . $$ (kernels-parts)
 #
 # So the softmax with a [sink](../attention/sinks.ipynb), over the parts, puts
-# them together and counts the sink once. Of a key that no row sees neither k
-# nor v is loaded, and of a tile of such keys nothing but their positions: 8
-# bytes a slot for each key head, where k and v have 256.
+# them together and counts the sink once. Within a part the running maximum of
+# [attending](attending.ipynb) walks over the keys. Of a key that no row sees
+# neither k nor v is loaded, and of a tile of such keys nothing but positions.
 
 # %% tags=["export"]
 @_jit
@@ -426,6 +469,11 @@ print("parts:", *(f"{x:.4f}" for x in joined.tolist()))
 torch.testing.assert_close(joined, whole)
 
 # %% [markdown]
+# **The kernels themselves** are run by `tests/kernels/test_triton_kernels.py`
+# and `test_step.py` where Triton is installed: in its interpreter against
+# float64, and compiled for the architectures 8.0 and 9.0.
+
+# %% [markdown]
 # ## In the 20b and the 120b
 #
 # Both have eight key heads. How many programs does attention start in decoding
@@ -479,6 +527,25 @@ share = softmax_with_sink(torch.tensor([[[1.0, float("-inf")]]]),
 print("shares:", [round(x, 2) for x in share.tolist()],
       " 0 times NaN:", (share * torch.tensor([2.0, float("nan")]))[1].item())
 assert share[1] == 0
+
+# %% [markdown]
+# ### Exercise 3
+#
+# Prove the bound {eq}`kernels-tiles` by trying: for all ways in which 6 picks
+# can fall on 3 experts, count the tiles of 2. What is the most, and which
+# choice reaches it?
+
+# %% tags=["hide-cell"]
+from itertools import product
+
+counts = {}
+for choice in product(range(3), repeat=6):
+    tiles = sum(-(-choice.count(e) // 2) for e in range(3))
+    counts.setdefault(tiles, choice)
+most = max(counts)
+print(f"at most {most} tiles, as by the formula: {3 + (6 - 3) // 2}; reached "
+      f"by {counts[most]}")
+assert most == 3 + (6 - 3) // 2
 
 # %% [markdown]
 # ## Sources

@@ -10,43 +10,191 @@
 #     language: python
 #     name: python3
 # ---
-
 # %% [markdown]
 # # What changes when many tokens meet one weight?
 #
 # ## Question
 #
-# What changes when not one token meets a weight but 2, 8 or 512? A prompt of
-# 512 tokens brings 64 to each expert of the 20b. Decoding the weight once
-# serves them all, and is soon next to nothing; the arithmetic, a product for
-# each token, becomes the limit ([roofline](roofline.ipynb)). So the same four
-# bits want another loop, one that gets ten products out of each seven loads.
-
-# %% [markdown]
-# ## Derivation
-#
-# A tile of decoded weights must stay in the cache while the tokens pass, and
-# may be as wide as the activations, since widening it is done once: 16 rows by
-# 320 columns of 16-bit integers are 10 KiB, a third of an L1 cache of 32 KiB.
-# `pmaddwd` multiplies sixteen pairs of them and adds neighbours. Two columns
-# of the tile are 2 registers, 8 rows each. For five tokens at a time, a step
-# loads these 2 and 5 pairs of activations, and does 10 `pmaddwd`; ten sums,
-# the two weights and one pair of activations take 13 of the 16 registers.
+# A prompt of 512 tokens brings 64 of them to each expert of the 20b. Should
+# each token go through the expert's rows on its own, as [one
+# token](packed.ipynb) does? Then every weight would be decoded 64 times. A
+# *tile* decodes it once for all. From how many tokens on is that worth it? By
+# counting instructions you can find out that the answer is 4.
 
 # %%
-print(16 * 320 * 2, "bytes of a decoded tile,", 2 * 5 + 2 + 1, "registers,",
-      f"{2 * 5 / (2 + 5):.1f} products a load")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+plt.style.use("../_static/book.mplstyle")
+by_row = 21.5 / 64  # instructions a weight; counted in `packed_dots`
+decode = 200 / 512  # of `decode_tile`: 16 rows of a block
+product = 27 / 160  # of `multiply_tile`: 32 weights for five tokens
+
+
+def by_tile(tokens: int) -> float:
+    """Instructions a weight and token: five tokens at a time, or fewer."""
+    return (decode + product * 5 * -(-tokens // 5)) / tokens
+
+
+for tokens in (1, 3, 4, 5, 64):
+    print(f"{tokens:2} tokens: {by_row:.2f} instructions a weight and token "
+          f"by rows, {by_tile(tokens):.2f} by tiles")
 
 # %% [markdown]
+# ## Picture
+#
+# Left, a weight with 16 of its rows cut into tiles of 320 columns. One tile is
+# decoded and lies in the cache while all tokens pass it, five at a time; then
+# the next. Right, what that costs: instructions for each weight and token, by
+# rows and by tiles.
+
+# %% tags=["hide-input"]
+# Figure: left, a matrix with a band of 16 rows in nine tiles, one of them
+# dark; beside it tokens in groups of five. Right, instructions over the
+# number of tokens: by rows a flat line at 0.34, by tiles a saw-tooth from
+# 1.2 down to 0.19 that crosses the line at four tokens.
+fig, (left, right) = plt.subplots(1, 2, figsize=(7.4, 2.9),
+                                  width_ratios=(5, 4))
+left.add_patch(plt.Rectangle((0, 0), 9, 5, fc="0.93", ec="0.7"))
+for n in range(9):
+    left.add_patch(plt.Rectangle((n, 3), 1, 1, ec="white",
+                                 fc="C0" if n == 2 else "C4"))
+left.text(4.5, 4.35, "the other rows", ha="center", fontsize=8, color="0.4")
+left.annotate("a tile: 16 rows, 320 columns,\ndecoded once", (2.5, 3),
+              (0.3, 1.2), fontsize=8, arrowprops={"arrowstyle": "-"})
+for n in range(13):
+    left.add_patch(plt.Rectangle((10.2 + n % 5 * 0.55, 3.6 - n // 5 * 0.8),
+                                 0.45, 0.6, fc="C1", ec="white"))
+left.text(10.2, 4.55, "tokens,\nfive at a time", fontsize=8)
+left.annotate("", (9.1, 3.5), (10.1, 3.5),
+              arrowprops={"arrowstyle": "->", "color": "C1"})
+left.set(xlim=(-0.2, 13.6), ylim=(-0.2, 5.6))
+left.axis("off")
+count = range(1, 21)
+right.axhline(by_row, color="C1")
+right.plot(count, [by_tile(n) for n in count], "o-", color="C0", ms=3)
+right.text(20, by_row + 0.02, "by rows", color="C1", ha="right", fontsize=8)
+right.text(20, 0.12, "by tiles", color="C0", ha="right", fontsize=8)
+right.axvline(4, color="0.5", lw=0.8, ls="--")
+right.text(4.3, 0.9, "4 tokens", fontsize=8, color="0.3")
+right.set(xlabel="tokens that meet the weight", ylim=(0, 1.3),
+          ylabel="instructions a weight and token", xticks=[1, 5, 10, 15, 20])
+plt.show()
+
+# %% [markdown]
+# What to see: by rows the cost never falls, since each token decodes anew. By
+# tiles the decoding is shared, and what is left is the product alone, half of
+# the cost by rows. The teeth are groups that are not full: a sixth token
+# begins a second group of five. From 4 tokens on the kernels take tiles.
+
+# %% [markdown]
+# ## The naive version
+#
+# For many tokens one could decode the whole matrix to bf16 first. Then it goes
+# out to memory and comes back, several times the bytes of the packed weight
+# ([roofline](roofline.ipynb)). A tile is the same idea with an amount that
+# stays near the processor. Its weights can be as wide as the activations, 16
+# bits each, because widening them is done once:
+
+# %%
+rows, columns = 16, 320
+print(f"a tile: {rows} rows by {columns} columns of 16 bits = "
+      f"{2 * rows * columns / 1024:.0f} KiB")
+print(f"a matrix of the 20b's experts: {2 * 5760 * 2880 / 2 ** 20:.0f} MiB")
+
+# %% [markdown]
+# The fastest cache of a core, called L1, holds 32 KiB or more. A third of it
+# for the tile leaves room for the activations that pass.
+#
+# ## Derivation
+#
+# **How many tokens at a time?** The instruction is `pmaddwd`: it takes two
+# registers of sixteen 16-bit numbers, multiplies them pair by pair, and adds
+# neighbours, which gives eight 32-bit sums.
+
+# %%
+def pmaddwd(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Sixteen products of 16-bit numbers, added in pairs: eight sums."""
+    return (a.astype(np.int32) * b.astype(np.int32)).reshape(8, 2).sum(1)
+
+
+a, b = np.arange(16, dtype=np.int16), np.full(16, 10, dtype=np.int16)
+print(pmaddwd(a, b).tolist())
+
+# %% [markdown]
+# Let the eight sums be eight *rows* of the weight. Then one register holds two
+# columns of eight rows, and the other the two activations of one token that
+# they meet, eight times over. For 16 rows and $n$ tokens that takes 2
+# registers of weights, $2n$ of sums, and 1 for the activations at hand; each
+# step loads $2 + n$ registers and makes $2n$ products. There are 16 registers.
+
+# %%
+for n in (1, 2, 5, 6, 7):
+    print(f"{n} tokens: {2 * n + 2 + 1:2} registers, {2 * n} products for "
+          f"{2 + n} loads: {2 * n / (2 + n):.1f} a load")
+
+# %% [markdown]
+# Five tokens take 13 registers, and the compiler wants some for itself; with
+# seven there are none left, and sums would go to memory and back.
+#
 # ## Code
 #
-# ### Sixteen rows, many tokens
+# ### What does a tile look like?
 #
-# For a tile, pairs of columns must lie side by side, row after row, so that
-# one activation pair, broadcast, meets eight rows in one instruction:
-# `values[b][u][m]` holds, for 16 rows, the two columns of block b that meet
-# `values[u][2 * m]` of a line and the number behind it. Rows become columns by
-# four rounds of interleaving, like riffling a deck.
+# A block is 32 elements of a row in 16 bytes: byte $i$ holds element $2i$ in
+# its low half and $2i + 1$ in its high half. The activations of a token lie as
+# [packed](packed.ipynb) left them: the even elements of a block, then the odd
+# ones. So two columns that lie side by side in a tile are the low halves of
+# two neighbouring bytes, or the high halves of them. In numpy that is a
+# reshape and a change of axes; with it, a product by tiles is six lines.
+
+# %%
+def tile_of(w: np.ndarray) -> np.ndarray:
+    """w (16, 32 b), integers -> (b, 2, 8, 16, 2): for each block, low or
+    high halves, and pair of bytes: two columns of 16 rows."""
+    pairs = w.reshape(16, -1, 8, 2, 2)  # rows, blocks, pairs, byte, half
+    return pairs.transpose(1, 4, 2, 0, 3)
+
+
+def by_tiles(w, factors, q, halves):
+    """Weights w (16, 32 b) times tokens q (n, 32 b), integers; a factor for
+    each block of both: factors (16, b), halves (n, b). -> (n, 16)"""
+    tile = tile_of(w)
+    lines = q.reshape(len(q), -1, 8, 2, 2).transpose(0, 1, 4, 2, 3)
+    sums = np.einsum("bumri,tbumi->tbr", tile, lines)  # whole numbers
+    return np.einsum("tbr,rb,tb->tr", sums, factors, halves)
+
+
+draw = np.random.default_rng(0)
+w, q = draw.integers(-12, 13, (16, 64)), draw.integers(-32639, 32640, (3, 64))
+factors, halves = 2.0 ** draw.integers(-9, 0, (16, 2)), draw.random((3, 2))
+found = by_tiles(w, factors, q, halves)
+wide = ((w * factors.repeat(32, 1))
+        @ (q * halves.repeat(32, 1)).T).T
+print("first row, three tokens:", [round(y) for y in found[:, 0].tolist()])
+print("by the plain product:   ", [round(y) for y in wide[:, 0].tolist()])
+assert np.allclose(found, wide)
+
+# %% [markdown]
+# In C++ rows must become columns. `transpose` interleaves the two halves of
+# sixteen registers, one byte of this and one of that, like riffling a deck of
+# cards; four rounds transpose 16 by 16. With Python's lists:
+
+# %%
+deck = [[(r, c) for c in range(16)] for r in range(16)]
+for _ in range(4):
+    halves = zip(deck[:8], deck[8:], strict=True)
+    mixed = [[cell for pair in zip(a, b, strict=True) for cell in pair]
+             for a, b in halves]
+    deck = [part for row in mixed for part in (row[:16], row[16:])]
+assert deck == [[(r, c) for r in range(16)] for c in range(16)]
+print(deck[3][:3])
+
+# %% [markdown]
+# `decode_tile` then looks up sixteen nibbles at once: `_mm_shuffle_epi8` takes
+# a table of 16 bytes and 16 indices. `_mm256_cvtepi8_epi16` widens bytes to 16
+# bits.
 
 # %% [markdown] tags=["export:tiles.h"]
 # ```cpp
@@ -99,22 +247,12 @@ print(16 * 320 * 2, "bytes of a decoded tile,", 2 * 5 + 2 + 1, "registers,",
 # ```
 
 # %% [markdown]
-# Interleaving the two halves of a list four times transposes 16 by 16; here
-# with Python's lists:
-
-# %%
-deck = [[(r, c) for c in range(16)] for r in range(16)]
-for _ in range(4):
-    halves = zip(deck[:8], deck[8:], strict=True)
-    mixed = [[cell for pair in zip(a, b, strict=True) for cell in pair]
-             for a, b in halves]
-    deck = [part for row in mixed for part in (row[:16], row[16:])]
-assert deck == [[(r, c) for r in range(16)] for c in range(16)]
-print(deck[3][:3])
-
-# %% [markdown]
-# The inner loop is all loads, `pmaddwd` and additions, with every sum in a
-# register. Factors are applied once a block.
+# ### How is it multiplied?
+#
+# The inner loop is what was derived: 2 registers of weights, 5 tokens, 10
+# sums. `_mm256_set1_epi32` fills a register with one pair of activations.
+# After each block the whole sums become floats and are multiplied by the two
+# factors of the block.
 
 # %% [markdown] tags=["export:tiles.h"]
 # ```cpp
@@ -168,41 +306,8 @@ print(deck[3][:3])
 # ```
 
 # %% [markdown]
-# ### Tokens by expert
-#
-# [Experts](../moe/experts.ipynb) sorts tokens by expert with `argsort`. Here a
-# counting sort does it. A *pick* is one choice of one token: token $n$, choice
-# $k$ is pick $nK + k$.
-
-# %% [markdown] tags=["export:experts.h"]
-# ```cpp
-# namespace {
-#
-# // a pick is one choice of one token; those of expert e are
-# // order[begin[e]] ... order[begin[e + 1] - 1]
-# struct Groups {
-#   std::vector<int64_t> order, begin, hit;
-#
-#   Groups(const int64_t* ids, int64_t picks, int64_t experts)
-#       : order(picks), begin(experts + 1) {
-#     for (int64_t i = 0; i < picks; ++i) {
-#       TORCH_CHECK_INDEX(0 <= ids[i] && ids[i] < experts, "expert: expected "
-#                         "0 to ", experts - 1, ", found ", ids[i]);
-#       ++begin[ids[i] + 1];
-#     }
-#     for (int64_t e = 0; e < experts; ++e) {
-#       if (begin[e + 1]) hit.push_back(e);
-#       begin[e + 1] += begin[e];
-#     }
-#     std::vector<int64_t> next(begin.begin(), begin.end() - 1);
-#     for (int64_t i = 0; i < picks; ++i) order[next[ids[i]]++] = i;
-#   }
-# };
-# ```
-
-# %% [markdown]
-# All tokens of one expert: for fewer than four, row by row as in
-# [packed](packed.ipynb); from four on, sixteen rows at a time by tiles.
+# For all tokens of one piece: a tile, all tokens in fives, the next tile. A
+# group that is not full computes into `spare`, and nobody looks at it.
 
 # %% [markdown] tags=["export:tiles.h"]
 # ```cpp
@@ -234,7 +339,106 @@ print(deck[3][:3])
 #   }
 # }
 # #endif
+#
+# }  // namespace
 # ```
+
+# %% [markdown]
+# ### Which tokens meet which expert?
+#
+# A *pick* is one choice of one token: token $n$, choice $k$ is pick $nK + k$.
+# The kernel needs the picks sorted by expert, and there are only E different
+# keys. So it need not compare: it counts. One pass counts the picks of each
+# expert; the running sum of the counts says where each expert's places begin;
+# a second pass puts every pick into the next free place of its expert. That is
+# a *counting sort*.
+
+# %% tags=["hide-input"]
+# Figure: two rows of twelve squares. Above, the picks of six tokens in their
+# order, coloured by expert; below, the same picks sorted: five runs of one
+# colour. A line joins each pick with its new place.
+ids = np.array([[0, 2], [2, 1], [2, 0], [2, 4], [2, 1], [0, 2]])
+flat = ids.reshape(-1)
+order = np.argsort(flat, kind="stable")
+colors = ["C4", "C1", "C2", "C3", "C5"]
+fig, ax = plt.subplots(figsize=(7.2, 2.2))
+for place, pick in enumerate(order):
+    for x, y in ((pick, 2), (place, 0)):
+        ax.add_patch(plt.Rectangle((x, y), 0.94, 0.7,
+                                   fc=colors[flat[pick]]))
+        ax.text(x + 0.47, y + 0.35, f"token {pick // 2}", ha="center",
+                va="center", fontsize=6.5)
+    ax.plot([pick + 0.47, place + 0.47], [2, 0.7], color=colors[flat[pick]],
+            lw=1)
+for e in range(5):
+    at = np.flatnonzero(flat[order] == e)
+    if len(at):
+        ax.text(at.mean() + 0.47, -0.3, f"expert {e}", ha="center",
+                fontsize=7, va="center")
+ax.text(12.2, 2.35, "as chosen", va="center", fontsize=8)
+ax.text(12.2, 0.35, "sorted", va="center", fontsize=8)
+ax.set(xlim=(-0.1, 13.8), ylim=(-0.6, 2.8))
+ax.axis("off")
+plt.show()
+
+# %%
+def groups(ids: list[int], experts: int) -> tuple[list[int], list[int]]:
+    """Picks in the order of their experts, and where each expert begins."""
+    begin = [0] * (experts + 1)
+    for e in ids:
+        begin[e + 1] += 1  # count
+    for e in range(experts):
+        begin[e + 1] += begin[e]  # running sum
+    order, free = [0] * len(ids), begin[:-1]
+    for pick, e in enumerate(ids):
+        order[free[e]] = pick  # the next free place of its expert
+        free[e] += 1
+    return order, begin
+
+
+found, begin = groups(flat.tolist(), 5)
+print("picks in order:", found)
+print("experts begin at", begin)
+assert found == order.tolist()
+
+# %% [markdown]
+# The same in C++; `hit` lists the experts that got any pick. An id that is no
+# expert's is refused (an IndexError).
+
+# %% [markdown] tags=["export:experts.h"]
+# ```cpp
+# namespace {
+#
+# // a pick is one choice of one token; those of expert e are
+# // order[begin[e]] ... order[begin[e + 1] - 1]
+# struct Groups {
+#   std::vector<int64_t> order, begin, hit;
+#
+#   Groups(const int64_t* ids, int64_t picks, int64_t experts)
+#       : order(picks), begin(experts + 1) {
+#     for (int64_t i = 0; i < picks; ++i) {
+#       TORCH_CHECK_INDEX(0 <= ids[i] && ids[i] < experts, "expert: expected "
+#                         "0 to ", experts - 1, ", found ", ids[i]);
+#       ++begin[ids[i] + 1];
+#     }
+#     for (int64_t e = 0; e < experts; ++e) {
+#       if (begin[e + 1]) hit.push_back(e);
+#       begin[e + 1] += begin[e];
+#     }
+#     std::vector<int64_t> next(begin.begin(), begin.end() - 1);
+#     for (int64_t i = 0; i < picks; ++i) order[next[ids[i]]++] = i;
+#   }
+# };
+# ```
+
+# %% [markdown]
+# ### Who does what?
+#
+# A piece of work is some rows of one expert, for all of its picks: 256 rows if
+# the picks are fewer than `FEW`, which then go through them row by row as in
+# [packed](packed.ipynb); else 16 rows, one tile high. Pieces are shared among
+# the threads, and `emit` gets what each of them computed. No matrix of
+# gathered tokens is ever made.
 
 # %% [markdown] tags=["export:experts.h"]
 # ```cpp
@@ -291,19 +495,47 @@ print(deck[3][:3])
 # ```
 
 # %% [markdown]
-# ### The experts
+# ### And between the two layers of an expert?
 #
-# Both layers of all chosen experts in one call. Between them the hidden
-# vector stays in fp32; the plain path rounds to bf16 before the SwiGLU and
-# five times inside it. Each pick writes a row of its own, so threads never
-# add to the same number and the sum over $K$ has one fixed order: the same
-# bits whatever the number of threads.
+# Both layers of all chosen experts are one call. Between them the hidden
+# vector stays in fp32, where plain torch rounds to bf16 before the SwiGLU and
+# several times inside it. Each pick writes a row of its own, so threads never
+# add to the same number, and the sum over the $K$ picks of a token has one
+# fixed order: the same bits whatever the number of threads.
+#
+# The SwiGLU of [experts](../moe/experts.ipynb) needs an exponential, and C++
+# has one for a single number only. Eight at a time it goes like this: with $n
+# = x / \log 2$ rounded, $e^x = 2^n e^r$, where $|r| \le \tfrac12 \log 2$ is so
+# small that eight terms of the Taylor series suffice. $2^n$ is a shift into
+# the exponent's bits. $\log 2$ is subtracted in two parts, so that $r$ keeps
+# its last bits. In torch:
+
+# %%
+def exponential(x: torch.Tensor) -> torch.Tensor:
+    """`exponential` of experts.h in torch, fp32."""
+    n = (x * 1.44269504).round()
+    r = x - n * 0.693359375 + n * 2.12194440e-4
+    p = r / 5040 + 1 / 720
+    for factor in (1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
+        p = p * r + factor
+    return p * 2 ** n
+
+
+line = torch.linspace(-87, 0, 100_001)
+worst = (exponential(line) / line.double().exp() - 1).abs().max().item()
+assert worst < 1e-6
+print(f"relative error at most {worst:.0e}")
 
 # %% [markdown]
-# Their activation needs an exponential, eight at a time: $e^x = 2^n e^r$ with
-# integer $n$ and $|r| \le \tfrac12 \log 2$, where the Taylor series to $r^7$
-# suffices. $\log 2$ is subtracted in two parts so that $r$ keeps its last
-# bits.
+# To round a float, the C++ adds 12582912, which is $1.5 \cdot 2^{23}$: floats
+# of that size have no bits left for fractions, so the sum *is* rounded, and
+# its lowest bits hold the whole number. Subtracting it again gives $n$.
+
+# %%
+x = torch.tensor([2.6, -2.6, 0.4])
+shifted = x + 12582912.0
+print((shifted - 12582912.0).tolist(),
+      (shifted.view(torch.int32) - 0x4B400000).tolist())
 
 # %% [markdown] tags=["export:experts.h"]
 # ```cpp
@@ -321,24 +553,10 @@ print(deck[3][:3])
 # }
 # ```
 
-# %%
-import torch
-
-
-def exponential(x: torch.Tensor) -> torch.Tensor:
-    """`exponential` of experts.h in torch, fp32."""
-    n = (x * 1.44269504).round()
-    r = x - n * 0.693359375 + n * 2.12194440e-4
-    p = r / 5040 + 1 / 720
-    for factor in (1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
-        p = p * r + factor
-    return p * 2 ** n
-
-
-line = torch.linspace(-87, 0, 100_001)
-worst = (exponential(line) / line.double().exp() - 1).abs().max().item()
-assert worst < 1e-6
-print(f"relative error at most {worst:.0e}")
+# %% [markdown]
+# Gate and up lie in neighbouring rows, which `shufflevector` takes apart. The
+# clamps are written so that NaN stays NaN. A bias is added, and in the second
+# layer each pick is multiplied with its share, before the sum.
 
 # %% [markdown] tags=["export:experts.h"]
 # ```cpp
@@ -396,27 +614,9 @@ print(f"relative error at most {worst:.0e}")
 # ```
 
 # %% [markdown]
-# One struct stands here for a part that is compiled before its own chapter:
-# a matrix of [twelve bits](twelve_bits.ipynb), not used in this one.
-
-# %% [markdown] tags=["export:experts.h"]
-# ```cpp
-# #ifdef GPTOSS_AVX2
-# constexpr int64_t WEIGHTS = 64, SIZE = WEIGHTS * 3 / 2;  // of a block, bytes
+# ### The two operators
 #
-# struct Compact {  // (rows, blocks, SIZE) bytes
-#   const uint8_t *bytes, *upper;
-#   const int32_t *first, *others;  // row r: others[first[r] ... first[r + 1]]
-#   int64_t rows, blocks, count;    // count: of all others
-#
-#   const uint8_t* row(int64_t r) const { return bytes + r * blocks * SIZE; }
-# };
-# #endif
-# ```
-
-# %% [markdown]
-# The two operators. A packed weight alone is one with a single expert, to
-# which every token goes.
+# A packed weight alone is one with a single expert, to which every token goes.
 
 # %% [markdown] tags=["export:experts.h"]
 # ```cpp
@@ -502,250 +702,19 @@ print(f"relative error at most {worst:.0e}")
 # ```
 
 # %% [markdown]
-# ### Dense matrices
+# ## What is refused
 #
-# Attention and the head are stored in bf16, two thirds of what a token reads.
-# A bf16 number is the upper half of a float. Of eight pairs in a register, a
-# shift gives the even ones and a mask the odd ones, two instructions for
-# sixteen weights; the activations are split the same way beforehand.
-# (Processors with AVX512-BF16 multiply bf16 as it is, by `dense_dots` of the
-# [appendix](../cli/wide.ipynb).)
-#
-# Four rows are read at the same time, as in [packed](packed.ipynb), and with
-# AVX2 a row is asked for three quarters of a KiB ahead of its use: on two
-# cores the dense matrices of the 20b, in [twelve bits](twelve_bits.ipynb),
-# then took 44 to 53 ms a token, by memory's mood, where two rows and no
-# prefetch took 52 to 57.
-
-# %% [markdown] tags=["export:dense.h"]
-# ```cpp
-# namespace {
-#
-# inline Floats even(Ints pairs) { return (Floats)(pairs << 16); }
-# inline Floats odd(Ints pairs) {
-#   return (Floats)(pairs & int32_t(0xffff0000));
-# }
-#
-# #ifndef GPTOSS_BF16
-# // sixteen at a time, first the eight even ones, then the eight odd ones
-# Buffer ready(const Buffer& x) {
-#   Buffer to(x.size());
-#   for (size_t k = 0; k < x.size(); k += 16) {
-#     const Floats a = load<Floats>(&x[k]), b = load<Floats>(&x[k + 8]);
-#     store(&to[k], __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14));
-#     store(&to[k + 8], __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13,
-#                                               15));
-#   }
-#   return to;
-# }
-#
-# // out[0], out[step] ...: R rows of w (…, n), `step` rows apart, times x
-# template <int R>
-# void dense_dots(const Number* w, int64_t step, const float* x, int64_t n,
-#                 float* out) {
-#   Floats s[R][2] = {};
-#   for (int64_t k = 0; k < n; k += 16)
-#     for (int r = 0; r < R; ++r) {
-#       const Number* from = w + r * step * n + k;
-#       __builtin_prefetch(from + AHEAD / 2);
-#       const Ints pairs = load<Ints>(from);
-#       s[r][0] += even(pairs) * load<Floats>(x + k);
-#       s[r][1] += odd(pairs) * load<Floats>(x + k + 8);
-#     }
-#   for (int r = 0; r < R; ++r) out[r * step] = sum(s[r][0] + s[r][1]);
-# }
-# #endif
-# ```
-
-# %%
-pair = torch.tensor([1.5, -3.25]).bfloat16().view(torch.int32)
-print((pair << 16).view(torch.float32).item(),
-      (pair & -65536).view(torch.float32).item())
-
-# %% [markdown]
-# For many tokens a tile is widened to fp32 and transposed, since AVX2 cannot
-# multiply bf16. Three rounds of the same interleaving.
-
-# %% [markdown] tags=["export:tiles.h"]
-# ```cpp
-# // eight rows of eight numbers become eight columns
-# inline void transpose(Ints (&v)[8]) {
-#   for (int step = 0; step < 3; ++step) {
-#     Ints t[8];
-#     for (int i = 0; i < 4; ++i) {
-#       t[2 * i] = __builtin_shufflevector(v[i], v[i + 4], 0, 8, 1, 9, 2, 10,
-#                                          3, 11);
-#       t[2 * i + 1] = __builtin_shufflevector(v[i], v[i + 4], 4, 12, 5, 13,
-#                                              6, 14, 7, 15);
-#     }
-#     std::copy(t, t + 8, v);
-#   }
-# }
-#
-# // pairs of sixteen columns of eight rows, zero from `rows` on, as columns
-# inline void pair_columns(const Number* w, int64_t stride, int64_t rows,
-#                          Ints (&v)[8]) {
-#   for (int64_t r = 0; r < 8; ++r)
-#     v[r] = r < rows ? load<Ints>(w + r * stride) : Ints{};
-#   transpose(v);
-# }
-# ```
-
-# %% [markdown] tags=["export:dense.h"]
-# ```cpp
-# // to[k][r] = w[r * stride + k], r < 16, zero from `rows` on; 16 divides n
-# void widen_tile(const Number* w, int64_t stride, int64_t rows, int64_t n,
-#                 float* to) {
-#   for (int64_t half = 0; half < ROWS; half += 8)
-#     for (int64_t k = 0; k < n; k += 16) {
-#       Ints v[8];
-#       pair_columns(w + half * stride + k, stride, rows - half, v);
-#       for (int64_t j = 0; j < 8; ++j) {
-#         store(to + (k + 2 * j) * ROWS + half, even(v[j]));
-#         store(to + (k + 2 * j + 1) * ROWS + half, odd(v[j]));
-#       }
-#     }
-# }
-# ```
-
-# %% [markdown]
-# The product of a tile with six tokens at a time: twelve sums, two weights
-# and one activation in fifteen registers. [Attention](attending.ipynb) uses it
-# as well.
-
-# %% [markdown] tags=["export:tiles.h"]
-# ```cpp
-# template <class Pointer>
-# struct Matrix {  // row-major
-#   Pointer at;
-#   int64_t stride;
-# };
-# using Source = Matrix<const float*>;
-# using Target = Matrix<float*>;
-#
-#
-# }  // namespace
-# ```
-
-# %% [markdown] tags=["export:dense.h"]
-# ```cpp
-# // out[t][0 ... 15] += sum over k < n of x[t][k] * w[k][0 ... 15]
-# template <int COUNT>
-# void multiply_some(const float* w, int64_t stride, int64_t n, Source x,
-#                    Target out) {
-#   Floats s[COUNT][2];
-#   for (int t = 0; t < COUNT; ++t)
-#     for (int h = 0; h < 2; ++h)
-#       s[t][h] = load<Floats>(out.at + t * out.stride + 8 * h);
-#   for (int64_t k = 0; k < n; ++k, w += stride) {
-#     Floats w0 = load<Floats>(w), w1 = load<Floats>(w + 8);
-#     hold(w0), hold(w1);
-#     for (int t = 0; t < COUNT; ++t) {
-#       const float value = x.at[t * x.stride + k];
-#       s[t][0] += w0 * value;
-#       s[t][1] += w1 * value;
-#     }
-#   }
-#   for (int t = 0; t < COUNT; ++t)
-#     for (int h = 0; h < 2; ++h)
-#       store(out.at + t * out.stride + 8 * h, s[t][h]);
-# }
-#
-# constexpr int64_t WIDE = 6;  // twelve sums, two weights, one activation
-#
-# void multiply(const float* w, int64_t stride, int64_t n, Source x,
-#               int64_t count, Target out) {
-#   while (count) {
-#     const int64_t some = count == WIDE || count > 8 ? WIDE
-#                          : count >= 4 ? 4 : count >= 2 ? 2 : 1;
-#     const auto run = some == WIDE ? multiply_some<WIDE>
-#                      : some == 4  ? multiply_some<4>
-#                      : some == 2  ? multiply_some<2> : multiply_some<1>;
-#     run(w, stride, n, x, out);
-#     count -= some;
-#     x.at += some * x.stride;
-#     out.at += some * out.stride;
-#   }
-# }
-# ```
-
-# %% [markdown] tags=["export:dense.h"]
-# ```cpp
-# // y (N, m) = x (N, n) times w (m, n) transposed, for a few tokens
-# void dense_few(const Buffer& x, int64_t N, const Number* w, int64_t m,
-#                int64_t n, Buffer& y) {
-#   constexpr int64_t HEIGHT = 128;
-#   const auto from = ready(x);
-#   share((m + HEIGHT - 1) / HEIGHT, 1, [&](int64_t item) {
-#     const int64_t row0 = item * HEIGHT, rows = std::min(HEIGHT, m - row0);
-#     const int64_t step = rows / STREAMS;
-#     auto run = [&](auto dots, int64_t r) {
-#       for (int64_t t = 0; t < N; ++t)
-#         dots(w + (row0 + r) * n, step, &from[t * n], n,
-#              &y[t * m + row0 + r]);
-#     };
-#     for (int64_t r = 0; r < step; ++r) run(dense_dots<STREAMS>, r);
-#     for (int64_t r = STREAMS * step; r < rows; ++r) run(dense_dots<1>, r);
-#   });
-# }
-#
-# // the same for many: 64 rows by 256 columns of w stay in the L2 cache
-# void dense_many(const Buffer& x, int64_t N, const Number* w, int64_t m,
-#                 int64_t n, Buffer& y) {
-#   constexpr int64_t HEIGHT = 4 * ROWS, DEPTH = 256;
-#   share((m + HEIGHT - 1) / HEIGHT, 1, [&](int64_t item) {
-#     const int64_t row0 = item * HEIGHT, rows = std::min(HEIGHT, m - row0);
-#     Buffer tile(HEIGHT * DEPTH), out(N * HEIGHT);
-#     for (int64_t k = 0; k < n; k += DEPTH) {
-#       const int64_t depth = std::min(DEPTH, n - k);
-#       for (int64_t r = 0; r < rows; r += ROWS)
-#         widen_tile(w + (row0 + r) * n + k, n, std::min(ROWS, rows - r),
-#                    depth, &tile[r * DEPTH]);
-#       for (int64_t t = 0; t < N; t += WIDE)
-#         for (int64_t r = 0; r < rows; r += ROWS)
-#           multiply(&tile[r * DEPTH], ROWS, depth, {&x[t * n + k], n},
-#                    std::min(WIDE, N - t), {&out[t * HEIGHT + r], HEIGHT});
-#     }
-#     for (int64_t t = 0; t < N; ++t)
-#       std::copy_n(&out[t * HEIGHT], rows, &y[t * m + row0]);
-#   });
-# }
-# ```
-
-# %% [markdown]
-# Up to four tokens by rows, more by tiles:
-
-# %% [markdown] tags=["export:dense.h"]
-# ```cpp
-# Tensor linear(const Tensor& x, const Tensor& weight,
-#               const std::optional<Tensor>& bias) {
-#   if (!ours({x, weight, bias.value_or(x)}) || weight.dim() != 2)
-#     return plain<decltype(linear)>("linear", x, weight, bias);
-#   const int64_t m = weight.size(0), n = weight.size(1);
-#   check_linear("linear", x, m, n, bias);
-#   if (!weight.is_contiguous() || n % BLOCK || !x.numel() || !m
-#       || (bias && !has(*bias, {m})))
-#     return plain<decltype(linear)>("linear", x, weight, bias);
-#   const Buffer from = floats(x);
-#   const int64_t N = from.size() / n;
-#   Buffer y(N * m);
-#   (N <= FEW ? dense_few : dense_many)(from, N, numbers(weight), m, n, y);
-#   add_bias(y, bias);
-#   return result(x, m, y);
-# }
-#
-# TORCH_LIBRARY_IMPL(gptoss, CPU, m) {
-#   m.impl("linear", linear);
-# }
-#
-# }  // namespace
-# ```
+# As in [the first three](first_three.ipynb), what cannot be right is refused
+# by name: blocks that do not fit the scales, columns that do not fit x, an
+# expert's number outside 0 … E - 1. Everything else that is not bf16 with
+# bytes in one piece, or has no rows, or whose widths are no multiples of 32,
+# is left to plain torch.
 
 # %% [markdown]
 # ## It holds
 #
-# **Kernels against plain torch against float64**, on the same inputs in bf16.
-# The packed product ends in one rounding to bf16, and so does the torch path:
+# **Kernel and plain torch against float64**, on the same inputs in bf16. The
+# packed product ends in one rounding to bf16, and so does the torch path:
 # their distances from the exact result must agree to one part in a thousand.
 # (Without a compiler a twin stands in for the kernel: the same in float32, and
 # one rounding.)
@@ -796,17 +765,6 @@ for tokens in (1, 3, 4, 23):
     print(f"{tokens:2} tokens: kernel {ours:.4f}, plain torch {torchs:.4f}")
 
 # %% [markdown]
-# **Dense matrices**, few tokens and many, with rows that fill no tile:
-
-# %%
-for tokens in (1, 4, 5, 20):
-    ours, torchs = errors_of(
-        torch.ops.gptoss.linear, torch.randn(tokens, 320).bfloat16(),
-        torch.randn(150, 320).bfloat16(), torch.randn(150).bfloat16())
-    assert ours < 1.01 * torchs < 3e-3
-    print(f"{tokens:2} tokens: kernel {ours:.4f}, plain torch {torchs:.4f}")
-
-# %% [markdown]
 # **The experts** keep fp32 between their layers and must be nearer:
 
 # %%
@@ -826,6 +784,18 @@ for tokens in (1, 2, 100):
                              torch.rand(tokens, K).bfloat16(), *biases)
     assert ours < torchs / 2
     print(f"{tokens:3} tokens: kernel {ours:.3f}, plain torch {torchs:.3f}")
+
+# %% [markdown]
+# ## In the 20b and the 120b
+#
+# How many tokens does an expert get, if a prompt of some length is spread
+# evenly? The 120b has four times as many experts, so a prompt must be four
+# times as long to fill its tiles.
+
+# %%
+for tokens in (1, 32, 128, 512, 2048):
+    print(f"{tokens:4} tokens: {tokens * 4 / 32:5.1f} an expert in the 20b, "
+          f"{tokens * 4 / 128:4.1f} in the 120b")
 
 # %% [markdown]
 # ## Takeaways
@@ -858,13 +828,29 @@ print(f"{counts.float().mean():.0f} on average, at least "
 # %% [markdown]
 # ### Exercise 2
 #
-# With `TOKENS` tokens at a time, how many loads does a product of the tile
-# need, and how many registers? Where is the limit with sixteen of them?
+# AVX-512 has 32 registers of 64 bytes. How many tokens at a time could a tile
+# of 32 rows take there, with three registers kept free, and how many products
+# would each load serve?
 
 # %% tags=["hide-cell"]
-for tokens in (1, 2, 5, 6, 7):
-    print(f"{tokens} tokens: {(2 + tokens) / (2 * tokens):.2f} loads a "
-          f"product, {2 * tokens + 2 + 1:2} registers")
+for registers, words in ((16, "AVX2"), (32, "AVX-512")):
+    n = (registers - 3 - 3) // 2
+    print(f"{words}: {n} tokens, {2 * n / (2 + n):.2f} products a load")
+
+# %% [markdown]
+# ### Exercise 3
+#
+# Change `groups` so that experts come in the order of their number of picks,
+# the most popular first. Why could that help when pieces are shared among
+# threads as they come?
+
+# %% tags=["hide-cell"]
+begin = groups(flat.tolist(), 5)[1]
+popular = sorted(range(5), key=lambda e: begin[e] - begin[e + 1])
+ranks = {e: rank for rank, e in enumerate(popular)}
+sorted_picks, _ = groups([ranks[e] for e in flat.tolist()], 5)
+print("experts:", [flat[pick].item() for pick in sorted_picks])
+print("the longest pieces are begun first, and short ones fill what is left")
 
 # %% [markdown]
 # ## Sources

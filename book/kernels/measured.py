@@ -13,7 +13,6 @@
 #     module: bench
 #     public: [measure]
 # ---
-
 # %% [markdown]
 # # What did each step bring?
 #
@@ -23,11 +22,13 @@
 # that honestly? One and the same product of four-bit weights ran at 0.3 GB/s
 # in plain torch and at 27 with the kernel, on two cores that read 31 and can
 # do no more.
-#
-# Speeds are one machine's and no cell can compute them for all. Those in this
+
+# %% [markdown] tags=["measured"]
+# Speeds are one machine's, and no cell can compute them for all. Those in this
 # chapter were measured in November 2026 on two cores of an AMD EPYC, Zen 3
-# where AVX2 is meant and Zen 4 where AVX-512 is; tables show what `bench/`
-# saved, and the text says where a number is in no table.
+# where AVX2 is meant and Zen 4 where AVX-512 is. Tables and figures show what
+# the programs in `bench/` saved; where a number of the text is in no table,
+# the text says so.
 
 # %%
 import json
@@ -64,15 +65,16 @@ print(measured("machine", "words", found=ON_AVX512))
 # %% [markdown]
 # ## Picture
 #
-# The steps from plain torch to the kernel, on a matrix that no cache holds.
-# They stand in `bench/kernels_steps.cpp`; GB/s count the packed bytes.
+# The steps from plain torch to the kernel, one idea more in each, on a matrix
+# that no cache holds. They stand in `bench/kernels_steps.cpp`; GB/s count the
+# packed bytes.
 
 # %% tags=["hide-input"]
 # Figure: horizontal bars, a pair for each step, for Zen 3 and Zen 4 with two
-# threads. Plain torch and the portable loop can hardly be seen; a table in a
-# register, 16-bit integers, two blocks at a time lengthen the bars in turn to
-# nine tenths of what only reading gives on Zen 3, two thirds on Zen 4.
-fig, ax = plt.subplots(figsize=(7.2, 3.4))
+# threads, with their numbers. Plain torch and the portable loop can hardly be
+# seen; a table in a register, 16-bit integers, two blocks at a time lengthen
+# the bars to nine tenths of reading on Zen 3, two thirds on Zen 4.
+fig, ax = plt.subplots(figsize=(7.2, 4.2))
 speeds = {name: {step["name"]: step["gb_per_s"] for step in
                  measured("steps", default=[], found=saved)
                  if step["threads"] == 2}
@@ -82,61 +84,106 @@ names = list(dict.fromkeys(name for found in speeds.values()
                            for name in found if name != "only reading"))
 names = [n for n in names if n != "the chapter's kernel"] + [
     "the chapter's kernel", "only reading"]
-for shift, (label, found) in zip((-0.2, 0.2), speeds.items(), strict=True):
-    ax.barh([y + shift for y in range(len(names))],
-            [found.get(name, 0) for name in names], 0.38, label=label)
+for shift, (label, found), color in zip((-0.2, 0.2), speeds.items(),
+                                        ("C0", "C1"), strict=True):
+    for y, name in enumerate(names):
+        if name in found:
+            ax.barh(y + shift, found[name], 0.38, color=color)
+            ax.text(found[name] + 0.5, y + shift, f"{found[name]:.1f}",
+                    va="center", fontsize=7)
+    ax.text(64, 0.1 + 1.6 * shift, label, color=color, ha="right",
+            va="center", fontsize=9)
 ax.set_yticks(range(len(names)), ["the kernel" if "kernel" in name else name
                                   for name in names])
 ax.invert_yaxis()
-ax.set_xlabel("GB/s of packed weights, two threads")
-ax.legend(loc="upper right")
+ax.set(xlabel="GB/s of packed weights, two threads", xlim=(0, 70))
+ax.grid(axis="y", visible=False)
 plt.show()
+torchs, kernel, most = (speeds["Zen 3, AVX2"][name] for name in (
+    "plain torch", "the chapter's kernel", "only reading"))
+print(f"of reading, Zen 3: torch {torchs / most:.0%}, kernel "
+      f"{kernel / most:.0%}")
+found = speeds["Zen 3, AVX2"]
+for before, after in (("portable C++ loop", "table in a register, fp32"),
+                      ("table in a register, fp32", "16-bit integers"),
+                      ("16-bit integers", "two blocks at a time"),
+                      ("two blocks at a time", "four streams of rows")):
+    print(f"{after}: {found[after] / found[before]:.1f} times as fast")
 
 # %% [markdown]
 # What to see: the largest factor, seven, is one idea, a table that stays in a
-# register instead of a loop over numbers; integers instead of floats and two
-# blocks at a time bring 1.6 times each. Four streams of rows help Zen 3 by a
-# sixth and Zen 4 not at all, where bytes for `vpdpbusd` help; there reading is
-# faster still than two cores can multiply. In numbers, for Zen 3:
+# register instead of a loop over numbers. Integers instead of floats and two
+# blocks at a time bring 1.6 to 1.7 times each. Four streams of rows help Zen 3
+# by a sixth or so, and Zen 4 not at all: there a step forward was none.
+#
+# The kernel of the model is a little slower than the best of the steps on Zen
+# 3. It also makes the integers and rounds the result, and its digits were
+# chosen for an instruction that Zen 3 lacks.
 
-# %% tags=["hide-input"]
-steps = measured("steps", default=[])
-names = list(dict.fromkeys(step["name"] for step in steps))
-threads = sorted({step["threads"] for step in steps})
-found = {(step["name"], step["threads"]): step["gb_per_s"] for step in steps}
-if names:
-    print("GB/s with threads:".ljust(30),
-          *(f"{count:>6}" for count in threads))
-else:
-    print("not measured yet")
-for name in names:
-    row = (found.get((name, count)) for count in threads)
-    print(name.ljust(30),
-          *("     -" if speed is None else f"{speed:6.2f}" for speed in row))
-if {"plain torch", "the chapter's kernel", "only reading"} <= set(names):
-    torchs, ours, most = (found[name, threads[-1]] for name in (
-        "plain torch", "the chapter's kernel", "only reading"))
-    print(f"of reading: torch {torchs / most:.0%}, kernel {ours / most:.0%}")
+# %% [markdown] tags=["measured"]
+# Plain torch moves 8.5 times the bytes ([roofline](roofline.ipynb)), which
+# explains only part of its distance from reading. The rest is its table,
+# looked up in memory a byte at a time. It was run once; its run on one thread
+# of Zen 3 is left out, as it took five times as long as the one on two, which
+# two threads do not explain. Something else was running.
 
 # %% [markdown]
-# The last line is the operator as the model calls it
-# ([packed](packed.ipynb)): it also makes the integers and rounds the result.
-# Its bytes were chosen for `vpdpbusd`; with AVX2 alone they gain nothing over
-# the 16-bit numbers in four streams. Plain torch moves 8.5 times the bytes,
-# which explains only part of its distance from reading; the rest is its table,
-# looked up in memory a byte at a time. (It was run once, and its run on one
-# thread is left out: it took five times as long as the one on two, which two
-# threads do not explain; something else was running.)
+# ## The naive version
+#
+# Run ours, run theirs, divide. But memory delivered between 33 and 45 GB/s on
+# that machine, changing within minutes. Let two programs be *equally* fast,
+# limited by memory alone. How far apart do they seem?
+
+# %%
+import torch
+
+draw = torch.Generator().manual_seed(0)
+memory = 33 + 12 * torch.rand(10_000, 9, 2, generator=draw)
+ratios = memory[..., 0] / memory[..., 1]
+for rounds in (1, 2, 9):
+    apart = (ratios[:, :rounds].median(1).values - 1).abs()
+    print(f"{rounds} round{'s' * (rounds > 1)}: nine times in ten within "
+          f"{apart.quantile(0.9):.0%}")
+
+# %% [markdown]
+# One round may find a difference of a fifth where there is none. So engines
+# take turns, a ratio near 1 counts as even, and beside each speed stands a
+# ruler: how fast memory was in the same process.
+#
+# ## Derivation
+#
+# The ruler is the floor {eq}`kernels-floor` of the [roofline](roofline.ipynb):
+# a token that reads $b$ bytes takes at least $b/\beta$ seconds. Two programs
+# that read the same bytes at memory's speed take the same time; then only
+# fewer bytes are faster.
+#
+# For a prompt there is another limit. $N$ tokens make $NK$ picks, $NK/E$ for
+# each expert, and each weight costs $2NK/E$ operations for its 17/32 bytes.
+# With $\beta$ bytes and $\pi$ operations a second both take equally long when
+#
+# $$ N = \frac{17}{64}\, \frac{E}{K}\, \frac{\pi}{\beta} .
+# $$ (kernels-crossing)
+
+# %%
+READ, OPERATE = 30e9, 2 * 32 * 3e9  # a second: two cores of 3 GHz, AVX2
+E, K = big.num_local_experts, big.num_experts_per_tok
+crossing = 17 / 64 * E / K * OPERATE / READ
+in_experts = 2 * K * big.num_hidden_layers * expert_size(big)
+print(f"experts are limited by arithmetic from about {crossing:.0f} tokens "
+      f"on;\nthey take {in_experts / 1e9:.1f} of a token's "
+      f"{flops_per_token(big, 0) / 1e9:.1f} GFLOP")
 
 # %% [markdown]
 # ## Code
 #
-# ### A clock beside a ruler
+# ### What is measured, and beside what?
 #
-# `bench` runs what a user runs, `generate`, and looks at the clock. The speed
-# of memory is measured in the same process: a sum over 1 GiB, which torch
-# computes as fast as the numbers arrive: `read_speed` of the
-# [roofline](roofline.ipynb).
+# `measure` runs what a user runs, `generate`, and looks at the clock. The
+# first token ends the reading of the prompt; each later one is a step of
+# decoding. Of all steps the median is told, and the slow and the fast tenth
+# beside it: a mean would be moved by one interruption. Memory is measured in
+# the same process by `read_speed`. Too long a prompt for the model is refused
+# with a KernelError.
 
 # %% tags=["export"]
 import statistics
@@ -235,6 +282,11 @@ def measure(path: str | Path, prompt_tokens: int = 512, new_tokens: int = 32,
                 bytes_read_per_token(model.config) - saved_bytes(model),
                 read_speed())
 
+# %% [markdown]
+# Two runs by hand, one with times to its tokens of 0.5, 0.6, 0.8 seconds and
+# one of 0.25, 0.35, 0.4; a token that reads 1,000 bytes, and memory at 50,000
+# bytes a second:
+
 # %%
 told = summarise([[0.5, 0.6, 0.8], [0.25, 0.35, 0.4]], 100, 1000, 50000.0)
 for name in ("time_to_first_token", "decode_tokens_per_second",
@@ -318,7 +370,7 @@ with torch.inference_mode():
 print("bf16: the same choice wherever the best token leads by 0.25")
 print("float32: the same bits")
 
-# %% [markdown]
+# %% [markdown] tags=["measured"]
 # So what does *identical* mean for two paths? In float32 it is literal: the
 # kernels step aside, and both paths are one. In bf16 it cannot be. Counted
 # once, on the Zen 3 and with the small model that was shipped then: over 16
@@ -329,20 +381,20 @@ print("float32: the same bits")
 # The other three parted where two words were nearly as good: their exact
 # logits differed by less than 0.05, and at that size one step of bf16 is
 # 0.06. Both paths are right to within their format; neither is the reference.
-# These counts are one processor's. What holds on all is held by the tests in
-# `tests/kernels/`: in bf16 two texts part only where the exact logits
-# are within 0.25.
 
 # %% [markdown]
+# What holds on all processors is held by the tests in `tests/kernels/`: in
+# bf16 two texts part only where the exact logits are within 0.25.
+#
 # ## Against the others
 #
-# llama.cpp multiplies MXFP4 by activations in 8 bits
-# (`ggml_vec_dot_mxfp4_q8_0`). transformers
-# keeps the experts packed on a CPU only with Triton and kernels from the Hub;
-# without, it decodes them to bf16 while loading. Then it reads 2 bytes a
-# weight instead of 17/32, needs 42 GB for the 20b, and multiplies with torch's
-# bf16 product. Both formulas beside ours, on rows of 2880 weights and
-# activations in bf16:
+# ### Do they compute the same?
+#
+# llama.cpp multiplies MXFP4 by activations in 8 bits. transformers keeps the
+# experts packed on a CPU only with Triton and kernels from the Hub; without,
+# it decodes them to bf16 while loading, reads 2 bytes a weight instead of
+# 17/32, and multiplies with torch's bf16 product. Both formulas beside ours,
+# on rows of 2880 weights and activations in bf16:
 
 # %%
 from gptoss.model.ops import mxfp4_linear
@@ -373,6 +425,105 @@ eight, bf16, ours = (off(y, exact) for y in formulas.values())
 assert ours < 1.001 * bf16 and 3 * ours < eight
 
 # %% [markdown]
+# ### Who is faster?
+#
+# `bench/compare.py` runs the engines on one checkpoint of random weights, each
+# alone with both cores, in turns. Here is all that it found, wins and losses:
+# our tokens a second over theirs. *compact* is ours with dense matrices in
+# [twelve bits](twelve_bits.ipynb). llama.cpp has its experts in MXFP4 and its
+# dense matrices in bf16, or rounded to 8 bits (`q8_0`), which is fewer bytes
+# and another model. `16` is a prompt of 16 tokens; all others have 512. Within
+# a tenth of 1 we call it even.
+
+# %% tags=["hide-input"]
+def verdict(ratio: float) -> str:
+    return "faster" if ratio > 1.1 else "slower" if ratio < 0.9 else "even"
+
+
+pairs = []  # machine, shape, theirs, ours; decode, prefill; GiB of both
+for machine, saved in (("Zen 3", MEASURED), ("Zen 4", ON_AVX512)):
+    for shape in ("20b", "4 layers", "4 layers, 16", "2 layers"):
+        engines = measured(shape, found=saved, default={})
+        for theirs in (name for name in engines if "ours" not in name):
+            for ours in ("ours", "ours-compact"):
+                if ours in engines:
+                    a, b = engines[ours], engines[theirs]
+                    pairs.append((
+                        machine, shape, theirs, ours.replace("ours-", ""),
+                        *(a[key] / b[key] for key in (
+                            "decode_tokens_per_second",
+                            "prefill_tokens_per_second")),
+                        *(x["peak_rss_bytes"] / 2 ** 30 for x in (a, b))))
+print("machine shape        beside             ours      decode         "
+      "prefill  GiB, theirs")
+for machine, shape, theirs, ours, token, prompt, gib, other in pairs:
+    print(f"{machine:7} {shape:12} {theirs:18} {ours:8} {token:5.2f} x "
+          f"{verdict(token):6} {prompt:6.2f} x {gib:4.0f} {other:6.0f}")
+
+# %% tags=["hide-input"]
+# Figure: a dot for each comparison of decoding, on a logarithmic axis of our
+# speed over theirs. Against llama.cpp the dots lie between 0.84 and 1.5 around
+# the line at 1; against transformers between 3.5 and 35.
+fig, ax = plt.subplots(figsize=(7.0, 3.6))
+groups = list(dict.fromkeys((row[0], row[1], row[2]) for row in pairs))
+for y, group in enumerate(groups):
+    for row in pairs:
+        if row[:3] == group:
+            plain = row[3] == "ours"
+            ax.plot(row[4], y, "o" if plain else "D", ms=6,
+                    color="C0" if plain else "C1")
+ax.axvline(1, color="k", lw=1)
+ax.axvspan(0.9, 1.1, color="0.92")
+ax.set_yticks(range(len(groups)), [f"{m}, {s}: {t}" for m, s, t in groups])
+ax.set(xscale="log", xlim=(0.7, 45), ylim=(len(groups) - 0.4, -1.2),
+       xlabel="decode: our tokens a second over theirs")
+ax.set_xticks([0.8, 1, 1.5, 3, 10, 30], ["0.8", "1", "1.5", "3", "10", "30"])
+ax.minorticks_off()
+ax.text(0.88, -0.8, "slower", ha="right", fontsize=8)
+ax.text(1.13, -0.8, "faster", fontsize=8)
+ax.text(5, -0.8, "ours", color="C0", fontsize=8)
+ax.text(8, -0.8, "ours, compact", color="C1", fontsize=8)
+plt.show()
+
+# %% [markdown] tags=["measured"]
+# *Where we win.* A prompt is read 1.8 times as fast as by llama.cpp and more,
+# by the tiles of [many rows](many_rows.ipynb). On Zen 3 decode of the 20b is
+# 1.4 times as fast as llama.cpp with bf16 (1.46 and 1.41 in two rounds), at 83
+# and 84 % of memory's speed. transformers, for which torch has no fast product
+# in bf16 with AVX2, takes 35 times as long for a token there; in fp32, at 2
+# layers, 3.5 times. The 20b peaks at 12 to 13 GiB where llama.cpp takes 21 to
+# 23, and loads in 0.2 s, because a page of the file is read when it is first
+# touched.
+#
+# *Where we do not.* Beside llama.cpp with q8_0, which rounds the dense
+# matrices and reads 2.6 GB a token where ours keeps every number and reads
+# 3.7, decode is even or little more: 1.10 and 1.12 on Zen 3, 1.07 and 1.09 on
+# Zen 4. With 4 of the layers, where the head weighs most, **we lose**: 0.84
+# times as many tokens, and in twelve bits as many. In three more rounds of the
+# 20b on Zen 4 with 128 tokens of prompt, which are not in the table, with
+# memory at 30 to 63 GB/s, it was 0.98, 1.07 and 1.43 times as fast as
+# llama.cpp with bf16. Twelve bits bring less than they save where the experts'
+# product is limited by the processor: on Zen 3, 9.6 and 9.8 tokens a second
+# instead of 9.6 and 9.4.
+#
+# *What is uncertain.* A ratio is good to a tenth or so, and a share of
+# memory's speed, which is measured after the runs, to a fifth: one file holds
+# a share of 109 %, which says that memory was slower by then. Those on Zen 4
+# were measured before the [step](step.ipynb) was recorded.
+#
+# *Long texts*, by `bench/lengths.py`: a token of the 20b at position 8192 took
+# 1.20 times as long as one at 128 (150 and 126 ms, in a run that still touched
+# experts for the first time). The time for a token of a prompt, at 4 layers,
+# was 6.5 ms with 512 tokens and 6.4 with 4096.
+
+# %% [markdown]
+# **Not run at all**, for want of such machines: the kernels on an ARM
+# processor. The file compiles for one, and the product in NEON, run in an
+# emulator (QEMU), agrees with float64 as the others do; how fast it is, nobody
+# has seen. Nor has a GPU run [its kernels](gpu.ipynb).
+#
+# ### Which path did I take?
+#
 # A fast path that is not taken leaves the text right, so nobody notices.
 # SGLang padded the experts to a width that its CPU kernels do not take, and
 # gpt-oss went through the slow path (sgl-project/sglang#31334); transformers
@@ -381,115 +532,11 @@ assert ours < 1.001 * bf16 and 3 * ours < eight
 # which `bench` prints, and a missing compiler is one line in the log.
 
 # %% [markdown]
-# `bench/compare.py` runs the three on one checkpoint of random weights, one
-# after the other on the same machine, and divides. What it found:
-
-# %% tags=["hide-input"]
-def number(value, width: int, digits: int = 1) -> str:
-    return " " * (width - 1) + "-" if value is None else (
-        f"{value:{width}.{digits}f}")
-
-
-def table(saved: dict) -> None:
-    """One line an engine and shape, the speeds beside those of ours."""
-    print(measured("machine", "words", found=saved, default="not measured"))
-    print("tokens a second".ljust(33), " decode  prefill  GiB   ours is "
-          "faster by")
-    for shape in ("20b", "4 layers", "4 layers, 16", "2 layers", "shipped"):
-        engines = measured(shape, found=saved, default={})
-        best, copy = (engines.get(name, {}).get
-                      for name in ("ours", "ours-compact"))
-        for engine, result in engines.items():
-            speeds, mine = ([get(f"{part}_tokens_per_second")
-                             for part in ("decode", "prefill")]
-                            for get in (result.get, best))
-            faster = [f"{a / b:.2f} x"
-                      for a, b in zip(mine, speeds, strict=True) if a and b]
-            twelve = copy("decode_tokens_per_second")
-            if twelve:
-                faster.append(f"compact {twelve / speeds[0]:.2f} x")
-            share = result.get("read_bandwidth_share", 0)
-            remark = (", ".join(faster) if not engine.startswith("ours")
-                      else "" if result["prompt_tokens"] < 512 else
-                      f"{share:.0%} of memory's speed"
-                      + (" (see below)" if share > 1 else ""))
-            memory = result.get("peak_rss_bytes")
-            print(shape.ljust(12), engine.ljust(20), number(speeds[0], 7),
-                  number(speeds[1], 8),
-                  number(memory and memory / 2 ** 30, 5), "  ",
-                  remark)
-
-
-table(MEASURED)
-token = bytes_read_per_token(big)
-in_four_bits = (big.num_hidden_layers * big.num_experts_per_tok * 17 / 32
-                * expert_size(big))
-dense = token - in_four_bits  # 2 bytes a weight; in Q8_0 34/32
-print(f"a token of the 20b with Q8_0: "
-      f"{(token - dense * (1 - 17 / 32)) / 1e9:.1f} GB")
-
-# %% [markdown]
-# Each engine ran alone with both cores (the shipped model with one thread),
-# with 512 tokens of prompt (16 in the second group, 128 for the shipped one),
-# llama.cpp with experts in MXFP4 and dense matrices in bf16 or Q8_0. Engines
-# took turns, and of two rounds the one with the faster decode counts (one
-# round for 4 and 2 layers). Memory delivers 33 to 45 GB/s here, changing
-# within minutes, so that a ratio is good to a tenth or so, and a share of
-# memory's speed, which is measured after the runs, to a fifth.
-#
-# *Decode.* In the two rounds the 20b wrote 9.6 and 9.4 tokens a second,
-# llama.cpp with bf16 6.6 and 6.7, with Q8_0 8.7 and 8.3. That is 1.46 and 1.41
-# times as many as the first, and 1.10 and 1.12 times as many as the second,
-# though Q8_0 rounds the dense matrices and reads 2.6 GB for a token where ours
-# keeps every number and reads 3.7. Ours used 83 and 84 % of memory's speed.
-# In twelve bits, 3.1 GB, it wrote 9.6 and 9.8: where the experts' product is
-# limited by the processor, which with AVX2 does some 14 GB/s a thread, reading
-# less brings less.
-#
-# *The rest.* A prompt is read 1.8 times as fast as by llama.cpp. The 20b loads
-# in 0.2 s, because a page of the file is read when it is first touched, and
-# peaks at 12 to 13 GiB where llama.cpp takes 21 to 23; with the copies it is
-# 1.4 s and 14 GiB. torch has no fast product in bf16 for AVX2, and
-# transformers takes 35 times as long for a token and 123 times for a prompt of
-# 16; in fp32, at 2 layers, it takes 3.5 times as long for a token and 2.1
-# times for a prompt of 512.
-#
-# *Long texts*, by `bench/lengths.py`: a token of the 20b at position 8192 took
-# 1.20 times as long as one at 128 (150 and 126 ms, in a run that still touched
-# experts for the first time). The time for a token of a prompt, at 4 layers,
-# was 6.5 ms with 512 tokens and 6.4 with 4096.
-#
-# With AVX-512 llama.cpp's bf16 product comes near the speed of memory as well,
-# and two programs that read the same bytes at that speed take the same time.
-# These were measured while every token was still made in Python, without a
-# [step](step.ipynb) that is called again:
-
-# %% tags=["hide-input"]
-table(ON_AVX512)
-
-# %% [markdown]
-# There decode was 1.25 times as fast as llama.cpp's with bf16, in both rounds,
-# and 1.07 and 1.09 times as with Q8_0. With 4 of the layers, where the head
-# weighs most, we lost to Q8_0: ours wrote 0.84 times as many tokens, and in
-# twelve bits as many. In three more rounds of the 20b with 128 tokens of
-# prompt, which are not in the table, with memory at 30 to 63 GB/s, it was
-# 0.98, 1.07 and 1.43 times as fast as llama.cpp with bf16, in twelve bits
-# 1.51, 1.31 and 1.23 times. No program reads faster than memory delivers: the
-# share above 100 % says that memory, which is measured after the run, was
-# slower by then.
-#
-# **Not run at all**, for want of such machines: the kernels on an ARM
-# processor. The file compiles for one, and the product in NEON, run in an
-# emulator (QEMU), agrees with float64 as the others do; how fast it is, nobody
-# has seen.
-
-# %% [markdown]
 # ## In the 20b and the 120b
 #
 # The kernels take 32 columns and, in tiles, 16 rows at a time. In the released
 # models every width is a multiple of 32 and every number of rows one of 16, so
-# no matrix leaves a remainder. The floor {eq}`kernels-floor`, for a memory
-# that delivers 30 GB/s:
+# no matrix leaves a remainder.
 
 # %%
 from gptoss.weights.layout import tensor_table
@@ -508,34 +555,8 @@ for name, config in (("20b", big), ("120b", GptOssConfig.gpt_oss_120b())):
 # %% [markdown]
 # The 120b has four times the experts and reads only a third more for a token:
 # 36 layers instead of 24, with four experts each, and the same head. Where its
-# 65 GB fit in memory it decodes at three quarters of the 20b's speed. With the
-# dense matrices in [twelve bits](twelve_bits.ipynb) the floor of the 20b is a
-# sixth lower.
-
-# %% [markdown]
-# ## Cost
-#
-# In prefill, $N$ tokens make $NK$ picks; with enough of them every expert is
-# hit, and its weights are decoded once whatever $N$ is. Arithmetic per byte
-# then grows with $N$, until the processor, not memory, is the limit. With
-# $\beta$ bytes and $\pi$ operations a second, the $2NK/E$ operations for a
-# weight take as long as its 17/32 bytes when
-#
-# $$ N = \frac{17}{64}\, \frac{E}{K}\, \frac{\pi}{\beta} .
-# $$ (kernels-crossing)
-#
-# For two cores of 3 GHz that do 32 operations a cycle each:
-
-# %%
-READ, OPERATE = 30e9, 2 * 32 * 3e9  # a second
-E, K = big.num_local_experts, big.num_experts_per_tok
-crossing = 17 / 64 * E / K * OPERATE / READ
-in_experts = 2 * K * big.num_hidden_layers * expert_size(big)
-others = flops_per_token(big, 0) - in_experts
-assert abs(others / dense - 1) < 0.01  # two operations for two bytes
-print(f"experts are limited by arithmetic from about {crossing:.0f} tokens "
-      f"on;\nthey take {in_experts / 1e9:.1f} of a token's "
-      f"{flops_per_token(big, 0) / 1e9:.1f} GFLOP")
+# 65 GB fit in memory it should decode at three quarters of the 20b's speed;
+# nobody has run it here.
 
 # %% [markdown]
 # ## Takeaways
@@ -545,7 +566,7 @@ print(f"experts are limited by arithmetic from about {crossing:.0f} tokens "
 # - The largest factor, seven, is a table in a register; fewer instructions for
 #   each byte brought another three.
 # - Where two programs read the same bytes at memory's speed, they take the
-#   same time: then only fewer bytes are faster.
+#   same time: then only fewer bytes are faster, and who rounds may win.
 # - Fast and plain path are each right to within bf16, and identical in
 #   float32, where the kernels step aside.
 # - A measurement names its machine, is taken in turns, and tells its losses.
@@ -560,6 +581,10 @@ print(f"experts are limited by arithmetic from about {crossing:.0f} tokens "
 # be than at 30 GB/s for both? And if the dense matrices were free instead?
 
 # %% tags=["hide-cell"]
+token = bytes_read_per_token(big)
+in_four_bits = (big.num_hidden_layers * big.num_experts_per_tok * 17 / 32
+                * expert_size(big))
+dense = token - in_four_bits
 for free, left in (("experts", dense), ("dense matrices", in_four_bits)):
     print(f"{free} free: {token / left:.1f} times as fast")
 assert token / dense < 2 < token / in_four_bits
@@ -567,18 +592,30 @@ assert token / dense < 2 < token / in_four_bits
 # %% [markdown]
 # ### Exercise 2
 #
-# Memory delivers 33 to 45 GB/s here, and changes within minutes. Two equally
-# fast programs are run in turns. How far apart do they seem to be in one
-# round, and in the median of nine?
+# llama.cpp with q8_0 stores the dense matrices in 34 bytes for 32 numbers. How
+# many bytes does a token of the 20b read then, and how much faster could it be
+# than ours in sixteen and in twelve bits, if all run at memory's speed?
 
 # %% tags=["hide-cell"]
-draw = torch.Generator().manual_seed(0)
-speeds = 33 + 12 * torch.rand(10_000, 9, 2, generator=draw)
-ratios = speeds[..., 0] / speeds[..., 1]
-for rounds in (1, 9):
-    apart = (ratios[:, :rounds].median(1).values - 1).abs()
-    print(f"{rounds} round{'s' * (rounds > 1)}: nine times in ten within "
-          f"{apart.quantile(0.9):.0%}")
+sizes = {"q8_0": in_four_bits + dense * 34 / 64, "sixteen bits": token,
+         "twelve bits": in_four_bits + dense * 3 / 4}
+for name, size in sizes.items():
+    print(f"{name:12} {size / 1e9:.1f} GB a token; q8_0 could be "
+          f"{size / sizes['q8_0']:.2f} times as fast")
+
+# %% [markdown]
+# ### Exercise 3
+#
+# Of a hundred steps 99 take 10 ms and one takes 500, since another program was
+# running. What do mean and median say in tokens a second? And what does
+# `rates` report?
+
+# %% tags=["hide-cell"]
+steps = [0.01] * 99 + [0.5]
+told = rates("tokens_per_second", steps)
+print(f"mean {len(steps) / sum(steps):.0f}, median "
+      f"{told['tokens_per_second']:.0f} tokens a second; the slow tenth "
+      f"{told['tokens_per_second_spread']['low']:.0f}")
 
 # %% [markdown]
 # ## Sources

@@ -13,17 +13,17 @@
 #     module: step
 #     public: [DecodeStep, call_again, can_record, cuda_graph]
 # ---
-
 # %% [markdown]
 # # A step that can be called again
 #
 # ## Question
 #
-# What in a step of decoding never changes? One token of the 20b is some 2,400
-# operators in plain torch and 700 with kernels, and every one of them is
+# What in a step of decoding never changes? One token of the 20b is 2,411
+# operators in plain torch and some 700 with kernels, and every one of them is
 # called out of Python, with arguments that are looked up again: ten
 # microseconds a call, as long as a small operator takes to compute. But the
-# calls of one step are those of the next.
+# calls of one step are nearly those of the next. Make them *exactly* those,
+# and they can be written down once and made again without Python.
 
 # %%
 import logging
@@ -34,9 +34,11 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gptoss
 from gptoss.kernels.build import load_kernels
+from gptoss.model.transformer import GptOss
 from gptoss.weights.config import GptOssConfig
 from gptoss.weights.sizes import bytes_read_per_token
 
@@ -46,14 +48,34 @@ plt.style.use("../_static/book.mplstyle")
 path = load_kernels()
 big = GptOssConfig.gpt_oss_20b()
 
+
+class Notes(TorchDispatchMode):
+    """Notes every operator that is called: it, its arguments, its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        self.calls.append((op, args, kwargs or {}, result))
+        return result
+
+
+zero = torch.zeros(1, 1, dtype=torch.int64, device="meta")  # only a shape
+with Notes() as notes:
+    GptOss(big, device="meta").run(zero, zero)
+launches = sum(not op.is_view for op, *_ in notes.calls)  # that compute
+print(f"{launches:,} operators in plain torch, the experts of a layer taken "
+      "for one")
+
 # %% [markdown]
 # ## Picture
 #
 # Which memory does a step look at? Left, the keys of a full layer that an
 # ordinary forward gets: one more in every step, so every step is another
 # computation. Right, the same steps with a *fixed* number of slots: those that
-# hold nothing yet say so by their position, -1, and no query sees them. What
-# changes from step to step now is numbers, no longer shapes.
+# hold nothing yet say so by their position, -1, and no query sees them.
 
 # %% tags=["hide-input"]
 # Figure: two grids, a row a step of decoding, a column a slot. Left, row n
@@ -80,58 +102,81 @@ axes[0].set_ylabel("step")
 plt.show()
 
 # %% [markdown]
-# ## Derivation
+# What to see: on the right the shape stays, and only numbers change.
 #
-# On a GPU a step of decode has another floor than memory. How many kernels
-# does one token of the 20b launch? Every operator that computes is one at
-# least; on the meta device they can be counted without computing any.
+# ## The naive version
+#
+# The shipped model, three tokens, the ordinary way. What keys (B, S, G, C) is
+# attention given in the last layer, a full one?
 
 # %%
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from gptoss.model.transformer import GptOss
-
-
-class Launches(TorchDispatchMode):
-    """Counts operators that compute something; a view does not."""
-
-    count = 0
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        self.count += not operator.is_view
-        return operator(*args, **(kwargs or {}))
-
-
-token_zero = torch.zeros(1, 1, dtype=torch.int64, device="meta")
-with Launches() as launches:  # weights that learn: what torch is made of runs
-    GptOss(big, device="meta").run(token_zero, token_zero)
-print(f"{launches.count:,} with plain torch, the experts of a layer taken "
-      "for one")
-assert launches.count * 5e-6 > 9 * bytes_read_per_token(big) / 3e12
+POCKET = Path(gptoss.__file__).parent / "pocket"
+narrow = GptOss.from_pretrained(POCKET, dtype=torch.float32)
+cache = narrow.new_cache()
+for token in (5, 6, 7):
+    with torch.inference_mode(), Notes() as notes:
+        narrow(torch.tensor([[token]]), cache=cache)
+    given = [args[1] for op, args, *_ in notes.calls
+             if "sink_attention" in op.name()]
+    print("keys", tuple(given[-1].shape))
 
 # %% [markdown]
-# If the host needs 5 µs for each (an assumption, not measured here), launching
-# takes 12 ms, and reading 3.7 GB at 3 TB/s would take 1.2. Fused kernels make
-# fewer launches; a *CUDA graph* makes one of all: they are recorded once, with
-# their arguments, and replayed by a single call. What is recorded is addresses
-# and sizes, so it holds for the next token only if
+# A recording of the first of these steps would be of no use to the second: it
+# holds one key. To be called again, a step must keep three rules:
 #
 # 1. every tensor has the same shape at every step,
 # 2. it lies where it lay, and what changes is written into it,
-# 3. nothing waits for the device to choose what comes next.
+# 3. nobody looks at a number to choose what comes next.
 #
-# `model(token, cache=cache)` breaks all three: what full layers see grows by a
-# slot a token, the state is a new tensor each time, and its checks ask whether
-# ids and positions are right. `Stack.run`, of the
-# [transformer](../model/transformer.ipynb), does none of this, it computes;
-# what it needs is a cache that answers in one shape. A slot that holds nothing
-# has position -1, and no query sees it. So the whole ring and the first 256,
-# 512, 1024 ... slots of full layers, empty ones too, are as good an answer as
-# the filled part.
+# `model(token, cache=cache)` breaks all three: full layers see a slot more,
+# the cache's state is a new tensor each time, and checks ask whether ids and
+# positions are right.
+#
+# ## Derivation
+#
+# The model's arithmetic, `Stack.run` of the
+# [transformer](../model/transformer.ipynb), breaks none of them. What it needs
+# is a cache that answers in one shape. Is an empty slot really nothing? Here
+# is attention of one head, by growing and by fixed keys. (An empty slot may
+# hold anything; its score becomes $-\infty$ and its weight 0.)
+
+# %%
+generator = torch.Generator().manual_seed(0)
+slots, C = 8, 4
+keys = torch.full((slots, C), 99.0)  # fixed memory, rubbish in it
+positions = torch.full((slots,), -1)  # -1: empty
+length, query = torch.zeros(1, dtype=torch.int64), torch.zeros(C)
+weights = torch.zeros(slots)
+
+
+def fixed_step() -> None:
+    """Same shapes, same addresses, no number looked at."""
+    keys.index_copy_(0, length, query[None])  # the new key into its slot
+    positions.index_copy_(0, length, length)
+    seen = (positions >= 0) & (positions <= length)
+    scores = (keys @ query).masked_fill(~seen, float("-inf"))
+    weights.copy_(scores.softmax(0))
+    length.add_(1)
+
+
+grown = torch.zeros(0, C)
+for _ in range(3):
+    query.copy_(torch.randn(C, generator=generator))
+    grown = torch.cat([grown, query[None]])
+    fixed_step()
+    print("fixed", [round(w, 3) for w in weights.tolist()], "| growing",
+          [round(w, 3) for w in (grown @ query).softmax(0).tolist()])
+
+# %% [markdown]
+# So the whole ring of a sliding layer, and the first 256, 512, 1024 … slots of
+# a full one, answer as well as the filled part.
 #
 # ## Code
 #
-# ### Fixed shapes
+# ### What does the model get instead of a cache?
+#
+# A `FixedView`: for each layer the same memory in two shapes, to read (`seen`)
+# and to write (`lines`); for each kind where to write and what the slots hold.
 
 # %% tags=["export"]
 import logging
@@ -146,17 +191,11 @@ from gptoss.kernels.compact import CompactLinear
 from gptoss.model.cache import Cache, FullCache
 from gptoss.model.rows import CacheError, Rows
 from gptoss.model.layers import (
-    MLP,
-    Attention,
-    Block,
-    Embedding,
-    Experts,
-    Linear,
-    RMSNorm,
-    Router,
-)
+    MLP, Attention, Block, Embedding, Experts, Linear, RMSNorm, Router)
 from gptoss.model.transformer import GptOss, ModelError, Stack, check_tokens
 from gptoss.model.ops import has_kernel
+
+Work = Callable[[], None]
 
 
 @dataclass
@@ -179,57 +218,212 @@ class FixedView:
         return *self.seen[layer], self.positions[kind]
 
 # %% [markdown]
-# The new token's keys go into the lines that its slots have in memory
-# (`scatter_` along the slots would need no numbers of lines, but it copies a
-# cache whose heads lie apart: 100 to 200 µs a call against 5).
+# ### What is a step?
 #
-# ### For CUDA: a graph
+# Read `_run` first, the last method: it is `fixed_step` for a whole model.
+# Where the tokens go, which slots they see, the model, the greedy choice for
+# the next step; and last of all the state, so that a step that fails has
+# changed none of it. The rest of the class keeps the rules: `_see` shows twice
+# as many slots when they run out, and only then must a step be recorded again.
 #
-# Recording follows torch's notes on CUDA graphs: some runs on another stream
-# first, so that what happens once (compiling a kernel, a library's work space)
-# is not recorded. Those runs write, so each is undone.
+# Cache and step must not disagree. They cannot if they hold the same tensors:
+# the step puts its own, which it changes in place, into the cache as its
+# `rows` (`_take_over`). Whoever else uses the cache puts other `Rows` there
+# ([cache](../model/cache.ipynb)); the step notices by their identity and
+# copies. Only then does it look at numbers, to learn the lengths; after that
+# Python counts along. What it refuses, before anything is written: no room, or
+# a rollback whose tokens wait to be fed again (CacheError); tokens of another
+# shape, type or range, or none where it has not chosen any (ModelError).
 
 # %% tags=["export"]
-Work = Callable[[], None]
+def _lines(memory: Tensor) -> Tensor:
+    """(B, S, G, C), as a cache lays it out -> the same memory, (…, C)."""
+    return memory.transpose(1, 2).view(-1, memory.shape[-1])
 
 
-def cuda_graph(run: Work, undo: Work) -> Work:
-    """Record what run() launches; returns a function that launches it.
+class DecodeStep:
+    """One token a row: fixed shapes, fixed addresses, no waiting.
 
-    For the current CUDA device. undo() takes back what a run() changed, so
-    that nothing has changed on return. RuntimeError from torch if run()
-    waits for the device. Source: torch's notes, "CUDA Graphs".
+    DecodeStep(model, cache, capture=None): step(tokens), int64 (B, 1), gives
+    the logits (B, 1, V) of model(tokens, cache=cache), in a tensor that the
+    next step overwrites; step() feeds the greedy choice of the step before.
+    Every row takes a token: feed a finished one anything. The cache stays
+    usable by others. What `can_record` is recorded at the first step and
+    whenever the tapes outgrow what is seen of them: as a CUDA graph
+    (`use_triton` first), by `call_again` on the CPU, or by another
+    capture(run, undo); weights must stay where they are. ids in CUDA
+    tensors are not checked.
+    CacheError: no room, a replay under way, a cache that does not fit.
+    ModelError: tokens of another shape or type, or out of range.
     """
-    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-            undo()
-    current.wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):  # recorded, not run
-        run()
-    return graph.replay
+
+    def __init__(self, model: GptOss, cache: Cache,
+                 capture: Callable[[Work, Work], Work] | None = None) -> None:
+        weight, B = model.embed_tokens.weight, cache.batch_size
+        like = Cache(model.config, B, cache.max_tokens, weight.dtype, "meta",
+                     cache.slack)
+        if self._kind(like) != self._kind(cache) or (
+                cache.lengths.device != weight.device):
+            raise CacheError("cache: expected one of model.new_cache(), found "
+                             "other layers, shapes, dtype or device")
+        if capture is None and can_record(model):
+            capture = cuda_graph if weight.is_cuda else call_again
+        if capture is None and weight.is_cuda:
+            raise ModelError("model: expected packed experts and use_triton()"
+                             ", for a CUDA graph of the step")
+        self.model, self.cache, self._capture = model, cache, capture
+        size, device = cache.rows.ring.shape[1], weight.device
+        self._rows: Rows | None = None  # what the step left in the cache
+        with torch.inference_mode(False):  # in any mode they can be changed
+            self.tokens = torch.zeros(B, 1, dtype=torch.int64, device=device)
+            self.lengths = torch.zeros_like(self.tokens[:, 0])
+            self.ring = self.tokens.repeat(1, size)
+            self.heads = torch.arange(B * cache.layers[0].k.shape[2],
+                                      device=device).view(B, -1)
+            self.logits = torch.zeros(B, 1, model.config.vocab_size,
+                                      dtype=weight.dtype, device=device)
+        self._see(1)
+
+    @staticmethod
+    def _kind(cache: Cache) -> list[tuple]:
+        return [(type(x), x.k.dtype, len(x.k), x.k.shape[2:],
+                 isinstance(x, FullCache) or x.k.shape[1])
+                for x in cache.layers]
+
+    def _see(self, needed: int) -> None:
+        """Have slots for `needed` tokens: 256, 512, 1024 … of full layers."""
+        self.cache.reserve(needed)
+        layers, ring = self.cache.layers, self.ring.shape[1]
+        room = min([self.cache.limit[0], *(
+            x.k.shape[1] for x in layers if isinstance(x, FullCache))])
+        self._size = min(max(256, 1 << (needed - 1).bit_length()), room)
+        self._memory = [x.k for x in layers]
+        kinds = [int(isinstance(x, FullCache)) for x in layers]
+        self._strides, shown = (ring, room), (ring, self._size)
+        with torch.inference_mode(False):
+            self.slots = torch.arange(self._size, device=self.ring.device)
+            self._view = partial(
+                FixedView,
+                [(x.k[:, :shown[kind]], x.v[:, :shown[kind]])
+                 for x, kind in zip(layers, kinds, strict=True)],
+                [(_lines(x.k), _lines(x.v)) for x in layers], kinds)
+        self._launch: Work | None = None  # other addresses: record again
+
+    def _take_over(self) -> None:
+        """Copy the cache's state, if another than the step has changed it."""
+        rows = self.cache.rows
+        if rows is self._rows:
+            return
+        lengths, held = rows.lengths.tolist(), rows.held.tolist()
+        if lengths != held:
+            raise CacheError(f"rows: expected none to replay, found lengths "
+                             f"{lengths} after a rollback to {held}: feed "
+                             "these tokens to the model first")
+        self.lengths.copy_(rows.lengths)
+        self.ring.copy_(rows.ring)
+        self._rows = Rows(self.lengths, self.lengths, rows.start, self.ring)
+        self.cache.rows = self._rows
+        self._counts, self._chosen = lengths, False
+        if any(x.k is not k for x, k in zip(self.cache.layers, self._memory,
+                                            strict=True)):
+            self._size = 0  # full layers moved: look at them anew
+
+    def _check(self, tokens: Tensor | None) -> None:
+        expected = self.tokens.shape
+        if tokens is None:
+            if not self._chosen:
+                raise ModelError("tokens: expected some, for the cache was "
+                                 "not left by this step, found None")
+        elif tokens.shape != expected or tokens.dtype not in (torch.int64,
+                                                              torch.int32):
+            raise ModelError(f"tokens: expected int64 {tuple(expected)}, found"
+                             f" {tokens.dtype} {tuple(tokens.shape)}")
+        elif tokens.device.type == "cpu":  # elsewhere a look would wait
+            check_tokens(tokens, None, self.model.config)
+        needed = max(self._counts) + 1
+        if needed > self._size:
+            self._see(needed)
+
+    def _record(self) -> Work:
+        """What launches a step: `_run`, or a recording of it."""
+        state = (self.tokens, self.lengths, self.ring)
+        before = [x.clone() for x in state]
+
+        def undo() -> None:
+            for x, old in zip(state, before, strict=True):
+                x.copy_(old)
+        return self._capture(self._run, undo) if self._capture else self._run
+
+    @torch.inference_mode()
+    def __call__(self, tokens: Tensor | None = None) -> Tensor:
+        self._take_over()
+        self._check(tokens)
+        if tokens is not None:
+            self.tokens.copy_(tokens)
+        try:
+            self._launch = self._launch or self._record()
+            self._launch()
+        except BaseException:
+            slot = self.lengths[:, None] % self.ring.shape[1]
+            self.ring.scatter_(1, slot, -1)  # perhaps overwritten
+            self._rows = None
+            raise
+        self._counts = [n + 1 for n in self._counts]
+        self._chosen = True
+        return self.logits
+
+    def _run(self) -> None:
+        """Arithmetic on the step's own tensors: what a graph records."""
+        at = self.lengths[:, None]
+        place = at % self.ring.shape[1]
+        ring = self.ring.scatter(1, place, at)
+        full = self.slots.where(self.slots <= at, -1)
+        target = [(self.heads * stride + slot).flatten() for stride, slot
+                  in zip(self._strides, (place, at), strict=True)]
+        logits = self.model.run(
+            self.tokens, at, self._view(target, (ring, full)), 1)
+        self.logits.copy_(logits)
+        self.tokens.copy_(logits.max(-1).indices)
+        self.ring.copy_(ring)  # last, so that a failure leaves the state
+        self.lengths.add_(1)
 
 # %% [markdown]
-# ### For the CPU: called again
+# ### How are calls written down?
 #
-# A CUDA device records what is launched; a CPU has nothing of the kind, but
-# the idea works there, too. The calls of a step are written down once, while
-# they happen, and made again without Python.
-#
-# torch lets a callback look at every operator that is called, at its
-# arguments and its results; its profiler is made of that. Of an argument we
-# need to know where it came from. A result of a recorded call gets a *place*;
-# a tensor that no recorded call made (a weight, the cache, the step's own
-# tensors) stays the tensor it is. Operators that an operator calls are not
-# ours to call, so only the outermost count.
-#
-# Everything else is constant, and must be. A number read out of a tensor
-# (`x.item()`) would be frozen in every later step, so a call that makes of a
-# tensor something else is refused, as is a list of tensors, whose places are
-# not followed.
+# In Python by `Notes`, which we have. To make the calls again, each noted one
+# is made once more. An argument that an earlier call made is replaced by what
+# that call gives now; every other tensor is the same tensor as before, with
+# the numbers that it holds by then.
+
+# %%
+def replay(calls: list[tuple]) -> None:
+    made = {}  # id of a noted result -> what stands for it now
+    for op, args, kwargs, result in calls:
+        args = [made.get(id(x), x) for x in args]
+        made[id(result)] = op(*args, **kwargs)
+
+
+with torch.inference_mode():
+    query.copy_(torch.randn(C, generator=generator))
+    with Notes() as notes:
+        fixed_step()
+    for _ in range(2):
+        query.copy_(torch.randn(C, generator=generator))
+        grown = torch.cat([keys[:length], query[None]])
+        replay(notes.calls)
+        print(len(notes.calls), "calls,", length.item(), "keys, last weight "
+              f"{weights[length - 1].item():.3f}, by the growing one "
+              f"{(grown @ query).softmax(0)[-1].item():.3f}")
+
+# %% [markdown]
+# The second and third of these steps were never run in Python. The same in
+# C++, which is where it is quick. torch lets a callback look at every operator
+# (`RecordFunction`; its profiler is made of that). A result of a noted call
+# gets a *place*; a tensor that no noted call made (a weight, the cache) stays
+# the tensor it is. Operators that an operator calls are not ours to call, so
+# only the outermost count (`depth`). A place is emptied when it is used for
+# the last time (`last`), so that intermediate results live no longer than they
+# did. A callback must not throw, so what is refused is told at the end.
 
 # %% [markdown] tags=["export:recording.h"]
 # ```cpp
@@ -364,13 +558,7 @@ def cuda_graph(run: Work, undo: Work) -> Work:
 # ```
 
 # %% [markdown]
-# A callback must not throw (torch would print the error and go on), so what is
-# refused is told at the end. A place is emptied when it is used for the last
-# time: intermediate results are as short-lived as they were.
-
-# %% [markdown]
-# So the first step is recorded while it runs, and nothing is undone. A
-# call that cannot be made again is no catastrophe, only slow; it is told.
+# `call_again` records the first run while it happens; later runs are replays.
 
 # %% tags=["export"]
 _log = logging.getLogger("gptoss")
@@ -401,9 +589,13 @@ def call_again(run: Work, undo: Work | None = None) -> Work:
     return launch
 
 # %% [markdown]
-# Three numbers show it: a sum is recorded once and made again on what its
-# arguments hold by then. A function that looks at a number is refused, and
-# goes on being run as it was.
+# ### What must not be recorded?
+#
+# All that is not a tensor is constant in a recording, and must be. A number
+# read out of a tensor (`x.item()`) would be frozen in every later step. So a
+# call that makes of a tensor something else is refused, as is a list of
+# tensors, whose places are not followed. Then `run` goes on being run, and a
+# warning says why:
 
 # %%
 given, total = torch.tensor([1.0, 2.0, 3.0]), torch.zeros(3)
@@ -432,14 +624,11 @@ with torch.inference_mode():
 assert len(ran) == (1 if recorded else 3) and len(looked) == 3
 
 # %% [markdown]
-# ### What may be recorded
-#
-# On CUDA, experts that do not ask the host which of
-# them was chosen. On the CPU the kernels ask inside an operator; but a hook or
-# a replaced `forward` is Python, and would run once and never again. So every
-# module must run a forward of this package, as it was written. What the class
-# is called or where it lies says nothing about that; a subclass that adds
-# nothing to `forward` has the very same function.
+# Python that runs beside the operators would run once and never again: a hook,
+# a replaced `forward`. So every module must run a forward of this package, as
+# it was written; a subclass that adds nothing to it has the very same
+# function. And the experts must be packed: plain torch splits the tokens by
+# expert with sizes that it reads, where a kernel asks inside an operator.
 
 # %% tags=["export"]
 _FORWARDS = {kind.forward for kind in (
@@ -451,7 +640,7 @@ def _addition(name: str, module: nn.Module) -> str | None:
     """What a call of the module does beyond a forward of this package."""
     kind = type(module)
     known = kind.forward in _FORWARDS or isinstance(module, GptOss) and (
-        kind.forward is GptOss.forward and kind.run is Stack.run)
+        kind.forward is GptOss.forward and type(module).run is Stack.run)
     if (not known or kind.__call__ is not nn.Module.__call__
             or vars(module).keys() & {"forward", "run"}):
         return f"{name or 'the model'} has a forward of its own"
@@ -486,180 +675,42 @@ def can_record(model: GptOss) -> bool:
     return has_kernel() and additions(model) is None
 
 # %% [markdown]
-# ### One token a row
+# ### And on a GPU?
 #
-# Cache and step must not disagree. They cannot if they hold the same tensors:
-# the step puts its own, which it changes in place, into the cache as its
-# `rows`. Whoever else uses the cache puts other `Rows` there
-# ([cache](../model/cache.ipynb)); the step notices by their identity, without
-# a look at what is in them, and copies. Only then does it wait for the device,
-# to learn the lengths; after that the host counts along, and refuses a token
-# that has no room before anything is written.
-#
-# A step that fails may have written the new token's keys into some rings,
-# over those of the position that leaves the window. That slot is then marked
-# empty: the token can be fed again, and a rollback knows what is missing.
+# There torch can record what is launched, as a *CUDA graph*: one call replays
+# all. Recording follows torch's notes: some runs on another stream first, so
+# that what happens once (compiling a kernel, a library's work space) is not
+# recorded; those runs write, so each is undone. **No GPU has recorded this
+# step yet.** What can be held without one is held by `tests/kernels`, where
+# something else in the place of `cuda_graph` warms up, undoes and replays.
 
 # %% tags=["export"]
-class DecodeStep:
-    """One token a row: fixed shapes, fixed addresses, no waiting.
+def cuda_graph(run: Work, undo: Work) -> Work:
+    """Record what run() launches; returns a function that launches it.
 
-    DecodeStep(model, cache, capture=None): step(tokens), int64 (B, 1), gives
-    the logits (B, 1, V) of model(tokens, cache=cache), in a tensor that the
-    next step overwrites; step() feeds the greedy choice of the step before.
-    Every row takes a token: feed a finished one anything. The cache stays
-    usable by others. What `can_record` is recorded at the first step and
-    whenever the tapes outgrow what is seen of them: as a CUDA graph
-    (`use_triton` first), by `call_again` on the CPU, or by another
-    capture(run, undo); weights must stay where they are. ids in CUDA
-    tensors are not checked.
-    CacheError: no room, a replay under way, a cache that does not fit.
-    ModelError: tokens of another shape or type, or out of range.
+    For the current CUDA device. undo() takes back what a run() changed, so
+    that nothing has changed on return. RuntimeError from torch if run()
+    waits for the device. Source: torch's notes, "CUDA Graphs".
     """
-
-    def __init__(self, model: GptOss, cache: Cache,
-                 capture: Callable[[Work, Work], Work] | None = None) -> None:
-        weight, B = model.embed_tokens.weight, cache.batch_size
-        like = Cache(model.config, B, cache.max_tokens, weight.dtype, "meta",
-                     cache.slack)
-        if self._kind(like) != self._kind(cache) or (
-                cache.lengths.device != weight.device):
-            raise CacheError("cache: expected one of model.new_cache(), found "
-                             "other layers, shapes, dtype or device")
-        if capture is None and can_record(model):
-            capture = cuda_graph if weight.is_cuda else call_again
-        if capture is None and weight.is_cuda:
-            raise ModelError("model: expected packed experts and use_triton()"
-                             ", for a CUDA graph of the step")
-        self.model, self.cache, self._capture = model, cache, capture
-        size, device = cache.rows.ring.shape[1], weight.device
-        self._rows: Rows | None = None  # what the step left in the cache
-        with torch.inference_mode(False):  # in any mode they can be changed
-            self.tokens = torch.zeros(B, 1, dtype=torch.int64, device=device)
-            self.lengths = torch.zeros_like(self.tokens[:, 0])
-            self.ring = self.tokens.repeat(1, size)
-            self.heads = torch.arange(B * cache.layers[0].k.shape[2],
-                                      device=device).view(B, -1)
-            self.logits = torch.zeros(B, 1, model.config.vocab_size,
-                                      dtype=weight.dtype, device=device)
-        self._see(1)
-
-    @staticmethod
-    def _kind(cache: Cache) -> list[tuple]:
-        return [(type(x), x.k.dtype, len(x.k), x.k.shape[2:],
-                 isinstance(x, FullCache) or x.k.shape[1])
-                for x in cache.layers]
-
-    def _see(self, needed: int) -> None:
-        """Have slots for `needed` tokens: 256, 512, 1024 … of full layers."""
-        self.cache.reserve(needed)
-        layers, ring = self.cache.layers, self.ring.shape[1]
-        room = min([self.cache.limit[0], *(
-            x.k.shape[1] for x in layers if isinstance(x, FullCache))])
-        self._size = min(max(256, 1 << (needed - 1).bit_length()), room)
-        self._memory = [x.k for x in layers]
-        kinds = [int(isinstance(x, FullCache)) for x in layers]
-        self._strides, shown = (ring, room), (ring, self._size)
-        with torch.inference_mode(False):
-            self.slots = torch.arange(self._size, device=self.ring.device)
-            self._view = partial(
-                FixedView,
-                [(x.k[:, :shown[kind]], x.v[:, :shown[kind]])
-                 for x, kind in zip(layers, kinds, strict=True)],
-                [tuple(y.transpose(1, 2).view(-1, y.shape[-1])
-                       for y in (x.k, x.v)) for x in layers], kinds)
-        self._launch: Work | None = None  # other addresses: record again
-
-    def _take_over(self) -> None:
-        """Copy the cache's state, if another than the step has changed it."""
-        rows = self.cache.rows
-        if rows is self._rows:
-            return
-        lengths, held = rows.lengths.tolist(), rows.held.tolist()
-        if lengths != held:
-            raise CacheError(f"rows: expected none to replay, found lengths "
-                             f"{lengths} after a rollback to {held}: feed "
-                             "these tokens to the model first")
-        self.lengths.copy_(rows.lengths)
-        self.ring.copy_(rows.ring)
-        self._rows = Rows(self.lengths, self.lengths, rows.start, self.ring)
-        self.cache.rows = self._rows
-        self._counts, self._chosen = lengths, False
-        if any(x.k is not k for x, k in zip(self.cache.layers, self._memory,
-                                            strict=True)):
-            self._size = 0  # full layers moved: look at them anew
-
-    def _check(self, tokens: Tensor | None) -> None:
-        expected = self.tokens.shape
-        if tokens is None:
-            if not self._chosen:
-                raise ModelError("tokens: expected some, for the cache was "
-                                 "not left by this step, found None")
-        elif tokens.shape != expected or tokens.dtype not in (torch.int64,
-                                                              torch.int32):
-            raise ModelError(f"tokens: expected int64 {tuple(expected)}, found"
-                             f" {tokens.dtype} {tuple(tokens.shape)}")
-        elif tokens.device.type == "cpu":  # elsewhere a look would wait
-            check_tokens(tokens, None, self.model.config)
-        needed = max(self._counts) + 1
-        if needed > self._size:
-            self._see(needed)
-
-    def _record(self) -> Work:
-        """What launches a step: `_run`, or a recording of it."""
-        state = (self.tokens, self.lengths, self.ring)
-        before = [x.clone() for x in state]
-
-        def undo() -> None:
-            for x, old in zip(state, before, strict=True):
-                x.copy_(old)
-        return self._capture(self._run, undo) if self._capture else self._run
-
-    @torch.inference_mode()
-    def __call__(self, tokens: Tensor | None = None) -> Tensor:
-        self._take_over()
-        self._check(tokens)
-        if tokens is not None:
-            self.tokens.copy_(tokens)
-        try:
-            self._launch = self._launch or self._record()
-            self._launch()
-        except BaseException:
-            slot = self.lengths[:, None] % self.ring.shape[1]
-            self.ring.scatter_(1, slot, -1)  # perhaps overwritten
-            self._rows = None
-            raise
-        self._counts = [n + 1 for n in self._counts]
-        self._chosen = True
-        return self.logits
-
-    def _run(self) -> None:
-        """Arithmetic on the step's own tensors: what a graph records."""
-        at = self.lengths[:, None]
-        place = at % self.ring.shape[1]
-        ring = self.ring.scatter(1, place, at)
-        full = self.slots.where(self.slots <= at, -1)
-        target = [(self.heads * stride + slot).flatten() for stride, slot
-                  in zip(self._strides, (place, at), strict=True)]
-        logits = self.model.run(
-            self.tokens, at, self._view(target, (ring, full)), 1)
-        self.logits.copy_(logits)
-        self.tokens.copy_(logits.max(-1).indices)
-        self.ring.copy_(ring)  # last, so that a failure leaves the state
-        self.lengths.add_(1)
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+            undo()
+    current.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # recorded, not run
+        run()
+    return graph.replay
 
 # %% [markdown]
-# ### Who asks for it
+# ### Who asks for a step?
 #
-# `choose_step` of [generating](../text/generating.ipynb) asks for it, by the
-# table of what answers ([operators](../model/operators.ipynb)), and `generate`
-# runs all tokens after the prompt by it where kernels are loaded, for a model
-# in their type on the CPU. Elsewhere it has to be asked for,
-# `generate(..., decode=DecodeStep)`, and on CUDA for a reason: **no GPU has
-# recorded it yet.** What can be held without one is held by the assertions of
-# this chapter and in `tests/kernels/test_step.py`, where something else in the
-# place of `cuda_graph` warms up, undoes and replays. Sampling still waits for
-# the device, once a token instead of at every check.
+# `choose_step` of [generating](../text/generating.ipynb), by the table of what
+# answers: all tokens after the prompt run by it, where kernels are loaded, for
+# a model in bf16 on the CPU. Elsewhere one asks for it: `generate(...,
+# decode=DecodeStep)`.
 
 # %% tags=["export"]
 from weakref import WeakKeyDictionary
@@ -703,39 +754,9 @@ def quick_step(model: GptOss, cache: Cache
 # %% [markdown]
 # ## It holds
 #
-# **A recording** beside its twin in numpy, which computes the same chain in
-# float64. The second input was never seen while the calls were noted:
-
-# %%
-import numpy as np
-
-x, y = torch.zeros(3, 4).bfloat16(), torch.zeros(3, 4)
-w = torch.randn(4, generator=torch.Generator().manual_seed(0)).bfloat16()
-
-
-def chain() -> None:
-    y.copy_(((x + x).float() * 3).softmax(-1) * w.float())
-
-
-def twin(x: np.ndarray, w: np.ndarray) -> np.ndarray:
-    power = np.exp(6 * x)
-    return power / power.sum(-1, keepdims=True) * w
-
-
-with torch.inference_mode():
-    again = call_again(chain) if recorded else chain
-    for seed in (1, 2):
-        x.copy_(torch.randn(3, 4, generator=torch.Generator().manual_seed(
-            seed)))
-        again()
-        exact = twin(x.double().numpy(), w.double().numpy())
-        print(f"{y[0, 0].item():7.3f} and by the twin {exact[0, 0]:7.3f}")
-        np.testing.assert_allclose(y.numpy(), exact, atol=1e-6)
-
-# %% [markdown]
 # **The step with fixed shapes** gives the logits of the ordinary path, 150
-# tokens long, past the window of 64 and with most slots empty at first.
-# The sums over keys run over all slots now, and a library may cut a
+# tokens long, past the window of 64 and with most slots empty at first. In
+# fp32 the sums over keys now run over all slots, and a library may cut a
 # longer sum otherwise, hence a tolerance; the greedy tokens are the same.
 
 # %%
@@ -743,32 +764,30 @@ from gptoss.text.generate import choose_step, forward_step, generate
 from gptoss.text.sampling import Sampler
 from gptoss.text.tokenizer import Tokenizer
 
-POCKET = Path(gptoss.__file__).parent / "pocket"
 tokens = Tokenizer.from_pretrained(POCKET).encode(
     "Once upon a time there was a small fox named Mira.")
 model = GptOss.from_pretrained(POCKET)
-narrow = GptOss.from_pretrained(POCKET, dtype=torch.float32)
 assert narrow.config.sliding_window < 150
 greedy = {"sampler": Sampler(0.0), "max_new_tokens": 150}
 plain, stepped = (list(generate(narrow, tokens[:8], decode=decode, **greedy))
                   for decode in (forward_step, DecodeStep))
-assert plain == stepped
 caches = [narrow.new_cache(max_tokens=200) for _ in range(2)]
-fixed = DecodeStep(narrow, caches[1])
+fixed, worst = DecodeStep(narrow, caches[1]), 0.0
 with torch.inference_mode():
     for given in plain:
         given = torch.tensor([[given]])
         expected = narrow(given, cache=caches[0])
-        torch.testing.assert_close(fixed(given), expected, atol=1e-4,
-                                   rtol=1e-5)
+        worst = max(worst, (fixed(given) - expected).abs().max().item())
+same = sum(a == b for a, b in zip(plain, stepped, strict=True))
+print(f"{same} of {len(plain)} greedy tokens are the same")
+assert plain == stepped and worst < 1e-3
 assert torch.equal(caches[0].rows.ring, caches[1].rows.ring)
-print(len(stepped), "greedy tokens are the same, logits to 1e-4")
 
 # %% [markdown]
-# In the type of the kernels the step is recorded and called again, and there
-# an empty slot adds exactly nothing: the logits are equal to the last bit.
-# Then the same 150 tokens, with Python between the calls and without, tell
-# what it costs in the shipped model, where the arithmetic is small.
+# **In bf16** the step is recorded and called again, and there an empty slot
+# adds exactly nothing: the logits are equal to the last bit. The same 150
+# tokens, with Python between the calls and without, tell what it saves in the
+# shipped model, where the arithmetic is small.
 
 # %% tags=["nbval-ignore-output"]
 def timed_steps(step):
@@ -789,9 +808,8 @@ print(f"{1e3 * by_forward[1]:.2f} ms a token by the model's forward, "
       f"{1e3 * by_step[1]:.2f} called again")
 
 # %% [markdown]
-# And nothing in it depends on the numbers. With *fake* tensors, which have a
-# shape and no content, whoever asks for a number or makes a shape of one
-# fails. The ordinary path does at its first check; the step runs through.
+# **Nothing in it depends on the numbers.** With *fake* tensors, which have a
+# shape and no content, whoever asks for a number fails: the ordinary path.
 
 # %%
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -803,24 +821,6 @@ with FakeTensorMode(allow_non_fake_inputs=True):
     except Exception as error:
         print("the ordinary path:", type(error).__name__)
 print("the step: logits", tuple(seen.shape))
-
-# %% [markdown]
-# ## Cost
-#
-# If a step makes $n$ calls of $c$ seconds each out of Python and reads $b$
-# bytes at $\beta$ bytes a second, the calls take
-#
-# $$ \frac{n c}{n c + b / \beta} $$ (step-share)
-#
-# of its time, where nothing overlaps. A small model reads little in many
-# calls, a fast device reads much in no time: both are where recording pays.
-
-# %%
-for name, n, c, speed in (("20b, two cores", 700, 10e-6, 30e9),
-                          ("20b, a GPU", launches.count, 5e-6, 3e12)):
-    calls, reads = n * c, bytes_read_per_token(big) / speed
-    print(f"{name:15} {1e3 * calls:4.1f} ms of calls, {1e3 * reads:5.1f} of "
-          f"reading: {calls / (calls + reads):.0%}")
 
 # %% [markdown]
 # ## Takeaways
@@ -856,36 +856,39 @@ assert len(doubled.unique()) == 10 and len(added.unique()) == 391
 # %% [markdown]
 # ### Exercise 2
 #
-# Why must `self.ring.copy_(ring)` and `self.lengths.add_(1)` come last in
-# `_run`? Let the model fail in the middle of a step, and feed the token again.
+# If $n$ calls take $c$ seconds each, and $b$ bytes are read at $\beta$ bytes a
+# second, calls are $n c / (n c + b / \beta)$ of a token's time. How much is it
+# for the 20b on two cores (700 calls of 10 µs, 30 GB/s), and on a GPU
+# with plain torch (5 µs a launch, which we assume, 3 TB/s)?
 
 # %% tags=["hide-cell"]
-def as_it_is(run: Work, undo: Work) -> Work:
-    return run  # a recording would not notice a hook that comes later
+for name, n, c, speed in (("two cores", 700, 10e-6, 30e9),
+                          ("a GPU", launches, 5e-6, 3e12)):
+    calls, reads = n * c, bytes_read_per_token(big) / speed
+    print(f"{name:9} {1e3 * calls:4.1f} ms of calls, {1e3 * reads:5.1f} of "
+          f"reading: {calls / (calls + reads):.0%}")
+
+# %% [markdown]
+# ### Exercise 3
+#
+# `replay` refuses nothing. Note a function that looks at a number, make its
+# calls again on other numbers, and see what comes out.
+
+# %% tags=["hide-cell"]
+def twice_the_first() -> None:
+    out.copy_(given * given[0].item())
 
 
-cache = narrow.new_cache()
-step = DecodeStep(narrow, cache, as_it_is)
-expected = [step(torch.tensor([[token]])).clone() for token in tokens[:2]]
-cache = narrow.new_cache()
-step = DecodeStep(narrow, cache, as_it_is)
-step(torch.tensor([[tokens[0]]]))
-
-
-def fail(*given):
-    raise RuntimeError("out of memory, say")
-
-
-broken = narrow.layers[2].register_forward_pre_hook(fail)
-try:
-    step(torch.tensor([[tokens[1]]]))
-except RuntimeError as error:
-    print(f"failed: {error}; the cache holds", cache.rows.lengths.tolist())
-broken.remove()
-logits = step(torch.tensor([[tokens[1]]]))
-assert torch.equal(logits, expected[1])
-print("fed again, the logits are the same; it holds",
-      cache.rows.lengths.tolist())
+given, out = torch.tensor([1.0, 2.0]), torch.zeros(2)
+with torch.inference_mode():
+    with Notes() as notes:
+        twice_the_first()
+    given.copy_(torch.tensor([10.0, 20.0]))
+    replay(notes.calls)
+    frozen = out.tolist()
+    twice_the_first()
+print("replayed", frozen, "- run anew", out.tolist())
+assert frozen != out.tolist()
 
 # %% [markdown]
 # ## Sources
@@ -894,5 +897,3 @@ print("fed again, the logits are the same; it holds",
 #   https://docs.pytorch.org/docs/stable/notes/cuda.html.
 # - Looking at every call of an operator: pytorch/pytorch,
 #   `aten/src/ATen/record_function.h`.
-# - Static shapes and a compiled step of decoding: meta-pytorch/gpt-fast,
-#   `generate.py`.

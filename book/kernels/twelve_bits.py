@@ -13,16 +13,16 @@
 #     module: compact
 #     public: [CompactLinear, CompactWeight, make_compact, pack, unpack]
 # ---
-
 # %% [markdown]
 # # Sixteen bits in twelve
 #
 # ## Question
 #
 # Do sixteen bits hold sixteen bits of information? A token of the 20b reads
-# 3.71 GB, and two thirds of them are dense matrices in bf16: four bits are for
-# the experts, and would be another model here. But of the eight bits that each
-# of these numbers spends on its exponent, it needs less than three.
+# 3.71 GB, and two thirds of them are dense matrices in bf16. Rounding them to
+# four bits, as the experts are, would make another model. But of the eight
+# bits that each of these numbers spends on its exponent, it needs less than
+# three. Can a quarter of the bytes be left away, and not a number change?
 
 # %%
 import logging
@@ -50,19 +50,15 @@ print(f"{token / 1e9:.2f} GB a token, {experts / 1e9:.2f} of them experts: "
 # ## Picture
 #
 # A bf16 number is a sign $s$, eight bits $e$ of exponent and seven, $m$, of
-# mantissa. Signs and mantissas look like coin tosses. Exponents do not: the
-# weights of a matrix have about one size, more than half of them lie within a
-# factor of four, and below that each halving of the size is half as frequent
-# as the one before. How often does each exponent occur in a matrix of normal
-# numbers, and in the head of the shipped model? The information in an exponent
-# is $-\sum_e p_e \log_2 p_e$:
+# mantissa: $\pm 1.m \cdot 2^{e - 127}$. Signs and mantissas look like coin
+# tosses. Exponents do not. How often does each occur in a matrix of normal
+# numbers, and in the head of the shipped model?
 
 # %% tags=["hide-input", "picture"]
 # Figure: bars over exponents from minus 24 to minus 4, on a logarithmic axis.
 # The two highest, near the right end, are a quarter and three tenths of all
-# numbers; to the left of them each bar is half as high as its neighbour. The
-# fourteen on the right are coloured, seven low ones on the left grey. Dots
-# for the shipped model's head lie about as high.
+# numbers; to the left each bar is half as high as its neighbour. Fourteen on
+# the right are blue, seven on the left grey. Dots for the shipped head beside.
 from pathlib import Path
 
 import gptoss
@@ -86,46 +82,66 @@ def information(share: torch.Tensor) -> float:
     return -(known * known.log2()).sum().item()
 
 
-at = torch.arange(101, 125)
+at = torch.arange(101, 127)
 share = shares(matrix)
 pairs = share.view(128, 2).sum(1)  # of e // 2
 coded = torch.isin(at // 2, pairs.argsort(descending=True)[:7])
 fig, ax = plt.subplots(figsize=(6.4, 2.8))
-for which, color, label in ((coded, "C0", "has a code"),
-                            (~coded, "0.6", "stored apart")):
-    ax.bar(at[which] - 127, share[at[which]], color=color, label=label)
-ax.plot(at - 127, shares(head)[at], "C1o", ms=4, label="the shipped head")
-ax.set(yscale="log", xlabel="exponent $e$ of a weight $\\pm 1.m \\cdot 2^e$",
-       ylabel="share of all weights", xlim=(-24.9, -3.1),
-       xticks=range(-24, -3, 4))
-ax.legend(frameon=False)
+for which, color in ((coded, "C4"), (~coded, "0.7")):
+    ax.bar(at[which] - 127, share[at[which]], color=color)
+ax.plot(at - 127, shares(head)[at], "C5o", ms=4)
+ax.text(-11, 0.06, "14 exponents that have a code", color="C0", fontsize=8,
+        ha="right")
+ax.text(-21.4, 1.2e-4, "stored apart", color="0.4", fontsize=8, ha="center")
+ax.text(-3.4, 0.3, "the shipped head", color="C5", fontsize=8)
+ax.set(yscale="log", xlabel="exponent of a weight $\\pm 1.m \\cdot 2^x$",
+       ylabel="share of all weights", xlim=(-24.9, 0.6),
+       xticks=range(-24, 1, 4))
 plt.show()
+two = share.sort(descending=True).values[:2].sum().item()
+apart = 1 - pairs.sort(descending=True).values[:7].sum().item()
+print(f"two neighbouring exponents hold {two:.0%}, fourteen all but one in "
+      f"{1 / apart:,.0f}")
 print(f"information in an exponent: {information(share):.1f} bits in normal "
       f"numbers, {information(shares(head)):.1f} in the shipped head")
 assert information(share) < 3 and information(shares(head)) < 3
 
 # %% [markdown]
+# What to see: the weights of a matrix have about one size. More than half of
+# them lie within a factor of four, and below that each halving of the size is
+# half as frequent as the one before. Fourteen neighbouring exponents, the
+# blue bars, hold all but one number in some thousands. The *information*
+# in an exponent, $-\sum_e p_e \log_2 p_e$ for shares $p_e$, is what the best
+# code needs for it in the mean: not even three of its eight bits.
+#
+# ## The naive version
+#
+# Leave it to a general compressor. `zlib` finds some of it, in the bytes of
+# the shipped head; but a matrix would have to be unpacked to memory before it
+# is used, and then all its bytes pass again.
+
+# %%
+import zlib
+
+raw = head.view(torch.uint8).numpy().tobytes()
+print(f"zlib: {16 * len(zlib.compress(raw, 6)) / len(raw):.1f} bits a number; "
+      f"possible: {8 + information(shares(head)):.1f}")
+
+# %% [markdown]
 # ## Derivation
 #
 # Eight bits of sign and mantissa and some three of exponent make eleven.
-# {cite}`dfloat2025` gives the exponents a Huffman code and ends there, with no
-# bit lost; decoding a code of unequal lengths is work for a GPU.
-#
-# Codes of equal length do nearly as well, cut where they are cheap to read. In
-# memory a bf16 number is two bytes,
+# {cite}`dfloat2025` gives the exponents a Huffman code, short words for the
+# frequent ones, and ends there. But where does the thousandth number begin, if
+# words have unequal lengths? That is work for a GPU. Words of equal length do
+# nearly as well, cut where they are cheap to read. A bf16 number is two bytes
+# in memory,
 #
 # $$ \text{upper} = 128\, s + \lfloor e / 2 \rfloor, \qquad
 #    \text{lower} = 128\, (e \bmod 2) + m .
 # $$ (kernels-bytes)
 #
-# The lower one is kept. Of the upper one there are few: the seven most
-# frequent values of $\lfloor e / 2 \rfloor$ cover fourteen neighbouring
-# exponents, and with the eighth, 0, that of zero, and the sign they make
-# sixteen, a code of four bits. A number that has none (of normal ones about
-# one in three thousand) is zero in its place, and stands with its column in a
-# list of its own. A matrix that does not shrink by a tenth is left as it is.
-#
-# Sixty-four numbers take 64 lower bytes and 32 of codes.
+# Some numbers, in bits:
 
 # %%
 def places(number: float) -> tuple[int, int]:
@@ -135,19 +151,32 @@ def places(number: float) -> tuple[int, int]:
 
 
 for number in (0.02, -0.02, 0.03, 0.005):
-    print(f"{number:6} upper {places(number)[0]:3}, "
-          f"lower {places(number)[1]:3}")
+    upper, lower = places(number)
+    bits = f"{upper << 8 | lower:016b}"
+    print(f"{number:6} = {bits[0]} {bits[1:9]} {bits[9:]}: upper {upper:3}, "
+          f"lower {lower:3}")
 assert places(0.02)[0] + 128 == places(-0.02)[0]
 
 # %% [markdown]
+# Of the upper bytes there are few. The seven most frequent values of $\lfloor
+# e / 2 \rfloor$ are fourteen exponents; with an eighth value, 0, that of zero,
+# and with the sign they make sixteen: a code of four bits, and a table of
+# sixteen bytes says what each stands for. The lower byte is kept as it is.
+# Twelve bits. A number whose exponent has no code stands apart: it is zero in
+# its place, and is listed with its column. A matrix that does not shrink by a
+# tenth is left as it is.
+#
 # ## Code
 #
-# ### Pack and unpack
+# ### How is a matrix packed?
 #
-# First in torch, where every step can be looked at.
+# Sixty-four numbers are a block of 96 bytes: 64 lower bytes, then 32 bytes of
+# codes, two in each, that of number $i$ in the low half and of number $i + 32$
+# in the high half. (Within 32 the bytes stand in an order, `_PLACE`, that is
+# for the kernel's convenience.) In torch every step can be looked at:
 
 # %% tags=["export"]
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -217,26 +246,59 @@ print(f"{8 * compact_matrix.nbytes / matrix.numel():.2f} bits a number, "
       f"{len(compact_matrix.others)} of {matrix.numel():,} stored apart")
 
 # %% [markdown]
-# Not a number is lost, four odd ones included, and one in three thousand has
-# no code.
+# Not a number is lost, four odd ones included (0, -0, a tiny one, infinity).
 #
-# ### Read by a table
+# ### How is it multiplied?
 #
-# To read it, a table in a register turns 32 codes at once into upper bytes;
-# interleaved with the lower ones they are bf16. (A code for each of fifteen
-# exponents, with sign and mantissa kept in a byte, takes the same twelve bits,
-# but two lookups and four masks where this takes one lookup: from the L3 cache
-# it came at 25 GB/s a thread, this at 28.)
+# As in [packed](packed.ipynb), a table in a register turns 32 codes at once
+# into upper bytes. *Interleaved* with the lower bytes (one of these, one of
+# those) they are bf16, and shift and mask of [dense](dense.ipynb) make floats
+# of them. Ten lines of numpy for one block:
+
+# %%
+import numpy as np
+
+blocks, upper = (part.numpy() for part in compact_matrix[:2])
+block = blocks[5, 0]  # a row's first 64 numbers
+place = np.arange(32).reshape(2, 2, 8).swapaxes(0, 1).reshape(32)
+lower, codes = block[:64].reshape(2, 32)[:, place], block[64:][place]
+high = upper[np.stack([codes & 15, codes >> 4])]  # two lookups
+pairs = np.stack([lower, high], -1).reshape(64, 2)  # lower, upper, lower …
+numbers = np.ascontiguousarray(pairs).view(np.uint16)[:, 0]
+floats = (numbers.astype(np.uint32) << 16).view(np.float32)
+print([round(float(x), 4) for x in floats[:4]], "and the matrix:",
+      [round(x, 4) for x in matrix[5, :4].tolist()])
+assert (floats == matrix[5, :64].float().numpy()).all()
+
+# %% [markdown]
+# The instruction that interleaves works within each half of a register, so the
+# bytes are stored with bits 3 and 4 of their place exchanged: then its two
+# results are sixteen neighbours each. `Compact` points to a packed matrix. It
+# stands in a part of its own, as the kernel for AVX-512 in the
+# [appendix](../cli/wide.ipynb) reads the same matrix.
+
+# %% [markdown] tags=["export:twelve.h"]
+# ```cpp
+# namespace {
 #
-# Interleaving works within halves (quarters, with 64 bytes) of a register, so
-# the bytes are stored in the order that makes neighbours of neighbours. The
-# numbers `WEIGHTS` and `SIZE` of a block, 64 and 96 bytes, and the struct
-# `Compact` that points to a matrix stand in the part `experts.h`
-# ([many rows](many_rows.ipynb)), because the kernel for AVX-512
-# ([wide](../cli/wide.ipynb)) is compiled before this part and reads the same
-# matrix. `share`, `STREAMS` and `AHEAD` are those of every kernel here:
-# [building](building.ipynb). Four rows are read at a time, and what stands
-# apart is added at the end of each.
+# #ifdef GPTOSS_AVX2
+# constexpr int64_t WEIGHTS = 64, SIZE = WEIGHTS * 3 / 2;  // of a block, bytes
+#
+# struct Compact {  // (rows, blocks, SIZE) bytes
+#   const uint8_t *bytes, *upper;
+#   const int32_t *first, *others;  // row r: others[first[r] ... first[r + 1]]
+#   int64_t rows, blocks, count;    // count: of all others
+#
+#   const uint8_t* row(int64_t r) const { return bytes + r * blocks * SIZE; }
+# };
+# #endif
+#
+# }  // namespace
+# ```
+
+# %% [markdown]
+# Four rows are read at a time, as everywhere, and what stands apart is added
+# at the end of each row.
 
 # %% [markdown] tags=["export:compact.h"]
 # ```cpp
@@ -313,10 +375,11 @@ print(f"{8 * compact_matrix.nbytes / matrix.numel():.2f} bits a number, "
 # ```
 
 # %% [markdown]
-# ### Packed in C++
+# ### Packing in C++
 #
-# Packing reads a matrix once, after every eighth row has been counted. What
-# stands apart is noted row by row, and then brought together.
+# `pack_by_torch` needs 40 bytes for each number. The C++ reads the matrix
+# once, after every eighth row has been counted. What stands apart is noted row
+# by row, and then brought together; it makes the very same four tensors.
 
 # %% [markdown] tags=["export:compact.h"]
 # ```cpp
@@ -409,10 +472,11 @@ print(f"{8 * compact_matrix.nbytes / matrix.numel():.2f} bits a number, "
 # ```
 
 # %% [markdown]
-# The operator gets both, the matrix and its copy. It reads the copy for few
-# tokens, and only where the copy fits the matrix in every size; for many,
-# where arithmetic is the limit, and for any other type it multiplies with the
-# matrix itself, by `linear` of [many rows](many_rows.ipynb).
+# ### Who reads the matrix, who the copy?
+#
+# The operator gets both. It reads the copy for few tokens, and only where the
+# copy fits the matrix in every size; for many, where arithmetic is the limit,
+# and for any other type it multiplies with the matrix itself.
 
 # %% [markdown] tags=["export:compact.h"]
 # ```cpp
@@ -458,16 +522,14 @@ print(f"{8 * compact_matrix.nbytes / matrix.numel():.2f} bits a number, "
 # }  // namespace
 # ```
 
-# %% [markdown]
-# ### Who gets the twelve bits
-#
-# A copy costs time (1.4 s for the 20b on two cores) and three quarters of the
-# matrices' memory. That pays after some hundred tokens, on a machine that has
-# the memory and is limited by it. So one asks for it: `make_compact(model)`,
-# or `--compact` on the command line. The weights themselves stay where they
-# are, mapped from the file: prompts, gradients and other devices use those,
-# and as a copy is read only where the weight would give the same numbers,
-# nothing else changes.
+# %% [markdown] tags=["measured"]
+# A copy costs time (1.4 s for the 20b on two cores of a Zen 3) and three
+# quarters of the matrices' memory. That pays after some hundred tokens, on a
+# machine that has the memory and is limited by it. So one asks for it:
+# `make_compact(model)`, or `--compact` on the command line. The weights
+# themselves stay where they are, mapped from the file; prompts, gradients and
+# other devices use those. The four parts of a copy are buffers that are not
+# saved, so a checkpoint of the model stays as it was.
 
 # %% tags=["export"]
 from torch import nn
@@ -510,6 +572,11 @@ class CompactLinear(Linear):
     until the weight is changed: one that learns is read itself.
     """
 
+    blocks: Tensor  # the four parts of the copy
+    upper: Tensor
+    first: Tensor
+    others: Tensor
+
     def __init__(self, linear: Linear, copy: CompactWeight) -> None:
         super().__init__(linear.in_features, linear.out_features,
                          linear.bias is not None, device="meta",
@@ -537,13 +604,23 @@ def saved_bytes(model: nn.Module) -> int:
     return sum(layer.saved for layer in model.modules()
                if isinstance(layer, CompactLinear))
 
+# %% [markdown]
+# ### What is refused?
+#
+# `pack` takes bf16 matrices whose number of columns is a multiple of 64, up to
+# 65,536 (a column must fit into 16 bits), and raises a ValueError for others.
+# `compact_layers` takes every plain `Linear` on the CPU that it fits, unless
+# its weight learns or would not shrink by a tenth. Without a kernel that reads
+# them the copies would only take memory: then `make_compact` leaves the model
+# as it is and says so in the log.
+
 # %% tags=["export"]
 def _fits(weight: Tensor) -> bool:
     return (weight.dtype == torch.bfloat16 and weight.ndim == 2
             and weight.shape[1] % 64 == 0 and weight.shape[1] <= 2 ** 16)
 
 
-def _can_be(layer: nn.Module) -> bool:
+def _can_be(layer: nn.Module) -> TypeGuard[Linear]:
     return (type(layer) is Linear and _fits(layer.weight)
             and layer.weight.device.type == "cpu"
             and layer.weight.is_contiguous()
@@ -571,9 +648,6 @@ def compact_layers(model: GptOss) -> None:
                 copy = pack(layer.weight)
                 if copy.nbytes <= 0.9 * layer.weight.nbytes:
                     setattr(parent, name, CompactLinear(layer, copy))
-
-# %% [markdown]
-# Without a kernel that reads them the copies would only take memory.
 
 # %% tags=["export"]
 import logging
@@ -632,9 +706,6 @@ for name, weight in (("normal", matrix), ("2 % tiny", rough),
 # kernel's is rounded to bf16, once:
 
 # %%
-import numpy as np
-
-
 def twin(x: torch.Tensor, copy: CompactWeight) -> np.ndarray:
     """x times the packed matrix, transposed, in float64."""
     blocks, upper, first, others = (part.numpy() for part in copy)
@@ -766,6 +837,20 @@ few, many = (bits.view(torch.bfloat16).where(torch.rand(bits.shape) < part,
                                              matrix)
              for part in (0.9 * most, 1.15 * most))  # of any exponent
 assert pack(few).nbytes < 0.9 * few.nbytes < pack(many).nbytes
+
+# %% [markdown]
+# ### Exercise 3
+#
+# What would it bring to code the mantissas, too? Take the information of the
+# lower byte of the shipped head, and of its upper byte. What is the least that
+# any code for bytes, one by one, could need?
+
+# %% tags=["hide-cell"]
+for name, byte in (("upper", head.view(torch.int16).long() >> 8 & 255),
+                   ("lower", head.view(torch.int16).long() & 255)):
+    share = byte.flatten().bincount(minlength=256) / byte.numel()
+    print(f"{name} byte: {information(share):.1f} of 8 bits")
+print("the lower byte is noise: all that can be saved is in the upper one")
 
 # %% [markdown]
 # ## Sources

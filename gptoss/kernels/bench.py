@@ -19,7 +19,7 @@ from gptoss.text.generate import generate
 from gptoss.text.sampling import Sampler
 from gptoss.weights.sizes import bytes_read_per_token
 
-# --- A clock beside a ruler --------------------------------------------------
+# --- What is measured, and beside what? --------------------------------------
 
 def peak_rss_bytes() -> int:
     """The most memory this process has held so far, in bytes."""

@@ -24,12 +24,13 @@ from gptoss.model.answers import LOADING
 from gptoss.model.ops import has_kernel
 from gptoss.weights.errors import Error
 
-# --- Built on first use ------------------------------------------------------
+# --- What is the compiler told? ----------------------------------------------
 
 _log = logging.getLogger("gptoss")
 SOURCE = Path(gptoss.__file__).parent / "kernels"  # where the parts are
 PARTS = ("base", "small", "digits", "wide", "packed", "tiles", "experts",
-         "wide16", "dense", "attention", "compact", "recording")
+         "columns", "twelve", "wide16", "dense", "attention", "compact",
+         "recording")
 OPTIONS = ("-O3", "-march=native", "-std=c++20", "-ffp-contract=fast",
            "-DNDEBUG",  # as torch is compiled, or its structs differ
            "-fopenmp", "-fPIC", "-shared", "-w")
@@ -71,10 +72,12 @@ def compile_command(target: Path, variant: str = "auto",
             "-ltorch_cpu", "-lc10"]
 
 
+# --- Which file is it, and is it whole? --------------------------------------
+
 try:
     import fcntl
 except ImportError:  # Windows: two processes may both compile
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # asked for before each use
 
 
 def library_path(variant: str = "auto",
@@ -113,6 +116,8 @@ def _sound(path: Path) -> bool:
     except (OSError, ValueError):
         return False
 
+
+# --- Who compiles, if several come at once? ----------------------------------
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[bool]:
@@ -212,7 +217,7 @@ def build(variant: str = "auto", anew: bool = False,
     return path
 
 
-# --- Which path is in use ----------------------------------------------------
+# --- Which path is in use? ---------------------------------------------------
 
 _path = ""  # in words, once the kernels are loaded; changed behind LOADING
 

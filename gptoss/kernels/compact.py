@@ -4,7 +4,7 @@ Generated from book/kernels/twelve_bits.py; edit the chapter, not this file.
 """
 
 import logging
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from gptoss.model.layers import Linear
 from gptoss.model.ops import Operator, define_operator, has_kernel
 from gptoss.model.transformer import GptOss
 
-# --- Pack and unpack ---------------------------------------------------------
+# --- How is a matrix packed? -------------------------------------------------
 
 class CompactWeight(NamedTuple):
     """A bf16 matrix (m, n) in twelve bits a number, nothing lost."""
@@ -72,7 +72,7 @@ def unpack(weight: CompactWeight) -> Tensor:
     return bits.to(torch.int16).view(torch.bfloat16)
 
 
-# --- Who gets the twelve bits ------------------------------------------------
+# --- Who reads the matrix, who the copy? -------------------------------------
 
 def linear_beside_compact(x: Tensor, weight: Tensor, bias: Tensor | None,
                           *compact: Tensor) -> Tensor:
@@ -107,6 +107,11 @@ class CompactLinear(Linear):
     until the weight is changed: one that learns is read itself.
     """
 
+    blocks: Tensor  # the four parts of the copy
+    upper: Tensor
+    first: Tensor
+    others: Tensor
+
     def __init__(self, linear: Linear, copy: CompactWeight) -> None:
         super().__init__(linear.in_features, linear.out_features,
                          linear.bias is not None, device="meta",
@@ -135,12 +140,14 @@ def saved_bytes(model: nn.Module) -> int:
                if isinstance(layer, CompactLinear))
 
 
+# --- What is refused? --------------------------------------------------------
+
 def _fits(weight: Tensor) -> bool:
     return (weight.dtype == torch.bfloat16 and weight.ndim == 2
             and weight.shape[1] % 64 == 0 and weight.shape[1] <= 2 ** 16)
 
 
-def _can_be(layer: nn.Module) -> bool:
+def _can_be(layer: nn.Module) -> TypeGuard[Linear]:
     return (type(layer) is Linear and _fits(layer.weight)
             and layer.weight.device.type == "cpu"
             and layer.weight.is_contiguous()

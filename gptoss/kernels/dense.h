@@ -1,5 +1,5 @@
-// What changes when many tokens meet one weight?
-// Generated from book/kernels/many_rows.py; edit the chapter, not this file.
+// How does a processor multiply bf16 that cannot?
+// Generated from book/kernels/dense.py; edit the chapter, not this file.
 
 namespace {
 

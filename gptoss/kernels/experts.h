@@ -137,18 +137,6 @@ Buffer run_down(const Packed& weight, const Number* bias,
   return y;
 }
 
-#ifdef GPTOSS_AVX2
-constexpr int64_t WEIGHTS = 64, SIZE = WEIGHTS * 3 / 2;  // of a block, bytes
-
-struct Compact {  // (rows, blocks, SIZE) bytes
-  const uint8_t *bytes, *upper;
-  const int32_t *first, *others;  // row r: others[first[r] ... first[r + 1]]
-  int64_t rows, blocks, count;    // count: of all others
-
-  const uint8_t* row(int64_t r) const { return bytes + r * blocks * SIZE; }
-};
-#endif
-
 Tensor mxfp4_linear(const Tensor& x, const Tensor& blocks,
                     const Tensor& scales,
                     const std::optional<Tensor>& bias) {

@@ -7,7 +7,7 @@ import time
 
 import torch
 
-# --- Measuring ---------------------------------------------------------------
+# --- How fast is this machine's memory? --------------------------------------
 
 def read_speed(size: int = 2 ** 30, repeats: int = 5) -> float:
     """Bytes a second that all threads together read from memory, best of."""

@@ -1,5 +1,5 @@
-// How does C++ come under an operator?
-// Generated from book/kernels/building.py; edit the chapter, not this file.
+// What does a first kernel look like?
+// Generated from book/kernels/first_three.py; edit the chapter, not this file.
 
 namespace {
 

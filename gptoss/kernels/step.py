@@ -28,7 +28,10 @@ from gptoss.model.ops import has_kernel
 from gptoss.model.rows import CacheError, Rows
 from gptoss.model.transformer import GptOss, ModelError, Stack, check_tokens
 
-# --- Fixed shapes ------------------------------------------------------------
+# --- What does the model get instead of a cache? -----------------------------
+
+Work = Callable[[], None]
+
 
 @dataclass
 class FixedView:
@@ -50,108 +53,12 @@ class FixedView:
         return *self.seen[layer], self.positions[kind]
 
 
-# --- For CUDA: a graph -------------------------------------------------------
+# --- What is a step? ---------------------------------------------------------
 
-Work = Callable[[], None]
+def _lines(memory: Tensor) -> Tensor:
+    """(B, S, G, C), as a cache lays it out -> the same memory, (…, C)."""
+    return memory.transpose(1, 2).view(-1, memory.shape[-1])
 
-
-def cuda_graph(run: Work, undo: Work) -> Work:
-    """Record what run() launches; returns a function that launches it.
-
-    For the current CUDA device. undo() takes back what a run() changed, so
-    that nothing has changed on return. RuntimeError from torch if run()
-    waits for the device. Source: torch's notes, "CUDA Graphs".
-    """
-    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-            undo()
-    current.wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):  # recorded, not run
-        run()
-    return graph.replay
-
-
-# --- For the CPU: called again -----------------------------------------------
-
-_log = logging.getLogger("gptoss")
-
-
-def call_again(run: Work, undo: Work | None = None) -> Work:
-    """What does run() and notes its calls; from then on it makes these.
-
-    For tensors on the CPU, and kernels loaded. If a call cannot be made
-    again, run() goes on being done, and a warning says why.
-    """
-    work = None
-
-    def launch() -> None:
-        nonlocal work
-        if work is not None:
-            return work()
-        recording = torch.classes.gptoss.Recording()
-        recording.begin()
-        try:
-            run()
-        finally:
-            refused = recording.end()
-        work = run if refused else recording.replay
-        if refused:
-            _log.warning("gptoss: a step of decode is not recorded: %s",
-                         refused)
-    return launch
-
-
-# --- What may be recorded ----------------------------------------------------
-
-_FORWARDS = {kind.forward for kind in (
-    Block, Attention, MLP, Router, Experts, RMSNorm, Linear, CompactLinear,
-    Embedding, nn.ModuleList)}
-
-
-def _addition(name: str, module: nn.Module) -> str | None:
-    """What a call of the module does beyond a forward of this package."""
-    kind = type(module)
-    known = kind.forward in _FORWARDS or isinstance(module, GptOss) and (
-        kind.forward is GptOss.forward and kind.run is Stack.run)
-    if (not known or kind.__call__ is not nn.Module.__call__
-            or vars(module).keys() & {"forward", "run"}):
-        return f"{name or 'the model'} has a forward of its own"
-    if module._forward_hooks or module._forward_pre_hooks:
-        return f"{name or 'the model'} has a forward hook"
-    if module._compiled_call_impl is not None:
-        return f"{name or 'the model'} is compiled"
-    return None
-
-
-def additions(model: nn.Module) -> str | None:
-    """Why the C++ kernels' calls are not all that a forward does; or None."""
-    if nn.modules.module._has_any_global_hook():
-        return "there is a global module hook"
-    return next(filter(None, (_addition(name, module) for name, module
-                              in model.named_modules())), None)
-
-
-def can_record(model: GptOss) -> bool:
-    """Does a step of this model make the same calls for every token?
-
-    Yes for packed experts with kernels: `use_triton` on CUDA; the C++ ones
-    on the CPU, if no module has hooks or a forward that is not this
-    package's. Plain torch splits the tokens by expert with sizes that the
-    host reads.
-    """
-    # every layer: those of another stage have none
-    if not all(getattr(m, "packed", True) for m in model.modules()):
-        return False
-    if model.embed_tokens.weight.device.type != "cpu":
-        return has_kernel(device="CUDA")
-    return has_kernel() and additions(model) is None
-
-
-# --- One token a row ---------------------------------------------------------
 
 class DecodeStep:
     """One token a row: fixed shapes, fixed addresses, no waiting.
@@ -218,8 +125,7 @@ class DecodeStep:
                 FixedView,
                 [(x.k[:, :shown[kind]], x.v[:, :shown[kind]])
                  for x, kind in zip(layers, kinds, strict=True)],
-                [tuple(y.transpose(1, 2).view(-1, y.shape[-1])
-                       for y in (x.k, x.v)) for x in layers], kinds)
+                [(_lines(x.k), _lines(x.v)) for x in layers], kinds)
         self._launch: Work | None = None  # other addresses: record again
 
     def _take_over(self) -> None:
@@ -301,7 +207,105 @@ class DecodeStep:
         self.lengths.add_(1)
 
 
-# --- Who asks for it ---------------------------------------------------------
+# --- How are calls written down? ---------------------------------------------
+
+_log = logging.getLogger("gptoss")
+
+
+def call_again(run: Work, undo: Work | None = None) -> Work:
+    """What does run() and notes its calls; from then on it makes these.
+
+    For tensors on the CPU, and kernels loaded. If a call cannot be made
+    again, run() goes on being done, and a warning says why.
+    """
+    work = None
+
+    def launch() -> None:
+        nonlocal work
+        if work is not None:
+            return work()
+        recording = torch.classes.gptoss.Recording()
+        recording.begin()
+        try:
+            run()
+        finally:
+            refused = recording.end()
+        work = run if refused else recording.replay
+        if refused:
+            _log.warning("gptoss: a step of decode is not recorded: %s",
+                         refused)
+    return launch
+
+
+# --- What must not be recorded? ----------------------------------------------
+
+_FORWARDS = {kind.forward for kind in (
+    Block, Attention, MLP, Router, Experts, RMSNorm, Linear, CompactLinear,
+    Embedding, nn.ModuleList)}
+
+
+def _addition(name: str, module: nn.Module) -> str | None:
+    """What a call of the module does beyond a forward of this package."""
+    kind = type(module)
+    known = kind.forward in _FORWARDS or isinstance(module, GptOss) and (
+        kind.forward is GptOss.forward and type(module).run is Stack.run)
+    if (not known or kind.__call__ is not nn.Module.__call__
+            or vars(module).keys() & {"forward", "run"}):
+        return f"{name or 'the model'} has a forward of its own"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return f"{name or 'the model'} has a forward hook"
+    if module._compiled_call_impl is not None:
+        return f"{name or 'the model'} is compiled"
+    return None
+
+
+def additions(model: nn.Module) -> str | None:
+    """Why the C++ kernels' calls are not all that a forward does; or None."""
+    if nn.modules.module._has_any_global_hook():
+        return "there is a global module hook"
+    return next(filter(None, (_addition(name, module) for name, module
+                              in model.named_modules())), None)
+
+
+def can_record(model: GptOss) -> bool:
+    """Does a step of this model make the same calls for every token?
+
+    Yes for packed experts with kernels: `use_triton` on CUDA; the C++ ones
+    on the CPU, if no module has hooks or a forward that is not this
+    package's. Plain torch splits the tokens by expert with sizes that the
+    host reads.
+    """
+    # every layer: those of another stage have none
+    if not all(getattr(m, "packed", True) for m in model.modules()):
+        return False
+    if model.embed_tokens.weight.device.type != "cpu":
+        return has_kernel(device="CUDA")
+    return has_kernel() and additions(model) is None
+
+
+# --- And on a GPU? -----------------------------------------------------------
+
+def cuda_graph(run: Work, undo: Work) -> Work:
+    """Record what run() launches; returns a function that launches it.
+
+    For the current CUDA device. undo() takes back what a run() changed, so
+    that nothing has changed on return. RuntimeError from torch if run()
+    waits for the device. Source: torch's notes, "CUDA Graphs".
+    """
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+            undo()
+    current.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # recorded, not run
+        run()
+    return graph.replay
+
+
+# --- Who asks for a step? ----------------------------------------------------
 
 _told: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 

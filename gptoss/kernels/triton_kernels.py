@@ -11,11 +11,11 @@ from torch import Tensor
 from gptoss.attention.sinks import softmax_with_sink
 from gptoss.moe.experts import clamped_swiglu
 
-# --- Four bits, decoded in registers -----------------------------------------
+# --- How does a nibble become a float? ---------------------------------------
 
 try:
-    import triton
-    import triton.language as tl
+    import triton  # type: ignore[import-not-found]  # may be missing
+    import triton.language as tl  # type: ignore[import-not-found]
 except ImportError:  # no GPU software: everything else works without
     triton, tl = None, SimpleNamespace(constexpr=None)
 
@@ -35,7 +35,7 @@ def decode_fp4(code, scale):
     return value * (power + 0.0 * power)
 
 
-# --- A tile of picks ---------------------------------------------------------
+# --- What does one program compute? ------------------------------------------
 
 @_jit
 def packed_rows(x, w, s, y, order, tile_expert, tile_begin, tile_end, rows,
@@ -130,7 +130,7 @@ def experts_by_triton(x, ids, weights, gate_up_blocks, gate_up_scales,
     return (out * weights.float()[..., None]).sum(1).to(x.dtype)
 
 
-# --- Attention in parts ------------------------------------------------------
+# --- How is attention cut into enough pieces? --------------------------------
 
 @_jit
 def attend_tile(q, k, v, q_pos, k_pos, y, lse, T, S, H, G, window, scale,
