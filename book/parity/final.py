@@ -790,17 +790,6 @@ for name, config in (("20b", small), ("120b", large)):
 # For the 120b write `openai/gpt-oss-120b`: the same commands, 65 GB of files;
 # `transformers` becomes `streamed` by itself where it would not fit.
 
-# %%
-text = Path("final.py").read_text()
-commands = [line for line in text.splitlines()
-            if line.startswith(("# $ python -m gptoss", "# $ torchrun"))]
-known = subprocess.run([sys.executable, "-m", "gptoss", "--help"],
-                       capture_output=True, text=True).stdout
-print(len(commands), "commands, of", sorted(
-    {line.partition("gptoss ")[2].split()[0] for line in commands}))
-assert all(line.partition("gptoss ")[2].split()[0] in known
-           for line in commands)
-
 # %% [markdown]
 # ## Takeaways
 #

@@ -185,8 +185,8 @@ shares = [[agreement(model, prompt(seed)) for seed in range(10)]
           for model in (right, wrong)]
 as_good = sum(a <= b for a, b in zip(*shares, strict=True))
 for keys, row in zip((128, 129), shares, strict=True):
-    print(f"{keys} keys: the same likeliest token as theirs at about "
-          f"{round(sum(row) / 10, 1):.0%} of the positions")
+    print(f"{keys} keys: the same likeliest token as theirs at more than "
+          f"{5 * int(sum(row) / 10 // 0.05)} % of the positions, not at all")
 assert as_good >= 5 and shares[0][0] < 1
 full = [GptOss.from_pretrained(path, torch.float32) for _ in range(2)]
 for layer in full[1].layers:
@@ -238,7 +238,7 @@ print(f"one entry: {q[0, 0].item():.4f} recorded, {value[0, 0].item():.5f} "
 print(f"of {q.numel():,} entries the worst uses "
       f"{excess(q, (value, bound)):.2f} of its bound")
 print("with the bias twice:",
-      f"{excess((q + q_proj.bias).detach(), (value, bound)):.0f} times")
+      f"{excess((q + q_proj.bias).detach(), (value, bound)):.0e} times")
 
 # %% [markdown]
 # That is the judge, for one of 54 operations. It needs no second

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -50,7 +51,8 @@ def write(folder: str | Path) -> list[Path]:
     exact arithmetic gives (frequencies are fp32 by definition). An older
     set is replaced; VectorError: other files of these names are there.
     """
-    folder, stored, index = Path(folder), {}, []
+    folder, index = Path(folder), []
+    stored: Tensors = {}
     for file in FILES:
         _check_ours(folder, folder / file)
     for case in all_cases():
@@ -77,7 +79,79 @@ def write(folder: str | Path) -> list[Path]:
     return _save(folder, stored, index)
 
 
-# --- Files that are somebody else's ------------------------------------------
+def read_vectors(folder: str | Path) -> tuple[dict, Tensors]:
+    """The index and all tensors. VectorError: a file that is missing,
+    changed, or of another version; an index that is not one."""
+    file = Path(folder) / FILES[0]
+    index = _read_index(file)
+    data = file.parent / index["file"]
+    raw = _read(data)
+    digest = hashlib.sha256(raw).hexdigest()
+    if digest != index["sha256"]:
+        raise VectorError(f"{data}: expected sha256 {index['sha256']:.80}, "
+                          f"found {digest}")
+    stored = _tensors(lambda: load(raw), data)
+    for number, case in enumerate(index["cases"]):
+        _check_case(case, number, file, stored)
+    return index, stored
+
+
+def _tensors(read: Callable[[], Tensors], file: Path) -> Tensors:
+    """Tensors of a safetensors file; VectorError, if it is none."""
+    try:
+        return read()
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError,
+            TypeError, AttributeError, OverflowError) as error:
+        raise VectorError(f"{file}: expected a safetensors file, found "
+                          f"{type(error).__name__}: {error}") from error
+
+
+# --- How is an implementation checked? ---------------------------------------
+
+def _computed(case: dict, inputs: Tensors, kind: str, file: Path) -> Tensors:
+    """`run_case`; what it cannot compute from such inputs is told as the
+    case's mistake."""
+    try:
+        return run_case(case["operation"], inputs, case["parameters"],
+                        getattr(torch, kind))
+    except Exception as error:  # any: inputs of any shape, type and number
+        raise VectorError(
+            f"{file}: case {case['name']!r}: inputs that {case['operation']} "
+            f"cannot take ({type(error).__name__}: "
+            f"{' '.join(str(error).split()):.160})") from error
+
+
+def check(folder: str | Path, answers: str | Path | None = None,
+          dtype: str = "float32") -> list[str]:
+    """Hold an implementation to a set of vectors; returns what is wrong.
+
+    By default this package, in float32 and bfloat16. With answers: a port's
+    safetensors file, which has the outputs that it computed, in dtype, under
+    the names of the index. VectorError: as `read_vectors`, and a case that
+    cannot be computed.
+    """
+    index, stored = read_vectors(folder)
+    given = None if answers is None else _tensors(
+        lambda: load_file(answers), Path(answers))
+    wrong = []
+    for case in index["cases"]:
+        inputs = {name: stored[key] for name, key in case["inputs"].items()}
+        for kind in ("float32", "bfloat16") if given is None else (dtype,):
+            found = given if given is not None else _computed(
+                case, inputs, kind, Path(folder) / FILES[0])
+            for name, out in case["outputs"].items():
+                key = name if given is None else out["tensor"]
+                if out[kind] is None:
+                    continue
+                far = (far_off(found[key], stored[out["tensor"]], *out[kind])
+                       if key in found else float("inf"))
+                if not far <= 1:
+                    wrong.append(f"{out['tensor']} in {kind}: {far:.3g} "
+                                 "times the tolerance")
+    return wrong
+
+
+# --- What is refused ---------------------------------------------------------
 
 def _check_ours(folder: Path, file: Path) -> None:
     """Raise VectorError if `file` is there and not of an earlier set."""
@@ -126,12 +200,11 @@ def _save(folder: Path, stored: Tensors, cases: list[dict]) -> list[Path]:
     return files
 
 
-# --- Sets from anywhere ------------------------------------------------------
+_KIND: dict[type, str] = {
+    str: "a string", dict: "an object", list: "a list"}
 
-_KIND = {str: "a string", dict: "an object", list: "a list"}
 
-
-def _entry(of: object, name: str, kind: type, where: str) -> object:
+def _entry(of: object, name: str, kind: type, where: str) -> Any:
     """of[name], which must be of that kind."""
     found = of.get(name) if isinstance(of, dict) else None
     if not isinstance(found, kind):
@@ -155,7 +228,8 @@ def _check_numbers(value: object, where: str) -> None:
     if isinstance(value, dict | list):
         for each in value.values() if isinstance(value, dict) else value:
             _check_numbers(each, where)
-    elif type(value) in (int, float) and not abs(value) <= 2 ** 20:
+    elif (isinstance(value, int | float) and type(value) is not bool
+          and not abs(value) <= 2 ** 20):
         raise VectorError(f"{where}: expected numbers up to 2**20, found "
                           f"{value!r:.40}")
 
@@ -221,78 +295,6 @@ def _read_index(file: Path) -> dict:
     _entry(index, "sha256", str, str(file))
     _entry(index, "cases", list, str(file))
     return index
-
-
-def read_vectors(folder: str | Path) -> tuple[dict, Tensors]:
-    """The index and all tensors. VectorError: a file that is missing,
-    changed, or of another version; an index that is not one."""
-    file = Path(folder) / FILES[0]
-    index = _read_index(file)
-    data = file.parent / index["file"]
-    raw = _read(data)
-    digest = hashlib.sha256(raw).hexdigest()
-    if digest != index["sha256"]:
-        raise VectorError(f"{data}: expected sha256 {index['sha256']:.80}, "
-                          f"found {digest}")
-    stored = _tensors(lambda: load(raw), data)
-    for number, case in enumerate(index["cases"]):
-        _check_case(case, number, file, stored)
-    return index, stored
-
-
-def _tensors(read: Callable[[], Tensors], file: Path) -> Tensors:
-    """Tensors of a safetensors file; VectorError, if it is none."""
-    try:
-        return read()
-    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError,
-            TypeError, AttributeError, OverflowError) as error:
-        raise VectorError(f"{file}: expected a safetensors file, found "
-                          f"{type(error).__name__}: {error}") from error
-
-
-# --- The check ---------------------------------------------------------------
-
-def _computed(case: dict, inputs: Tensors, kind: str, file: Path) -> Tensors:
-    """`run_case`; what it cannot compute from such inputs is told as the
-    case's mistake."""
-    try:
-        return run_case(case["operation"], inputs, case["parameters"],
-                        getattr(torch, kind))
-    except Exception as error:  # any: inputs of any shape, type and number
-        raise VectorError(
-            f"{file}: case {case['name']!r}: inputs that {case['operation']} "
-            f"cannot take ({type(error).__name__}: "
-            f"{' '.join(str(error).split()):.160})") from error
-
-
-def check(folder: str | Path, answers: str | Path | None = None,
-          dtype: str = "float32") -> list[str]:
-    """Hold an implementation to a set of vectors; returns what is wrong.
-
-    By default this package, in float32 and bfloat16. With answers: a port's
-    safetensors file, which has the outputs that it computed, in dtype, under
-    the names of the index. VectorError: as `read_vectors`, and a case that
-    cannot be computed.
-    """
-    index, stored = read_vectors(folder)
-    given = None if answers is None else _tensors(
-        lambda: load_file(answers), Path(answers))
-    wrong = []
-    for case in index["cases"]:
-        inputs = {name: stored[key] for name, key in case["inputs"].items()}
-        for kind in ("float32", "bfloat16") if given is None else (dtype,):
-            found = given if given is not None else _computed(
-                case, inputs, kind, Path(folder) / FILES[0])
-            for name, out in case["outputs"].items():
-                key = name if given is None else out["tensor"]
-                if out[kind] is None:
-                    continue
-                far = (far_off(found[key], stored[out["tensor"]], *out[kind])
-                       if key in found else float("inf"))
-                if not far <= 1:
-                    wrong.append(f"{out['tensor']} in {kind}: {far:.3g} "
-                                 "times the tolerance")
-    return wrong
 
 
 __all__ = [
