@@ -65,8 +65,8 @@ from gptoss.weights.mxfp4 import decode
 
 # %% tags=["hide-input", "picture"]
 # Figure: two rows of seventeen cells for layer 0. Above, the first six are
-# full, at "weights" the share drops to a third and stays between a fifth and
-# all. Below, all seventeen are 100 percent.
+# full, at "weights" the share drops to 60 percent and stays between a fifth
+# and all. Below, all seventeen are 100 percent.
 import os
 
 import matplotlib.pyplot as plt

@@ -110,11 +110,12 @@ for y, (operation, change, more) in enumerate(WRONG.values()):
                 wrong[name], stored[out["tensor"]], *out["float32"]) > 1
                 for name, out in case["outputs"].items())
 fig, ax = plt.subplots(figsize=(7.4, 2.9))
-ax.imshow(grid, cmap="Blues", vmin=0, vmax=1.3, aspect="auto")
-ax.set_yticks(range(len(WRONG)), WRONG)
-ax.set_xticks(range(len(cases)), [case["name"] for case in cases], rotation=45,
-              ha="right")
-ax.tick_params(length=0)
+ax.pcolormesh(grid, cmap="Blues", vmin=0, vmax=1.3, edgecolors="0.9")
+ax.set_yticks([y + 0.5 for y in range(len(WRONG))], WRONG)
+ax.set_xticks([x + 0.5 for x in range(len(cases))],
+              [case["name"] for case in cases], rotation=45, ha="right")
+ax.invert_yaxis()
+ax.grid(visible=False)
 plt.show()
 
 # %% [markdown]
@@ -130,13 +131,12 @@ plt.show()
 
 # %%
 logits = torch.tensor([[0.0, 2, 1, 2, 2, 0, 2, 2]])
-for name, rule in (("stable sort", logits.sort(-1, True, stable=True)),
-                   ("the higher index", logits.flip(-1).sort(
-                       -1, True, stable=True))):
-    ids = rule[1][0, :4]
-    ids = 7 - ids if name == "the higher index" else ids
-    print(f"{name:17} {sorted(ids.tolist())}, weights",
-          rule[0][0, :4].softmax(-1).tolist())
+for name, flip in (("the lower index", False), ("the higher index", True)):
+    values, ids = (logits.flip(-1) if flip else logits).sort(
+        dim=-1, descending=True, stable=True)
+    ids = 7 - ids if flip else ids
+    print(f"{name:17} {sorted(ids[0, :4].tolist())}, weights",
+          values[0, :4].softmax(-1).tolist())
 
 # %% [markdown]
 # Same weights, other experts, another model. Integers must be equal, floats
@@ -511,138 +511,6 @@ def write(folder: str | Path) -> list[Path]:
                       "outputs": outputs})
     return _save(folder, stored, index)
 
-# %% tags=["export"]
-def read_vectors(folder: str | Path) -> tuple[dict, Tensors]:
-    """The index and all tensors. VectorError: a file that is missing,
-    changed, or of another version; an index that is not one."""
-    file = Path(folder) / FILES[0]
-    index = _read_index(file)
-    data = file.parent / index["file"]
-    raw = _read(data)
-    digest = hashlib.sha256(raw).hexdigest()
-    if digest != index["sha256"]:
-        raise VectorError(f"{data}: expected sha256 {index['sha256']:.80}, "
-                          f"found {digest}")
-    stored = _tensors(lambda: load(raw), data)
-    for number, case in enumerate(index["cases"]):
-        _check_case(case, number, file, stored)
-    return index, stored
-
-
-def _tensors(read: Callable[[], Tensors], file: Path) -> Tensors:
-    """Tensors of a safetensors file; VectorError, if it is none."""
-    try:
-        return read()
-    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError,
-            TypeError, AttributeError, OverflowError) as error:
-        raise VectorError(f"{file}: expected a safetensors file, found "
-                          f"{type(error).__name__}: {error}") from error
-
-# %% [markdown]
-# ### How is an implementation checked?
-#
-# `check` returns a line for each output that is too far off. Without `answers`
-# it computes every case itself, in both dtypes; a port hands in a file.
-
-# %% tags=["export"]
-def _computed(case: dict, inputs: Tensors, kind: str, file: Path) -> Tensors:
-    """`run_case`; what it cannot compute from such inputs is told as the
-    case's mistake."""
-    try:
-        return run_case(case["operation"], inputs, case["parameters"],
-                        getattr(torch, kind))
-    except Exception as error:  # any: inputs of any shape, type and number
-        raise VectorError(
-            f"{file}: case {case['name']!r}: inputs that {case['operation']} "
-            f"cannot take ({type(error).__name__}: "
-            f"{' '.join(str(error).split()):.160})") from error
-
-
-def check(folder: str | Path, answers: str | Path | None = None,
-          dtype: str = "float32") -> list[str]:
-    """Hold an implementation to a set of vectors; returns what is wrong.
-
-    By default this package, in float32 and bfloat16. With answers: a port's
-    safetensors file, which has the outputs that it computed, in dtype, under
-    the names of the index. VectorError: as `read_vectors`, and a case that
-    cannot be computed.
-    """
-    index, stored = read_vectors(folder)
-    given = None if answers is None else _tensors(
-        lambda: load_file(answers), Path(answers))
-    wrong = []
-    for case in index["cases"]:
-        inputs = {name: stored[key] for name, key in case["inputs"].items()}
-        for kind in ("float32", "bfloat16") if given is None else (dtype,):
-            found = given if given is not None else _computed(
-                case, inputs, kind, Path(folder) / FILES[0])
-            for name, out in case["outputs"].items():
-                key = name if given is None else out["tensor"]
-                if out[kind] is None:
-                    continue
-                far = (far_off(found[key], stored[out["tensor"]], *out[kind])
-                       if key in found else float("inf"))
-                if not far <= 1:
-                    wrong.append(f"{out['tensor']} in {kind}: {far:.3g} "
-                                 "times the tolerance")
-    return wrong
-
-# %%
-vector_folder = Path(folder.name) / "vectors"
-vector_files = write(vector_folder)
-assert check(vector_folder) == []
-size = sum(file.stat().st_size for file in vector_files)
-assert size < 200_000
-print(*(file.name for file in vector_files), f"{size / 1e3:.0f} kB,",
-      len(all_cases()), "cases")
-
-# %% [markdown]
-# ## What a port needs
-#
-# All that a port needs, in twenty lines and without torch. `my_port` is the
-# code under test: operation, inputs and parameters to outputs. (Here it is
-# this package, so that the cell runs.)
-
-# %%
-import struct
-
-import numpy as np
-
-
-def my_port(operation, inputs, parameters):
-    tensors = {name: torch.tensor(x) for name, x in inputs.items()}
-    return run_case(operation, tensors, parameters, torch.float32)
-
-
-raw = (vector_folder / "vectors.safetensors").read_bytes()
-size = struct.unpack("<Q", raw[:8])[0]
-header, data = json.loads(raw[8:8 + size]), raw[8 + size:]
-kinds = {"F32": "<f4", "I32": "<i4", "U8": "u1", "BF16": "<u2"}
-
-
-def tensor(key):
-    entry = header[key]
-    start, end = entry["data_offsets"]
-    x = np.frombuffer(data[start:end], kinds[entry["dtype"]])
-    if entry["dtype"] == "BF16":  # the upper half of an fp32
-        x = (x.astype("<u4") << 16).view("<f4")
-    return x.reshape(entry["shape"])
-
-
-for case in json.loads((vector_folder / "index.json").read_text())["cases"]:
-    found = my_port(case["operation"], {
-        name: tensor(key) for name, key in case["inputs"].items()},
-        case["parameters"])
-    for name, out in case["outputs"].items():
-        atol, rtol = out["float32"]
-        assert np.allclose(found[name], tensor(out["tensor"]), rtol, atol,
-                           equal_nan=True), (case["name"], case["explains"])
-print(f"every case passes, down to {case['name']!r}")
-
-# %% [markdown]
-# `tests/parity/numpy_vectors.py` is a whole port of this kind, all operations
-# and the model in numpy, and `tests/parity/vectors` holds the set.
-
 # %% [markdown]
 # ## What is refused
 #
@@ -806,6 +674,138 @@ def _read_index(file: Path) -> dict:
     _entry(index, "sha256", str, str(file))
     _entry(index, "cases", list, str(file))
     return index
+
+# %% tags=["export"]
+def read_vectors(folder: str | Path) -> tuple[dict, Tensors]:
+    """The index and all tensors. VectorError: a file that is missing,
+    changed, or of another version; an index that is not one."""
+    file = Path(folder) / FILES[0]
+    index = _read_index(file)
+    data = file.parent / index["file"]
+    raw = _read(data)
+    digest = hashlib.sha256(raw).hexdigest()
+    if digest != index["sha256"]:
+        raise VectorError(f"{data}: expected sha256 {index['sha256']:.80}, "
+                          f"found {digest}")
+    stored = _tensors(lambda: load(raw), data)
+    for number, case in enumerate(index["cases"]):
+        _check_case(case, number, file, stored)
+    return index, stored
+
+
+def _tensors(read: Callable[[], Tensors], file: Path) -> Tensors:
+    """Tensors of a safetensors file; VectorError, if it is none."""
+    try:
+        return read()
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError,
+            TypeError, AttributeError, OverflowError) as error:
+        raise VectorError(f"{file}: expected a safetensors file, found "
+                          f"{type(error).__name__}: {error}") from error
+
+# %% [markdown]
+# ## The check
+#
+# `check` returns a line for each output that is too far off. Without `answers`
+# it computes every case itself, in both dtypes; a port hands in a file.
+
+# %% tags=["export"]
+def _computed(case: dict, inputs: Tensors, kind: str, file: Path) -> Tensors:
+    """`run_case`; what it cannot compute from such inputs is told as the
+    case's mistake."""
+    try:
+        return run_case(case["operation"], inputs, case["parameters"],
+                        getattr(torch, kind))
+    except Exception as error:  # any: inputs of any shape, type and number
+        raise VectorError(
+            f"{file}: case {case['name']!r}: inputs that {case['operation']} "
+            f"cannot take ({type(error).__name__}: "
+            f"{' '.join(str(error).split()):.160})") from error
+
+
+def check(folder: str | Path, answers: str | Path | None = None,
+          dtype: str = "float32") -> list[str]:
+    """Hold an implementation to a set of vectors; returns what is wrong.
+
+    By default this package, in float32 and bfloat16. With answers: a port's
+    safetensors file, which has the outputs that it computed, in dtype, under
+    the names of the index. VectorError: as `read_vectors`, and a case that
+    cannot be computed.
+    """
+    index, stored = read_vectors(folder)
+    given = None if answers is None else _tensors(
+        lambda: load_file(answers), Path(answers))
+    wrong = []
+    for case in index["cases"]:
+        inputs = {name: stored[key] for name, key in case["inputs"].items()}
+        for kind in ("float32", "bfloat16") if given is None else (dtype,):
+            found = given if given is not None else _computed(
+                case, inputs, kind, Path(folder) / FILES[0])
+            for name, out in case["outputs"].items():
+                key = name if given is None else out["tensor"]
+                if out[kind] is None:
+                    continue
+                far = (far_off(found[key], stored[out["tensor"]], *out[kind])
+                       if key in found else float("inf"))
+                if not far <= 1:
+                    wrong.append(f"{out['tensor']} in {kind}: {far:.3g} "
+                                 "times the tolerance")
+    return wrong
+
+# %%
+vector_folder = Path(folder.name) / "vectors"
+vector_files = write(vector_folder)
+assert check(vector_folder) == []
+size = sum(file.stat().st_size for file in vector_files)
+assert size < 200_000
+print(*(file.name for file in vector_files), f"{size / 1e3:.0f} kB,",
+      len(all_cases()), "cases")
+
+# %% [markdown]
+# ## What a port needs
+#
+# All that a port needs, in twenty lines and without torch. `my_port` is the
+# code under test: operation, inputs and parameters to outputs. (Here it is
+# this package, so that the cell runs.)
+
+# %%
+import struct
+
+import numpy as np
+
+
+def my_port(operation, inputs, parameters):
+    tensors = {name: torch.tensor(x) for name, x in inputs.items()}
+    return run_case(operation, tensors, parameters, torch.float32)
+
+
+raw = (vector_folder / "vectors.safetensors").read_bytes()
+size = struct.unpack("<Q", raw[:8])[0]
+header, data = json.loads(raw[8:8 + size]), raw[8 + size:]
+kinds = {"F32": "<f4", "I32": "<i4", "U8": "u1", "BF16": "<u2"}
+
+
+def tensor(key):
+    entry = header[key]
+    start, end = entry["data_offsets"]
+    x = np.frombuffer(data[start:end], kinds[entry["dtype"]])
+    if entry["dtype"] == "BF16":  # the upper half of an fp32
+        x = (x.astype("<u4") << 16).view("<f4")
+    return x.reshape(entry["shape"])
+
+
+for case in json.loads((vector_folder / "index.json").read_text())["cases"]:
+    found = my_port(case["operation"], {
+        name: tensor(key) for name, key in case["inputs"].items()},
+        case["parameters"])
+    for name, out in case["outputs"].items():
+        atol, rtol = out["float32"]
+        assert np.allclose(found[name], tensor(out["tensor"]), rtol, atol,
+                           equal_nan=True), (case["name"], case["explains"])
+print(f"every case passes, down to {case['name']!r}")
+
+# %% [markdown]
+# `tests/parity/numpy_vectors.py` is a whole port of this kind, all operations
+# and the model in numpy, and `tests/parity/vectors` holds the set.
 
 # %% [markdown]
 # ## It holds

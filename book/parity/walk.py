@@ -236,11 +236,11 @@ def swapped_in(module: nn.Module, tensors: Mapping[str, Tensor]
 # %%
 torch.manual_seed(0)
 q, k, v = (torch.randn(1, 20, heads, 32) for heads in (4, 2, 2))
-more = torch.randn(4), torch.arange(20)[None], 6, 32 ** -0.5
+rest = torch.randn(4), torch.arange(20)[None], 6, 32 ** -0.5
 
 
 def attend(values: Tensor) -> Tensor:
-    return attention_fp32(q, k, values, *more)
+    return attention_fp32(q, k, values, *rest)
 
 
 found = probe(attend, v)
@@ -580,12 +580,16 @@ assert taken[0] > taken[1]  # four keys compete with it, not a hundred
 # ### Exercise 2
 #
 # Ask a black box that is *not* linear in its values: an attention that clips
-# its output to ±0.05. What does the probe say, and how could you notice,
-# without looking inside?
+# its output to 0.05 and -0.05. What does the probe say, and how could you
+# notice, without looking inside?
 
 # %% tags=["hide-cell"]
-clipped = probe(lambda values: attend(values).clamp(-0.05, 0.05), v)
-doubled = probe(lambda values: attend(2 * values).clamp(-0.05, 0.05) / 2, v)
+def clip(factor: float) -> Tensor:
+    return probe(lambda values: attend(factor * values).clamp(-0.05, 0.05)
+                 / factor, torch.zeros(1, 20, 2, 32))
+
+
+clipped, doubled = clip(1.0), clip(2.0)
 print(f"largest weight {clipped.max():.3f} instead of {found.max():.3f}; with "
       f"twice the values {doubled.max():.3f}: a linear box would say the same")
 
@@ -612,7 +616,7 @@ away = (torch.arange(ids.shape[1])[:, None]
         - torch.arange(ids.shape[1]))[:, None].clamp(min=0)
 for n in range(len(pocket.layers)):
     p = trace[n, "weights"].float()
-    print(f"layer {n}, {pocket.config.layer_types[n][:7]}: "
+    print(f"layer {n}, {pocket.config.layer_types[n].split('_')[0]}: "
           f"{((p * away).sum() / p.sum()).item():.0f} tokens away, the sinks "
           f"take {1 - p.sum(-1).mean().item():.0%}")
 folder.cleanup()

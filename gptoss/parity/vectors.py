@@ -79,78 +79,6 @@ def write(folder: str | Path) -> list[Path]:
     return _save(folder, stored, index)
 
 
-def read_vectors(folder: str | Path) -> tuple[dict, Tensors]:
-    """The index and all tensors. VectorError: a file that is missing,
-    changed, or of another version; an index that is not one."""
-    file = Path(folder) / FILES[0]
-    index = _read_index(file)
-    data = file.parent / index["file"]
-    raw = _read(data)
-    digest = hashlib.sha256(raw).hexdigest()
-    if digest != index["sha256"]:
-        raise VectorError(f"{data}: expected sha256 {index['sha256']:.80}, "
-                          f"found {digest}")
-    stored = _tensors(lambda: load(raw), data)
-    for number, case in enumerate(index["cases"]):
-        _check_case(case, number, file, stored)
-    return index, stored
-
-
-def _tensors(read: Callable[[], Tensors], file: Path) -> Tensors:
-    """Tensors of a safetensors file; VectorError, if it is none."""
-    try:
-        return read()
-    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError,
-            TypeError, AttributeError, OverflowError) as error:
-        raise VectorError(f"{file}: expected a safetensors file, found "
-                          f"{type(error).__name__}: {error}") from error
-
-
-# --- How is an implementation checked? ---------------------------------------
-
-def _computed(case: dict, inputs: Tensors, kind: str, file: Path) -> Tensors:
-    """`run_case`; what it cannot compute from such inputs is told as the
-    case's mistake."""
-    try:
-        return run_case(case["operation"], inputs, case["parameters"],
-                        getattr(torch, kind))
-    except Exception as error:  # any: inputs of any shape, type and number
-        raise VectorError(
-            f"{file}: case {case['name']!r}: inputs that {case['operation']} "
-            f"cannot take ({type(error).__name__}: "
-            f"{' '.join(str(error).split()):.160})") from error
-
-
-def check(folder: str | Path, answers: str | Path | None = None,
-          dtype: str = "float32") -> list[str]:
-    """Hold an implementation to a set of vectors; returns what is wrong.
-
-    By default this package, in float32 and bfloat16. With answers: a port's
-    safetensors file, which has the outputs that it computed, in dtype, under
-    the names of the index. VectorError: as `read_vectors`, and a case that
-    cannot be computed.
-    """
-    index, stored = read_vectors(folder)
-    given = None if answers is None else _tensors(
-        lambda: load_file(answers), Path(answers))
-    wrong = []
-    for case in index["cases"]:
-        inputs = {name: stored[key] for name, key in case["inputs"].items()}
-        for kind in ("float32", "bfloat16") if given is None else (dtype,):
-            found = given if given is not None else _computed(
-                case, inputs, kind, Path(folder) / FILES[0])
-            for name, out in case["outputs"].items():
-                key = name if given is None else out["tensor"]
-                if out[kind] is None:
-                    continue
-                far = (far_off(found[key], stored[out["tensor"]], *out[kind])
-                       if key in found else float("inf"))
-                if not far <= 1:
-                    wrong.append(f"{out['tensor']} in {kind}: {far:.3g} "
-                                 "times the tolerance")
-    return wrong
-
-
 # --- What is refused ---------------------------------------------------------
 
 def _check_ours(folder: Path, file: Path) -> None:
@@ -295,6 +223,78 @@ def _read_index(file: Path) -> dict:
     _entry(index, "sha256", str, str(file))
     _entry(index, "cases", list, str(file))
     return index
+
+
+def read_vectors(folder: str | Path) -> tuple[dict, Tensors]:
+    """The index and all tensors. VectorError: a file that is missing,
+    changed, or of another version; an index that is not one."""
+    file = Path(folder) / FILES[0]
+    index = _read_index(file)
+    data = file.parent / index["file"]
+    raw = _read(data)
+    digest = hashlib.sha256(raw).hexdigest()
+    if digest != index["sha256"]:
+        raise VectorError(f"{data}: expected sha256 {index['sha256']:.80}, "
+                          f"found {digest}")
+    stored = _tensors(lambda: load(raw), data)
+    for number, case in enumerate(index["cases"]):
+        _check_case(case, number, file, stored)
+    return index, stored
+
+
+def _tensors(read: Callable[[], Tensors], file: Path) -> Tensors:
+    """Tensors of a safetensors file; VectorError, if it is none."""
+    try:
+        return read()
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError,
+            TypeError, AttributeError, OverflowError) as error:
+        raise VectorError(f"{file}: expected a safetensors file, found "
+                          f"{type(error).__name__}: {error}") from error
+
+
+# --- The check ---------------------------------------------------------------
+
+def _computed(case: dict, inputs: Tensors, kind: str, file: Path) -> Tensors:
+    """`run_case`; what it cannot compute from such inputs is told as the
+    case's mistake."""
+    try:
+        return run_case(case["operation"], inputs, case["parameters"],
+                        getattr(torch, kind))
+    except Exception as error:  # any: inputs of any shape, type and number
+        raise VectorError(
+            f"{file}: case {case['name']!r}: inputs that {case['operation']} "
+            f"cannot take ({type(error).__name__}: "
+            f"{' '.join(str(error).split()):.160})") from error
+
+
+def check(folder: str | Path, answers: str | Path | None = None,
+          dtype: str = "float32") -> list[str]:
+    """Hold an implementation to a set of vectors; returns what is wrong.
+
+    By default this package, in float32 and bfloat16. With answers: a port's
+    safetensors file, which has the outputs that it computed, in dtype, under
+    the names of the index. VectorError: as `read_vectors`, and a case that
+    cannot be computed.
+    """
+    index, stored = read_vectors(folder)
+    given = None if answers is None else _tensors(
+        lambda: load_file(answers), Path(answers))
+    wrong = []
+    for case in index["cases"]:
+        inputs = {name: stored[key] for name, key in case["inputs"].items()}
+        for kind in ("float32", "bfloat16") if given is None else (dtype,):
+            found = given if given is not None else _computed(
+                case, inputs, kind, Path(folder) / FILES[0])
+            for name, out in case["outputs"].items():
+                key = name if given is None else out["tensor"]
+                if out[kind] is None:
+                    continue
+                far = (far_off(found[key], stored[out["tensor"]], *out[kind])
+                       if key in found else float("inf"))
+                if not far <= 1:
+                    wrong.append(f"{out['tensor']} in {kind}: {far:.3g} "
+                                 "times the tolerance")
+    return wrong
 
 
 __all__ = [
