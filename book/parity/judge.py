@@ -186,7 +186,8 @@ shares = [[agreement(model, prompt(seed)) for seed in range(10)]
 as_good = sum(a <= b for a, b in zip(*shares, strict=True))
 for keys, row in zip((128, 129), shares, strict=True):
     print(f"{keys} keys: the same likeliest token as theirs at more than "
-          f"{5 * int(sum(row) / 10 // 0.05)} % of the positions, not at all")
+          f"{5 * int(sum(row) / 10 // 0.05)} % of the positions, not at every "
+          "one")
 assert as_good >= 5 and shares[0][0] < 1
 full = [GptOss.from_pretrained(path, torch.float32) for _ in range(2)]
 for layer in full[1].layers:
