@@ -68,9 +68,10 @@ from gptoss.weights.sizes import bf16_bytes
 
 # %% tags=["hide-input", "picture"]
 # Figure: relative error against float64 over the points of four layers. The
-# lines of the right and of the faulty model lie close together, growing from
-# layer to layer; marks at the weights and heads of layers 0 and 2 say where
-# the judge finds the faulty model far beyond rounding.
+# lines of the right and of the faulty model lie on each other, with two high
+# peaks in layers 1 and 2 where a token changes experts; circles at the
+# weights and heads of layers 0 and 2, where both lines are low, say where the
+# judge finds the faulty model far beyond rounding.
 from importlib.resources import files
 
 import matplotlib.pyplot as plt
@@ -107,11 +108,12 @@ ax.set(ylim=(0, None), xlim=(-1, len(rows) + 5), xticks=(),
 plt.show()
 
 # %% [markdown]
-# What to see: the two lines hardly differ. Both models round, both are moved
-# by tokens that change experts, and at the end of the model nobody could say
+# What to see: the two lines hardly differ. Both models round, both have the
+# same peaks, where a token changes experts, and at the end nobody could say
 # which line belongs to the broken one. The circles are what the *judge* sees:
-# at these points alone an operation did more than its rounding explains. Both
-# columns stand in the report, and only the second says who is wrong.
+# at these points alone, where the lines are low, an operation did more than
+# its rounding explains. Both columns stand in the report, and only the second
+# says who is wrong.
 #
 # ## Four kinds of "the same"
 #
@@ -654,8 +656,11 @@ small, large = GptOssConfig.gpt_oss_20b(), GptOssConfig.gpt_oss_120b()
 fields = [field.name for field in dataclasses.fields(small)]
 differ = [name for name in fields
           if getattr(small, name) != getattr(large, name)]
-print(f"{len(fields) - len(differ)} of {len(fields)} fields are equal, "
-      "these are not:")
+print(f"{len(fields) - len(differ)} of {len(fields)} fields are equal;",
+      "different are", len(differ))
+print(f"  (equal: vocabulary {small.vocab_size:,}, context "
+      f"{small.max_position_embeddings:,}, experts a token "
+      f"{small.num_experts_per_tok})")
 for name in differ:
     a, b = (getattr(config, name) for config in (small, large))
     print(f"  {name}: {a if isinstance(a, int) else len(a)} and "
