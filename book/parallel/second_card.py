@@ -39,90 +39,204 @@ released = {"20b": big, "120b": GptOssConfig.gpt_oss_120b()}
 # %% [markdown]
 # ## Picture
 #
-# Where the time of a token goes, for cards with NVLink and with PCIe, as if
-# every model fitted. Left of each pair the 20b, right the 120b.
+# Where the time of a token goes, on 1, 2, 4 and 8 cards, as if every model
+# fitted: *reading* weights and cache from the card's own memory, and
+# *meeting* the other cards for the sums. Drawn by the finished package. On
+# the left cards with NVLink, NVIDIA's direct links between cards; on the
+# right cards that talk through PCIe, the computer's common bus.
 
 # %% tags=["hide-input", "picture"]
-# Figure: milliseconds a token on 1, 2, 4 and 8 cards, split into reading and
-# meetings, for a fast and a slow kind of card. Reading shrinks with the cards,
-# meetings grow: on the fast cards, eight need more time in all than four.
+# Figure: milliseconds a token on 1, 2, 4 and 8 cards, four panels: 20b and
+# 120b on fast and on slow cards. Each bar is reading, below, and meetings,
+# on top. Reading shrinks with the cards and meetings grow: on the fast cards
+# four are fastest and eight need more time again.
 import math
 
 from gptoss.parallel.plan import CARDS, Card, token_seconds
 from gptoss.parallel.shards import mesh_rank
 
-fig, axes = plt.subplots(1, 2, sharey=True)
-for ax, card in zip(axes, (CARDS[2], CARDS[0]), strict=True):
+fig, axes = plt.subplots(1, 4, figsize=(7.4, 2.7))
+panels = [(card, name) for card in (CARDS[2], CARDS[0]) for name in released]
+for ax, (card, name) in zip(axes, panels, strict=True):
     free = Card(card.name, card.memory, card.read, math.inf, 0.0)
-    for place, (name, config) in enumerate(released.items()):
-        for x, n in enumerate((1, 2, 4, 8)):
-            mesh = mesh_rank(config, 0, n)
-            read = 1e3 * token_seconds(config, mesh, free, 8192)
-            every = 1e3 * token_seconds(config, mesh, card, 8192)
-            at = x + 0.4 * place - 0.2
-            ax.bar(at, read, 0.34, color=f"C{2 * place}",
-                   label=f"{name}, reading" if x == 0 else None)
-            ax.bar(at, every - read, 0.34, bottom=read, color="C1",
-                   alpha=0.9 - 0.4 * place,
-                   label=f"{name}, meetings" if x == 0 else None)
-    ax.set(xticks=range(4), xticklabels=("1", "2", "4", "8"),
-           xlabel="cards", title=f"{card.read / 1e12:.2f} TB/s, "
-           + ("NVLink" if card.link > 1e11 else "PCIe"))
+    top = []
+    for x, n in enumerate((1, 2, 4, 8)):
+        mesh = mesh_rank(released[name], 0, n)
+        read, every = (1e3 * token_seconds(released[name], mesh, kind, 8192)
+                       for kind in (free, card))
+        ax.bar(x, read, 0.72, color="C0")
+        ax.bar(x, every - read, 0.72, bottom=read, color="C1")
+        ax.text(x, every, f"{every:.1f}", ha="center", va="bottom",
+                fontsize=7.5)
+        top.append(every)
+    link = "NVLink" if card.link > 1e11 else "PCIe"
+    ax.set(xticks=range(4), xticklabels=("1", "2", "4", "8"), xlabel="cards",
+           title=f"{name}, {card.read / 1e12:.2f} TB/s\n{link}",
+           ylim=(0, (2 if link == "NVLink" else 6.2)))
+    ax.title.set_fontsize(8.5)
     ax.grid(axis="x", visible=False)
-axes[0].set(ylabel="ms a token, at best", ylim=(0, 6))
-axes[0].legend(loc="upper right")
+axes[0].set_ylabel("ms a token, at best")
+axes[1].text(3.42, 1.86, "orange: meeting", color="#a85f00", fontsize=8,
+             ha="right")
+axes[1].text(3.42, 1.7, "blue: reading", color="C0", fontsize=8, ha="right")
 plt.show()
 
 # %% [markdown]
-# The blue and green parts shrink with the cards, the orange ones grow: with
+# What to see: the blue parts shrink with the cards, the orange ones grow. With
 # four or eight of the fast cards, meeting takes longer than reading, and on
 # eight of the slow ones too.
+#
+# ## The naive version
+#
+# Bytes over bandwidth: R cards read a part each, so a token takes an R-th of
+# the time. That is true of the reading and of nothing else. For the 20b:
+
+# %%
+for n in (1, 2, 4, 8):
+    whole = bytes_read_per_token(big) / 3350e9
+    print(f"{n} H100: {1e3 * whole / n:.2f} ms of reading a token, "
+          f"{n} times as fast")
 
 # %% [markdown]
 # ## Derivation
-
-# %% [markdown]
-# **The busiest group.** Where experts are dealt out in groups
-# ([who holds which part](shards.ipynb)), of K = 4 experts in two groups the
-# busier has two, three or four. If each choice of K of the E experts is
-# equally likely, how many has the busiest of $n$ groups, on average? Call that
-# number $M$. A group takes $j$ of its $E/n$ experts in $\binom{E/n}{j}$ ways.
-# Write that as the coefficient of $z^j$, leave out $j > m$, and multiply the
-# polynomials of all groups: the coefficient of $z^K$, written $[z^K]$, counts
-# the choices with $M \le m$. And the mean of a count is
-# $\sum_{m \ge 0} P(M > m)$, so
 #
-# $$\mathrm{E}[M] = \sum_{m=0}^{K-1} \bigg(1 - \binom{E}{K}^{-1} [z^K]
-# \Big(\sum_{j \le m} \binom{E/n}{j} z^j\Big)^{n}\bigg) .
-# $$ (parallel-busiest)
+# ### One token on eight cards, by hand
+#
+# [What ranks say](collectives.ipynb) counts $2L + 1 = 49$ sums a token for
+# the 20b. A sum is an all-reduce, in a ring of eight $2 \cdot 7 = 14$ steps
+# one after the other. We need three times of a card:
+#
+# - $\tau$: to begin a collective at all. A GPU starts a program, its *kernel*,
+#   for each one.
+# - $\alpha$: for a step, however short.
+# - $1/\lambda$: for a byte on the link.
+#
+# NCCL reckons with 6.6 microseconds, 0.6 a step, and the H100's link takes
+# 450 GB a second:
+
+# %%
+tau, alpha, link = 6.6e-6, 0.6e-6, 450e9
+step = alpha + 2 * big.hidden_size / 8 / link
+meeting = tau + 14 * step
+print(f"a step {1e6 * step:.2f} microseconds, a sum of 14 steps "
+      f"{1e6 * meeting:.1f}, 49 sums {1e3 * 49 * meeting:.2f} ms")
+print(f"reading an eighth {1e3 * bytes_read_per_token(big) / 8 / 3350e9:.2f}"
+      " ms")
 
 # %% [markdown]
-# **A token.** Each of the $2(R - 1)$ steps of a [ring](collectives.ipynb)
-# sends an $R$-th of the tensor over each link, and no step can begin before
-# the one before has arrived. So with memory at $\beta$, links at $\lambda$
-# bytes a second, a time $\tau$ to begin a collective and a time $\alpha$ for
-# the smallest step, a token takes about
+# So eight cards read for 0.14 ms and talk for 0.74. With $R$ ranks and memory
+# at $\beta$ bytes a second a token takes about
 #
 # $$
 # t_R \approx \frac{\text{bytes read}}{R \beta} + (2L + 1) \bigg(\tau +
 # 2(R - 1) \Big(\alpha + \frac{2D}{R \lambda}\Big)\bigg) .
 # $$ (parallel-time)
 #
-# The first term falls with $R$, more slowly where there are groups; the second
-# grows with it. Bytes do not make it grow, as $\frac{R-1}{R} < 1$: the
-# steps do. The gathering takes $R - 1$ steps. A library may add small tensors
-# up along a tree instead, in about $2 \log_2 R$ steps: 6 instead of 14 for
-# eight ranks, the same 2 for two. The code below reckons with the ring, and
-# also counts the gathering and the busiest group.
+# The first term falls with $R$, the second grows with it. It is not the bytes
+# that make it grow, as $\frac{R-1}{R} < 1$: the *steps* do. So $\tau +
+# 2(R-1)\alpha$, the latency of a sum, depends on the number of ranks, and
+# whoever writes one constant for it finds that cards always help. The formula
+# in Python, for the 20b:
+
+# %%
+def seconds(R: int, tau: float, alpha: float, link: float) -> float:
+    reading = bytes_read_per_token(big) / (R * 3350e9)
+    steps = 2 * (R - 1)
+    step = alpha + 2 * big.hidden_size / (R * link)
+    return reading + (R > 1) * 49 * (tau + steps * step)
+
+
+print("cards               1     2     4     8")
+for name, latency in (("a ring", (6.6e-6, 0.6e-6)),
+                      ("a constant 8 us", (8e-6, 0.0))):
+    row = [1e3 * seconds(R, *latency, 450e9) for R in (1, 2, 4, 8)]
+    print(f"{name:15}", *(f"{ms:5.2f}" for ms in row), "ms a token")
+
+# %% [markdown]
+# With a constant, eight cards would be the fastest. A library may add short
+# tensors up along a tree instead, in about $2 \log_2 R$ steps: 6 instead of 14
+# for eight ranks, the same 2 for two. The truth lies between the two, and
+# above both where a rank has to wait for another.
+
+# %% [markdown] tags=["measured"]
+# **And over gloo?** The previous chapter measured it: on a virtual machine
+# with two cores a sum took 125 microseconds among two processes, 318 among
+# three, about 70 microseconds a step and nearly nothing to begin. (Four
+# processes on two cores took 664: they also wait for a turn.) The cell below
+# puts that $\alpha$ into the same formula, with a memory of 20 GB/s.
+
+# %%
+for R in (1, 2, 4, 8):
+    reading = bytes_read_per_token(big) / R / 20e9
+    talking = 49 * 2 * (R - 1) * (70e-6 + 2 * big.hidden_size / R / 2e9)
+    print(f"{R} CPUs of 20 GB/s over gloo: reading {1e3 * reading:6.1f} ms, "
+          f"talking {1e3 * talking:5.1f}, together "
+          f"{1e3 * (reading + talking):6.1f}: "
+          f"{bytes_read_per_token(big) / 20e9 / (reading + talking):.1f} "
+          "times as fast as one")
+
+# %% [markdown]
+# A hundred times the latency, and yet four such computers would be 2.8 times
+# as fast as one, where four H100s are 1.4 times: beside so slow a memory
+# talking counts for less. What a second card is worth is decided by latency
+# *beside* reading. The faster the memory, the less the second card helps.
+
+# %% [markdown]
+# ### The busiest group
+#
+# One thing makes the reading shrink by less than $R$. Where experts are dealt
+# out in groups ([who holds which part](shards.ipynb)), a token's experts need
+# not lie evenly. By hand: four experts in two pairs, of which a token chooses
+# two. There are six choices. In two of them both lie in one pair, so the
+# busier group runs 2; in four it runs 1. On average the busiest runs
+# $(2 \cdot 2 + 4 \cdot 1) / 6 = 1.33$ experts, not 1.
+#
+# In general each choice of K of the E experts is taken as equally likely. How
+# many has the busiest of $n$ groups, on average? Call that number $M$. A group
+# takes $j$ of its $E/n$ experts in $\binom{E/n}{j}$ ways. Write that as the
+# coefficient of $z^j$, leave out $j > m$, and multiply the polynomials of all
+# groups: the coefficient of $z^K$, written $[z^K]$, counts the choices with
+# $M \le m$. In the example with $m = 1$: $(1 + 2z)^2$ has $4 z^2$, the four
+# choices above. And the mean of a count is $\sum_{m \ge 0} P(M > m)$, so
+#
+# $$\mathrm{E}[M] = \sum_{m=0}^{K-1} \bigg(1 - \binom{E}{K}^{-1} [z^K]
+# \Big(\sum_{j \le m} \binom{E/n}{j} z^j\Big)^{n}\bigg) .
+# $$ (parallel-busiest)
+
+# %% tags=["export"]
+import math
+
+
+def expected_most(experts: int, chosen: int, groups: int) -> float:
+    """Experts that the busiest of `groups` equal groups has to run, on
+    average, if a token's `chosen` of `experts` are all equally likely."""
+    size, every, expected = experts // groups, math.comb(experts, chosen), 0.0
+    for most in range(chosen):
+        ways = [1] + [0] * chosen  # to choose so many, at most `most` a group
+        for _ in range(groups):
+            ways = [sum(ways[n - m] * math.comb(size, m)
+                        for m in range(min(n, most) + 1))
+                    for n in range(chosen + 1)]
+        expected += 1 - ways[chosen] / every
+    return expected
+
+# %%
+print(f"two of four in two pairs: {expected_most(4, 2, 2):.2f}")
+for n in (1, 2, 4, 8):
+    print(f"4 of 32 experts in {n} groups: the busiest runs "
+          f"{expected_most(32, 4, n):.2f}, even would be {4 / n:.2f}")
 
 # %% [markdown]
 # ## Code
-
-# %% [markdown]
-# ### What goes over the links
 #
-# {eq}`parallel-calls` for every rank, and a witness: torch dispatches its
-# collectives as operators, where they can be counted without asking our code.
+# ### What goes over the links?
+#
+# {eq}`parallel-calls` for every rank, as a table: name of the collective ->
+# (calls, bytes a call). Two sums a layer of the stage, and one more on the
+# first stage for the embedding, if tensors are shared; a gathering on the last
+# stage, of as many rows as the largest part of the vocabulary; between stages
+# a sending and a receiving, and at the end the logits for all. What is not
+# called is not in the table. The names are those of torch's operators.
 
 # %% tags=["export"]
 from gptoss.parallel.shards import (
@@ -160,6 +274,15 @@ def traffic(config: GptOssConfig, mesh: MeshRank, tokens: int = 1,
              "broadcast_": (int(staged), logits)}
     return {name: call for name, call in calls.items() if call[0]}
 
+# %%
+for world, stages in ((1, 1), (8, 1), (8, 2)):
+    print(f"{world} ranks in {stages} stages, rank 0:",
+          traffic(big, mesh_rank(big, 0, world, stages)))
+
+# %% [markdown]
+# And a witness: torch dispatches its collectives as operators, where they can
+# be counted without asking our code.
+
 # %% tags=["export"]
 from collections import Counter
 
@@ -183,17 +306,15 @@ class Tally(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 # %% [markdown]
-# ### A plan
+# ### What is a card?
 #
-# From {eq}`parallel-time` and {eq}`parallel-busiest`: what fits on which
-# cards, and how fast it could be at best. Bytes and speeds are the makers'
-# numbers. For $\tau$ and $\alpha$ we take what NCCL itself reckons with when
-# it chooses between ring and tree: 6.6 microseconds, and 0.6 a step over
-# NVLink or 1.0 over PCIe. Those are its tuner's constants for small messages,
-# not measurements of these cards. The reserve is an assumption.
+# Bytes and speeds are the makers' numbers. For $\tau$ and $\alpha$ we take
+# what NCCL itself reckons with when it chooses between ring and tree: 6.6
+# microseconds, and 0.6 a step over NVLink or 1.0 over PCIe. Those are its
+# tuner's constants for small messages, not measurements of these cards. The
+# reserve is an assumption.
 
 # %% tags=["export"]
-import math
 from dataclasses import dataclass
 
 
@@ -219,19 +340,15 @@ CARDS = (Card("24 GB, PCIe", 24e9, 1008e9, 32e9, 6.6e-6, 1.0e-6),
 MOST_CONTEXT = 2 ** 30  # tokens; no configuration has more positions
 RESERVE = 1.5e9  # bytes of a card for CUDA, NCCL and activations (assumed)
 
-
-def expected_most(experts: int, chosen: int, groups: int) -> float:
-    """Experts that the busiest of `groups` equal groups has to run, on
-    average, if a token's `chosen` of `experts` are all equally likely."""
-    size, every, expected = experts // groups, math.comb(experts, chosen), 0.0
-    for most in range(chosen):
-        ways = [1] + [0] * chosen  # to choose so many, at most `most` a group
-        for _ in range(groups):
-            ways = [sum(ways[n - m] * math.comb(size, m)
-                        for m in range(min(n, most) + 1))
-                    for n in range(chosen + 1)]
-        expected += 1 - ways[chosen] / every
-    return expected
+# %% [markdown]
+# ### How long does a token take?
+#
+# {eq}`parallel-time` with all that a rank does: its part of attention, router
+# and head, of the experts those of the busiest group, its part of the cache;
+# then each collective of `traffic` with its steps. An all-reduce has $2(R-1)$
+# of them with an $R$-th of the bytes each, the gathering $R-1$ with all that
+# the rank gives; handing on is one step, which the sender pays. The embedding
+# is left out: of that a token reads one row.
 
 # %% tags=["export"]
 from functools import lru_cache
@@ -267,7 +384,7 @@ def token_seconds(config: GptOssConfig, mesh: MeshRank, card: Card,
     """
     mine = rank_config(config, mesh)
     parts = rank_bytes(config, mesh)
-    touched = sum(parts.values()) - parts["experts"] - parts.get(
+    touched: float = sum(parts.values()) - parts["experts"] - parts.get(
         "embedding", 0)
     chosen = expected_most(config.num_local_experts,
                            config.num_experts_per_tok, mesh.ep_size)
@@ -283,6 +400,15 @@ def token_seconds(config: GptOssConfig, mesh: MeshRank, card: Card,
             seconds += calls * (card.latency + steps * (
                 card.step + share * size / card.link))
     return seconds
+
+# %% [markdown]
+# ### Does it fit, and how fast would it be?
+#
+# One row of a plan. If tensors can be shared by so many cards, the fullest of
+# them decides whether it fits; else each card becomes a stage; and if there
+# are not enough layers for that either, nothing fits: all numbers are 0 and
+# both speeds `None`. The longest context is what the free memory of the
+# fullest card holds, at most what the configuration allows.
 
 # %% tags=["export"]
 @dataclass(frozen=True)
@@ -357,21 +483,31 @@ def plan_table(name: str, config: GptOssConfig, context: int = 8192) -> str:
     return "\n".join(lines)
 
 # %%
-by_hand = (1 * (1 - 2 * 1 / 6) + 2 * (2 * 1 / 6))  # 2 of 4, in two pairs
-assert math.isclose(expected_most(4, 2, 2), by_hand)
-print([round(expected_most(32, 4, n), 2) for n in (1, 2, 4, 8)])
 print(plan_table("gpt-oss-20b", big))
 one, two, four, eight = (estimate(big, n, CARDS[2], 8192)
                          for n in (1, 2, 4, 8))
+print("H100s against one:", *(f"{n}: {row.tensor / one.tensor:.1f} times"
+      for n, row in ((2, two), (4, four), (8, eight))), sep="  ")
 assert two.tensor < eight.tensor < four.tensor < 1.4 * one.tensor
 assert eight.pipeline < one.pipeline
 
 # %% [markdown]
-# Of the four chosen experts of the 20b, the busiest of two groups runs 2.7, of
-# eight groups 1.5 instead of a half. Of the fast cards four are at best 1.4
-# times as fast as one, and eight are slower than four: what they save in
-# reading, the ring of eight takes in steps. Stages are slower than one card
-# for one text; they are for models that do not fit.
+# "tensor" shares every layer among all cards, "stages" gives each card some
+# layers. Stages are slower than one card for one text, since they wait for
+# each other; they are for models that do not fit.
+#
+# ## What is refused
+#
+# A plan for no context, or for more than $2^{30}$ tokens, is refused in the
+# words of the command line's option; what is too large is not printed, as it
+# may have four hundred digits.
+
+# %%
+for context in (0, 10 ** 400):
+    try:
+        plan(big, context)
+    except ParallelError as error:
+        print(error)
 
 # %% [markdown]
 # ## It holds
@@ -433,7 +569,7 @@ with tempfile.TemporaryDirectory() as folder:
 # That counts and bytes are right was asserted in every process; the times are
 # not measured but reckoned, and no GPU has run this code.
 
-# %% [markdown]
+# %% [markdown] tags=["given"]
 # ## Against the others
 #
 # **Blocks.** Four slices of F = 2880 would be 720 wide, 22.5 blocks. When
@@ -459,8 +595,7 @@ for n in (4, 8):
 # ## In the 20b and the 120b
 #
 # The plan for the 120b, as `python -m gptoss inspect 120b --plan` prints it.
-# "tensor" shares every layer among all cards, "stages" gives each card some
-# layers. They are limits of {eq}`parallel-time`, which no program reaches.
+# They are limits of {eq}`parallel-time`, which no program reaches.
 
 # %%
 print(plan_table("gpt-oss-120b", released["120b"]))
@@ -508,8 +643,9 @@ for name, config in released.items():
 #   token it is their number that costs, and their steps, not their bytes.
 # - A ring of $R$ ranks takes $2(R-1)$ steps, so meetings grow with the ranks
 #   while reading shrinks: more cards can be slower.
+# - What counts is latency beside reading: slow memory gains from more ranks
+#   even over a slow network, fast memory hardly does.
 # - Stages make no text faster; they are for models that do not fit.
-# - A long prompt is the other way round: there the bytes cost.
 
 # %% [markdown]
 # ## Exercises
@@ -541,6 +677,37 @@ print(f"{1e6 * low:.2f} microseconds, estimated {1e6 * guess:.2f}")
 print(f"in a tree of 6 steps about {1e6 * low * 14 / 6:.1f}")
 assert eight(0.99 * low) < one < eight(1.01 * low)
 assert 0 < low < guess < 2 * low
+
+# %% [markdown]
+# ### Exercise 2
+#
+# Eight requests are decoded together, so weights are read once for eight
+# tokens of a step and the sums grow to eight rows. Leave the experts aside:
+# take reading as it was. From how many requests on does sending the bytes take
+# as long as the steps, on eight H100s?
+
+# %% tags=["hide-cell"]
+per_row = 2 * big.hidden_size / 8 / CARDS[2].link  # seconds a step and row
+print(f"from {CARDS[2].step / per_row:.0f} rows on; for 8 rows a step takes "
+      f"{1e6 * (CARDS[2].step + 8 * per_row):.2f} microseconds instead of "
+      f"{1e6 * (CARDS[2].step + per_row):.2f}")
+
+# %% [markdown]
+# ### Exercise 3
+#
+# What is the cheapest way to run the 120b with 32,768 tokens of context, if a
+# card of 24 GB costs 2, one of 40 GB 5, and one of 80 GB 9? And the way with
+# the most tokens a second for each unit of cost?
+
+# %% tags=["hide-cell"]
+price = dict(zip((card.name for card in CARDS), (2, 5, 9), strict=True))
+ways = [(row.gpus * price[row.card], row)
+        for row in plan(released["120b"], 32768) if row.fits]
+for what, (cost, row) in (
+        ("cheapest", min(ways, key=lambda way: way[0])),
+        ("most a unit", max(ways, key=lambda way: way[1].tensor / way[0]))):
+    print(f"{what}: {row.gpus} x {row.card}, cost {cost}, "
+          f"{row.tensor:.0f} tokens a second")
 
 # %% [markdown]
 # ## Sources

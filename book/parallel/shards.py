@@ -27,10 +27,10 @@
 # %% [markdown]
 # ## Picture
 #
-# A *rank* is one of the processes, each with a processor of its own. Below is
-# the model on two ranks (blue and green), and where they meet (orange). What
-# is grey is copied. Every rank has the whole residual stream; what is split
-# lies between two orange bars.
+# A *rank* is one of the processes, each with a processor of its own, by its
+# number. Below is the model on two ranks (blue and green), and where they
+# meet (orange). What is grey is copied. Every rank has the whole residual
+# stream; what is split lies between two orange bars.
 
 # %%
 import os
@@ -58,7 +58,7 @@ rows = (("embedding", "rows 0 … V/2", "rows V/2 … V"),
          "second half of F\nof every expert"),
         ("sum", "B T D numbers"),
         ("head", "logits 0 … V/2", "logits V/2 … V"),
-        ("gather", "B T V numbers"))
+        ("gather", "B 1 V numbers"))
 fig, ax = plt.subplots(figsize=(7, 4.6))
 for y, (name, *texts) in enumerate(rows):
     if len(texts) == 1:
@@ -83,10 +83,77 @@ ax.axis("off")
 plt.show()
 
 # %% [markdown]
-# Two meetings a layer, one after the embedding and one at the head. The
-# norms and the residual additions need none: each rank does them on its own
-# copy of the stream. The copies stay equal bit for bit, if a sum gives all
-# ranks the same bits; that [it does](collectives.ipynb) is the next chapter's.
+# What to see: two meetings a layer, one after the embedding and one at the
+# head, of whose T tokens mostly only the last is kept. The norms and the
+# residual additions need none: each rank does them on its own copy of the
+# stream. The copies stay equal bit for bit, since a sum gives all ranks the
+# same bits; how it does that is
+# [the next chapter's](collectives.ipynb) question.
+#
+# ## The table
+#
+# How each tensor is cut is a table of 22 lines, and the rest of the chapter
+# explains it. A line has the end of a tensor's name, a letter for each of its
+# dimensions that says along what it is cut (`-`: not at all), and who adds it
+# if only one may. The letters are those of all shapes, with Q for the H C rows
+# of the query heads and KV for the G C rows of the key heads. So
+# `q_proj.weight`, "Q -", is cut by rows into query heads; `o_proj.weight`,
+# "- Q", by columns into the same heads; `norm.weight` is copied.
+
+# %% tags=["export"]
+import math
+from dataclasses import dataclass
+
+from gptoss.weights.config import GptOssConfig
+from gptoss.weights.errors import Error
+from gptoss.weights.mxfp4 import BLOCK
+
+
+class ParallelError(Error, RuntimeError):
+    """Ranks that do not fit the model, or that lost each other."""
+
+
+# End of a tensor's name; what each dimension is cut by (- not at all); and
+# by which coordinate only rank 0 holds it: among all of the stage, or among
+# those that share an expert. The others have zeros: a bias is added once.
+SHARDS = (
+    ("embed_tokens.weight", "V -", ""),
+    ("norm.weight", "-", ""),
+    ("q_proj.weight", "Q -", ""),
+    ("q_proj.bias", "Q", ""),
+    ("k_proj.weight", "KV -", ""),
+    ("k_proj.bias", "KV", ""),
+    ("v_proj.weight", "KV -", ""),
+    ("v_proj.bias", "KV", ""),
+    ("sinks", "H", ""),
+    ("o_proj.weight", "- Q", ""),
+    ("o_proj.bias", "-", "tp_rank"),
+    ("router.weight", "- -", ""),
+    ("router.bias", "-", ""),
+    ("gate_up_proj_blocks", "E 2F - -", ""),
+    ("gate_up_proj_scales", "E 2F -", ""),
+    ("gate_up_proj", "E - 2F", ""),  # decoded layout: (E, in, out)
+    ("gate_up_proj_bias", "E 2F", ""),
+    ("down_proj_blocks", "E - F/32 -", ""),
+    ("down_proj_scales", "E - F/32", ""),
+    ("down_proj", "E F -", ""),
+    ("down_proj_bias", "E -", "part"),
+    ("lm_head.weight", "V -", ""),
+)
+
+
+def shard_rule(name: str) -> tuple[tuple[str, ...], str]:
+    """The row of SHARDS for a tensor: its letters, and who alone holds it."""
+    for end, letters, holder in SHARDS:
+        if name.endswith(end):
+            return tuple(letters.split()), holder
+    raise ParallelError(f"{name}: expected a tensor that SHARDS names")
+
+# %%
+for name in ("model.layers.7.self_attn.o_proj.bias",
+             "model.layers.7.mlp.experts.gate_up_proj_blocks",
+             "lm_head.weight"):
+    print(name, *shard_rule(name))
 
 # %% [markdown]
 # ## The naive version
@@ -166,25 +233,45 @@ assert (summed - wanted).norm() > wanted.norm() / 2
 # %% [markdown]
 # ## Derivation
 #
-# **Rows, then columns.** A matrix can be cut in two ways. Cut by rows, each
-# rank gets some of the outputs and needs all of the input; cut by columns,
-# each needs only some of the input, and gets a part of every output that has
-# to be added up. Let $R$ ranks share two matrices with a function $f$ in
-# between that works on heads or pairs, each by itself. Where no cut divides
-# one of these,
+# **Rows, then columns.** First with numbers: two outputs of two inputs, cut in
+# two ways.
+
+# %%
+A = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+v = torch.tensor([5.0, 6.0])
+print("whole    ", (A @ v).tolist())
+print("by rows  ", [(A[i:i + 1] @ v).tolist() for i in (0, 1)],
+      "side by side; each rank needs all of v")
+print("by columns", [(A[:, i:i + 1] @ v[i:i + 1]).tolist() for i in (0, 1)],
+      "to be added; each needs one entry of v")
+
+# %% [markdown]
+# Cut by rows, each rank gets some of the outputs and needs all of the input;
+# cut by columns, each needs only some of the input, and gets a part of every
+# output that has to be added up. Now take two matrices with a function $f$ in
+# between that works on heads or pairs, each by itself. Cut the first by rows:
+# rank $i$ gets its heads. It applies $f$ to them. Cut the second by the
+# columns that read these heads: no rank needs anything of the others, until
+# the end. With $R$ ranks
 #
-# $$y = W_2\, f(W_1 x) + b = \sum_{i=1}^{R} W_2^{(:,\,i)} f(W_1^{(i,\,:)} x)
+# $$y = A_2\, f(A_1 x) + b = \sum_{i=1}^{R} A_2^{(:,\,i)} f(A_1^{(i,\,:)} x)
 # + b$$ (parallel-rows)
 #
 # That is one sum over the ranks for two matrices, with $b$ outside of it. In
 # the code one rank has $b$ and the others have zeros.
-#
-# **Attention** is {eq}`parallel-rows` with a head as the unit: $W_1$ are q,
-# k and v, $W_2$ is o, and a head never looks at another. Query head $h$ reads
-# key head $\lfloor h G / H \rfloor$, so a rank with the query heads
+
+# %% [markdown]
+# **Attention** is {eq}`parallel-rows` with a head as the unit: $A_1$ are q,
+# k and v, $A_2$ is o, and a head never looks at another. In the 20b 64 query
+# heads share 8 key heads, eight each. Rank 1 of 4 has the query heads 16 to
+# 31, so it needs the key heads 2 and 3. On 16 ranks rank 1 has the query heads
+# 4 to 7, half of those that read key head 0; rank 0 has the other half, and
+# both hold key head 0. In general query head $h$ reads key head
+# $\lfloor h G / H \rfloor$, so a rank with the query heads
 # $h_0 \le h < h_1$ needs the key heads $g$ with
 #
-# $$\lfloor h_0\, G/H \rfloor \;\le\; g \;<\; \lceil h_1\, G/H \rceil
+# $$
+# \lfloor h_0\, G/H \rfloor \;\le\; g \;<\; \lceil h_1\, G/H \rceil
 # . $$ (parallel-heads)
 #
 # These are $G/R$ of them if $R$ divides $G$, and one, shared with other ranks,
@@ -195,9 +282,11 @@ assert (summed - wanted).norm() > wanted.norm() / 2
 # of F, so {eq}`parallel-rows` holds with a pair as the unit: the pair is two
 # neighbouring rows of `gate_up` and one column of `down`. Columns of `down`
 # come in MXFP4 blocks of 32, so the unit is a block: F/32 = 90 of them in the
-# released models. And the sum over the chosen experts is a sum, so it can be
-# cut as well. With $s = \gcd(R, F/32)$ slices, there remain $n = R/s$ groups
-# of ranks with different experts:
+# released models. Eight does not divide 90, but two does: eight ranks make
+# *slices* of 45 blocks. And the sum over the chosen experts is a sum, so it
+# can be cut as well: there remain four *groups* of two ranks, and each group
+# has a quarter of the experts. In general there are $s = \gcd(R, F/32)$ slices
+# and $n = R/s$ groups:
 #
 # $$y = \sum_{\text{group}}\; \sum_{e\, \in\, \text{chosen} \cap
 # \text{group}} w_e \sum_{\text{slice}} \text{expert}_e^{(\text{slice})}(x)
@@ -207,8 +296,11 @@ assert (summed - wanted).norm() > wanted.norm() / 2
 # Slices share the work evenly. Groups do not: of K = 4 experts in two groups,
 # the busier has two, three or four. How many that is on average, the chapter
 # on [a second card](second_card.ipynb) works out.
-
-# %% [markdown]
+#
+# **Biases.** The bias of q, k, v and of `gate_up` goes with its rows. That of
+# `o_proj` belongs to the sum, so one rank of the stage has it (`tp_rank` in
+# the table). That of `down` belongs to an expert, so of the ranks that share
+# an expert the one with its first slice has it (`part`).
 #
 # **Vocabulary.** A rank that does not hold a token's row of the embedding
 # contributes zeros to the sum. The head is cut by rows; its outputs are not
@@ -217,42 +309,59 @@ assert (summed - wanted).norm() > wanted.norm() / 2
 # all ranks hold the same logits, and with the same random numbers draw the
 # same token.
 #
-# **Stages.** Layers can also be dealt out, a stage after the other: the
+# **Stages.** Layers can also be dealt out, a *stage* after the other: the
 # stream is handed on once a stage. For one text that saves memory and no
 # time, since the stages wait for each other. With several stages, the $R$
 # above are the ranks of one stage, its *tensor ranks*.
 
 # %% [markdown]
-# ## Code
-#
-# ### Coordinates of a rank
+# ## The ranks as a grid
 #
 # Neighbouring ranks share a stage: `torchrun` numbers the processes of a
 # machine in a row, so the many sums stay inside a machine and only the stream
-# between stages leaves it. So the ranks form a *mesh* of two dimensions, like
-# torch's `DeviceMesh`: along one they share tensors (`tp`, tensor parallel),
-# along the other they stand in the pipeline (`pp`). Of the ranks that share
-# tensors, those with different experts count along `ep`, expert parallel.
+# between stages leaves it. So the ranks form a *mesh*, a grid of two
+# dimensions, like torch's `DeviceMesh`: along a row they share tensors (`tp`,
+# tensor parallel), down a column they follow each other in the pipeline
+# (`pp`). In a row, those with different experts count along `ep`, expert
+# parallel.
+
+# %% tags=["hide-input"]
+# Figure: a grid of two rows, the stages, and eight columns, the tensor ranks,
+# numbered 0 to 15. Pairs of columns share a frame: a group with eight experts
+# of its own; in it the left rank has the first slice, the right the second.
+fig, ax = plt.subplots(figsize=(7.4, 2.5))
+for stage in range(2):
+    for tp in range(8):
+        ax.add_patch(plt.Rectangle((tp + 0.06, -stage - 0.86), 0.88, 0.72,
+                                   color=("C0", "C2")[tp % 2], alpha=0.3))
+        ax.text(tp + 0.5, -stage - 0.5,
+                f"rank {8 * stage + tp}\nslice {tp % 2}", ha="center",
+                va="center", fontsize=8)
+    ax.text(-0.1, -stage - 0.5, f"pp {stage}: layers\n"
+            + ("0 … 11", "12 … 23")[stage], ha="right", va="center",
+            fontsize=8)
+for group in range(4):
+    ax.add_patch(plt.Rectangle((2 * group + 0.02, -1.94), 1.96, 1.9,
+                               fill=False, ec="C1", lw=1.6))
+    ax.text(2 * group + 1, -2.2, f"ep {group}: experts {8 * group} … "
+            f"{8 * group + 7}", ha="center", fontsize=8, color="#a85f00")
+for tp in range(8):
+    ax.text(tp + 0.5, 0.1, f"tp {tp}", ha="center", fontsize=8)
+ax.set(xlim=(-1.1, 8.1), ylim=(-2.35, 0.4))
+ax.axis("off")
+plt.show()
+
+# %% [markdown]
+# What to see: sixteen ranks of the 20b in two stages. Rank 10 is in stage 1
+# (`pp` 1), has place 2 in its row (`tp` 2), and so the first slice of the
+# experts of group 1 (`ep` 1). Sums are taken along a row; the stream goes down
+# a column, from rank 2 to rank 10.
 #
-# Heads, experts and blocks must divide among the ranks of a stage. The
-# vocabulary need not: fine-tunes add a few tokens, and 201,089 rows divide by
-# nothing. Each rank takes as many as would suffice if all had the same, and
-# the last has what is left. In the gathering all must give equally much, so
-# there the last one fills up with zeros, which fall away again.
+# ## Code
+#
+# ### Where is a rank in the grid?
 
 # %% tags=["export"]
-import math
-from dataclasses import dataclass
-
-from gptoss.weights.config import GptOssConfig
-from gptoss.weights.errors import Error
-from gptoss.weights.mxfp4 import BLOCK
-
-
-class ParallelError(Error, RuntimeError):
-    """Ranks that do not fit the model, or that lost each other."""
-
-
 @dataclass(frozen=True)
 class MeshRank:
     """Where a rank is in the mesh: in which stage of the pipeline (pp), and
@@ -279,6 +388,16 @@ class MeshRank:
     def part(self) -> int:
         """Which of the slices of F."""
         return self.tp_rank % self.slices
+
+# %% [markdown]
+# ### How many ranks can share a model?
+#
+# Heads, experts and blocks must divide among the ranks of a stage. The
+# vocabulary need not: fine-tunes add a few tokens, and 201,089 rows divide by
+# nothing. Each rank takes as many as would suffice if all had the same,
+# $\lceil V/R \rceil$, and the last has what is left, but at least one. In the
+# gathering all must give equally much, so there the last one fills up with
+# zeros, which fall away again.
 
 # %% tags=["export"]
 def hidden_slices(config: GptOssConfig, tensors: int) -> int:
@@ -325,57 +444,12 @@ def mesh_rank(config: GptOssConfig, rank: int, world: int,
                 hidden_slices(config, tensors))
 
 # %%
-for world, stages in ((2, 1), (8, 1), (8, 2)):
-    print(world, stages, mesh_rank(big, world - 1, world, stages))
-try:
-    mesh_rank(big, 0, 6, 2)
-except ParallelError as error:
-    print(error)
+for world, stages in ((2, 1), (8, 1), (16, 2)):
+    print(f"{world} ranks, {stages} stages, the last rank:",
+          mesh_rank(big, world - 1, world, stages))
 
 # %% [markdown]
-# ### The shard table
-#
-# How each tensor is cut is a table, as [the names](../weights/file.ipynb) are.
-# Its letters are those of the shapes, with Q for the H C rows of the query
-# heads and KV for the G C rows of the key heads. A second table, `owned`, says
-# what a rank has of each letter.
-
-# %% tags=["export"]
-# End of a tensor's name; what each dimension is cut by (- not at all); and
-# by which coordinate only rank 0 holds it: among all of the stage, or among
-# those that share an expert. The others have zeros: a bias is added once.
-SHARDS = (
-    ("embed_tokens.weight", "V -", ""),
-    ("norm.weight", "-", ""),
-    ("q_proj.weight", "Q -", ""),
-    ("q_proj.bias", "Q", ""),
-    ("k_proj.weight", "KV -", ""),
-    ("k_proj.bias", "KV", ""),
-    ("v_proj.weight", "KV -", ""),
-    ("v_proj.bias", "KV", ""),
-    ("sinks", "H", ""),
-    ("o_proj.weight", "- Q", ""),
-    ("o_proj.bias", "-", "tp_rank"),
-    ("router.weight", "- -", ""),
-    ("router.bias", "-", ""),
-    ("gate_up_proj_blocks", "E 2F - -", ""),
-    ("gate_up_proj_scales", "E 2F -", ""),
-    ("gate_up_proj", "E - 2F", ""),  # decoded layout: (E, in, out)
-    ("gate_up_proj_bias", "E 2F", ""),
-    ("down_proj_blocks", "E - F/32 -", ""),
-    ("down_proj_scales", "E - F/32", ""),
-    ("down_proj", "E F -", ""),
-    ("down_proj_bias", "E -", "part"),
-    ("lm_head.weight", "V -", ""),
-)
-
-
-def shard_rule(name: str) -> tuple[tuple[str, ...], str]:
-    """The row of SHARDS for a tensor: its letters, and who alone holds it."""
-    for end, letters, holder in SHARDS:
-        if name.endswith(end):
-            return tuple(letters.split()), holder
-    raise ParallelError(f"{name}: expected a tensor that SHARDS names")
+# ### What does a rank own along each letter?
 
 # %% tags=["export"]
 from functools import lru_cache
@@ -469,6 +543,9 @@ def on_stage(config: GptOssConfig, mesh: MeshRank, name: str) -> bool:
     return mesh.pp_rank == (0 if "embed_tokens" in name else mesh.pp_size - 1)
 
 # %%
+layer, head = (sum(spec.nbytes for spec in tensor_table(big).values()
+                   if part in spec.name) for part in ("layers.0.", "lm_head"))
+print(f"the head is as heavy as {head / layer:.1f} layers")
 for stages in (1, 2, 4, 8):
     print([len(layers) for layers in stage_layers(big, stages)])
 
@@ -490,7 +567,7 @@ def rank_config(config: GptOssConfig, mesh: MeshRank) -> GptOssConfig:
             for letter, part in owned(config, mesh).items()}
     return replace(
         config, num_hidden_layers=len(layers),
-        layer_types=config.layer_types[layers.start:layers.stop],
+        layer_types=(config.layer_types or ())[layers.start:layers.stop],
         num_attention_heads=mine["H"],
         num_key_value_heads=mine["KV"] // config.head_dim,
         num_local_experts=mine["E"],
@@ -581,6 +658,23 @@ with Checkpoint.open(POCKET) as checkpoint:
         assert max(read) < 1.05 * checkpoint.nbytes / world
 
 # %% [markdown]
+# ## What is refused
+#
+# A number of stages that is not 1 to L; a number of processes that the model
+# cannot be shared by, with the numbers that do, all of them multiples of the
+# stages; and a tensor that the table does not know. Each is a
+# `ParallelError`, before anything is read or waited for.
+
+# %%
+for wrong in (lambda: mesh_rank(big, 0, 6, 2), lambda: mesh_rank(big, 0, 3),
+              lambda: mesh_rank(big, 0, 8, 25),
+              lambda: shard_rule("model.rotary")):
+    try:
+        wrong()
+    except ParallelError as error:
+        print(error)
+
+# %% [markdown]
 # ## It holds
 #
 # Nothing of the released files is left out, and nothing is held twice but what
@@ -639,7 +733,8 @@ for name, config in released.items():
     whole = sum(spec.nbytes for spec in specs)
     copied = sum(spec.nbytes for spec in specs
                  if set(shard_rule(spec.name)[0]) == {"-"})
-    print(f"{name}: copied on every rank {copied / 1e6:.0f} MB")
+    print(f"{name}: {whole / 1e9:.1f} GB, copied on every rank "
+          f"{copied / 1e6:.0f} MB")
     for n in (2, 4, 8):
         mesh = mesh_rank(config, 0, n)
         held = sum(math.prod(cut(config, mesh, spec)[1])
@@ -699,6 +794,22 @@ with Checkpoint.open(POCKET) as checkpoint:
         assert torch.equal(whole, checkpoint.read(name)) and times.min() >= 1
         extra += int((times - 1).sum()) * DTYPES[spec.dtype].itemsize
 print(f"{extra:,} bytes more than once")  # norms, routers, k and v
+
+# %% [markdown]
+# ### Exercise 3
+#
+# The table says `gate_up_proj_blocks` is cut "E 2F - -" and `down_proj_blocks`
+# "E - F/32 -". A slice of 45 blocks of F: how many rows of gate_up and how
+# many bytes of each row of down are that, and why would a slice of half a
+# block more not do?
+
+# %% tags=["hide-cell"]
+mine = owned(big, mesh_rank(big, 1, 2))
+print(f"rank 1 of 2: rows {mine['2F'].start:,} to {mine['2F'].stop:,} of "
+      f"gate_up, blocks {mine['F/32'].start} to {mine['F/32'].stop} of a row "
+      f"of down: {16 * 45} bytes of {16 * 90}")
+# half a block has 16 weights without a scale of their own: two ranks would
+# need the same scale, and a kernel that multiplies 32 at a time half of them
 
 # %% [markdown]
 # ## Sources

@@ -33,6 +33,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,7 @@ from gptoss.attention.rope import apply_rope, rope_parameters, rope_tables
 from gptoss.model.layers import Block, Experts, RMSNorm
 from gptoss.model.norm import rms_norm
 from gptoss.model.transformer import GptOss
-from gptoss.parity.contracts import CONTRACTS, Contract, computing
+from gptoss.parity.contracts import CONTRACTS, Contract, computing, held
 from gptoss.weights.config import GptOssConfig
 from gptoss.weights.encoding import encode
 
@@ -112,9 +113,11 @@ plt.show()
 # last norm and logits stand outside the layers.
 
 # %% [markdown]
-# ## The points
+# ## Which results are recorded?
 #
-# Seventeen a layer, and three outside of all.
+# Seventeen a layer, the *points*, and three outside of all. A trace is a
+# dictionary: (layer, point) to a tensor with T, the tokens, first. The layer
+# is `None` outside of all.
 
 # %% tags=["export"]
 # In a layer, in the order of computation; T comes first in every tensor.
@@ -153,14 +156,52 @@ keys = points(TINY)
 print(len(keys), "points:", keys[0], keys[1], "…", keys[-1])
 
 # %% [markdown]
-# ## Black boxes
+# ## The naive version
 #
-# Weights and hidden vectors are hidden in operators, and a faster kernel may
-# never hold them in memory. They can be asked for all the same. Attention is
-# linear in its values: with values that are 1 at one key and 0 elsewhere, what
-# comes out *is* the weight of that key (and each of the C channels can ask for
-# another key). An expert is linear in its hidden vector: with a second matrix
-# that copies, what comes out is that vector.
+# A hook on every module sees what modules return. How many of the seventeen
+# does one get that way?
+
+# %%
+import re
+
+model = GptOss.from_pretrained(path, torch.float32)
+seen = []
+for name, module in model.layers[0].named_modules():
+    module.register_forward_hook(
+        lambda module, inputs, out, name=name: seen.append(
+            (name or "the block", type(out).__name__)))
+with torch.inference_mode():
+    model(prompt(0))
+print(len(seen), "results:", *(re.sub(r".*\.", "", name) for name, _ in seen))
+
+# %% [markdown]
+# Queries before the rotation, but not after it; what the heads give together
+# only as `o_proj`'s input; no weights of attention, and nothing from inside an
+# expert. Those live in operators: `sink_attention` and `experts` take tensors
+# and give tensors, and a fast kernel never holds in memory what is between.
+#
+# ## How is a black box asked?
+#
+# **Attention.** One head, three keys. Its output is $p_1 v_1 + p_2 v_2 +
+# p_3 v_3$ with the weights $p$ that we want. The weights depend on queries and
+# keys, not on the values, and the values are ours to choose. So choose
+# $v_1 = 1$, $v_2 = v_3 = 0$: what comes out *is* $p_1$. A value has C
+# channels, and each is summed by itself; so channel 1 can ask for key 1 and
+# channel 2 for key 2, at the same time:
+
+# %%
+q = torch.tensor([[[[1.0, 0.5]]]])  # (1, T, H, C): one query, one head
+k = torch.tensor([[[[0.3, 0.1]], [[1.0, 0.2]], [[0.2, 0.9]]]])
+ask = torch.tensor([[[[1.0, 0.0]], [[0.0, 1.0]], [[0.0, 0.0]]]])
+at = torch.tensor([[2]])
+weights = attention_fp32(q, k, ask, torch.tensor([0.0]), at, 0, 1.0).flatten()
+scores = torch.tensor([0.35, 1.1, 0.65, 0.0])  # by hand; the last, the sink
+print("asked for:", [round(p, 4) for p in weights.tolist()])
+print("softmax:  ", [round(p, 4) for p in scores.softmax(0).tolist()])
+
+# %% [markdown]
+# Two channels, two keys; with C channels, C keys a call. S keys take
+# $\lceil S/C \rceil$ calls:
 
 # %% tags=["export"]
 def probe(attend: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
@@ -195,18 +236,26 @@ def swapped_in(module: nn.Module, tensors: Mapping[str, Tensor]
 # %%
 torch.manual_seed(0)
 q, k, v = (torch.randn(1, 20, heads, 32) for heads in (4, 2, 2))
-more = torch.randn(4), torch.arange(20)[None], 6, 32 ** -0.5
+rest = torch.randn(4), torch.arange(20)[None], 6, 32 ** -0.5
 
 
 def attend(values: Tensor) -> Tensor:
-    return attention_fp32(q, k, values, *more)
+    return attention_fp32(q, k, values, *rest)
 
 
 found = probe(attend, v)
 out = torch.einsum("ths,shc->thc", found, v[0].repeat_interleave(2, 1))
 assert (out - attend(v)[0]).abs().max() < 1e-6
-print(tuple(found.shape), "the sink takes the rest:",
-      bool((found.sum(-1) < 1).all()))
+print(f"{tuple(found.shape)} weights; of a row's sum the sink took between "
+      f"{1 - found.sum(-1).max():.0%} and {1 - found.sum(-1).min():.0%}")
+
+# %% [markdown]
+# **Experts.** An expert is two matrices with a product in between: $y = A_2 h
+# + b$ with $h$ the hidden vector that we want. Here too the last step is
+# linear. With a second matrix that copies, the identity, and no bias, what
+# comes out *is* $h$. If F is larger than D, the matrix copies D entries at a
+# time. The module's own tensors are put aside while it is asked, and come back
+# whatever happens.
 
 # %% tags=["export"]
 def copying(bias: Tensor, width: int, start: int) -> Tensor:
@@ -225,7 +274,7 @@ def probe_experts(call: Callable, module: nn.Module, x: Tensor, ids: Tensor,
     stands between its two matrices. down(matrix (D, F)) names the tensors
     to put into module.
     """
-    bias, out = module.down_proj_bias, []
+    bias, out = held(module, "down_proj_bias"), []
     one = torch.ones_like(ids[:, :1], dtype=x.dtype)
     for start in range(0, width, bias.shape[1]):
         tensors = down(copying(bias, width, start))
@@ -240,7 +289,7 @@ def probe_experts(call: Callable, module: nn.Module, x: Tensor, ids: Tensor,
 def our_down(module: Experts) -> Callable[[Tensor], dict[str, Tensor]]:
     """`probe_experts`' down for our module, packed or dense."""
     def put(matrix: Tensor) -> dict[str, Tensor]:
-        E = len(module.down_proj_bias)
+        E = len(held(module, "down_proj_bias"))
         if not module.packed:
             return {"down_proj": matrix.expand(E, -1, -1)}
         return {f"down_proj_{part}": t.expand(E, *t.shape).contiguous()
@@ -257,7 +306,11 @@ hidden = probe_experts(partial(experts_fp32, module), module, x, ids, 64,
 up, down = expert_weights(module, ids[3, 1].item(), torch.float32)
 wanted = clamped_swiglu(up @ x[3] + module.gate_up_proj_bias[ids[3, 1]], 2.0)
 assert (hidden[3, 1] - wanted).abs().max() < 1e-5
-print(tuple(hidden.shape))
+print(tuple(hidden.shape), "; token 3, its second expert: asked for "
+      f"{hidden[3, 1, 0].item():.3f}, by hand {wanted[0].item():.3f}")
+
+# %% [markdown]
+# Packed experts get a packed identity: 0 and 1 are exact in four bits.
 
 # %% [markdown]
 # ## Walking ours
@@ -279,7 +332,7 @@ def plain_torch_layer(module: nn.Module, x: Tensor) -> Tensor:
     equal bits need the reference's own operations."""
     if isinstance(module, RMSNorm):
         return rms_norm(x, module.weight, module.eps)
-    return F.linear(x, module.weight, module.bias)
+    return F.linear(x, held(module, "weight"), held(module, "bias"))
 
 
 def own_layer(module: nn.Module, x: Tensor) -> Tensor:
@@ -312,6 +365,9 @@ def in_parts(call: Callable, parts: Parts, dim: int = 0) -> Callable:
 seen = []
 whole = in_parts(lambda x: seen.append(len(x)) or 2 * x, [3, 1, 1])
 print(whole(torch.arange(5)).tolist(), "from parts of", seen)
+
+# %% [markdown]
+# A layer in two halves, in the order of computation:
 
 # %% tags=["export"]
 def trace_attention(block: Block, x: Tensor, tables: tuple[Tensor, Tensor],
@@ -357,11 +413,16 @@ def trace_block(block: Block, x: Tensor, tables: tuple[Tensor, Tensor],
     call, ordered = in_parts(partial(use.experts, m), parts), ids.sort(-1)[0]
     experts = call(norm_2, ids, weights)
     hidden = probe_experts(call, m, norm_2, ordered,
-                           m.gate_up_proj_bias.shape[1] // 2, our_down(m))
+                           held(m, "gate_up_proj_bias").shape[1] // 2,
+                           our_down(m))
     return dict(zip(LAYER_POINTS, (
         *first, middle, norm_2, logits, ordered,
         dense_shares(ids, weights, logits.shape[1]), hidden, experts,
         middle + experts), strict=True))
+
+# %% [markdown]
+# And the whole model. `rope` may be another function of the configuration than
+# the right one, so that a fault can be planted there.
 
 # %% tags=["export"]
 @torch.inference_mode()
@@ -384,8 +445,9 @@ def _trace(model: GptOss, x: Tensor, use: Contract, rope: Callable,
     inv_freq, factor = rope(model.config)
     wide = torch.promote_types(x.dtype, torch.float32)
     tables = rope_tables(positions, inv_freq.to(wide), factor, x.dtype)
-    out = {(None, "embedding"): x[0]}
-    for n, block in enumerate(model.layers):
+    out: Trace = {(None, "embedding"): x[0]}
+    for n in range(model.config.num_hidden_layers):
+        block = cast(Block, model.layers[n])
         seen = trace_block(block, x, tables, positions, use, parts)
         out |= {(n, point): value for point, value in seen.items()}
         x = seen["block"][None]
@@ -397,6 +459,19 @@ def _trace(model: GptOss, x: Tensor, use: Contract, rope: Callable,
             parts)(last)
         out[None, point] = last
     return out
+
+# %% [markdown]
+# ## What is refused
+#
+# A contract that cannot be kept on this machine, as
+# [its chapter](rounding.ipynb) says, by a `ParityError`; parts that do not sum
+# to T, by torch's own words.
+
+# %%
+try:
+    trace_ours(model, prompt(0), parts=[140])
+except RuntimeError as error:
+    print(str(error).partition(",")[0])
 
 # %% [markdown]
 # ## It holds
@@ -416,7 +491,9 @@ assert same == 1
 parted = trace_ours(model, tokens, parts=[140, 1, 1, 1, 1])
 off = (parted[0, "weights"] - trace[0, "weights"]).abs().max()
 assert ((parted[0, "weights"] == 0) == (trace[0, "weights"] == 0)).all()
-print(f"in parts no weight is off by more than 0.01: {off < 0.01}")
+assert off < 0.01
+print(f"in parts: the same {(trace[0, 'weights'] > 0).sum():,} weights are "
+      "not 0, and none is off by more than 0.01")
 
 # %% [markdown]
 # ## In the 20b and the 120b
@@ -498,6 +575,50 @@ taken = [1 - trace[n, "weights"][-100:].float().sum(-1).mean().item()
          for n in (0, 1)]
 print(f"sliding {taken[0]:.0%}, full {taken[1]:.0%}")
 assert taken[0] > taken[1]  # four keys compete with it, not a hundred
+
+# %% [markdown]
+# ### Exercise 2
+#
+# Ask a black box that is *not* linear in its values: an attention that clips
+# its output to 0.05 and -0.05. What does the probe say, and how could you
+# notice, without looking inside?
+
+# %% tags=["hide-cell"]
+def clip(factor: float) -> Tensor:
+    return probe(lambda values: attend(factor * values).clamp(-0.05, 0.05)
+                 / factor, torch.zeros(1, 20, 2, 32))
+
+
+clipped, doubled = clip(1.0), clip(2.0)
+print(f"largest weight {clipped.max():.3f} instead of {found.max():.3f}; with "
+      f"twice the values {doubled.max():.3f}: a linear box would say the same")
+
+# %% [markdown]
+# ### Exercise 3
+#
+# Which of the trained model's layers looks furthest back? Walk over 80 tokens
+# of the shipped model and print, for each layer, how far away on average the
+# keys are, weighted by attention.
+
+# %% tags=["hide-cell"]
+from importlib.resources import files
+
+from gptoss.text.tokenizer import Tokenizer
+
+pocket = GptOss.from_pretrained(files("gptoss") / "pocket", torch.float32)
+text = ("Once upon a time there was a little fox named Mira. Mira lived in "
+        "the cave. For her birthday Mira got a white lamp. One morning she "
+        "went to the park with the lamp.")
+ids = torch.tensor([Tokenizer.from_pretrained(
+    files("gptoss") / "pocket").encode(text)])
+trace = trace_ours(pocket, ids)
+away = (torch.arange(ids.shape[1])[:, None]
+        - torch.arange(ids.shape[1]))[:, None].clamp(min=0)
+for n in range(len(pocket.layers)):
+    p = trace[n, "weights"].float()
+    print(f"layer {n}, {pocket.config.layer_types[n].split('_')[0]}: "
+          f"{((p * away).sum() / p.sum()).item():.0f} tokens away, the sinks "
+          f"take {1 - p.sum(-1).mean().item():.0%}")
 folder.cleanup()
 
 # %% [markdown]

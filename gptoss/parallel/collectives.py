@@ -11,6 +11,7 @@ from datetime import timedelta
 from functools import lru_cache
 from queue import SimpleQueue
 from threading import Barrier, BrokenBarrierError, Thread
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from torch import Tensor
 from gptoss.parallel.shards import MeshRank, ParallelError, mesh_rank
 from gptoss.weights.config import GptOssConfig
 
-# --- What ranks say to each other --------------------------------------------
+# --- What may a module ask of the others? ------------------------------------
 
 class Group:
     """What the modules of a rank ask of the others. This one is for a
@@ -56,19 +57,6 @@ class Group:
         return x
 
 
-@contextmanager
-def _told(mesh: MeshRank) -> Iterator[None]:
-    """A collective that fails is told in a line."""
-    try:
-        yield
-    except RuntimeError as error:
-        why = (str(error).splitlines() or ["no reason given"])[0]
-        raise ParallelError(
-            f"tensor rank {mesh.tp_rank} of {mesh.tp_size}, stage "
-            f"{mesh.pp_rank} of {mesh.pp_size}: lost the others: one has "
-            f"ended or hangs ({why})") from error
-
-
 class TorchGroup(Group):
     """A group of processes: NCCL on GPUs, gloo on CPUs.
 
@@ -78,9 +66,12 @@ class TorchGroup(Group):
 
     def __init__(self, mesh: MeshRank, device_mesh,
                  same: Callable[[Callable[[], object]], object]) -> None:
-        self.mesh, self.same = mesh, same
+        self.mesh, self._same = mesh, same
         self._tp = device_mesh.get_group("tp")
         self._pp = device_mesh.get_group("pp")
+
+    def same(self, make: Callable[[], object]) -> object:
+        return self._same(make)
 
     def leave(self) -> None:
         """Let go of torch's groups; the group is of no use afterwards."""
@@ -120,17 +111,18 @@ class TorchGroup(Group):
         return x
 
 
-# --- A rehearsal with threads ------------------------------------------------
+# --- How is a split tried without processes? ---------------------------------
 
 class _Exchange:
     """Where threads along one dimension put tensors for each other."""
 
     def __init__(self, size: int) -> None:
-        self.slots: list = [None] * size
-        self.queues = [SimpleQueue() for _ in range(size)]
+        self.slots: list[Any] = [None] * size
+        self.queues: list[SimpleQueue[Tensor]] = [
+            SimpleQueue() for _ in range(size)]
         self.barrier = Barrier(size)
 
-    def all(self, rank: int, x: Tensor) -> list[Tensor]:
+    def all(self, rank: int, x: Any) -> list[Any]:
         """Put x down and take what lies in every slot."""
         self.slots[rank] = x
         self.barrier.wait()
@@ -199,7 +191,7 @@ def rehearse(config: GptOssConfig, world: int, stages: int,
     return results
 
 
-# --- Processes that belong together ------------------------------------------
+# --- How does one rank tell the others what only it knows? -------------------
 
 TIMEOUT = timedelta(minutes=10)  # for one collective; then the others fail
 _EVER = timedelta(days=3650)
@@ -304,6 +296,21 @@ def leave() -> None:
     while _JOINED:
         _JOINED.pop().leave()
         join.cache_clear()
+
+
+# --- What is refused ---------------------------------------------------------
+
+@contextmanager
+def _told(mesh: MeshRank) -> Iterator[None]:
+    """A collective that fails is told in a line."""
+    try:
+        yield
+    except RuntimeError as error:
+        why = (str(error).splitlines() or ["no reason given"])[0]
+        raise ParallelError(
+            f"tensor rank {mesh.tp_rank} of {mesh.tp_size}, stage "
+            f"{mesh.pp_rank} of {mesh.pp_size}: lost the others: one has "
+            f"ended or hangs ({why})") from error
 
 
 __all__ = [

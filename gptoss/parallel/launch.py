@@ -6,7 +6,7 @@ Generated from book/parallel/collectives.py; edit the chapter, not this file.
 import os
 import re
 
-# --- Processes that belong together ------------------------------------------
+# --- How does a process learn its number? ------------------------------------
 
 def launched() -> int:
     """How many processes torchrun started; 1 without it."""

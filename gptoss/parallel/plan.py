@@ -29,7 +29,23 @@ from gptoss.weights.sizes import (
     expert_bytes,
 )
 
-# --- What goes over the links ------------------------------------------------
+# --- The busiest group -------------------------------------------------------
+
+def expected_most(experts: int, chosen: int, groups: int) -> float:
+    """Experts that the busiest of `groups` equal groups has to run, on
+    average, if a token's `chosen` of `experts` are all equally likely."""
+    size, every, expected = experts // groups, math.comb(experts, chosen), 0.0
+    for most in range(chosen):
+        ways = [1] + [0] * chosen  # to choose so many, at most `most` a group
+        for _ in range(groups):
+            ways = [sum(ways[n - m] * math.comb(size, m)
+                        for m in range(min(n, most) + 1))
+                    for n in range(chosen + 1)]
+        expected += 1 - ways[chosen] / every
+    return expected
+
+
+# --- What goes over the links? -----------------------------------------------
 
 def traffic(config: GptOssConfig, mesh: MeshRank, tokens: int = 1,
             kept: int = 1, width: int = 2) -> dict[str, tuple[int, int]]:
@@ -70,7 +86,7 @@ class Tally(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-# --- A plan ------------------------------------------------------------------
+# --- What is a card? ---------------------------------------------------------
 
 @dataclass(frozen=True)
 class Card:
@@ -95,19 +111,7 @@ MOST_CONTEXT = 2 ** 30  # tokens; no configuration has more positions
 RESERVE = 1.5e9  # bytes of a card for CUDA, NCCL and activations (assumed)
 
 
-def expected_most(experts: int, chosen: int, groups: int) -> float:
-    """Experts that the busiest of `groups` equal groups has to run, on
-    average, if a token's `chosen` of `experts` are all equally likely."""
-    size, every, expected = experts // groups, math.comb(experts, chosen), 0.0
-    for most in range(chosen):
-        ways = [1] + [0] * chosen  # to choose so many, at most `most` a group
-        for _ in range(groups):
-            ways = [sum(ways[n - m] * math.comb(size, m)
-                        for m in range(min(n, most) + 1))
-                    for n in range(chosen + 1)]
-        expected += 1 - ways[chosen] / every
-    return expected
-
+# --- How long does a token take? ---------------------------------------------
 
 @lru_cache(maxsize=256)
 def rank_bytes(config: GptOssConfig, mesh: MeshRank) -> dict[str, int]:
@@ -132,7 +136,7 @@ def token_seconds(config: GptOssConfig, mesh: MeshRank, card: Card,
     """
     mine = rank_config(config, mesh)
     parts = rank_bytes(config, mesh)
-    touched = sum(parts.values()) - parts["experts"] - parts.get(
+    touched: float = sum(parts.values()) - parts["experts"] - parts.get(
         "embedding", 0)
     chosen = expected_most(config.num_local_experts,
                            config.num_experts_per_tok, mesh.ep_size)
@@ -149,6 +153,8 @@ def token_seconds(config: GptOssConfig, mesh: MeshRank, card: Card,
                 card.step + share * size / card.link))
     return seconds
 
+
+# --- Does it fit, and how fast would it be? ----------------------------------
 
 @dataclass(frozen=True)
 class Estimate:

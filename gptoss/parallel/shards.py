@@ -18,11 +18,50 @@ from gptoss.weights.errors import Error
 from gptoss.weights.layout import DTYPES, TensorSpec, tensor_table
 from gptoss.weights.mxfp4 import BLOCK
 
-# --- Coordinates of a rank ---------------------------------------------------
+# --- The table ---------------------------------------------------------------
 
 class ParallelError(Error, RuntimeError):
     """Ranks that do not fit the model, or that lost each other."""
 
+
+# End of a tensor's name; what each dimension is cut by (- not at all); and
+# by which coordinate only rank 0 holds it: among all of the stage, or among
+# those that share an expert. The others have zeros: a bias is added once.
+SHARDS = (
+    ("embed_tokens.weight", "V -", ""),
+    ("norm.weight", "-", ""),
+    ("q_proj.weight", "Q -", ""),
+    ("q_proj.bias", "Q", ""),
+    ("k_proj.weight", "KV -", ""),
+    ("k_proj.bias", "KV", ""),
+    ("v_proj.weight", "KV -", ""),
+    ("v_proj.bias", "KV", ""),
+    ("sinks", "H", ""),
+    ("o_proj.weight", "- Q", ""),
+    ("o_proj.bias", "-", "tp_rank"),
+    ("router.weight", "- -", ""),
+    ("router.bias", "-", ""),
+    ("gate_up_proj_blocks", "E 2F - -", ""),
+    ("gate_up_proj_scales", "E 2F -", ""),
+    ("gate_up_proj", "E - 2F", ""),  # decoded layout: (E, in, out)
+    ("gate_up_proj_bias", "E 2F", ""),
+    ("down_proj_blocks", "E - F/32 -", ""),
+    ("down_proj_scales", "E - F/32", ""),
+    ("down_proj", "E F -", ""),
+    ("down_proj_bias", "E -", "part"),
+    ("lm_head.weight", "V -", ""),
+)
+
+
+def shard_rule(name: str) -> tuple[tuple[str, ...], str]:
+    """The row of SHARDS for a tensor: its letters, and who alone holds it."""
+    for end, letters, holder in SHARDS:
+        if name.endswith(end):
+            return tuple(letters.split()), holder
+    raise ParallelError(f"{name}: expected a tensor that SHARDS names")
+
+
+# --- Where is a rank in the grid? --------------------------------------------
 
 @dataclass(frozen=True)
 class MeshRank:
@@ -51,6 +90,8 @@ class MeshRank:
         """Which of the slices of F."""
         return self.tp_rank % self.slices
 
+
+# --- How many ranks can share a model? ---------------------------------------
 
 def hidden_slices(config: GptOssConfig, tensors: int) -> int:
     """Into how many slices F is cut for so many ranks: as many as divide
@@ -96,44 +137,7 @@ def mesh_rank(config: GptOssConfig, rank: int, world: int,
                 hidden_slices(config, tensors))
 
 
-# --- The shard table ---------------------------------------------------------
-
-# End of a tensor's name; what each dimension is cut by (- not at all); and
-# by which coordinate only rank 0 holds it: among all of the stage, or among
-# those that share an expert. The others have zeros: a bias is added once.
-SHARDS = (
-    ("embed_tokens.weight", "V -", ""),
-    ("norm.weight", "-", ""),
-    ("q_proj.weight", "Q -", ""),
-    ("q_proj.bias", "Q", ""),
-    ("k_proj.weight", "KV -", ""),
-    ("k_proj.bias", "KV", ""),
-    ("v_proj.weight", "KV -", ""),
-    ("v_proj.bias", "KV", ""),
-    ("sinks", "H", ""),
-    ("o_proj.weight", "- Q", ""),
-    ("o_proj.bias", "-", "tp_rank"),
-    ("router.weight", "- -", ""),
-    ("router.bias", "-", ""),
-    ("gate_up_proj_blocks", "E 2F - -", ""),
-    ("gate_up_proj_scales", "E 2F -", ""),
-    ("gate_up_proj", "E - 2F", ""),  # decoded layout: (E, in, out)
-    ("gate_up_proj_bias", "E 2F", ""),
-    ("down_proj_blocks", "E - F/32 -", ""),
-    ("down_proj_scales", "E - F/32", ""),
-    ("down_proj", "E F -", ""),
-    ("down_proj_bias", "E -", "part"),
-    ("lm_head.weight", "V -", ""),
-)
-
-
-def shard_rule(name: str) -> tuple[tuple[str, ...], str]:
-    """The row of SHARDS for a tensor: its letters, and who alone holds it."""
-    for end, letters, holder in SHARDS:
-        if name.endswith(end):
-            return tuple(letters.split()), holder
-    raise ParallelError(f"{name}: expected a tensor that SHARDS names")
-
+# --- What does a rank own along each letter? ---------------------------------
 
 def share(size: int, index: int, parts: int, unit: int = 1) -> slice:
     """The index-th of `parts` parts of range(size), times unit."""
@@ -203,7 +207,7 @@ def rank_config(config: GptOssConfig, mesh: MeshRank) -> GptOssConfig:
             for letter, part in owned(config, mesh).items()}
     return replace(
         config, num_hidden_layers=len(layers),
-        layer_types=config.layer_types[layers.start:layers.stop],
+        layer_types=(config.layer_types or ())[layers.start:layers.stop],
         num_attention_heads=mine["H"],
         num_key_value_heads=mine["KV"] // config.head_dim,
         num_local_experts=mine["E"],

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from gptoss.weights.config import GptOssConfig
 from gptoss.weights.hub import resolve
 from gptoss.weights.loading import load_tensors
 
-# --- Modules that own a part -------------------------------------------------
+# --- Which modules own a part? -----------------------------------------------
 
 @dataclass(frozen=True)
 class Partition:
@@ -125,7 +126,7 @@ class SplitHead(Linear):
         return self.group.broadcast_last(logits)
 
 
-# --- What stands where another stage works -----------------------------------
+# --- What stands where another stage works? ----------------------------------
 
 class FromStageBefore(nn.Module):
     """In place of the embedding: the stream as the stage before left it."""
@@ -138,14 +139,15 @@ class FromStageBefore(nn.Module):
             persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        weight: Tensor = self.get_buffer("weight")
         return self.group.recv_previous(
-            self.weight.new_empty(*tokens.shape, self.weight.shape[1]))
+            weight.new_empty(*tokens.shape, weight.shape[1]))
 
 
 class OtherStage(nn.Module):
     """In place of a layer of another stage: nothing happens."""
 
-    def __init__(self, whole: nn.Module, part: Partition) -> None:
+    def __init__(self, whole: nn.Module | None, part: Partition) -> None:
         super().__init__()
 
     def forward(self, x: Tensor, *others) -> Tensor:
@@ -155,7 +157,7 @@ class OtherStage(nn.Module):
 class ToNextStage(OtherStage):
     """In place of the next stage's first layer: the stream goes there."""
 
-    def __init__(self, whole: nn.Module, part: Partition) -> None:
+    def __init__(self, whole: nn.Module | None, part: Partition) -> None:
         super().__init__(whole, part)
         self.group = part.group
 
@@ -176,7 +178,7 @@ class FromLastStage(nn.Module):
             x.new_empty(*x.shape[:2], self.vocabulary))
 
 
-# --- The same model, with other modules --------------------------------------
+# --- How is the model replaced module by module? -----------------------------
 
 # name of a module; what takes its place on its own stage, and on others
 MODULES = (
@@ -204,16 +206,16 @@ def replacements(model: nn.Module, part: Partition
 
 # --- The cache of a rank -----------------------------------------------------
 
-def rank_cache(config: GptOssConfig, mesh: MeshRank, *options, **more
-               ) -> Cache:
+def rank_cache(config: GptOssConfig, mesh: MeshRank, batch_size: int = 1,
+               max_tokens: int | None = None, **options: Any) -> Cache:
     """The part of a cache that a rank needs; options as of `Cache`.
 
     A rollback may have to replay as many tokens as the sliding layers of
     all stages together see: the same for every rank, so that all replay.
     """
-    sliding = config.layer_types.count("sliding_attention")
-    return Cache(rank_config(config, mesh), *options, **more,
-                 replay=sliding * (config.sliding_window - 1))
+    sliding = (config.layer_types or ()).count("sliding_attention")
+    return Cache(rank_config(config, mesh), batch_size, max_tokens,
+                 replay=sliding * (config.sliding_window - 1), **options)
 
 
 class SplitGptOss(GptOss):
@@ -256,8 +258,8 @@ class SplitGptOss(GptOss):
             model = cls(checkpoint.config, mesh, group, dtype, device, packed)
             shard = Shard(checkpoint, mesh)
             tensors = {file_name(name): file_tensor(name, tensor)
-                       for name, tensor in load_tensors(
-                           shard, dtype, device, packed)}
+                       for name, tensor in load_tensors(  # it has the names
+                           cast(Checkpoint, shard), dtype, device, packed)}
         model.load_state_dict(tensors, assign=True)
         model.bytes_read = shard.bytes_read
         return model.eval()

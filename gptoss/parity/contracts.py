@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptoss.attention.masks import visible
-from gptoss.model.layers import Experts
+from gptoss.model.layers import Experts, Router
 from gptoss.moe.experts import clamped_swiglu
 from gptoss.weights.errors import Error
 from gptoss.weights.mxfp4 import decode
 
-# --- Four contracts ----------------------------------------------------------
+# --- Who rounds where? Four contracts ----------------------------------------
 
 def attention_fp32(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
                    positions: Tensor, window: int, scale: float) -> Tensor:
@@ -63,13 +63,13 @@ def attention_openai(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
     return torch.einsum("hmqk,khmd->qhmd", probs, v).flatten(1, 2)[None]
 
 
-def choose_stable(router: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
+def choose_stable(router: Router, x: Tensor) -> tuple[Tensor, Tensor]:
     """Our router: of equal logits the lower index. x (T, D) -> weights and
     ids (T, K)."""
     return router(x)
 
 
-def choose_topk(router: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
+def choose_topk(router: Router, x: Tensor) -> tuple[Tensor, Tensor]:
     """transformers' and OpenAI's: torch.topk, which of equal logits takes
     one or the other. As `choose_stable`."""
     logits = F.linear(x, router.weight, router.bias)
@@ -77,14 +77,20 @@ def choose_topk(router: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
     return values.softmax(-1), ids
 
 
+def held(module: nn.Module, name: str) -> Tensor:
+    """A parameter or a buffer of a module by its name."""
+    return getattr(module, name)
+
+
 def expert_weights(module: Experts, e: int, dtype: torch.dtype
                    ) -> tuple[Tensor, Tensor]:
     """Expert e in dtype: gate_up (2F, D) and down (D, F)."""
-    if not module.packed:
-        return module.gate_up_proj[e], module.down_proj[e]
-    return tuple(decode(getattr(module, f"{name}_blocks")[e],
-                        getattr(module, f"{name}_scales")[e], dtype)
-                 for name in ("gate_up_proj", "down_proj"))
+    def one(name: str) -> Tensor:
+        if not module.packed:
+            return held(module, name)[e]
+        return decode(held(module, f"{name}_blocks")[e],
+                      held(module, f"{name}_scales")[e], dtype)
+    return one("gate_up_proj"), one("down_proj")
 
 
 def experts_fp32(module: Experts, x: Tensor, ids: Tensor, weights: Tensor
@@ -103,9 +109,9 @@ def experts_hf(module: Experts, x: Tensor, ids: Tensor, weights: Tensor
         k, n = torch.where((ids == e).T)
         up, down = (w.T.contiguous()
                     for w in expert_weights(module, e, x.dtype))
-        hidden = clamped_swiglu(x[n] @ up + module.gate_up_proj_bias[e],
-                                module.limit)
-        out = hidden @ down + module.down_proj_bias[e]
+        hidden = clamped_swiglu(
+            x[n] @ up + held(module, "gate_up_proj_bias")[e], module.limit)
+        out = hidden @ down + held(module, "down_proj_bias")[e]
         y.index_add_(0, n, out * weights[n, k, None])
     return y
 
@@ -120,10 +126,10 @@ def experts_openai(module: Experts, x: Tensor, ids: Tensor, weights: Tensor
         expert_weights(module, e, x.dtype) for e in used.tolist()),
         strict=True))
     hidden = torch.einsum("beck,bk->bec", up[place], x)
-    hidden = clamped_swiglu(hidden + module.gate_up_proj_bias[ids],
-                            module.limit)
+    hidden = clamped_swiglu(
+        hidden + held(module, "gate_up_proj_bias")[ids], module.limit)
     out = torch.einsum("beck,bek->bec", down[place], hidden)
-    out = out + module.down_proj_bias[ids]
+    out = out + held(module, "down_proj_bias")[ids]
     return torch.einsum("bec,be->bc", out, weights)
 
 
@@ -180,6 +186,8 @@ CONTRACTS = {
 PLAIN_CONTRACTS = [name for name, use in CONTRACTS.items() if not use.kernels]
 
 
+# --- What is refused ---------------------------------------------------------
+
 class ParityError(Error):
     """A comparison that cannot be made, and what is missing for it."""
 
@@ -232,4 +240,5 @@ __all__ = [
     "experts_fp32",
     "experts_hf",
     "experts_openai",
+    "held",
 ]

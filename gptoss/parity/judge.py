@@ -27,7 +27,19 @@ from gptoss.parity.walk import Key, Trace, dense_shares
 from gptoss.weights.checkpoint import Checkpoint
 from gptoss.weights.mxfp4 import FP4_VALUES, SCALE_BIAS
 
-# --- A formula with switches -------------------------------------------------
+# --- The idea in twelve lines ------------------------------------------------
+
+def excess(found: Tensor, expected: Pair) -> float:
+    """max |found - value| / bound; infinite for NaN, infinity or another
+    shape. At most 1: rounding explains it."""
+    value, bound = expected
+    if found.shape != value.shape or not found.isfinite().all():
+        return math.inf
+    error = (found.double() - value).abs()
+    return (error / bound.clamp_min(FLOOR)).max().item()
+
+
+# --- What should an operation give? ------------------------------------------
 
 @dataclass(frozen=True)
 class Formula:
@@ -63,7 +75,7 @@ CLAMPS = {  # limits of gate and up, in units of swiglu_limit
     "none": ((-_INF, _INF), (-_INF, _INF))}
 
 
-# --- The judge ---------------------------------------------------------------
+# --- Where does the judge get its weights? -----------------------------------
 
 class Judge:
     """Recomputes one operation in float64 from a run's own inputs.
@@ -85,7 +97,8 @@ class Judge:
         name = name if layer is None else f"model.layers.{layer}.{name}"
         return self.checkpoint.read(name)[rows].to(self.dtype).double()
 
-    def expert(self, name: str, layer: int, e: int, f: Formula) -> Tensor:
+    def expert(self, name: str, layer: int | None, e: int, f: Formula
+               ) -> Tensor:
         """gate_up_proj or down_proj of expert e, (out, in), in float64."""
         full = f"model.layers.{layer}.mlp.experts.{name}"
         rows, read = slice(e, e + 1), self.checkpoint.read
@@ -111,6 +124,8 @@ class Judge:
             return value.double() if value.is_floating_point() else value
         return JUDGES[point](self, see, layer, point, f)
 
+
+# --- Norms, projections, sums ------------------------------------------------
 
 See = Callable[..., Tensor]
 _NAMES = {"norm": "input_layernorm", "norm 2": "post_attention_layernorm",
@@ -153,12 +168,12 @@ def _logits(j: Judge, see: See, layer: int | None, point: str, f: Formula
     """Some rows of lm_head at a time: 201,088 of them take 4.6 GB."""
     x = see("last norm")
     step = max(1, 2 ** 24 // x.shape[1])
-    parts = [j.rounding.linear(
+    values, errors = zip(*(j.rounding.linear(
         (x, torch.zeros_like(x)),
         j.weight("lm_head.weight", rows=slice(start, start + step)),
         torch.zeros(1), False)
-        for start in range(0, j.config.vocab_size, step)]
-    return tuple(torch.cat(part, -1) for part in zip(*parts, strict=True))
+        for start in range(0, j.config.vocab_size, step)), strict=True)
+    return torch.cat(values, -1), torch.cat(errors, -1)
 
 
 def _sum(j: Judge, see: See, layer: int | None, point: str, f: Formula
@@ -180,8 +195,10 @@ def _tables(j: Judge, length: int, f: Formula) -> tuple[Pair, Pair]:
     angle = (torch.arange(length).double() + f.shift)[:, None] * inv_freq
     m = rope_concentration(factor) if f.concentrated else 1.0
     error = m * (4 * r.wide * angle.abs() + 4 * r.wide)
-    return tuple(tuple(t[:, None] for t in r.stored(m * wave, error))
-                 for wave in (angle.cos(), angle.sin()))
+    cos, sin = (r.stored(m * wave, error)
+                for wave in (angle.cos(), angle.sin()))
+    return (cos[0][:, None], cos[1][:, None]), (sin[0][:, None],
+                                                sin[1][:, None])
 
 
 def _turned(j: Judge, see: See, layer: int | None, point: str, f: Formula
@@ -196,12 +213,16 @@ def _turned(j: Judge, see: See, layer: int | None, point: str, f: Formula
         error = (p.abs() * e_cos + q.abs() * e_sin
                  + u * (p * cos).abs() + u * (q * sin).abs()) * (1 + u)
         out.append(j.rounding.stored(p * cos + q * sin, error))
-    join = ((lambda both: torch.stack(both, -1).flatten(-2))
-            if f.interleaved else (lambda both: torch.cat(both, -1)))
-    return tuple(join(both) for both in zip(*out, strict=True))
+
+    def join(first: Tensor, second: Tensor) -> Tensor:
+        return (torch.stack((first, second), -1).flatten(-2) if f.interleaved
+                else torch.cat((first, second), -1))
+    return join(out[0][0], out[1][0]), join(out[0][1], out[1][1])
 
 
-def _scores(j: Judge, see: See, layer: int, f: Formula) -> Pair:
+# --- Attention ---------------------------------------------------------------
+
+def _scores(j: Judge, see: See, layer: int | None, f: Formula) -> Pair:
     """Scores (T, H, S + 1) with the sink last, -inf where hidden."""
     c, r = j.config, j.rounding
     q, k = see("q turned"), see("k turned")
@@ -212,7 +233,8 @@ def _scores(j: Judge, see: See, layer: int, f: Formula) -> Pair:
     scale, k = C ** -0.5 if f.scaled else 1.0, k[:, heads]
     raw = torch.einsum("thc,shc->ths", q, k) * scale
     size = torch.einsum("thc,shc->ths", q.abs(), k.abs()) * scale
-    sliding = (c.layer_types[layer] == "sliding_attention") ^ f.exchanged
+    kinds = c.layer_types or ()
+    sliding = (kinds[layer or 0] == "sliding_attention") ^ f.exchanged
     window = c.sliding_window + f.longer if sliding else None
     positions = torch.arange(T)[None]
     seen = visible(positions, positions, window)[0][:, None]
@@ -250,6 +272,8 @@ def _heads(j: Judge, see: See, layer: int | None, point: str, f: Formula
                     torch.einsum("ths,shc->thc", error, v.abs()))
 
 
+# --- Routing -----------------------------------------------------------------
+
 def _shares(j: Judge, see: See, layer: int | None, point: str, f: Formula
             ) -> Pair:
     logits, ids, r = see("router"), see("chosen"), j.rounding
@@ -259,8 +283,9 @@ def _shares(j: Judge, see: See, layer: int | None, point: str, f: Formula
     span = (logits if f.softmax_first else chosen)
     span = span.amax(1, keepdim=True) - chosen
     error = weights * (r.sums(logits.shape[1]) + (8 + span) * r.wide)
-    return tuple(dense_shares(ids, t, logits.shape[1])
-                 for t in r.stored(weights, error))
+    weights, error = r.stored(weights, error)
+    return (dense_shares(ids, weights, logits.shape[1]),
+            dense_shares(ids, error, logits.shape[1]))
 
 
 def _chosen(j: Judge, see: See, layer: int | None, point: str, f: Formula
@@ -274,6 +299,8 @@ def _chosen(j: Judge, see: See, layer: int | None, point: str, f: Formula
     value = torch.where(right[:, None], ids, -1).double()
     return value, torch.zeros_like(value) + FLOOR
 
+
+# --- Experts, in two halves --------------------------------------------------
 
 def _swiglu(r: Rounding, gate_up: Pair, f: Formula, limit: float) -> Pair:
     """The clamped product, each of its five steps stored as a step."""
@@ -292,6 +319,14 @@ def _swiglu(r: Rounding, gate_up: Pair, f: Formula, limit: float) -> Pair:
                 + e_more * (glu.abs() + e_glu))
 
 
+def _as_rows(t: Tensor, how: str) -> Tensor:
+    """Gate and up interleaved, if they lie as `how` says."""
+    if how == "swapped":
+        return t.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return t if how == "interleaved" else torch.stack(
+        t.chunk(2, -1), -1).flatten(-2)
+
+
 def _hidden(j: Judge, see: See, layer: int | None, point: str, f: Formula
             ) -> Pair:
     """(T, K, F), experts ascending in each row."""
@@ -306,19 +341,14 @@ def _hidden(j: Judge, see: See, layer: int | None, point: str, f: Formula
         n, k = torch.where(ids == e)
         both = r.linear((x[n], half[n]),
                         j.expert("gate_up_proj", layer, e, f), bias[e], True)
-        if f.gate_up == "swapped":
-            both = [t.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-                    for t in both]
-        elif f.gate_up == "halves":
-            both = [torch.stack(t.chunk(2, -1), -1).flatten(-2)
-                    for t in both]
-        hidden = _swiglu(r, tuple(both), f, j.config.swiglu_limit)
+        hidden = _swiglu(r, (_as_rows(both[0], f.gate_up), _as_rows(
+            both[1], f.gate_up)), f, j.config.swiglu_limit)
         if r.kernels:  # integers once more, and only then into bf16
             value, error = hidden
             hidden = r.stored(value, error + half_step(hidden, stored=False))
         for whole, part in zip(out, hidden, strict=True):
             whole[n, k] = part
-    return tuple(out)
+    return out[0], out[1]
 
 
 def _experts(j: Judge, see: See, layer: int | None, point: str, f: Formula
@@ -357,18 +387,6 @@ JUDGES = {"embedding": _embedding, "norm": _norm, "q": _linear,
           "router": _linear, "chosen": _chosen, "shares": _shares,
           "hidden": _hidden, "experts": _experts, "block": _sum,
           "last norm": _norm, "logits": _logits}
-
-
-# --- The first that went further ---------------------------------------------
-
-def excess(found: Tensor, expected: Pair) -> float:
-    """max |found - value| / bound; infinite for NaN, infinity or another
-    shape. At most 1: rounding explains it."""
-    value, bound = expected
-    if found.shape != value.shape or not found.isfinite().all():
-        return math.inf
-    error = (found.double() - value).abs()
-    return (error / bound.clamp_min(FLOOR)).max().item()
 
 
 __all__ = [

@@ -6,6 +6,7 @@ Generated from book/parity/final.py; edit the chapter, not this file.
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from gptoss.weights.config import GptOssConfig
 from gptoss.weights.hub import resolve
 from gptoss.weights.sizes import bf16_bytes
 
-# --- The report --------------------------------------------------------------
+# --- How far apart are two sides? --------------------------------------------
 
 def compare(found: Tensor, wanted: Tensor) -> dict[str, float]:
     """max and mean |found - wanted|, their relative error (2-norms) and
@@ -55,11 +56,13 @@ def compare_logits(found: Tensor, wanted: Tensor, k: int = 5
             "kl_mean": kl.mean().item(), "kl_max": kl.max().item()}
 
 
-def other_experts(found: Trace, wanted: Trace, layer: int) -> int:
+def other_experts(found: Trace, wanted: Trace, layer: int | None) -> int:
     """How many tokens go to another set of experts in a layer."""
     a, b = (t[layer, "chosen"].sort(-1)[0] for t in (found, wanted))
-    return (a != b).any(-1).sum().item()
+    return int((a != b).any(-1).sum())
 
+
+# --- Which tokens, and how many at a time? -----------------------------------
 
 def default_tokens(config: GptOssConfig) -> Tensor:
     """(1, T) random tokens, always the same; 16 more than a window, so that
@@ -67,6 +70,29 @@ def default_tokens(config: GptOssConfig) -> Tensor:
     g = torch.Generator().manual_seed(0)
     length = min(config.sliding_window + 16, config.max_position_embeddings)
     return torch.randint(config.vocab_size, (1, length), generator=g)
+
+
+ONE_BY_ONE = 16  # tokens that a walk over kernels takes as decoding does
+
+
+def taken(tokens: Tensor, written: int, contract: str) -> list[int]:
+    """The parts of a walk: under "kernels" those that `generate` would take,
+    the prompt at once and each token written after it alone; of a prompt
+    after which nothing is written the last ONE_BY_ONE."""
+    T = tokens.shape[1]
+    alone = min(written or ONE_BY_ONE, T - 1)
+    return ([T - alone] + [1] * alone if CONTRACTS[contract].kernels
+            else [T])
+
+
+# --- What does a row of the report hold? -------------------------------------
+
+class Sides(NamedTuple):
+    """The walks that are compared."""
+
+    ours: Trace
+    theirs: Trace
+    exact: Trace | None  # our float64 run
 
 
 def error_of(trace: Trace, exact: Trace | None, key: Key) -> float | None:
@@ -79,27 +105,27 @@ def error_of(trace: Trace, exact: Trace | None, key: Key) -> float | None:
     return compare(trace[key], exact[key])["relative"]
 
 
-def table_rows(sides: Mapping[str, Trace | None], excesses: Mapping[str, dict],
-               keys: list[Key]) -> list[dict]:
+def table_rows(sides: Sides, excesses: Mapping[str, dict],
+               keys: list[Key]) -> list[dict[str, Any]]:
     """A row a point: differences between the two sides, and for each its
     relative error against float64 and its excess."""
-    (ours, theirs, exact), rows = sides.values(), []
-    for layer, point in keys:
-        key = layer, point
-        row = {"layer": layer, "point": point}
+    rows: list[dict[str, Any]] = []
+    for key in keys:
+        row: dict[str, Any] = dict(zip(("layer", "point"), key, strict=True))
         row |= {f"{side}_excess": found[key]
                 for side, found in excesses.items()}
-        row |= ({"others": other_experts(ours, theirs, layer)}
-                if point == "chosen" else compare(ours[key], theirs[key]))
-        row |= {"ours_error": error_of(ours, exact, key),
-                "theirs_error": error_of(theirs, exact, key)}
+        row |= ({"others": other_experts(sides.ours, sides.theirs, key[0])}
+                if key[1] == "chosen"
+                else compare(sides.ours[key], sides.theirs[key]))
+        row |= {"ours_error": error_of(sides.ours, sides.exact, key),
+                "theirs_error": error_of(sides.theirs, sides.exact, key)}
         rows.append(row)
     return rows
 
 
 def three_traces(model: GptOss, path: Path, tokens: Tensor, against: str,
                  dtype: torch.dtype, contract: str, fault: str | None,
-                 parts: Parts | None = None) -> dict[str, Trace | None]:
+                 parts: Parts | None = None) -> Sides:
     """ours, theirs and exact (our float64 run; none beside "streamed",
     which is for models that fill the memory); names as in `report`."""
     ours = (trace_faulty(model, tokens, fault, contract, parts) if fault
@@ -110,8 +136,10 @@ def three_traces(model: GptOss, path: Path, tokens: Tensor, against: str,
              else trace_exact(path, tokens, torch.float64))
     for trace in (ours, theirs):
         trace[None, "tokens"] = tokens[0]
-    return {"ours": ours, "theirs": theirs, "exact": exact}
+    return Sides(ours, theirs, exact)
 
+
+# --- Does it fit, and would the other side write the same? -------------------
 
 def too_large(config: GptOssConfig, dtype: torch.dtype) -> bool:
     """Whether decoded weights would fill most of this machine's memory."""
@@ -142,18 +170,7 @@ def chosen_too(tokens: Tensor, before: int, theirs: Trace) -> dict:
             "same": int((ours == chosen).sum())}
 
 
-ONE_BY_ONE = 16  # tokens that a walk over kernels takes as decoding does
-
-
-def taken(tokens: Tensor, written: int, contract: str) -> list[int]:
-    """The parts of a walk: under "kernels" those that `generate` would take,
-    the prompt at once and each token written after it alone; of a prompt
-    after which nothing is written the last ONE_BY_ONE."""
-    T = tokens.shape[1]
-    alone = min(written or ONE_BY_ONE, T - 1)
-    return ([T - alone] + [1] * alone if CONTRACTS[contract].kernels
-            else [T])
-
+# --- The report --------------------------------------------------------------
 
 def report(path: str | Path, against: str = "transformers",
            tokens: Tensor | None = None, dtype: torch.dtype = torch.float32,
@@ -200,23 +217,24 @@ def report(path: str | Path, against: str = "transformers",
             "kernels": what, "compact": compact, "parts": parts,
             "dtype": str(dtype).removeprefix("torch."),
             "tokens": before, "rows": rows,
-            "generated": chosen_too(tokens, before, traces["theirs"]),
-            "logits": compare_logits(traces["ours"][None, "logits"],
-                                     traces["theirs"][None, "logits"]),
+            "generated": chosen_too(tokens, before, traces.theirs),
+            "logits": compare_logits(traces.ours[None, "logits"],
+                                     traces.theirs[None, "logits"]),
             "findings": [vars(finding) for finding in findings],
             "verdict": verdict(rows, findings)}
 
 
-def judge_both(checkpoint: Checkpoint, traces: Mapping[str, Trace],
-               dtype: torch.dtype, contract: str, against: str
+def judge_both(checkpoint: Checkpoint, traces: Sides, dtype: torch.dtype,
+               contract: str, against: str
                ) -> dict[str, tuple[dict[Key, float], Finding | None]]:
     """`judge_walk` of ours, under its contract, and of the reference."""
     use, (_, inner) = CONTRACTS[contract], REFERENCES[against]
     kind = torch.float64 if against == "float64" else dtype
-    return {side: judge_walk(Judge(checkpoint, *how), traces[side], name)
-            for side, name, how in (
-                ("ours", "ours", (dtype, use.inner, use.kernels)),
-                ("theirs", against, (kind, inner)))}
+    return {
+        "ours": judge_walk(Judge(checkpoint, dtype, use.inner, use.kernels),
+                           traces.ours, "ours"),
+        "theirs": judge_walk(Judge(checkpoint, kind, inner), traces.theirs,
+                             against)}
 
 
 def shrink(model: GptOss, contract: str) -> None:
@@ -277,6 +295,7 @@ def parity_table(result: dict) -> str:
 
 __all__ = [
     "ONE_BY_ONE",
+    "Sides",
     "chosen_too",
     "compare",
     "compare_logits",

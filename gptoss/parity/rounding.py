@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gptoss.weights.mxfp4 import BLOCK
 
-# --- What rounding explains --------------------------------------------------
+# --- What can rounding explain? ----------------------------------------------
 
 DEVIATIONS = 5  # in Hoeffding's inequality; see the derivation
 FLOOR = 2.0 ** -120  # what underflow may leave
@@ -74,7 +74,7 @@ def half_step(x: Pair, stored: bool) -> Tensor:
     stored: x comes in bf16, its step is a power of two and nothing from
     1/64 of the block's largest on is changed; else the finest step.
     """
-    parts = sum(t.abs() for t in x).unflatten(-1, (-1, BLOCK))
+    parts = (x[0].abs() + x[1].abs()).unflatten(-1, (-1, BLOCK))
     top = parts.amax(-1, keepdim=True)
     if stored:
         whole = torch.ldexp(torch.ones_like(top), top.frexp()[1] - 1)

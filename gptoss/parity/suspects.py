@@ -4,7 +4,9 @@ Generated from book/parity/suspects.py; edit the chapter, not this file.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +17,17 @@ from gptoss.model.layers import Block
 from gptoss.model.transformer import GptOss
 from gptoss.moe.experts import ALPHA, by_expert
 from gptoss.moe.routing import softmax_then_topk
-from gptoss.parity.contracts import ParityError, expert_weights
+from gptoss.parity.contracts import ParityError, expert_weights, held
 from gptoss.parity.judge import RIGHT, Judge, excess
 from gptoss.parity.walk import Key, Parts, Trace, points, trace_ours
 from gptoss.weights.config import GptOssConfig
 
-# --- The suspects ------------------------------------------------------------
+# --- Who is suspected? -------------------------------------------------------
 
-_BIASES = {"bias added twice": {"bias": 2.0}, "bias left out": {"bias": 0.0}}
-_TURNS = {
+Mistakes = dict[str, dict[str, Any]]  # cause -> fields of Formula
+_BIASES: Mistakes = {
+    "bias added twice": {"bias": 2.0}, "bias left out": {"bias": 0.0}}
+_TURNS: Mistakes = {
     "YaRN's range is rounded (truncate)": {"truncate": True},
     "YaRN's range is not rounded": {"truncate": False},
     "the concentration is missing": {"concentrated": False},
@@ -31,15 +35,16 @@ _TURNS = {
     "YaRN's frequencies are missing": {"stretched": False},
     "pairs (2i, 2i + 1) instead of halves": {"interleaved": True},
     "positions count from 1": {"shift": 1}}
-_MASKS = {
+_MASKS: Mistakes = {
     "the window is one key too long": {"longer": 1},
     "the window is one key too short": {"longer": -1},
     "sliding and full layers are exchanged": {"exchanged": True},
     "the sink is dropped": {"sink": False},
     "scores are not divided by sqrt(head size)": {"scaled": False},
     "query head h reads key head h % G": {"modulo": True}}
-_NORMS = {"the norm multiplies by 1 + weight": {"norm_plus_one": True}}
-SUSPECTS = {  # point -> cause -> fields of Formula
+_NORMS: Mistakes = {
+    "the norm multiplies by 1 + weight": {"norm_plus_one": True}}
+SUSPECTS: dict[str, Mistakes] = {  # by the point that they show at
     "norm": _NORMS, "norm 2": _NORMS, "last norm": _NORMS,
     "q": _BIASES, "k": _BIASES, "v": _BIASES, "attention": _BIASES,
     "router": _BIASES, "q turned": _TURNS, "k turned": _TURNS,
@@ -64,7 +69,7 @@ SUSPECTS = {  # point -> cause -> fields of Formula
         "down's bias left out": {"down_bias": 0.0}}}
 
 
-# --- The verdict -------------------------------------------------------------
+# --- What does a finding say? ------------------------------------------------
 
 @dataclass(frozen=True)
 class Finding:
@@ -88,13 +93,15 @@ class Finding:
                 f"{self.cause_excess:.2f} of the bound")
 
 
+# --- Which suspect explains the numbers? -------------------------------------
+
 def explain(judge: Judge, trace: Trace, key: Key
             ) -> tuple[str, float] | tuple[None, None]:
     """The suspect with the least excess among those that explain key."""
     tried = [(excess(trace[key], judge.expected(
         trace, key, replace(RIGHT, **fields))), cause)
         for cause, fields in SUSPECTS.get(key[1], {}).items()]
-    best = min(tried, default=(math.inf, None))
+    best = min(tried, default=(math.inf, ""))
     return (best[1], best[0]) if best[0] <= 1 else (None, None)
 
 
@@ -111,7 +118,7 @@ def judge_walk(judge: Judge, trace: Trace, side: str
     return found, None
 
 
-# --- Planted faults ----------------------------------------------------------
+# --- How is a fault planted? -------------------------------------------------
 
 def _swap_rows(block: Block) -> None:
     """Gate rows where up rows belong, and the other way round."""
@@ -135,22 +142,25 @@ def _clamp_below(block: Block) -> None:
     def one(e: int, rows: Tensor) -> Tensor:
         wide = torch.promote_types(rows.dtype, torch.float32)
         up, down, up_bias, down_bias = (t.to(wide) for t in (
-            *expert_weights(experts, e, wide), experts.gate_up_proj_bias[e],
-            experts.down_proj_bias[e]))
+            *expert_weights(experts, e, wide),
+            held(experts, "gate_up_proj_bias")[e],
+            held(experts, "down_proj_bias")[e]))
         gate, up = F.linear(rows.to(wide), up, up_bias).unflatten(
             -1, (-1, 2)).unbind(-1)
         gate = gate.clamp(min=-experts.limit)
         up = up.clamp(-experts.limit, experts.limit)
         hidden = (up + 1) * (gate * torch.sigmoid(ALPHA * gate))
         return F.linear(hidden, down, down_bias)
-    experts.forward = lambda x, ids, weights: by_expert(
-        x, ids, weights, len(experts.gate_up_proj_bias), one)
+    count = len(held(experts, "gate_up_proj_bias"))
+    experts.forward = (  # type: ignore[method-assign]  # the fault itself
+        lambda x, ids, weights: by_expert(x, ids, weights, count, one))
 
 
 def _softmax_first(block: Block) -> None:
     router = block.mlp.router
-    router.forward = lambda x: softmax_then_topk(
-        F.linear(x, router.weight, router.bias), router.k, renormalise=False)
+    router.forward = (  # type: ignore[method-assign]  # the fault itself
+        lambda x: softmax_then_topk(F.linear(x, router.weight, router.bias),
+                                    router.k, renormalise=False))
 
 
 def _wider(block: Block) -> None:
@@ -176,7 +186,7 @@ def _unconcentrated(config: GptOssConfig) -> tuple[Tensor, float]:
 
 
 # name -> what is done to each block or to RoPE, the cause to be named
-FAULTS = {
+FAULTS: dict[str, tuple[Callable[..., Any], str]] = {
     "truncate": (_truncated, "YaRN's range is rounded (truncate)"),
     "concentration": (_unconcentrated, "the concentration is missing"),
     "window": (_wider, "the window is one key too long"),
@@ -209,6 +219,7 @@ def trace_faulty(model: GptOss, tokens: Tensor, fault: str,
 __all__ = [
     "FAULTS",
     "Finding",
+    "Mistakes",
     "SUSPECTS",
     "explain",
     "judge_walk",

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -50,7 +51,8 @@ def write(folder: str | Path) -> list[Path]:
     exact arithmetic gives (frequencies are fp32 by definition). An older
     set is replaced; VectorError: other files of these names are there.
     """
-    folder, stored, index = Path(folder), {}, []
+    folder, index = Path(folder), []
+    stored: Tensors = {}
     for file in FILES:
         _check_ours(folder, folder / file)
     for case in all_cases():
@@ -77,7 +79,7 @@ def write(folder: str | Path) -> list[Path]:
     return _save(folder, stored, index)
 
 
-# --- Files that are somebody else's ------------------------------------------
+# --- What is refused ---------------------------------------------------------
 
 def _check_ours(folder: Path, file: Path) -> None:
     """Raise VectorError if `file` is there and not of an earlier set."""
@@ -126,12 +128,11 @@ def _save(folder: Path, stored: Tensors, cases: list[dict]) -> list[Path]:
     return files
 
 
-# --- Sets from anywhere ------------------------------------------------------
+_KIND: dict[type, str] = {
+    str: "a string", dict: "an object", list: "a list"}
 
-_KIND = {str: "a string", dict: "an object", list: "a list"}
 
-
-def _entry(of: object, name: str, kind: type, where: str) -> object:
+def _entry(of: object, name: str, kind: type, where: str) -> Any:
     """of[name], which must be of that kind."""
     found = of.get(name) if isinstance(of, dict) else None
     if not isinstance(found, kind):
@@ -155,7 +156,8 @@ def _check_numbers(value: object, where: str) -> None:
     if isinstance(value, dict | list):
         for each in value.values() if isinstance(value, dict) else value:
             _check_numbers(each, where)
-    elif type(value) in (int, float) and not abs(value) <= 2 ** 20:
+    elif (isinstance(value, int | float) and type(value) is not bool
+          and not abs(value) <= 2 ** 20):
         raise VectorError(f"{where}: expected numbers up to 2**20, found "
                           f"{value!r:.40}")
 

@@ -6,6 +6,7 @@ Generated from book/parity/walk.py; edit the chapter, not this file.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +16,11 @@ from gptoss.attention.rope import apply_rope, rope_parameters, rope_tables
 from gptoss.model.layers import Block, Experts, RMSNorm
 from gptoss.model.norm import rms_norm
 from gptoss.model.transformer import GptOss
-from gptoss.parity.contracts import CONTRACTS, Contract, computing
+from gptoss.parity.contracts import CONTRACTS, Contract, computing, held
 from gptoss.weights.config import GptOssConfig
 from gptoss.weights.encoding import encode
 
-# --- The points --------------------------------------------------------------
+# --- Which results are recorded? ---------------------------------------------
 
 # In a layer, in the order of computation; T comes first in every tensor.
 LAYER_POINTS = (
@@ -38,7 +39,7 @@ def points(config: GptOssConfig) -> list[Key]:
             (None, "logits")]
 
 
-# --- Black boxes -------------------------------------------------------------
+# --- How is a black box asked? -----------------------------------------------
 
 def probe(attend: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
     """Attention weights (T, H, S) of a black box attend(v) -> (1, T, H, C).
@@ -86,7 +87,7 @@ def probe_experts(call: Callable, module: nn.Module, x: Tensor, ids: Tensor,
     stands between its two matrices. down(matrix (D, F)) names the tensors
     to put into module.
     """
-    bias, out = module.down_proj_bias, []
+    bias, out = held(module, "down_proj_bias"), []
     one = torch.ones_like(ids[:, :1], dtype=x.dtype)
     for start in range(0, width, bias.shape[1]):
         tensors = down(copying(bias, width, start))
@@ -101,7 +102,7 @@ def probe_experts(call: Callable, module: nn.Module, x: Tensor, ids: Tensor,
 def our_down(module: Experts) -> Callable[[Tensor], dict[str, Tensor]]:
     """`probe_experts`' down for our module, packed or dense."""
     def put(matrix: Tensor) -> dict[str, Tensor]:
-        E = len(module.down_proj_bias)
+        E = len(held(module, "down_proj_bias"))
         if not module.packed:
             return {"down_proj": matrix.expand(E, -1, -1)}
         return {f"down_proj_{part}": t.expand(E, *t.shape).contiguous()
@@ -117,7 +118,7 @@ def plain_torch_layer(module: nn.Module, x: Tensor) -> Tensor:
     equal bits need the reference's own operations."""
     if isinstance(module, RMSNorm):
         return rms_norm(x, module.weight, module.eps)
-    return F.linear(x, module.weight, module.bias)
+    return F.linear(x, held(module, "weight"), held(module, "bias"))
 
 
 def own_layer(module: nn.Module, x: Tensor) -> Tensor:
@@ -190,7 +191,8 @@ def trace_block(block: Block, x: Tensor, tables: tuple[Tensor, Tensor],
     call, ordered = in_parts(partial(use.experts, m), parts), ids.sort(-1)[0]
     experts = call(norm_2, ids, weights)
     hidden = probe_experts(call, m, norm_2, ordered,
-                           m.gate_up_proj_bias.shape[1] // 2, our_down(m))
+                           held(m, "gate_up_proj_bias").shape[1] // 2,
+                           our_down(m))
     return dict(zip(LAYER_POINTS, (
         *first, middle, norm_2, logits, ordered,
         dense_shares(ids, weights, logits.shape[1]), hidden, experts,
@@ -217,8 +219,9 @@ def _trace(model: GptOss, x: Tensor, use: Contract, rope: Callable,
     inv_freq, factor = rope(model.config)
     wide = torch.promote_types(x.dtype, torch.float32)
     tables = rope_tables(positions, inv_freq.to(wide), factor, x.dtype)
-    out = {(None, "embedding"): x[0]}
-    for n, block in enumerate(model.layers):
+    out: Trace = {(None, "embedding"): x[0]}
+    for n in range(model.config.num_hidden_layers):
+        block = cast(Block, model.layers[n])
         seen = trace_block(block, x, tables, positions, use, parts)
         out |= {(n, point): value for point, value in seen.items()}
         x = seen["block"][None]

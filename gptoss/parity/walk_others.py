@@ -8,6 +8,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -111,7 +112,9 @@ def trace_transformers(model: nn.Module, tokens: Tensor) -> Trace:
     """Every point of transformers' model for tokens (1, T)."""
     from transformers.models.gpt_oss import modeling_gpt_oss as theirs
 
-    c, trace, eager = model.config, {}, theirs.eager_attention_forward
+    their: Any = model  # classes that are not ours to describe
+    trace: Trace = {}
+    c, eager = their.config, theirs.eager_attention_forward
 
     def attend(module, q, k, v, *args, **kwargs):
         out, weights = eager(module, q, k, v, *args, **kwargs)
@@ -125,7 +128,7 @@ def trace_transformers(model: nn.Module, tokens: Tensor) -> Trace:
     def choose(layer: int) -> Callable:
         def keep(inputs, out) -> None:
             logits, weights, ids = out
-            m, ordered = model.model.layers[layer].mlp.experts, ids.sort(-1)[0]
+            m, ordered = their.model.layers[layer].mlp.experts, ids.sort(-1)[0]
             trace[layer, "router"], trace[layer, "chosen"] = logits, ordered
             trace[layer, "shares"] = dense_shares(ids, weights,
                                                   logits.shape[1])
@@ -210,7 +213,9 @@ def load_openai(path: str | Path, dtype: torch.dtype = torch.float32
     folder. ParityError: gpt_oss is not installed.
     """
     try:
-        from gpt_oss.torch.model import Transformer
+        from gpt_oss.torch.model import (  # type: ignore  # has no types
+            Transformer,
+        )
     except ImportError as error:
         raise ParityError("reference openai: expected the package gpt-oss "
                           f"(its torch model), found none ({error})"
@@ -263,12 +268,14 @@ OPENAI_POINTS = {
 @torch.inference_mode()
 def trace_openai(model: nn.Module, tokens: Tensor) -> Trace:
     """Every point of OpenAI's model for tokens (1, T)."""
-    from gpt_oss.torch import model as theirs
+    from gpt_oss.torch import model as theirs  # type: ignore  # has no types
 
-    trace, sdpa, layers = {}, theirs.sdpa, len(model.block)
+    trace: Trace = {}
+    blocks: Any = model.block
+    sdpa, layers = theirs.sdpa, len(blocks)
     hooks = {f"block.{n}.{name}": keeper(trace, n, *two)
              for n in range(layers) for name, two in OPENAI_POINTS.items()}
-    for n, block in enumerate(model.block):
+    for n, block in enumerate(blocks):
         a = block.attn
         C, H, G = a.head_dim, a.num_attention_heads, a.num_key_value_heads
 
@@ -312,7 +319,7 @@ def _transformers(experts: str) -> Callable:
 
 
 # name -> walk(path, tokens, dtype), whether it rounds inside
-REFERENCES = {
+REFERENCES: dict[str, tuple[Callable[..., Trace], bool]] = {
     "transformers": (_transformers("eager"), True),
     "streamed": (lambda path, tokens, dtype: trace_transformers(
         stream_transformers(path, dtype), tokens), True),
