@@ -733,7 +733,7 @@ x = torch.randn(1000, 2880).bfloat16()
 truth = rms_norm(x.double(), weight.double())
 ratio = ((naive_norm(x, weight) - truth).square().mean()
          / (rms_norm(x, weight) - truth).square().mean()).sqrt().item()
-print(f"{ratio:.1f}")
+print(f"{ratio:.1f} times as large")
 assert abs(ratio - 2 ** 0.5) < 0.03
 
 # %% [markdown]
