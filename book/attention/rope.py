@@ -700,7 +700,8 @@ print(f"from rounding the ramp    {ramp:.1f} radians")
 # at the hands with 8 turns in 256 tokens, and not with 32: the fastest hand
 # has 41. Each kind of speeds is tried as it is, and after 50 steps of training
 # with these speeds, each on one text of 2,048 tokens (the reader had 300
-# steps with 8 texts of 256). The last column asks the trained reader about short texts again.
+# steps with 8 texts of 256). The last column asks the trained reader about
+# short texts again.
 
 # %%
 from copy import deepcopy

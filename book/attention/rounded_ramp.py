@@ -30,6 +30,7 @@ import torch
 
 from gptoss.attention.rope import (
     apply_rope,
+    correction_range,
     inverse_frequencies,
     rope_parameters,
     rope_tables,
@@ -97,6 +98,9 @@ def self_score(distance, speed):
 distance = torch.arange(POSITIONS, dtype=torch.float64)
 right_score = self_score(distance, inv_freq.double())
 error = (self_score(distance, rounded.double()) - right_score).abs()
+for truncate in (False, True):
+    ends = correction_range(C, THETA, truncate=truncate)
+    print("ends of the ramp:", [round(end, 2) for end in ends])
 print("pairs that change:", change.abs().gt(1e-4).nonzero().flatten().tolist())
 print("per cent:", [round(n, 1) for n in change[9:18].tolist()])
 for most in (10, 100, 127, 1000, 4096, POSITIONS - 1):

@@ -69,7 +69,8 @@ def receptive_field(
     layer_types: Sequence[str], window: int
 ) -> list[Reach]:
     """One Reach for the output of each layer, from the first to the last."""
-    reaches, sliding, total = [], 1, 1
+    reaches, sliding = [], 1
+    total: int | None = 1
     for kind in layer_types:
         if kind == "sliding_attention":
             sliding += window - 1
