@@ -359,7 +359,6 @@ from collections.abc import Callable
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from gptoss.model.transformer import GptOss
 from gptoss.text.tokenizer import Tokenizer
@@ -372,7 +371,7 @@ from gptoss.training.rows import (
     train_tokenizer,
 )
 from gptoss.training.train import Recipe, train
-from gptoss.weights.write import write_checkpoint
+from gptoss.weights.write import drafted, write_checkpoint
 
 
 MILESTONES = ("story", "sum", "tool", "far")
@@ -438,8 +437,7 @@ def write_pocket(out: Path, model: GptOss, vocabulary: str, recipe: Recipe,
     last examination, `count` questions of a kind, is of these files. They
     are written beside `out` and moved there when all are whole."""
     out = Path(out)
-    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
-        draft = Path(beside) / out.name
+    with drafted(out) as draft:
         write_checkpoint(draft, model.config, released_tensors(model))
         (draft / "tokenizer.json").write_text(vocabulary, "utf-8")
         template = files("gptoss") / "pocket" / "chat_template.jinja"
@@ -451,7 +449,6 @@ def write_pocket(out: Path, model: GptOss, vocabulary: str, recipe: Recipe,
         write_json(draft / "train_log.json", {
             "recipe": vars(recipe), "marks": marks, "exam": card,
             "log": thinned(log)})
-        draft.rename(out)
 
 
 def generation_config(config: GptOssConfig) -> dict:

@@ -833,8 +833,7 @@ report(read_header, cut)
 # %% [markdown]
 # ## Takeaways
 #
-# - A safetensors file is a JSON table of contents and numbers. Nothing in it
-#   can run.
+# - A safetensors file is a JSON table and numbers; nothing in it can run.
 # - The configuration determines the table of all tensors, so a file can be
 #   checked before a number of it is read.
 # - Rows of the first dimension are runs of bytes: an expert, q, k or v, or a

@@ -26,6 +26,7 @@ from gptoss.parity.vector_cases import (
     all_cases,
     run_case,
 )
+from gptoss.weights.write import drafted
 
 # --- The set -----------------------------------------------------------------
 
@@ -95,21 +96,6 @@ def _check_ours(folder: Path, file: Path) -> None:
                       "nothing was written")
 
 
-def _put(file: Path, data: bytes) -> None:
-    """Write a file beside its place, then move it there."""
-    beside = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        with beside.open("xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(beside, file)
-    except BaseException:
-        with suppress(OSError):
-            beside.unlink()
-        raise
-
-
 def _save(folder: Path, stored: Tensors, cases: list[dict]) -> list[Path]:
     files = [folder / name for name in FILES]
     data = save({key: stored[key].contiguous().clone()
@@ -123,8 +109,10 @@ def _save(folder: Path, stored: Tensors, cases: list[dict]) -> list[Path]:
                        in OPERATIONS.items()},
         "cases": cases}
     folder.mkdir(parents=True, exist_ok=True)
-    _put(files[1], data)
-    _put(files[0], (json.dumps(index, indent=1) + "\n").encode())
+    for file, raw in ((files[1], data), (files[0], (
+            json.dumps(index, indent=1) + "\n").encode())):
+        with drafted(file) as draft:
+            draft.write_bytes(raw)
     return files
 
 
