@@ -160,10 +160,11 @@ for case in (slip, "I cannot help with that.<|return|>"):
 # ### What a parser reports
 #
 # Five kinds of events. A message is `Opened` when its header is complete, its
-# content comes in `Delta`s of whole characters, and it is `Done` when it ends.
-# Just before, a call to a tool is reported as a `ToolCall`. `Malformed` may
-# come anywhere. An unknown channel is reported before the text that stands on
-# it. `None` for a channel is a header that named none.
+# content comes in `Delta`s of whole characters, and it is `Done` when it ends,
+# with its `stop`: "end", "call", "return", or None if it was cut off. Just
+# before, a call to a tool is reported as a `ToolCall`. `Malformed` (a `reason`
+# and the `text` that it was found in) may come anywhere; an unknown channel is
+# reported before the text on it. None for a channel: the header named none.
 
 # %% tags=["export"]
 import codecs
@@ -475,7 +476,10 @@ print(_rescue([("", bytearray()), ("<|channel|>", bytearray(b"??"))]))
 # that no vocabulary has, or something that is no number at all, counts as a
 # control token by the name `<|unknown 7.5|>`: `feed` never raises.
 #
-# In the code `_header` and `_content` are the two tables, line by line.
+# `messages` holds those that are done. `role` says whose header the tokens go
+# on with, by default the assistant's, as a reply does; None: they begin with
+# `<|start|>`, and nothing is rescued. In the code `_header` and `_content` are
+# the two tables, line by line.
 
 # %% tags=["export"]
 _STOPS = {"<|end|>": "end", "<|return|>": "return", "<|call|>": "call"}
@@ -631,8 +635,8 @@ print(*(event for event in events if not isinstance(event, Delta)),
 # ### All at once
 #
 # A program that reads its own conversations back wants an error instead.
-# `parse` raises `HarmonyError` at the first complaint and names the token's
-# index. Only a last message without its stop token is no error.
+# `parse` raises `HarmonyError` at the first complaint, with the token's index,
+# the reason and the text. A last message without its stop token is no error.
 
 # %% tags=["export"]
 def parse(tokenizer: Tokenizer, ids: Iterable[int],

@@ -233,8 +233,9 @@ def best(logits: Tensor, k: int) -> Tensor:
 print(best(torch.tensor([[1.0, 3.0, 2.0, 3.0, 2.0, 2.0]]), 3).tolist())
 
 # %% [markdown]
-# The two threes, the first of them first, and of three twos the one with the
-# lowest id.
+# `best(logits, k)` takes rows (B, V) and gives ids (B, k), the largest first.
+# Here: the two threes, the first of them first, and of three twos the one with
+# the lowest id.
 
 # %% [markdown]
 # ## How many tokens reach a share?
@@ -266,12 +267,13 @@ print(nucleus(torch.tensor([[0.5, 0.3, 0.1, 0.1]]), 0.8))
 # The first two reach 0.8, and are divided by their sum. The argument is left
 # as it was.
 #
-# `ranked` puts the three steps together, for several rows of logits at once.
-# It returns probabilities and the ids that they belong to. With top-k that is
-# k columns. With top-p alone, the 1,024 likeliest mostly suffice; only if they
-# do not reach top_p in some row are all tokens sorted. With neither (top_k 0
-# or at least V, top_p 1) nothing needs an order, and the ids are None: column
-# i is token i.
+# `ranked(logits, temperature, top_k, top_p)` puts the three steps together,
+# for rows of logits (B, V). It returns probabilities in float64, the likeliest
+# first, and the ids that they belong to. What top-p drops has probability 0.
+# With top-k that is k columns. With top-p alone, the 1,024 likeliest mostly
+# suffice; only if they do not reach top_p in some row are all tokens sorted.
+# With neither (top_k 0 or at least V, top_p 1) nothing needs an order, and the
+# ids are None: column i is token i.
 
 # %% tags=["export"]
 NUCLEUS = 1024  # top-p looks at so many tokens before it sorts all of them
@@ -357,14 +359,16 @@ print("4,000 draws:", drawn.bincount(minlength=3).tolist())
 # ### The sampler
 #
 # A sampler is three numbers, and checks them when it is made. Called with
-# logits (B, V) it gives ids (B,). At temperature 0 it takes the first of the
-# largest and no random number. `probabilities` tells what it draws from.
+# logits (B, V) and a generator it gives ids (B,). At temperature 0 it takes
+# the first of the largest and no random number. `probabilities(logits)` tells
+# what it draws from, (B, V) in order of id; at temperature 0 that is a single
+# 1. The defaults are 1, 0 and 1: draw from all, as they are.
 #
 # Logits that are not finite must not give a token. The activations of gpt-oss
 # can exceed 65,504, the largest number of float16, and what comes out then is
 # NaN (unsloth#3152). So the largest logit of each row is looked at first: if
 # it is NaN or infinite, the error says so and names the dtype. A single
-# $-\infty$ is no fault: it forbids a token.
+# $-\infty$ is no fault: it forbids a token; a row of nothing else is refused.
 
 # %% tags=["export"]
 def _likeliest(logits: Tensor) -> Tensor:
@@ -445,8 +449,14 @@ print([tokenizer.decode(Sampler(1.3, top_p=0.8)(logits[None], seeded))
 # how long the text may be, what ends it. `generate`, a whole batch, a chat
 # and the command line therefore share one object, and an option is named and
 # checked here alone. A caller may hand over the object, or single options
-# that change it, or both. Instead of temperature, top-k and top-p it may hold
-# a sampler of one's own, any function of logits and a generator.
+# that change it (`with_changes`), or both. Instead of temperature, top-k and
+# top-p it may hold a sampler of one's own, any function of logits and a
+# generator; `draws` is that or a `Sampler`. The options are named, never given
+# by place, and cannot be changed afterwards; `stop` becomes a frozenset.
+#
+# How many tokens may be made where a text has, say, 3 positions left? Four:
+# the last needs no position, since nothing is fed after it. `room(3)` is 4, or
+# `max_new_tokens` if that is less; None means as many as there is room for.
 
 # %% tags=["export"]
 @dataclass(frozen=True, kw_only=True)
@@ -511,6 +521,7 @@ class SamplingOptions:
 # %%
 usual = SamplingOptions(temperature=0.8, max_new_tokens=40)
 print(usual.with_changes(seed=7))
+print("room for 3 and for 100 positions:", usual.room(3), usual.room(100))
 
 # %% [markdown]
 # ## What is refused
