@@ -298,9 +298,9 @@ print(4 * 24 * 128, "of", 2 ** 15 - 1)
 # As the sums want them: for each block the digits of its even elements and of
 # its odd ones, and the offset for each four bytes. A register of AVX2 holds
 # two blocks (`SIDE`), so a `Group` has the digits of two, side by side. It
-# begins where one of the 64-byte lines of a cache begins (`alignas`), so that a
-# register is loaded in one go. A `Line` holds a block's numbers of 16 bits, the
-# even ones first, for where there is no AVX2 and for tiles.
+# begins where one of the 64-byte lines of a cache begins (`alignas`), so that
+# a register is loaded in one go. A `Line` holds a block's numbers of 16 bits,
+# the even ones first, for where there is no AVX2 and for tiles.
 
 # %% [markdown] tags=["export:digits.h"]
 # ```cpp
