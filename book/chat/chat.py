@@ -101,8 +101,8 @@ class Chat:
                  device="cpu", tool_timeout: float | None = None,
                  prefill_chunk: int = 512) -> None:
         require(tool_timeout is None or type(tool_timeout) in (int, float)
-               and 0 < tool_timeout < 1e6, "tool_timeout",
-               "seconds > 0", tool_timeout)
+                and 0 < tool_timeout < 1e6, "tool_timeout",
+                "seconds > 0", tool_timeout)
         self.settings = Settings(
             effort=effort, tools=read_tools(tools, tool_timeout),
             instructions=instructions, date=date, rounds=rounds, slack=slack,
@@ -137,7 +137,7 @@ class Chat:
                         drop="turns")
         most = self.model.config.max_position_embeddings
         require(len(prompt) <= most, "messages", f"at most {most} tokens "
-               "(max_position_embeddings)", len(prompt))
+                "(max_position_embeddings)", len(prompt))
         return prompt
 
     def events(self, messages: Sequence[object], *,

@@ -105,12 +105,12 @@ def _tool_name(function: object, name: str | None) -> str:
     """`name`, or the function's; ChatError says why there is none."""
     require(callable(function), "tools", "a function or a dict", function)
     require(not isinstance(function, type), "tools", "a function, not a "
-           "class", function)
+            "class", function)
     while isinstance(function, functools.partial):
         function = function.func
     own = getattr(function, "__name__", type(function).__name__)
     require(name is not None or own != "<lambda>", "tools", "a function with "
-           "a name, which a lambda has not: use def", own)
+            "a name, which a lambda has not: use def", own)
     return checked_name(own if name is None else name,
                         "tools, name of a function")
 
@@ -410,8 +410,8 @@ def _dict_tool(given: object, where: str) -> Tool:
     """A tool that a dict describes, in either of OpenAI's shapes."""
     given = as_dict(given, where)
     require(given.get("type", "function") == "function", f"{where}.type",
-           "'function' (built-in tools are not run here)",
-           given.get("type"))
+            "'function' (built-in tools are not run here)",
+            given.get("type"))
     if "name" not in given or "function" in given:  # not the flat one
         only_keys(given, ("type", "function"), where)
         where = f"{where}.function"
@@ -421,7 +421,7 @@ def _dict_tool(given: object, where: str) -> Tool:
     name, schema = given.get("name"), given.get("parameters")
     checked_name(name, f"{where}.name")
     require(isinstance(schema, Mapping | None), f"{where}.parameters",
-           "a JSON schema", schema)
+            "a JSON schema", schema)
     try:
         json.dumps(schema, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
@@ -450,7 +450,7 @@ def read_tools(tools: Iterable[object], timeout: float | None = None
         else:
             tool = function_tool(given, timeout=timeout)
         require(tool.spec.name not in read, f"tools[{n}]",
-               "a name of its own", tool.spec.name)
+                "a name of its own", tool.spec.name)
         read[tool.spec.name] = tool
     return read
 

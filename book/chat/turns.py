@@ -341,7 +341,7 @@ def stop_tokens(tokenizer: Tokenizer) -> frozenset[int]:
     """The ids of STOPS; ChatError for a tokenizer without them."""
     missing = [name for name in STOPS if name not in tokenizer.special]
     require(not missing, "tokenizer", f"the control tokens {STOPS}",
-           f"none for {missing}")
+            f"none for {missing}")
     return frozenset(tokenizer.special[name] for name in STOPS)
 
 
