@@ -39,17 +39,17 @@ BOXES = {  # what it is: (x, y, text, colour)
     "Python's hint": (0, 3, "unit: Unit | None", "C0"),
     "pydantic's schema": (37, 3, '{"anyOf": [{"$ref": "#/$defs/Unit"},\n'
                           '           {"type": "null"}]}', "0.5"),
-    "shown as it is": (74, 3, "unit: any | null", "C5"),
+    "shown as it is": (74, 3, "unit: any", "C5"),
     "our schema": (37, 1.5, '{"type": "string", "nullable": true,\n'
                    ' "enum": ["celsius", "kelvin"]}', "C2"),
     "shown to the model": (74, 1.5, 'unit: "celsius" | "kelvin"\n'
                            "         | null", "C2"),
     "the model writes": (74, 0, '{"unit": "kelvin"}', "C1"),
-    "what is wrong, in a line": (37, 0, 'or: unit: expected "celsius"\n'
-                                 'or "kelvin", found "hot"', "C1"),
+    "checked": (37, 0, 'it fits; or: unit: expected\n"celsius" or "kelvin", '
+                'found 3', "C1"),
     "the function gets": (0, 0, "Unit.KELVIN", "C0")}
 ARROWS = [((28, 3), (37, 3)), ((69, 3), (74, 3)), ((53, 2.5), (53, 2)),
-          ((69, 1.5), (74, 1.5)), ((88, 1), (88, 0.5)), ((74, 0), (69, 0)),
+          ((69, 1.5), (74, 1.5)), ((98, 1), (98, 0.5)), ((74, 0), (69, 0)),
           ((37, 0), (28, 0))]
 fig, ax = plt.subplots(figsize=(7, 2.9))
 for name, (x, y, text, colour) in BOXES.items():
