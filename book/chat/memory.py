@@ -196,7 +196,8 @@ for y, f in ((2, 34), (3, 26)):
     ax.text(f + 1.3, y, f"{n_ - f} taken back: " + (
         "nothing is missing" if n_ - f <= s_ + 1 else "the red are missing"),
         va="center", fontsize=8)
-ax.set(xlim=(-9, 46), ylim=(3.5, -0.5), yticks=[], xlabel="position")
+ax.set(xlim=(-11, 56), ylim=(3.5, -0.5), yticks=[], xlabel="position")
+ax.spines["left"].set_visible(False)
 ax.set_xticks([0, 8, 16, 24, 32, 39])
 ax.grid(visible=False)
 plt.show()

@@ -65,7 +65,7 @@ BOXES = [(7.6, 2.1, 0, SOURCE, "C0", "you write a function"),
            for n, call in enumerate(CALLS))]
 fig, ax = plt.subplots(figsize=(7, 4.8))
 for top, high, x, text, colour, name in BOXES:
-    wide = 101 if high > 1 else 49
+    wide = 101 if top > 5 else 49
     ax.barh(top - high / 2, wide, high, x, color=colour, alpha=0.2)
     ax.text(x + 1, top - high + 0.12, text, fontsize=7, va="bottom",
             family="monospace", parse_math=False)
