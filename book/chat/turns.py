@@ -56,8 +56,7 @@ for n, (a, b, text, colour) in enumerate(STEPS):
     ax.annotate("", (X[b], -n), (X[a], -n), arrowprops={
         "arrowstyle": "->", "color": colour, "lw": 1.5})
     at = (X[a] + X[b]) / 2 if {a, b} != {1, 3} else 3.5
-    ax.text(at, -n + 0.1, text, ha="center", va="bottom", fontsize=8,
-            backgroundcolor="w" if {a, b} == {1, 3} else "none")
+    ax.text(at, -n + 0.1, text, ha="center", va="bottom", fontsize=8)
 for top, low, name in ((-0.8, -3.2, "round 1"), (-5.8, -7.2, "round 2")):
     ax.plot([7.6, 7.75, 7.75, 7.6], [top, top, low, low], color="0.3", lw=1)
     ax.text(7.85, (top + low) / 2, name, va="center", fontsize=8)
