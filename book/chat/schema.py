@@ -267,9 +267,9 @@ def _strict(hint: Any) -> Any:
     if origin in _WRAPPERS:
         return _strict(inside[0])
     if (fields := _typed_keys(hint)) is not None:
-        record = _record(hint.__name__, *fields)
+        make, record = hint, _record(hint.__name__, *fields)
         return (typing.Annotated[record, AfterValidator(
-            lambda values: hint(**values))]
+            lambda values: make(**values))]
             if dataclasses.is_dataclass(hint) else record)
     if origin is typing.Annotated:
         first, *notes = inside
