@@ -8,7 +8,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-# --- The package's front door ------------------------------------------------
+# --- What does `import gptoss` load? -----------------------------------------
 
 if TYPE_CHECKING:
     from gptoss.chat.chat import Chat as Chat

@@ -21,15 +21,114 @@
 #
 # Whoever builds on a model wants to say: here are the messages, what comes
 # next? Behind that stand a prompt, a cache, tools, settings and a turn; and
-# one model, of 13.8 GB, for many who talk to it. The second question of the
-# conversation below makes a prompt of 122 tokens, of which 32 are fed.
+# one model, too large to have twice, for many who talk to it. The second
+# question of the conversation below makes a prompt of 122 tokens, of which 32
+# are fed. What holds all this together?
+
+# %% [markdown]
+# ## Picture
+
+# %% tags=["hide-input"]
+# Figure: on the left, shared by all: model, tokenizer, settings with tools. In
+# the middle a prompt is made of messages. On the right two sessions, each with
+# a cache, random numbers and its last turn, from which events come.
+import matplotlib.pyplot as plt
+
+plt.style.use("../_static/book.mplstyle")
+BOXES = [  # x, y, wide, high, text, colour
+    (0, 0.2, 27, 2.6, "shared by all\n\nmodel, tokenizer\nsettings: effort, "
+     "tools,\ninstructions, date,\nsampling", "C0"),
+    *((62, y, 38, 1.1, f"session {name}: its cache,\nits random numbers, its "
+       "turn", "C2") for y, name in ((1.7, "A"), (0.2, "B"))),
+    *((34, y, 21, 1.1, "messages\nbecome a prompt", "C1")
+      for y in (1.7, 0.2))]
+fig, ax = plt.subplots(figsize=(7, 2.3))
+for x, y, wide, high, text, colour in BOXES:
+    ax.barh(y + high / 2, wide, high, x, color=colour, alpha=0.2)
+    ax.text(x + wide / 2, y + high / 2, text, ha="center", va="center",
+            fontsize=8)
+for y in (0.75, 2.25):
+    for start, end in ((27, 34), (55, 62), (100, 107)):
+        ax.annotate("", (end, y), (start, y), arrowprops={
+            "arrowstyle": "->"})
+    ax.text(108, y, "events", va="center", fontsize=8)
+    ax.annotate("", (44.5, y + 0.55), (44.5, y + 0.8), arrowprops={
+        "arrowstyle": "->"})
+ax.set(xlim=(-1, 120), ylim=(0, 3.2))
+ax.set_axis_off()
+plt.show()
+
+# %% [markdown]
+# What to see: what is large or the same for everybody (blue) exists once. What
+# belongs to one conversation (green) is small and stands apart. A prompt
+# (orange) is made anew in each turn from all messages; the session's cache
+# knows which of its tokens need not be read.
+
+# %% [markdown]
+# ## The twenty lines
 #
+# Everything is there. The [messages](messages.ipynb) are read, the
+# [settings](memory.ipynb) put their own before them, harmony
+# [renders](../text/conversation.ipynb) them, and a [turn](turns.ipynb) runs on
+# the [cache](memory.ipynb) of a session with the [tools](tools.ipynb) of the
+# settings:
+
+# %%
+import itertools
+import os
+from importlib.resources import files
+
+os.environ["GPTOSS_KERNELS"] = "torch"  # the same words on every processor
+import torch
+
+from gptoss.chat.memory import Session
+from gptoss.chat.messages import read_messages
+from gptoss.chat.settings import Settings
+from gptoss.chat.turn import Turn
+from gptoss.model.transformer import GptOss
+from gptoss.text.harmony import render
+from gptoss.text.sampling import SamplingOptions
+from gptoss.text.tokenizer import Tokenizer
+
+torch.manual_seed(0)
+POCKET = files("gptoss") / "pocket"
+model = GptOss.from_pretrained(POCKET, dtype=torch.float32)
+tokenizer = Tokenizer.from_pretrained(POCKET)
+settings = Settings(date="2025-06-28", sampling=SamplingOptions(
+    temperature=0, max_new_tokens=None))
+
+
+def plainly(messages: list[dict], session: Session) -> Turn:
+    """The turn of the model after `messages`, still to be run."""
+    instructions, rest = read_messages(messages)
+    prompt = render(tokenizer, [*settings.head(instructions), *rest],
+                    drop="turns")
+    ids = (f"call_{n}" for n in itertools.count(1))
+    return Turn(tokenizer, settings, session, prompt, ids)
+
+
+talk, session = [], Session(model)
+for question in ("What is 347 + 285?", "Take 88 from 403."):
+    talk.append({"role": "user", "content": question})
+    turn = plainly(talk, session)
+    print("".join(event.text for event in turn.events()
+                  if event.kind == "final"), "|", turn.usage.prompt_tokens,
+          "tokens of prompt,", turn.usage.prefilled_tokens, "fed")
+    talk += turn.messages()
+
+# %% [markdown]
+# That is a conversation. `Chat` is these lines as an object, with what its
+# users need besides: a model from a folder, ids of calls that the conversation
+# has not used yet, a session of its own for those who bring none, a turn that
+# ends when the next one begins, and one decision for several processes.
+
+# %% [markdown]
 # ## Code
 #
-# What is left is to put the two halves together: [settings](memory.ipynb) and
-# a model, and a session for who brings none; [a turn](turns.ipynb) does the
-# work. Model and tokenizer come from a folder, shipped or released, with no
-# special case for either.
+# ### A model from anywhere
+#
+# Model and tokenizer come from a folder, shipped or released, with no special
+# case for either.
 
 # %% tags=["export"]
 import functools
@@ -43,7 +142,7 @@ import torch
 from gptoss.chat.agreement import SingleProcess
 from gptoss.chat.calculator import today
 from gptoss.chat.memory import SLACK, Session
-from gptoss.chat.messages import ChatError, call_ids, require, read_messages
+from gptoss.chat.messages import ChatError, call_ids, read_messages, require
 from gptoss.chat.settings import Settings
 from gptoss.chat.tools import read_tools
 from gptoss.chat.turn import ChatEvent, Turn, Usage, stop_tokens
@@ -60,10 +159,20 @@ def load(model: str | Path | tuple[GptOss, Tokenizer] | None = None,
     """Model and tokenizer of a folder or hub id; None: the shipped one."""
     if isinstance(model, tuple):
         return model
-    folder = resolve(files("gptoss") / "pocket" if model is None else model)
+    pocket = Path(str(files("gptoss") / "pocket"))
+    folder = resolve(pocket if model is None else model)
     tokenizer = Tokenizer.from_pretrained(folder)  # the quick one first
     return (GptOss.from_pretrained(folder, dtype=dtype, device=device),
             tokenizer)
+
+# %% [markdown]
+# ### The chat
+#
+# `prompt` and `events` are the twenty lines. `_begin` reads the messages in
+# the first process only and gives what came of it to all, a mistake included:
+# so each of them raises the same ChatError. A prompt longer than the model's
+# context is such a mistake. `date=None` is today, asked once, when the chat is
+# made; an empty date is none.
 
 # %% tags=["export"]
 class Chat:
@@ -101,8 +210,8 @@ class Chat:
                  device="cpu", tool_timeout: float | None = None,
                  prefill_chunk: int = 512) -> None:
         require(tool_timeout is None or type(tool_timeout) in (int, float)
-               and 0 < tool_timeout < 1e6, "tool_timeout",
-               "seconds > 0", tool_timeout)
+                and 0 < tool_timeout < 1e6, "tool_timeout",
+                "seconds > 0", tool_timeout)
         self.settings = Settings(
             effort=effort, tools=read_tools(tools, tool_timeout),
             instructions=instructions, date=date, rounds=rounds, slack=slack,
@@ -137,7 +246,7 @@ class Chat:
                         drop="turns")
         most = self.model.config.max_position_embeddings
         require(len(prompt) <= most, "messages", f"at most {most} tokens "
-               "(max_position_embeddings)", len(prompt))
+                "(max_position_embeddings)", len(prompt))
         return prompt
 
     def events(self, messages: Sequence[object], *,
@@ -353,6 +462,27 @@ for _ in range(15):
 print(len(notices), "kinds of complaint")
 
 # %% [markdown]
+# ## What is refused
+#
+# Options that are none, messages that are not right, and a prompt that does
+# not fit, each before anything is computed. (What the sampler refuses is its
+# own GenerateError: see [sampling](../text/sampling.ipynb).)
+
+# %%
+for options in ({"effort": "utmost"}, {"rounds": -1}, {"tool_timeout": 0},
+                {"tools": [weather, weather]}):
+    try:
+        Chat((model, tokenizer), **options)
+    except ChatError as error:
+        print(error)
+chat = Chat((model, tokenizer), **fixed)
+for messages in ([], [{"role": "user", "content": "again " * 5000}]):
+    try:
+        chat.events(messages)
+    except ChatError as error:
+        print(error)
+
+# %% [markdown]
 # ## Takeaways
 #
 # - A conversation is a list of messages; each turn adds some, and they can be
@@ -385,6 +515,51 @@ print(costs)
 # and more with every turn. In the last user message, or as the answer of a
 # tool, the time costs its own few tokens.
 assert costs[1] == costs[2] < costs[3] < costs[4] < costs[5]
+
+# %% [markdown]
+# ### Exercise 2
+#
+# Two people talk to one model, in turn, two questions each. A careless server
+# uses one session for both. What is fed then, and with a session for each? Are
+# the answers different?
+
+# %% tags=["hide-cell"]
+short = {"max_new_tokens": 8} | fixed
+for name in ("one session", "two sessions"):
+    chat, fed, said = Chat((model, tokenizer), **short), [], []
+    sessions = ([chat.session] * 2 if name == "one session"
+                else [chat.new_session(), chat.new_session()])
+    talks = [[], []]
+    for question in ("Tell me a story.", "Go on."):
+        for n in (0, 1):
+            talks[n].append({"role": "user", "content": f"{question} {n}"})
+            said.append("".join(event.text for event in chat.events(
+                talks[n], session=sessions[n])))
+            used = sessions[n].turn.usage
+            fed.append(used.prefilled_tokens)
+            talks[n] += sessions[n].turn.messages()
+    print(f"{name}: fed {fed}, said {sum(map(len, said))} characters")
+# The answers are the same. One session reads the head of the prompt once for
+# both, which is why the second turn is so cheap; but from then on each turn
+# reads its whole conversation again, the more the longer it is. A session for
+# each reads only what is new.
+
+# %% [markdown]
+# ### Exercise 3
+#
+# A user wants another answer to the same question. How many tokens are fed?
+# And why is one the least that it can be?
+
+# %% tags=["hide-cell"]
+chat = Chat((model, tokenizer), seed=1, max_new_tokens=12,
+            date="2025-06-28")
+talk = [{"role": "user", "content": "Tell me a story about a fox."}]
+for _ in range(3):
+    text = "".join(event.text for event in chat.events(talk)
+                   if event.kind in ("analysis", "final"))
+    print(chat.usage.prefilled_tokens, repr(text))
+# The cache holds keys and values, no logits. Those after the last token of the
+# prompt are needed once more, so that token is fed.
 
 # %% [markdown]
 # ## Sources

@@ -21,121 +21,225 @@
 #
 # When the model has answered, how much of the conversation must it read again
 # for the next question? Its old reasoning leaves the prompt, from the middle.
-# Common programs then start from nothing; the 20b has to look again at what
-# follows the reasoning and at no more than 1,524 tokens before it, however
-# long the conversation is.
+# Common programs then start from nothing. In the three turns below, 145 tokens
+# are read instead of 358; and the 20b has to look again at no more than 1,524
+# tokens before the place of the change, however long the conversation is.
 #
 # ## Picture
 
-# %% tags=["hide-input"]
-# Figure: three turns as bars of tokens. In the second and third most is kept
-# in the cache; only the last answer and the new question are fed anew, then
-# come the analysis and the answer.
+# %% tags=["hide-input", "picture"]
+# Figure: three turns of a real conversation as bars of tokens with their
+# counts. Turn 1: 89 fed, then written. Turn 2: 90 kept, 32 fed. Turn 3: 123
+# kept, 24 fed. In each, the analysis is the larger part of what was written.
 import os
-from importlib.resources import files
 
+os.environ["GPTOSS_KERNELS"] = "torch"  # the same words on every processor
 import matplotlib.pyplot as plt
 import torch
 
-from gptoss.model.transformer import GptOss
+from gptoss.chat.chat import Chat, load
 from gptoss.text.harmony import (
     Message,
     render,
     render_training,
     system_message,
 )
-from gptoss.text.tokenizer import Tokenizer
 
 plt.style.use("../_static/book.mplstyle")
 torch.manual_seed(0)
-POCKET = files("gptoss") / "pocket"
-model = GptOss.from_pretrained(POCKET, dtype=torch.float32)
-tokenizer = Tokenizer.from_pretrained(POCKET)
+model, tokenizer = load(dtype=torch.float32)
+asked = ["What is 347 + 285?", "Take 88 from 403.", "Thank you!"]
+held_talk = Chat((model, tokenizer), temperature=0, date="2025-06-28")
+END, turns, messages = tokenizer.special["<|end|>"], [], []
+for question in asked:
+    messages.append({"role": "user", "content": question})
+    list(held_talk.events(messages))
+    messages += held_talk.turn
+    used, held = held_talk.usage, list(held_talk.session.prefix.tokens)
+    thinking = held.index(END, used.prompt_tokens) + 1 - used.prompt_tokens
+    turns.append({"kept": used.prompt_tokens - used.prefilled_tokens,
+                  "fed": used.prefilled_tokens, "analysis": thinking,
+                  "answer": used.generated_tokens - thinking, "held": held})
+thoughts, answers = zip(*((m["reasoning"], m["content"]) for m in messages
+                          if m["role"] == "assistant"), strict=True)
 
-asked = ["Tell me a story about a fox.", "What is its name?", "Thank you!"]
-thoughts = ["The user wants a story. A fox, a hill, a lost hat; three "
-            "sentences will do. " * 2, "They ask for the name, Mira. " * 3,
-            "Only thanks: a short answer."]
-answers = ["A fox named Mira lived on a hill. One day she lost her hat. A "
-           "bear had found it. ", "Its name is Mira.", "You are welcome."]
-colours = {"kept in the cache": "C0", "fed anew": "C1",
-           "analysis, dropped next turn": "0.75", "answer": "C2"}
-
-
-def model_writes(said: list[Message]) -> list[int]:
-    """What the model adds to a prompt: all since the last user message,
-    less the `<|start|>assistant` with which the prompt ends."""
-    since = max(n for n, m in enumerate(said) if m.role == "user") + 1
-    return render_training(tokenizer, said[since:], "none")[
-        1 + len(tokenizer.encode("assistant")):]
-
-
-fig, ax = plt.subplots(figsize=(7.4, 2.2))
-said, held = [system_message(date="2025-06-28")], []
-for n, (question, thought, answer) in enumerate(
-        zip(asked, thoughts, answers, strict=True), 1):
-    said.append(Message("user", question))
-    prompt = render(tokenizer, said, drop="turns")
-    kept = len(os.path.commonprefix([prompt, held]))
-    said.append(Message("assistant", thought, "analysis"))
-    thinking = len(prompt) + len(model_writes(said))
-    said.append(Message("assistant", answer, "final"))
-    held = prompt + model_writes(said)
-    edges = [0, kept, len(prompt), thinking, len(held)]
-    for left, right, colour in zip(edges, edges[1:], colours.values(),
-                                   strict=False):
-        ax.barh(n, right - left, left=left, color=colour, height=0.6)
-for name, colour in colours.items():
-    ax.barh(0, 0, color=colour, label=name)
-ax.set(xlabel="position (tokens)", ylabel="turn", yticks=(1, 2, 3),
-       ylim=(3.5, 0.5))
-ax.legend(ncols=4, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1))
+fig, ax = plt.subplots(figsize=(7.2, 2.4))
+NAMES = {"kept": ("kept in the cache", "C0"), "fed": ("read", "C1"),
+         "analysis": ("analysis, dropped next turn", "0.75"),
+         "answer": ("answer", "C2")}
+for n, turn in enumerate(turns):
+    x = 0
+    for key, (name, colour) in NAMES.items():
+        ax.barh(n, turn[key], left=x, color=colour, height=0.6)
+        if turn[key]:
+            ax.text(x + turn[key] / 2, n, turn[key], ha="center",
+                    va="center", fontsize=8,
+                    color="k" if key in ("fed", "analysis") else "w")
+        if n == 1:
+            ax.text(x + turn[key] / 2, -0.85, name, ha="center", fontsize=7.5,
+                    color="0.3" if key == "analysis" else colour)
+        x += turn[key]
+    ax.text(x + 2, n, f'"{asked[n]}"', va="center", fontsize=7.5)
+ax.set(xlabel="position (tokens)", ylabel="turn", yticks=(0, 1, 2),
+       yticklabels=(1, 2, 3), ylim=(2.5, -0.9), xlim=(0, 235))
+ax.grid(visible=False)
 plt.show()
 
 # %% [markdown]
-# Three turns of a conversation. After each, the model's analysis (grey) is
-# taken out, so all that follows it moves to the left and must be fed again
-# (orange): the last answer without its analysis, and the new question. All
-# before it (blue) is still in the cache.
+# What to see: three turns that the shipped model has really held (this cell
+# uses the finished package), with their tokens counted. After each turn the
+# model's analysis (grey) is taken out of the next prompt. So all that follows
+# it moves to the left and must be read at its new place (orange): the last
+# answer, now without its analysis, and the new question. All before it (blue)
+# is still in the cache.
+
+# %% [markdown]
+# ## The naive version
+#
+# Read the whole prompt in every turn. What is read then grows with the square
+# of the number of turns; what is *new* does not grow at all.
+
+# %%
+from collections.abc import Sequence
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens at the beginning of `a` and `b` are the same."""
+    for n, (left, right) in enumerate(zip(a, b, strict=False)):
+        if left != right:
+            return n
+    return min(len(a), len(b))
+
+
+def prompt_of(count: int, drop: str = "turns") -> list[int]:
+    """The prompt of turn `count` of the picture's conversation."""
+    said = [system_message(date="2025-06-28")]
+    for n in range(count):
+        said.append(Message("user", asked[n]))
+        if n < count - 1:
+            said += [Message("assistant", thoughts[n], "analysis"),
+                     Message("assistant", answers[n], "final")]
+    return render(tokenizer, said, drop=drop)
+
+
+again, new, held = 0, 0, []
+for count, turn in enumerate(turns, 1):
+    prompt = prompt_of(count)
+    same = common_prefix(prompt, held)
+    print(f"turn {count}: prompt of {len(prompt)}, of which {same} are held")
+    again, new, held = again + len(prompt), new + len(prompt) - same, turn[
+        "held"]
+print(f"read: {again} from a fresh start each time, {new} with the cache")
+assert [turn["fed"] for turn in turns] == [89, 32, 24]
+
+# %% [markdown]
+# Where do the two part? After the second question's prompt begins the first
+# answer. The cache has `<|channel|>analysis` there, the new prompt
+# `<|channel|>final`:
+
+# %%
+same = common_prefix(prompt_of(2), turns[0]["held"])
+print("in the cache after turn 1:", len(turns[0]["held"]) - 1)
+for name, tokens in (("held", turns[0]["held"]), ("new ", prompt_of(2))):
+    print(name, repr(tokenizer.decode(tokens[same - 5:same])), "|",
+          repr(tokenizer.decode(tokens[same:same + 6])))
 
 # %% [markdown]
 # ## Derivation
 #
-# Let the cache hold $n$ tokens, let the next prompt have $P$, and
-# let the two agree in their first $m$. At least one token must be fed, since
-# the answer begins with the logits of the last one. So feeding starts at
-# $f = \min(m, P - 1)$, if the cache can be rolled back to there. Full layers
-# always can. A sliding layer whose ring has $W + s$ slots holds positions
-# $n - W - s \dots n - 1$; the query at $f$ looks at itself and at
-# $f - W + 1 \dots f - 1$, so nothing is missing if
+# **One turn, with its numbers.** After turn 1 the cache holds $n = 153$ tokens
+# (the last one that was written, `<|return|>`, was never fed). The next prompt
+# has $P = 122$, and the two agree in their first $m = 90$. So we roll the
+# [cache](../model/cache.ipynb) back to 90 and feed the remaining 32.
+#
+# Why can the rest not be kept? It holds the same words. But its keys were
+# computed at other positions, by layers that had seen the analysis. A kept key
+# is right only if everything before it is the same.
+#
+# **In general.** At least one token must be fed, since the answer begins with
+# the logits of the last one. So feeding starts at
+#
+# $$ f = \min(m, P - 1) , $$ (memory-start)
+#
+# if the cache can be rolled back to there. Full layers always can: they hold
+# every position. A sliding layer cannot always. It holds its keys in a ring,
+# and a newer key overwrites an older one. Say a window of $W = 8$ and a ring
+# of 8 slots, after 40 tokens: it holds positions 32 to 39. Now we go back to
+# $f = 34$. The query there looks at itself and at the seven before it, 27 to
+# 33, and of these 27 to 31 are gone.
+#
+# *Slack* helps: $s$ slots more than the window needs. With $s = 8$ the ring
+# holds 24 to 39, and nothing is missing. A ring with $W + s$ slots holds $n -
+# W - s \dots n - 1$; the query at $f$ needs $f - W + 1 \dots f - 1$. So it has
+# all if
 #
 # $$ n - W - s \le f - W + 1, \quad\text{that is}\quad
 #    n - f \le s + 1 . $$ (generate-slack)
+
+# %% tags=["hide-input"]
+# Figure: rows of positions 0 to 39. A full layer holds all. A sliding layer
+# with slack 8 holds 24 to 39. Going back to 34, the window 27 to 33 is held;
+# going back to 26, of the window 19 to 25 the first five are missing (red).
+W_, s_, n_ = 8, 8, 40
+fig, ax = plt.subplots(figsize=(7, 2.2))
+for y, first, name in ((0, 0, "full layer holds"),
+                       (1, n_ - W_ - s_, "sliding layer holds")):
+    ax.barh(y, n_ - first, 0.6, first, color="C0", alpha=0.7)
+    ax.text(-0.5, y, name, ha="right", va="center", fontsize=8)
+for y, f in ((2, 34), (3, 26)):
+    for p in range(f - W_ + 1, f):
+        gone = p < n_ - W_ - s_
+        ax.barh(y, 0.85, 0.6, p + 0.07, color="C5" if gone else "C2")
+    ax.barh(y, 0.85, 0.6, f + 0.07, color="C1")
+    ax.text(-0.5, y, f"back to {f}: needs", ha="right", va="center",
+            fontsize=8)
+    ax.text(f + 1.3, y, f"{n_ - f} taken back: " + (
+        "nothing is missing" if n_ - f <= s_ + 1 else "the red are missing"),
+        va="center", fontsize=8)
+ax.set(xlim=(-11, 56), ylim=(3.5, -0.5), yticks=[], xlabel="position")
+ax.spines["left"].set_visible(False)
+ax.set_xticks([0, 8, 16, 24, 32, 39])
+ax.grid(visible=False)
+plt.show()
+
+# %% [markdown]
+# What to see: both layers after 40 tokens, and what the next query (orange)
+# needs of the sliding one. Six tokens can be taken back, and with $s = 8$ up
+# to nine; fourteen cannot (red): what was overwritten must be computed once
+# more.
 #
-# Otherwise the $J$ sliding layers are filled again by a replay of
-# {eq}`eq-cache-replay` ([the cache](../model/cache.ipynb)), and the tokens to
-# feed are
+# If more is taken back than the slack allows, the $J$ sliding layers are
+# filled again by a *replay*: some of the tokens before $f$ are fed once more,
+# and their logits ignored. How many is {eq}`eq-cache-replay` of [the
+# cache](../model/cache.ipynb). The tokens to feed are then
 #
 # $$ P - f + \begin{cases} 0 & n - f \le s + 1 \\
 #    \min(f, J (W - 1)) & \text{else.} \end{cases} $$ (generate-turn)
 #
 # The next prompt begins with the prompt of the turn before, so of the $a$
 # tokens that a turn has added fewer than $a$ are taken back, and with slack
-# for the longest turn a replay never happens. What follows the analysis
-# cannot be kept: its keys were computed at other positions, by layers that
-# had seen the analysis. After a *call* nothing is dropped, and the tool's
-# answer is all that must be read: the tokens that the model wrote stay as
-# they are, even where a renderer would spell them in another way.
+# for the longest turn a replay never happens. After a *call* nothing is
+# dropped, and the tool's answer is all that must be read: the tokens that the
+# model wrote stay as they are, even where a renderer would spell them in
+# another way.
 
 # %% [markdown]
 # ## Code
 #
 # ### The cache and the tokens in it
 #
-# `PrefixCache` joins a cache to the list of tokens that went into it, and
-# does what the derivation says: keep the common beginning, roll back, feed
-# the rest. It stays right if it is left at any point, because the list is
-# extended before a token is fed, and the cache knows how far it came.
+# `PrefixCache` joins a cache to the list of tokens that went into it. `resume`
+# is the derivation, in five lines: compare, stop one before the end
+# ({eq}`memory-start`), roll back, note the new tokens, say where to feed from.
+# `rollback` itself returns an earlier place when a replay is due.
+#
+# It must stay right if it is left at any point, by Ctrl-C in the middle of a
+# layer, say. So the list is extended *before* a token is fed, and what is
+# really held is asked of the cache, which counts a token when all layers have
+# it. One number more is needed, `_full`: during a replay the cache counts from
+# an earlier place, while its full layers still hold everything up to `shared`.
+# If the replay is left half-way, they need not be read again, and the next
+# `resume` must know.
 
 # %% tags=["export"]
 import random
@@ -202,6 +306,10 @@ class PrefixCache:
                 self.tokens.append(token)
             yield token
 
+# %% [markdown]
+# A text that was written and then offered again, whole or with its end cut
+# off: one token is fed, or as many as are new.
+
 # %%
 opening = "Once upon a time there was a little fox named Mira."
 prefix, prompt = PrefixCache(model), tokenizer.encode(opening)
@@ -212,7 +320,7 @@ for written in (first, first[:9]):  # nothing is new; only the end is gone
 # %% [markdown]
 # ### What belongs to one conversation
 #
-# A model that weighs 13.8 GB should serve many conversations. So what one
+# A model that fills a whole card should serve many conversations. So what one
 # conversation remembers stands apart from what all of them share: a
 # `Session` has the tokens in its cache, the state of its random numbers, and
 # its last turn. Model, tokenizer, tools and options are none of its business.
@@ -237,11 +345,16 @@ class Session:
     def next_seed(self) -> int:
         """Of the next round. Of several processes all draw one, so that
         torch's numbers stay alike."""
-        return (torch.randint(2 ** 48, ()).item() if self._random is None
-                else self._random.getrandbits(48))
+        return (int(torch.randint(2 ** 48, ()).item())
+                if self._random is None else self._random.getrandbits(48))
 
 # %%
 print([Session(model, seed=7).next_seed() % 1000 for _ in range(2)])
+
+# %% [markdown]
+# A seed makes a conversation repeatable: two sessions with the same one draw
+# the same seeds for their rounds. Without one the seeds come from torch's own
+# random numbers, so `torch.manual_seed` decides.
 
 # %% [markdown]
 # ### What all conversations share
@@ -289,9 +402,9 @@ class Settings:
         for name in ("rounds", "slack"):
             value = getattr(self, name)
             require(type(value) is int and value >= 0, name,
-                   "an integer >= 0", value)
+                    "an integer >= 0", value)
         require(self.effort in EFFORTS, "effort",
-               f"one of {', '.join(EFFORTS)}", self.effort)
+                f"one of {', '.join(EFFORTS)}", self.effort)
         for name, text in (("instructions", self.instructions),
                            ("date", "" if self.date is None else self.date)):
             object.__setattr__(self, name, content_text(text, name))
@@ -333,10 +446,21 @@ changed = usual.with_changes(effort="high", temperature=0)
 print(usual.effort, usual.sampling.temperature, "->",
       changed.effort, changed.sampling.temperature)
 print(changed.head()[0].content)
-try:
-    usual.with_changes(effort="utmost")
-except ChatError as error:
-    print(error)
+
+# %% [markdown]
+# ### What is refused
+#
+# `rounds` and `slack` must be whole numbers from 0 on (True is none), `effort`
+# one of three words, and instructions and date texts that UTF-8 can hold. The
+# error names the option. An option that nobody has is Python's own TypeError:
+
+# %%
+for wrong in ({"effort": "utmost"}, {"rounds": -1}, {"slack": True},
+              {"date": 2025}, {"heat": 1}):
+    try:
+        usual.with_changes(**wrong)
+    except (ChatError, TypeError) as error:
+        print(type(error).__name__, f"{str(error):.60}")
 
 # %% [markdown]
 # ## It holds
@@ -409,6 +533,14 @@ for name, real in (("20b", GptOssConfig.gpt_oss_20b()),
 # slack, so that every turn pays for a replay as in {eq}`generate-turn`.
 
 # %%
+def model_writes(said: list[Message]) -> list[int]:
+    """What the model adds to a prompt: all since the last user message,
+    less the `<|start|>assistant` with which the prompt ends."""
+    since = max(n for n, m in enumerate(said) if m.role == "user") + 1
+    return render_training(tokenizer, said[since:], "none")[
+        1 + len(tokenizer.encode("assistant")):]
+
+
 spent = {"fresh": [], "kept": [], "no slack": []}
 for name, row in spent.items():
     prefix = PrefixCache(model, SLACK if name == "kept" else 0)
@@ -462,6 +594,43 @@ print(found)
 # Taking back 3,700 tokens is more than the slack holds: all 300 before the
 # question are fewer than a replay, and are fed again. 500 are within it.
 assert found == [320, 20]
+
+# %% [markdown]
+# ### Exercise 2
+#
+# Suppose that nothing were dropped: old analysis stays in the prompt. How much
+# is fed then in the three turns of the picture, and what does it cost instead?
+
+# %% tags=["hide-cell"]
+held, fed_now, lengths = [], [], []
+for count, turn in enumerate(turns, 1):
+    prompt = prompt_of(count, drop="none")
+    fed_now.append(len(prompt) - common_prefix(prompt, held))
+    lengths.append(len(prompt))
+    held = prompt + turn["held"][-(turn["analysis"] + turn["answer"]):]
+print("fed", fed_now, "of prompts of", lengths)
+print("with dropping", [turn["fed"] for turn in turns], "of",
+      [len(prompt_of(count)) for count in (1, 2, 3)])
+# Fewer tokens are fed, but the prompt grows by every thought: the context is
+# full sooner, and every later token attends to all of it. And the released
+# models were trained on prompts without it.
+
+# %% [markdown]
+# ### Exercise 3
+#
+# An agent on the 20b thinks for 3,000 tokens in a turn, in a conversation of
+# 20,000. What does the next question of 20 tokens cost with the default slack,
+# and with a slack of 4,096? How much memory does the larger one take?
+
+# %% tags=["hide-cell"]
+slot = 2 * real.num_key_value_heads * real.head_dim * 2
+for slack in (SLACK, 4096):
+    sliding = real.layer_types.count("sliding_attention")
+    replay = 0 if 3000 <= slack + 1 else min(
+        20_000, sliding * (real.sliding_window - 1))
+    print(f"slack {slack}: {20 + replay:,} tokens, "
+          f"{sliding * slack * slot / 1e6:.0f} MB")
+# (The answer's own tokens come on top, in both cases.)
 
 # %% [markdown]
 # ## Sources

@@ -20,21 +20,165 @@
 # ## Question
 #
 # A model can only write. It is shown a function as a few lines of TypeScript
-# and writes a call of it, some twenty tokens of JSON. Who reads the
-# docstring, who runs the call, and what if the arguments are nonsense, the
-# function raises, hangs or calls `exit`? Nothing of that may end the
-# conversation: 2,000 random strings as arguments below, and each gives the
-# model a text to read.
+# and writes a call of it, some twenty tokens of JSON. Who reads the docstring,
+# who runs the call, and what if the arguments are nonsense, the function
+# raises, hangs or calls `exit`? Nothing of that may end the conversation:
+# below 2,000 mangled strings come as arguments, and each gives the model a
+# text to read.
+
+# %% [markdown]
+# ## Picture
+
+# %% tags=["hide-input", "picture"]
+# Figure: four boxes from top to bottom: the signature and docstring of a
+# Python function weather; the TypeScript that the model is shown; the JSON
+# that the model writes as a call; the text that it reads as the result. Beside
+# the last two a wrong call and its one line.
+import textwrap
+
+import matplotlib.pyplot as plt
+
+from gptoss.chat.tools import function_tool
+from gptoss.text.harmony import developer_message
+
+plt.style.use("../_static/book.mplstyle")
+SOURCE = '''def weather(city: str, days: int = 1) -> dict:
+    """The weather in a city.
+
+    Args:
+        city: its name, in English
+    """
+    return {"city": city, "warm": [21] * days}'''
+names: dict = {}
+exec(SOURCE, names)
+drawn = function_tool(names["weather"])
+told = developer_message(tools=[drawn.spec]).content
+told = told[told.index("//"):told.index("} //")].rstrip()
+CALLS = ['{"city": "Oslo", "days": 2}', '{"town": "Oslo"}']
+BOXES = [(7.6, 2.1, 0, SOURCE, "C0", "you write a function"),
+         (5.1, 1.9, 0, told, "C2", "the model is shown"),
+         *((2.8, 0.9, 52 * n, call, "C1",
+            ("the model writes", "or it writes")[n])
+           for n, call in enumerate(CALLS)),
+         *((1.5, 1.5, 52 * n, textwrap.fill(drawn.run(call), 44),
+            ("C4", "C5")[n], "and reads")
+           for n, call in enumerate(CALLS))]
+fig, ax = plt.subplots(figsize=(7, 4.8))
+for top, high, x, text, colour, name in BOXES:
+    wide = 101 if top > 5 else 49
+    ax.barh(top - high / 2, wide, high, x, color=colour, alpha=0.2)
+    ax.text(x + 1, top - high + 0.12, text, fontsize=7, va="bottom",
+            family="monospace", parse_math=False)
+    ax.text(x + wide - 1, top - 0.08, name, fontsize=7.5, ha="right",
+            va="top", color="0.25")
+for x, start, end in ((10, 5.5, 5.1), (10, 3.2, 2.8), (62, 3.2, 2.8),
+                      (10, 1.9, 1.5), (62, 1.9, 1.5)):
+    ax.annotate("", (x, end), (x, start), arrowprops={"arrowstyle": "->"})
+ax.set(xlim=(-1, 102), ylim=(-0.05, 7.65))
+ax.set_axis_off()
+plt.show()
+
+# %% [markdown]
+# What to see: everything that the model is shown (green) was taken from the
+# function (blue): its name, its docstring, its hints, and which argument may
+# be left out. What it writes (orange) is text. A right call becomes Python
+# values, the function runs, and its result is text again. A wrong one, on the
+# right, becomes a line that says what is wrong: the model wrote the call, and
+# may write a better one. (This cell uses the finished package.)
+
+# %% [markdown]
+# ## The twenty lines
+#
+# With [the schema of a hint](schema.ipynb) and its inverse, `fit`, the way
+# from a signature to a result is short:
+
+# %%
+import inspect
+import json
+import random
+import typing
+
+from gptoss.chat.schema import fit, json_schema
+from gptoss.text.harmony import developer_message
+from gptoss.text.typescript import Tool
+
+
+def plainly(function) -> tuple:
+    """What the model is told of a function, and what runs a call of it."""
+    hints = typing.get_type_hints(function)
+    hints.pop("return", None)
+    asked = inspect.signature(function).parameters
+    spec = Tool(function.__name__, inspect.getdoc(function), {
+        "type": "object",
+        "properties": {key: json_schema(hints[key]) for key in asked},
+        "required": [key for key, one in asked.items()
+                     if one.default is one.empty]})
+
+    def run(arguments: str) -> str:
+        given = json.loads(arguments)
+        values = {key: fit(given[key], hints[key]) for key in given}
+        return json.dumps(function(**values))
+    return spec, run
+
+
+def weather(city: str, unit: typing.Literal["celsius", "kelvin"] = "celsius"
+            ) -> dict:
+    """The weather in a city now.
+
+    Args:
+        city: its name, in English
+    """
+    return {"city": city, "temperature": 21 if unit == "celsius" else 294}
+
+
+spec, run = plainly(weather)
+print(developer_message(tools=[spec]).content)
+print(run('{"city": "Oslo", "unit": "kelvin"}'))
+
+# %% [markdown]
+# It works, for a model that makes no mistake. Ours is small, and the large
+# ones slip as well. So we take a right call, replace up to four characters of
+# it at random, and count what happens:
+
+# %%
+rng = random.Random(0)
+
+
+def mangled() -> str:
+    """A call of `weather` with up to four wrong characters."""
+    text = list('{"city": "Oslo", "unit": "kelvin"}')
+    for _ in range(rng.randint(0, 4)):
+        text[rng.randrange(len(text))] = rng.choice('{}[]":,x0 ')
+    return "".join(text)
+
+
+CALLS, raised = [mangled() for _ in range(2000)], 0
+for arguments in CALLS:
+    try:
+        run(arguments)
+    except Exception:
+        raised += 1
+print(f"{raised:,} of {len(CALLS):,} calls end the program")
+
+# %% [markdown]
+# Each of these would be a traceback in the middle of a conversation. And the
+# argument's own description ("its name, in English") has not come through: it
+# stands in the middle of the docstring. What follows mends both, and takes
+# care of functions that are asynchronous, late, or not plain functions at all.
 
 # %% [markdown]
 # ## Code
 #
-# ### A function and its docstring
+# ### What does the docstring say of each argument?
 #
-# A Python function is described by its name, docstring and
-# [hints](schema.ipynb), and called when the model asks for it. Whatever goes
-# wrong in a call is told to the model in words: it wrote the call, and may
-# write a better one.
+# A docstring in Google's style has sections; the text before the first is
+# about the function, and under `Args:` (or `Arguments:`) stands a line for
+# each argument, with a type in parentheses or without, that may go on in lines
+# that are indented further. `_docs` takes them apart.
+#
+# A `FunctionTool` is what all this comes to: `spec` is told to the model,
+# `run` takes the text of a call and returns a text. A tool without `run` is
+# one that the caller of the chat runs.
 
 # %% tags=["export"]
 import dataclasses
@@ -44,15 +188,16 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 from gptoss.chat.messages import (
     ChatError,
     as_dict,
     checked_name,
     content_text,
-    require,
     only_keys,
+    require,
 )
 from gptoss.chat.schema import (
     ArgumentTypes,
@@ -105,12 +250,12 @@ def _tool_name(function: object, name: str | None) -> str:
     """`name`, or the function's; ChatError says why there is none."""
     require(callable(function), "tools", "a function or a dict", function)
     require(not isinstance(function, type), "tools", "a function, not a "
-           "class", function)
+            "class", function)
     while isinstance(function, functools.partial):
         function = function.func
     own = getattr(function, "__name__", type(function).__name__)
     require(name is not None or own != "<lambda>", "tools", "a function with "
-           "a name, which a lambda has not: use def", own)
+            "a name, which a lambda has not: use def", own)
     return checked_name(own if name is None else name,
                         "tools, name of a function")
 
@@ -124,10 +269,11 @@ def _hints(function: Callable, name: str
         filled |= given.keywords.keys()
         given = given.func
     try:
-        asked = inspect.signature(function).parameters
+        parameters = inspect.signature(function).parameters
     except ValueError as error:  # as of many that are written in C
         raise ChatError(f"tool {name}: {error}") from error
-    asked = {key: asked[key] for key in asked if key not in filled}
+    asked = {key: one for key, one in parameters.items()
+             if key not in filled}
     for key, argument in asked.items():
         require(argument.kind in (argument.POSITIONAL_OR_KEYWORD,
                                  argument.KEYWORD_ONLY),
@@ -141,9 +287,6 @@ def _hints(function: Callable, name: str
 # %%
 import datetime
 import enum
-import typing
-
-from gptoss.text.harmony import developer_message
 
 
 class Unit(enum.Enum):
@@ -157,19 +300,18 @@ class Place:
     country: str | None = None
 
 
-def weather(city: str, unit: typing.Literal["celsius", "kelvin"] = "celsius"
-            ) -> dict:
-    """The weather in a city now.
-
-    Args:
-        city: its name, in English
-    """
-    return {"city": city, "temperature": 21 if unit == "celsius" else 294}
-
-
 print(_docs(weather), list(_hints(weather, "weather")[0]))
 warm = functools.partial(weather, unit="kelvin")
 print(_tool_name(warm, None), list(_hints(warm, "weather")[0]))
+
+# %% [markdown]
+# ### What does the model read of a result?
+#
+# A text as it is, anything else as JSON, with letters like é as themselves.
+# What JSON does not know is put into its words: a date, a dataclass, a set, an
+# iterator. If even that fails, `str` of it. A failure is one line that begins
+# with `error: `, the exception's class and its words. Half a character (a lone
+# surrogate) becomes a question mark, since no tokenizer could read it.
 
 # %% tags=["export"]
 def _jsonable(value: object, unknown: Callable | None = None) -> object:
@@ -252,7 +394,8 @@ def _in_thread(work: Callable[[], object], timeout: float | None) -> object:
     return value
 
 
-async def _awaited(value: object, timeout: float | None) -> object:
+async def _awaited(value: Awaitable[object], timeout: float | None
+                   ) -> object:
     """What `value` comes to; cancelled after `timeout` seconds."""
     import asyncio
 
@@ -311,7 +454,15 @@ except ToolTimeout as error:
     print(error)
 
 # %% [markdown]
-# ### A tool
+# ### The tool
+#
+# `_describe` puts docstring and hints into the spec. A default is told if it
+# is a text or a finite number, so that the model knows what it gets if it says
+# nothing. `function_tool` is then the twenty lines again, with the two
+# mistakes kept apart: a call that does not fit is the model's own, and is only
+# told to it; a function that fails is the program's, and is logged with its
+# traceback as well. `exit` in a tool is such a failure. Only Ctrl-C goes
+# through: it is the user's.
 
 # %% tags=["export"]
 def _not_json(name: str) -> float:
@@ -402,26 +553,28 @@ print(tool.run('{"places": [{"city": "Oslo"}], "start": "2025-06-28"}'))
 print(tool.run('{"places": [{"town": "Oslo"}], "start": "today"}'))
 
 # %% [markdown]
+# ### Tools that somebody else runs
+#
 # A tool that the caller of a chat runs is described by a dict, in one of two
-# shapes:
+# shapes of OpenAI's: with the function under a key of its own, or flat.
 
 # %% tags=["export"]
 def _dict_tool(given: object, where: str) -> Tool:
     """A tool that a dict describes, in either of OpenAI's shapes."""
     given = as_dict(given, where)
     require(given.get("type", "function") == "function", f"{where}.type",
-           "'function' (built-in tools are not run here)",
-           given.get("type"))
+            "'function' (built-in tools are not run here)",
+            given.get("type"))
     if "name" not in given or "function" in given:  # not the flat one
         only_keys(given, ("type", "function"), where)
         where = f"{where}.function"
         given = as_dict(given.get("function"), where)
     only_keys(given, ("type", "name", "description", "parameters", "strict"),
               where)
-    name, schema = given.get("name"), given.get("parameters")
-    checked_name(name, f"{where}.name")
+    name = checked_name(given.get("name"), f"{where}.name")
+    schema = given.get("parameters")
     require(isinstance(schema, Mapping | None), f"{where}.parameters",
-           "a JSON schema", schema)
+            "a JSON schema", schema)
     try:
         json.dumps(schema, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
@@ -431,7 +584,7 @@ def _dict_tool(given: object, where: str) -> Tool:
                                    f"{where}.description"), schema)
 
 
-def read_tools(tools: Iterable[object], timeout: float | None = None
+def read_tools(tools: Iterable[Any], timeout: float | None = None
                ) -> dict[str, FunctionTool]:
     """Functions, tools and dicts by their name.
 
@@ -450,20 +603,15 @@ def read_tools(tools: Iterable[object], timeout: float | None = None
         else:
             tool = function_tool(given, timeout=timeout)
         require(tool.spec.name not in read, f"tools[{n}]",
-               "a name of its own", tool.spec.name)
+                "a name of its own", tool.spec.name)
         read[tool.spec.name] = tool
     return read
 
 # %%
 clock = {"type": "function", "function": {"name": "clock"}}
 flat = {"type": "function", "name": "flat_clock"}
-print({name: tool.run is None
-       for name, tool in read_tools([weather, clock, flat]).items()})
-for wrong in ({"type": "web_search"}, lambda: 1, int):
-    try:
-        read_tools([wrong])
-    except ChatError as error:
-        print(error)
+for name, tool in read_tools([weather, clock, flat]).items():
+    print(name, "is run by", "the caller" if tool.run is None else "us")
 
 # %% [markdown]
 # ### Two tools that can do no harm
@@ -478,6 +626,7 @@ import datetime
 import warnings
 from decimal import Context, Decimal, Inexact
 from fractions import Fraction
+from typing import Any
 
 _BITS = 1024  # of numerator and denominator: about 300 digits
 _BINARY = {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__,
@@ -506,7 +655,7 @@ def _evaluate(node: ast.expr, source: str) -> Fraction:
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         text = ast.get_source_segment(source, node)
         number = (Decimal(node.value) if type(node.value) is int
-                  else Decimal(text))  # as written: 0.1 is a tenth
+                  else Decimal(text or ""))  # as written: 0.1 is a tenth
         if abs(number.adjusted()) > 300:
             raise ValueError("a number of more than 300 digits")
         return Fraction(number)
@@ -515,7 +664,7 @@ def _evaluate(node: ast.expr, source: str) -> Fraction:
         value = _evaluate(node.operand, source)
         return -value if isinstance(node.op, ast.USub) else value
     if isinstance(node, ast.BinOp) and type(node.op) in {*_BINARY, ast.Pow}:
-        run = _BINARY.get(type(node.op), _power)
+        run: Any = _BINARY.get(type(node.op), _power)
         return _bounded(Fraction(run(_evaluate(node.left, source),
                                      _evaluate(node.right, source))))
     raise ValueError("expected numbers, + - * / // % ** and parentheses, "
@@ -530,7 +679,7 @@ def _decimal(value: Fraction) -> str:
     context = Context(prec=700)  # 309 digits before the point, 300 behind
     exact = context.divide(Decimal(value.numerator),
                            Decimal(value.denominator))
-    if context.flags[Inexact] or exact.as_tuple().exponent < -300:
+    if context.flags[Inexact] or int(exact.as_tuple().exponent) < -300:
         return f"{float(value):.15g}..."
     return f"{exact:f}"
 
@@ -571,6 +720,30 @@ for text in ("347 * 285", "0.1 + 0.2", "-7 // 2", "2 ** -3", "10 / 3",
     print(f"{text:16}  {calculator(text)}")
 
 # %% [markdown]
+# ## What is refused
+#
+# A tool that cannot be told or called is a mistake of the program, and found
+# before the conversation begins. Every argument needs a hint and must be one
+# that can be given by its name; a function needs a name; two tools may not
+# share one; built-in tools of OpenAI's are not run here; a dict's schema must
+# be JSON. A wrong `timeout` is refused by [the chat](chat.ipynb).
+
+# %%
+def untyped(a) -> None: ...
+
+
+def many(*a: int) -> None: ...
+
+
+for wrong in ([untyped], [many], [int], [lambda: 1], [3], [max],
+              [weather, weather], [{"type": "web_search"}], [{}],
+              [{"type": "function", "name": "two words"}]):
+    try:
+        read_tools(wrong)
+    except ChatError as error:
+        print(f"{str(error):.77}")
+
+# %% [markdown]
 # ## It holds
 #
 # **The calculator computes.** Random sums, differences and products, against
@@ -587,20 +760,15 @@ for _ in range(500):
     assert calculator(text) == str(eval(text)), text
 
 # %% [markdown]
-# **Whatever the model writes, it gets a text.** No arguments, however
-# mangled, raise:
+# **Whatever the model writes, it gets a text.** The mangled calls again:
 
 # %%
-tool, answers = function_tool(weather), []
-for _ in range(2000):
-    text = list('{"city": "Oslo", "unit": "kelvin"}')
-    for _ in range(rng.randint(0, 4)):
-        text[rng.randrange(len(text))] = rng.choice('{}[]":,x0 ')
-    answers.append(tool.run("".join(text)))
+tool = function_tool(weather)
+answers = [tool.run(arguments) for arguments in CALLS]
 assert all(isinstance(answer, str) for answer in answers)
 failed = sum(answer.startswith("error: ") for answer in answers)
 print(f"{failed:,} of {len(answers):,} were told their mistake")
-assert 0 < failed < len(answers)
+assert failed == raised
 
 # %% [markdown]
 # ## Against the others
@@ -628,8 +796,10 @@ theirs = get_json_schema(book)["function"]["parameters"]
 ours = function_tool(book).spec.parameters
 assert theirs["required"] == ours["required"]
 for key, entry in theirs["properties"].items():
-    assert entry == {k: v for k, v in ours["properties"][key].items()
-                     if k != "default"}
+    more = {k: v for k, v in ours["properties"][key].items()
+            if k not in entry}
+    print(key, "the same, and ours has", more or "no more")
+    assert entry.items() <= ours["properties"][key].items()
 
 # %% [markdown]
 # ## Takeaways
@@ -689,6 +859,26 @@ print(last, calculator(f"7 ** {last + 1}"))
 # more than 1,024, nothing is computed: for 7, of three bits, from n = 513 on.
 # What passes is small enough to be computed, and then its bits are counted.
 assert (7 ** last).bit_length() <= 1024 < (7 ** (last + 1)).bit_length()
+
+# %% [markdown]
+# ### Exercise 3
+#
+# A function needs a password that the model must never see. Hand it over so
+# that neither the spec nor a mistake shows it, and so that the model cannot
+# replace it.
+
+# %% tags=["hide-cell"]
+def post(text: str, password: str) -> str:
+    """Posts a text."""
+    return f"posted by somebody who knows {len(password)} letters"
+
+
+tool = function_tool(functools.partial(post, password="secret"))
+print(list(tool.spec.parameters["properties"]), "secret" in str(tool.spec))
+print(tool.run('{"text": "Hi"}'))
+print(tool.run('{"text": "Hi", "password": "mine"}'))
+# What a partial has filled in is no argument any more, so the model is told
+# that there is no such key.
 
 # %% [markdown]
 # ## Sources

@@ -20,10 +20,11 @@
 # ## Question
 #
 # How does a program whose commands need torch, tokenizers and transformers
-# answer `--help` without loading one of them? It names what it may need, and
-# imports it when it is needed. Two things come out of this: the names that
-# `import gptoss` offers (`gptoss/__init__.py`), and the list of commands, with
-# those that compute.
+# answer `--help` without loading one of them? It writes down *names* of what
+# it may need, and imports what a name stands for when it is used. Two things
+# come out of this: the names that `import gptoss` offers
+# (`gptoss/__init__.py`), and the table of eight commands, with the functions
+# of those that compute.
 
 # %% [markdown]
 # ## Picture
@@ -102,9 +103,36 @@ plt.show()
 # and with `inspect --plan`.
 
 # %% [markdown]
+# ## The twenty lines
+#
+# A name is a text, `module:function`. It costs nothing until it is looked up:
+
+# %%
+import sys
+from importlib import import_module
+
+TABLE = {"root": "math:sqrt", "pack": "lzma:compress"}
+
+
+def plainly(command: str, argument: object) -> object:
+    """Runs a command of the table."""
+    module, _, name = TABLE[command].partition(":")
+    return getattr(import_module(module), name)(argument)
+
+
+sys.modules.pop("lzma", None)
+print(plainly("root", 2.25), "and lzma is loaded:", "lzma" in sys.modules)
+print("packed" if plainly("pack", b"once " * 99) else "",
+      "and lzma is loaded:", "lzma" in sys.modules)
+
+# %% [markdown]
+# The package's front door does this for classes, the table of commands for
+# functions. The rest of the chapter is what stands in the two tables.
+
+# %% [markdown]
 # ## Code
 #
-# ### The package's front door
+# ### What does `import gptoss` load?
 #
 # `import gptoss` loads nothing: a name is looked up in its module when it is
 # first used (`__getattr__` of a module). With this the command line can
@@ -177,9 +205,11 @@ import gptoss
 print(gptoss.mxfp4.decode.__module__, gptoss.mxfp4.encode.__module__)
 
 # %% [markdown]
-# ### generate
+# ### generate: text as it comes
 #
-# Commands that compute: a `run_` function each, which gets what was typed.
+# The commands that compute come first: a `run_` function each, which gets what
+# was typed. Most of it is order: first what can be refused at once (options, a
+# prompt, a device), then the slow part, the model.
 
 # %% tags=["export"]
 import argparse
@@ -257,7 +287,7 @@ def run_generate(args: argparse.Namespace) -> None:
               f"{done.finish_reason}]", file=sys.stderr)
 
 # %% [markdown]
-# ### chat
+# ### chat: a conversation
 #
 # The prompt of a conversation knows its tools and its date; the seed is the
 # same in all processes.
@@ -300,10 +330,11 @@ def run_chat(args: argparse.Namespace) -> None:
         if line or asked:
             session.ask(line)
     if args.json:
-        print(json.dumps({"messages": chat.turn} | asdict(chat.usage)))
+        used = asdict(chat.usage) if chat.usage else {}
+        print(json.dumps({"messages": chat.turn} | used))
 
 # %% [markdown]
-# ### parity and vectors
+# ### parity and vectors: is it the same model?
 #
 # [The walk](../parity/final.ipynb) and the [vectors](../parity/vectors.ipynb).
 # A fault that they find is no mistake of the user: it goes to stdout, and the
@@ -371,7 +402,7 @@ def run_vectors(args: argparse.Namespace) -> None:
         raise SystemExit(1)
 
 # %% [markdown]
-# ### train
+# ### train: the shipped model again
 #
 # The [shipped checkpoint](../training/training.ipynb) again, from nothing. The
 # target is looked at first: "already there" is no news for somebody who has
@@ -714,7 +745,11 @@ print(subprocess.run([sys.executable, "-c", script], capture_output=True,
 # %% [markdown]
 # ## Takeaways
 #
-# - Commands are rows of a table; each imports what it needs when it runs.
+# - A command is a row of a table: a name that is looked up when it is called,
+#   its help, its options.
+# - So `--help` costs what Python costs, and a mistyped option is told at once.
+# - What can be refused at once is refused before anything slow.
+# - Bugs keep their tracebacks; everything else is a line and a code.
 
 # %% [markdown]
 # ## Exercises

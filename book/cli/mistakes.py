@@ -19,16 +19,54 @@
 #
 # ## Question
 #
-# What does a program owe to somebody who mistypes a path? The
+# Somebody mistypes a path. The
 # [Python interface](../model/transformer.ipynb) answers with a traceback, of
-# which one line is of use. And what does it owe to a terminal? Four
-# characters, `ESC [ 2 J`, clear the screen, and a model is free to write them.
+# which one line is of use. And somebody reads what a model has written. Four
+# characters, `ESC [ 2 J`, clear their screen, and a model is free to write
+# them. What does a program owe to both?
 #
-# The command line takes four chapters: this one tells mistakes in one line
-# (`mistakes`) and says what options mean (`options`);
-# [the next](terminal.ipynb) holds a conversation in a terminal, and then come
+# The command line takes four chapters. This one tells mistakes in one line
+# (`mistakes`) and says what options mean (`options`).
+# [The next](terminal.ipynb) holds a conversation in a terminal. Then come
 # [commands that print tables](tables.ipynb) and [the rest](commands.ipynb)
 # with the list of them all.
+
+# %% [markdown]
+# ## Picture
+
+# %% tags=["hide-input"]
+# Figure: six rows, what happened: done, a check found a fault, a mistake of
+# the user, a bug, Ctrl-C, another signal; for each the exit code and what
+# stands on stdout and stderr. Only a mistake has exactly one line on stderr.
+import matplotlib.pyplot as plt
+
+plt.style.use("../_static/book.mplstyle")
+ROWS = [("it worked", "0", "the answer", "nothing", "C2"),
+        ("a check found a fault", "1", "what it found", "nothing", "C1"),
+        ("you mistyped something", "2", "nothing", "one line", "C1"),
+        ("the program has a bug", "1", "", "a traceback", "C5"),
+        ("Ctrl-C", "130 = 128 + 2", "what came so far", "nothing", "0.5"),
+        ("nobody reads stdout", "141 = 128 + 13", "", "nothing", "0.5"),
+        ("told to end", "143 = 128 + 15", "what came so far", "nothing",
+         "0.5")]
+HEADS = ("what happened", "exit code", "on stdout", "on stderr")
+X = (0, 32, 56, 82)
+fig, ax = plt.subplots(figsize=(7, 2.6))
+for x, head in zip(X, HEADS, strict=True):
+    ax.text(x, 0.9, head, weight="bold", fontsize=8.5)
+for n, (*texts, colour) in enumerate(ROWS):
+    ax.barh(-n + 0.15, 102, 0.86, -1, color=colour, alpha=0.2)
+    for x, text in zip(X, texts, strict=True):
+        ax.text(x, -n, text, fontsize=8.5)
+ax.set(xlim=(-1, 101), ylim=(-len(ROWS) + 0.6, 1.4))
+ax.set_axis_off()
+plt.show()
+
+# %% [markdown]
+# What to see: a script that calls the program can tell the cases apart by the
+# code alone, and a person finds one line where a mistake is their own. Only a
+# bug, which they cannot mend, keeps its traceback: hiding it would make it
+# harder to report.
 
 # %% [markdown]
 # ## The naive version
@@ -46,10 +84,11 @@ try:
     GptOss.from_pretrained("./no-such-folder")
 except Exception:
     report = traceback.format_exc().splitlines()
-print("more than four lines, and then:", len(report) - 1 > 4)
+files = sum(line.lstrip().startswith('File "') for line in report)
+print(f"{files} places in files, and then:")
 print(report[-1].partition(": ")[2])
 story = "Once \x1b[2Jupon a time"
-print("ESC reaches the terminal:", "\x1b" in story)
+print("for the terminal:", [char for char in story if ord(char) < 32])
 
 # %% [markdown]
 # The reader of a traceback has to know that the last line is the message.
@@ -59,11 +98,47 @@ print("ESC reaches the terminal:", "\x1b" in story)
 # that it is given to read.
 
 # %% [markdown]
+# ## The twenty lines
+#
+# What we owe is little. Catch what the package refuses, say it in a line, give
+# 2. And show control characters instead of sending them:
+
+# %%
+from gptoss.weights.errors import Error
+
+
+def shown(text: str) -> str:
+    """`text` without the characters that a terminal obeys."""
+    return "".join(char if ord(char) >= 32 or char in "\n\t"
+                   else chr(0x2400 + ord(char)) for char in text)
+
+
+def plainly(command, *typed: str) -> int:
+    """Runs a command; its exit code."""
+    try:
+        print(shown(command(*typed)))
+        return 0
+    except (Error, OSError) as error:
+        print("gptoss: error:", shown(str(error)))
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+print(plainly(lambda path: str(GptOss.from_pretrained(path)), "./no-such"))
+print(plainly(lambda: story))
+
+# %% [markdown]
+# The rest of the chapter is what these lines forget: more characters than 32,
+# errors that are neither ours nor a bug, streams that are closed, signals, and
+# several processes that make one mistake together.
+
+# %% [markdown]
 # ## Derivation
 #
 # **Exit codes.** A shell needs these kept apart: it worked, a check failed,
-# what you asked for is wrong, a signal ended it. Signals are reported as 128
-# plus their number, so
+# what you asked for is wrong, a signal ended it. Shells report a signal as 128
+# plus its number; Ctrl-C is signal 2. So
 #
 # $$ \text{code} = \begin{cases} 0 & \text{done} \\
 #    1 & \texttt{parity}\text{ or }\texttt{vectors}\text{ found a fault} \\
@@ -74,39 +149,27 @@ print("ESC reaches the terminal:", "\x1b" in story)
 #    \end{cases} $$ (cli-codes)
 #
 # With 2 goes one line on stderr. What is neither an error that a module of
-# this package declares nor one of the machine's (a file, memory) is a bug. It
-# keeps its traceback, with which Python gives 1: hiding it would only make it
-# harder to report.
+# this package declares nor one of the machine's (a file, memory) is a bug, and
+# Python gives 1 with its traceback.
 #
 # **Harmless text.** A terminal obeys characters of Unicode category Cc:
-# 32 below the space, DEL, and 32 more from U+0080 on. Nine others, U+202A to
-# U+202E and U+2066 to U+2069, turn the writing direction and can make a
-# line read as something else. Mapping each to a visible one-character
-# picture, newline and tab excepted,
+# 32 below the space, DEL, and 32 more from U+0080 on, called C1. Nine others,
+# U+202A to U+202E and U+2066 to U+2069, turn the writing direction and can
+# make a line read as something else. We map each to a visible one-character
+# picture, newline and tab excepted. ESC is number 27, so it becomes U+241B:
 #
 # $$ v(c) = \begin{cases}
 #    \text{U+2400} + c & c < 32 \\ \text{U+2421} & c = 127 \\
 #    \text{U+FFFD} & \text{C1, direction} \\ c & \text{else} \end{cases}
 #    $$ (cli-visible)
 #
-# acts on characters one at a time (C1 are the 32 from U+0080 on). So it can be
-# applied to a stream however that is cut; a filter that removes whole escape
-# sequences cannot.
-#
-# **Ctrl-C in a conversation.** It means "stop", and what is to stop depends
-# on when it comes:
-#
-# | at that moment | what stops | what stays |
-# |---|---|---|
-# | an answer is being written | the answer | its text so far, as a message |
-# | a tool runs | the answer | the call is forgotten |
-# | nothing has been written yet | the answer | the question is forgotten |
-# | the prompt waits | nothing; a second one leaves | everything |
+# This acts on one character at a time. So it can be applied to a stream
+# however that is cut; a filter that removes whole escape sequences cannot.
 
 # %% [markdown]
 # ## Code
 #
-# ### Text that a terminal cannot obey
+# ### Which text cannot be obeyed?
 
 # %% tags=["export"]
 import argparse
@@ -119,7 +182,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from gptoss.weights.errors import Error
 from gptoss.parallel.launch import launched, process_rank
@@ -149,7 +212,10 @@ def printable(text: str, keep: str = "\n\t") -> str:
 print(printable(story), printable("bell \x07, tab \t, delete \x7f, \x9b2J"))
 
 # %% [markdown]
-# ### One line for every mistake
+# ### What is told in one line?
+#
+# argparse, Python's reader of command lines, ends the process by itself when
+# an option is wrong. Ours raises, so that all mistakes go one way:
 
 # %% tags=["export"]
 class Parser(argparse.ArgumentParser):
@@ -163,6 +229,11 @@ try:
     Parser(prog="gptoss").parse_args(["--loud"])
 except UsageError as error:
     print(error)
+
+# %% [markdown]
+# A mistake is what this package refuses (all its errors are one class), what
+# the system refuses (a file, memory), and nothing else. That memory is lacking
+# is said in three ways, one of them a RuntimeError like any other.
 
 # %% tags=["export"]
 def lacks_memory(error: BaseException) -> bool:
@@ -202,7 +273,7 @@ greedy = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. Default"
 print(is_mistake(greedy), reason(greedy), reason(MemoryError()), sep="\n")
 
 # %% [markdown]
-# ### Streams that are not there
+# ### What if a stream is closed?
 #
 # A program can be started with a standard stream closed (`gptoss inspect
 # >&-`, some service managers). Python then has None in its place, and the
@@ -251,7 +322,7 @@ sys.stderr.close()
 sys.stderr = kept
 
 # %% [markdown]
-# ### Told to end
+# ### What if the program is told to end?
 #
 # Ctrl-C is an exception, so what is half written is taken away by the
 # `finally` of whoever writes it. SIGTERM (a shutdown, `timeout`, a container
@@ -291,7 +362,7 @@ except Ended as ended:
     print("exit code", 128 + ended.args[0])
 
 # %% [markdown]
-# ### One of several processes
+# ### Who speaks for several processes?
 #
 # Under `torchrun` the same command runs in every process, and the model is
 # [split](../parallel/splitting.ipynb) among them. The first one alone reads
@@ -312,7 +383,7 @@ def torchrun_number(name: str, size: int | None = None) -> int:
     return number
 
 
-def agreed(args: argparse.Namespace, make: Callable[[], object]) -> object:
+def agreed(args: argparse.Namespace, make: Callable[[], Any]) -> Any:
     """make(), as the first process finds it."""
     if launched() == 1:
         return make()
@@ -323,8 +394,8 @@ def agreed(args: argparse.Namespace, make: Callable[[], object]) -> object:
 
 # %%
 alone = argparse.Namespace()
-assert launched() == 1 and process_rank() == 0
-assert agreed(alone, lambda: "what was typed") == "what was typed"
+print(launched(), "process, and its number is", process_rank())
+print(agreed(alone, lambda: "what was typed"))
 
 # %% [markdown]
 # ### What the options mean
@@ -432,7 +503,8 @@ def read_prompt(args: argparse.Namespace) -> str:
         if args.model != str(POCKET):
             raise UsageError("--prompt: needed with --model")
         return FIRST_WORDS
-    return agreed(args, _stdin) if args.prompt == "-" else args.prompt
+    text: str = agreed(args, _stdin) if args.prompt == "-" else args.prompt
+    return text
 
 
 def _stdin() -> str:
@@ -545,7 +617,9 @@ assert "".join(map(printable, pieces)) == printable("".join(pieces))
 #
 # - A mistake of the user is one line that names the culprit, and exit 2. A
 #   mistake of the program is a traceback.
-# - What a model or a file says reaches a terminal only as visible text.
+# - What a model or a file says reaches a terminal only as visible text, one
+#   character at a time.
+# - Signals that would end a half-written file become exceptions.
 
 # %% [markdown]
 # ## Exercises
@@ -558,8 +632,41 @@ assert "".join(map(printable, pieces)) == printable("".join(pieces))
 # %% tags=["hide-cell"]
 name = "report\u202etxt.exe"
 print(printable(name))
-# a terminal that obeys U+202E shows the rest from right to left:
-assert name.replace("\u202etxt.exe", "exe.txt") == "reportexe.txt"
+seen = name.replace("\u202etxt.exe", "exe.txt")  # from right to left
+print(f"a terminal that obeys U+202E shows {seen}")
+
+# %% [markdown]
+# ### Exercise 2
+#
+# Why not remove escape sequences instead of showing them? Write the filter
+# with a regular expression, and feed it a stream that is cut in a bad place.
+
+# %% tags=["hide-cell"]
+import re
+
+
+def removed(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
+
+
+whole, cut = "a\x1b[2Jb", ["a\x1b[2", "Jb"]
+print(repr(removed(whole)), repr("".join(map(removed, cut))))
+print(repr("".join(map(printable, cut))))
+# Neither piece holds a whole sequence, so both pass, and the terminal joins
+# them again.
+
+# %% [markdown]
+# ### Exercise 3
+#
+# Which of these are told in a line, and which keep their traceback: a full
+# disk, a config without a key, a division by zero, Ctrl-D at a prompt?
+
+# %% tags=["hide-cell"]
+for error in (OSError(28, "No space left on device"),
+              ConfigError("vocab_size"), ZeroDivisionError(), EOFError()):
+    print(type(error).__name__, "a line" if is_mistake(error)
+          else "a traceback")
+# Ctrl-D is no mistake at all: whoever asks at a prompt catches it.
 
 # %% [markdown]
 # ## Sources

@@ -18,18 +18,95 @@
 #
 # ## Question
 #
-# What can be said of a checkpoint of 13.8 GB before one weight is read? How it
-# is laid out, what a token costs, and which cards would hold it. Three
-# commands answer in tables: `inspect`, `convert` and `bench`.
+# What can be said of a checkpoint before one weight is read? How it is laid
+# out, what a token costs, and which cards would hold it: all of that stands in
+# a config and in headers, less than a hundredth of the file. Three commands
+# answer in tables: `inspect`, `convert` and `bench`.
+
+# %% [markdown]
+# ## Picture
+
+# %% tags=["hide-input", "picture"]
+# Figure: three bars on a logarithmic axis of bytes, for the shipped model:
+# inspect reads the header, some thousand bytes; a token reads about a million;
+# convert reads the whole file, some millions.
+import json
+import os
+from importlib.resources import files
+
+os.environ["GPTOSS_KERNELS"] = "torch"  # the same words on every processor
+import matplotlib.pyplot as plt
+
+from gptoss.weights.config import GptOssConfig
+from gptoss.weights.sizes import bytes_read_per_token
+
+plt.style.use("../_static/book.mplstyle")
+POCKET = files("gptoss") / "pocket"
+shards = [path for path in POCKET.iterdir()
+          if path.name.endswith(".safetensors")]
+
+
+def header(path) -> dict:
+    """The header of a safetensors file: name -> dtype, shape, place."""
+    with open(path, "rb") as file:
+        return json.loads(file.read(int.from_bytes(file.read(8), "little")))
+
+
+def header_bytes(path) -> int:
+    with open(path, "rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
+shipped = GptOssConfig.from_pretrained(POCKET)
+BYTES = {"inspect reads the header": sum(map(header_bytes, shards)),
+         "a token reads": bytes_read_per_token(shipped),
+         "convert reads the file": sum(os.path.getsize(p) for p in shards)}
+fig, ax = plt.subplots(figsize=(7, 1.8))
+for y, count in enumerate(BYTES.values()):
+    ax.barh(y, count, color=("C2", "C0", "C1")[y], height=0.6)
+    ax.text(count * 1.1, y, f"{count:,}", va="center", fontsize=8)
+ax.set_yticks(range(3), BYTES)
+ax.set(xscale="log", xlabel="bytes", ylim=(2.5, -0.5), xlim=(1e3, 1e8))
+ax.grid(visible=False)
+plt.show()
+first, *_, last = BYTES.values()
+print(f"the header is {first / last:.2%} of the file")
+
+# %% [markdown]
+# What to see: the shipped model's bytes, each step of the axis ten times as
+# many. `inspect` needs the smallest bar only, so it answers at once, for the
+# released models as well. (This cell uses the finished package.)
+
+# %% [markdown]
+# ## The twenty lines
+#
+# The [header](../weights/file.ipynb) of a safetensors file names each tensor,
+# its shape and its place. That is already a table:
+
+# %%
+found: dict[str, int] = {}
+for path in shards:
+    for name, entry in header(path).items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            part = name.split(".")[3] if ".layers." in name else name
+            found[part] = found.get(part, 0) + end - start
+for part, count in sorted(found.items(), key=lambda item: -item[1]):
+    print(f"{count:>12,}  {part}")
+
+# %% [markdown]
+# What is left is to say what a token costs, to do it for every layout, and to
+# print nothing that a terminal obeys: a file's name and its tensors' names are
+# text from somebody else.
 
 # %% [markdown]
 # ## Code
 #
-# ### inspect
+# ### inspect: what is in the file, and who can run it?
 #
-# `inspect` reads headers, not weights. With `--plan` it answers, from the
-# formulas of [a second card](../parallel/second_card.ipynb), which cards a
-# model fits on and how fast they could be.
+# With `--plan`, `inspect` answers, from the formulas of
+# [a second card](../parallel/second_card.ipynb), which cards a model fits on
+# and how fast they could be at best.
 
 # %% tags=["export"]
 import argparse
@@ -70,15 +147,16 @@ def show_plan(args: argparse.Namespace) -> None:
                               for name, config in models.items())))
 
 # %%
-import os
-
-os.environ["GPTOSS_KERNELS"] = "torch"  # the same words on every processor
 show_plan(argparse.Namespace(path="20b", context=131072, json=False))
 
 # %% [markdown]
-# One card of 24 GB holds the 20b with its whole context. Up to four cards make
-# it faster when they share each matrix (`tensor`), none when they take turns
-# (`stages`).
+# One card of 24 GB holds the 20b with its whole context. More cards make it
+# faster when they share each matrix (`tensor`), by less and less; none does
+# when they take turns (`stages`).
+#
+# Without `--plan` it prints a row for each number, large ones with a unit for
+# people. A name or a value is made harmless ([visible](mistakes.ipynb)) on its
+# way.
 
 # %% tags=["export"]
 SIZES = {"bytes": "bytes in the file",
@@ -151,8 +229,6 @@ import contextlib
 import io
 import tempfile
 
-from gptoss.weights.config import GptOssConfig
-from gptoss.weights.sizes import bytes_read_per_token
 from gptoss.weights.write import random_tensors, write_checkpoint
 
 config = GptOssConfig(
@@ -170,10 +246,11 @@ with tempfile.TemporaryDirectory() as folder:
 print(*map(str.rstrip, page.getvalue().splitlines()[:15]), sep="\n")
 
 # %% [markdown]
-# ### convert
+# ### convert: the same weights in another layout
 #
 # [Writing](../weights/writing.ipynb) does the work; the command adds a bar, on
-# a terminal only.
+# a terminal only, and [takes care](mistakes.ipynb) that a signal leaves
+# nothing half-written.
 
 # %% tags=["export"]
 def run_convert(args: argparse.Namespace) -> None:
@@ -205,10 +282,12 @@ with tempfile.TemporaryDirectory() as folder:
         print(sorted(path.name for path in Path("original").iterdir()))
 
 # %% [markdown]
-# ### bench
+# ### bench: how fast is it here?
 #
 # [The measuring](../kernels/measured.ipynb) is done elsewhere; here a median
-# stands with its spread beside it.
+# stands with its spread beside it. What cannot be measured is refused before
+# anything is loaded: fewer than two tokens, no repeat, more tokens than the
+# context holds.
 
 # %% tags=["export"]
 def figures(found: dict[str, Any]) -> str:
@@ -272,3 +351,39 @@ for name, real in (("20b", GptOssConfig.gpt_oss_20b()),
 #
 # - The headers of a checkpoint suffice for its sizes, costs and cards.
 # - What a file says of itself is made harmless before it is printed.
+# - A measured number stands with its spread.
+
+# %% [markdown]
+# ## Exercises
+#
+# ### Exercise 1
+#
+# From the headers alone: how many bytes would the shipped model take as bf16?
+# (A byte of `_blocks` holds two weights, one of `_scales` none.)
+
+# %% tags=["hide-cell"]
+bf16 = 0
+for path in shards:
+    for name, entry in header(path).items():
+        if name != "__metadata__" and not name.endswith("_scales"):
+            start, end = entry["data_offsets"]
+            bf16 += (end - start) * (4 if name.endswith("_blocks") else 1)
+print(f"{BYTES['convert reads the file']:,} -> {bf16:,} bytes")
+
+# %% [markdown]
+# ### Exercise 2
+#
+# Which cards hold the 120b with 131,072 tokens, by the plan?
+
+# %% tags=["hide-cell"]
+from gptoss.parallel.plan import plan_table
+
+config_120b = GptOssConfig.gpt_oss_120b()
+lines = plan_table("120b", config_120b, 131072).splitlines()
+print(*[line for line in lines if "131,072" in line], sep="\n")
+
+# %% [markdown]
+# ## Sources
+#
+# - huggingface/safetensors: the header's form.
+# - Textualize/rich: tables and bars of progress.

@@ -19,29 +19,105 @@
 #
 # ## Question
 #
-# What does Ctrl-C mean while an answer is being written, a tool runs, or the
-# prompt waits? And how is one conversation the same on a terminal, in a pipe
-# and on several processes?
+# Ctrl-C means "stop". But what is to stop while an answer is being written, a
+# tool runs, or the prompt waits? And how is one conversation the same on a
+# terminal, in a pipe and on several processes?
+
+# %% [markdown]
+# ## Picture
+
+# %% tags=["hide-input"]
+# Figure: a time line of one question: the prompt waits, the prompt is read,
+# the answer is written, a tool runs, the prompt waits again. Under each
+# stretch stands what Ctrl-C stops there and what stays of the conversation.
+import matplotlib.pyplot as plt
+
+plt.style.use("../_static/book.mplstyle")
+PHASES = [  # wide, name, what stops, what stays, colour
+    (22, "the prompt waits", "nothing; a second\none leaves", "everything",
+     "0.6"),
+    (24, "nothing written yet", "the answer", "not the question", "C1"),
+    (26, "an answer is written", "the answer", "its text so far", "C2"),
+    (20, "a tool runs", "the answer", "not the call", "C3")]
+fig, ax = plt.subplots(figsize=(7, 1.9))
+x = 0
+for wide, name, stops, stays, colour in PHASES:
+    ax.barh(0, wide - 0.6, 0.7, x, color=colour, alpha=0.35)
+    ax.text(x + wide / 2, 0, name, ha="center", va="center", fontsize=8)
+    ax.text(x + wide / 2, -0.75, stops, ha="center", va="center", fontsize=8)
+    ax.text(x + wide / 2, -1.5, stays, ha="center", va="center", fontsize=8)
+    x += wide
+ax.text(-1, -0.75, "Ctrl-C stops", ha="right", va="center", fontsize=8)
+ax.text(-1, -1.5, "and stays:", ha="right", va="center", fontsize=8)
+ax.annotate("", (x + 3, 0.55), (0, 0.55), arrowprops={"arrowstyle": "->"})
+ax.text(x + 3, 0.62, "time", ha="right", fontsize=8)
+ax.set(xlim=(-15, x + 4), ylim=(-1.9, 1.0))
+ax.set_axis_off()
+plt.show()
+
+# %% [markdown]
+# What to see: one question on its way, from left to right. Whatever is
+# stopped, the conversation can go on, because only whole or half *messages*
+# stay, never a call without its answer or a question that nobody has begun to
+# answer. The signal may arrive in the middle of a layer. The chat keeps [the
+# cache's books](../chat/memory.ipynb) so that this needs no care here.
+
+# %% [markdown]
+# ## The twenty lines
 #
-# ## Derivation
-#
-# **Ctrl-C in a conversation.** It means "stop", and what is to stop depends
-# on when it comes:
-#
-# | at that moment | what stops | what stays |
-# |---|---|---|
-# | an answer is being written | the answer | its text so far, as a message |
-# | a tool runs | the answer | the call is forgotten |
-# | nothing has been written yet | the answer | the question is forgotten |
-# | the prompt waits | nothing; a second one leaves | everything |
-#
-# The signal may arrive in the middle of a forward. The chat keeps [the cache's
-# books](../chat/memory.ipynb) so that this needs no care here.
+# [The chat](../chat/chat.ipynb) gives events; a terminal shows them and keeps
+# the messages. That alone is a program that one can talk to:
+
+# %%
+import os
+
+os.environ["GPTOSS_KERNELS"] = "torch"  # the same words on every processor
+
+from gptoss.chat.turn import ChatEvent
+
+
+class Terse:
+    """Stands for a chat: answers every message with its length."""
+
+    turn: list = []
+
+    def events(self, messages):
+        yield ChatEvent("analysis", "I count. ")
+        text = str(len(messages[-1]["content"]))
+        self.turn = [{"role": "assistant", "content": text}]
+        yield ChatEvent("final", text)
+
+
+def plainly(chat, lines: list[str]) -> list[dict]:
+    """Asks each line, prints the answers; the messages."""
+    messages: list[dict] = []
+    for line in lines:
+        asked = [*messages, {"role": "user", "content": line}]
+        try:
+            for event in chat.events(asked):
+                if event.kind == "final":
+                    print(event.text, end="", flush=True)
+            print()
+        except KeyboardInterrupt:
+            print(" [stopped]")
+        messages = asked + chat.turn
+    return messages
+
+
+print(len(plainly(Terse(), ["one", "three"])), "messages")
+
+# %% [markdown]
+# What it lacks: text that a terminal must not obey, a look for what is thought
+# and called, the lines of the table above, commands, files, pipes, and several
+# processes that hold one conversation.
 
 # %% [markdown]
 # ## Code
 #
-# ### What a terminal shows
+# ### What may a terminal be sent?
+#
+# A file or a pipe gets the bytes as they are. A terminal gets
+# [visible text](mistakes.ipynb).
 
 # %% tags=["export"]
 import argparse
@@ -84,9 +160,6 @@ def writer(stream: IO[str]) -> Callable[[str], None]:
     return write
 
 # %%
-os.environ["GPTOSS_KERNELS"] = "torch"  # the same words on every processor
-
-
 class Terminal(list):
     """Stands for a stream that is a terminal."""
 
@@ -99,7 +172,7 @@ writer(screen)(story)
 print(screen)
 
 # %% [markdown]
-# ### chat: a turn as pieces of text
+# ### How does a turn look?
 #
 # What the model thinks and calls is labelled in words, so that a file or a
 # terminal without colours says the same as one with them.
@@ -133,8 +206,6 @@ def drawn(events: Iterable["ChatEvent"], everything: bool = True
         yield "\n", ""
 
 # %%
-from gptoss.chat.turn import ChatEvent
-
 happened = [ChatEvent("analysis", "Six "), ChatEvent("analysis", "sevens."),
             ChatEvent("call", '{"expression": "6*7"}', "calculator"),
             ChatEvent("result", "42", "calculator"),
@@ -178,14 +249,14 @@ for piece in drawn([ChatEvent("analysis", story), happened[4]]):
 print(repr(screen.getvalue()))
 
 # %% [markdown]
-# ### chat: a session
+# ### What does a session remember?
 #
-# `Session` holds the messages; the model sees them all in each turn, and
-# `Chat` knows which of their tokens it need not feed again.
+# `TerminalSession` holds the messages; the model sees them all in each turn,
+# and `Chat` knows which of their tokens it need not feed again.
 
 # %% tags=["export"]
 @contextmanager
-def stoppable() -> Iterator[dict[str, Callable[[], bool]]]:
+def stoppable() -> Iterator[dict[str, Any]]:
     """Options of `Chat.events` with which Ctrl-C stops a turn.
 
     One process needs none: there it is an exception, wherever it comes.
@@ -237,13 +308,14 @@ class TerminalSession:
 
     def cost(self) -> str:
         """One line about the last turn."""
-        used = self.chat.usage
+        if (used := self.chat.usage) is None:
+            return ""
         return (f"[{used.finish_reason}: {used.generated_tokens} tokens in "
                 f"{used.seconds:.1f} s; {used.prefilled_tokens} of "
                 f"{used.prompt_tokens} read anew]\n")
 
 # %% [markdown]
-# ### chat: commands
+# ### What does a line with a slash do?
 #
 # A line at the prompt that begins with a slash is for the program. Each is a
 # row of a table; a mistake in one is told, and the conversation goes on.
@@ -344,13 +416,14 @@ def _help(session: TerminalSession, _: str) -> str:
                       "space is never a command."])
 
 # %% tags=["export"]
-SLASH = {"/help": (_help, "this list"),
-         "/effort": (_effort, "LEVEL: low, medium or high"),
-         "/reset": (_reset, "forget what was said"),
-         "/save": (_save, "FILE: write the messages to a new file, as JSON"),
-         "/save!": (lambda session, name: _save(session, name, True),
-                    "FILE: the same, over an old file"),
-         "/quit": (_quit, "leave, as Ctrl-D does")}
+SLASH: dict[str, tuple[Callable[[TerminalSession, str], str], str]] = {
+    "/help": (_help, "this list"),
+    "/effort": (_effort, "LEVEL: low, medium or high"),
+    "/reset": (_reset, "forget what was said"),
+    "/save": (_save, "FILE: write the messages to a new file, as JSON"),
+    "/save!": (lambda session, name: _save(session, name, True),
+               "FILE: the same, over an old file"),
+    "/quit": (_quit, "leave, as Ctrl-D does")}
 
 
 def obey(session: TerminalSession, line: str) -> None:
@@ -374,7 +447,7 @@ with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
     print(said, json.loads(Path("talk.json").read_text("utf-8")))
 
 # %% [markdown]
-# ### chat: typed or piped
+# ### Typed, or piped?
 #
 # With a terminal on stdin the program asks and answers until it is left.
 # Without one it reads a message a line and writes the answers: the same
@@ -463,15 +536,6 @@ for line in ("/reset now", "/sing", "/effort loud", "/help"):
 print("".join(heard))
 
 # %%
-class Terse:
-    """Stands for a chat: answers every message with its length."""
-
-    turn = ()
-
-    def events(self, messages):
-        yield ChatEvent("final", str(len(messages[-1]["content"])))
-
-
 screen = []
 session = TerminalSession(Terse(), lambda text, style: screen.append(text),
                           False)
@@ -514,6 +578,49 @@ for pieces in (0, 1, 3):
 # - A terminal, a pipe and several processes run the same turn; only where it
 #   is read and drawn differs.
 # - What is saved is written beside the file and put into its place whole.
+
+# %% [markdown]
+# ## Exercises
+#
+# ### Exercise 1
+#
+# Add a command `/undo` that takes back the last question and its answer.
+
+# %% tags=["hide-cell"]
+def undo(session: TerminalSession, _: str) -> str:
+    """Forgets all from the last user message on."""
+    asked = [n for n, message in enumerate(session.messages)
+             if message["role"] == "user"]
+    if not asked:
+        raise UsageError("/undo: nothing was asked")
+    del session.messages[asked[-1]:]
+    return f"{len(session.messages)} messages stay"
+
+
+SLASH["/undo"] = (undo, "take back the last question")
+session.draw = lambda text, style="": print(text, end="")
+obey(session, "/undo")
+try:
+    obey(session, "/undo")
+except UsageError as error:
+    print(error)
+# The cache needs no word about it: the next prompt shares a shorter beginning
+# with it, and that is what is kept.
+
+# %% [markdown]
+# ### Exercise 2
+#
+# `/save` is given a name in a folder that does not exist, and a name that
+# exists. What does the user read, and is the conversation still there?
+
+# %% tags=["hide-cell"]
+with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+    Path("old.json").write_text("mine")
+    session.draw = lambda text, style="": print(text.partition(": '")[0])
+    for name in ("nowhere/talk.json", "old.json"):
+        _step(session, f"/save {name}")
+    print(Path("old.json").read_text(), os.listdir("."))
+# A line each, nothing is written, and the prompt comes again.
 
 # %% [markdown]
 # ## Sources

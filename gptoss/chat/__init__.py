@@ -49,8 +49,8 @@ _MODULES = (
     "calculator",
     "memory",
     "settings",
-    "agreement",
     "turn",
+    "agreement",
     "chat",
 )
 

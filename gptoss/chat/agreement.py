@@ -4,6 +4,7 @@ Generated from book/chat/turns.py; edit the chapter, not this file.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 # --- Several processes, one decision -----------------------------------------
 
@@ -12,7 +13,7 @@ class SingleProcess:
 
     first = True
 
-    def same(self, make: Callable[[], object]) -> object:
+    def same(self, make: Callable[[], Any]) -> Any:
         """make() of the first process, as JSON has it, for all."""
         return make()
 
@@ -27,7 +28,7 @@ class Agreement:
     def __init__(self, group: SingleProcess) -> None:
         self._group, self.open = group, True
 
-    def ask(self, make: Callable[[], object]) -> object:
+    def ask(self, make: Callable[[], Any]) -> Any:
         """make() of the first process. What it raises ends the turn: that
         is raised there, and Stopped by the others."""
         failed: list[BaseException] = []

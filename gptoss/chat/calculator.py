@@ -8,6 +8,7 @@ import datetime
 import warnings
 from decimal import Context, Decimal, Inexact
 from fractions import Fraction
+from typing import Any
 
 # --- Two tools that can do no harm -------------------------------------------
 
@@ -38,7 +39,7 @@ def _evaluate(node: ast.expr, source: str) -> Fraction:
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         text = ast.get_source_segment(source, node)
         number = (Decimal(node.value) if type(node.value) is int
-                  else Decimal(text))  # as written: 0.1 is a tenth
+                  else Decimal(text or ""))  # as written: 0.1 is a tenth
         if abs(number.adjusted()) > 300:
             raise ValueError("a number of more than 300 digits")
         return Fraction(number)
@@ -47,7 +48,7 @@ def _evaluate(node: ast.expr, source: str) -> Fraction:
         value = _evaluate(node.operand, source)
         return -value if isinstance(node.op, ast.USub) else value
     if isinstance(node, ast.BinOp) and type(node.op) in {*_BINARY, ast.Pow}:
-        run = _BINARY.get(type(node.op), _power)
+        run: Any = _BINARY.get(type(node.op), _power)
         return _bounded(Fraction(run(_evaluate(node.left, source),
                                      _evaluate(node.right, source))))
     raise ValueError("expected numbers, + - * / // % ** and parentheses, "
@@ -59,7 +60,7 @@ def _decimal(value: Fraction) -> str:
     context = Context(prec=700)  # 309 digits before the point, 300 behind
     exact = context.divide(Decimal(value.numerator),
                            Decimal(value.denominator))
-    if context.flags[Inexact] or exact.as_tuple().exponent < -300:
+    if context.flags[Inexact] or int(exact.as_tuple().exponent) < -300:
         return f"{float(value):.15g}..."
     return f"{exact:f}"
 

@@ -24,7 +24,7 @@ from gptoss.text.sampling import SamplingOptions
 from gptoss.text.tokenizer import Tokenizer
 from gptoss.weights.hub import resolve
 
-# --- Code --------------------------------------------------------------------
+# --- A model from anywhere ---------------------------------------------------
 
 def load(model: str | Path | tuple[GptOss, Tokenizer] | None = None,
          dtype: torch.dtype = torch.bfloat16, device="cpu"
@@ -32,11 +32,14 @@ def load(model: str | Path | tuple[GptOss, Tokenizer] | None = None,
     """Model and tokenizer of a folder or hub id; None: the shipped one."""
     if isinstance(model, tuple):
         return model
-    folder = resolve(files("gptoss") / "pocket" if model is None else model)
+    pocket = Path(str(files("gptoss") / "pocket"))
+    folder = resolve(pocket if model is None else model)
     tokenizer = Tokenizer.from_pretrained(folder)  # the quick one first
     return (GptOss.from_pretrained(folder, dtype=dtype, device=device),
             tokenizer)
 
+
+# --- The chat ----------------------------------------------------------------
 
 class Chat:
     """Conversations with a gpt-oss model, in OpenAI's message dicts.
@@ -73,8 +76,8 @@ class Chat:
                  device="cpu", tool_timeout: float | None = None,
                  prefill_chunk: int = 512) -> None:
         require(tool_timeout is None or type(tool_timeout) in (int, float)
-               and 0 < tool_timeout < 1e6, "tool_timeout",
-               "seconds > 0", tool_timeout)
+                and 0 < tool_timeout < 1e6, "tool_timeout",
+                "seconds > 0", tool_timeout)
         self.settings = Settings(
             effort=effort, tools=read_tools(tools, tool_timeout),
             instructions=instructions, date=date, rounds=rounds, slack=slack,
@@ -109,7 +112,7 @@ class Chat:
                         drop="turns")
         most = self.model.config.max_position_embeddings
         require(len(prompt) <= most, "messages", f"at most {most} tokens "
-               "(max_position_embeddings)", len(prompt))
+                "(max_position_embeddings)", len(prompt))
         return prompt
 
     def events(self, messages: Sequence[object], *,

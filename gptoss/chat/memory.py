@@ -91,8 +91,8 @@ class Session:
     def next_seed(self) -> int:
         """Of the next round. Of several processes all draw one, so that
         torch's numbers stay alike."""
-        return (torch.randint(2 ** 48, ()).item() if self._random is None
-                else self._random.getrandbits(48))
+        return (int(torch.randint(2 ** 48, ()).item())
+                if self._random is None else self._random.getrandbits(48))
 
 
 __all__ = [

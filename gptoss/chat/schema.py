@@ -10,10 +10,11 @@ import reprlib
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from gptoss.chat.messages import ChatError
 
-# --- The way in: a type for pydantic -----------------------------------------
+# --- The way in: which type does pydantic get? -------------------------------
 
 _UNIONS = (typing.Union, types.UnionType)
 _WRAPPERS = (typing.Required, typing.NotRequired)
@@ -29,7 +30,7 @@ def type_hints(owner: object, where: str) -> dict[str, object]:
         raise ChatError(f"{where}: {error}") from error
 
 
-def _typed_keys(hint: object) -> tuple[dict[str, object], set[str]] | None:
+def _typed_keys(hint: Any) -> tuple[dict[str, object], set[str]] | None:
     """Hints and required keys of a dataclass or TypedDict, else None."""
     from typing_extensions import is_typeddict
 
@@ -52,14 +53,16 @@ def _record(name: str, hints: Mapping[str, object],
     from pydantic import ConfigDict
     from typing_extensions import NotRequired, TypedDict  # noqa: UP035
 
-    made = TypedDict(name, {
+    make: Any = TypedDict  # its name and keys are known only here
+    made: Any = make(name, {
         key: _strict(hint) if key in required else NotRequired[_strict(hint)]
         for key, hint in hints.items()})
     made.__pydantic_config__ = ConfigDict(strict=True, extra="forbid")
-    return made
+    record: type = made
+    return record
 
 
-def _strict(hint: object) -> object:
+def _strict(hint: Any) -> Any:
     """`hint` with strict records for its dataclasses and TypedDicts, and
     the text in an Annotated as its description."""
     from pydantic import AfterValidator, Field
@@ -68,9 +71,9 @@ def _strict(hint: object) -> object:
     if origin in _WRAPPERS:
         return _strict(inside[0])
     if (fields := _typed_keys(hint)) is not None:
-        record = _record(hint.__name__, *fields)
+        make, record = hint, _record(hint.__name__, *fields)
         return (typing.Annotated[record, AfterValidator(
-            lambda values: hint(**values))]
+            lambda values: make(**values))]
             if dataclasses.is_dataclass(hint) else record)
     if origin is typing.Annotated:
         first, *notes = inside
@@ -80,7 +83,8 @@ def _strict(hint: object) -> object:
     changed = tuple(map(_strict, inside))
     if origin is typing.Literal or changed == inside:
         return hint
-    return (typing.Union if origin in _UNIONS else origin)[changed]
+    outer: Any = typing.Union if origin in _UNIONS else origin
+    return outer[changed]
 
 
 # --- The way out: a schema for harmony ---------------------------------------
@@ -107,7 +111,8 @@ def _either(variants: Sequence[dict]) -> dict:
 def spelt(schema: dict, about: str | None = None) -> dict:
     """`schema` of an argument; the way to write a date in its description,
     which is `about` if it has none."""
-    told, how = schema.get("description"), _FORMATS.get(schema.get("format"))
+    told, how = schema.get("description"), _FORMATS.get(
+        schema.get("format", ""))
     told = (None if told == how else told) or about
     if how and not (told or "").endswith(f"({how})"):
         told = f"{told} ({how})" if told else how
@@ -190,7 +195,8 @@ class ArgumentTypes:
         from pydantic import TypeAdapter
 
         try:
-            self.adapter = TypeAdapter(_record("values", hints, required))
+            self.adapter: TypeAdapter[Any] = TypeAdapter(
+                _record("values", hints, required))
             schema = self.adapter.json_schema(
                 schema_generator=_schema_maker())
             self.schema = _flat(schema, schema.get("$defs", {}))
@@ -303,8 +309,9 @@ def _whole(value: object) -> object:
         return {key: _whole(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return list(map(_whole, value))
-    whole = isinstance(value, float) and value.is_integer()
-    return int(value) if whole else value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
 
 
 def fit(value: object, hint: object, where: str = "arguments") -> object:

@@ -42,9 +42,9 @@ class Settings:
         for name in ("rounds", "slack"):
             value = getattr(self, name)
             require(type(value) is int and value >= 0, name,
-                   "an integer >= 0", value)
+                    "an integer >= 0", value)
         require(self.effort in EFFORTS, "effort",
-               f"one of {', '.join(EFFORTS)}", self.effort)
+                f"one of {', '.join(EFFORTS)}", self.effort)
         for name, text in (("instructions", self.instructions),
                            ("date", "" if self.date is None else self.date)):
             object.__setattr__(self, name, content_text(text, name))

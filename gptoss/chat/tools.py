@@ -10,7 +10,8 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 from gptoss.chat.messages import (
     ChatError,
@@ -29,7 +30,7 @@ from gptoss.chat.schema import (
 )
 from gptoss.text.typescript import Tool
 
-# --- A function and its docstring --------------------------------------------
+# --- What does the docstring say of each argument? ---------------------------
 
 _log = logging.getLogger("gptoss")
 _SECTION = re.compile(r"^(Args|Arguments|Returns|Raises|Yields|Examples?):"
@@ -67,12 +68,12 @@ def _tool_name(function: object, name: str | None) -> str:
     """`name`, or the function's; ChatError says why there is none."""
     require(callable(function), "tools", "a function or a dict", function)
     require(not isinstance(function, type), "tools", "a function, not a "
-           "class", function)
+            "class", function)
     while isinstance(function, functools.partial):
         function = function.func
     own = getattr(function, "__name__", type(function).__name__)
     require(name is not None or own != "<lambda>", "tools", "a function with "
-           "a name, which a lambda has not: use def", own)
+            "a name, which a lambda has not: use def", own)
     return checked_name(own if name is None else name,
                         "tools, name of a function")
 
@@ -86,10 +87,11 @@ def _hints(function: Callable, name: str
         filled |= given.keywords.keys()
         given = given.func
     try:
-        asked = inspect.signature(function).parameters
+        parameters = inspect.signature(function).parameters
     except ValueError as error:  # as of many that are written in C
         raise ChatError(f"tool {name}: {error}") from error
-    asked = {key: asked[key] for key in asked if key not in filled}
+    asked = {key: one for key, one in parameters.items()
+             if key not in filled}
     for key, argument in asked.items():
         require(argument.kind in (argument.POSITIONAL_OR_KEYWORD,
                                  argument.KEYWORD_ONLY),
@@ -100,6 +102,8 @@ def _hints(function: Callable, name: str
         key: argument.default for key, argument in asked.items()
         if argument.default is not argument.empty}
 
+
+# --- What does the model read of a result? -----------------------------------
 
 def _jsonable(value: object, unknown: Callable | None = None) -> object:
     """`value` in terms of JSON; `unknown` is for what has none."""
@@ -164,7 +168,8 @@ def _in_thread(work: Callable[[], object], timeout: float | None) -> object:
     return value
 
 
-async def _awaited(value: object, timeout: float | None) -> object:
+async def _awaited(value: Awaitable[object], timeout: float | None
+                   ) -> object:
     """What `value` comes to; cancelled after `timeout` seconds."""
     import asyncio
 
@@ -207,7 +212,7 @@ def _loop_runs() -> bool:
     return True
 
 
-# --- A tool ------------------------------------------------------------------
+# --- The tool ----------------------------------------------------------------
 
 def _not_json(name: str) -> float:
     raise ValueError(f"{name} is no JSON")
@@ -271,22 +276,24 @@ def function_tool(function: Callable, *, name: str | None = None,
     return FunctionTool(_describe(function, name, types_, defaults), run)
 
 
+# --- Tools that somebody else runs -------------------------------------------
+
 def _dict_tool(given: object, where: str) -> Tool:
     """A tool that a dict describes, in either of OpenAI's shapes."""
     given = as_dict(given, where)
     require(given.get("type", "function") == "function", f"{where}.type",
-           "'function' (built-in tools are not run here)",
-           given.get("type"))
+            "'function' (built-in tools are not run here)",
+            given.get("type"))
     if "name" not in given or "function" in given:  # not the flat one
         only_keys(given, ("type", "function"), where)
         where = f"{where}.function"
         given = as_dict(given.get("function"), where)
     only_keys(given, ("type", "name", "description", "parameters", "strict"),
               where)
-    name, schema = given.get("name"), given.get("parameters")
-    checked_name(name, f"{where}.name")
+    name = checked_name(given.get("name"), f"{where}.name")
+    schema = given.get("parameters")
     require(isinstance(schema, Mapping | None), f"{where}.parameters",
-           "a JSON schema", schema)
+            "a JSON schema", schema)
     try:
         json.dumps(schema, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
@@ -296,7 +303,7 @@ def _dict_tool(given: object, where: str) -> Tool:
                                    f"{where}.description"), schema)
 
 
-def read_tools(tools: Iterable[object], timeout: float | None = None
+def read_tools(tools: Iterable[Any], timeout: float | None = None
                ) -> dict[str, FunctionTool]:
     """Functions, tools and dicts by their name.
 
@@ -315,7 +322,7 @@ def read_tools(tools: Iterable[object], timeout: float | None = None
         else:
             tool = function_tool(given, timeout=timeout)
         require(tool.spec.name not in read, f"tools[{n}]",
-               "a name of its own", tool.spec.name)
+                "a name of its own", tool.spec.name)
         read[tool.spec.name] = tool
     return read
 

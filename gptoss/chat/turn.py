@@ -7,6 +7,7 @@ import dataclasses
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any
 
 from gptoss.chat.agreement import Agreement, SingleProcess, Stopped
 from gptoss.chat.memory import Session
@@ -24,7 +25,7 @@ from gptoss.text.parser import (
 )
 from gptoss.text.tokenizer import Tokenizer
 
-# --- What happened -----------------------------------------------------------
+# --- What is told, while it happens? -----------------------------------------
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
@@ -61,7 +62,7 @@ class ChatEvent:
     usage: Usage | None = None
 
 
-# --- A round -----------------------------------------------------------------
+# --- What is a round? --------------------------------------------------------
 
 class Round:
     """What the model writes after a prompt, up to a call or its answer."""
@@ -114,12 +115,15 @@ class Round:
             self.said.append([kind, ""])
 
 
+# --- What stays for the next prompt? -----------------------------------------
+
 def round_messages(round_: Round) -> list[dict]:
     """A round as OpenAI's dicts: what the assistant thought, said (marked
     `phase: "commentary"` if that was not the answer) and called, and the
     tool's answer if there is one. [] if nothing was written."""
-    calls, answers, out = round_.kept[:1], round_.kept[1:], []
-    open_ = None  # the dict that may still get a content, or calls
+    calls, answers = round_.kept[:1], round_.kept[1:]
+    out: list[dict[str, Any]] = []
+    open_: dict[str, Any] | None = None  # may still get a content, or calls
     for channel, text in round_.said:
         if not text:
             continue
@@ -132,17 +136,16 @@ def round_messages(round_: Round) -> list[dict]:
             open_["content"] = text
         if channel == "commentary":
             open_["phase"] = channel
-    if calls and (open_ is None or (open_["content"]
-                                    and "phase" not in open_)):
-        open_ = {"role": "assistant", "content": None}
-        out.append(open_)
     if calls:
+        if open_ is None or (open_["content"] and "phase" not in open_):
+            open_ = {"role": "assistant", "content": None}
+            out.append(open_)
         open_.pop("phase", None)  # before a call it goes without saying
         open_["tool_calls"] = calls
     return out + answers
 
 
-# --- A turn ------------------------------------------------------------------
+# --- The turn itself ---------------------------------------------------------
 
 STOPS = ("<|return|>", "<|call|>", "<|endoftext|>")
 
@@ -151,7 +154,7 @@ def stop_tokens(tokenizer: Tokenizer) -> frozenset[int]:
     """The ids of STOPS; ChatError for a tokenizer without them."""
     missing = [name for name in STOPS if name not in tokenizer.special]
     require(not missing, "tokenizer", f"the control tokens {STOPS}",
-           f"none for {missing}")
+            f"none for {missing}")
     return frozenset(tokenizer.special[name] for name in STOPS)
 
 
@@ -188,7 +191,7 @@ class Turn:
         self._most = model.config.max_position_embeddings
         self._group = getattr(model, "group", None) or SingleProcess()
         self._agreement = Agreement(self._group)
-        self._events: Callable[[], object] = lambda: None
+        self._events: Callable[[], Any] = lambda: None
         self._behind: Iterable[ChatEvent] = ()
 
     def events(self) -> Iterator[ChatEvent]:
@@ -239,7 +242,7 @@ class Turn:
                         break
                 yield from round_.close()
                 if round_.call is not None:
-                    reason = yield from self._answer(round_)
+                    reason = yield from self._answer(round_, round_.call)
                     prompt = self._after(round_)
                 else:
                     reason = ("stop" if round_.over or token in self._stop
@@ -268,9 +271,11 @@ class Turn:
         steps = self._prefix.write(
             prompt, sampling, max_new_tokens=left, stop=self._stop,
             seed=self._agreement.ask(lambda: drawn))
-        end = object()
-        while (self._agreement.ask(self._goes_on)
-               and (step := next(steps, end)) is not end):
+        while self._agreement.ask(self._goes_on):
+            try:
+                step = next(steps)
+            except StopIteration:
+                return
             yield step
 
     def _goes_on(self) -> bool:
@@ -285,11 +290,13 @@ class Turn:
             yield ChatEvent("notice", f"the context of {self._most} tokens "
                                       "is full")
 
-    def _answer(self, round_: Round) -> Generator[ChatEvent, None, str]:
+    def _answer(self, round_: Round, called: ToolCall
+                ) -> Generator[ChatEvent, None, str]:
         """Runs the call of a round; returns why the turn ends, or ""."""
-        id_, arguments = next(self._ids), round_.call.arguments
-        name = possible_name(round_.call.recipient.removeprefix("functions."))
+        id_, arguments = next(self._ids), called.arguments
+        name = possible_name(called.recipient.removeprefix("functions."))
         yield ChatEvent("call", arguments, name)
+        reason: str
         reason, result = self._agreement.ask(
             lambda: self._result(name, arguments))
         call = {"id": id_, "type": "function",
@@ -310,14 +317,15 @@ class Turn:
         Of several processes only the first runs it."""
         tools = self._settings.tools
         tool, known = tools.get(name), ", ".join(tools)
-        if tool is not None and tool.run is None:
+        run = None if tool is None else tool.run
+        if tool is not None and run is None:
             return "tool_calls", ""
         if len(self.rounds) > self._settings.rounds:
             return "length", ""
-        if tool is None:
+        if run is None:
             return "", (f"error: there is no tool {name}; there are: "
                         f"{known or 'none'}")
-        return "", result_text(tool.run(arguments))
+        return "", result_text(run(arguments))
 
     def _after(self, round_: Round) -> list[int]:
         """The tokens so far, word for word, and the tool's answer."""

@@ -52,7 +52,7 @@ from gptoss.cli.terminal import (
 )
 from gptoss.parallel.launch import launched
 
-# --- generate ----------------------------------------------------------------
+# --- generate: text as it comes ----------------------------------------------
 
 def run_generate(args: argparse.Namespace) -> None:
     """Writes the continuation of a prompt to stdout as it comes."""
@@ -79,7 +79,7 @@ def run_generate(args: argparse.Namespace) -> None:
               f"{done.finish_reason}]", file=sys.stderr)
 
 
-# --- chat --------------------------------------------------------------------
+# --- chat: a conversation ----------------------------------------------------
 
 def _tools(args: argparse.Namespace, known: dict) -> list:
     """The tools that the options name."""
@@ -118,10 +118,11 @@ def run_chat(args: argparse.Namespace) -> None:
         if line or asked:
             session.ask(line)
     if args.json:
-        print(json.dumps({"messages": chat.turn} | asdict(chat.usage)))
+        used = asdict(chat.usage) if chat.usage else {}
+        print(json.dumps({"messages": chat.turn} | used))
 
 
-# --- parity and vectors ------------------------------------------------------
+# --- parity and vectors: is it the same model? -------------------------------
 
 def _walked(folder: Path, prompts: list[str] | None) -> list:
     """Tokens (1, T) of each prompt; [None], the report's own, for none."""
@@ -183,7 +184,7 @@ def run_vectors(args: argparse.Namespace) -> None:
         raise SystemExit(1)
 
 
-# --- train -------------------------------------------------------------------
+# --- train: the shipped model again ------------------------------------------
 
 def _short(value: object) -> str:
     """A value as a message may show it: nobody reads 400 digits."""

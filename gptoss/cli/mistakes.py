@@ -13,12 +13,12 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from gptoss.parallel.launch import launched, process_rank
 from gptoss.weights.errors import Error
 
-# --- Text that a terminal cannot obey ----------------------------------------
+# --- Which text cannot be obeyed? --------------------------------------------
 
 BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
@@ -42,7 +42,7 @@ def printable(text: str, keep: str = "\n\t") -> str:
     return "".join(map(show, text))
 
 
-# --- One line for every mistake ----------------------------------------------
+# --- What is told in one line? -----------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     """argparse, with one line on stderr and exit 2 for a mistake."""
@@ -79,7 +79,7 @@ def reason(error: BaseException) -> str:
     return line or type(error).__name__
 
 
-# --- Streams that are not there ----------------------------------------------
+# --- What if a stream is closed? ---------------------------------------------
 
 def fill_streams() -> list[str]:
     """Opens the null device for each closed standard stream: their names."""
@@ -114,7 +114,7 @@ def complain(error: BaseException) -> None:
               flush=True)
 
 
-# --- Told to end -------------------------------------------------------------
+# --- What if the program is told to end? -------------------------------------
 
 class Ended(BaseException):
     """A signal, its number in args[0]; no `except Exception` stops it."""
@@ -140,7 +140,7 @@ def tidily() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-# --- One of several processes ------------------------------------------------
+# --- Who speaks for several processes? ---------------------------------------
 
 def torchrun_number(name: str, size: int | None = None) -> int:
     """A number that torchrun has put into the environment, and which is to
@@ -153,7 +153,7 @@ def torchrun_number(name: str, size: int | None = None) -> int:
     return number
 
 
-def agreed(args: argparse.Namespace, make: Callable[[], object]) -> object:
+def agreed(args: argparse.Namespace, make: Callable[[], Any]) -> Any:
     """make(), as the first process finds it."""
     if launched() == 1:
         return make()

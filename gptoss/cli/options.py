@@ -99,7 +99,8 @@ def read_prompt(args: argparse.Namespace) -> str:
         if args.model != str(POCKET):
             raise UsageError("--prompt: needed with --model")
         return FIRST_WORDS
-    return agreed(args, _stdin) if args.prompt == "-" else args.prompt
+    text: str = agreed(args, _stdin) if args.prompt == "-" else args.prompt
+    return text
 
 
 def _stdin() -> str:

@@ -16,7 +16,7 @@ from gptoss.cli.options import POCKET, load_model
 from gptoss.cli.terminal import console
 from gptoss.parallel.launch import launched
 
-# --- inspect -----------------------------------------------------------------
+# --- inspect: what is in the file, and who can run it? -----------------------
 
 def show_plan(args: argparse.Namespace) -> None:
     """Prints what 1 to 8 GPUs could do with a model."""
@@ -108,7 +108,7 @@ def run_inspect(args: argparse.Namespace) -> None:
     console(sys.stdout).print(table)
 
 
-# --- convert -----------------------------------------------------------------
+# --- convert: the same weights in another layout -----------------------------
 
 def run_convert(args: argparse.Namespace) -> None:
     """Rewrites a checkpoint in another layout, with a hash per tensor."""
@@ -129,7 +129,7 @@ def run_convert(args: argparse.Namespace) -> None:
     print(f"{len(manifest)} tensors written to {printable(args.target, '')}")
 
 
-# --- bench -------------------------------------------------------------------
+# --- bench: how fast is it here? ---------------------------------------------
 
 def figures(found: dict[str, Any]) -> str:
     """What `measure` found, a line each; rates with their spread."""

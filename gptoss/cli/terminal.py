@@ -26,7 +26,7 @@ from gptoss.cli.mistakes import (
 )
 from gptoss.parallel.launch import launched, process_rank
 
-# --- What a terminal shows ---------------------------------------------------
+# --- What may a terminal be sent? --------------------------------------------
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,7 +45,7 @@ def writer(stream: IO[str]) -> Callable[[str], None]:
     return write
 
 
-# --- chat: a turn as pieces of text ------------------------------------------
+# --- How does a turn look? ---------------------------------------------------
 
 STYLES = {"user": "bold", "analysis": "dim", "commentary": "dim",
           "final": "", "call": "cyan", "result": "cyan", "notice": "yellow"}
@@ -102,10 +102,10 @@ def drawer(stream: IO[str]) -> Callable[..., None]:
     return draw
 
 
-# --- chat: a session ---------------------------------------------------------
+# --- What does a session remember? -------------------------------------------
 
 @contextmanager
-def stoppable() -> Iterator[dict[str, Callable[[], bool]]]:
+def stoppable() -> Iterator[dict[str, Any]]:
     """Options of `Chat.events` with which Ctrl-C stops a turn.
 
     One process needs none: there it is an exception, wherever it comes.
@@ -153,13 +153,14 @@ class TerminalSession:
 
     def cost(self) -> str:
         """One line about the last turn."""
-        used = self.chat.usage
+        if (used := self.chat.usage) is None:
+            return ""
         return (f"[{used.finish_reason}: {used.generated_tokens} tokens in "
                 f"{used.seconds:.1f} s; {used.prefilled_tokens} of "
                 f"{used.prompt_tokens} read anew]\n")
 
 
-# --- chat: commands ----------------------------------------------------------
+# --- What does a line with a slash do? ---------------------------------------
 
 def write_whole(name: str, text: str, again: bool = False) -> None:
     """Writes a file, all of it or nothing; a link's own file, if it is one.
@@ -239,13 +240,14 @@ def _help(session: TerminalSession, _: str) -> str:
                       "space is never a command."])
 
 
-SLASH = {"/help": (_help, "this list"),
-         "/effort": (_effort, "LEVEL: low, medium or high"),
-         "/reset": (_reset, "forget what was said"),
-         "/save": (_save, "FILE: write the messages to a new file, as JSON"),
-         "/save!": (lambda session, name: _save(session, name, True),
-                    "FILE: the same, over an old file"),
-         "/quit": (_quit, "leave, as Ctrl-D does")}
+SLASH: dict[str, tuple[Callable[[TerminalSession, str], str], str]] = {
+    "/help": (_help, "this list"),
+    "/effort": (_effort, "LEVEL: low, medium or high"),
+    "/reset": (_reset, "forget what was said"),
+    "/save": (_save, "FILE: write the messages to a new file, as JSON"),
+    "/save!": (lambda session, name: _save(session, name, True),
+               "FILE: the same, over an old file"),
+    "/quit": (_quit, "leave, as Ctrl-D does")}
 
 
 def obey(session: TerminalSession, line: str) -> None:
@@ -256,7 +258,7 @@ def obey(session: TerminalSession, line: str) -> None:
     session.draw(SLASH[name][0](session, rest.strip()) + "\n", "dim")
 
 
-# --- chat: typed or piped ----------------------------------------------------
+# --- Typed, or piped? --------------------------------------------------------
 
 def piped(args: argparse.Namespace) -> Iterator[str]:
     """The lines of stdin, which must be UTF-8."""
