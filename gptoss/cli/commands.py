@@ -132,8 +132,7 @@ def _walked(folder: Path, prompts: list[str] | None) -> list:
 
     from gptoss.text.tokenizer import Tokenizer
 
-    encode = Tokenizer.from_pretrained(folder).encode
-    found = [encode(prompt) for prompt in prompts]
+    found = list(map(Tokenizer.from_pretrained(folder).encode, prompts))
     if not all(found):
         raise UsageError("--prompt: expected at least one token")
     return [torch.tensor([ids]) for ids in found]
