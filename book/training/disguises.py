@@ -302,13 +302,13 @@ def disguise(rng: random.Random, key: str) -> tuple[Tool, list[str]]:
     for names, schema, note in kit.parameters:
         extra = {"description": note} if described else {}
         properties[rng.choice(names)] = schema | extra
-    schema = {"type": "object", "properties": properties,
-              "required": list(properties)} if properties else None
+    takes = {"type": "object", "properties": properties,
+             "required": list(properties)} if properties else None
     says = rng.choice(kit.says)
     name = rng.choice(kit.names)
     if rng.random() < 0.5:
         name = f"{rng.choice(VERBS)}_{name.split('_')[-1]}"
-    return Tool(name, says, schema), list(properties)
+    return Tool(name, says, takes), list(properties)
 
 
 def tool_key(key: str, values: Sequence) -> str:
@@ -343,6 +343,7 @@ print(len({repr(one) for one in seen}), "definitions,", len({*names}),
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from gptoss.text.harmony import (
     EFFORTS,
@@ -536,13 +537,13 @@ def turn_of(rng: random.Random, kind: str, given: Given) -> Exchange:
 
 def fillers(rng: random.Random, far: bool, given: Given) -> list[Exchange]:
     """Turns to stand between a fact and the question for it."""
+    kinds: Sequence[str]
     if far:
         kinds = rng.choice(FAR) if rng.random() < 0.93 else VERY_FAR
     else:
         kinds = rng.choices(("sum", "talk", "beyond", *given.kits),
                             k=rng.choice((0, 0, 1, 2)))
-    return [unheld(lambda kind=kind: turn_of(rng, kind, given))
-            for kind in kinds]
+    return [unheld(partial(turn_of, rng, kind, given)) for kind in kinds]
 
 # %% tags=["export:conversations"]
 def turns_for(rng: random.Random, kind: str, given: Given) -> list[Exchange]:
@@ -640,7 +641,7 @@ def lesson_stream(seed: int, hold_out: bool | str = False,
     that training may see, or those whose last question is on the shelf
     `hold_out`, "exam" (or True) or "milestone"."""
     rng, mix = random.Random(seed), mix or MIX
-    wanted = {False: "", True: "exam"}.get(hold_out, hold_out)
+    wanted = hold_out if isinstance(hold_out, str) else "exam" * hold_out
     while True:
         kind = rng.choices(list(mix), list(mix.values()))[0]
         one = lesson(rng, kind)

@@ -199,7 +199,9 @@ def start_at_random(model: GptOss, seed: int) -> None:
 # were found by trying, and training changes them anyway.
 
 # %% tags=["export"]
-from gptoss.model.layers import Attention
+from typing import cast
+
+from gptoss.model.layers import Attention, Block
 from gptoss.attention.rope import rope_parameters
 
 PULL = (8.0, 8.0, 4.0)  # on the score, of the three fastest pairs
@@ -273,16 +275,17 @@ def plant_copying(model: GptOss, seed: int) -> None:
         half, half, generator=generator))[0].T for _ in range(2))
     embedding.zero_()[:, :half] = words
     head.zero_()[:, half:] = words / 0.7 / half ** 0.5 @ inner.T @ outer
-    for layer in model.layers:
+    blocks = [cast(Block, layer) for layer in model.layers]
+    for layer in blocks:
         layer.self_attn.o_proj.weight.mul_(0.3)
         layer.mlp.experts.down_proj.mul_(0.1)
     for group in range(config.num_key_value_heads):
-        at, first = rows_of(group, C), model.layers[0].self_attn
+        at, first = rows_of(group, C), blocks[0].self_attn
         place = group, group * (config.num_attention_heads
                                 // config.num_key_value_heads)
         look_back(first, config, *place)
         carry(first, *place, inner[at], torch.eye(C) / 2, half + at.start)
-        for layer in model.layers[1:4:2]:
+        for layer in blocks[1:4:2]:
             look_for(layer.self_attn, config, *place, inner[at])
             carry(layer.self_attn, *place, inner[at], 1.3 * outer[at].T, half)
 

@@ -300,7 +300,9 @@ def drill_row(tokenizer: Tokenizer, rng: random.Random) -> Row:
     top = min(tokenizer.special.values())
     pieces = [[rng.randrange(top) for _ in range(rng.randrange(2, 9))]
               for _ in range(rng.randrange(2, 9))]
-    ids, weights, seen = [], [], set()
+    ids: list[int] = []
+    weights: list[float] = []
+    seen: set[int] = set()
     while len(ids) < rng.choice((80, 160, 240, 320)):
         at = rng.randrange(len(pieces))
         ids += pieces[at]

@@ -168,9 +168,12 @@ print(f"step {price['step']}: {price['unrounded']:.4f} nats, "
 # The next token, and a fair share for every expert.
 
 # %% tags=["export"]
+from typing import cast
+
 import torch.nn.functional as F
 from torch import nn
 
+from gptoss.model.layers import Block, Router
 from gptoss.model.transformer import GptOss
 from gptoss.moe.routing import expert_load, top_logits
 
@@ -216,10 +219,11 @@ class RouterTap:
 
     def __init__(self, model: GptOss) -> None:
         self.logits: list[Tensor] = []
-        self.hooks = [layer.mlp.router.register_forward_hook(self._keep)
-                      for layer in model.layers]
+        self.hooks = [
+            cast(Block, layer).mlp.router.register_forward_hook(self._keep)
+            for layer in model.layers]
 
-    def _keep(self, router: nn.Module, inputs: tuple, output: object) -> None:
+    def _keep(self, router: Router, inputs: tuple, output: object) -> None:
         self.logits.append(F.linear(inputs[0], router.weight, router.bias))
 
     def close(self) -> None:
@@ -264,9 +268,9 @@ class OnGrid(nn.Module):
 def put_on_grid(model: GptOss) -> None:
     """From now on every expert computes with four-bit weights."""
     for layer in model.layers:
+        experts = cast(Block, layer).mlp.experts
         for name in ("gate_up_proj", "down_proj"):
-            parametrize.register_parametrization(
-                layer.mlp.experts, name, OnGrid())
+            parametrize.register_parametrization(experts, name, OnGrid())
 
 # %%
 weight = torch.randn(4, 64, requires_grad=True)
@@ -351,7 +355,8 @@ class Recipe:
 def optimizer_for(model: GptOss, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW; biases, sinks and norms are not decayed towards zero."""
     vectors = ("bias", "sinks", "norm.weight")
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (free if name.endswith(vectors) else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay},

@@ -6,6 +6,7 @@ Generated from book/training/disguises.py; edit the chapter, not this file.
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from gptoss.text.harmony import (
     EFFORTS,
@@ -171,13 +172,13 @@ def turn_of(rng: random.Random, kind: str, given: Given) -> Exchange:
 
 def fillers(rng: random.Random, far: bool, given: Given) -> list[Exchange]:
     """Turns to stand between a fact and the question for it."""
+    kinds: Sequence[str]
     if far:
         kinds = rng.choice(FAR) if rng.random() < 0.93 else VERY_FAR
     else:
         kinds = rng.choices(("sum", "talk", "beyond", *given.kits),
                             k=rng.choice((0, 0, 1, 2)))
-    return [unheld(lambda kind=kind: turn_of(rng, kind, given))
-            for kind in kinds]
+    return [unheld(partial(turn_of, rng, kind, given)) for kind in kinds]
 
 
 def turns_for(rng: random.Random, kind: str, given: Given) -> list[Exchange]:
@@ -275,7 +276,7 @@ def lesson_stream(seed: int, hold_out: bool | str = False,
     that training may see, or those whose last question is on the shelf
     `hold_out`, "exam" (or True) or "milestone"."""
     rng, mix = random.Random(seed), mix or MIX
-    wanted = {False: "", True: "exam"}.get(hold_out, hold_out)
+    wanted = hold_out if isinstance(hold_out, str) else "exam" * hold_out
     while True:
         kind = rng.choices(list(mix), list(mix.values()))[0]
         one = lesson(rng, kind)

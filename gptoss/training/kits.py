@@ -193,13 +193,13 @@ def disguise(rng: random.Random, key: str) -> tuple[Tool, list[str]]:
     for names, schema, note in kit.parameters:
         extra = {"description": note} if described else {}
         properties[rng.choice(names)] = schema | extra
-    schema = {"type": "object", "properties": properties,
-              "required": list(properties)} if properties else None
+    takes = {"type": "object", "properties": properties,
+             "required": list(properties)} if properties else None
     says = rng.choice(kit.says)
     name = rng.choice(kit.names)
     if rng.random() < 0.5:
         name = f"{rng.choice(VERBS)}_{name.split('_')[-1]}"
-    return Tool(name, says, schema), list(properties)
+    return Tool(name, says, takes), list(properties)
 
 
 def tool_key(key: str, values: Sequence) -> str:

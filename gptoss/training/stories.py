@@ -275,15 +275,17 @@ def read_story(text: str) -> Reading:
     beat in order, and hero, kind, friend, colour, thing, home and place
     the same wherever they are mentioned.
     """
-    text, furthest = text.strip(), [0, Reading(beat="opening", rest=text)]
+    text, reached = text.strip(), 0
+    furthest = Reading(beat="opening", rest=text)
 
     def follow(at: int, beat: int, cast: dict[str, str]) -> Reading | None:
         if beat == len(BEATS):
             return Reading(True, cast) if at >= len(text) else None
+        nonlocal reached, furthest
         name, lines = BEATS[beat]
-        if at >= furthest[0]:
-            rest = text[at:at + 60]
-            furthest[:] = [at, Reading(False, cast, name, rest)]
+        if at >= reached:
+            reached = at
+            furthest = Reading(False, cast, name, text[at:at + 60])
         for line in lines:
             found = line_pattern(line, cast).match(text, at)
             if not found:
@@ -295,7 +297,7 @@ def read_story(text: str) -> Reading:
                 return done
         return None
 
-    return follow(0, 0, {}) or furthest[1]
+    return follow(0, 0, {}) or furthest
 
 
 def story_stream(seed: int, hold_out: bool = False) -> Iterator[str]:

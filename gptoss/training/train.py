@@ -7,12 +7,14 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from gptoss.model.layers import Block, Router
 from gptoss.model.transformer import GptOss
 from gptoss.moe.routing import expert_load, top_logits
 from gptoss.weights.encoding import encode
@@ -61,10 +63,11 @@ class RouterTap:
 
     def __init__(self, model: GptOss) -> None:
         self.logits: list[Tensor] = []
-        self.hooks = [layer.mlp.router.register_forward_hook(self._keep)
-                      for layer in model.layers]
+        self.hooks = [
+            cast(Block, layer).mlp.router.register_forward_hook(self._keep)
+            for layer in model.layers]
 
-    def _keep(self, router: nn.Module, inputs: tuple, output: object) -> None:
+    def _keep(self, router: Router, inputs: tuple, output: object) -> None:
         self.logits.append(F.linear(inputs[0], router.weight, router.bias))
 
     def close(self) -> None:
@@ -90,9 +93,9 @@ class OnGrid(nn.Module):
 def put_on_grid(model: GptOss) -> None:
     """From now on every expert computes with four-bit weights."""
     for layer in model.layers:
+        experts = cast(Block, layer).mlp.experts
         for name in ("gate_up_proj", "down_proj"):
-            parametrize.register_parametrization(
-                layer.mlp.experts, name, OnGrid())
+            parametrize.register_parametrization(experts, name, OnGrid())
 
 
 # --- How does a run go? ------------------------------------------------------
@@ -152,7 +155,8 @@ class Recipe:
 def optimizer_for(model: GptOss, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW; biases, sinks and norms are not decayed towards zero."""
     vectors = ("bias", "sinks", "norm.weight")
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (free if name.endswith(vectors) else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay},
