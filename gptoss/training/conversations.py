@@ -73,7 +73,7 @@ def missing_turn(rng: random.Random, given: Sequence[str]) -> Exchange:
     ask = rng.choice(KITS[key].asks).format(*values, **words)
     need = KITS[key].need.format(*values, **words)
     return Exchange("missing", ask,
-                ("No tool.", f"Asked for {need}: no tool.",
+                ("No tool.", f"No tool for {need}.",
                  f"The user asks for {need}. No tool that I have does it."),
                 "I have no tool for that.",
                 held=shelf(tool_key(key, values)))
@@ -120,7 +120,7 @@ BEYOND = (
 def talk_turn(rng: random.Random) -> Exchange:
     """A greeting and its like."""
     asks, what, answers = rng.choice(TALK)
-    high = f"{what} No tool and no sum is needed. I answer in one line."
+    high = f"{what} Nothing is asked of me. I answer in one line."
     return Exchange("talk", rng.choice(asks), (what, what, high),
                 rng.choice(answers))
 
@@ -251,14 +251,14 @@ def assemble(rng: random.Random, kind: str, turns: Sequence[Exchange],
                                 "call": last.call}, frozenset(muted))
 
 
-MIX = {"story": 12, "sum": 26, "tool": 29, "recall": 8, "far": 13,
-       "unknown": 2, "telling": 1, "talk": 1, "beyond": 2, "missing": 4,
+MIX = {"story": 12, "sum": 26, "tool": 31, "recall": 8, "far": 13,
+       "unknown": 3, "telling": 1, "talk": 1, "beyond": 2, "missing": 5,
        "date": 1, "after": 1}
 SECOND = {"story": 8, "sum": 42, "tool": 26, "recall": 6, "far": 7,
-          "unknown": 2, "telling": 1, "talk": 1, "beyond": 1, "missing": 3,
+          "unknown": 3, "telling": 1, "talk": 1, "beyond": 1, "missing": 4,
           "date": 1, "after": 2}    # when sums are what is left to learn
-THIRD = {"story": 6, "sum": 30, "tool": 34, "recall": 5, "far": 13,
-         "unknown": 1, "telling": 1, "talk": 1, "beyond": 1, "missing": 4,
+THIRD = {"story": 6, "sum": 36, "tool": 43, "recall": 7, "far": 16,
+         "unknown": 3, "telling": 1, "talk": 1, "beyond": 1, "missing": 6,
          "date": 2, "after": 2}     # beside columns, which are sums too
 NEVER_HELD = ("telling", "talk", "beyond", "unknown", "date")
 

@@ -99,7 +99,7 @@ def take(mark: Mark, tokenizer: Tokenizer, messages: list[Message]) -> None:
         mark.right = right_answer(last.content, mark.lesson)
 
 
-EXAM, MILESTONE = ("exam", 20_000), ("milestone", 10_000)   # shelf, seed
+EXAM, MILESTONE = ("exam", 40_000), ("milestone", 10_000)   # shelf, seed
 
 
 @torch.inference_mode()

@@ -114,16 +114,16 @@ class Recipe:
     """
 
     seed: int = 0
-    steps: int = 16000
+    steps: int = 19000
     tokens: int = 1250
     rates: tuple[float, ...] = (2e-3, 1.2e-3, 8e-4)
     warmup: int = 100
     weight_decay: float = 0.05
     balance: float = 0.01
-    easy: float = 0.1079
-    change: float = 15 / 32
-    grid_from: float = 19 / 32
-    last: float = 23 / 32
+    easy: float = 0.0909
+    change: float = 15 / 35
+    grid_from: float = 19 / 35
+    last: float = 23 / 35
     table: float = 0.15
     clip: float = 1.0
 
