@@ -22,7 +22,7 @@
 # How small can a gpt-oss be and still think before it answers?
 #
 # The checkpoint in `gptoss/pocket/` has a ten-thousandth of the 20b's
-# parameters. One processor core trained it in 74 minutes. It speaks
+# parameters. One processor core trained it in 86 minutes. It speaks
 # harmony: asked for a sum of three-digit numbers it works it out column by
 # column in its analysis channel, longer or shorter as the system message
 # says, and then answers. It reads the definitions of tools it has never seen

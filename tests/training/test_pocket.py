@@ -59,11 +59,11 @@ def test_a_pocket_that_is_not_examined_is_not_there(tmp_path, monkeypatch):
 
 
 def test_schooling_changes_to_the_second_mix(tokenizer):
-    recipe = train.Recipe(steps=32)
+    recipe = train.Recipe(steps=35)
     shares = recipe.change, recipe.grid_from, recipe.last
     assert [recipe.at(share) for share in shares] == [15, 19, 23]
     assert [train.Recipe().at(share) for share in shares] == [
-        7500, 9500, 11500]
+        8143, 10314, 12486]
     found = list(itertools.islice(pocket.schooling(tokenizer, recipe), 25))
     stretches = ((15, 2, conversations.SECOND, 0.0),
                  (23, 3, conversations.THIRD, recipe.table))
@@ -76,7 +76,7 @@ def test_schooling_changes_to_the_second_mix(tokenizer):
 
 
 def test_a_schooling_runs_to_its_end_without_a_leak():
-    """`rows` reads all that it gives; GPTOSS_FUZZ=365 walks the whole run
+    """`rows` reads all that it gives; GPTOSS_FUZZ=400 walks the whole run
     of the shipped file."""
     reader = Tokenizer.from_pretrained(POCKET)
     recipe = train.Recipe(steps=48 * int(os.environ.get("GPTOSS_FUZZ", "1")))
@@ -121,11 +121,11 @@ def test_the_log_tells_the_whole_run():
     assert saved["log"][-1]["step"] == train.Recipe().steps - 1
     assert saved["log"][-1]["seconds"] < 90 * 60
     assert set(saved["exam"]) == set(pocket.EXAMINED)
-    # the goal for sums is 0.97; this file reached 0.965 (training/examining
-    # says so)
-    bars = {"story": 0.97, "sum": 0.96, "tool": 0.95, "far": 0.95,
-            "recall": 0.93, "after": 0.95, "talk": 0.95, "telling": 0.95,
-            "beyond": 0.95}
+    # goals set before the run for the first four, below what was reached
+    # for the others
+    bars = {"story": 0.97, "sum": 0.97, "tool": 0.95, "far": 0.95,
+            "recall": 0.95, "after": 0.95, "talk": 0.95, "telling": 0.95,
+            "beyond": 0.95, "missing": 0.95, "unknown": 0.93}
     for kind, bar in bars.items():
         assert saved["exam"][kind]["right"] >= bar
     for card in saved["exam"].values():
