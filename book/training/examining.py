@@ -522,6 +522,11 @@ for kind, card in sorted(shipped.items(), key=lambda kv: kv[1]["right"]):
 # marked by an exam with a seed of its own: whoever looks at one exam three
 # times has not set three.
 #
+# What is marked for small talk is the answer alone. "Hello!" is answered as it
+# should be, and thought over as "A farewell.": nothing in the lessons makes
+# the two differ, since greeting and farewell are both a line long and both
+# right. An examiner finds what it looks for.
+#
 # It also knows nothing outside of its lessons. Asked in other words, or for
 # something that only looks like a lesson, it answers what it would have
 # answered to the nearest one:
