@@ -429,8 +429,8 @@ print([round(v, 2) for v in _ramp(low, high, C // 2)[7:20].tolist()])
 # sketched on torch's meta device.
 #
 # Two refusals, ValueErrors: a head of an odd size, or of none, has no pairs
-# (`head_dim: expected even, found 7`), and a factor that is not at least 1,
-# be it NaN, would not slow the hands (`rope factor: expected >= 1`).
+# (`head_dim: expected even, found 7`), and a factor below 1 would speed the
+# hands up; NaN is refused with it (`rope factor: expected >= 1, found nan`).
 
 # %% tags=["export"]
 def inverse_frequencies(
