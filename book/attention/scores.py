@@ -419,7 +419,8 @@ def scores(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
 #
 # ### How are the values mixed?
 #
-# The same stacking backwards. `mix` takes any weights, whatever they sum to.
+# The same stacking backwards. `mix` takes any weights, whatever they sum to,
+# and their type is that of the result: values of another type are cast to it.
 
 # %% tags=["export"]
 def mix(weights: Tensor, v: Tensor) -> Tensor:
@@ -436,13 +437,15 @@ def mix(weights: Tensor, v: Tensor) -> Tensor:
 # %% [markdown]
 # ### What is refused
 #
-# Two mistakes would give numbers and no error. If $H$ is no multiple of $G$,
-# the heads cannot be shared out: we say `heads: expected H a multiple of G`
-# and what was found. And a mask of zeros and $-\infty$, as other programs
-# add it to the scores, would be inverted as if it were booleans; a mask for
-# other lengths might be stretched to fit. So the mask must be of booleans
-# and its last two sizes T and S: `mask: expected bool (B or 1, T, S)`, with
-# the numbers, and what was found. Both are ValueErrors.
+# Two mistakes deserve words of our own. If $H$ is no multiple of $G$, the
+# heads cannot be shared out. A mask of zeros and $-\infty$, as other programs
+# add it to the scores, holds no booleans to invert, and a mask for other
+# lengths might be stretched to fit, which would give numbers and no error. So
+# the mask must be of booleans and its last two sizes T and S. Both are
+# ValueErrors, which first say what we expected and then what we found, the
+# sizes plain: `heads: expected H a multiple of G, found 3, 2`, or, where an
+# additive mask came for one text of three tokens, `mask: expected bool (1 or
+# 1, 3, 3), found torch.float32 (1, 3, 3)`.
 
 # %% tags=["export"]
 def _check_heads_and_mask(q: Tensor, k: Tensor, mask: Tensor) -> None:

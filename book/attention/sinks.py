@@ -334,10 +334,10 @@ print("and without a sink:  ", [f"{w:.0f}" for w in no_sink[0].tolist()])
 
 # %% [markdown]
 # The whole form 1 is then three calls. `scores` and `mix` are those of [who
-# looks at whom](scores.ipynb): grouped heads, fp32 or wider inside, and
-# their two refusals (H no multiple of G, a mask that is not of booleans or
-# does not fit) hold for all forms that follow. The result is rounded once,
-# at the very end, to the type of the queries.
+# looks at whom](scores.ipynb): grouped heads, fp32 or wider inside, and the
+# two refusals (H no multiple of G, a mask that is not of booleans or does not
+# fit), for every form that calls `scores`: all but the last. The result is
+# rounded once, at the very end, to the type of the queries.
 
 # %% tags=["export"]
 from gptoss.attention.scores import mix, scores
@@ -419,7 +419,8 @@ print(f"1 - share: {1 - sink_share(lse, torch.zeros(1)).item():.2e}")
 # ### Form 3: what if only a few keys fit into memory?
 #
 # Three running numbers a row, {eq}`sinks-online`, and `chunk` keys at a time.
-# Fewer than one is refused: `chunk: expected at least 1`.
+# Fewer than one is a ValueError: `chunk: expected at least 1`. (The mask is
+# cut like the keys: columns beyond the last key may go unnoticed here.)
 
 # %% tags=["export"]
 def attention_online(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
@@ -465,7 +466,9 @@ for chunk in (1, 3, 7, 100):
 # of the queries. Form 2 makes it a kernel for gpt-oss, and
 # {eq}`sinks-backward` makes a backward of the operator that ends in
 # `_backward`: it is handed the rescaled output and $\ell'$. Only the sink's
-# own gradient needs writing, {eq}`sinks-grad` summed over all rows.
+# own gradient needs writing, {eq}`sinks-grad` summed over all rows. In an
+# empty row the kernel returns zeros and $\ell = 0$, not $-\infty$, but zeros
+# stay zeros whatever $\sigma(\ell - s)$ is.
 
 # %% tags=["export"]
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -496,8 +499,8 @@ class _FlashWithSinks(torch.autograd.Function):
         return dq, dk, dv, ds.to(sinks.dtype), None, None
 
 # %% [markdown]
-# The operator exists on a CPU only, so tensors elsewhere are refused
-# (`attention_flash: expected cpu`, and where they were found).
+# The operator exists on a CPU only, so tensors elsewhere are a ValueError
+# (`attention_flash: expected cpu, found meta`). Nothing else is checked.
 
 # %% tags=["export"]
 def attention_flash(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
