@@ -419,8 +419,7 @@ print(f"1 - share: {1 - sink_share(lse, torch.zeros(1)).item():.2e}")
 # ### Form 3: what if only a few keys fit into memory?
 #
 # Three running numbers a row, {eq}`sinks-online`, and `chunk` keys at a time.
-# Fewer than one is a ValueError: `chunk: expected at least 1`. (The mask is
-# cut like the keys: columns beyond the last key may go unnoticed here.)
+# Fewer than one is a ValueError: `chunk: expected at least 1`.
 
 # %% tags=["export"]
 def attention_online(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
@@ -432,6 +431,7 @@ def attention_online(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
     """
     if chunk < 1:
         raise ValueError(f"chunk: expected at least 1, found {chunk}")
+    check_heads_and_mask(q, k, mask)
     B, T, H, C = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     out = torch.zeros(B, T, H, C, dtype=wide, device=q.device)
@@ -513,6 +513,7 @@ def attention_flash(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
     """
     if q.device.type != "cpu":
         raise ValueError(f"attention_flash: expected cpu, found {q.device}")
+    check_heads_and_mask(q, k, mask)
     bias = torch.zeros(mask.shape, dtype=q.dtype)
     bias = bias.masked_fill_(~mask, -torch.inf).unsqueeze(1)
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
