@@ -336,11 +336,11 @@ print("and without a sink:  ", [f"{w:.0f}" for w in no_sink[0].tolist()])
 # The whole form 1 is then three calls. `scores` and `mix` are those of [who
 # looks at whom](scores.ipynb): grouped heads, fp32 or wider inside, and the
 # two refusals (H no multiple of G, a mask that is not of booleans or does not
-# fit), for every form that calls `scores`: all but the last. The result is
-# rounded once, at the very end, to the type of the queries.
+# fit), which hold for every form. The result is rounded once, at the very end,
+# to the type of the queries.
 
 # %% tags=["export"]
-from gptoss.attention.scores import mix, scores
+from gptoss.attention.scores import check_heads_and_mask, mix, scores
 
 
 def attention_concat(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,

@@ -6,7 +6,7 @@ Generated from book/attention/sinks.py; edit the chapter, not this file.
 import torch
 from torch import Tensor
 
-from gptoss.attention.scores import mix, scores
+from gptoss.attention.scores import check_heads_and_mask, mix, scores
 
 # --- Form 1: how does the sink join the softmax? -----------------------------
 
