@@ -250,7 +250,9 @@ print(*(f"{code:x}: {value:g}" for code, value in enumerate(table)),
 #
 # Both equations in float64, where nothing can go wrong, since its smallest
 # normal number is $2^{-1022}$. One cast at the end. This is the slow twin
-# against which everything faster is held.
+# against which everything faster is held. `FORMATS` says of each float type
+# how many exponent and fraction bits it has, which integer is as wide as one
+# of its numbers, and which type is as wide as two.
 
 # %% tags=["export"]
 from functools import lru_cache
@@ -415,7 +417,8 @@ for m, e in ((3, -129), (12, 126), (12, 127), (1, -127)):
 # dimensions, or whose last is not 16; scales that do not have the blocks'
 # shape without that 16; and a type that is none of float16, bfloat16, float32
 # and float64. Each is an `MXFP4Error` that begins with `blocks`, `scales` or
-# `dtype` and says what was expected and what was found.
+# `dtype` and says which type (`uint8`) or shape was expected and what was
+# found instead.
 
 # %% tags=["export"]
 def check_packed(blocks: torch.Tensor, scales: torch.Tensor) -> None:
@@ -551,7 +554,8 @@ print(tuple(blocks.shape), tuple(scales.shape), "->", tuple(on_meta.shape),
 # has. `PackedMXFP4` holds both. Taking one expert out of a layer must not
 # copy, so indexing gives views. The last dimension is packed and cannot be
 # indexed: at most as many integers or slices as there are dimensions before
-# it, and nothing else. `to` moves both parts, `nbytes` counts both.
+# it, and nothing else; the error says how many that is. `to` moves both
+# parts, `nbytes` counts both.
 
 # %% tags=["export"]
 class PackedMXFP4:
