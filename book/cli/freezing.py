@@ -781,7 +781,7 @@ assert [cell.source for cell in again.cells] == [
 #
 # ## In the 20b and the 120b
 #
-# No check of this book needs 13.8 or 65.2 GB of weights, or a GPU. A cell
+# No check of this book needs the released weights, or a GPU. A cell
 # that does need them carries two tags, because two programs have to leave it
 # alone: `skip-execution` is read by nbclient, `nbval-skip` by nbval. With
 # both tags, and only then, a cell may be frozen without having run.

@@ -130,8 +130,9 @@ def unprinted(said: set[str], known: str) -> set[str]:
     """Those of the numbers `said` that no number in the text `known` rounds
     to, as it stands or as a percentage."""
     known = re.sub(r"(?<=\d)[,_](?=\d)", "", known)
-    values = [float(number) for number in
-              re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?:e[+-]?\d+)?", known)]
+    values = [float(number) for pair in re.findall(   # 6.6e-6: 6.6 as well
+        r"(?<![\w.])((\d+(?:\.\d+)?)(?:e[+-]?\d+)?)", known)
+        for number in pair]
 
     def is_known(number: str) -> bool:
         half = 0.5000001 * 10.0 ** -len(number.partition(".")[2])
@@ -145,7 +146,8 @@ def unprinted(said: set[str], known: str) -> set[str]:
     ("are 91 % of", "0.9137", set()), ("are 91 % of", "0.9157", {"91"}),
     ("131,072 tokens", "n = 131_072", set()), ("in 3 parts", "", set()),
     ("torch 2.13.0", "", set()), ("`1.5` and $2.5$", "", set()),
-    ("0.25 of", "2.5e-1", set()), ("7 times", "x7 8", {"7"})])
+    ("0.25 of", "2.5e-1", set()), ("6.6 us", "6.6e-6", set()),
+    ("7 times", "x7 8", {"7"})])
 def test_unprinted(text: str, known: str, found: set[str]) -> None:
     assert unprinted(numbers(text), known) == found
 
