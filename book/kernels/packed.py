@@ -354,8 +354,8 @@ print(4 * 24 * 128, "of", 2 ** 15 - 1)
 # which is $1.5 \cdot 2^{23}$: a float of that size has no bits for a fraction,
 # so the sum is rounded (a half to the even number, as `np.round` does), and
 # its low bits are the whole number. An infinite or NaN activation makes the
-# factor NaN (`odd`), so the result is NaN too. A block whose step is $10^{-37}$
-# or less counts as zeros, since one over that comes near the largest float.
+# factor NaN (`odd`), so the result is NaN too. A block whose step is at most
+# $10^{-37}$ counts as zeros, since one over that comes near the largest float.
 
 # %% [markdown] tags=["export:digits.h"]
 # ```cpp
