@@ -245,7 +245,7 @@ Event = Opened | Delta | ToolCall | Done | Malformed
 # - "two <|channel|> in a header" (or `<|constrain|>`): the later one counts,
 #   but an unknown channel never replaces a known one.
 # - "a <|channel|> without a name": it does not count. A `<|constrain|>` that
-#   names nothing does, and nothing is said.
+#   names nothing counts, and nothing is said.
 
 # %% tags=["export"]
 _Pieces = list[tuple[str, bytearray]]  # control token or "", text behind it
@@ -478,7 +478,7 @@ print(_rescue([("", bytearray()), ("<|channel|>", bytearray(b"??"))]))
 #
 # Which `text` does a complaint come with? A header's, with all of it; an
 # abandoned one's, with that and the token; a skipped token's, with its name; a
-# call's, with its recipient. Where the message speaks for itself, it is empty.
+# call's, with its recipient. With all others it is empty.
 #
 # `messages` holds those that are done. `role` says whose header the tokens go
 # on with, by default the assistant's, as a reply does; None: they begin with
