@@ -427,10 +427,12 @@ for E in (32, 128):
 # numbers takes about a thousand comparisons, the four experts 200 million
 # FLOPs, so we can afford it. Two things are added to the two lines above.
 # The slices are copied, so that the results are contiguous and hold k
-# columns: a slice would keep all E in memory. And k outside 1 to E is
-# refused with a ValueError that names the config's key,
-# `num_experts_per_tok`. ([Layers](../model/layers.ipynb) put the linear
-# layer with bias, from D to E logits, in front of it.)
+# columns: a slice would keep all E in memory. And k outside 1 to E is a
+# ValueError, in the form of all our refusals: the config's key, what was
+# expected, what was found. With nine of eight experts,
+# `num_experts_per_tok: expected 1 to 8, found 9`.
+# ([Layers](../model/layers.ipynb) put the linear layer with bias, from D to
+# E logits, in front of it.)
 
 # %% tags=["export"]
 import torch
