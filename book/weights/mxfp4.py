@@ -689,6 +689,18 @@ assert moved == 2.0 ** -128
 print(f"decoded: {moved:.4g}")
 
 # %% [markdown]
+# **The sentence again.** [The whole model on one page](../one_page.ipynb)
+# decodes its experts with `ldexp`. We put our table in its place, and the
+# story goes on as it did:
+
+# %%
+from gptoss.one_page import SENTENCE, sentence
+
+retold = sentence(12, decode=lambda *packed: decode(*packed, torch.float32))
+assert retold == sentence(12)
+print(retold.removeprefix(SENTENCE).strip())
+
+# %% [markdown]
 # ## Against the others
 #
 # OpenAI's reader and transformers take the same two steps: look up each
