@@ -501,6 +501,27 @@ assert receptive_field(kinds, 7)[-1].total is None
 print("four layers, one of them full:", marks(kinds, 7, 200), "of 200")
 
 # %% [markdown]
+# **The sentence again.** Let our `visible` decide in the attention of
+# [the page](../one_page.ipynb): the story goes on as it did. It is still
+# shorter than the window, so we shorten the window to 4 as well. Then the
+# story is another one, and the page's own rule tells it with us.
+
+# %%
+from gptoss import one_page as page
+
+
+def nearer(rule):
+    return lambda q_pos, k_pos, window: rule(q_pos, k_pos, window and 4)
+
+
+retold = page.sentence(12, visible=visible)
+shorter = page.sentence(12, visible=nearer(visible))
+assert retold == page.sentence(12) != shorter
+assert shorter == page.sentence(12, visible=nearer(page.visible))
+for text in (retold, shorter):
+    print(text.removeprefix(page.SENTENCE).strip())
+
+# %% [markdown]
 # ## Against the others
 #
 # **Hugging Face** builds its mask from `sliding_window_overlay` and the

@@ -640,10 +640,6 @@ for trial in range(50):
     shift = torch.randint(0, 130_000, ())
     moved = scores(q, k, q_pos + shift, k_pos + shift, f)
     worst = max(worst, (moved - scores(q, k, q_pos, k_pos, f)).abs().max())
-    if trial == 49:
-        for name, row in (("as it was", scores(q, k, q_pos, k_pos, f)),
-                          (f"{shift:,} further", moved)):
-            print(f"{name:15}", [round(n, 6) for n in row[0, 0, 0].tolist()])
 assert worst < 1e-9
 print("50 cases, never further apart than 1e-09")
 
@@ -678,17 +674,23 @@ errors = {
 for name, error in errors.items():
     print(f"{name:26}{1000 * error.abs().max():.0f} thousandths of a radian")
 assert errors["from rounding the product"].abs().max() <= 2**-8
-to_8_and_18 = inverse_frequencies(C, THETA, FACTOR, truncate=True).double()
-ramp = last * (to_8_and_18 - inv_freq.double()).abs().max()
-print(f"from rounding the ramp    {ramp:.1f} radians")
 
 # %% [markdown]
-# A few thousandths of a radian. Rounding the ramp ([who rounds two
-# numbers](rounded_ramp.ipynb)) costs ten thousand times that.
+# A few thousandths of a radian. The second line is no error of this code: the
+# released code computes the list in fp32, and those 32 numbers are the model.
 #
-# The second line is no error of this code. The released code computes the
-# list in fp32: those 32 numbers define the model, to be met bit for bit.
-#
+# **The sentence again.** With our tables and our rotation in the place of its
+# own, [the page](../one_page.ipynb) goes on as it did:
+
+# %%
+from gptoss.one_page import SENTENCE, sentence
+
+retold = sentence(12, rope=apply_rope, rope_tables=lambda where, settings: (
+    rope_tables(where, *rope_parameters(GptOssConfig.from_dict(settings)))))
+assert retold == sentence(12)
+print(retold.removeprefix(SENTENCE).strip())
+
+# %% [markdown]
 # ## Is changing numbers enough?
 #
 # Back to the reader of the naive version, on 2,048 tokens. Its ramp begins
@@ -891,10 +893,8 @@ for name, s in (("RoPE", plain), ("YaRN", yarn)):
 #
 # - RoPE: {cite}`rope2021`; YaRN, NTK by parts and the temperature:
 #   {cite}`yarn2023`; the model: {cite}`gptoss2025`.
-# - openai/gpt-oss, `gpt_oss/torch/model.py`: `RotaryEmbedding`,
-#   `_apply_rotary_emb`.
-# - huggingface/transformers 5.23, `modeling_rope_utils.py`:
-#   `_compute_yarn_parameters`; `models/gpt_oss/modeling_gpt_oss.py`:
-#   `GptOssRotaryEmbedding`, `_apply_rotary_emb`.
+# - openai/gpt-oss, `gpt_oss/torch/model.py`: `RotaryEmbedding`.
+# - huggingface/transformers 5.23: `_compute_yarn_parameters` and
+#   `GptOssRotaryEmbedding`.
 # - NousResearch/Yarn-Llama-2-70b-32k, its card: training after the change.
 # - pytorch/torchtitan, `models/common/rope.py`: YaRN as one pure function.

@@ -546,6 +546,27 @@ print("one by one, the same",
       [round(n, 3) for n in row[0, -1, 0, :4].tolist()])
 
 # %% [markdown]
+# **The sentence again.** We put our `scores` and `mix` into the attention of
+# [the page](../one_page.ipynb). Between them stands the softmax that it has,
+# with one [sink](sinks.ipynb) more in every row, which comes later:
+
+# %%
+from gptoss.one_page import SENTENCE, sentence, visible
+
+
+def with_ours(q, k, v, sinks, window):
+    seen = visible(torch.arange(len(q)), torch.arange(len(q)), window)
+    a = scores(q[None], k[None], seen[None], q.shape[-1] ** -0.5)
+    sink = sinks[:, None, None].expand(1, -1, len(q), 1)
+    shares = torch.cat([a, sink], -1).softmax(-1)[..., :-1]
+    return mix(shares, v[None])[0]
+
+
+retold = sentence(12, attention=with_ours)
+assert retold == sentence(12)
+print(retold.removeprefix(SENTENCE).strip())
+
+# %% [markdown]
 # ## What is still missing
 #
 # This is attention as it was published in 2017 {cite}`attention2017`, plus

@@ -608,8 +608,6 @@ sdpa = F.scaled_dot_product_attention(
     enable_gqa=True).transpose(1, 2)
 plain = attention_concat(q, k, v, nothing, seen, 0.25)
 torch.testing.assert_close(plain, sdpa)
-for name, row in (("sink -inf", plain), ("torch    ", sdpa)):
-    print(name, [round(n, 4) for n in row[0, 0, 0, :4].tolist()])
 
 small = [torch.randn(s).double().requires_grad_()
          for s in ((1, 3, 4, 2), (1, 5, 2, 2), (1, 5, 2, 2), (4,))]
@@ -623,9 +621,24 @@ tangent = torch.func.jvp(
     lambda s: attention_concat(*small[:3], s, few, 0.5), (small[3],),
     (torch.ones(4).double(),))[1]
 torch.testing.assert_close(tangent, by_hand)
-for name, row in (("gradient of a sink", tangent),
-                  ("- share x output  ", by_hand)):
-    print(name, [round(n, 4) for n in row[0, 0, :, 0].tolist()])
+print("gradient of a sink, -share x output:",
+      [round(n, 4) for n in by_hand[0, 0, :, 0].tolist()])
+
+# %% [markdown]
+# **The sentence again:** every form, put into [the page](../one_page.ipynb).
+
+# %%
+from gptoss.one_page import SENTENCE, sentence, visible
+
+for form in (attention_concat, *forms.values()):
+    def ours(q, k, v, sinks, window, form=form):
+        mask = visible(*[torch.arange(len(q))] * 2, window)[None]
+        return form(q[None], k[None], v[None], sinks, mask,
+                    q.shape[-1] ** -0.5)[0]
+
+    retold = sentence(12, attention=ours)
+    assert retold == sentence(12)
+print(retold.removeprefix(SENTENCE).strip())
 
 # %% [markdown]
 # ## Against the others
@@ -811,8 +824,7 @@ for name, c in (("20b", GptOssConfig.gpt_oss_20b()),
 # - $\sigma(\ell - s)$ turns any attention kernel that returns its
 #   log-sum-exp into one with sinks; for training, hand its backward the
 #   rescaled output and $\ln(e^\ell + e^s)$.
-# - In bf16, widen queries and keys before their product: rounding the
-#   scores makes more than three quarters of the others' error.
+# - In bf16, widen queries and keys before their product.
 #
 # ## Exercises
 #
@@ -830,8 +842,7 @@ torch.testing.assert_close(softmax_with_sink(a, zero), off_by_one)
 # e^s = n: the sink must weigh as much as the n keys together
 half = softmax_with_sink(torch.zeros(1, 1, 10), torch.tensor([math.log(10)]))
 torch.testing.assert_close(half.sum(-1), torch.full((1, 1), 0.5))
-print("s = 0: weights", [round(n, 4) for n in off_by_one[0, 0, :3].tolist()])
-print(f"s = ln n: {half[0, 0].sum():.3f} for 10 keys with s = ln 10")
+print(f"s = 0; and s = ln n: 10 keys get {half[0, 0].sum():.3f} with ln 10")
 
 # %% [markdown]
 # ### Exercise 2
@@ -855,10 +866,7 @@ for part in range(P):
 share = torch.stack([p[1] for p in parts]).softmax(0).transpose(2, 3)
 merged = sum(s[..., None] * p[0] for s, p in zip(share, parts, strict=True))
 torch.testing.assert_close(merged, attention_concat(*x))
-print("s - ln P; whole ", [round(n, 4) for n in
-                           attention_concat(*x)[0, 40, 0, :4].tolist()])
-print("merged from three", [round(n, 4) for n in
-                            merged[0, 40, 0, :4].tolist()])
+print("s - ln P: three parts, merged, are the whole")
 
 # %% [markdown]
 # ### Exercise 3
@@ -881,18 +889,13 @@ got = F.scaled_dot_product_attention(
     attn_mask=F.pad(mask, (0, 1), value=True)[:, None], scale=scale)
 torch.testing.assert_close(got.transpose(1, 2)[..., :64],
                            attention_concat(*x))
-print("torch, one key and one channel more",
-      [round(n, 3) for n in got[0, :, 40, :3][0].tolist()])
-print("the form with the sink             ",
-      [round(n, 3) for n in attention_concat(*x)[0, 40, 0, :3].tolist()])
+print("torch, one key and one channel more: equal to the form with the sink")
 
 # %% [markdown]
 # ## Sources
 #
-# - OpenAI, gpt-oss: `gpt_oss/torch/model.py`, `sdpa`; the model card
-#   {cite}`gptoss2025`.
-# - transformers: `models/gpt_oss/modeling_gpt_oss.py`,
-#   `eager_attention_forward`; `integrations/flex_attention.py`.
+# - gpt-oss: `gpt_oss/torch/model.py`, `sdpa`; its card {cite}`gptoss2025`.
+# - transformers: `eager_attention_forward`, `integrations/flex_attention.py`.
 # - pytorch/torchtitan: `models/gpt_oss/model.py`, the rescaled form.
 # - Sinks as tokens, and a learned one: {cite}`sinks2023`. Online softmax
 #   and the backward from $\ell$: {cite}`flash2022`.

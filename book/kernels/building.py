@@ -647,6 +647,19 @@ print("kernels on:", states)
 assert states == [True, False]
 
 # %% [markdown]
+# **The sentence again.** Our first kernel knows one row of fp32, and that is
+# what [the page](../one_page.ipynb) has. So we give it row after row in the
+# place of the page's norm, and the story is the same.
+
+# %%
+from gptoss.one_page import SENTENCE, sentence
+
+retold = sentence(12, rms_norm=lambda x, scale, eps: torch.stack(
+    [norm_of(first, row, scale, eps) for row in x]))
+assert retold == sentence(12)
+print(retold.removeprefix(SENTENCE).strip())
+
+# %% [markdown]
 # ## Takeaways
 #
 # - A register holds 8 numbers of fp32 or 32 bytes, and an instruction does the

@@ -645,6 +645,31 @@ print("gradients:", *(f"{grad.float().norm():.1f} {plain.float().norm():.1f}"
 assert all(map(torch.equal, *grads))
 
 # %% [markdown]
+# **The sentence again.** The page computes in fp32, and our kernels ask for
+# bf16; so we round on the way in. Even with all three in the places of
+# [the page's](../one_page.ipynb) functions it is the same story.
+
+# %%
+from gptoss.one_page import SENTENCE, sentence
+
+
+def bf16(*tensors):
+    return (tensor.bfloat16() for tensor in tensors)
+
+
+def routed(logits, k):
+    shares, ids = OPS.route(logits.bfloat16(), k)
+    return shares.float(), ids
+
+
+retold = sentence(
+    12, route=routed,
+    rms_norm=lambda x, w, eps: OPS.rms_norm(*bf16(x, w), eps).float(),
+    rope=lambda *given: OPS.rope(*bf16(*(x[None] for x in given)))[0].float())
+assert retold == sentence(12)
+print(retold.removeprefix(SENTENCE).strip())
+
+# %% [markdown]
 # ## Takeaways
 #
 # - A small kernel is a loop over rows in fp32, between one conversion on entry

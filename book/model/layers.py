@@ -603,6 +603,28 @@ def initialise(model: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 # %% [markdown]
+# ### The sentence again
+#
+# [The page](../one_page.ipynb) has a block of its own. We fill one of ours
+# with the weights of that layer, and put it in its place. With a window it is
+# one that slides, like layer 0, without one like layer 1.
+
+# %%
+from gptoss import one_page
+
+
+def our_block(x, w, cos, sin, window, settings):
+    ours = Block(config, 0 if window else 1, torch.float32, "meta")
+    ours.load_state_dict(w, assign=True)
+    order = torch.arange(len(x))[None]
+    return ours.requires_grad_(False)(x[None], cos[None], sin[None], order)[0]
+
+
+retold = one_page.sentence(12, block=our_block)
+assert retold == one_page.sentence(12)
+print(retold.removeprefix(one_page.SENTENCE).strip())
+
+# %% [markdown]
 # ## Takeaways
 #
 # - Everything between the parts is one vector a token, to which $2L$ halves

@@ -629,6 +629,19 @@ for fewer in (0, 60, 120):
           f"logits differ by {(got - wanted).abs().max():.3f}")
 
 # %% [markdown]
+# **The sentence again.** [The page](../one_page.ipynb) feeds the whole text
+# for every new token. We put `cached` in the place of its `generate`; now a
+# token goes through the model once, and the story is the same.
+
+# %%
+from gptoss.one_page import SENTENCE, sentence
+
+retold = sentence(12, generate=lambda ids, w, settings, new: (
+    cached(ids, new)[0]))
+assert retold == sentence(12)
+print(retold.removeprefix(SENTENCE).strip())
+
+# %% [markdown]
 # ## In the 20b and the 120b
 #
 # What a conversation takes: with every layer full, and with rings.

@@ -734,6 +734,19 @@ print("token 10 changed; outputs that move:", moved.min().item(), "to",
 assert moved.tolist() == list(range(10, 10 + 4 * 5 + 1))
 
 # %% [markdown]
+# **The sentence again,** with our model for all of [the
+# page's](../one_page.ipynb) `forward`:
+
+# %%
+from gptoss.one_page import POCKET, SENTENCE, sentence
+
+ours = GptOss.from_pretrained(POCKET, torch.float32)
+with torch.inference_mode():
+    retold = sentence(12, forward=lambda ids, *_: ours(ids[None])[0])
+assert retold == sentence(12)
+print(retold.removeprefix(SENTENCE).strip())
+
+# %% [markdown]
 # ## In the 20b and the 120b
 #
 # The same class on the meta device, where tensors have shapes and no bytes:

@@ -568,8 +568,7 @@ for k, where in ((2, "inside"), (3, "at the border"), (4, "inside")):
     print(f"K = {k}, ties {where:13}: outputs differ by {gap:.1f}")
 
 # %% [markdown]
-# Our rule makes the result reproducible; it does not make it right. Two
-# correct programs may differ on such a token.
+# Our rule makes the result reproducible, not right: two programs may differ.
 #
 # **In the shipped model.** The closest call of the story above, between the
 # second and the third of eight logits, before and after rounding to bf16:
@@ -630,17 +629,13 @@ for E, L in ((32, 24), (128, 36)):
           f"the fourth weight is {fourth:.2f} on average")
 
 # %% [markdown]
-# A near tie is thus not a small change: about a sixth of the layer's
-# answer comes from another expert, and over 36 layers about half of all
-# tokens meet one. That is one reason not to judge a bf16 implementation by
-# whether its top token equals another's: each is a fair rounding of the
-# model, and they part where the router was undecided. Judge both against
-# float64 and report the chosen experts.
+# A near tie is thus not a small change. That is one reason not to judge a
+# bf16 implementation by whether its top token equals another's: each is a
+# fair rounding of the model. Judge both against float64.
 #
-# **Load.** The hits of {eq}`routing-load` against simulation, and what
-# training has to do for it. A random router's logits are products of a
-# matrix and hidden states, here noise plus a part that all tokens share,
-# as long as the noise:
+# **Load.** The hits of {eq}`routing-load` against simulation. A random
+# router's logits are products of a matrix and hidden states, here noise plus
+# a part that all tokens share, as long as the noise:
 
 # %%
 def random_router(E, tokens, D=64):
@@ -674,12 +669,22 @@ print("chosen:", sorted(ids[0].tolist()), "with a gradient:",
       logits.grad[0].nonzero().flatten().tolist())
 
 # %% [markdown]
-# An untrained router is not fair: what the tokens have in common favours
-# the same experts in all of them. Balance has to be trained, and the
-# gradient does not do it by itself, since experts that were not chosen get
-# none (the last line). The auxiliary loss that repairs this
-# {cite}`switch2021` is that of [training](../training/training.ipynb).
+# What the tokens have in common favours the same experts in all of them.
+# Balance has to be trained, and the gradient does not do it by itself, since
+# experts that were not chosen get none (the last line). The auxiliary loss
+# that repairs this {cite}`switch2021` is that of
+# [training](../training/training.ipynb).
 #
+# **The sentence again,** by our `route` on [the page](../one_page.ipynb):
+
+# %%
+from gptoss.one_page import SENTENCE, sentence
+
+retold = sentence(12, route=route)
+assert retold == sentence(12)
+print(retold.removeprefix(SENTENCE).strip())
+
+# %% [markdown]
 # ## Against the others
 #
 # Hugging Face's `GptOssTopKRouter` and OpenAI's lines (`topk`, then
@@ -756,8 +761,6 @@ for name, c in configs.items():
           f"layer's {E * expert_bytes(c) / 1e6:,.0f} MB; a token reads",
           ", ".join(f"{expected_hits(E, K, N) * gigabytes[name] / N:.2f} GB "
                     f"(N = {N})" for N in (1, 8, 64)))
-print(f"8 tokens of the 120b read {expected_hits(128, 4, 8) / 4:.1f} times "
-      "the experts of one")
 
 # %% tags=["hide-input"]
 # Figure: left, the share of a layer's experts that are read, rising to all
@@ -885,15 +888,13 @@ wide, narrow = ((c != exact).any(-1).sum().item() for c in (wide, narrow))
 assert wide <= 4 < narrow
 print(f"flips in fp32: {wide / 40:.0f} % of tokens, in bf16: "
       f"{narrow / 40:.0f} %")
-# Cost: the weights (E, D) in fp32, or a widened copy: under 0.4 % of the
-# experts' FLOPs. But it is not what the released model was run with.
+# It costs little, but is not what the released model was run with.
 
 # %% [markdown]
 # ## Sources
 #
 # - OpenAI, gpt-oss: `gpt_oss/torch/model.py`, `MLPBlock.forward`
-#   {cite}`gptoss2025`: "the softmax of the router projection over only the
-#   selected experts".
+#   {cite}`gptoss2025`.
 # - transformers: `models/gpt_oss/modeling_gpt_oss.py`, `GptOssTopKRouter`.
 # - Sparse mixtures of experts: {cite}`moe2017`; one expert and the balance
 #   loss: {cite}`switch2021`.

@@ -613,6 +613,22 @@ for temperature in (1e-3, 1e-30, 5e-324):
     assert cold == order[0]
 
 # %% [markdown]
+# **The sentence again.** [The page](../one_page.ipynb) always takes the best
+# token. Our sampler does the same at temperature 0, and in the cold. At
+# temperature 1 it draws, and tells another story.
+
+# %%
+from gptoss.one_page import SENTENCE, sentence
+
+seeded = torch.Generator().manual_seed(8)
+for temperature in (0, 1e-30, 1):
+    retold = sentence(12, next_token=lambda logits, t=temperature: int(
+        Sampler(t)(logits[None], seeded)))
+    assert temperature == 1 or retold == sentence(12)
+    print(f"{temperature}:", " ".join(
+        retold.removeprefix(SENTENCE).split()))
+
+# %% [markdown]
 # ## Against the others
 #
 # transformers has the same three steps in the same order. Without ties the

@@ -694,6 +694,19 @@ print(tuned.decode([*ids, first, first + 1], skip_special=True))
 # is left out where the program wrote it.
 
 # %% [markdown]
+# **The sentence again.** [The page](../one_page.ipynb) asks the library
+# itself. With our tokenizer before and after the model the story is the same,
+# to the letter.
+
+# %%
+from gptoss.one_page import SENTENCE, sentence
+
+retold = sentence(12, text_to_ids=lambda text, folder: tokenizer.encode(text),
+                  ids_to_text=lambda ids, folder: tokenizer.decode(ids))
+assert retold == sentence(12)
+print(retold.removeprefix(SENTENCE).strip())
+
+# %% [markdown]
 # ## Against the others
 #
 # What a typed `<|end|>` becomes:
