@@ -673,7 +673,7 @@ def openai_generator(run: Run, context: int):
 
 def openai_speed(run: Run) -> dict:
     """Seconds to the first token, the prompt's, and from there on."""
-    need_package("gpt_oss", "triton", "triton_kernels")
+    need_package("gpt_oss", "triton", "triton_kernels", "safetensors")
     if run.dry:
         raise Missing("it has no interpreted form")
     generator, found = openai_generator(run, 4096), {}
