@@ -897,5 +897,4 @@ print("torch, one key and one channel more: equal to the form with the sink")
 # - gpt-oss: `gpt_oss/torch/model.py`, `sdpa`; its card {cite}`gptoss2025`.
 # - transformers: `eager_attention_forward`, `integrations/flex_attention.py`.
 # - pytorch/torchtitan: `models/gpt_oss/model.py`, the rescaled form.
-# - Sinks as tokens, and a learned one: {cite}`sinks2023`. Online softmax
-#   and the backward from $\ell$: {cite}`flash2022`.
+# - Sinks as tokens: {cite}`sinks2023`. Online softmax: {cite}`flash2022`.
