@@ -389,8 +389,7 @@ print(f"scale byte {int(scale)}: times 2 ** {power}")
 print(decode(blocks, scale)[:6].tolist())
 
 # %% [markdown]
-# [Four bits a weight](weights/mxfp4.ipynb) decodes a whole block by hand and
-# shows what is lost.
+# [Four bits a weight](weights/mxfp4.ipynb) decodes a whole block by hand.
 #
 # ### 3. Sizes are evened out
 #
@@ -415,7 +414,7 @@ print(f"{12.5 ** 0.5:.2f}", [f"{value:.2f}" for value in rms_norm(
 # with a key is a score: large when the two point the same way. A *softmax*
 # turns a row of scores into shares, all positive: $e^{\text{score}}$ of each,
 # divided by the sum of all. The result is the sum of the values, each times
-# its share.
+# its share. So that scores do not grow with C, they are divided by $\sqrt C$.
 #
 # Three tokens with queries and keys of two numbers, one head; the values are
 # unit vectors, so that the result shows the shares themselves:
@@ -438,8 +437,8 @@ for sink in (no_sink, some_sink):
 # it were a score, but stands for no token. In the second line the shares of a
 # row sum to less than one; a head that finds nothing can say almost nothing.
 #
-# In every other layer a *window* shortens the view to the last few tokens.
-# Window 3, seen by six tokens (a row is a token that looks):
+# In every other layer a *window* shortens the view: the token itself and a
+# few before it. Window 3, seen by six tokens (a row is a token that looks):
 
 # %%
 for row in visible(torch.arange(6), torch.arange(6), 3):
@@ -453,10 +452,10 @@ print("window of the pocket model:", config["sliding_window"])
 # ### 5. Where a word stands
 #
 # A score knows nothing of order: the sum is the same in any. So queries and
-# keys are turned before they meet, two numbers at a time, like the hands of
-# clocks that run at different speeds; the angle is the position times the
-# speed. When both are turned, their product depends on how far apart they
-# stand, and not on where:
+# keys are turned before they meet, two numbers at a time (numbers $i$ and
+# $i + C/2$), like the hands of clocks. Pair $i$ turns by $\theta^{-2i/C}$
+# radians a token, with $\theta$ in `rope_theta`. When both are turned,
+# their product depends on how far apart they stand, and not on where:
 
 # %%
 torch.manual_seed(0)
@@ -475,9 +474,13 @@ for here, there in ((5, 3), (105, 103), (5, 2)):
 
 # %% [markdown]
 # `rope_tables` also slows the slow hands down, so that a text longer than
-# those the model was first made for keeps to angles it knows. That part is
-# named YaRN; [From RoPE to YaRN](attention/rope.ipynb) explains each of its
-# lines.
+# those the model was first made for keeps to angles it knows. A hand that
+# made `beta_fast` turns or more in a text of that first length $S$ stays as
+# fast; one that made `beta_slow` or fewer becomes `factor` times slower.
+# Pair $C \ln(S / 2 \pi \beta) / (2 \ln \theta)$ makes $\beta$ turns; between
+# the two, which need not be whole, the speed passes over on a straight line.
+# Cos and sin are multiplied by $0.1 \ln(\text{factor}) + 1$. All in fp32.
+# That part is named YaRN; [its chapter](attention/rope.ipynb) explains why.
 #
 # ### 6. Which experts
 #
@@ -499,10 +502,11 @@ print("experts", chosen[0].tolist(), "with weights",
 # ### 7. What an expert does
 #
 # Two matrices with something curved between them. The first makes 2F numbers
-# of D; they are taken in pairs, a *gate* and an *up*. The gate passes through
-# a curve that is almost zero on the left and almost straight on the right,
-# and is multiplied by up plus one. What is too large is cut off: the gate
-# above 7, up on both sides. With up = 0 the curve itself is seen:
+# of D; they are taken in pairs, a *gate* and an *up*. What is too large is
+# cut off: the gate above 7, up on both sides. Then the gate $g$ passes through
+# a curve, $g / (1 + e^{-1.702 g})$, that is almost zero on the left and almost
+# straight on the right, and is multiplied by up plus one. With up = 0 the
+# curve itself is seen:
 
 # %%
 for gate in (-4.0, -1.0, 0.0, 1.0, 7.0, 100.0):
@@ -563,7 +567,8 @@ for place in (int(best.argmin()), int(best.argmax())):
 # whether the story is still the same. A function finds the ones that it calls
 # by name, in a dictionary; so we give copies of all of them a dictionary of
 # their own, in which the names of the new functions lead elsewhere. The page
-# itself stays as it is, and a new function may call the old one.
+# itself stays as it is, and a new function may call the old one. `REPLACEABLE`
+# lists them all: the two about text first, then the others in their order.
 
 # %% tags=["export"]
 REPLACEABLE = (text_to_ids, ids_to_text, read, part, decode, linear, rms_norm,
@@ -723,9 +728,8 @@ for size in SIZES:
           f"experts; read for one token {b['read'] / 1e9:.1f} GB")
 
 # %% [markdown]
-# And here is the whole model with all numbers: a box is a step, with the
-# bytes of its tensors below it; an arrow carries numbers, and their shape
-# stands on it.
+# And here is the whole model with all numbers: below each step the bytes of
+# its tensors, on each arrow the shape of what it carries.
 
 # %% tags=["hide-input"]
 # Figure: the whole model on one sheet. From the text by tokenizer and
@@ -745,8 +749,7 @@ plt.show()
 # These sums are those that the published indexes of both models state, to
 # the byte. Most of it is experts, of which a token reads few. That is what a
 # mixture of experts is for: the file may grow from 13.8 to 65.2 GB while a
-# token reads 5.0 GB instead of 3.7. `fig.savefig("poster.pdf")` puts the
-# sheet on A4.
+# token reads 5.0 GB instead of 3.7. (`fig.savefig("poster.pdf")` keeps it.)
 
 # %% [markdown]
 # ## Cost
@@ -771,8 +774,7 @@ for size in SIZES:
           f"{b['experts'] / 1e9:.1f} GB mapped")
 
 # %% [markdown]
-# [The kernels](kernels/building.ipynb) compute with the four bits as they
-# are.
+# [The kernels](kernels/building.ipynb) compute with the four bits themselves.
 #
 # ## Takeaways
 #
@@ -789,9 +791,8 @@ for size in SIZES:
 # ### Exercise 1
 #
 # Two of the four layers see only a window of 64 tokens, and the story is
-# shorter than that. Shorten the view of *all* layers to 8 tokens, and explain
-# what the story loses. And what if the layers see everything, the future
-# too?
+# shorter than that. Shorten the view of *all* layers to 8 tokens: what does
+# the story lose? And what if the layers see everything, the future too?
 
 # %% tags=["hide-cell"]
 def near(q_pos, k_pos, window):
@@ -829,8 +830,7 @@ for temperature in (1.0, 0.5):
 # %% [markdown]
 # ### Exercise 3
 #
-# Leave one layer out, each in its turn. Which of them does the story need
-# least?
+# Leave out each layer in its turn. Which of them does the story need least?
 
 # %% tags=["hide-cell"]
 from itertools import count

@@ -92,7 +92,10 @@ def blank(path: Path) -> str:
 
 
 if __name__ == "__main__" and Path(sys.argv[0]).stem == "blank":
-    print("\n".join(blank(Path(name)) for name in sys.argv[1:]), end="")
+    asked = [Path(name) for name in sys.argv[1:]]
+    if not asked or not all(path.is_file() for path in asked):
+        sys.exit("usage: python book/_ext/blank.py book/PART/CHAPTER.py ...")
+    print("\n".join(map(blank, asked)), end="")
 
 
 __all__ = [

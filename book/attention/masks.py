@@ -286,8 +286,9 @@ plt.show()
 # ### Who sees whom?
 #
 # Equation {eq}`masks-visible`, once, for every use in the book. A window of
-# None is a full layer; one below 1 is refused (`window: expected None or >=
-# 1`). One row of queries or keys serves a batch of the other.
+# None is a full layer; one below 1 is refused with a ValueError (`window:
+# expected None or >= 1, found 0`). One row of queries or keys serves a batch
+# of the other.
 
 # %% tags=["export"]
 from collections.abc import Sequence
@@ -326,8 +327,9 @@ print(visible(torch.tensor([[9, -1]]), ring, 3).int().tolist())
 # ### How does one read a mask?
 #
 # Tests that compare a mask with a drawing are hard to get wrong. `picture`
-# draws one mask, not a batch of them, and says so (`picture: expected a
-# (T, S) mask`).
+# draws a line for each query, `#` for a key that is seen and `.` for one that
+# is not. It draws one mask, not a batch of them: `picture: expected a (T, S)
+# mask, found (1, 3, 3)`.
 
 # %% tags=["export"]
 def picture(mask: Tensor) -> str:
@@ -401,8 +403,10 @@ print(picture(visible(middle, middle, 2)[0]))
 #
 # Equation {eq}`masks-reach`, layer by layer, by way of sliding layers alone
 # and by way of all; None stands for "everything before". The first number
-# is needed where caches of sliding layers are refilled. A layer of another
-# kind is refused by its name.
+# is needed where caches of sliding layers are refilled. A full layer leaves it
+# as it is; what has once become "everything" stays so. A layer of another
+# kind is a ValueError that ends with its name, without quotes: `layer type:
+# expected sliding_attention or full_attention, found chunked_attention`.
 
 # %% tags=["export"]
 class Reach(NamedTuple):

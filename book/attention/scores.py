@@ -399,7 +399,7 @@ def scores(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
     share a key head are stacked along T: the keys are never repeated.
     ValueError: H not a multiple of G, a mask of another shape or dtype.
     """
-    _check_heads_and_mask(q, k, mask)
+    check_heads_and_mask(q, k, mask)
     B, T, H, C = q.shape
     S, G = k.shape[1:3]
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -419,7 +419,8 @@ def scores(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
 #
 # ### How are the values mixed?
 #
-# The same stacking backwards. `mix` takes any weights, whatever they sum to.
+# The same stacking backwards. `mix` takes any weights, whatever they sum to,
+# and their type is that of the result: values of another type are cast to it.
 
 # %% tags=["export"]
 def mix(weights: Tensor, v: Tensor) -> Tensor:
@@ -436,22 +437,25 @@ def mix(weights: Tensor, v: Tensor) -> Tensor:
 # %% [markdown]
 # ### What is refused
 #
-# Two mistakes would give numbers and no error. If $H$ is no multiple of $G$,
-# the heads cannot be shared out: we say `heads: expected H a multiple of G`
-# and what was found. And a mask of zeros and $-\infty$, as other programs
-# add it to the scores, would be inverted as if it were booleans; a mask for
-# other lengths might be stretched to fit. So the mask must be of booleans
-# and its last two sizes T and S: `mask: expected bool (B or 1, T, S)`, with
-# the numbers, and what was found. Both are ValueErrors.
+# Two mistakes deserve words of our own. If $H$ is no multiple of $G$, the
+# heads cannot be shared out. A mask of zeros and $-\infty$, as other programs
+# add it to the scores, holds no booleans to invert, and a mask for other
+# lengths might be stretched to fit, which would give numbers and no error. So
+# the mask must be of booleans and its last two sizes T and S. Both are
+# ValueErrors, which first say what we expected and then what we found, the
+# sizes plain: `heads: expected H a multiple of G, found 3, 2`, or, where an
+# additive mask came for one text of three tokens, `mask: expected bool (1 or
+# 1, 3, 3), found torch.float32 (1, 3, 3)`.
 
 # %% tags=["export"]
-def _check_heads_and_mask(q: Tensor, k: Tensor, mask: Tensor) -> None:
+def check_heads_and_mask(q: Tensor, k: Tensor, mask: Tensor) -> None:
     """Raise ValueError unless H is a multiple of G and the mask fits."""
     B, T, H, _ = q.shape
     S, G = k.shape[1:3]
     if H % G:
         raise ValueError(f"heads: expected H a multiple of G, found {H}, {G}")
-    if mask.shape[1:] != (T, S) or mask.dtype != torch.bool:
+    fits = mask.shape in ((1, T, S), (B, T, S))
+    if not fits or mask.dtype != torch.bool:
         raise ValueError(f"mask: expected bool ({B} or 1, {T}, {S}), found "
                          f"{mask.dtype} {tuple(mask.shape)}")
 

@@ -334,13 +334,13 @@ print("and without a sink:  ", [f"{w:.0f}" for w in no_sink[0].tolist()])
 
 # %% [markdown]
 # The whole form 1 is then three calls. `scores` and `mix` are those of [who
-# looks at whom](scores.ipynb): grouped heads, fp32 or wider inside, and
-# their two refusals (H no multiple of G, a mask that is not of booleans or
-# does not fit) hold for all forms that follow. The result is rounded once,
-# at the very end, to the type of the queries.
+# looks at whom](scores.ipynb): grouped heads, fp32 or wider inside, and the
+# two refusals (H no multiple of G, a mask that is not of booleans or does not
+# fit), which hold for every form. The result is rounded once, at the very end,
+# to the type of the queries.
 
 # %% tags=["export"]
-from gptoss.attention.scores import mix, scores
+from gptoss.attention.scores import check_heads_and_mask, mix, scores
 
 
 def attention_concat(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
@@ -419,7 +419,7 @@ print(f"1 - share: {1 - sink_share(lse, torch.zeros(1)).item():.2e}")
 # ### Form 3: what if only a few keys fit into memory?
 #
 # Three running numbers a row, {eq}`sinks-online`, and `chunk` keys at a time.
-# Fewer than one is refused: `chunk: expected at least 1`.
+# Fewer than one is a ValueError: `chunk: expected at least 1`.
 
 # %% tags=["export"]
 def attention_online(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
@@ -431,6 +431,7 @@ def attention_online(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
     """
     if chunk < 1:
         raise ValueError(f"chunk: expected at least 1, found {chunk}")
+    check_heads_and_mask(q, k, mask)
     B, T, H, C = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     out = torch.zeros(B, T, H, C, dtype=wide, device=q.device)
@@ -465,7 +466,9 @@ for chunk in (1, 3, 7, 100):
 # of the queries. Form 2 makes it a kernel for gpt-oss, and
 # {eq}`sinks-backward` makes a backward of the operator that ends in
 # `_backward`: it is handed the rescaled output and $\ell'$. Only the sink's
-# own gradient needs writing, {eq}`sinks-grad` summed over all rows.
+# own gradient needs writing, {eq}`sinks-grad` summed over all rows. In an
+# empty row the kernel returns zeros and $\ell = 0$, not $-\infty$, but zeros
+# stay zeros whatever $\sigma(\ell - s)$ is.
 
 # %% tags=["export"]
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -496,8 +499,8 @@ class _FlashWithSinks(torch.autograd.Function):
         return dq, dk, dv, ds.to(sinks.dtype), None, None
 
 # %% [markdown]
-# The operator exists on a CPU only, so tensors elsewhere are refused
-# (`attention_flash: expected cpu`, and where they were found).
+# The operator exists on a CPU only, so tensors elsewhere are a ValueError
+# (`attention_flash: expected cpu, found meta`). Nothing else is checked.
 
 # %% tags=["export"]
 def attention_flash(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
@@ -510,6 +513,7 @@ def attention_flash(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
     """
     if q.device.type != "cpu":
         raise ValueError(f"attention_flash: expected cpu, found {q.device}")
+    check_heads_and_mask(q, k, mask)
     bias = torch.zeros(mask.shape, dtype=q.dtype)
     bias = bias.masked_fill_(~mask, -torch.inf).unsqueeze(1)
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
@@ -565,7 +569,7 @@ forms = {
 }
 bound = {torch.float32: 5e-6, torch.float64: 1e-12}
 worst = {dtype: dict.fromkeys(forms, 0.0) for dtype in bound}
-empty = cases = 0
+cases = 0
 for seed in range(60):
     g = torch.Generator().manual_seed(seed)
     B, T, S, G, R, C = (int(torch.randint(1, n, (), generator=g))
@@ -584,15 +588,13 @@ for seed in range(60):
             delta = (form(*inputs) - first).abs().max().item()
             worst[dtype][name] = max(worst[dtype][name], delta)
         cases += len(forms)
-    empty += int((~mask.any(-1)).sum())
 for dtype, found in worst.items():
     assert max(found.values()) < bound[dtype], found
     print(f"{str(dtype)[6:]}: forms never further apart than {bound[dtype]}")
-print(cases, "comparisons,", empty, "empty rows, all 0, no NaN")
+print(cases, "comparisons, empty rows all 0, no NaN")
 
 # %% [markdown]
-# A sink of $-\infty$ is no sink, and the derivatives are those of finite
-# differences (`gradcheck`, float64), all four inputs, all four forms:
+# A sink of $-\infty$ is no sink; derivatives are those of finite differences:
 
 # %%
 import torch.nn.functional as F
@@ -617,8 +619,7 @@ tangent = torch.func.jvp(
     lambda s: attention_concat(*small[:3], s, few, 0.5), (small[3],),
     (torch.ones(4).double(),))[1]
 torch.testing.assert_close(tangent, by_hand)
-print("gradient of a sink, -share x output:",
-      [round(n, 4) for n in by_hand[0, 0, :, 0].tolist()])
+print(f"a sink's gradient, -share x output: {by_hand[0, 0, 0, 0]:.4f}")
 
 # %% [markdown]
 # **The sentence again:** every form, put into [the page](../one_page.ipynb).
@@ -631,7 +632,6 @@ for form in (attention_concat, *forms.values()):
         mask = visible(*[torch.arange(len(q))] * 2, window)[None]
         return form(q[None], k[None], v[None], sinks, mask,
                     q.shape[-1] ** -0.5)[0]
-
     retold = sentence(12, attention=ours)
     assert retold == sentence(12)
 print(retold.removeprefix(SENTENCE).strip())

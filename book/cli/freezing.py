@@ -738,7 +738,10 @@ def blank(path: Path) -> str:
 
 
 if __name__ == "__main__" and Path(sys.argv[0]).stem == "blank":
-    print("\n".join(blank(Path(name)) for name in sys.argv[1:]), end="")
+    asked = [Path(name) for name in sys.argv[1:]]
+    if not asked or not all(path.is_file() for path in asked):
+        sys.exit("usage: python book/_ext/blank.py book/PART/CHAPTER.py ...")
+    print("\n".join(map(blank, asked)), end="")
 
 # %%
 from blank import blank
@@ -781,7 +784,7 @@ assert [cell.source for cell in again.cells] == [
 #
 # ## In the 20b and the 120b
 #
-# No check of this book needs 13.8 or 65.2 GB of weights, or a GPU. A cell
+# No check of this book needs the released weights, or a GPU. A cell
 # that does need them carries two tags, because two programs have to leave it
 # alone: `skip-execution` is read by nbclient, `nbval-skip` by nbval. With
 # both tags, and only then, a cell may be frozen without having run.

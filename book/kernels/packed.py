@@ -202,7 +202,9 @@ assert whole == (w * q).sum() and abs(y - plain) < 1e-4
 #
 # **Why two digits?** An AVX2 instruction multiplies 8 pairs of fp32, 16 pairs
 # of 16 bits, or 32 pairs of bytes. So $q_i = 256\, h_i + l_i$, both in $-128
-# \dots 127$; the largest such number is $127 \cdot 256 + 127 = 32639$.
+# \dots 127$: $h_i$ is $q_i / 256$ rounded to the nearest, a half upwards, and
+# $l_i$ is what that leaves, with its sign. The largest such number is
+# $127 \cdot 256 + 127 = 32639$.
 #
 # **Why plus 12?** The instruction for bytes wants one factor without a sign.
 # The table can hold $w_i + 12$ as well as $w_i$, and
@@ -216,8 +218,9 @@ assert whole == (w * q).sum() and abs(y - plain) < 1e-4
 # ### The whole product
 #
 # That is enough to multiply a packed matrix. This *twin* of the kernel, in
-# numpy, is its definition: tokens `x` (N, n), bytes (m, n/32, 16) and scales
-# (m, n/32) give (N, m). You could write the kernel from it.
+# numpy, is its definition for activations that are finite: tokens `x` (N, n),
+# bytes (m, n/32, 16) and scales (m, n/32) give (N, m). You could write the
+# kernel from it.
 
 # %%
 def packed_product(x, blocks, scales):
@@ -349,10 +352,10 @@ print(4 * 24 * 128, "of", 2 ** 15 - 1)
 # %% [markdown]
 # Now $q$ from $x$: the largest, the step, and rounding by adding 12582912,
 # which is $1.5 \cdot 2^{23}$: a float of that size has no bits for a fraction,
-# so the sum is rounded, and its low bits are the whole number. An infinite or
-# NaN activation makes the factor NaN (`odd`), so the result is NaN too. A
-# block whose largest activation is below about $3 \cdot 10^{-33}$ counts as
-# zeros, since one over its step comes near the largest float.
+# so the sum is rounded (a half to the even number, as `np.round` does), and
+# its low bits are the whole number. An infinite or NaN activation makes the
+# factor NaN (`odd`), so the result is NaN too. A block whose step is at most
+# $10^{-37}$ counts as zeros, since one over that comes near the largest float.
 
 # %% [markdown] tags=["export:digits.h"]
 # ```cpp
@@ -574,7 +577,9 @@ print(f"byte 0: {power[0]:.3e}, byte 127: {power[127]:.0f}, byte 255: "
 # 6 and 1 3 5 7, that a group's two are already in the right halves, and
 # `spread` only repeats them. 90 blocks are no whole number of registers: what
 # is missing of the scales is filled with 127, the scale 1, and what is missing
-# of the weights with zeros.
+# of the weights with zeros. A scale byte 255 stays infinity here, to save an
+# instruction; once a row, at its end, `y + 0 * y` makes NaN of it, and of a
+# sum that outgrew fp32, too.
 
 # %%
 factors = np.arange(8)

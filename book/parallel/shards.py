@@ -98,7 +98,11 @@ plt.show()
 # if only one may. The letters are those of all shapes, with Q for the H C rows
 # of the query heads and KV for the G C rows of the key heads. So
 # `q_proj.weight`, "Q -", is cut by rows into query heads; `o_proj.weight`,
-# "- Q", by columns into the same heads; `norm.weight` is copied.
+# "- Q", by columns into the same heads; `norm.weight`, the end of all three
+# norms' names, is copied. Experts that are not packed have lines too: there a
+# matrix lies as (E, in, out). Where only one rank may add, the line names the
+# coordinate that decides: who has 0 there holds the tensor, and the others
+# have zeros.
 
 # %% tags=["export"]
 import math
@@ -500,9 +504,11 @@ print("one token more:", [len(range(201089)[owned(more, mesh_rank(
 #
 # ### Stages
 #
-# A stage gets layers until its share of the file's bytes is reached. In the
-# 20b the embedding is as heavy as 2.4 layers, and so is the head, so the
-# outer stages get fewer:
+# The stages should be equally heavy in bytes of the file. So a border is set
+# before or after the layer where its even share would end, whichever is
+# nearer; but each stage gets a layer at least. The embedding belongs to the
+# first stage, the last norm and the head to the last. In the 20b the embedding
+# is as heavy as 2.4 layers, and so is the head, so the outer stages get fewer:
 
 # %% tags=["export"]
 import re
@@ -551,8 +557,9 @@ for stages in (1, 2, 4, 8):
 
 # %% [markdown]
 # So what a rank has of the layers is a model again, a smaller one, and can be
-# described as one: fewer layers, heads and experts, a smaller F. The
-# vocabulary stays, and so do the positions.
+# described as one: fewer layers, heads and experts, a smaller F. Of fewer
+# experts than K a token chooses all. The vocabulary stays, and so do the
+# positions.
 
 # %% tags=["export"]
 from dataclasses import replace
@@ -585,7 +592,8 @@ print(config.num_hidden_layers, "layers,", config.num_attention_heads,
 #
 # A model is loaded from anything that has names and reads them
 # ([reading](../weights/reading.ipynb)). A `Shard` has both: it answers as if
-# the file held nothing but this rank's part. Packed experts stay packed. Parts
+# the file held nothing but this rank's part, and counts the bytes that it
+# takes in `bytes_read`; zeros cost none. Packed experts stay packed. Parts
 # that are whole rows of a tensor remain views of the mapped file. The columns
 # of `o_proj` and of `down_proj` are copied, since they do not lie together;
 # the system reads files in pages of 4 KiB, so of these two it may read more
@@ -660,10 +668,12 @@ with Checkpoint.open(POCKET) as checkpoint:
 # %% [markdown]
 # ## What is refused
 #
-# A number of stages that is not 1 to L; a number of processes that the model
-# cannot be shared by, with the numbers that do, all of them multiples of the
-# stages; and a tensor that the table does not know. Each is a
-# `ParallelError`, before anything is read or waited for.
+# A number of stages that is not 1 to L, named `--stages` as the user typed
+# it; a number of processes that the model cannot be shared by, "in 2 stages"
+# if there are several, with the numbers that do as a list with commas, all of
+# them multiples of the stages; and a tensor that the table does not know. Each
+# is a `ParallelError`, before anything is read or waited for, and says what
+# was expected and what was found.
 
 # %%
 for wrong in (lambda: mesh_rank(big, 0, 6, 2), lambda: mesh_rank(big, 0, 3),

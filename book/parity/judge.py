@@ -252,7 +252,9 @@ print("with the bias twice:",
 #
 # The judge needs two things of each operation: what it should give, and the
 # bound $b$ of {eq}`parity-excess`. For sums and linear layers
-# {eq}`parity-linear` is the bound. Two operations are left.
+# {eq}`parity-linear` is the bound. A norm is a sum of $D$ squares under a
+# root and a few more steps in fp32, so it is off by $(\gamma_D + 4w)|y|$, and
+# is stored once. Two operations are left.
 #
 # **Softmax.** One weight by hand. A score of 3.0 beside two of 1.0 gets
 # $e^3 / (e^3 + 2e) = 0.787$. If the first score is off by 0.01, upwards, and
@@ -284,8 +286,9 @@ print(f"weight {p:.4f}, moved by {moved - p:.4f}; the bound allows "
 #
 # The last term is made for transformers, which rounds the product, its
 # scaling and the difference to the row's maximum. A masked key has $p_j = 0$
-# and a bound of zero. That is why a window of 129 cannot hide: the smallest
-# weight on the 129th key is infinitely more than rounding explains.
+# and a bound of zero (but for the tiny floor that every bound has). That is
+# why a window of 129 cannot hide: the smallest weight on the 129th key is
+# infinitely more than rounding explains.
 #
 # Our kernels' exponential is off by $10^{-6}$, twice that beside the $8w$;
 # and keys come 64 at a time: each time the maximum rises, what was summed is
@@ -303,6 +306,16 @@ print(f"weight {p:.4f}, moved by {moved - p:.4f}; the bound allows "
 #
 # A formula. Every mistake that somebody made is a switch in it, so that
 # [the suspects](suspects.ipynb) can be tried later; here all of them are off.
+# A switch that is a number stands where the formula has it: `bias` multiplies
+# the bias of q, k, v, o and the router, `up_bias` and `down_bias` those of
+# the experts, `shift` is the first position, `longer` counts keys beyond the
+# window, `plus_one` is what is added to up. `truncate` is the
+# configuration's unless it says otherwise. `modulo` lets query head $h$ read
+# key head $h \bmod G$. `gate_up` may also be "swapped", up before gate, or
+# "halves", all gates before all ups. And `CLAMPS` has for each way to clamp
+# the limits of gate and up, in units of the model's: beside "right" they are
+# "gate below" (from below instead of above), "gate both" (sides), "up above"
+# (only), and "none".
 
 # %% tags=["export"]
 @dataclass(frozen=True)
@@ -346,8 +359,11 @@ print(len(vars(RIGHT)), "switches,", len(CLAMPS), "ways to clamp")
 #
 # From the checkpoint itself, rounded to the run's dtype as every loader does,
 # and it decodes four bits with its own lines, so that a mistake in our loader
-# shows as ours. `expected` hands each operation's function what was recorded
-# before it, through `see`, in float64.
+# shows as ours. With a layer's number `weight` takes the rest of the name.
+# `expected` hands each operation's function what was recorded before it,
+# through `see`: a point of the same layer, or of another whose number is
+# given, numbers with a fraction in float64. The tokens themselves lie in the
+# trace as `(None, "tokens")`. Which function judges a point, `JUDGES` says.
 
 # %% tags=["export"]
 class Judge:
@@ -460,7 +476,9 @@ def _sum(j: Judge, see: See, layer: int | None, point: str, f: Formula
 
 # %% [markdown]
 # **The rotation**: cos and sin are off by the rounding of the angle, which is
-# a product in fp32; then two products and a sum are stored.
+# a product in fp32 and is as much off as it is large: $4w(1 + |\text{angle}|)$
+# covers it and the speeds' own rounding. They are stored; then each of the two
+# products is stored as a step, and so is, as an activation, the sum.
 
 # %% tags=["export"]
 def _tables(j: Judge, length: int, f: Formula) -> tuple[Pair, Pair]:
@@ -560,8 +578,12 @@ def _heads(j: Judge, see: See, layer: int | None, point: str, f: Formula
 #
 # A choice is right if it is a top-K of the logits that the same
 # implementation recorded; which of two equal logits it takes is free. So
-# `chosen` has no tolerance, and a token that went to another expert than
-# elsewhere is not a fault.
+# what should have come out is what did, if it is such a choice, and a number
+# that is no expert's if not. `chosen` has no tolerance, and a token that went
+# to another expert than elsewhere is not a fault. The shares are a softmax
+# over few: in fp32 each is off by $w$ for every unit of its logit's distance
+# from the largest, beside sum, exponential and division. They are recorded
+# with a place for each of the E experts, zero where it was not chosen.
 
 # %% tags=["export"]
 def _shares(j: Judge, see: See, layer: int | None, point: str, f: Formula
@@ -591,6 +613,12 @@ def _chosen(j: Judge, see: See, layer: int | None, point: str, f: Formula
 
 # %% [markdown]
 # ### Experts, in two halves
+#
+# The first half ends at the hidden vectors, in the order of `chosen`. The
+# second starts from those that were recorded. They come from a probe, which
+# may have rounded the other way than the run: each comes with an error of
+# $u|h|$, for the kernels two half steps more. Each of the K outputs is
+# weighted, and they are added: K + 1 roundings by $u'$ of their sizes.
 
 # %% tags=["export"]
 def _swiglu(r: Rounding, gate_up: Pair, f: Formula, limit: float) -> Pair:

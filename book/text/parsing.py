@@ -73,8 +73,7 @@ plt.show()
 # %% [markdown]
 # ## The naive version
 #
-# For replies of the right form the three solid arrows are all we need. A
-# header is collected until `<|message|>`, a content until a stop token.
+# For the right form the three solid arrows are all we need.
 
 # %%
 import re
@@ -122,8 +121,7 @@ for case in (slip, "I cannot help with that.<|return|>"):
 # %% [markdown]
 # The first reply is read well. In the second the model slips (`??` for a
 # channel, then a fresh start), and a message appears that nobody wrote. The
-# third is a refusal without any header: its text is taken for one, and no
-# content is left to show.
+# third is a refusal without any header: no content is left to show.
 
 # %% [markdown] tags=["given"]
 # ## What do models get wrong?
@@ -148,11 +146,10 @@ for case in (slip, "I cannot help with that.<|return|>"):
 # | an id that does not exist | | skipped; said |
 #
 # Two principles decide the right column. *What is safe*: only text on the
-# channel `final` is an answer that a user may see. A model that means
-# `analysis` and writes `analyis`, or stops in the middle of the word, must
-# not have its reasoning shown; so an unknown channel keeps its own name, and
-# a call whose arguments may be cut short is not made. *What loses least*: an
-# error costs at most the message it stands in, and is always said.
+# channel `final` is an answer that a user may see. The reasoning of a model
+# that writes `analyis` must not be shown; so an unknown channel keeps its own
+# name, and a call whose arguments may be cut short is not made. *What loses
+# least*: an error costs at most the message it stands in, and is always said.
 
 # %% [markdown]
 # ## Code
@@ -238,14 +235,17 @@ Event = Opened | Delta | ToolCall | Done | Malformed
 # `assistant<|channel|>final` has two: ("", assistant) and (channel, final).
 # `_fields` takes pieces apart into words.
 #
-# - The first word behind a control token is its value; all others go into one
-#   list, in order.
-# - A word `to=x` is a recipient wherever it stands, so both of harmony's
-#   orders are one case. `to= x` is mended first: "white space behind to=".
-# - "white space behind <|channel|>", if a name follows it, and "a <|channel|>
-#   without a name" if none does; then it does not count.
+# - The first word behind a control token is its value, whatever it says; all
+#   others go into one list, in order.
+# - A word `to=x` of the list is a recipient wherever it stands, so both of
+#   harmony's orders are one case. `to= x` is mended before: "white space
+#   behind to=", once a piece.
+# - "white space behind <|channel|>", if a name follows it. (Behind
+#   `<|constrain|>` OpenAI's own example has a space: nothing is said.)
 # - "two <|channel|> in a header" (or `<|constrain|>`): the later one counts,
 #   but an unknown channel never replaces a known one.
+# - "a <|channel|> without a name": it does not count. A `<|constrain|>` that
+#   names nothing counts, and nothing is said.
 
 # %% tags=["export"]
 _Pieces = list[tuple[str, bytearray]]  # control token or "", text behind it
@@ -296,11 +296,11 @@ def _fields(pieces: _Pieces
 # | a role but `tool`, or `user:ada` | the role, and the name `ada` | |
 # | none, a channel, `to=...` | assistant | "a header without a role" |
 # | `tool`, `browser`, `python` | the tool of that name | |
-# | one with a dot, or with a `to=...` behind it | the tool of that name | |
+# | one with a dot, or any `to=...` behind it | the tool of that name | |
 # | any other | assistant | "an unknown role 'asistant'" |
 #
 # The first line that fits decides. The third also fits every word of a header
-# without `<|start|>`; there the word stays in the list.
+# without `<|start|>`. There the word stays in the list; below, it goes.
 
 # %% tags=["export"]
 def _author(words: list[str], role: str | None, started: bool
@@ -345,9 +345,8 @@ def _author(words: list[str], role: str | None, started: bool
 # | a header that is not UTF-8 | it has U+FFFD |
 #
 # A format word is made of letters, digits and `_./+-`. Another single word is
-# kept as the format all the same, and said. The third complaint is there
-# because the official parser refuses such a header; a format that
-# `<|constrain|>` announces can be nothing else, and may stand anywhere.
+# kept as the format all the same, and said. The third complaint: the official
+# parser refuses such a header. (A `<|constrain|>` may stand anywhere.)
 
 # %% tags=["export"]
 def _read_header(pieces: _Pieces, role: str | None, started: bool
@@ -391,14 +390,14 @@ print(wrong)
 # %% [markdown]
 # ### A header that never came to its message
 #
-# A header that a stop token ends instead of `<|message|>` may still hold an
-# answer: refusals are written as bare text (openai/harmony#80), and behind
-# the channel `<|message|>` is forgotten (ai-dynamo/frontend-crates#237). We
-# rescue two forms. *Plain text* without any control token (a leading
-# `assistant` is dropped) is a message without a channel. *A channel and text*:
-# the text behind the only `<|channel|>` begins with one of the three names,
-# and no small letter follows it (`final: yes`, but not `finally`). There is
-# nothing to rescue if the text is empty or has `to=` in it.
+# A header that a stop token ends may still hold an answer: refusals are bare
+# text (openai/harmony#80), or `<|message|>` is forgotten behind the channel
+# (ai-dynamo/frontend-crates#237). We rescue two forms. *Plain text*: without
+# any control token; a leading `assistant` is dropped, and there is no channel.
+# *A channel and text*: the only control token is `<|channel|>`, with at most
+# `assistant` before it, and behind it one of the three names, which no small
+# letter follows (`final: yes`, but not `finally`). White space before the text
+# is dropped; a text that is empty or has `to=` in it is not rescued.
 
 # %% tags=["export"]
 def _rescue(pieces: _Pieces) -> Message | None:
@@ -443,11 +442,12 @@ print(_rescue([("", bytearray()), ("<|channel|>", bytearray(b"??"))]))
 # | any other | "a control token in a header" |
 #
 # To *abandon* a header is to say "a header without <|message|>" (or "text
-# outside of a message", if it had no `<|start|>`), with what was collected and
-# the token. If the parser reads a reply of the assistant, and it was not a
-# start, what can be rescued becomes a message: `Opened`, `Delta`, `Done`. A
-# reply that repeats its `<|start|>assistant` abandons nothing. A start behind
-# `<|return|>` is "a message after <|return|>".
+# outside of a message", if it had no `<|start|>`). If the parser reads a reply
+# of the assistant, and it was not a start, what can be rescued is then opened
+# and finished as a message. A stop token abandons an empty header, too. A
+# start does not between two messages, where it belongs, nor where a reply
+# repeats its `<|start|>assistant`. Behind a message that ended in `<|return|>`
+# a start is "a message after <|return|>".
 #
 # In a content:
 #
@@ -458,8 +458,8 @@ print(_rescue([("", bytearray()), ("<|channel|>", bytearray(b"??"))]))
 # | start, channel | "<\|start\|> before the message has ended"; finished |
 # | any other | "a control token in a text"; the text goes on |
 #
-# A start then begins a new header, and a channel one of the same author. At
-# the end of a message, and before a control token that is skipped, half a
+# A start then begins a new header, and a channel one of the same role. At the
+# end of a message, and before a control token that is skipped, half a
 # character becomes U+FFFD. To *finish* a message: the last `Delta`; then, if
 # the assistant addressed somebody, it is a call.
 #
@@ -469,17 +469,20 @@ print(_rescue([("", bytearray()), ("<|channel|>", bytearray(b"??"))]))
 # | a tool | end, return | "a call without <\|call\|>", `ToolCall` |
 # | a tool | none: cut off | no call |
 # | a role | any | "a recipient that is no tool" |
-# | none | call | "<\|call\|> without a recipient" |
+# | none, or another's message | call | "<\|call\|> without a recipient" |
 #
 # Last comes `Done`, with the stop token's word, or None. `close` tells the
 # parser that no token follows: it finishes or abandons what is open. An id
 # that no vocabulary has, or something that is no number at all, counts as a
 # control token by the name `<|unknown 7.5|>`: `feed` never raises.
 #
+# Which `text` does a complaint come with? A header's, with all of it; an
+# abandoned one's, with that and the token; a skipped token's, with its name; a
+# call's, with its recipient. With all others it is empty.
+#
 # `messages` holds those that are done. `role` says whose header the tokens go
 # on with, by default the assistant's, as a reply does; None: they begin with
-# `<|start|>`, and nothing is rescued. In the code `_header` and `_content` are
-# the two tables, line by line.
+# `<|start|>`, and nothing is rescued. `_header` and `_content` are the tables.
 
 # %% tags=["export"]
 _STOPS = {"<|end|>": "end", "<|return|>": "return", "<|call|>": "call"}
@@ -629,8 +632,7 @@ print(*(event for event in events if not isinstance(event, Delta)),
       sep="\n")
 
 # %% [markdown]
-# The reply on which the naive parser failed: the slip is reported, and the
-# answer arrives on its own channel.
+# The slip is reported, and the answer arrives on its own channel.
 #
 # ### All at once
 #
@@ -683,9 +685,9 @@ except HarmonyError as error:
 # %% [markdown]
 # ## It holds
 #
-# The parser on 3,000 random runs of control tokens, header words, halves of
-# characters and ids that do not exist: it raises nothing, every message that
-# is opened is done, and the deltas of a message make its content.
+# 3,000 random runs of control tokens, header words, halves of characters and
+# unknown ids: nothing is raised, every opened message is done, and its deltas
+# make its content.
 
 # %%
 import itertools
@@ -779,12 +781,11 @@ for thread, text in REPORTED:
         event.reason for event in events if isinstance(event, Malformed)))
 
 # %% [markdown]
-# An error ends a request: the official parser has no way on after one. The
-# two replies on which it raises nothing are worse. `??` swallows the start
-# of the next message into a recipient, and a program looks for a tool of
-# that name; so does a function whose name has `<|channel|>commentary` at its
-# end. The tests hold a list of such replies, each with its thread, what both
-# parsers find, and what ours reports:
+# An error ends a request. The two replies on which the official parser raises
+# nothing are worse: `??` swallows the start of the next message into a
+# recipient, and a program looks for a tool of that name; so does a function
+# whose name ends in `<|channel|>commentary`. The tests hold a list of such
+# replies, with their threads, what both parsers find, and what ours reports:
 
 # %%
 cases = json.loads(Path("../../tests/text/harmony_malformed.json"
@@ -801,8 +802,8 @@ print(f"{len(cases)} replies: the official parser raises on {raised}, agrees "
 #
 # - control tokens in a content or a name for text, and text that spells one
 #   in a header for the token;
-# - a word without `to=` for a recipient: `<|channel|>final
-#   <|constrain|>json`, which its own renderer writes, comes back as a call;
+# - a word without `to=` for a recipient, even what its own renderer writes:
+#   `<|channel|>final <|constrain|>json` comes back as a call;
 # - a name behind a role, as in `user:ada`, for a tool's;
 # - a channel without `<|channel|>` for a tool or a content type.
 #

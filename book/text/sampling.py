@@ -271,7 +271,8 @@ print(nucleus(torch.tensor([[0.5, 0.3, 0.1, 0.1]]), 0.8))
 # for rows of logits (B, V). It returns probabilities in float64, the likeliest
 # first, and the ids that they belong to. What top-p drops has probability 0.
 # With top-k that is k columns. With top-p alone, the 1,024 likeliest mostly
-# suffice; only if they do not reach top_p in some row are all tokens sorted.
+# suffice, with the shares that they have of all V; only if these do not reach
+# top_p in some row are all tokens sorted.
 # With neither (top_k 0 or at least V, top_p 1) nothing needs an order, and the
 # ids are None: column i is token i.
 
@@ -366,9 +367,11 @@ print("4,000 draws:", drawn.bincount(minlength=3).tolist())
 #
 # Logits that are not finite must not give a token. The activations of gpt-oss
 # can exceed 65,504, the largest number of float16, and what comes out then is
-# NaN (unsloth#3152). So the largest logit of each row is looked at first: if
-# it is NaN or infinite, the error says so and names the dtype. A single
-# $-\infty$ is no fault: it forbids a token; a row of nothing else is refused.
+# NaN (unsloth#3152). So the largest logit of each row is looked at first, and
+# to `max` a NaN is larger than all. If it is NaN or infinite, the error says
+# so and names the dtype, and for float16 also the way out: bfloat16 or
+# float32. A single $-\infty$ is no fault: it forbids a token; a row of nothing
+# else is refused.
 
 # %% tags=["export"]
 def _likeliest(logits: Tensor) -> Tensor:
@@ -526,20 +529,23 @@ print("room for 3 and for 100 positions:", usual.room(3), usual.room(100))
 # %% [markdown]
 # ## What is refused
 #
-# | option | must be |
-# |---|---|
-# | temperature | a finite number, 0 or more |
-# | top_k | a whole number, 0 or more |
-# | top_p | a number above 0, at most 1 |
-# | seed | a whole number from 0 to 2**63 - 1, or None |
-# | max_new_tokens | a whole number, 1 or more, or None |
-# | prefill_chunk | a whole number, 1 or more |
-# | stop | numbers of tokens, in any collection |
-# | sampler | None, if temperature, top_k or top_p is given too |
+# | option | what the error says was expected | None |
+# |---|---|---|
+# | temperature | a finite number >= 0 | |
+# | top_k | an integer >= 0 | |
+# | top_p | a number > 0 and <= 1 | |
+# | seed | an integer from 0 to 2**63 - 1 | may be |
+# | max_new_tokens | an integer >= 1 | may be |
+# | prefill_chunk | an integer >= 1 | |
+# | stop | token ids | |
+# | sampler | none beside temperature, top_k or top_p | may be |
 #
-# All are a `GenerateError` that begins with the option's name. `True` is no
-# number, although Python thinks it is 1. An option that does not exist is a
-# `TypeError`: it must not be ignored.
+# All are a `GenerateError` that `reject` raises under the option's name, in
+# these words. `True` is no number here, although Python thinks it is 1. Only
+# `stop` takes all that `operator.index` takes, in any collection: what a
+# tensor or a numpy array holds are ids, too. The three beside a sampler count
+# as given if they are not at their defaults. An option that does not exist is
+# a `TypeError`: it must not be ignored.
 
 # %%
 for wrong in ({"temperature": -1}, {"top_k": 2.5}, {"top_p": 0},

@@ -250,7 +250,9 @@ print(*(f"{code:x}: {value:g}" for code, value in enumerate(table)),
 #
 # Both equations in float64, where nothing can go wrong, since its smallest
 # normal number is $2^{-1022}$. One cast at the end. This is the slow twin
-# against which everything faster is held.
+# against which everything faster is held. `FORMATS` says of each float type
+# how many exponent and fraction bits it has, which integer is as wide as one
+# of its numbers, and which type is as wide as two.
 
 # %% tags=["export"]
 from functools import lru_cache
@@ -415,7 +417,8 @@ for m, e in ((3, -129), (12, 126), (12, 127), (1, -127)):
 # dimensions, or whose last is not 16; scales that do not have the blocks'
 # shape without that 16; and a type that is none of float16, bfloat16, float32
 # and float64. Each is an `MXFP4Error` that begins with `blocks`, `scales` or
-# `dtype` and says what was expected and what was found.
+# `dtype` and says which type (`uint8`) or shape was expected and what was
+# found instead.
 
 # %% tags=["export"]
 def check_packed(blocks: torch.Tensor, scales: torch.Tensor) -> None:
@@ -551,7 +554,8 @@ print(tuple(blocks.shape), tuple(scales.shape), "->", tuple(on_meta.shape),
 # has. `PackedMXFP4` holds both. Taking one expert out of a layer must not
 # copy, so indexing gives views. The last dimension is packed and cannot be
 # indexed: at most as many integers or slices as there are dimensions before
-# it, and nothing else. `to` moves both parts, `nbytes` counts both.
+# it, and nothing else; the error says how many that is. `to` moves both
+# parts, `nbytes` counts both.
 
 # %% tags=["export"]
 class PackedMXFP4:
@@ -636,7 +640,6 @@ def linear_by_decoding(x: torch.Tensor, blocks: torch.Tensor,
 x = torch.randn(3, 128)
 y = linear_by_decoding(x, blocks, scales, None)
 assert torch.equal(y, x @ right.T)
-print(tuple(x.shape), "->", tuple(y.shape))
 
 # %% [markdown]
 # ## It holds
@@ -670,8 +673,7 @@ assert same_bits(decode(ones, every_scale[:, :1], torch.float32)[:, 0],
                  powers.to(torch.float32))
 
 # %% [markdown]
-# These are the ranges that we derived: in bfloat16 all 64,768 pairs, in
-# float16 the scales 104 to 140.
+# These are the ranges that we derived.
 #
 # **Flush to zero.** In that mode a product that is subnormal becomes zero;
 # bits that are only moved do not.
@@ -689,9 +691,7 @@ assert moved == 2.0 ** -128
 print(f"decoded: {moved:.4g}")
 
 # %% [markdown]
-# **The sentence again.** [The whole model on one page](../one_page.ipynb)
-# decodes its experts with `ldexp`. We put our table in its place, and the
-# story goes on as it did:
+# **The sentence again,** by our table on [the page](../one_page.ipynb):
 
 # %%
 from gptoss.one_page import SENTENCE, sentence

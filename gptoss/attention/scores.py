@@ -16,7 +16,7 @@ def scores(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
     share a key head are stacked along T: the keys are never repeated.
     ValueError: H not a multiple of G, a mask of another shape or dtype.
     """
-    _check_heads_and_mask(q, k, mask)
+    check_heads_and_mask(q, k, mask)
     B, T, H, C = q.shape
     S, G = k.shape[1:3]
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -42,18 +42,20 @@ def mix(weights: Tensor, v: Tensor) -> Tensor:
 
 # --- What is refused ---------------------------------------------------------
 
-def _check_heads_and_mask(q: Tensor, k: Tensor, mask: Tensor) -> None:
+def check_heads_and_mask(q: Tensor, k: Tensor, mask: Tensor) -> None:
     """Raise ValueError unless H is a multiple of G and the mask fits."""
     B, T, H, _ = q.shape
     S, G = k.shape[1:3]
     if H % G:
         raise ValueError(f"heads: expected H a multiple of G, found {H}, {G}")
-    if mask.shape[1:] != (T, S) or mask.dtype != torch.bool:
+    fits = mask.shape in ((1, T, S), (B, T, S))
+    if not fits or mask.dtype != torch.bool:
         raise ValueError(f"mask: expected bool ({B} or 1, {T}, {S}), found "
                          f"{mask.dtype} {tuple(mask.shape)}")
 
 
 __all__ = [
+    "check_heads_and_mask",
     "mix",
     "scores",
 ]

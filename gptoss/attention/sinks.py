@@ -6,7 +6,7 @@ Generated from book/attention/sinks.py; edit the chapter, not this file.
 import torch
 from torch import Tensor
 
-from gptoss.attention.scores import mix, scores
+from gptoss.attention.scores import check_heads_and_mask, mix, scores
 
 # --- Form 1: how does the sink join the softmax? -----------------------------
 
@@ -85,6 +85,7 @@ def attention_online(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
     """
     if chunk < 1:
         raise ValueError(f"chunk: expected at least 1, found {chunk}")
+    check_heads_and_mask(q, k, mask)
     B, T, H, C = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     out = torch.zeros(B, T, H, C, dtype=wide, device=q.device)
@@ -143,6 +144,7 @@ def attention_flash(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor,
     """
     if q.device.type != "cpu":
         raise ValueError(f"attention_flash: expected cpu, found {q.device}")
+    check_heads_and_mask(q, k, mask)
     bias = torch.zeros(mask.shape, dtype=q.dtype)
     bias = bias.masked_fill_(~mask, -torch.inf).unsqueeze(1)
     heads_first = (x.transpose(1, 2) for x in (q, k, v))

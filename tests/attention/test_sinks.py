@@ -360,3 +360,19 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="expected cpu, found meta"):
         attention_flash(*(x.to("meta") for x in (q, k, v, sinks)), mask,
                         scale)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("mask", [(1, 3, 9), (1, 1, 8), (3, 3, 8), (3, 8),
+                                  (1, 3, 1)], ids=str)
+def test_every_form_refuses_a_mask_that_does_not_fit(form, mask):
+    q, k = torch.randn(2, 3, 4, 8), torch.randn(2, 8, 2, 8)
+    with pytest.raises(ValueError, match="mask: expected bool"):
+        form(q, k, k, torch.zeros(4), torch.ones(mask).bool(), 1.0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_refuses_heads_that_no_key_has(form):
+    q, k = torch.randn(1, 3, 3, 8), torch.randn(1, 8, 2, 8)
+    with pytest.raises(ValueError, match="multiple of G, found 3, 2"):
+        form(q, k, k, torch.zeros(3), torch.ones(1, 3, 8).bool(), 1.0)
