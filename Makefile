@@ -15,7 +15,7 @@ NO_DEPS = $(shell sed -n 's/^\# no-deps: //p' requirements.txt)
 export OMP_NUM_THREADS ?= 1
 export PYTHONHASHSEED ?= 0
 
-.PHONY: demo test tangle freeze book serve status clean \
+.PHONY: demo test tangle freeze book serve status clean gpu \
         find-browser check-tangle check-frozen lint unit notebooks browser
 .NOTPARALLEL:
 
@@ -104,6 +104,12 @@ status: notebooks
 
 serve: book
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html 8000
+
+# needs a CUDA GPU, torch and triton, and installs nothing: GPU="--dry" tries
+# it on a CPU, GPU_PYTHON names another interpreter
+GPU_PYTHON ?= $(or $(wildcard $(BIN)/python),python3)
+gpu:
+	@$(GPU_PYTHON) bench/gpu.py $(GPU)
 
 clean:
 	rm -rf _build build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -399,7 +399,8 @@ print(f"slowed by {FACTOR:.0f}: {math.ceil(high)}..{C // 2 - 1}")
 for end in (low, high):
     rounds = TRAINED * THETA ** (-2 * end / C) / (2 * math.pi)
     print(f"a pair {end:.2f} makes {rounds:.4g} turns in 4,096 tokens")
-print("rounded as elsewhere:", correction_range(C, THETA, truncate=True))
+print(f"ends of the ramp: {low:.2f} and {high:.2f};",
+      "rounded as elsewhere:", correction_range(C, THETA, truncate=True))
 
 # %% [markdown]
 # ### How fast does each pair turn?
@@ -675,11 +676,11 @@ for name, error in errors.items():
 assert errors["from rounding the product"].abs().max() <= 2**-8
 
 # %% [markdown]
-# A few thousandths of a radian. The second line is no error of this code. The
-# released code computes the list in fp32: those 32 numbers define the model,
-# to be met bit for bit.
+# A few thousandths of a radian. The second line is no error of this code: the
+# released code computes the list in fp32, and those 32 numbers are the model.
 #
-# **The sentence again,** by our RoPE on [the page](../one_page.ipynb):
+# **The sentence again.** With our tables and our rotation in the place of its
+# own, [the page](../one_page.ipynb) goes on as it did:
 
 # %%
 from gptoss.one_page import SENTENCE, sentence
@@ -856,6 +857,7 @@ p = torch.tensor([end - 1, end, end + 1])
 print("distinct:", p.to(torch.float32).unique().numel(), "of 3")
 step = torch.finfo(torch.float32).eps * (end / 2)
 print(f"step of the angle just below: {step:.0f} rad")
+print("distinct rows:", rope_tables(p, inv_freq)[0].unique(dim=0).shape[0])
 
 # %% [markdown]
 # ### Exercise 3
@@ -891,10 +893,8 @@ for name, s in (("RoPE", plain), ("YaRN", yarn)):
 #
 # - RoPE: {cite}`rope2021`; YaRN, NTK by parts and the temperature:
 #   {cite}`yarn2023`; the model: {cite}`gptoss2025`.
-# - openai/gpt-oss, `gpt_oss/torch/model.py`: `RotaryEmbedding`,
-#   `_apply_rotary_emb`.
-# - huggingface/transformers 5.23, `modeling_rope_utils.py`:
-#   `_compute_yarn_parameters`; `models/gpt_oss/modeling_gpt_oss.py`:
-#   `GptOssRotaryEmbedding`, `_apply_rotary_emb`.
+# - openai/gpt-oss, `gpt_oss/torch/model.py`: `RotaryEmbedding`.
+# - huggingface/transformers 5.23: `_compute_yarn_parameters` and
+#   `GptOssRotaryEmbedding`.
 # - NousResearch/Yarn-Llama-2-70b-32k, its card: training after the change.
 # - pytorch/torchtitan, `models/common/rope.py`: YaRN as one pure function.

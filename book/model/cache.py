@@ -149,7 +149,10 @@ print("the ring holds", one.keys[0].flatten().long().tolist())
 #
 # One call, `update`, and whatever has it can stand for a cache ([the recorded
 # step](../kernels/step.ipynb) has another). A `Plan` serves one forward: it
-# knows which layers were updated, and refuses a second time.
+# knows which layers were updated, and refuses a second time. `rows` is the
+# state afterwards; `before` the rings' positions until then, or None if the
+# ring is read in place; `sliding` and `full` say what is written: row, column
+# and slot of each token.
 
 # %% tags=["export"]
 from collections import Counter
@@ -222,7 +225,9 @@ class Plan:
 #
 # The sizes of what comes out, and whether anything is wrong, must be known to
 # the host. On a GPU each such question waits for the device, so there is one,
-# for four numbers together (`tolist`); nothing after it asks again.
+# for four numbers together (`tolist`): how many rows are wrong, how many
+# tokens go into a ring and into a full layer, and how many slots the longest
+# row holds afterwards. Nothing after it asks again.
 
 # %% tags=["export"]
 def _targets(keep: Tensor, slots: Tensor, count: int
@@ -596,8 +601,11 @@ print("back to 30, feed from", cache.rollback(30), "= 30 - 2 * 7")
 # %% [markdown]
 # ### What is refused?
 #
-# Everything is a `CacheError`, and is found before anything is written. The
-# words of each refusal:
+# Everything is a `CacheError`, and is found before anything is written. Who
+# reads it was in the middle of something else, so it says where (the option,
+# the row, the layer, the call), what was expected, and what was found. A
+# closed plan refuses as one used twice does. Too small is the option that set
+# the limit: without `max_tokens` that is `max_position_embeddings`. The words:
 
 # %%
 def refuse(call, *arguments, **options):

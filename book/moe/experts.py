@@ -609,7 +609,7 @@ print(f"as torch says; {int((wanted == 0).sum())} of {z.numel()} entries "
 #
 # and adds $(W^\mathrm{up}_e)^\top \bar z$ to $\bar x_n$, $\bar z$ to the
 # gradient of $b^\mathrm{up}_e$ and $w_{nk} \bar y_n$ to that of
-# $b^\mathrm{down}_e$.
+# $b^\mathrm{down}_e$. Returned are those of x, weights and the two biases.
 
 # %% tags=["export"]
 def packed_backward(grad: Tensor, x: Tensor, ids: Tensor, weights: Tensor,

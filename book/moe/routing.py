@@ -427,10 +427,12 @@ for E in (32, 128):
 # numbers takes about a thousand comparisons, the four experts 200 million
 # FLOPs, so we can afford it. Two things are added to the two lines above.
 # The slices are copied, so that the results are contiguous and hold k
-# columns: a slice would keep all E in memory. And k outside 1 to E is
-# refused with a ValueError that names the config's key,
-# `num_experts_per_tok`. ([Layers](../model/layers.ipynb) put the linear
-# layer with bias, from D to E logits, in front of it.)
+# columns: a slice would keep all E in memory. And k outside 1 to E is a
+# ValueError, in the form of all our refusals: the config's key, what was
+# expected, what was found. With nine of eight experts,
+# `num_experts_per_tok: expected 1 to 8, found 9`.
+# ([Layers](../model/layers.ipynb) put the linear layer with bias, from D to
+# E logits, in front of it.)
 
 # %% tags=["export"]
 import torch
@@ -886,15 +888,13 @@ wide, narrow = ((c != exact).any(-1).sum().item() for c in (wide, narrow))
 assert wide <= 4 < narrow
 print(f"flips in fp32: {wide / 40:.0f} % of tokens, in bf16: "
       f"{narrow / 40:.0f} %")
-# Cost: the weights (E, D) in fp32, or a widened copy: under 0.4 % of the
-# experts' FLOPs. But it is not what the released model was run with.
+# It costs little, but is not what the released model was run with.
 
 # %% [markdown]
 # ## Sources
 #
 # - OpenAI, gpt-oss: `gpt_oss/torch/model.py`, `MLPBlock.forward`
-#   {cite}`gptoss2025`: "the softmax of the router projection over only the
-#   selected experts".
+#   {cite}`gptoss2025`.
 # - transformers: `models/gpt_oss/modeling_gpt_oss.py`, `GptOssTopKRouter`.
 # - Sparse mixtures of experts: {cite}`moe2017`; one expert and the balance
 #   loss: {cite}`switch2021`.

@@ -48,8 +48,9 @@ def is_count(value: object) -> TypeGuard[int]:
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """A whole number or a float, infinity and NaN among them."""
-    return is_count(value) or isinstance(value, float)
+    """A float, infinity and NaN among them, or a whole number like one."""
+    return (isinstance(value, float)
+            or is_count(value) and abs(value) < 2 ** 1023)
 
 
 def is_positive(value: object) -> TypeGuard[int | float]:

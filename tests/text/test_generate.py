@@ -248,6 +248,7 @@ def test_draw_never_returns_a_token_of_probability_zero():
     ({"temperature": -0.1}, "temperature"),
     ({"temperature": math.nan}, "temperature"),
     ({"temperature": math.inf}, "temperature"),
+    ({"temperature": 10 ** 400}, "temperature"),
     ({"temperature": "1"}, "temperature"),
     ({"temperature": True}, "temperature"),
     ({"top_k": -1}, "top_k"), ({"top_k": 2.0}, "top_k"),
