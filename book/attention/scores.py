@@ -306,9 +306,9 @@ torch.testing.assert_close(newest[0], whole)
 #
 # A softmax deals out its shares once. The `the` of the picture wants the
 # lamp *and* wants to know what stands just before it; if one set of shares
-# serves both, each gets half. So the model looks several times at once. It
-# makes $H$ queries, keys and values of $C$ numbers each, a *head* has one of
-# each, and all heads work by {eq}`scores-attention` without knowing of one
+# serves both, each gets half. So the model looks several times at once, with
+# $H$ *heads*. Each has a query, a key and a value of its own, of $C$ numbers,
+# and all heads work by {eq}`scores-attention` without knowing of one
 # another. Their outputs are laid side by side, $H \cdot C$ numbers, and a
 # last matrix $W_o$ brings them back to the width $D$ of a row. In the 20b,
 # $H = 64$ heads of $C = 64$.

@@ -446,7 +446,7 @@ for size, config in (("20b", small), ("120b", big)):
 # bytes. Every second layer *slides*: it sees only the last $W = 128$ tokens
 # ([masks](../attention/masks.ipynb)), so $W$ places are enough for it,
 # however long the text is; they are used in turn, as in a ring. With
-# $L_{full}$ layers of the other kind, $S$ tokens take
+# $L_{full}$ layers of the other kind, $S$ keys and their values take
 #
 # $$
 # b_{cache}(S) = 4GC\,\big(L_{full}\,S + (L - L_{full})\,W\big).
@@ -491,7 +491,7 @@ print(f"{S:,} tokens, rings where it slides:",
 #
 # A weight of a matrix costs a token one multiplication and one addition. A
 # key that it sees costs each query head $C$ of both for the product of query
-# and key, and its value as many again. So with $S$ tokens in the context
+# and key, and its value as many again. So with $S$ keys in the context
 #
 # $$
 # f(S) = 2\,M + 4HC \sum_{\ell=1}^{L} S_\ell, \qquad
