@@ -41,13 +41,14 @@ def ran(line: str) -> tuple[int, str]:
     each for each in COMMANDS if " parity " in each[0]],
     ids=lambda value: value.split()[-1] if " parity " in value else "")
 def test_a_planted_fault_is_named(line, shown):
-    """The words are the same; a number may differ in its last digit."""
+    """The words are the same; numbers may differ where processors do."""
     code, out = ran(line)
     end = "\n".join(out.splitlines()[-len(shown.splitlines()):]) + "\n"
     assert NUMBER.sub("#", end) == NUMBER.sub("#", shown)
     assert code == ("first beyond rounding" in shown)
-    (share,) = re.findall(r"argmax ([\d.]+)%", shown)
-    assert f"argmax {share}%" in end
+    wrote, found = (float(re.search(r"argmax ([\d.]+)%", text)[1])
+                    for text in (shown, end))
+    assert abs(wrote - found) <= 5
 
 
 def test_the_vectors_are_written_and_pass(tmp_path, monkeypatch):
