@@ -11,6 +11,11 @@ from typing import TYPE_CHECKING
 # --- What does `import gptoss` load? -----------------------------------------
 
 if TYPE_CHECKING:
+    from gptoss import chat as chat
+    from gptoss import checkpoint as checkpoint
+    from gptoss import harmony as harmony
+    from gptoss import kernels as kernels
+    from gptoss import mxfp4 as mxfp4
     from gptoss.chat.chat import Chat as Chat
     from gptoss.model.transformer import GptOss as GptOss
     from gptoss.text.tokenizer import Tokenizer as Tokenizer
@@ -68,4 +73,9 @@ __all__ = [
     "GptOss",
     "GptOssConfig",
     "Tokenizer",
+    "chat",
+    "checkpoint",
+    "harmony",
+    "kernels",
+    "mxfp4",
 ]

@@ -249,7 +249,8 @@ def _own(cells: list[tuple[str, str]]) -> dict[str, str]:
             for node in ast.parse(source).body for name in bound_names(node)}
 
 
-_COMMENT = {"h": "// {}", "cpp": "// {}", "jinja": "{{#- {} #}}"}
+_COMMENT = {"h": "// {}", "cpp": "// {}", "jinja": "{{#- {} #}}",
+            "pyi": "# {}"}
 
 
 def imports_of(module: Module) -> list[ast.stmt]:

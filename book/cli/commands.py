@@ -148,6 +148,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from gptoss import chat as chat
+    from gptoss import checkpoint as checkpoint
+    from gptoss import harmony as harmony
+    from gptoss import kernels as kernels
+    from gptoss import mxfp4 as mxfp4
     from gptoss.chat.chat import Chat as Chat
     from gptoss.model.transformer import GptOss as GptOss
     from gptoss.text.tokenizer import Tokenizer as Tokenizer
@@ -203,6 +208,39 @@ print(_HOME["GptOss"], "|", *_SUBJECTS)
 import gptoss
 
 print(gptoss.mxfp4.decode.__module__, gptoss.mxfp4.encode.__module__)
+
+# %% [markdown]
+# A type checker runs nothing, so it sees nothing of what `__getattr__` finds.
+# For mypy and for editors each subject has a *stub*, a file of types beside
+# the code that Python itself never reads:
+
+# %% [markdown] tags=["export:/mxfp4.pyi"]
+# ```python
+# from gptoss.weights.mxfp4 import *
+# from gptoss.weights.encoding import *
+# from gptoss.model.ops import *
+# ```
+
+# %% [markdown] tags=["export:/checkpoint.pyi"]
+# ```python
+# from gptoss.weights.layout import *
+# from gptoss.weights.files import *
+# from gptoss.weights.spellings import *
+# from gptoss.weights.checkpoint import *
+# from gptoss.weights.write import *
+# from gptoss.weights.convert import *
+# from gptoss.weights.hub import *
+# ```
+
+# %% [markdown] tags=["export:/harmony.pyi"]
+# ```python
+# from gptoss.text.vocabulary import *
+# from gptoss.text.tokenizer import *
+# from gptoss.text.typescript import *
+# from gptoss.text.harmony import *
+# from gptoss.text.template import *
+# from gptoss.text.parser import *
+# ```
 
 # %% [markdown]
 # ### generate: text as it comes

@@ -355,7 +355,7 @@ def tangle(chapters: list[Path], whole: bool = False) -> dict[str, str]:
 def left_behind(texts: dict[str, str], root: Path) -> list[str]:
     """Generated files of the package that no chapter makes any more."""
     there = (path for path in (root / OWN).rglob("*")
-             if path.suffix in (".py", ".h", ".cpp"))
+             if path.suffix in (".py", ".pyi", ".h", ".cpp"))
     return sorted(name for name, path in (
         (path.relative_to(root).as_posix(), path) for path in there)
         if name not in texts

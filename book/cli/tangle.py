@@ -555,7 +555,8 @@ def _own(cells: list[tuple[str, str]]) -> dict[str, str]:
 
 
 # %% tags=["export"]
-_COMMENT = {"h": "// {}", "cpp": "// {}", "jinja": "{{#- {} #}}"}
+_COMMENT = {"h": "// {}", "cpp": "// {}", "jinja": "{{#- {} #}}",
+            "pyi": "# {}"}
 
 
 def imports_of(module: Module) -> list[ast.stmt]:
