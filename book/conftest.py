@@ -1,6 +1,8 @@
 """nbval compares pictures, too: what was drawn, not the bytes of the image.
 
-See book/_ext/figures.py, and the appendix on how the book builds itself.
+See book/_ext/figures.py, and the appendix on how the book builds itself. And
+a kernel that dies while it starts is started again: jupyter chooses its ports
+before the kernel takes them, and another notebook's processes can be faster.
 """
 
 import os
@@ -25,8 +27,26 @@ def agreed(test: list, ref: list) -> list:
     return test
 
 
+def patient(start, tries: int = 3):
+    """`start`, called again if it raises RuntimeError."""
+    def start_again(*args, **options):
+        for _ in range(tries - 1):
+            try:
+                return start(*args, **options)
+            except RuntimeError:
+                continue
+        return start(*args, **options)
+
+    return start_again
+
+
 def pytest_configure(config) -> None:
+    from nbval import kernel
     from nbval.plugin import IPyNbCell
+
+    if not hasattr(kernel, "start_once"):
+        kernel.start_once = kernel.start_new_kernel
+        kernel.start_new_kernel = patient(kernel.start_once)
 
     compare = IPyNbCell.compare_outputs
     if not hasattr(compare, "figures"):

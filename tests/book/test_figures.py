@@ -194,3 +194,18 @@ def test_every_frozen_figure_of_the_book_tells_what_it_shows() -> None:
 
 def test_matplotlib_is_left_alone_outside_the_kernels() -> None:
     assert matplotlib.figure.Figure.__repr__.__name__ == "__repr__"
+
+
+def test_a_kernel_that_dies_at_its_start_is_started_again():
+    patient = runpy.run_path(str(BOOK / "conftest.py"))["patient"]
+    left = [RuntimeError("Kernel died"), RuntimeError("Kernel died")]
+
+    def start(name):
+        if left:
+            raise left.pop()
+        return name
+
+    assert patient(start)("python3") == "python3" and not left
+    left = [RuntimeError("Kernel died")] * 3
+    with pytest.raises(RuntimeError, match="died"):
+        patient(start)("python3")
