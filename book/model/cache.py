@@ -432,11 +432,11 @@ print("slots:", full.k.shape[1], " returned:", seen.shape[1], " a view:",
 #
 # What one can ask: `layers`, a list of `SlidingCache` and `FullCache` with
 # their `k` and `v` of (B, slots, G, C), views of (B, G, slots, C): the keys of
-# a head lie together in memory, as attention reads them; `lengths` (B,) and `length`, that of
-# the longest row; `nbytes`; `replay`, how many tokens a rollback feeds again
-# at most; `rows`, which is refused while a forward is half written (`_rows`
-# holds them all the same); and a `repr` that says how many layers of which
-# kind, slots and dtype there are.
+# a head lie together in memory, as attention reads them; `lengths` (B,) and
+# `length`, that of the longest row; `nbytes`; `replay`, how many tokens a
+# rollback feeds again at most; `rows`, which is refused while a forward is
+# half written (`_rows` holds them all the same); and a `repr` that says how
+# many layers of which kind, slots and dtype there are.
 
 # %% tags=["export"]
 class Cache:
