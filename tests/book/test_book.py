@@ -37,7 +37,7 @@ def test_modules_and_reference_are_in_sync() -> None:
     assert not wrong, "run `make tangle`"
     there = {path.relative_to(ROOT).as_posix()
              for path in (ROOT / "gptoss").rglob("*")
-             if path.suffix in (".py", ".h", ".cpp", ".jinja")}
+             if path.suffix in (".py", ".pyi", ".h", ".cpp", ".jinja")}
     assert there == {name for name in texts if name.startswith("gptoss/")}
 
 
