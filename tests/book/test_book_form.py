@@ -47,6 +47,13 @@ def prose(page: Path) -> str:
     return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
+def code(chapter: Path) -> str:
+    """The code of a chapter, without cells for IPython alone."""
+    return "\n\n".join(cell.source for cell in cells(chapter)
+                       if cell.cell_type == "code"
+                       and not cell.source.startswith("%"))
+
+
 def tags(cell: nbformat.NotebookNode) -> list[str]:
     return cell.metadata.get("tags", [])
 
@@ -468,7 +475,4 @@ def test_unseeded(source: str, line: int | None) -> None:
 
 @each_chapter
 def test_draws_are_seeded(chapter: Path) -> None:
-    source = "\n".join(cell.source for cell in cells(chapter)
-                       if cell.cell_type == "code"
-                       and not cell.source.startswith("%"))
-    assert unseeded(source) is None
+    assert unseeded(code(chapter)) is None

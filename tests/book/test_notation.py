@@ -8,12 +8,10 @@ import ast
 import re
 from pathlib import Path
 
-import jupytext
 import pytest
-from tangle import listed
+from test_book_form import cells, code, each_chapter
 
 ROOT = Path(__file__).resolve().parents[2]
-CHAPTERS = listed(ROOT)
 ROW = re.compile(r"^\| ([A-Z]) \| ([^|]+) \|([^|]*)\|", re.MULTILINE)
 NOUNS = {"sequences", "tokens", "queries", "keys", "heads", "channels",
          "experts", "layers"}
@@ -24,9 +22,6 @@ COUNTS = {letter: NOUNS & set(re.findall(r"\w+", meaning))
 LETTER = {key: letter for letter, (_, key) in TABLE.items() if key}
 PROSE = re.compile(r"\$([A-Z])\$ (?:(?:is|are|be) (?:the )?(?:number of )?)?"
                    rf"(?:[\w/]+ )?({'|'.join(sorted(NOUNS))})\b")
-
-each_chapter = pytest.mark.parametrize("chapter", CHAPTERS,
-                                       ids=lambda path: path.stem)
 
 
 def test_the_table_has_all_letters() -> None:
@@ -68,7 +63,7 @@ def test_misused(text: str, wrong: int) -> None:
 
 @each_chapter
 def test_letters_in_prose(chapter: Path) -> None:
-    text = "\n\n".join(cell.source for cell in jupytext.read(chapter).cells
+    text = "\n\n".join(cell.source for cell in cells(chapter)
                        if cell.cell_type == "markdown")
     assert misused(text) == []
 
@@ -112,7 +107,4 @@ def test_misnamed(source: str, wrong: int) -> None:
 
 @each_chapter
 def test_letters_in_code(chapter: Path) -> None:
-    source = "\n\n".join(cell.source for cell in jupytext.read(chapter).cells
-                         if cell.cell_type == "code"
-                         and not cell.source.startswith("%"))
-    assert misnamed(source) == []
+    assert misnamed(code(chapter)) == []

@@ -8,29 +8,18 @@ import re
 from functools import cache
 from pathlib import Path
 
-import jupytext
 import nbformat
 import pytest
-from tangle import listed
-
-ROOT = Path(__file__).resolve().parents[2]
-CHAPTERS = listed(ROOT)
-# appendices need no exercises and no picture
-MAIN = [path for path in CHAPTERS if path.parent.name != "cli"]
-
-each_chapter = pytest.mark.parametrize("chapter", CHAPTERS,
-                                       ids=lambda path: path.stem)
-each_main = pytest.mark.parametrize("chapter", MAIN,
-                                    ids=lambda path: path.stem)
+from test_book_form import cells, each_chapter, each_main, tags
 
 Cell = nbformat.NotebookNode
 
 
-def sections(cells: list[Cell]) -> list[tuple[str, Cell]]:
+def sections(whole: list[Cell]) -> list[tuple[str, Cell]]:
     """Each cell with the `## ` heading that it stands under. A cell with
     several headings is cut at them."""
     found, section = [], ""
-    for cell in cells:
+    for cell in whole:
         if cell.cell_type != "markdown":
             found.append((section, cell))
             continue
@@ -157,10 +146,9 @@ def test_numbers_are_printed(chapter: Path) -> None:
     known = "\n".join(cell.source + "\n" + printed(cell)
                       for _, cell in frozen(chapter)
                       if cell.cell_type == "code")
-    said = [(section, cell) for section, cell in sections(
-        jupytext.read(chapter).cells)
+    said = [(section, cell) for section, cell in sections(cells(chapter))
         if cell.cell_type == "markdown" and section != "Sources"
-        and not MARKS & set(cell.metadata.get("tags", []))]
+        and not MARKS & set(tags(cell))]
     missing = {f"{section}: {number}" for section, cell in said
                for number in unprinted(numbers(cell.source), known)}
     assert not missing

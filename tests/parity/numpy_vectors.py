@@ -12,6 +12,7 @@ import json
 import math
 import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -196,38 +197,39 @@ PORT = {f.__name__: f for f in (mxfp4, frequencies, tables, rope, mask,
                                 attention, norm, swiglu, route, block, model)}
 
 
+def answers(folder: Path, port: dict = PORT
+            ) -> Iterator[tuple[dict, dict, dict]]:
+    """Each case of the index, the port's outputs for it by name, and the
+    tensors of the folder."""
+    index = json.loads((folder / "index.json").read_text("utf-8"))
+    tensors = read_safetensors(folder / index["file"])
+    for case in index["cases"]:
+        inputs = {name: tensors[key] for name, key in case["inputs"].items()}
+        yield case, port[case["operation"]](inputs, case["parameters"]), \
+            tensors
+
+
 def run(folder: Path, port: dict = PORT) -> dict[str, bool]:
     """Case -> whether every output is within its fp32 tolerance."""
-    index = json.loads((folder / "index.json").read_text("utf-8"))
-    tensors, result = read_safetensors(folder / index["file"]), {}
-    for case in index["cases"]:
-        found = port[case["operation"]](
-            {name: tensors[key] for name, key in case["inputs"].items()},
-            case["parameters"])
-        result[case["name"]] = all(
-            found[name].shape == tensors[out["tensor"]].shape
-            and np.allclose(found[name], tensors[out["tensor"]],
-                            atol=out["float32"][0], rtol=out["float32"][1],
-                            equal_nan=True)
-            for name, out in case["outputs"].items())
-    return result
+    return {case["name"]: all(
+        found[name].shape == tensors[out["tensor"]].shape
+        and np.allclose(found[name], tensors[out["tensor"]],
+                        atol=out["float32"][0], rtol=out["float32"][1],
+                        equal_nan=True)
+        for name, out in case["outputs"].items())
+        for case, found, tensors in answers(folder, port)}
 
 
 def write_answers(folder: Path, file: Path, port: dict = PORT) -> None:
     """The outputs of every case as safetensors, under the index's names."""
-    index = json.loads((folder / "index.json").read_text("utf-8"))
-    tensors, header, data = read_safetensors(folder / index["file"]), {}, b""
-    for case in index["cases"]:
-        found = port[case["operation"]](
-            {name: tensors[key] for name, key in case["inputs"].items()},
-            case["parameters"])
+    header, data = {}, b""
+    for case, found, tensors in answers(folder, port):
         for name, out in case["outputs"].items():
-            wanted = tensors[out["tensor"]].dtype.str
-            raw = np.ascontiguousarray(found[name]).astype(
-                wanted if wanted != "|u1" else "u1").tobytes()
-            kind = next(k for k, v in KINDS.items() if np.dtype(v) == wanted)
+            kind = tensors[out["tensor"]].dtype
+            raw = np.ascontiguousarray(found[name], kind).tobytes()
             header[out["tensor"]] = {
-                "dtype": kind, "shape": list(found[name].shape),
+                "dtype": next(k for k, v in KINDS.items() if v == kind),
+                "shape": list(found[name].shape),
                 "data_offsets": [len(data), len(data) + len(raw)]}
             data += raw
     text = json.dumps(header).encode()
