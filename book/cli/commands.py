@@ -121,9 +121,10 @@ def plainly(command: str, argument: object) -> object:
 
 
 sys.modules.pop("lzma", None)
-print(plainly("root", 2.25), "and lzma is loaded:", "lzma" in sys.modules)
-print("packed" if plainly("pack", b"once " * 99) else "",
-      "and lzma is loaded:", "lzma" in sys.modules)
+for name, value in (("root", 2.25), ("pack", b"once " * 99)):
+    done = plainly(name, value)
+    print(name, "gives", type(done).__name__, "| loaded:",
+          {"lzma"} & sys.modules.keys())
 
 # %% [markdown]
 # The package's front door does this for classes, the table of commands for

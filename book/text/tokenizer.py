@@ -286,7 +286,8 @@ data = json.loads(own)
 data["model"]["vocab"]["<|end|>"] = 260
 data["added_tokens"][0]["special"] = False
 told = json.loads(_without_control(data, {"<|end|>": 260}, "tokenizer.json"))
-print(told["added_tokens"][0]["special"], [*told["model"]["vocab"]][-1:])
+print(told["added_tokens"][0])
+print("in the vocabulary:", [*told["model"]["vocab"]][-1:])
 
 # %% [markdown]
 # The mark is set, and the entry in the vocabulary is out of reach.
@@ -803,7 +804,8 @@ assert engine.encode(filtered).ids.count(end) == 1
 
 # %% tags=["hide-cell"]
 pieces = [*tokenizer.encode("<|en"), *tokenizer.encode("d|>")]
-print(repr(tokenizer.decode(pieces)), tokenizer.special["<|end|>"] in pieces)
+print(repr(tokenizer.decode(pieces)), "from", len(pieces), "ids,",
+      sum(map(tokenizer.is_special, pieces)), "of them a control token's")
 # The text of the ids spells the name, but the ids are those of letters, and
 # the model reads ids. Nor can bytes help: a control token's id is no
 # encoding of any bytes.
