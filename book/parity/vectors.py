@@ -60,7 +60,8 @@ from gptoss.moe.routing import route
 from gptoss.weights.config import GptOssConfig
 from gptoss.weights.errors import Error
 from gptoss.weights.mxfp4 import decode
-from gptoss.weights.write import drafted, random_tensors
+from gptoss.weights.disk import drafted
+from gptoss.weights.write import random_tensors
 
 # %% [markdown]
 # ## Picture

@@ -371,7 +371,8 @@ from gptoss.training.rows import (
     train_tokenizer,
 )
 from gptoss.training.train import Recipe, train
-from gptoss.weights.write import drafted, write_checkpoint
+from gptoss.weights.disk import drafted
+from gptoss.weights.write import write_checkpoint
 
 
 MILESTONES = ("story", "sum", "tool", "far")

@@ -154,7 +154,7 @@ print(f"in memory: {(len(data) + 2 * 4 * 10 ** 5) / len(data):.0f} times the",
 # whatever must appear whole is written *beside* its place, waited for until it
 # is on the disk (`fsync`), and then renamed:
 
-# %% tags=["export"]
+# %% tags=["export:disk"]
 @contextmanager
 def drafted(target: Path) -> Iterator[Path]:
     """A path beside `target`; what is made there, a file or a folder, takes
@@ -166,7 +166,7 @@ def drafted(target: Path) -> Iterator[Path]:
     try:
         yield draft
         for path in [*(draft.iterdir() if draft.is_dir() else ()), draft]:
-            _sync(path)  # whole on the disk before it has its name
+            to_disk(path)  # whole on the disk before it has its name
         os.replace(draft, target)
     except BaseException:
         if draft.is_dir():
@@ -176,7 +176,7 @@ def drafted(target: Path) -> Iterator[Path]:
         raise
 
 
-def _sync(path: Path) -> None:
+def to_disk(path: Path) -> None:
     """Wait until a file or a folder is on the disk."""
     held = os.open(path, os.O_RDONLY)
     try:
@@ -492,7 +492,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         with _told_to_end(), _draft(home, target.name) as draft:
             yield draft
             for file in draft.iterdir():
-                _sync(file)  # whole on disk before it has its name
+                to_disk(file)  # whole on disk before it has its name
             _appear(draft, target, inside)
     except BaseException as error:
         for path in above:

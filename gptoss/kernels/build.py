@@ -22,6 +22,7 @@ import torch
 import gptoss
 from gptoss.model.answers import LOADING
 from gptoss.model.ops import has_kernel
+from gptoss.weights.disk import to_disk
 from gptoss.weights.errors import Error
 
 # --- What is the compiler told? ----------------------------------------------
@@ -162,20 +163,11 @@ def _compile(path: Path, variant: str, parts: tuple[str, ...]) -> None:
         made.chmod(0o700)
         seal.write_text(_seal(made))
         for file in (seal, made):
-            _to_disk(file)
+            to_disk(file)
         os.replace(seal, path.with_suffix(".sha256"))
         os.replace(made, path)
     with suppress(OSError):  # some file systems do not sync a folder
-        _to_disk(path.parent)
-
-
-def _to_disk(path: Path) -> None:
-    """Have the system write what it holds of a file or folder."""
-    held = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(held)
-    finally:
-        os.close(held)
+        to_disk(path.parent)
 
 
 def _sweep(folder: Path, age: float) -> None:

@@ -26,7 +26,7 @@ from gptoss.parity.vector_cases import (
     all_cases,
     run_case,
 )
-from gptoss.weights.write import drafted
+from gptoss.weights.disk import drafted
 
 # --- The set -----------------------------------------------------------------
 

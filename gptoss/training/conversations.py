@@ -276,7 +276,7 @@ def lesson_stream(seed: int, hold_out: bool | str = False,
     that training may see, or those whose last question is on the shelf
     `hold_out`, "exam" (or True) or "milestone"."""
     rng, mix = random.Random(seed), mix or MIX
-    wanted = hold_out if isinstance(hold_out, str) else "exam" * hold_out
+    wanted = "exam" if hold_out is True else hold_out or ""
     while True:
         kind = rng.choices(list(mix), list(mix.values()))[0]
         one = lesson(rng, kind)

@@ -26,8 +26,9 @@ from gptoss.training.rows import (
 )
 from gptoss.training.train import Recipe, train
 from gptoss.weights.config import GptOssConfig
+from gptoss.weights.disk import drafted
 from gptoss.weights.encoding import encode
-from gptoss.weights.write import drafted, write_checkpoint
+from gptoss.weights.write import write_checkpoint
 
 # --- The model that is shipped -----------------------------------------------
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gptoss.weights.config_file import hf_dict as hf_dict
     from gptoss.weights.config_file import original_dict as original_dict
     from gptoss.weights.config_file import read_config as read_config
+    from gptoss.weights.disk import drafted as drafted
     from gptoss.weights.encoding import Audit as Audit
     from gptoss.weights.encoding import audit as audit
     from gptoss.weights.encoding import encode as encode
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from gptoss.weights.sizes import flops_per_token as flops_per_token
     from gptoss.weights.sizes import parameter_counts as parameter_counts
     from gptoss.weights.sizes import total_parameters as total_parameters
-    from gptoss.weights.write import drafted as drafted
     from gptoss.weights.write import random_tensors as random_tensors
     from gptoss.weights.write import write_checkpoint as write_checkpoint
 
@@ -52,7 +52,7 @@ _HOME = {
     "config_from_dict": "config_file",
     "decode": "mxfp4",
     "describe": "checkpoint",
-    "drafted": "write",
+    "drafted": "disk",
     "encode": "encoding",
     "flops_per_token": "sizes",
     "hf_dict": "config_file",
@@ -79,6 +79,7 @@ _MODULES = (
     "checkpoint",
     "loading",
     "write",
+    "disk",
     "convert",
     "hub",
 )

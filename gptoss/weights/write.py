@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from gptoss.weights.config import GptOssConfig
+from gptoss.weights.disk import to_disk
 from gptoss.weights.files import Stored, make_header, read_header
 from gptoss.weights.layout import (
     DTYPES,
@@ -36,38 +37,6 @@ from gptoss.weights.layout import (
     tensor_table,
 )
 from gptoss.weights.mxfp4 import decode
-
-# --- How does something appear whole? ----------------------------------------
-
-@contextmanager
-def drafted(target: Path) -> Iterator[Path]:
-    """A path beside `target`; what is made there, a file or a folder, takes
-    the place of `target` when the block has ended, whole and in one step.
-
-    A block that fails leaves `target` as it was and nothing beside it.
-    """
-    draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.draft")
-    try:
-        yield draft
-        for path in [*(draft.iterdir() if draft.is_dir() else ()), draft]:
-            _sync(path)  # whole on the disk before it has its name
-        os.replace(draft, target)
-    except BaseException:
-        if draft.is_dir():
-            shutil.rmtree(draft, ignore_errors=True)
-        else:
-            draft.unlink(missing_ok=True)
-        raise
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or a folder is on the disk."""
-    held = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(held)
-    finally:
-        os.close(held)
-
 
 # --- How can a file be written before its tensors are there? -----------------
 
@@ -275,7 +244,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         with _told_to_end(), _draft(home, target.name) as draft:
             yield draft
             for file in draft.iterdir():
-                _sync(file)  # whole on disk before it has its name
+                to_disk(file)  # whole on disk before it has its name
             _appear(draft, target, inside)
     except BaseException as error:
         for path in above:
@@ -369,7 +338,6 @@ __all__ = [
     "MAX_SHARD_BYTES",
     "OUR_FILES",
     "Writer",
-    "drafted",
     "json_file",
     "new_folder",
     "plan_shards",

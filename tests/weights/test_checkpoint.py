@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from gptoss.weights.checkpoint import Checkpoint, describe
 from gptoss.weights.config import ConfigError, GptOssConfig
 from gptoss.weights.convert import convert
+from gptoss.weights.disk import drafted
 from gptoss.weights.files import make_header, read_header
 from gptoss.weights.layout import (
     DTYPES,
@@ -42,7 +43,6 @@ from gptoss.weights.sizes import (
 from gptoss.weights.spellings import ENDS
 from gptoss.weights.write import (
     Writer,
-    drafted,
     plan_shards,
     random_tensors,
     write_checkpoint,
