@@ -196,6 +196,123 @@ print(sums[:4].tolist(), (ABOVE[packed & 15] * digits)[:4].sum())
 # ```
 
 # %% [markdown]
+# ## Tiles: what do 32 registers of 64 bytes change?
+#
+# A tile of [many rows](../kernels/many_rows.ipynb) has 16 rows, and 16 sums of
+# 32 bits are one register now. So twelve tokens take 12 sums in whole numbers
+# and 12 in fp32, and there are 32 registers: the sums in fp32 need not go to
+# memory after each block. `vpdpwssd` multiplies pairs of 16-bit numbers and
+# adds them to a sum, in one instruction.
+#
+# Rows become columns two bytes at a time: `vpermi2w` picks any 32 words out of
+# two registers, so a pair of columns of eight rows is one instruction. Then
+# each byte is widened to 16 bits, and `vpermw` looks up its nibble in a table
+# of 32 words; it holds the 16 values twice, so that the fifth bit of an index,
+# which belongs to the neighbour, does not matter. In numpy, for four registers
+# of four rows:
+
+# %%
+words = np.arange(16 * 8).reshape(16, 8)  # row r, word c: number 8 r + c
+four = words.reshape(4, 32)  # registers of four rows
+for p in range(4):
+    pick = [i % 8 * 8 + 2 * p + i // 8 % 2 for i in range(32)]
+    upper, lower = (np.concatenate(pair)[pick] for pair in (four[:2],
+                                                            four[2:]))
+    for i in range(2):  # eight words of each
+        column = np.concatenate([upper[8 * i:8 * i + 8],
+                                 lower[8 * i:8 * i + 8]])
+        assert (column == words[:, 2 * p + i]).all()
+print("column 7, rows 0, 1, 8, 15:", column[[0, 1, 8, 15]].tolist())
+
+# %% [markdown] tags=["export:/kernels/wide16.h"]
+# ```cpp
+# namespace {
+#
+# #ifdef GPTOSS_AVX512
+# // columns of 16-bit words, 2 p and 2 p + 1, of eight rows: those of the
+# // first column, then of the second, then both again
+# struct Columns {
+#   alignas(64) uint16_t word[4][32];
+#
+#   constexpr Columns() : word() {
+#     for (int p = 0; p < 4; ++p)
+#       for (int i = 0; i < 32; ++i)
+#         word[p][i] = i % 8 * 8 + 2 * p + i / 8 % 2;
+#   }
+# };
+# constexpr Columns COLUMNS;
+# constexpr int16_t WORDS[32] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4,
+#                                -6, -8, -12, 0, 1, 2, 3, 4, 6, 8, 12, 0, -1,
+#                                -2, -3, -4, -6, -8, -12};  // TWICE, twice
+#
+# inline Bytes four_rows(const uint8_t* w, int64_t stride) {
+#   Bytes v = _mm512_castsi128_si512(load<__m128i>(w));
+#   v = _mm512_inserti32x4(v, load<__m128i>(w + stride), 1);
+#   v = _mm512_inserti32x4(v, load<__m128i>(w + 2 * stride), 2);
+#   return _mm512_inserti32x4(v, load<__m128i>(w + 3 * stride), 3);
+# }
+#
+# void decode_tile(const uint8_t* w, const uint8_t* scales, int64_t blocks,
+#                  int64_t count, Tile& tile) {
+#   const int64_t stride = 16 * blocks;
+#   const Bytes values = load<Bytes>(WORDS);
+#   for (int64_t b = 0; b < count; ++b, w += 16) {
+#     Bytes v[4];
+#     for (int i = 0; i < 4; ++i) v[i] = four_rows(w + 4 * i * stride, stride);
+#     for (int p = 0; p < 4; ++p) {
+#       const Bytes word = load<Bytes>(COLUMNS.word[p]);
+#       const Bytes upper = _mm512_permutex2var_epi16(v[0], word, v[1]);
+#       const Bytes lower = _mm512_permutex2var_epi16(v[2], word, v[3]);
+#       for (int i = 0; i < 2; ++i) {  // eight words of each, for one column
+#         const __m256i a = _mm512_castsi512_si256(upper);
+#         const __m256i c = _mm512_castsi512_si256(lower);
+#         const Bytes words = _mm512_cvtepu8_epi16(
+#             i ? _mm256_permute2x128_si256(a, c, 0x31)
+#               : _mm256_permute2x128_si256(a, c, 0x20));
+#         _mm512_store_si512(tile.values[b][0][2 * p + i],
+#                            _mm512_permutexvar_epi16(words, values));
+#         _mm512_store_si512(tile.values[b][1][2 * p + i],
+#                            _mm512_permutexvar_epi16(
+#                                _mm512_srli_epi16(words, 4), values));
+#       }
+#     }
+#     for (int64_t r = 0; r < 16; ++r)
+#       tile.factors[b][r] = power(scales[r * blocks + b]);
+#   }
+# }
+#
+# template <int T>
+# void multiply_tokens(const Tile& tile, const Few& few, int64_t first,
+#                    int64_t count) {
+#   __m512 total[T];
+#   for (int t = 0; t < T; ++t) total[t] = load<__m512>(few.out[t]);
+#   for (int64_t b = 0; b < count; ++b) {
+#     Bytes s[T] = {};
+# #pragma GCC unroll 16
+#     for (int m = 0; m < 16; ++m) {
+#       const Bytes w = load<Bytes>(tile.values[b][m / 8][m % 8]);
+#       for (int t = 0; t < T; ++t)
+#         s[t] = _mm512_dpwssd_epi32(s[t], w, _mm512_set1_epi32(load<int32_t>(
+#             &few.lines[t][first + b].values[m / 8][m % 8 * 2])));
+#     }
+#     const __m512 factors = load<__m512>(tile.factors[b]);
+#     for (int t = 0; t < T; ++t)
+#       total[t] += _mm512_cvtepi32_ps(s[t])
+#                   * (factors * few.halves[t][first + b]);
+#   }
+#   for (int t = 0; t < T; ++t) _mm512_storeu_ps(few.out[t], total[t]);
+# }
+#
+# void multiply_tile(const Tile& tile, const Few& few, int64_t first,
+#                    int64_t count) {
+#   with_count<TOKENS>(few.count, [&](auto T) {
+#     multiply_tokens<T.value>(tile, few, first, count);
+#   });
+# }
+# #endif
+# ```
+
+# %% [markdown]
 # ## Sixteen bits: what if a processor multiplies bf16?
 #
 # `vdpbf16ps` takes 32 pairs of bf16 and adds two products to each of 16 sums
@@ -211,39 +328,14 @@ def vdpbf16ps(sums, a, b):
 a, b = draw.standard_normal(32), draw.standard_normal(32)
 print(f"{vdpbf16ps(np.zeros(16), a, b).sum():.4f} and {a @ b:.4f}")
 
-# %% [markdown] tags=["measured"]
-# Half the instructions are one gain. The other: activations stay in bf16, half
-# as long. For the 4096 columns of `o_proj` fp32 takes 16 KiB, half of an L1
-# cache of 32, and the rows stream through the other half; bf16 takes a quarter
-# of it. Twelve such products took 5.4 ms instead of 7.4 on a Zen 4.
-
-# %% [markdown] tags=["export:/kernels/wide16.h"]
-# ```cpp
-# namespace {
-#
-# #ifdef GPTOSS_BF16
-# std::vector<Number> ready(const Buffer& x) {
-#   std::vector<Number> to(x.size());
-#   convert(x.data(), x.size(), to.data());
-#   return to;
-# }
-#
-# template <int R>
-# void dense_dots(const Number* w, int64_t step, const Number* x, int64_t n,
-#                 float* out) {
-#   __m512 s[R] = {};
-#   for (int64_t k = 0; k < n; k += BLOCK)
-#     for (int r = 0; r < R; ++r)
-#       s[r] = _mm512_dpbf16_ps(s[r], load<__m512bh>(w + r * step * n + k),
-#                               load<__m512bh>(x + k));
-#   for (int r = 0; r < R; ++r) out[r * step] = sum(s[r]);
-# }
-# #endif
-# ```
+# %% [markdown]
+# [Dense](../kernels/dense.ipynb) has the strips that are made of it, and
+# [pairs](../kernels/pairs.ipynb) those of packed weights. Activations stay in
+# bf16 there, half as long as in fp32.
 
 # %% [markdown]
-# The same for a matrix in [twelve bits](../kernels/twelve_bits.ipynb). Its
-# upper bytes are looked up, and interleaved with the lower ones. The
+# A matrix in [twelve bits](../kernels/twelve_bits.ipynb) has its upper
+# bytes looked up, and interleaved with the lower ones. The
 # instructions that interleave work within quarters of the register, so the
 # numbers come out in another order. The activations are brought into that
 # order beforehand, by `compact_ready`. Which order is it?

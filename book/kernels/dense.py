@@ -9,6 +9,9 @@
 #     display_name: Python 3
 #     language: python
 #     name: python3
+#   gptoss:
+#     module: quicker
+#     public: [choose_product]
 # ---
 # %% [markdown]
 # # How does a processor multiply bf16 that cannot?
@@ -17,7 +20,8 @@
 #
 # Attention and the head are stored in bf16, 2.4 GB of the 3.7 that a token of
 # the 20b reads. AVX2 has no instruction that multiplies bf16. How are these
-# matrices multiplied as fast as they arrive, and how for a whole prompt?
+# matrices multiplied as fast as they arrive? And if five tokens come at once,
+# must each of them read the matrix again?
 
 # %%
 import matplotlib.pyplot as plt
@@ -101,22 +105,91 @@ print(f"{y.item():.3f} by halves, {(row.float() @ x).item():.3f} at once")
 assert abs(y - row.float() @ x) < 1e-3
 
 # %% [markdown]
-# For a prompt that would widen each weight once for every token. There a tile
-# of weights is widened once, as in [many rows](many_rows.ipynb), and since
-# AVX2 multiplies fp32, the tile holds fp32.
+# Now five tokens. One after the other, each would load every weight again, and
+# widen it again. How bad is that? Count what the processor does for a register
+# of 16 weights: a load of the weights, two instructions that widen them, and
+# for each token two loads of activations and two products.
+
+# %%
+def per_product(rows: int, tokens: int) -> float:
+    """Instructions a product, where `rows` registers of weights meet
+    `tokens` tokens and nothing is loaded or widened twice."""
+    return (rows * 3 + tokens * 2 + rows * tokens * 2) / (rows * tokens * 2)
+
+
+for rows, tokens in ((1, 1), (4, 1), (4, 2)):
+    print(f"{rows} rows, {tokens} tokens at a time: "
+          f"{per_product(rows, tokens):.2f} instructions a product")
+
+# %% [markdown]
+# ## Derivation
 #
+# **A strip.** Some rows of the weight and some tokens make a small rectangle
+# of sums. If all of these sums stay in registers while the columns pass, a
+# register of weights is loaded and widened once for all tokens, and one of
+# activations once for all rows. How large can the rectangle be? AVX2 has 16
+# registers. For four rows and $T$ tokens there are $4T$ sums, two for the
+# weights at hand (the even and the odd ones), two for each token's
+# activations. Processors with **bf16 units** (AVX512-BF16) multiply bf16 as
+# it is: `vdpbf16ps` takes 32 numbers of a weight and 32 of a token, and adds
+# to each of 16 sums two products. They have 32 registers, and nothing is
+# widened: $4T$ sums, four registers of weights, one of activations.
+
+# %%
+for tokens in (1, 2, 3, 6, 7):
+    print(f"{tokens} tokens: AVX2 {4 * tokens + 2 + 2 * tokens:2} of 16 "
+          f"registers, bf16 units {4 * tokens + 4 + 1:2} of 32")
+
+# %% [markdown]
+# So two tokens at a time on AVX2, six with bf16 units. What the instruction
+# does, in numpy, and a strip made of it:
+
+# %%
+def vdpbf16ps(s: np.ndarray, w: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """s (16,) + two neighbouring products of w and x (32,) for each."""
+    return s + (w * x).reshape(16, 2).sum(1)
+
+
+def strip(w: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """R rows w (R, n) times T tokens x (T, n) -> (T, R)."""
+    sums = np.zeros((len(x), len(w), 16))
+    for k in range(0, w.shape[1], 32):  # the columns pass once
+        for t, r in np.ndindex(sums.shape[:2]):
+            sums[t, r] = vdpbf16ps(sums[t, r], w[r, k:k + 32],
+                                   x[t, k:k + 32])
+    return sums.sum(-1)  # sixteen lanes become one number
+
+
+draw = np.random.default_rng(0)
+some, six = draw.standard_normal((4, 96)), draw.standard_normal((6, 96))
+print(f"by the strip {strip(some, six)[5, 3]:.3f}, "
+      f"plainly {six[5] @ some[3]:.3f}")
+assert np.allclose(strip(some, six), six @ some.T)
+
+# %% [markdown]
+# Thirteen tokens are more than fit. Groups of 6, 6 and 1 would leave the last
+# one alone with all the loads; groups that are nearly alike share better:
+
+# %%
+def group_sizes(N: int, most: int) -> list[int]:
+    count = -(-N // most)
+    return [N // count + (n < N % count) for n in range(count)]
+
+
+print(group_sizes(13, 6), group_sizes(8, 6), group_sizes(5, 2))
+
+# %% [markdown]
 # ## Code
 #
-# ### How is a row multiplied with one token?
+# ### What is a strip on AVX2?
 #
-# Four rows are read at the same time, rows a quarter of a piece apart, so that
-# four streams of memory arrive ([packed](packed.ipynb) tells why).
-# `__builtin_prefetch` asks for bytes that will be needed soon. `ready` lays
-# the activations out, eight even ones and then eight odd ones. Processors with
-# AVX512-BF16 multiply bf16 as it is, and have a `dense_dots` of their own in
-# the [appendix](../cli/wide.ipynb).
+# `ready` lays the activations out, eight even ones and then eight odd ones.
+# The rows of a strip lie `step` rows apart, so that four streams of memory
+# arrive ([packed](packed.ipynb) tells why), and `__builtin_prefetch` asks for
+# bytes that will be needed soon. A single token has two sums a row, since a
+# product takes four cycles and eight sums keep the units busy.
 
-# %% [markdown] tags=["export:dense.h"]
+# %% [markdown] tags=["export:strips.h"]
 # ```cpp
 # namespace {
 #
@@ -125,46 +198,175 @@ assert abs(y - row.float() @ x) < 1e-3
 #   return (Floats)(pairs & int32_t(0xffff0000));
 # }
 #
+# #ifdef GPTOSS_BF16
+# using Ready = Number;  // what activations are made before the products
+# constexpr int TOGETHER = 6;  // tokens: 24 sums, 4 weights, 1 activation
+# constexpr int64_t BY_STRIPS = std::numeric_limits<int64_t>::max();
+# #else
+# using Ready = float;
+# constexpr int TOGETHER = 2;  // tokens: 8 sums, 2 weights, 4 activations
+# constexpr int64_t BY_STRIPS = 8;  // more tokens: tiles
+# #endif
+# ```
+
+# %% [markdown] tags=["export:strips.h"]
+# ```cpp
 # #ifndef GPTOSS_BF16
 # // sixteen at a time, first the eight even ones, then the eight odd ones
-# Buffer ready(const Buffer& x) {
-#   Buffer to(x.size());
-#   for (size_t k = 0; k < x.size(); k += 16) {
-#     const Floats a = load<Floats>(&x[k]), b = load<Floats>(&x[k + 8]);
-#     store(&to[k], __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14));
-#     store(&to[k + 8], __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13,
-#                                               15));
+# std::vector<Ready> ready(const Number* x, int64_t count) {
+#   std::vector<Ready> to(count);
+#   for (int64_t k = 0; k < count; k += 16) {
+#     const Ints pairs = load<Ints>(x + k);
+#     store(&to[k], even(pairs)), store(&to[k + 8], odd(pairs));
 #   }
 #   return to;
 # }
 #
-# // out[0], out[step] ...: R rows of w (…, n), `step` rows apart, times x
-# template <int R>
-# void dense_dots(const Number* w, int64_t step, const float* x, int64_t n,
-#                 float* out) {
-#   Floats s[R][2] = {};
+# // out[t * width + r * step]: R rows of w, `step` rows apart, times T tokens
+# template <int R, int T>
+# void strip(const Number* w, int64_t step, const Ready* x, int64_t n,
+#            float* out, int64_t width) {
+#   constexpr int APART = T == 1 ? 2 : 1;  // more sums than a product takes
+#   Floats s[T][R][APART] = {};
 #   for (int64_t k = 0; k < n; k += 16)
 #     for (int r = 0; r < R; ++r) {
 #       const Number* from = w + r * step * n + k;
 #       __builtin_prefetch(from + AHEAD / 2);
 #       const Ints pairs = load<Ints>(from);
-#       s[r][0] += even(pairs) * load<Floats>(x + k);
-#       s[r][1] += odd(pairs) * load<Floats>(x + k + 8);
+#       const Floats a = even(pairs), b = odd(pairs);
+#       for (int t = 0; t < T; ++t) {
+#         s[t][r][0] += a * load<Floats>(x + t * n + k);
+#         s[t][r][APART - 1] += b * load<Floats>(x + t * n + k + 8);
+#       }
 #     }
-#   for (int r = 0; r < R; ++r) out[r * step] = sum(s[r][0] + s[r][1]);
+#   for (int t = 0; t < T; ++t)
+#     for (int r = 0; r < R; ++r)
+#       out[t * width + r * step] =
+#           sum(APART == 2 ? s[t][r][0] + s[t][r][1] : s[t][r][0]);
+# }
+# ```
+
+# %% [markdown]
+# ### And with bf16 units?
+#
+# The loop is the one in numpy above. At its end each sum is spread over 16
+# lanes, and adding them up one register at a time would take a tenth of the
+# whole time. Four registers at once: interleave two of them and add, which
+# leaves half as many numbers of each, twice; then add the four quarters.
+
+# %% [markdown] tags=["export:strips.h"]
+# ```cpp
+# #else
+# std::vector<Ready> ready(const Number* x, int64_t count) {
+#   return {x, x + count};
+# }
+#
+# inline __m512 add_pairs(__m512 a, __m512 b) {
+#   return _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
+# }
+#
+# // the sums of four registers
+# inline __m128 sums(__m512 s, __m512 t, __m512 u, __m512 v) {
+#   const auto a = (__m512d)add_pairs(s, t), b = (__m512d)add_pairs(u, v);
+#   const __m512 all = (__m512)_mm512_unpacklo_pd(a, b)
+#                      + (__m512)_mm512_unpackhi_pd(a, b);
+#   const __m256 half = _mm512_castps512_ps256(all)
+#                       + _mm512_extractf32x8_ps(all, 1);
+#   return _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+# }
+#
+# template <int R, int T>
+# void strip(const Number* w, int64_t step, const Ready* x, int64_t n,
+#            float* out, int64_t width) {
+#   __m512 s[T][4];
+#   for (int t = 0; t < T; ++t)
+#     for (int r = 0; r < 4; ++r) s[t][r] = __m512{};
+#   for (int64_t k = 0; k < n; k += BLOCK) {
+#     __m512bh rows[R];
+#     for (int r = 0; r < R; ++r) {
+#       const Number* from = w + r * step * n + k;
+#       __builtin_prefetch(from + AHEAD / 2);
+#       rows[r] = load<__m512bh>(from);
+#     }
+#     for (int t = 0; t < T; ++t) {
+#       const auto token = load<__m512bh>(x + t * n + k);
+#       for (int r = 0; r < R; ++r)
+#         s[t][r] = _mm512_dpbf16_ps(s[t][r], rows[r], token);
+#     }
+#   }
+#   for (int t = 0; t < T; ++t) {
+#     const __m128 four = sums(s[t][0], s[t][1], s[t][2], s[t][3]);
+#     for (int r = 0; r < R; ++r) out[t * width + r * step] = four[r];
+#   }
 # }
 # #endif
 # ```
 
-# %% [markdown] tags=["measured"]
-# On two cores of a Zen 3 the dense matrices of the 20b, in [twelve
-# bits](twelve_bits.ipynb), took 44 to 53 ms a token with four rows and the
-# prefetch; with two rows and no prefetch, 52 to 57.
-
 # %% [markdown]
+# ### Who decides how many tokens a strip takes?
+#
+# `T` must be known when the code is compiled, or the sums would not be
+# registers. `with_count` turns a number into such a constant, `in_groups` cuts
+# the tokens into groups, `in_strips` the rows into strips.
+
+# %% [markdown] tags=["export:strips.h"]
+# ```cpp
+# // calls run(std::integral_constant<int, count>), 1 <= count <= MANY
+# template <int MANY, class Run>
+# inline void with_count(int64_t count, const Run& run) {
+#   if constexpr (MANY > 1)
+#     if (count < MANY) return with_count<MANY - 1>(count, run);
+#   run(std::integral_constant<int, MANY>());
+# }
+#
+# // run(T, first token): N tokens in groups that are nearly alike, of at most
+# // MANY tokens
+# template <int MANY, class Run>
+# inline void in_groups(int64_t N, const Run& run) {
+#   for (int64_t t = 0, groups = (N + MANY - 1) / MANY; groups; --groups) {
+#     const int64_t some = (N - t + groups - 1) / groups;
+#     with_count<MANY>(some, [&](auto T) { run(T, t); });
+#     t += some;
+#   }
+# }
+#
+# // run(R, first row, how far apart R rows lie): strips of R rows, then what
+# // is left one by one. Few tokens wait for memory, which likes rows that lie
+# // apart; the sums of many are kept together
+# template <int R, class Run>
+# void in_strips(int64_t rows, bool few, const Run& run) {
+#   const int64_t whole = rows / R, apart = few ? whole : 1;
+#   for (int64_t i = 0; i < whole; ++i)
+#     run(std::integral_constant<int, R>(), few ? i : R * i, apart);
+#   for (int64_t r = R * whole; r < rows; ++r)
+#     run(std::integral_constant<int, 1>(), r, 1);
+# }
+#
+# // out[t * width + r]: `rows` rows of w (…, n) times N tokens of x (N, n)
+# void strips(const Number* w, int64_t rows, const Ready* x, int64_t N,
+#             int64_t n, float* out, int64_t width) {
+#   in_strips<STREAMS>(rows, N <= 32, [&](auto R, int64_t r, int64_t apart) {
+#     in_groups<TOGETHER>(N, [&](auto T, int64_t t) {
+#       strip<R.value, T.value>(w + r * n, apart, x + t * n, n,
+#                               out + t * width + r, width);
+#     });
+#   });
+# }
+#
+# }  // namespace
+# ```
+
+# %% [markdown] tags=["measured"]
+# On two cores of a Zen 4 a matrix of 4096 by 2880 took 0.49 ms for one token,
+# 0.50 for two, 0.66 for four, 0.71 for five and 1.0 for eight: the first is
+# what memory delivers, the last what the bf16 units compute. One token after
+# the other needed 0.67 for four and 2.8 for five, where tiles began.
+#
 # ### How does a tile of rows become columns?
 #
-# The product for many tokens wants sixteen rows as columns, so that one
+# For a whole prompt AVX2 does better: it multiplies fp32, so sixteen rows are
+# widened *once* into a tile, which stays in a cache while all tokens pass.
+# The product wants sixteen rows as columns, so that one
 # activation meets sixteen weights in two registers. Eight rows of eight pairs
 # are transposed by three rounds of the interleaving that you know. This stands
 # in a part of its own, `columns.h`, which the appendix needs, too. A `Matrix`
@@ -215,6 +417,8 @@ assert abs(y - row.float() @ x) < 1e-3
 
 # %% [markdown] tags=["export:dense.h"]
 # ```cpp
+# namespace {
+#
 # // to[k][r] = w[r * stride + k], r < 16, zero from `rows` on; 16 divides n
 # void widen_tile(const Number* w, int64_t stride, int64_t rows, int64_t n,
 #                 float* to) {
@@ -299,38 +503,51 @@ assert np.allclose(out, some @ weight.T)
 # ```
 
 # %% [markdown]
-# ### Which of the two is taken?
+# ### Which of them is taken?
 #
-# Up to `FEW` = 4 tokens go row by row, in pieces of 128 rows. More go by
-# tiles: 64 rows by 256 columns in fp32 are 64 KiB, which the second cache of a
-# core holds.
+# With bf16 units strips do for any number of tokens. Without them, up to eight
+# tokens go by strips and more by tiles: 64 rows by 256 columns in fp32 are 64
+# KiB, which the second cache of a core holds.
 
 # %%
-print(64 * 256 * 4 // 1024, "KiB of a widened tile")
+print(64 * 256 * 4 // 1024, "KiB of a widened tile,",
+      96 * 2880 * 2 // 1024, "KiB of 96 tokens in bf16")
 
 # %% [markdown] tags=["export:dense.h"]
 # ```cpp
-# // y (N, m) = x (N, n) times w (m, n) transposed, for a few tokens
-# void dense_few(const Buffer& x, int64_t N, const Number* w, int64_t m,
-#                int64_t n, Buffer& y) {
-#   constexpr int64_t HEIGHT = 128;
-#   const auto from = ready(x);
+# // to (count) = v + bias, rounded
+# void finish(const float* v, const Number* bias, int64_t count, Number* to) {
+#   int64_t i = 0;
+#   for (; i + 8 <= count; i += 8)
+#     narrow(bias ? load<Floats>(v + i) + widen(bias + i)
+#                 : load<Floats>(v + i), to + i);
+#   for (; i < count; ++i) to[i] = bias ? v[i] + float(bias[i]) : v[i];
+# }
+#
+# // from so many tokens on torch's own product is taken: it is measured
+# std::atomic<int64_t> from_torch{std::numeric_limits<int64_t>::max()};
+#
+# // y (N, m) = x (N, n) times w (m, n) transposed, plus a bias
+# void dense_rows(const Number* x, int64_t N, const Number* w, int64_t m,
+#                 int64_t n, const Number* bias, Number* y) {
+#   constexpr int64_t HEIGHT = 128, WHILE = 96;
+#   const auto from = ready(x, N * n);
 #   share((m + HEIGHT - 1) / HEIGHT, 1, [&](int64_t item) {
 #     const int64_t row0 = item * HEIGHT, rows = std::min(HEIGHT, m - row0);
-#     const int64_t step = rows / STREAMS;
-#     auto run = [&](auto dots, int64_t r) {
-#       for (int64_t t = 0; t < N; ++t)
-#         dots(w + (row0 + r) * n, step, &from[t * n], n,
-#              &y[t * m + row0 + r]);
-#     };
-#     for (int64_t r = 0; r < step; ++r) run(dense_dots<STREAMS>, r);
-#     for (int64_t r = STREAMS * step; r < rows; ++r) run(dense_dots<1>, r);
+#     float out[WHILE * HEIGHT];
+#     for (int64_t t0 = 0; t0 < N; t0 += WHILE) {  // these stay in a cache
+#       const int64_t some = std::min(WHILE, N - t0);
+#       strips(w + row0 * n, rows, &from[t0 * n], some, n, out, HEIGHT);
+#       for (int64_t t = 0; t < some; ++t)
+#         finish(out + t * HEIGHT, bias ? bias + row0 : nullptr, rows,
+#                y + (t0 + t) * m + row0);
+#     }
 #   });
 # }
 #
 # // the same for many: 64 rows by 256 columns of w stay in the L2 cache
-# void dense_many(const Buffer& x, int64_t N, const Number* w, int64_t m,
-#                 int64_t n, Buffer& y) {
+# void dense_tiles(const Buffer& x, int64_t N, const Number* w, int64_t m,
+#                  int64_t n, const Number* bias, Number* y) {
 #   constexpr int64_t HEIGHT = 4 * ROWS, DEPTH = 256;
 #   share((m + HEIGHT - 1) / HEIGHT, 1, [&](int64_t item) {
 #     const int64_t row0 = item * HEIGHT, rows = std::min(HEIGHT, m - row0);
@@ -346,7 +563,8 @@ print(64 * 256 * 4 // 1024, "KiB of a widened tile")
 #                    std::min(WIDE, N - t), {&out[t * HEIGHT + r], HEIGHT});
 #     }
 #     for (int64_t t = 0; t < N; ++t)
-#       std::copy_n(&out[t * HEIGHT], rows, &y[t * m + row0]);
+#       finish(&out[t * HEIGHT], bias ? bias + row0 : nullptr, rows,
+#              y + t * m + row0);
 #   });
 # }
 # ```
@@ -356,7 +574,8 @@ print(64 * 256 * 4 // 1024, "KiB of a widened tile")
 #
 # What is refused by name is a weight whose columns do not fit x, and a bias of
 # another length. A weight that is not in one piece, columns that are no
-# multiple of 32, nothing to compute: these are left to plain torch.
+# multiple of 32, nothing to compute: these are left to plain torch, and so are
+# as many tokens as `torch_from` was told.
 
 # %% [markdown] tags=["export:dense.h"]
 # ```cpp
@@ -367,22 +586,137 @@ print(64 * 256 * 4 // 1024, "KiB of a widened tile")
 #   const int64_t m = weight.size(0), n = weight.size(1);
 #   check_linear("linear", x, m, n, bias);
 #   if (!weight.is_contiguous() || n % BLOCK || !x.numel() || !m
-#       || (bias && !has(*bias, {m})))
+#       || (bias && !has(*bias, {m})) || x.numel() / n >= from_torch)
 #     return plain<decltype(linear)>("linear", x, weight, bias);
-#   const Buffer from = floats(x);
-#   const int64_t N = from.size() / n;
-#   Buffer y(N * m);
-#   (N <= FEW ? dense_few : dense_many)(from, N, numbers(weight), m, n, y);
-#   add_bias(y, bias);
-#   return result(x, m, y);
+#   const Tensor from = x.contiguous();
+#   auto shape = x.sizes().vec();
+#   shape.back() = m;
+#   Tensor y = at::empty(shape, x.options());
+#   const Tensor b = bias ? bias->contiguous() : Tensor();
+#   const Number* add = bias ? numbers(b) : nullptr;
+#   auto to = static_cast<Number*>(y.data_ptr());
+#   const int64_t N = x.numel() / n;
+#   if (N <= BY_STRIPS)
+#     dense_rows(numbers(from), N, numbers(weight), m, n, add, to);
+#   else
+#     dense_tiles(floats(from), N, numbers(weight), m, n, add, to);
+#   return y;
 # }
 #
-# TORCH_LIBRARY_IMPL(gptoss, CPU, m) {
-#   m.impl("linear", linear);
+# TORCH_LIBRARY_FRAGMENT(gptoss, m) {
+#   m.def("torch_from(int tokens) -> int",
+#         [](int64_t tokens) { return from_torch.exchange(tokens); });
 # }
+#
+# TORCH_LIBRARY_IMPL(gptoss, CPU, m) { m.impl("linear", linear); }
 #
 # }  // namespace
 # ```
+
+# %% [markdown]
+# ### When is torch's own product quicker?
+#
+# torch brings a product of its own, made by people who know matrix units that
+# we do not use (AMX, for one). Whether it is quicker depends on the processor
+# and the number of tokens. We do not guess: after the kernels are loaded both
+# are timed, in turns, on one matrix. The answer is kept beside the compiled
+# kernels, since another answer in the next process could change the last digit
+# of a text. `torch_from` then says from how many tokens on torch is asked.
+
+# %% tags=["export:quicker"]
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from gptoss.kernels.build import library_path
+from gptoss.model.ops import has_kernel
+from gptoss.weights.disk import drafted
+
+TOKENS = (8, 16, 32, 128, 512)
+NEVER = 2 ** 62
+
+
+def torch_is_quicker(ours: Sequence[float], torchs: Sequence[float]) -> int:
+    """From how many tokens on, by the seconds for each of TOKENS.
+
+    For that many and all more, by a twentieth at least; NEVER if for none.
+    """
+    found = NEVER
+    for count, mine, other in zip(reversed(TOKENS), reversed(ours),
+                                  reversed(torchs), strict=True):
+        if other > 0.95 * mine:
+            break
+        found = count
+    return found
+
+
+# %% tags=["export:quicker"]
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+@torch.inference_mode()
+def measure_products(repeats: int = 4) -> tuple[list[float], list[float]]:
+    """Seconds of our product and of torch's for each of TOKENS, in turns.
+
+    1024 x 2880, the best of `repeats`; about a tenth of a second in all.
+    """
+    weight = torch.full((1024, 2880), 0.5, dtype=torch.bfloat16)
+    ours, torchs = [], []
+    for count in TOKENS:
+        x = weight[:count].clone()
+        pairs = [(_seconds(lambda x=x: torch.ops.gptoss.linear(
+                      x, weight, None)),
+                  _seconds(lambda x=x: F.linear(x, weight)))
+                 for _ in range(repeats)]
+        ours.append(min(pair[0] for pair in pairs))
+        torchs.append(min(pair[1] for pair in pairs))
+    return ours, torchs
+
+
+def choose_product() -> int:
+    """From how many tokens on `linear` asks torch, by measuring once.
+
+    Kept beside the compiled kernels, for each number of threads; NEVER
+    without kernels. A file that cannot be read or written is measured again.
+    """
+    choice = os.environ.get("GPTOSS_KERNELS", "auto")
+    if not has_kernel("linear") or choice == "torch":
+        return NEVER
+    torch.ops.gptoss.torch_from(NEVER)
+    path, threads = library_path(choice).with_suffix(".json"), str(
+        torch.get_num_threads())
+    try:
+        known = {str(key): int(value) for key, value
+                 in json.loads(path.read_text("utf-8")).items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        known = {}
+    if threads not in known:
+        known[threads] = torch_is_quicker(*measure_products())
+        try:
+            with drafted(path) as draft:
+                draft.write_text(json.dumps(known), "utf-8")
+        except OSError:
+            pass  # a folder that is read only: the next process measures
+    torch.ops.gptoss.torch_from(known[threads])
+    return known[threads]
+
+
+# %% [markdown]
+# Try the rule on made-up times: torch wins from 128 tokens on, then for 16
+# tokens alone, which does not count.
+
+# %%
+ours = [1.0, 2.0, 4.0, 16.0, 64.0]
+for torchs in ([2.0, 3.0, 5.0, 12.0, 40.0], [2.0, 1.0, 5.0, 17.0, 70.0]):
+    found = torch_is_quicker(ours, torchs)
+    print("from", "no number" if found == NEVER else found, "of tokens on")
 
 # %% [markdown]
 # ## It holds
@@ -393,7 +727,6 @@ print(64 * 256 * 4 // 1024, "KiB of a widened tile")
 
 # %%
 import logging
-import os
 
 import gptoss.model.ops  # noqa: F401  declares the operators
 from gptoss.kernels.build import PARTS, KernelError, build, plain_torch
@@ -424,21 +757,38 @@ def both(x, weight, bias) -> tuple[float, float]:
     return off(fast, exact), off(slow, exact)
 
 
-for tokens in (1, 4, 5, 20):
+for tokens in (1, 2, 5, 7, 20, 100):
     ours, torchs = both(*(torch.randn(shape).bfloat16() for shape in (
         (tokens, 320), (150, 320), (150,))))
-    print(f"{tokens:2} tokens: kernel {ours:.4f}, plain torch {torchs:.4f}")
+    print(f"{tokens:3} tokens: kernel {ours:.4f}, plain torch {torchs:.4f}")
     assert ours < 1.01 * torchs < 3e-3
+
+# %% [markdown]
+# ## In the 20b and the 120b
+#
+# What do the dense matrices cost a step of several tokens? Their bytes do not
+# change, their products do. With memory at 45 GB/s and bf16 units at 400
+# GFLOP/s, from how many tokens on is arithmetic the limit?
+
+# %%
+for name, config in (("20b", big), ("120b", GptOssConfig.gpt_oss_120b())):
+    bytes_ = bytes_read_per_token(config) - 4 * (
+        config.num_hidden_layers * expert_bytes(config))
+    for tokens in (1, 8, 32):
+        read, compute = bytes_ / 45e9, bytes_ * tokens / 400e9
+        print(f"{name}, {tokens:2} tokens: {1e3 * read:3.0f} ms to read, "
+              f"{1e3 * compute:3.0f} ms to multiply")
+print(f"as long as each other at {400 / 45:.0f} tokens")
 
 # %% [markdown]
 # ## Takeaways
 #
 # - A bf16 number is the upper half of a float: a shift and a mask make sixteen
 #   floats of a register, and nothing is rounded.
-# - For a few tokens rows are widened as they arrive; for many, a tile is
-#   widened once and stays in a cache.
-# - How many tokens at a time is decided by the number of registers: six, for
-#   12 sums, 2 weights and 1 activation.
+# - A strip of four rows and some tokens keeps all its sums in registers: each
+#   weight is loaded once for two tokens on AVX2, for six with bf16 units.
+# - How many tokens at a time is decided by the number of registers.
+# - Which product is the quickest is measured once, and kept.
 
 # %% [markdown]
 # ## Exercises

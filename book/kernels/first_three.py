@@ -208,6 +208,59 @@ print([round(y, 3) for y in norm_row([3.0, 4.0], [1.0, 1.0], 0.0)],
 # ```
 
 # %% [markdown]
+# ### What will later kernels need?
+#
+# An exponential: the SwiGLU of the experts has one, and so has attention. C++
+# has one for a single number only. Eight at a time it goes like this: with $n
+# = x / \log 2$ rounded, $e^x = 2^n e^r$, where $|r| \le \tfrac12 \log 2$ is so
+# small that eight terms of the Taylor series suffice. $2^n$ is a shift into
+# the exponent's bits. $\log 2$ is subtracted in two parts, so that $r$ keeps
+# its last bits. In torch:
+
+# %%
+def exponential(x: torch.Tensor) -> torch.Tensor:
+    """`exponential` of small.h in torch, fp32."""
+    n = (x * 1.44269504).round()
+    r = x - n * 0.693359375 + n * 2.12194440e-4
+    p = r / 5040 + 1 / 720
+    for factor in (1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
+        p = p * r + factor
+    return p * 2 ** n
+
+
+line = torch.linspace(-87, 0, 100_001)
+worst = (exponential(line) / line.double().exp() - 1).abs().max().item()
+assert worst < 1e-6
+print(f"relative error at most {worst:.0e}")
+
+# %% [markdown]
+# To round a float, the C++ adds 12582912, which is $1.5 \cdot 2^{23}$: floats
+# of that size have no bits left for fractions, so the sum *is* rounded, and
+# its lowest bits hold the whole number. Subtracting it again gives $n$.
+
+# %%
+x = torch.tensor([2.6, -2.6, 0.4])
+shifted = x + 12582912.0
+print((shifted - 12582912.0).tolist(),
+      (shifted.view(torch.int32) - 0x4B400000).tolist())
+
+# %% [markdown] tags=["export:small.h"]
+# ```cpp
+# // e ** x for -87 <= x <= 0, relative error below 1e-6; less gives e ** -87
+# inline Floats exponential(Floats x) {
+#   x = x < -87.0f ? Floats{} - 87.0f : x;
+#   const Floats shifted = x * 1.44269504f + 12582912.0f;
+#   const Floats n = shifted - 12582912.0f;  // x / log 2, rounded
+#   const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+#   Floats p = r * (1.0f / 5040) + 1.0f / 720;
+#   for (float factor : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+#     p = p * r + factor;
+#   const Ints power = ((Ints)shifted - 0x4b400000) << 23;
+#   return (Floats)((Ints)p + power);  // times 2 ** n
+# }
+# ```
+
+# %% [markdown]
 # ### How do they come under the operators?
 #
 # What torch calls gets tensors. It looks at them, makes `Buffer`s of fp32,

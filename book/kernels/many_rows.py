@@ -201,13 +201,29 @@ print(deck[3][:3])
 # namespace {
 #
 # #ifdef GPTOSS_AVX2
+# #ifdef GPTOSS_AVX512
+# constexpr int64_t CHUNK = 18;  // blocks
+# constexpr int TOKENS = 12;     // 24 sums, one weight
+# constexpr int64_t FEW = 6;     // fewer tokens: no tile
+# #else
 # constexpr int64_t CHUNK = 10;  // blocks: 10 KiB of integers, a third of L1
+# constexpr int TOKENS = 5;      // ten sums, two weights, one activation
+# constexpr int64_t FEW = 4;     // fewer tokens: no tile
+# #endif
 #
 # struct Tile {  // 16 rows of a weight, pairs of columns side by side
 #   alignas(64) int16_t values[CHUNK][2][8][16][2];
 #   alignas(64) float factors[CHUNK][16];
 # };
 #
+# struct Few {  // tokens that are multiplied with a tile together
+#   int64_t count;
+#   const Line* lines[TOKENS];
+#   const float* halves[TOKENS];
+#   float* out[TOKENS];  // 16 sums each
+# };
+#
+# #ifndef GPTOSS_AVX512
 # // sixteen rows of sixteen bytes become sixteen columns
 # inline void transpose(__m128i (&v)[16]) {
 #   for (int step = 0; step < 4; ++step) {
@@ -252,23 +268,15 @@ print(deck[3][:3])
 # The inner loop is what was derived: 2 registers of weights, 5 tokens, 10
 # sums. `_mm256_set1_epi32` fills a register with one pair of activations.
 # After each block the whole sums become floats and are multiplied by the two
-# factors of the block.
+# factors of the block. AVX-512 has twice as many registers, twice as wide: its
+# tile is taken by twelve tokens, and stands in the
+# [appendix](../cli/wide.ipynb).
 
 # %% [markdown] tags=["export:tiles.h"]
 # ```cpp
-# constexpr int TOKENS = 5;  // ten sums, two weights, one activation
-#
-# struct Few {  // tokens that are multiplied with a tile together
-#   const Line* lines[TOKENS];
-#   const float* halves[TOKENS];
-#   float* out[TOKENS];  // 16 sums each
-# };
-#
 # // sums, plus sixteen products added in pairs
 # inline __m256i add_products(__m256i sums, __m256i a, __m256i b) {
-# #ifdef GPTOSS_AVX512
-#   return _mm256_dpwssd_epi32(sums, a, b);
-# #elif defined(GPTOSS_VNNI)
+# #ifdef GPTOSS_VNNI
 #   return _mm256_dpwssd_avx_epi32(sums, a, b);
 # #else
 #   return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
@@ -302,12 +310,19 @@ print(deck[3][:3])
 #       }
 #   }
 # }
+# #else
+# void decode_tile(const uint8_t* w, const uint8_t* scales, int64_t blocks,
+#                  int64_t count, Tile& tile);
+# void multiply_tile(const Tile& tile, const Few& few, int64_t first,
+#                    int64_t count);
+# #endif
 # #endif
 # ```
 
 # %% [markdown]
-# For all tokens of one piece: a tile, all tokens in fives, the next tile. A
-# group that is not full computes into `spare`, and nobody looks at it.
+# For all tokens of one piece: a tile, all tokens in groups (`in_groups` of
+# [dense](dense.ipynb)), the next tile. A group that is not full computes into
+# `spare`, and nobody looks at it.
 
 # %% [markdown] tags=["export:tiles.h"]
 # ```cpp
@@ -322,20 +337,20 @@ print(deck[3][:3])
 #   Tile tile;
 #   std::fill_n(out, count * ROWS, 0.0f);
 #   for (int64_t b = 0; b < blocks; b += CHUNK) {
-#     const int64_t some = std::min(CHUNK, blocks - b);
-#     decode_tile(w + 16 * b, scales + b, blocks, some, tile);
-#     for (int64_t i = 0; i < count; i += TOKENS) {
-#       float spare[ROWS] = {};  // the last group may have empty places
-#       Few few;
+#     const int64_t deep = std::min(CHUNK, blocks - b);
+#     decode_tile(w + 16 * b, scales + b, blocks, deep, tile);
+#     in_groups<TOKENS>(count, [&](auto T, int64_t i) {
+#       float spare[ROWS] = {};  // a group may have empty places
+#       Few few{T.value};
 #       for (int64_t t = 0; t < TOKENS; ++t) {
-#         const bool real = i + t < count;
+#         const bool real = t < T.value;
 #         const int64_t n = inputs[real ? i + t : i];
 #         few.lines[t] = x.line(n);
 #         few.halves[t] = x.half(n);
 #         few.out[t] = real ? out + (i + t) * ROWS : spare;
 #       }
-#       multiply_tile(tile, few, b, some);
-#     }
+#       multiply_tile(tile, few, b, deep);
+#     });
 #   }
 # }
 # #endif
@@ -437,59 +452,111 @@ assert found == order.tolist()
 # A piece of work is some rows of one expert, for all of its picks: 256 rows if
 # the picks are fewer than `FEW`, which then go through them row by row as in
 # [packed](packed.ipynb); else 16 rows, one tile high. Pieces are shared among
-# the threads, and `emit` gets what each of them computed. No matrix of
-# gathered tokens is ever made.
+# the threads, and `emit` gets what each of them computed.
+#
+# What a pick reads is a row of `Inputs`. For the first layer that is a token,
+# the same for all $K$ picks of it; for the second, the pick's own hidden
+# vector. Where there are bf16 units, what was stored in bf16 is multiplied as
+# bf16, by `packed_strips` of [the next chapter](pairs.ipynb); only a pick that
+# is alone with its expert still goes row by row.
 
 # %% [markdown] tags=["export:experts.h"]
 # ```cpp
-# constexpr int64_t FEW = 4;     // fewer tokens: no tile
-# constexpr int64_t TALL = 256;  // rows of a piece of work for those
-# ```
-
-# %% [markdown] tags=["export:experts.h"]
-# ```cpp
+# #ifndef GPTOSS_AVX2
+# constexpr int64_t FEW = 4;
+# #endif
+# constexpr int64_t TALL = 256;  // rows of a piece of work for few tokens
+# constexpr int64_t BROAD = 64;  // of one for many, by strips
+#
 # struct Piece {
 #   int64_t expert, row, rows;
 # };
 #
-# // few tokens: tall pieces; many: tiles, and what is left below the last
-# std::vector<Piece> pieces(const Packed& weight, const Groups& groups) {
+# // few tokens: tall pieces; many: lower ones
+# std::vector<Piece> pieces(const Packed& weight, const Groups& groups,
+#                           bool by_strips) {
+#   const int64_t few = by_strips ? TOGETHER + 1 : FEW;
+#   const int64_t low = by_strips ? BROAD : ROWS;
 #   std::vector<Piece> all;
 #   for (int64_t e : groups.hit) {
-#     const bool few = groups.begin[e + 1] - groups.begin[e] < FEW;
+#     const int64_t count = groups.begin[e + 1] - groups.begin[e];
 #     for (int64_t r = 0, height; r < weight.rows; r += height) {
-#       height = std::min(few ? TALL : ROWS, weight.rows - r);
+#       height = std::min(count < few ? TALL : low, weight.rows - r);
 #       all.push_back({e, r, height});
 #     }
 #   }
 #   return all;
 # }
+# ```
+
+# %% [markdown] tags=["export:experts.h"]
+# ```cpp
+# // does any expert have fewer places than that?
+# bool any_below(const Groups& groups, int64_t count) {
+#   for (int64_t e : groups.hit)
+#     if (groups.begin[e + 1] - groups.begin[e] < count) return true;
+#   return false;
+# }
 #
-# // emit(pick, expert, first row, rows, sums) for every pick and piece;
-# // K picks in a row share one row of x
+# // what stands at each place: row from[place] of x
+# struct Inputs {
+#   std::vector<int64_t> from;
+#   Quantised digits;            // of the rows of x
+#   std::vector<Number> pairs;   // with bf16 units, of each place
+#   int64_t n = 0;               // how long one of those is
+#
+#   Inputs(const float* x, int64_t rows, const Packed& weight, bool stored,
+#          std::vector<int64_t> place, const Groups& groups)
+#       : from(std::move(place)), digits(0, weight.blocks) {
+#     const int64_t blocks = weight.blocks;
+# #ifdef GPTOSS_BF16
+#     if (stored) {  // hidden numbers are not, and keep sixteen bits
+#       n = padded(blocks);
+#       pairs.resize(from.size() * n);
+#       at::parallel_for(0, from.size(), 8, [&](int64_t begin, int64_t end) {
+#         for (int64_t i = begin; i < end; ++i)
+#           pair_row(x + from[i] * blocks * BLOCK, blocks, &pairs[i * n]);
+#       });
+#       if (!any_below(groups, 2)) return;
+#     }
+# #endif
+#     digits = quantised(x, stored, rows, blocks, any_below(groups, FEW)
+#                        || weight.rows % ROWS);  // what is below a tile
+#   }
+# };
+# ```
+
+# %% [markdown] tags=["export:experts.h"]
+# ```cpp
+# // emit(place, expert, first row, rows, sums) for every place and piece
 # template <class Emit>
 # void grouped_linear(const Packed& weight, const Groups& groups,
-#                     const Quantised& x, int64_t K, const Emit& emit) {
-#   const std::vector<Piece> all = pieces(weight, groups);
+#                     const Inputs& x, const Emit& emit) {
+#   const std::vector<Piece> all = pieces(weight, groups, x.n > 0);
 #   share(all.size(), 1, [&](int64_t item) {
 #     const auto [e, row0, rows] = all[item];
-#     const int64_t* picks = &groups.order[groups.begin[e]];
-#     const int64_t count = groups.begin[e + 1] - groups.begin[e];
+#     const int64_t first = groups.begin[e];
+#     const int64_t count = groups.begin[e + 1] - first;
 #     thread_local std::vector<int64_t> inputs;
 #     thread_local Buffer out;
-#     inputs.resize(count);
-#     for (int64_t i = 0; i < count; ++i) inputs[i] = picks[i] / K;
 #     out.resize(count * rows);
 #     const int64_t at = (e * weight.rows + row0) * weight.blocks;
 #     const uint8_t *w = weight.bytes + 16 * at, *s = weight.scales + at;
-# #ifdef GPTOSS_AVX2
-#     if (count >= FEW && rows == ROWS)
-#       rows_for_many(w, s, x, inputs, out.data());
+#     inputs.assign(&x.from[first], &x.from[first] + count);
+# #ifdef GPTOSS_BF16
+#     if (x.n && count > 1)
+#       packed_strips(w, s, rows, weight.blocks, &x.pairs[first * x.n], count,
+#                     out.data(), rows);
 #     else
 # #endif
-#       rows_for_few(w, s, rows, x, inputs, out.data());
+# #ifdef GPTOSS_AVX2
+#     if (count >= FEW && rows == ROWS)
+#       rows_for_many(w, s, x.digits, inputs, out.data());
+#     else
+# #endif
+#       rows_for_few(w, s, rows, x.digits, inputs, out.data());
 #     for (int64_t i = 0; i < count; ++i)
-#       emit(picks[i], e, row0, rows, &out[i * rows]);
+#       emit(first + i, e, row0, rows, &out[i * rows]);
 #   });
 # }
 # ```
@@ -503,57 +570,8 @@ assert found == order.tolist()
 # add to the same number, and the sum over the $K$ picks of a token has one
 # fixed order: the same bits whatever the number of threads.
 #
-# The SwiGLU of [experts](../moe/experts.ipynb) needs an exponential, and C++
-# has one for a single number only. Eight at a time it goes like this: with $n
-# = x / \log 2$ rounded, $e^x = 2^n e^r$, where $|r| \le \tfrac12 \log 2$ is so
-# small that eight terms of the Taylor series suffice. $2^n$ is a shift into
-# the exponent's bits. $\log 2$ is subtracted in two parts, so that $r$ keeps
-# its last bits. In torch:
-
-# %%
-def exponential(x: torch.Tensor) -> torch.Tensor:
-    """`exponential` of experts.h in torch, fp32."""
-    n = (x * 1.44269504).round()
-    r = x - n * 0.693359375 + n * 2.12194440e-4
-    p = r / 5040 + 1 / 720
-    for factor in (1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
-        p = p * r + factor
-    return p * 2 ** n
-
-
-line = torch.linspace(-87, 0, 100_001)
-worst = (exponential(line) / line.double().exp() - 1).abs().max().item()
-assert worst < 1e-6
-print(f"relative error at most {worst:.0e}")
-
-# %% [markdown]
-# To round a float, the C++ adds 12582912, which is $1.5 \cdot 2^{23}$: floats
-# of that size have no bits left for fractions, so the sum *is* rounded, and
-# its lowest bits hold the whole number. Subtracting it again gives $n$.
-
-# %%
-x = torch.tensor([2.6, -2.6, 0.4])
-shifted = x + 12582912.0
-print((shifted - 12582912.0).tolist(),
-      (shifted.view(torch.int32) - 0x4B400000).tolist())
-
-# %% [markdown] tags=["export:experts.h"]
-# ```cpp
-# // e ** x for -87 <= x <= 0, relative error below 1e-6; less gives e ** -87
-# inline Floats exponential(Floats x) {
-#   x = x < -87.0f ? Floats{} - 87.0f : x;
-#   const Floats shifted = x * 1.44269504f + 12582912.0f;
-#   const Floats n = shifted - 12582912.0f;  // x / log 2, rounded
-#   const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
-#   Floats p = r * (1.0f / 5040) + 1.0f / 720;
-#   for (float factor : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
-#     p = p * r + factor;
-#   const Ints power = ((Ints)shifted - 0x4b400000) << 23;
-#   return (Floats)((Ints)p + power);  // times 2 ** n
-# }
-# ```
-
-# %% [markdown]
+# The SwiGLU of [experts](../moe/experts.ipynb) is computed eight at a time,
+# with the `exponential` of [the first three](first_three.ipynb).
 # Gate and up lie in neighbouring rows, which `shufflevector` takes apart. The
 # clamps are written so that NaN stays NaN. A bias is added, and in the second
 # layer each pick is multiplied with its share, before the sum.
@@ -571,15 +589,17 @@ print((shifted - 12582912.0).tolist(),
 #   return (up + 1) * gate * (t > 0 ? Floats{} + 1.0f : e) / (1 + e);
 # }
 #
-# // hidden (picks, F) of the experts' first layer
-# Buffer run_gate_up(const Packed& weight, const Number* bias, float limit,
-#                    const Groups& groups, const Quantised& x, int64_t K) {
+# // hidden (places, F) of the experts' first layer
+# Tensor run_gate_up(const Packed& weight, const Number* bias, float limit,
+#                    const Groups& groups, const Inputs& x) {
 #   const int64_t F = weight.rows / 2;
-#   Buffer hidden(groups.order.size() * F);
-#   grouped_linear(weight, groups, x, K, [&](int64_t pick, int64_t e,
+#   const Tensor all = at::empty({int64_t(groups.order.size()), F},
+#                                at::kFloat);
+#   float* hidden = all.data_ptr<float>();
+#   grouped_linear(weight, groups, x, [&](int64_t place, int64_t e,
 #       int64_t row0, int64_t rows, const float* v) {
 #     const Number* b = bias + e * weight.rows + row0;
-#     float* to = &hidden[pick * F + row0 / 2];
+#     float* to = hidden + place * F + row0 / 2;
 #     for (int64_t r = 0; r < rows; r += 16) {  // 2 F is a multiple of 64
 #       const Floats one = load<Floats>(v + r) + widen(b + r);
 #       const Floats two = load<Floats>(v + r + 8) + widen(b + r + 8);
@@ -589,19 +609,22 @@ print((shifted - 12582912.0).tolist(),
 #           limit));
 #     }
 #   });
-#   return hidden;
+#   return all;
 # }
 #
 # // y (tokens, D) of the second layer, the K results weighted and summed
 # Buffer run_down(const Packed& weight, const Number* bias,
 #                 const Number* shares, const Groups& groups,
-#                 const Quantised& hidden, int64_t K) {
+#                 const Inputs& hidden, int64_t K) {
 #   const int64_t D = weight.rows, tokens = groups.order.size() / K;
-#   Buffer out(tokens * K * D), y(tokens * D);
-#   grouped_linear(weight, groups, hidden, 1, [&](int64_t pick, int64_t e,
+#   const Tensor all = at::empty({tokens * K, D}, at::kFloat);
+#   float* out = all.data_ptr<float>();
+#   Buffer y(tokens * D);
+#   grouped_linear(weight, groups, hidden, [&](int64_t place, int64_t e,
 #       int64_t row0, int64_t rows, const float* v) {
+#     const int64_t pick = groups.order[place];
 #     const Number* b = bias + e * D + row0;
-#     float* to = &out[pick * D + row0];
+#     float* to = out + pick * D + row0;
 #     for (int64_t r = 0; r < rows; ++r) to[r] = shares[pick] * (v[r] + b[r]);
 #   });
 #   at::parallel_for(0, tokens, 8, [&](int64_t begin, int64_t end) {
@@ -639,11 +662,12 @@ print((shifted - 12582912.0).tolist(),
 #   const int64_t N = x.numel() / n;
 #   Buffer y(N * m);
 #   const std::vector<int64_t> ids(N, 0);
-#   grouped_linear(weight, Groups(ids.data(), N, 1),
-#                  quantised(floats(x), true, N, weight.blocks), 1,
-#                  [&](int64_t pick, int64_t, int64_t row0, int64_t rows,
-#                      const float* v) {
-#     std::copy_n(v, rows, &y[pick * m + row0]);
+#   const Groups one(ids.data(), N, 1);
+#   const Buffer from = floats(x);
+#   const Inputs inputs(from.data(), N, weight, true, one.order, one);
+#   grouped_linear(weight, one, inputs, [&](
+#       int64_t place, int64_t, int64_t row0, int64_t rows, const float* v) {
+#     std::copy_n(v, rows, &y[place * m + row0]);
 #   });
 #   add_bias(y, bias);
 #   return result(x, m, y);
@@ -684,12 +708,18 @@ print((shifted - 12582912.0).tolist(),
 #   const int64_t K = ids.size(1), picks = ids.numel();
 #   const Groups groups(chosen.const_data_ptr<int64_t>(), picks,
 #                       gate_up_scales.size(0));
-#   const Buffer hidden = run_gate_up(
+#   std::vector<int64_t> token(picks), place(picks);
+#   for (int64_t i = 0; i < picks; ++i) {
+#     token[i] = groups.order[i] / K;
+#     place[i] = i;
+#   }
+#   const Buffer from = floats(x);
+#   const Tensor hidden = run_gate_up(
 #       gate_up, numbers(gate_up_bias), limit, groups,
-#       quantised(floats(x), true, picks / K, gate_up.blocks), K);
+#       {from.data(), picks / K, gate_up, true, token, groups});
 #   const Buffer y = run_down(
 #       down, numbers(down_bias), numbers(shares), groups,
-#       quantised(hidden, false, picks, down.blocks), K);
+#       {hidden.data_ptr<float>(), picks, down, false, place, groups}, K);
 #   return result(x, down.rows, y);
 # }
 #

@@ -335,9 +335,11 @@ print(4 * 24 * 128, "of", 2 ** 15 - 1)
 #   std::vector<Group> groups;
 #   Buffer halves;  // a row of them is filled up to whole registers
 #
-#   Quantised(int64_t rows, int64_t blocks)
+#   // grouped: for products row by row, too
+#   Quantised(int64_t rows, int64_t blocks, bool grouped = true)
 #       : blocks(blocks), per_row((blocks + SIDE - 1) / SIDE),
-#         lines(rows * blocks), groups(SIDE > 1 ? rows * per_row : 0),
+#         lines(rows * blocks),
+#         groups(SIDE > 1 && grouped ? rows * per_row : 0),
 #         halves(rows * per_row * SIDE + LANES) {}
 #
 #   Line* line(int64_t n) { return &lines[n * blocks]; }
@@ -415,16 +417,17 @@ print(4 * 24 * 128, "of", 2 ** 15 - 1)
 #         1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 #     std::memcpy(to.line(n)[b].values, &q, sizeof q);
 #     to.half(n)[b] = scale / 2 + sum(odd);
-#     if (SIDE > 1) split(q, b % SIDE, to.groups[n * to.per_row + b / SIDE]);
+#     if (!to.groups.empty())
+#       split(q, b % SIDE, to.groups[n * to.per_row + b / SIDE]);
 #   }
 # }
 #
-# Quantised quantised(const Buffer& x, bool stored, int64_t rows,
-#                     int64_t blocks) {
-#   Quantised q(rows, blocks);
+# Quantised quantised(const float* x, bool stored, int64_t rows,
+#                     int64_t blocks, bool grouped = true) {
+#   Quantised q(rows, blocks, grouped);
 #   at::parallel_for(0, rows, 8, [&](int64_t begin, int64_t end) {
 #     for (int64_t n = begin; n < end; ++n)
-#       quantise(&x[n * blocks * BLOCK], stored, n, q);
+#       quantise(x + n * blocks * BLOCK, stored, n, q);
 #   });
 #   return q;
 # }
@@ -734,7 +737,7 @@ for g in range(4):  # group g: blocks 2 g and 2 g + 1
 #   for (int64_t i = 0; i < N; ++i) inputs[i] = i;
 #   Tensor y = at::empty({N, weight.rows}, at::kFloat);
 #   rows_for_few(weight.bytes, weight.scales, weight.rows,
-#                quantised(floats(x), true, N, weight.blocks), inputs,
+#                quantised(floats(x).data(), true, N, weight.blocks), inputs,
 #                y.data_ptr<float>());
 #   return y;
 # }

@@ -312,7 +312,11 @@ assert (floats == matrix[5, :64].float().numpy()).all()
 # }
 #
 # #ifndef GPTOSS_BF16
-# Buffer compact_ready(const Buffer& x) { return ready(x); }
+# Buffer compact_ready(const Buffer& x) {
+#   std::vector<Number> from(x.size());
+#   convert(x.data(), x.size(), from.data());
+#   return ready(from.data(), from.size());
+# }
 #
 # // out[0], out[step] ...: R rows, `step` rows apart, times x
 # template <int R>
@@ -492,7 +496,7 @@ assert (floats == matrix[5, :64].float().numpy()).all()
 #   if (ours({x, weight, bias.value_or(x)}) && weight.dim() == 2) {
 #     const int64_t m = weight.size(0), n = weight.size(1);
 #     check_linear("compact_linear", x, m, n, bias);
-#     if (x.numel() && x.numel() <= FEW * n && m && !(bias && !has(*bias, {m}))
+#     if (x.numel() && x.numel() <= 2 * n && m && !(bias && !has(*bias, {m}))
 #         && packed({blocks, upper}) && n % WEIGHTS == 0
 #         && has(blocks, {m, n / WEIGHTS, SIZE}) && has(upper, {16})
 #         && integers(first) && integers(others) && has(first, {m + 1})) {

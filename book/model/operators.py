@@ -452,6 +452,7 @@ from importlib import import_module
 from threading import RLock
 
 ANSWERS = {"kernels": "gptoss.kernels.build:load_kernels",
+           "product": "gptoss.kernels.quicker:choose_product",
            "step": "gptoss.kernels.step:quick_step"}
 LOADING = RLock()  # the thread that loads may call operators itself
 _state = ""  # then "loading", then "loaded": changed behind LOADING alone
@@ -478,6 +479,7 @@ def load_answers() -> bool:
         _state = "loading"
         try:
             find_answer("kernels")()
+            find_answer("product")()  # ours or torch's, by the clock
             find_answer("step")
             _state = "loaded"
         finally:

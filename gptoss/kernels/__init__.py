@@ -1,4 +1,4 @@
-"""Part kernels of the book: 16 names, loaded when first asked for
+"""Part kernels of the book: 17 names, loaded when first asked for
 
 Generated from the front matter of book/kernels/*.py; edit it, not this file.
 """
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gptoss.kernels.compact import make_compact as make_compact
     from gptoss.kernels.compact import pack as pack
     from gptoss.kernels.compact import unpack as unpack
+    from gptoss.kernels.quicker import choose_product as choose_product
     from gptoss.kernels.roofline import read_speed as read_speed
     from gptoss.kernels.step import DecodeStep as DecodeStep
     from gptoss.kernels.step import call_again as call_again
@@ -31,6 +32,7 @@ _HOME = {
     "KernelError": "build",
     "call_again": "step",
     "can_record": "step",
+    "choose_product": "quicker",
     "cuda_graph": "step",
     "kernel_path": "build",
     "load_kernels": "build",
@@ -45,6 +47,7 @@ _HOME = {
 _MODULES = (
     "roofline",
     "build",
+    "quicker",
     "compact",
     "step",
     "triton_kernels",
@@ -71,6 +74,7 @@ __all__ = [
     "KernelError",
     "call_again",
     "can_record",
+    "choose_product",
     "cuda_graph",
     "kernel_path",
     "load_kernels",

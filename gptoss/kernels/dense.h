@@ -3,41 +3,6 @@
 
 namespace {
 
-inline Floats even(Ints pairs) { return (Floats)(pairs << 16); }
-inline Floats odd(Ints pairs) {
-  return (Floats)(pairs & int32_t(0xffff0000));
-}
-
-#ifndef GPTOSS_BF16
-// sixteen at a time, first the eight even ones, then the eight odd ones
-Buffer ready(const Buffer& x) {
-  Buffer to(x.size());
-  for (size_t k = 0; k < x.size(); k += 16) {
-    const Floats a = load<Floats>(&x[k]), b = load<Floats>(&x[k + 8]);
-    store(&to[k], __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14));
-    store(&to[k + 8], __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13,
-                                              15));
-  }
-  return to;
-}
-
-// out[0], out[step] ...: R rows of w (…, n), `step` rows apart, times x
-template <int R>
-void dense_dots(const Number* w, int64_t step, const float* x, int64_t n,
-                float* out) {
-  Floats s[R][2] = {};
-  for (int64_t k = 0; k < n; k += 16)
-    for (int r = 0; r < R; ++r) {
-      const Number* from = w + r * step * n + k;
-      __builtin_prefetch(from + AHEAD / 2);
-      const Ints pairs = load<Ints>(from);
-      s[r][0] += even(pairs) * load<Floats>(x + k);
-      s[r][1] += odd(pairs) * load<Floats>(x + k + 8);
-    }
-  for (int r = 0; r < R; ++r) out[r * step] = sum(s[r][0] + s[r][1]);
-}
-#endif
-
 // to[k][r] = w[r * stride + k], r < 16, zero from `rows` on; 16 divides n
 void widen_tile(const Number* w, int64_t stride, int64_t rows, int64_t n,
                 float* to) {
@@ -91,27 +56,39 @@ void multiply(const float* w, int64_t stride, int64_t n, Source x,
   }
 }
 
-// y (N, m) = x (N, n) times w (m, n) transposed, for a few tokens
-void dense_few(const Buffer& x, int64_t N, const Number* w, int64_t m,
-               int64_t n, Buffer& y) {
-  constexpr int64_t HEIGHT = 128;
-  const auto from = ready(x);
+// to (count) = v + bias, rounded
+void finish(const float* v, const Number* bias, int64_t count, Number* to) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8)
+    narrow(bias ? load<Floats>(v + i) + widen(bias + i)
+                : load<Floats>(v + i), to + i);
+  for (; i < count; ++i) to[i] = bias ? v[i] + float(bias[i]) : v[i];
+}
+
+// from so many tokens on torch's own product is taken: it is measured
+std::atomic<int64_t> from_torch{std::numeric_limits<int64_t>::max()};
+
+// y (N, m) = x (N, n) times w (m, n) transposed, plus a bias
+void dense_rows(const Number* x, int64_t N, const Number* w, int64_t m,
+                int64_t n, const Number* bias, Number* y) {
+  constexpr int64_t HEIGHT = 128, WHILE = 96;
+  const auto from = ready(x, N * n);
   share((m + HEIGHT - 1) / HEIGHT, 1, [&](int64_t item) {
     const int64_t row0 = item * HEIGHT, rows = std::min(HEIGHT, m - row0);
-    const int64_t step = rows / STREAMS;
-    auto run = [&](auto dots, int64_t r) {
-      for (int64_t t = 0; t < N; ++t)
-        dots(w + (row0 + r) * n, step, &from[t * n], n,
-             &y[t * m + row0 + r]);
-    };
-    for (int64_t r = 0; r < step; ++r) run(dense_dots<STREAMS>, r);
-    for (int64_t r = STREAMS * step; r < rows; ++r) run(dense_dots<1>, r);
+    float out[WHILE * HEIGHT];
+    for (int64_t t0 = 0; t0 < N; t0 += WHILE) {  // these stay in a cache
+      const int64_t some = std::min(WHILE, N - t0);
+      strips(w + row0 * n, rows, &from[t0 * n], some, n, out, HEIGHT);
+      for (int64_t t = 0; t < some; ++t)
+        finish(out + t * HEIGHT, bias ? bias + row0 : nullptr, rows,
+               y + (t0 + t) * m + row0);
+    }
   });
 }
 
 // the same for many: 64 rows by 256 columns of w stay in the L2 cache
-void dense_many(const Buffer& x, int64_t N, const Number* w, int64_t m,
-                int64_t n, Buffer& y) {
+void dense_tiles(const Buffer& x, int64_t N, const Number* w, int64_t m,
+                 int64_t n, const Number* bias, Number* y) {
   constexpr int64_t HEIGHT = 4 * ROWS, DEPTH = 256;
   share((m + HEIGHT - 1) / HEIGHT, 1, [&](int64_t item) {
     const int64_t row0 = item * HEIGHT, rows = std::min(HEIGHT, m - row0);
@@ -127,7 +104,8 @@ void dense_many(const Buffer& x, int64_t N, const Number* w, int64_t m,
                    std::min(WIDE, N - t), {&out[t * HEIGHT + r], HEIGHT});
     }
     for (int64_t t = 0; t < N; ++t)
-      std::copy_n(&out[t * HEIGHT], rows, &y[t * m + row0]);
+      finish(&out[t * HEIGHT], bias ? bias + row0 : nullptr, rows,
+             y + t * m + row0);
   });
 }
 
@@ -138,18 +116,28 @@ Tensor linear(const Tensor& x, const Tensor& weight,
   const int64_t m = weight.size(0), n = weight.size(1);
   check_linear("linear", x, m, n, bias);
   if (!weight.is_contiguous() || n % BLOCK || !x.numel() || !m
-      || (bias && !has(*bias, {m})))
+      || (bias && !has(*bias, {m})) || x.numel() / n >= from_torch)
     return plain<decltype(linear)>("linear", x, weight, bias);
-  const Buffer from = floats(x);
-  const int64_t N = from.size() / n;
-  Buffer y(N * m);
-  (N <= FEW ? dense_few : dense_many)(from, N, numbers(weight), m, n, y);
-  add_bias(y, bias);
-  return result(x, m, y);
+  const Tensor from = x.contiguous();
+  auto shape = x.sizes().vec();
+  shape.back() = m;
+  Tensor y = at::empty(shape, x.options());
+  const Tensor b = bias ? bias->contiguous() : Tensor();
+  const Number* add = bias ? numbers(b) : nullptr;
+  auto to = static_cast<Number*>(y.data_ptr());
+  const int64_t N = x.numel() / n;
+  if (N <= BY_STRIPS)
+    dense_rows(numbers(from), N, numbers(weight), m, n, add, to);
+  else
+    dense_tiles(floats(from), N, numbers(weight), m, n, add, to);
+  return y;
 }
 
-TORCH_LIBRARY_IMPL(gptoss, CPU, m) {
-  m.impl("linear", linear);
+TORCH_LIBRARY_FRAGMENT(gptoss, m) {
+  m.def("torch_from(int tokens) -> int",
+        [](int64_t tokens) { return from_torch.exchange(tokens); });
 }
+
+TORCH_LIBRARY_IMPL(gptoss, CPU, m) { m.impl("linear", linear); }
 
 }  // namespace

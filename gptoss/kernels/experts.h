@@ -24,65 +24,96 @@ struct Groups {
   }
 };
 
-constexpr int64_t FEW = 4;     // fewer tokens: no tile
-constexpr int64_t TALL = 256;  // rows of a piece of work for those
+#ifndef GPTOSS_AVX2
+constexpr int64_t FEW = 4;
+#endif
+constexpr int64_t TALL = 256;  // rows of a piece of work for few tokens
+constexpr int64_t BROAD = 64;  // of one for many, by strips
 
 struct Piece {
   int64_t expert, row, rows;
 };
 
-// few tokens: tall pieces; many: tiles, and what is left below the last
-std::vector<Piece> pieces(const Packed& weight, const Groups& groups) {
+// few tokens: tall pieces; many: lower ones
+std::vector<Piece> pieces(const Packed& weight, const Groups& groups,
+                          bool by_strips) {
+  const int64_t few = by_strips ? TOGETHER + 1 : FEW;
+  const int64_t low = by_strips ? BROAD : ROWS;
   std::vector<Piece> all;
   for (int64_t e : groups.hit) {
-    const bool few = groups.begin[e + 1] - groups.begin[e] < FEW;
+    const int64_t count = groups.begin[e + 1] - groups.begin[e];
     for (int64_t r = 0, height; r < weight.rows; r += height) {
-      height = std::min(few ? TALL : ROWS, weight.rows - r);
+      height = std::min(count < few ? TALL : low, weight.rows - r);
       all.push_back({e, r, height});
     }
   }
   return all;
 }
 
-// emit(pick, expert, first row, rows, sums) for every pick and piece;
-// K picks in a row share one row of x
+// does any expert have fewer places than that?
+bool any_below(const Groups& groups, int64_t count) {
+  for (int64_t e : groups.hit)
+    if (groups.begin[e + 1] - groups.begin[e] < count) return true;
+  return false;
+}
+
+// what stands at each place: row from[place] of x
+struct Inputs {
+  std::vector<int64_t> from;
+  Quantised digits;            // of the rows of x
+  std::vector<Number> pairs;   // with bf16 units, of each place
+  int64_t n = 0;               // how long one of those is
+
+  Inputs(const float* x, int64_t rows, const Packed& weight, bool stored,
+         std::vector<int64_t> place, const Groups& groups)
+      : from(std::move(place)), digits(0, weight.blocks) {
+    const int64_t blocks = weight.blocks;
+#ifdef GPTOSS_BF16
+    if (stored) {  // hidden numbers are not, and keep sixteen bits
+      n = padded(blocks);
+      pairs.resize(from.size() * n);
+      at::parallel_for(0, from.size(), 8, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+          pair_row(x + from[i] * blocks * BLOCK, blocks, &pairs[i * n]);
+      });
+      if (!any_below(groups, 2)) return;
+    }
+#endif
+    digits = quantised(x, stored, rows, blocks, any_below(groups, FEW)
+                       || weight.rows % ROWS);  // what is below a tile
+  }
+};
+
+// emit(place, expert, first row, rows, sums) for every place and piece
 template <class Emit>
 void grouped_linear(const Packed& weight, const Groups& groups,
-                    const Quantised& x, int64_t K, const Emit& emit) {
-  const std::vector<Piece> all = pieces(weight, groups);
+                    const Inputs& x, const Emit& emit) {
+  const std::vector<Piece> all = pieces(weight, groups, x.n > 0);
   share(all.size(), 1, [&](int64_t item) {
     const auto [e, row0, rows] = all[item];
-    const int64_t* picks = &groups.order[groups.begin[e]];
-    const int64_t count = groups.begin[e + 1] - groups.begin[e];
+    const int64_t first = groups.begin[e];
+    const int64_t count = groups.begin[e + 1] - first;
     thread_local std::vector<int64_t> inputs;
     thread_local Buffer out;
-    inputs.resize(count);
-    for (int64_t i = 0; i < count; ++i) inputs[i] = picks[i] / K;
     out.resize(count * rows);
     const int64_t at = (e * weight.rows + row0) * weight.blocks;
     const uint8_t *w = weight.bytes + 16 * at, *s = weight.scales + at;
-#ifdef GPTOSS_AVX2
-    if (count >= FEW && rows == ROWS)
-      rows_for_many(w, s, x, inputs, out.data());
+    inputs.assign(&x.from[first], &x.from[first] + count);
+#ifdef GPTOSS_BF16
+    if (x.n && count > 1)
+      packed_strips(w, s, rows, weight.blocks, &x.pairs[first * x.n], count,
+                    out.data(), rows);
     else
 #endif
-      rows_for_few(w, s, rows, x, inputs, out.data());
+#ifdef GPTOSS_AVX2
+    if (count >= FEW && rows == ROWS)
+      rows_for_many(w, s, x.digits, inputs, out.data());
+    else
+#endif
+      rows_for_few(w, s, rows, x.digits, inputs, out.data());
     for (int64_t i = 0; i < count; ++i)
-      emit(picks[i], e, row0, rows, &out[i * rows]);
+      emit(first + i, e, row0, rows, &out[i * rows]);
   });
-}
-
-// e ** x for -87 <= x <= 0, relative error below 1e-6; less gives e ** -87
-inline Floats exponential(Floats x) {
-  x = x < -87.0f ? Floats{} - 87.0f : x;
-  const Floats shifted = x * 1.44269504f + 12582912.0f;
-  const Floats n = shifted - 12582912.0f;  // x / log 2, rounded
-  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  Floats p = r * (1.0f / 5040) + 1.0f / 720;
-  for (float factor : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
-    p = p * r + factor;
-  const Ints power = ((Ints)shifted - 0x4b400000) << 23;
-  return (Floats)((Ints)p + power);  // times 2 ** n
 }
 
 constexpr float MAX = std::numeric_limits<float>::max();
@@ -96,15 +127,17 @@ inline Floats clamped_swiglu(Floats gate, Floats up, float limit) {
   return (up + 1) * gate * (t > 0 ? Floats{} + 1.0f : e) / (1 + e);
 }
 
-// hidden (picks, F) of the experts' first layer
-Buffer run_gate_up(const Packed& weight, const Number* bias, float limit,
-                   const Groups& groups, const Quantised& x, int64_t K) {
+// hidden (places, F) of the experts' first layer
+Tensor run_gate_up(const Packed& weight, const Number* bias, float limit,
+                   const Groups& groups, const Inputs& x) {
   const int64_t F = weight.rows / 2;
-  Buffer hidden(groups.order.size() * F);
-  grouped_linear(weight, groups, x, K, [&](int64_t pick, int64_t e,
+  const Tensor all = at::empty({int64_t(groups.order.size()), F},
+                               at::kFloat);
+  float* hidden = all.data_ptr<float>();
+  grouped_linear(weight, groups, x, [&](int64_t place, int64_t e,
       int64_t row0, int64_t rows, const float* v) {
     const Number* b = bias + e * weight.rows + row0;
-    float* to = &hidden[pick * F + row0 / 2];
+    float* to = hidden + place * F + row0 / 2;
     for (int64_t r = 0; r < rows; r += 16) {  // 2 F is a multiple of 64
       const Floats one = load<Floats>(v + r) + widen(b + r);
       const Floats two = load<Floats>(v + r + 8) + widen(b + r + 8);
@@ -114,19 +147,22 @@ Buffer run_gate_up(const Packed& weight, const Number* bias, float limit,
           limit));
     }
   });
-  return hidden;
+  return all;
 }
 
 // y (tokens, D) of the second layer, the K results weighted and summed
 Buffer run_down(const Packed& weight, const Number* bias,
                 const Number* shares, const Groups& groups,
-                const Quantised& hidden, int64_t K) {
+                const Inputs& hidden, int64_t K) {
   const int64_t D = weight.rows, tokens = groups.order.size() / K;
-  Buffer out(tokens * K * D), y(tokens * D);
-  grouped_linear(weight, groups, hidden, 1, [&](int64_t pick, int64_t e,
+  const Tensor all = at::empty({tokens * K, D}, at::kFloat);
+  float* out = all.data_ptr<float>();
+  Buffer y(tokens * D);
+  grouped_linear(weight, groups, hidden, [&](int64_t place, int64_t e,
       int64_t row0, int64_t rows, const float* v) {
+    const int64_t pick = groups.order[place];
     const Number* b = bias + e * D + row0;
-    float* to = &out[pick * D + row0];
+    float* to = out + pick * D + row0;
     for (int64_t r = 0; r < rows; ++r) to[r] = shares[pick] * (v[r] + b[r]);
   });
   at::parallel_for(0, tokens, 8, [&](int64_t begin, int64_t end) {
@@ -156,11 +192,12 @@ Tensor mxfp4_linear(const Tensor& x, const Tensor& blocks,
   const int64_t N = x.numel() / n;
   Buffer y(N * m);
   const std::vector<int64_t> ids(N, 0);
-  grouped_linear(weight, Groups(ids.data(), N, 1),
-                 quantised(floats(x), true, N, weight.blocks), 1,
-                 [&](int64_t pick, int64_t, int64_t row0, int64_t rows,
-                     const float* v) {
-    std::copy_n(v, rows, &y[pick * m + row0]);
+  const Groups one(ids.data(), N, 1);
+  const Buffer from = floats(x);
+  const Inputs inputs(from.data(), N, weight, true, one.order, one);
+  grouped_linear(weight, one, inputs, [&](
+      int64_t place, int64_t, int64_t row0, int64_t rows, const float* v) {
+    std::copy_n(v, rows, &y[place * m + row0]);
   });
   add_bias(y, bias);
   return result(x, m, y);
@@ -198,12 +235,18 @@ Tensor packed_experts(const Tensor& x, const Tensor& ids,
   const int64_t K = ids.size(1), picks = ids.numel();
   const Groups groups(chosen.const_data_ptr<int64_t>(), picks,
                       gate_up_scales.size(0));
-  const Buffer hidden = run_gate_up(
+  std::vector<int64_t> token(picks), place(picks);
+  for (int64_t i = 0; i < picks; ++i) {
+    token[i] = groups.order[i] / K;
+    place[i] = i;
+  }
+  const Buffer from = floats(x);
+  const Tensor hidden = run_gate_up(
       gate_up, numbers(gate_up_bias), limit, groups,
-      quantised(floats(x), true, picks / K, gate_up.blocks), K);
+      {from.data(), picks / K, gate_up, true, token, groups});
   const Buffer y = run_down(
       down, numbers(down_bias), numbers(shares), groups,
-      quantised(hidden, false, picks, down.blocks), K);
+      {hidden.data_ptr<float>(), picks, down, false, place, groups}, K);
   return result(x, down.rows, y);
 }
 

@@ -56,6 +56,19 @@ void choose(const float* logits, int64_t E, int64_t k, int64_t* ids,
   for (int64_t i = 0; i < k; ++i) weights[i] /= total;
 }
 
+// e ** x for -87 <= x <= 0, relative error below 1e-6; less gives e ** -87
+inline Floats exponential(Floats x) {
+  x = x < -87.0f ? Floats{} - 87.0f : x;
+  const Floats shifted = x * 1.44269504f + 12582912.0f;
+  const Floats n = shifted - 12582912.0f;  // x / log 2, rounded
+  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Floats p = r * (1.0f / 5040) + 1.0f / 720;
+  for (float factor : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+    p = p * r + factor;
+  const Ints power = ((Ints)shifted - 0x4b400000) << 23;
+  return (Floats)((Ints)p + power);  // times 2 ** n
+}
+
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   if (!ours({x, weight}) || !x.dim() || weight.dim() != 1)
     return plain<decltype(rms_norm)>("rms_norm", x, weight, eps);

@@ -4,13 +4,29 @@
 namespace {
 
 #ifdef GPTOSS_AVX2
+#ifdef GPTOSS_AVX512
+constexpr int64_t CHUNK = 18;  // blocks
+constexpr int TOKENS = 12;     // 24 sums, one weight
+constexpr int64_t FEW = 6;     // fewer tokens: no tile
+#else
 constexpr int64_t CHUNK = 10;  // blocks: 10 KiB of integers, a third of L1
+constexpr int TOKENS = 5;      // ten sums, two weights, one activation
+constexpr int64_t FEW = 4;     // fewer tokens: no tile
+#endif
 
 struct Tile {  // 16 rows of a weight, pairs of columns side by side
   alignas(64) int16_t values[CHUNK][2][8][16][2];
   alignas(64) float factors[CHUNK][16];
 };
 
+struct Few {  // tokens that are multiplied with a tile together
+  int64_t count;
+  const Line* lines[TOKENS];
+  const float* halves[TOKENS];
+  float* out[TOKENS];  // 16 sums each
+};
+
+#ifndef GPTOSS_AVX512
 // sixteen rows of sixteen bytes become sixteen columns
 inline void transpose(__m128i (&v)[16]) {
   for (int step = 0; step < 4; ++step) {
@@ -48,19 +64,9 @@ void decode_tile(const uint8_t* w, const uint8_t* scales, int64_t blocks,
   }
 }
 
-constexpr int TOKENS = 5;  // ten sums, two weights, one activation
-
-struct Few {  // tokens that are multiplied with a tile together
-  const Line* lines[TOKENS];
-  const float* halves[TOKENS];
-  float* out[TOKENS];  // 16 sums each
-};
-
 // sums, plus sixteen products added in pairs
 inline __m256i add_products(__m256i sums, __m256i a, __m256i b) {
-#ifdef GPTOSS_AVX512
-  return _mm256_dpwssd_epi32(sums, a, b);
-#elif defined(GPTOSS_VNNI)
+#ifdef GPTOSS_VNNI
   return _mm256_dpwssd_avx_epi32(sums, a, b);
 #else
   return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
@@ -94,6 +100,12 @@ void multiply_tile(const Tile& tile, const Few& few, int64_t first,
       }
   }
 }
+#else
+void decode_tile(const uint8_t* w, const uint8_t* scales, int64_t blocks,
+                 int64_t count, Tile& tile);
+void multiply_tile(const Tile& tile, const Few& few, int64_t first,
+                   int64_t count);
+#endif
 #endif
 
 constexpr int64_t ROWS = 16;  // of a tile
@@ -107,20 +119,20 @@ void rows_for_many(const uint8_t* w, const uint8_t* scales,
   Tile tile;
   std::fill_n(out, count * ROWS, 0.0f);
   for (int64_t b = 0; b < blocks; b += CHUNK) {
-    const int64_t some = std::min(CHUNK, blocks - b);
-    decode_tile(w + 16 * b, scales + b, blocks, some, tile);
-    for (int64_t i = 0; i < count; i += TOKENS) {
-      float spare[ROWS] = {};  // the last group may have empty places
-      Few few;
+    const int64_t deep = std::min(CHUNK, blocks - b);
+    decode_tile(w + 16 * b, scales + b, blocks, deep, tile);
+    in_groups<TOKENS>(count, [&](auto T, int64_t i) {
+      float spare[ROWS] = {};  // a group may have empty places
+      Few few{T.value};
       for (int64_t t = 0; t < TOKENS; ++t) {
-        const bool real = i + t < count;
+        const bool real = t < T.value;
         const int64_t n = inputs[real ? i + t : i];
         few.lines[t] = x.line(n);
         few.halves[t] = x.half(n);
         few.out[t] = real ? out + (i + t) * ROWS : spare;
       }
-      multiply_tile(tile, few, b, some);
-    }
+      multiply_tile(tile, few, b, deep);
+    });
   }
 }
 #endif

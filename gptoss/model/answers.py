@@ -10,6 +10,7 @@ from threading import RLock
 # --- When are the kernels loaded? --------------------------------------------
 
 ANSWERS = {"kernels": "gptoss.kernels.build:load_kernels",
+           "product": "gptoss.kernels.quicker:choose_product",
            "step": "gptoss.kernels.step:quick_step"}
 LOADING = RLock()  # the thread that loads may call operators itself
 _state = ""  # then "loading", then "loaded": changed behind LOADING alone
@@ -36,6 +37,7 @@ def load_answers() -> bool:
         _state = "loading"
         try:
             find_answer("kernels")()
+            find_answer("product")()  # ours or torch's, by the clock
             find_answer("step")
             _state = "loaded"
         finally:

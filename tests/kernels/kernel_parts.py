@@ -75,7 +75,7 @@ def packed_row() -> None:
 
 
 def experts() -> None:
-    for tokens in (1, 3, 13):  # row by row, and by tiles
+    for tokens in (1, 3, 9, 13, 70):  # row by row, strips, tiles
         x, bias = numbers(tokens, 96), numbers(50)
         code, scales, weight = packed(50, 96)
         near(OPS.mxfp4_linear(x, code, scales, bias),
@@ -98,7 +98,7 @@ def experts() -> None:
 
 
 def dense() -> None:
-    for tokens in (1, 4, 5, 20):  # few, many
+    for tokens in (1, 2, 5, 7, 20, 100):  # few, many, more than at once
         x, weight, bias = numbers(tokens, 320), numbers(150, 320), numbers(150)
         near(OPS.linear(x, weight, bias),
              exact(x) @ exact(weight).T + exact(bias))

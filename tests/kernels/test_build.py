@@ -142,8 +142,9 @@ def test_of_several_first_builds_one_compiles(tmp_path):
     assert len({out for out, _ in told}) == 1 and "C++" in told[0][0]
     assert sorted("compiling" in err for _, err in told) == [False, False,
                                                              True]
+    # and what each measured, kept once
     assert sorted(x.suffix for x in (tmp_path / "cache" / "gptoss").iterdir()
-                  ) == [".sha256", ".so"]
+                  ) == [".json", ".sha256", ".so"]
 
 
 @needs_compiler

@@ -1,0 +1,142 @@
+// How does a processor multiply bf16 that cannot?
+// Generated from book/kernels/dense.py; edit the chapter, not this file.
+
+namespace {
+
+inline Floats even(Ints pairs) { return (Floats)(pairs << 16); }
+inline Floats odd(Ints pairs) {
+  return (Floats)(pairs & int32_t(0xffff0000));
+}
+
+#ifdef GPTOSS_BF16
+using Ready = Number;  // what activations are made before the products
+constexpr int TOGETHER = 6;  // tokens: 24 sums, 4 weights, 1 activation
+constexpr int64_t BY_STRIPS = std::numeric_limits<int64_t>::max();
+#else
+using Ready = float;
+constexpr int TOGETHER = 2;  // tokens: 8 sums, 2 weights, 4 activations
+constexpr int64_t BY_STRIPS = 8;  // more tokens: tiles
+#endif
+
+#ifndef GPTOSS_BF16
+// sixteen at a time, first the eight even ones, then the eight odd ones
+std::vector<Ready> ready(const Number* x, int64_t count) {
+  std::vector<Ready> to(count);
+  for (int64_t k = 0; k < count; k += 16) {
+    const Ints pairs = load<Ints>(x + k);
+    store(&to[k], even(pairs)), store(&to[k + 8], odd(pairs));
+  }
+  return to;
+}
+
+// out[t * width + r * step]: R rows of w, `step` rows apart, times T tokens
+template <int R, int T>
+void strip(const Number* w, int64_t step, const Ready* x, int64_t n,
+           float* out, int64_t width) {
+  constexpr int APART = T == 1 ? 2 : 1;  // more sums than a product takes
+  Floats s[T][R][APART] = {};
+  for (int64_t k = 0; k < n; k += 16)
+    for (int r = 0; r < R; ++r) {
+      const Number* from = w + r * step * n + k;
+      __builtin_prefetch(from + AHEAD / 2);
+      const Ints pairs = load<Ints>(from);
+      const Floats a = even(pairs), b = odd(pairs);
+      for (int t = 0; t < T; ++t) {
+        s[t][r][0] += a * load<Floats>(x + t * n + k);
+        s[t][r][APART - 1] += b * load<Floats>(x + t * n + k + 8);
+      }
+    }
+  for (int t = 0; t < T; ++t)
+    for (int r = 0; r < R; ++r)
+      out[t * width + r * step] =
+          sum(APART == 2 ? s[t][r][0] + s[t][r][1] : s[t][r][0]);
+}
+
+#else
+std::vector<Ready> ready(const Number* x, int64_t count) {
+  return {x, x + count};
+}
+
+inline __m512 add_pairs(__m512 a, __m512 b) {
+  return _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
+}
+
+// the sums of four registers
+inline __m128 sums(__m512 s, __m512 t, __m512 u, __m512 v) {
+  const auto a = (__m512d)add_pairs(s, t), b = (__m512d)add_pairs(u, v);
+  const __m512 all = (__m512)_mm512_unpacklo_pd(a, b)
+                     + (__m512)_mm512_unpackhi_pd(a, b);
+  const __m256 half = _mm512_castps512_ps256(all)
+                      + _mm512_extractf32x8_ps(all, 1);
+  return _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+}
+
+template <int R, int T>
+void strip(const Number* w, int64_t step, const Ready* x, int64_t n,
+           float* out, int64_t width) {
+  __m512 s[T][4];
+  for (int t = 0; t < T; ++t)
+    for (int r = 0; r < 4; ++r) s[t][r] = __m512{};
+  for (int64_t k = 0; k < n; k += BLOCK) {
+    __m512bh rows[R];
+    for (int r = 0; r < R; ++r) {
+      const Number* from = w + r * step * n + k;
+      __builtin_prefetch(from + AHEAD / 2);
+      rows[r] = load<__m512bh>(from);
+    }
+    for (int t = 0; t < T; ++t) {
+      const auto token = load<__m512bh>(x + t * n + k);
+      for (int r = 0; r < R; ++r)
+        s[t][r] = _mm512_dpbf16_ps(s[t][r], rows[r], token);
+    }
+  }
+  for (int t = 0; t < T; ++t) {
+    const __m128 four = sums(s[t][0], s[t][1], s[t][2], s[t][3]);
+    for (int r = 0; r < R; ++r) out[t * width + r * step] = four[r];
+  }
+}
+#endif
+
+// calls run(std::integral_constant<int, count>), 1 <= count <= MANY
+template <int MANY, class Run>
+inline void with_count(int64_t count, const Run& run) {
+  if constexpr (MANY > 1)
+    if (count < MANY) return with_count<MANY - 1>(count, run);
+  run(std::integral_constant<int, MANY>());
+}
+
+// run(T, first token): N tokens in groups that are nearly alike, of at most
+// MANY tokens
+template <int MANY, class Run>
+inline void in_groups(int64_t N, const Run& run) {
+  for (int64_t t = 0, groups = (N + MANY - 1) / MANY; groups; --groups) {
+    const int64_t some = (N - t + groups - 1) / groups;
+    with_count<MANY>(some, [&](auto T) { run(T, t); });
+    t += some;
+  }
+}
+
+// run(R, first row, how far apart R rows lie): strips of R rows, then what
+// is left one by one. Few tokens wait for memory, which likes rows that lie
+// apart; the sums of many are kept together
+template <int R, class Run>
+void in_strips(int64_t rows, bool few, const Run& run) {
+  const int64_t whole = rows / R, apart = few ? whole : 1;
+  for (int64_t i = 0; i < whole; ++i)
+    run(std::integral_constant<int, R>(), few ? i : R * i, apart);
+  for (int64_t r = R * whole; r < rows; ++r)
+    run(std::integral_constant<int, 1>(), r, 1);
+}
+
+// out[t * width + r]: `rows` rows of w (…, n) times N tokens of x (N, n)
+void strips(const Number* w, int64_t rows, const Ready* x, int64_t N,
+            int64_t n, float* out, int64_t width) {
+  in_strips<STREAMS>(rows, N <= 32, [&](auto R, int64_t r, int64_t apart) {
+    in_groups<TOGETHER>(N, [&](auto T, int64_t t) {
+      strip<R.value, T.value>(w + r * n, apart, x + t * n, n,
+                              out + t * width + r, width);
+    });
+  });
+}
+
+}  // namespace
