@@ -310,8 +310,10 @@ assert (np.concatenate([low, high])[to] == k).all()
 #
 # Weights times values stays in fp32: rounded to bf16, the weights would lose
 # what the sum keeps. Eight rows by 32 columns are sixteen registers of sums,
-# and each value is widened on its way, which is cheap for eight rows. For each
-# key of now one of the next chunk is asked of memory.
+# and each value is widened on its way, which is cheap for eight rows. Both
+# products ask memory for the next chunk as they go, `score` for its keys, a
+# line for each pair of columns, `mix` for its values. Asked for all at once
+# they would wait for each other: a core has some two dozen lines under way.
 
 # %% [markdown] tags=["export:/kernels/wide16.h"]
 # ```cpp
@@ -374,9 +376,11 @@ assert (np.concatenate([low, high])[to] == k).all()
 #
 # // out[r][0 ... 15] = q[r] times sixteen keys, as `key_tile` leaves them
 # template <int R>
-# void score_rows(const Key* keys, int64_t C, const Number* q, Target out) {
+# void score_rows(const Key* keys, const Number* next, int64_t C,
+#                 const Number* q, Target out) {
 #   __m512 s[R] = {};
-#   for (int64_t c = 0; c < C; c += 2, keys += ROWS) {
+#   for (int64_t c = 0; c < C; c += 2, keys += ROWS, next += 32) {
+#     __builtin_prefetch(next);  // where the keys of a head lie together
 #     const __m512bh pairs = load<__m512bh>(keys);
 #     for (int r = 0; r < R; ++r)
 #       s[r] = _mm512_dpbf16_ps(s[r], pairs, (__m512bh)_mm512_set1_epi32(
@@ -386,25 +390,25 @@ assert (np.concatenate([low, high])[to] == k).all()
 #     _mm512_storeu_ps(out.at + r * out.stride, s[r]);
 # }
 #
-# void score(const Key* keys, int64_t C, const Query* q, int64_t rows,
-#            Target out) {
+# void score(const Key* keys, const Number* next, int64_t C, const Query* q,
+#            int64_t rows, Target out) {
 #   in_groups(rows, [&](auto some, int64_t r) {
-#     score_rows<some>(keys, C, q + r * C,
+#     score_rows<some>(keys, next, C, q + r * C,
 #                      {out.at + r * out.stride, out.stride});
 #   });
 # }
 #
 # // out[r][0 ... 16 W - 1] += sum over keys of weight[r] times v
 # template <int R, int W>
-# void mix_rows(const Number* v, const Number* next, int64_t stride,
-#               int64_t count, Source weights, int64_t C, float* out) {
+# void mix_rows(const Number* v, int64_t stride, int64_t count,
+#               Source weights, int64_t C, float* out) {
 #   const int64_t ahead = 64 * stride;
 #   __m512 s[R][W];
 #   for (int r = 0; r < R; ++r)
 #     for (int w = 0; w < W; ++w)
 #       s[r][w] = _mm512_loadu_ps(out + r * C + 16 * w);
-#   for (int64_t k = 0; k < count; ++k, v += stride, next += stride) {
-#     __builtin_prefetch(v + ahead), __builtin_prefetch(next);
+#   for (int64_t k = 0; k < count; ++k, v += stride) {
+#     __builtin_prefetch(v + ahead);
 #     __m512 x[W];
 #     for (int w = 0; w < W; ++w)
 #       x[w] = _mm512_castsi512_ps(_mm512_slli_epi32(
@@ -419,14 +423,14 @@ assert (np.concatenate([low, high])[to] == k).all()
 #       _mm512_storeu_ps(out + r * C + 16 * w, s[r][w]);
 # }
 #
-# // the same for all C; next: keys of the next chunk, soon to be read
-# void mix(const Value* v, const Number* next, int64_t stride, int64_t count,
-#          Source weights, int64_t rows, int64_t C, float* out) {
+# // the same for all C
+# void mix(const Value* v, int64_t stride, int64_t count, Source weights,
+#          int64_t rows, int64_t C, float* out) {
 #   in_groups(rows, [&](auto some, int64_t r) {
 #     const Source from = {weights.at + r * weights.stride, weights.stride};
 #     for (int64_t c = 0; c < C; c += 32)
 #       (C - c < 32 ? mix_rows<some, 1> : mix_rows<some, 2>)(
-#           v + c, next + c, stride, count, from, C, out + r * C + c);
+#           v + c, stride, count, from, C, out + r * C + c);
 #   });
 # }
 # #endif

@@ -357,8 +357,8 @@ for terms in (4, 5, 6, 7):
 #   widen_tile(k, stride, rows, C, to);
 # }
 #
-# void score(const Key* keys, int64_t C, const Query* q, int64_t rows,
-#            Target out) {
+# void score(const Key* keys, const Number*, int64_t C, const Query* q,
+#            int64_t rows, Target out) {
 #   for (int64_t r = 0; r < rows; ++r)
 #     std::fill_n(out.at + r * out.stride, ROWS, 0.0f);
 #   multiply(keys, ROWS, C, {q, C}, rows, out);
@@ -405,7 +405,8 @@ for terms in (4, 5, 6, 7):
 #       all &= group.sees_all(spans[t]);
 #       if (!ready[t]) prepare(k, v, stride, s, std::min(ROWS, count - s));
 #       ready[t] = true;
-#       score(keys + s * C, C, &q[r * C], some, {scores + s, KEYS});
+#       score(keys + s * C, k + (s + KEYS) * stride, C, &q[r * C], some,
+#             {scores + s, KEYS});
 #     }
 #     begin *= ROWS, end *= ROWS;
 #     for (int64_t i = r; i < r + some; ++i)
@@ -413,8 +414,7 @@ for terms in (4, 5, 6, 7):
 #     const int64_t used = std::min(end, count) - begin;
 #     const Source weights = {scores + begin, KEYS};
 # #ifdef GPTOSS_BF16
-#     mix(v + begin * stride, k + (begin + KEYS) * stride, stride, used,
-#         weights, some, C, &out[r * C]);
+#     mix(v + begin * stride, stride, used, weights, some, C, &out[r * C]);
 # #else
 #     mix(values + begin * C, C, used, weights, some, C, &out[r * C]);
 # #endif
@@ -591,7 +591,7 @@ for terms in (4, 5, 6, 7):
 #   const int64_t pieces = q.size(0) * G * tiles;
 #   share(ranges * pieces, 1, [&](int64_t item) {
 #     thread_local Attention a;
-#     const int64_t range = item / pieces, piece = item % pieces;
+#     const int64_t range = item % ranges, piece = item / ranges;
 #     const int64_t t0 = (tiles - 1 - piece % tiles) * some;  // longest first
 #     heads.run(a, piece / tiles / G, piece / tiles % G, t0,
 #               std::min(t0 + some, T), range * width,

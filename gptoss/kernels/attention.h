@@ -140,7 +140,7 @@ Tensor run_attention(const Heads& heads) {
   const int64_t pieces = q.size(0) * G * tiles;
   share(ranges * pieces, 1, [&](int64_t item) {
     thread_local Attention a;
-    const int64_t range = item / pieces, piece = item % pieces;
+    const int64_t range = item % ranges, piece = item / ranges;
     const int64_t t0 = (tiles - 1 - piece % tiles) * some;  // longest first
     heads.run(a, piece / tiles / G, piece / tiles % G, t0,
               std::min(t0 + some, T), range * width,

@@ -143,8 +143,8 @@ void key_tile(const Number* k, int64_t stride, int64_t rows, int64_t C,
   widen_tile(k, stride, rows, C, to);
 }
 
-void score(const Key* keys, int64_t C, const Query* q, int64_t rows,
-           Target out) {
+void score(const Key* keys, const Number*, int64_t C, const Query* q,
+           int64_t rows, Target out) {
   for (int64_t r = 0; r < rows; ++r)
     std::fill_n(out.at + r * out.stride, ROWS, 0.0f);
   multiply(keys, ROWS, C, {q, C}, rows, out);
@@ -191,7 +191,8 @@ APART void Attention::chunk(const Number* k, const Number* v, int64_t stride,
       all &= group.sees_all(spans[t]);
       if (!ready[t]) prepare(k, v, stride, s, std::min(ROWS, count - s));
       ready[t] = true;
-      score(keys + s * C, C, &q[r * C], some, {scores + s, KEYS});
+      score(keys + s * C, k + (s + KEYS) * stride, C, &q[r * C], some,
+            {scores + s, KEYS});
     }
     begin *= ROWS, end *= ROWS;
     for (int64_t i = r; i < r + some; ++i)
@@ -199,8 +200,7 @@ APART void Attention::chunk(const Number* k, const Number* v, int64_t stride,
     const int64_t used = std::min(end, count) - begin;
     const Source weights = {scores + begin, KEYS};
 #ifdef GPTOSS_BF16
-    mix(v + begin * stride, k + (begin + KEYS) * stride, stride, used,
-        weights, some, C, &out[r * C]);
+    mix(v + begin * stride, stride, used, weights, some, C, &out[r * C]);
 #else
     mix(values + begin * C, C, used, weights, some, C, &out[r * C]);
 #endif
