@@ -18,16 +18,16 @@
 # Eight query heads of the 20b share each key and value head, and every token
 # of a prompt asks anew. How is each key read once for all of them, without a
 # table of scores? For 4,096 tokens that table would have a billion entries
-# in one layer; the kernel keeps 64 rows of 64 of them at a time.
+# in one layer; the kernel keeps 8 rows of 64 of them at a time.
 
 # %%
 import matplotlib.pyplot as plt
 import numpy as np
 
 plt.style.use("../_static/book.mplstyle")
-H, T, KEYS = 64, 4096, 64
+H, T, ROWS, KEYS = 64, 4096, 8, 64
 print(f"{H * T * T:,} scores of a layer = {H * T * T * 4 / 1e9:.1f} GB; at "
-      f"hand {KEYS * KEYS:,} = {KEYS * KEYS * 4 // 1024} KiB")
+      f"hand {ROWS * KEYS} = {ROWS * KEYS * 4 // 1024} KiB")
 
 # %% [markdown]
 # ## Picture
@@ -155,86 +155,182 @@ assert np.allclose(found, exact)
 
 # %% [markdown]
 # **Which rows?** Nothing in it asks where a row comes from. The 8 query heads
-# that share a key head, times 8 tokens, are 64 rows of one product: each key
-# and value is loaded once for all of them.
+# that share a key head, times 16 tokens, are 128 rows of one product: each
+# key and value is loaded once for all of them.
 #
+# **Which power?** A processor makes powers of two: the whole part of $x$ goes
+# into the exponent as it is, and a polynomial is needed for the rest, between
+# -1/2 and 1/2, only. With $e^s = 2^{s \log_2 e}$ the factor is part of the
+# scale that every score is multiplied by anyway. Six terms of
+# $2^r = \sum_n (r \log 2)^n / n!$ and one more are enough:
+
+# %%
+from math import factorial, log
+
+r = np.linspace(-0.5, 0.5, 1001)
+for terms in (4, 5, 6, 7):
+    found = sum((r * log(2)) ** n / factorial(n) for n in range(terms))
+    print(f"{terms} terms: off by {np.abs(found / 2 ** r - 1).max():.0e}")
+
+# %% [markdown]
 # ## Code
 #
 # ### What does one piece of work remember?
 #
 # A piece of work is one key head, the H/G query heads that it serves, and as
-# many tokens as make 64 rows, 8 in the 20b. `Attention` is its state: $m$ is
-# `top`, $z$ `total`, $o$ `out`, and `scores` are the 64 by 64 at hand. The
-# scores come from the product of tiles of [dense](dense.ipynb), sixteen keys
-# at a time as columns. (Where a processor multiplies bf16 as it is, keys stay
-# in pairs, in the [appendix](../cli/wide.ipynb); weights times values is in
-# fp32 everywhere, as rounded to bf16 the weights would lose what the sum
-# keeps.) `weigh` is {eq}`kernels-running` for one row, eight keys at a time,
-# with the mask: a key counts if its position is not after the query's and not
-# before the window.
+# many tokens as make 128 rows, 16 in the 20b. `Attention` is its state: $m$ is
+# `top`, $z$ `total` (a sum for each lane of a register, added up at the very
+# end), $o$ `out`. Rows pass a chunk in groups of eight, which in the 20b are
+# the heads of one token, so `scores` are 8 by 64. A `Sight` knows which
+# positions its rows see: some row, those from `oldest` to `newest`; all of
+# them, those from `from` to `to`.
 
-# %% [markdown] tags=["export:attention.h"]
+# %% [markdown] tags=["export:running.h"]
 # ```cpp
 # namespace {
+#
+# #ifdef GPTOSS_AVX512
+# using Lanes = float __attribute__((vector_size(64)));
+# using Places = int32_t __attribute__((vector_size(64)));
+# #else
+# using Lanes = Floats;
+# using Places = Ints;
+# #endif
 #
 # #ifndef GPTOSS_BF16
 # using Query = float;
 # using Key = float;
+# using Value = float;
 # #endif
 #
+# constexpr int64_t ABREAST = sizeof(Lanes) / sizeof(float);
 # constexpr int64_t KEYS = 64, WIDEST = 256;  // keys at a time; largest head
+# constexpr int64_t AT_ONCE = 8;  // rows of a group
+#
+# // a function of its own: where `this` is one of each thread, the compiler
+# // would ask for its address again in every loop
+# #define APART __attribute__((noinline))
+#
+# struct Span {  // of the positions of sixteen keys, -1 if one is empty
+#   int32_t low, high;
+# };
+#
+# struct Sight {  // of a group
+#   int32_t oldest, newest, from, to;
+#   bool sees(Span s) const { return s.high >= oldest && s.low <= newest; }
+#   bool sees_all(Span s) const { return s.low >= from && s.high <= to; }
+# };
 #
 # struct Attention {  // one key head, the query heads and tokens it serves
-#   int64_t C, rows, window;
+#   int64_t C, rows;
 #   float scale;
-#   std::vector<Query> q;            // (rows, C)
-#   Buffer scores, out, top, total;  // (rows, KEYS), (rows, C) and (rows,)
-#   std::vector<int32_t> position;   // of each row
-#   int32_t seen[KEYS];              // positions of the keys at hand
-#   alignas(64) Key keys[WIDEST * ROWS];  // sixteen of them, as columns
-#   alignas(64) float values[KEYS * WIDEST];
+#   std::vector<Query> q;              // (rows, C)
+#   Buffer out, top, total;            // (rows, C), (rows,), (rows, ABREAST)
+#   std::vector<int32_t> first, last;  // positions that each row sees
+#   std::vector<Sight> groups;
+#   alignas(64) float scores[AT_ONCE * KEYS];
+#   alignas(64) Key keys[KEYS * WIDEST];  // sixteen after sixteen, as columns
+# #ifndef GPTOSS_BF16
+#   alignas(64) Value values[KEYS * WIDEST];
+# #endif
 #
-#   void resize(int64_t size, int64_t count, int64_t visible) {
-#     C = size, rows = count, window = visible;
+#   void resize(int64_t size, int64_t count) {
+#     C = size, rows = count;
 #     q.resize(rows * C);
 #     out.assign(rows * C, 0);
 #     top.resize(rows);
-#     total.assign(rows, 1);  // the sink, before any key
-#     position.resize(rows);
+#     total.assign(rows * ABREAST, 0);
+#     first.resize(rows), last.resize(rows);
 #   }
 #
-#   void score(const Number* k, int64_t stride, int64_t some, int64_t s);
+#   void group();
+#   void prepare(const Number* k, const Number* v, int64_t stride, int64_t s,
+#                int64_t some);
 #   void chunk(const Number* k, const Number* v, int64_t stride,
-#              int64_t count);
-#   void weigh(int64_t r);
+#              int64_t count, const int32_t* at, const Span* spans);
+#   void weigh(int64_t r, const int32_t* at, int64_t begin, int64_t end);
 # };
 #
-# // scores of row r -> weights, with a running maximum and sum, as in
-# // attention/sinks
-# void Attention::weigh(int64_t r) {
+# void Attention::group() {
+#   groups.clear();
+#   for (int64_t r = 0; r < rows; ++r) {
+#     if (r % AT_ONCE == 0) groups.push_back({first[r], last[r], 0, last[r]});
+#     Sight& to = groups.back();
+#     to.oldest = std::min(to.oldest, first[r]);
+#     to.newest = std::max(to.newest, last[r]);
+#     to.from = std::max(to.from, first[r]);
+#     to.to = std::min(to.to, last[r]);
+#   }
+# }
+# ```
+
+# %% [markdown]
+# `weigh` is {eq}`kernels-running` for one row, eight or sixteen keys at a
+# time, in powers of two. A key counts if its position is not after the
+# query's and not before the window; `at` is null where every key counts,
+# which in a long text is nearly everywhere. And only a chunk that brings a
+# higher score shrinks anything: in a long text, hardly any.
+
+# %% [markdown] tags=["export:running.h"]
+# ```cpp
+# // 2 ** x for x <= 126, relative error below 1e-6; 0 for x < -126
+# inline Lanes power_of_two(Lanes x) {
+#   const Lanes shifted = x + 12582912.0f;
+#   const Lanes r = x - (shifted - 12582912.0f);  // x less the nearest whole
+#   Lanes p = r * 1.540353e-4f + 1.3333558e-3f;   // log(2) ** n / n!
+#   for (float factor : {9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f,
+#                        6.9314718e-1f, 1.0f})
+#     p = p * r + factor;
+#   const Places power = ((Places)shifted - 0x4b400000) << 23;
+#   return x < -126.0f ? Lanes{} : (Lanes)((Places)p + power);
+# }
+#
+# inline float largest(Floats v) {
+#   Floats other = __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+#   v = v > other ? v : other;
+#   other = __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
+#   v = v > other ? v : other;
+#   return std::max(v[0], v[1]);
+# }
+#
+# #ifdef GPTOSS_AVX512
+# inline float largest(Lanes v) {
+#   Floats half[2];
+#   std::memcpy(half, &v, sizeof v);
+#   return largest(half[0] > half[1] ? half[0] : half[1]);
+# }
+# #endif
+#
+# // scores of row r, keys begin ... end - 1 of the chunk -> weights
+# APART void Attention::weigh(int64_t r, const int32_t* at, int64_t begin,
+#                             int64_t end) {
 #   const float none = -std::numeric_limits<float>::infinity();
-#   const int32_t last = position[r];
-#   const int32_t first = window ? std::max<int64_t>(0, last - window + 1) : 0;
-#   Floats high = Floats{} + top[r], weights = {};
-#   for (int64_t s = 0; s < KEYS; s += 8) {
-#     const Ints p = load<Ints>(seen + s);
-#     Floats value = scale * load<Floats>(&scores[r * KEYS + s]);
-#     value = (p >= first) & (p <= last) ? value : Floats{} + none;
+#   const float scale = this->scale;  // locals: no store below can change them
+#   const int32_t first = this->first[r], last = this->last[r];
+#   float* const e = scores + r % AT_ONCE * KEYS;
+#   Lanes high = Lanes{} + top[r], sums = load<Lanes>(&total[r * ABREAST]);
+#   for (int64_t s = begin; s < end; s += ABREAST) {
+#     Lanes value = scale * load<Lanes>(e + s);
+#     if (at) {
+#       const Places p = load<Places>(at + s);
+#       value = (p >= first) & (p <= last) ? value : Lanes{} + none;
+#     }
 #     high = value > high ? value : high;
-#     store(&scores[r * KEYS + s], value);
+#     std::memcpy(e + s, &value, sizeof value);
 #   }
-#   float higher = top[r];
-#   for (int i = 0; i < 8; ++i) higher = std::max(higher, high[i]);
-#   for (int64_t s = 0; s < KEYS; s += 8) {
-#     const Floats value = load<Floats>(&scores[r * KEYS + s]);
-#     const Floats e = value == none ? Floats{} : exponential(value - higher);
-#     store(&scores[r * KEYS + s], e);
-#     weights += e;
+#   const float higher = largest(high);
+#   if (higher > top[r]) {
+#     const float shrink = std::exp2(top[r] - higher);
+#     for (int64_t c = 0; c < C; ++c) out[r * C + c] *= shrink;
+#     sums *= shrink;
+#     top[r] = higher;
 #   }
-#   const float shrink = std::exp(top[r] - higher);
-#   total[r] = total[r] * shrink + sum(weights);
-#   top[r] = higher;
-#   for (int64_t c = 0; c < C && shrink != 1; ++c) out[r * C + c] *= shrink;
+#   for (int64_t s = begin; s < end; s += ABREAST) {
+#     const Lanes value = power_of_two(load<Lanes>(e + s) - higher);
+#     std::memcpy(e + s, &value, sizeof value);
+#     sums += value;
+#   }
+#   std::memcpy(&total[r * ABREAST], &sums, sizeof sums);
 # }
 # ```
 
@@ -242,37 +338,133 @@ assert np.allclose(found, exact)
 # ### How does a chunk pass?
 #
 # Scores, weights, weighted values: the three lines of the loop in `in_chunks`.
-# Keys have to be transposed for their product (`widen_tile`); values already
-# lie as theirs wants them.
+# Keys have to be transposed for the product of tiles of [dense](dense.ipynb),
+# sixteen at a time as columns (`key_tile`); values already lie as theirs wants
+# them. Both are made ready once, when the first group asks for them. And they
+# are asked of memory a chunk ahead: a processor guesses what is read next, but
+# two streams that are looked at in turns are read half as fast by guessing.
+#
+# Where a processor multiplies bf16 as it is, keys stay in pairs and values
+# stay where they are, in the [appendix](../cli/wide.ipynb). The product of
+# weights and values is in fp32 everywhere, as rounded to bf16 the weights
+# would lose what the sum keeps.
 
-# %% [markdown] tags=["export:attention.h"]
+# %% [markdown] tags=["export:running.h"]
 # ```cpp
-# // scores of `some` keys, at most sixteen, from column s on
-# void Attention::score(const Number* k, int64_t stride, int64_t some,
-#                       int64_t s) {
-# #ifdef GPTOSS_BF16
-#   pair_tile(k, stride, some, C, keys);
-#   multiply_pairs(keys, C / 2, q.data(), rows, {&scores[s], KEYS});
-# #else
-#   widen_tile(k, stride, some, C, keys);
-#   multiply(keys, ROWS, C, {q.data(), C}, rows, {&scores[s], KEYS});
+# #ifndef GPTOSS_BF16
+# void key_tile(const Number* k, int64_t stride, int64_t rows, int64_t C,
+#               Key* to) {
+#   widen_tile(k, stride, rows, C, to);
+# }
+#
+# void score(const Key* keys, const Number*, int64_t C, const Query* q,
+#            int64_t rows, Target out) {
+#   for (int64_t r = 0; r < rows; ++r)
+#     std::fill_n(out.at + r * out.stride, ROWS, 0.0f);
+#   multiply(keys, ROWS, C, {q, C}, rows, out);
+# }
+#
+# void mix(const Value* v, int64_t stride, int64_t count, Source weights,
+#          int64_t rows, int64_t C, float* out) {
+#   for (int64_t c = 0; c < C; c += ROWS)
+#     multiply(v + c, stride, count, weights, rows, {out + c, C});
+# }
+# #endif
+#
+# // makes keys s ... s + some - 1 of a chunk ready, at most sixteen
+# void Attention::prepare(const Number* k, const Number* v, int64_t stride,
+#                         int64_t s, int64_t some) {
+#   key_tile(k + s * stride, stride, some, C, keys + s * C);
+# #ifndef GPTOSS_BF16
+#   const int64_t C = this->C;  // a local: no store below can change it
+#   for (const int64_t end = s + some; s < end; ++s)
+#     for (int64_t c = 0; c < C; c += 8) {
+#       if (c % 32 == 0) {
+#         __builtin_prefetch(k + (s + KEYS) * stride + c);
+#         __builtin_prefetch(v + (s + KEYS) * stride + c);
+#       }
+#       store(values + s * C + c, widen(v + s * stride + c));
+#     }
 # #endif
 # }
 #
-# void Attention::chunk(const Number* k, const Number* v, int64_t stride,
-#                       int64_t count) {
-#   const int64_t C = this->C;  // a local: no store below can change it
-#   for (int64_t s = 0; s < count; ++s)
-#     for (int64_t c = 0; c < C; c += 8)
-#       store(values + s * C + c, widen(v + s * stride + c));
-#   scores.assign(rows * KEYS, 0);
-#   for (int64_t s = 0; s < count; s += ROWS)
-#     score(k + s * stride, stride, std::min(ROWS, count - s), s);
-#   for (int64_t r = 0; r < rows; ++r) weigh(r);
-#   for (int64_t c = 0; c < C; c += ROWS)
-#     multiply(values + c, C, count, {scores.data(), KEYS}, rows,
-#              {&out[c], C});
+# APART void Attention::chunk(const Number* k, const Number* v, int64_t stride,
+#                             int64_t count, const int32_t* at,
+#                             const Span* spans) {
+#   bool ready[KEYS / ROWS] = {};
+#   for (int64_t r = 0; r < rows; r += AT_ONCE) {
+#     const Sight& group = groups[r / AT_ONCE];
+#     int64_t begin = KEYS / ROWS, end = 0;  // tiles that this group sees
+#     for (int64_t t = 0; t < KEYS / ROWS; ++t)
+#       if (group.sees(spans[t])) begin = std::min(begin, t), end = t + 1;
+#     if (begin >= end) continue;
+#     const int64_t some = std::min(AT_ONCE, rows - r);
+#     bool all = true;
+#     for (int64_t t = begin; t < end; ++t) {
+#       const int64_t s = t * ROWS;
+#       all &= group.sees_all(spans[t]);
+#       if (!ready[t]) prepare(k, v, stride, s, std::min(ROWS, count - s));
+#       ready[t] = true;
+#       score(keys + s * C, k + (s + KEYS) * stride, C, &q[r * C], some,
+#             {scores + s, KEYS});
+#     }
+#     begin *= ROWS, end *= ROWS;
+#     for (int64_t i = r; i < r + some; ++i)
+#       weigh(i, all ? nullptr : at, begin, end);
+#     const int64_t used = std::min(end, count) - begin;
+#     const Source weights = {scores + begin, KEYS};
+# #ifdef GPTOSS_BF16
+#     mix(v + begin * stride, stride, used, weights, some, C, &out[r * C]);
+# #else
+#     mix(values + begin * C, C, used, weights, some, C, &out[r * C]);
+# #endif
+#   }
 # }
+#
+# }  // namespace
+# ```
+
+# %% [markdown]
+# ### Which keys need not be looked at?
+#
+# Keys may lie in any order, as a ring leaves them, since visibility is decided
+# by positions alone; -1 is an empty slot. `Seen` looks at them once for all
+# heads: the lowest and the highest position of each sixteen, a `Span`. A chunk
+# whose spans no row sees is skipped, and of the others a group takes the tiles
+# from the first to the last that it sees. So prefill does half the work in
+# full layers, and in sliding ones the window's: 128 keys that begin anywhere
+# lie in at most nine tiles of sixteen.
+
+# %% [markdown] tags=["export:attention.h"]
+# ```cpp
+# namespace {
+#
+# struct Seen {  // where the keys stand, whole chunks, -1 = empty
+#   int64_t slots;  // of a batch row
+#   std::vector<int32_t> at;   // (B, slots)
+#   std::vector<Span> spans;   // (B, slots / 16)
+#
+#   explicit Seen(const Tensor& k_pos) {  // (B, S)
+#     const int64_t B = k_pos.size(0), S = k_pos.size(1);
+#     const int64_t* from = k_pos.const_data_ptr<int64_t>();
+#     slots = (S + KEYS - 1) / KEYS * KEYS;
+#     at.resize(B * slots), spans.resize(B * slots / ROWS);
+#     at::parallel_for(0, spans.size(), 1024, [&](int64_t t, int64_t end) {
+#       for (; t < end; ++t) {
+#         const int64_t b = t * ROWS / slots, s = t * ROWS % slots;
+#         Span span{std::numeric_limits<int32_t>::max(), -1};
+#         for (int64_t i = 0; i < ROWS; ++i) {
+#           const int64_t p = s + i < S ? from[b * S + s + i] : -1;
+#           const int32_t place = p < 0 ? -1 : int32_t(p);
+#           at[b * slots + s + i] = place;
+#           span.low = std::min(span.low, place);
+#           span.high = std::max(span.high, place);
+#         }
+#         spans[t] = span;
+#       }
+#     });
+#   }
+# };
 # ```
 
 # %% [markdown]
@@ -280,137 +472,132 @@ assert np.allclose(found, exact)
 #
 # In decode there are G pieces of work, eight in the 20b, however long the text
 # is; a machine with more cores would idle. So the keys are cut into ranges of
-# 512, each a piece of work of its own, and the results of the ranges are
-# merged by {eq}`kernels-running` once more, with the state of a range in place
-# of a chunk. Only the first range begins with the sink; the others begin with
+# 512 (of more, from 16,384 on, so that there are never more than 32), each a
+# piece of work of its own, and the results of the ranges are merged by
+# {eq}`kernels-running` once more, with the state of a range in place of a
+# chunk. Only the first range begins with the sink; the others begin with
 # nothing, the lowest number there is and a sum of 0. `place` says where a row
 # of a piece lies in the operator's result.
 
 # %% [markdown] tags=["export:attention.h"]
 # ```cpp
-# constexpr int64_t RANGE = 512;  // keys of one piece of work in decode
+# struct Result {  // for each row (B, T, H): y, or what each range gives
+#   Number* y;
+#   Buffer out, top, total;  // (ranges, rows, C) and (ranges, rows)
 #
-# struct Partial {  // what each range of keys gives for each row (B, T, H)
-#   Buffer out, top, total;
+#   // row r of a, as row `at` of all
+#   void take(const Attention& a, int64_t r, int64_t at) {
+#     const float* from = &a.out[r * a.C];
+#     float sum = 0;
+#     for (int64_t i = 0; i < ABREAST; ++i) sum += a.total[r * ABREAST + i];
+#     if (top.empty()) {
+#       for (int64_t c = 0; c < a.C; c += 8)
+#         narrow(load<Floats>(from + c) / sum, y + at * a.C + c);
+#     } else {
+#       std::copy_n(from, a.C, &out[at * a.C]);
+#       top[at] = a.top[r], total[at] = sum;
+#     }
+#   }
+#
+#   void merge(int64_t ranges, int64_t rows, int64_t C) {
+#     at::parallel_for(0, rows, 16, [&](int64_t r, int64_t end) {
+#       for (; r < end; ++r) {
+#         float most = top[r], sum = 0;
+#         for (int64_t i = 1; i < ranges; ++i)
+#           most = std::max(most, top[i * rows + r]);
+#         float mixed[WIDEST] = {};
+#         for (int64_t at = r; at < ranges * rows; at += rows) {
+#           const float weight = std::exp2(top[at] - most);
+#           sum += weight * total[at];
+#           for (int64_t c = 0; c < C; ++c)
+#             mixed[c] += weight * out[at * C + c];
+#         }
+#         for (int64_t c = 0; c < C; ++c) y[r * C + c] = mixed[c] / sum;
+#       }
+#     });
+#   }
 # };
 #
 # struct Heads {  // the operator's arguments, read from inside the threads
-#   Tensor q, k, v, sinks, q_pos, k_pos;
+#   Tensor q, k, v, sinks, q_pos;
+#   Seen seen;
 #   int64_t window;
 #   float scale;
 #
 #   // keys s0 ... s1 - 1 for tokens t0 ... t1 - 1 of batch row b, key head g;
-#   // row 0 of the batch begins at `base` in `to`
+#   // row 0 of the batch is row `base` of the result
 #   void run(Attention& a, int64_t b, int64_t g, int64_t t0, int64_t t1,
-#            int64_t s0, int64_t s1, int64_t base, Partial& to) const {
+#            int64_t s0, int64_t s1, int64_t base, Result& to) const {
+#     constexpr float LOG2E = 1.44269504f, MOST =
+#         std::numeric_limits<float>::max();
 #     const int64_t T = q.size(1), H = q.size(2), J = H / k.size(2);
 #     const int64_t* position = q_pos.const_data_ptr<int64_t>() + b * T;
-#     a.resize(q.size(3), (t1 - t0) * J, window);
-#     a.scale = scale;
+#     a.resize(q.size(3), (t1 - t0) * J);
+#     a.scale = scale * LOG2E;
 #     auto place = [&](int64_t r) {  // of row r among (B, T, H)
 #       return (b * T + t0 + r / J) * H + g * J + r % J;
 #     };
 #     for (int64_t r = 0; r < a.rows; ++r) {
 #       const Number* from = numbers(q) + place(r) * a.C;
 #       std::copy_n(from, a.C, &a.q[r * a.C]);
-#       a.position[r] = int32_t(position[t0 + r / J]);
-#       const float none = std::numeric_limits<float>::lowest();
+#       const int64_t last = a.last[r] = int32_t(position[t0 + r / J]);
+#       a.first[r] = window ? std::max<int64_t>(0, last - window + 1) : 0;
 #       const float sink = numbers(sinks)[g * J + r % J];
-#       a.top[r] = s0 ? none : std::max(sink, none);
-#       a.total[r] = s0 ? 0 : 1;  // the sink counts once, before any key
+#       a.top[r] = s0 ? -MOST : std::clamp(LOG2E * sink, -MOST, MOST);
+#       a.total[r * ABREAST] =  // the sink, before any key; infinite: NaN
+#           s0 ? 0 : sink > MOST ? sink - sink : 1;
 #     }
+#     a.group();
 #     attend(a, b, g, s0, s1);
-#     for (int64_t r = 0; r < a.rows; ++r) {
-#       const int64_t at = base + place(r);
-#       std::copy_n(&a.out[r * a.C], a.C, &to.out[at * a.C]);
-#       to.top[at] = a.top[r], to.total[at] = a.total[r];
-#     }
+#     for (int64_t r = 0; r < a.rows; ++r) to.take(a, r, base + place(r));
 #   }
 #
 #   void attend(Attention& a, int64_t b, int64_t g, int64_t s0,
-#               int64_t s1) const;
-# };
-# ```
-
-# %% [markdown]
-# Keys may lie in any order, as a ring leaves them, since visibility is decided
-# by positions alone; -1 is an empty slot. A chunk that no row may see is
-# skipped, so prefill does half the work in full layers and a window's worth in
-# sliding ones.
-
-# %% [markdown] tags=["export:attention.h"]
-# ```cpp
-# // keys s0 ... s1 - 1, a chunk at a time; those that no row sees are left out
-# void Heads::attend(Attention& a, int64_t b, int64_t g, int64_t s0,
-#                    int64_t s1) const {
-#   const int64_t row = k.stride(1);
-#   const int64_t* position = k_pos.const_data_ptr<int64_t>()
-#                             + b * k.size(1);
-#   const auto [low, high] =
-#       std::minmax_element(a.position.begin(), a.position.end());
-#   const int64_t oldest = window ? int64_t(*low) - window : -1;
-#   for (; s0 < s1; s0 += KEYS) {
-#     const int64_t count = std::min(KEYS, s1 - s0);
-#     bool any = false;
-#     for (int64_t s = 0; s < KEYS; ++s) {
-#       const int64_t p = s < count ? position[s0 + s] : -1;
-#       a.seen[s] = p < 0 ? -1 : int32_t(p);
-#       any |= p >= 0 && p > oldest && p <= *high;
+#               int64_t s1) const {
+#     Sight rows = a.groups[0];
+#     for (const Sight& group : a.groups) {
+#       rows.oldest = std::min(rows.oldest, group.oldest);
+#       rows.newest = std::max(rows.newest, group.newest);
 #     }
-#     const int64_t at = b * k.stride(0) + s0 * row + g * k.stride(2);
-#     const Number *key = numbers(k) + at, *value = numbers(v) + at;
-#     if (any) a.chunk(key, value, row, count);
+#     const int64_t row = k.stride(1);
+#     for (; s0 < s1; s0 += KEYS) {
+#       const int64_t slot = b * seen.slots + s0;
+#       const Span* spans = &seen.spans[slot / ROWS];
+#       bool any = false;
+#       for (int64_t t = 0; t < KEYS / ROWS; ++t) any |= rows.sees(spans[t]);
+#       const int64_t at = b * k.stride(0) + s0 * row + g * k.stride(2);
+#       if (any)
+#         a.chunk(numbers(k) + at, numbers(v) + at, row,
+#                 std::min(KEYS, s1 - s0), &seen.at[slot], spans);
+#     }
 #   }
-# }
+# };
 #
-# // (ranges, rows) partial results -> y (rows, C)
-# void merge(const Partial& from, int64_t ranges, int64_t rows, int64_t C,
-#            Number* y) {
-#   at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
-#     for (int64_t r = begin; r < end; ++r) {
-#       float top = from.top[r], total = 0;
-#       for (int64_t i = 1; i < ranges; ++i)
-#         top = std::max(top, from.top[i * rows + r]);
-#       float out[WIDEST] = {};
-#       for (int64_t at = r; at < ranges * rows; at += rows) {
-#         const float weight = std::exp(from.top[at] - top);
-#         total += weight * from.total[at];
-#         for (int64_t c = 0; c < C; ++c)
-#           out[c] += weight * from.out[at * C + c];
-#       }
-#       for (int64_t c = 0; c < C; ++c) y[r * C + c] = out[c] / total;
-#     }
-#   });
-# }
-# ```
-
-# %% [markdown]
-# All pieces are shared among the threads, those of the last tokens first,
-# since they see the most keys and take longest.
-
-# %% [markdown] tags=["export:attention.h"]
-# ```cpp
 # Tensor run_attention(const Heads& heads) {
 #   const Tensor& q = heads.q;
 #   const int64_t T = q.size(1), H = q.size(2), C = q.size(3);
 #   const int64_t S = heads.k.size(1), G = heads.k.size(2);
-#   const int64_t some = std::max<int64_t>(1, KEYS * G / H);
+#   const int64_t some = std::max<int64_t>(1, 2 * KEYS * G / H);
 #   const int64_t tiles = (T + some - 1) / some, rows = q.size(0) * T * H;
-#   const int64_t width = tiles > 1 ? std::max<int64_t>(S, 1) : RANGE;
+#   int64_t width = 512;  // keys of a range; no matter how many threads
+#   while (32 * width < S) width *= 2;
+#   if (tiles > 1) width = std::max<int64_t>(S, 1);
 #   const int64_t ranges = std::max<int64_t>(1, (S + width - 1) / width);
-#   Partial partial{Buffer(ranges * rows * C), Buffer(ranges * rows),
-#                   Buffer(ranges * rows)};
+#   Tensor y = at::empty(q.sizes(), q.options());
+#   Result result{static_cast<Number*>(y.data_ptr()), {}, {}, {}};
+#   const int64_t kept = ranges > 1 ? ranges * rows : 0;
+#   result.out.resize(kept * C);
+#   result.top.resize(kept), result.total.resize(kept);
 #   const int64_t pieces = q.size(0) * G * tiles;
 #   share(ranges * pieces, 1, [&](int64_t item) {
 #     thread_local Attention a;
-#     const int64_t range = item / pieces, piece = item % pieces;
+#     const int64_t range = item % ranges, piece = item / ranges;
 #     const int64_t t0 = (tiles - 1 - piece % tiles) * some;  // longest first
 #     heads.run(a, piece / tiles / G, piece / tiles % G, t0,
 #               std::min(t0 + some, T), range * width,
-#               std::min((range + 1) * width, S), range * rows, partial);
+#               std::min((range + 1) * width, S), range * rows, result);
 #   });
-#   Tensor y = at::empty(q.sizes(), q.options());
-#   merge(partial, ranges, rows, C, static_cast<Number*>(y.data_ptr()));
+#   if (ranges > 1) result.merge(ranges, rows, C);
 #   return y;
 # }
 # ```
@@ -448,7 +635,7 @@ assert np.allclose(found, exact)
 #                                            q_pos, k_pos, window, scale);
 #   return run_attention({q.contiguous(), k, v, sinks.contiguous(),
 #                         q_pos.expand({B, -1}).contiguous(),
-#                         k_pos.expand({B, -1}).contiguous(), window,
+#                         Seen(k_pos.expand({B, -1}).contiguous()), window,
 #                         float(scale)});
 # }
 #

@@ -226,8 +226,8 @@ print(group_sizes(13, 6), group_sizes(8, 6), group_sizes(5, 2))
 # template <int R, int T>
 # void strip(const Number* w, int64_t step, const Ready* x, int64_t n,
 #            float* out, int64_t width) {
-#   constexpr int APART = T == 1 ? 2 : 1;  // more sums than a product takes
-#   Floats s[T][R][APART] = {};
+#   constexpr int HALVES = T == 1 ? 2 : 1;  // more sums than a product takes
+#   Floats s[T][R][HALVES] = {};
 #   for (int64_t k = 0; k < n; k += 16)
 #     for (int r = 0; r < R; ++r) {
 #       const Number* from = w + r * step * n + k;
@@ -236,13 +236,13 @@ print(group_sizes(13, 6), group_sizes(8, 6), group_sizes(5, 2))
 #       const Floats a = even(pairs), b = odd(pairs);
 #       for (int t = 0; t < T; ++t) {
 #         s[t][r][0] += a * load<Floats>(x + t * n + k);
-#         s[t][r][APART - 1] += b * load<Floats>(x + t * n + k + 8);
+#         s[t][r][HALVES - 1] += b * load<Floats>(x + t * n + k + 8);
 #       }
 #     }
 #   for (int t = 0; t < T; ++t)
 #     for (int r = 0; r < R; ++r)
 #       out[t * width + r * step] =
-#           sum(APART == 2 ? s[t][r][0] + s[t][r][1] : s[t][r][0]);
+#           sum(HALVES == 2 ? s[t][r][0] + s[t][r][1] : s[t][r][0]);
 # }
 # ```
 

@@ -3,200 +3,150 @@
 
 namespace {
 
-#ifndef GPTOSS_BF16
-using Query = float;
-using Key = float;
-#endif
+struct Seen {  // where the keys stand, whole chunks, -1 = empty
+  int64_t slots;  // of a batch row
+  std::vector<int32_t> at;   // (B, slots)
+  std::vector<Span> spans;   // (B, slots / 16)
 
-constexpr int64_t KEYS = 64, WIDEST = 256;  // keys at a time; largest head
-
-struct Attention {  // one key head, the query heads and tokens it serves
-  int64_t C, rows, window;
-  float scale;
-  std::vector<Query> q;            // (rows, C)
-  Buffer scores, out, top, total;  // (rows, KEYS), (rows, C) and (rows,)
-  std::vector<int32_t> position;   // of each row
-  int32_t seen[KEYS];              // positions of the keys at hand
-  alignas(64) Key keys[WIDEST * ROWS];  // sixteen of them, as columns
-  alignas(64) float values[KEYS * WIDEST];
-
-  void resize(int64_t size, int64_t count, int64_t visible) {
-    C = size, rows = count, window = visible;
-    q.resize(rows * C);
-    out.assign(rows * C, 0);
-    top.resize(rows);
-    total.assign(rows, 1);  // the sink, before any key
-    position.resize(rows);
+  explicit Seen(const Tensor& k_pos) {  // (B, S)
+    const int64_t B = k_pos.size(0), S = k_pos.size(1);
+    const int64_t* from = k_pos.const_data_ptr<int64_t>();
+    slots = (S + KEYS - 1) / KEYS * KEYS;
+    at.resize(B * slots), spans.resize(B * slots / ROWS);
+    at::parallel_for(0, spans.size(), 1024, [&](int64_t t, int64_t end) {
+      for (; t < end; ++t) {
+        const int64_t b = t * ROWS / slots, s = t * ROWS % slots;
+        Span span{std::numeric_limits<int32_t>::max(), -1};
+        for (int64_t i = 0; i < ROWS; ++i) {
+          const int64_t p = s + i < S ? from[b * S + s + i] : -1;
+          const int32_t place = p < 0 ? -1 : int32_t(p);
+          at[b * slots + s + i] = place;
+          span.low = std::min(span.low, place);
+          span.high = std::max(span.high, place);
+        }
+        spans[t] = span;
+      }
+    });
   }
-
-  void score(const Number* k, int64_t stride, int64_t some, int64_t s);
-  void chunk(const Number* k, const Number* v, int64_t stride,
-             int64_t count);
-  void weigh(int64_t r);
 };
 
-// scores of row r -> weights, with a running maximum and sum, as in
-// attention/sinks
-void Attention::weigh(int64_t r) {
-  const float none = -std::numeric_limits<float>::infinity();
-  const int32_t last = position[r];
-  const int32_t first = window ? std::max<int64_t>(0, last - window + 1) : 0;
-  Floats high = Floats{} + top[r], weights = {};
-  for (int64_t s = 0; s < KEYS; s += 8) {
-    const Ints p = load<Ints>(seen + s);
-    Floats value = scale * load<Floats>(&scores[r * KEYS + s]);
-    value = (p >= first) & (p <= last) ? value : Floats{} + none;
-    high = value > high ? value : high;
-    store(&scores[r * KEYS + s], value);
+struct Result {  // for each row (B, T, H): y, or what each range gives
+  Number* y;
+  Buffer out, top, total;  // (ranges, rows, C) and (ranges, rows)
+
+  // row r of a, as row `at` of all
+  void take(const Attention& a, int64_t r, int64_t at) {
+    const float* from = &a.out[r * a.C];
+    float sum = 0;
+    for (int64_t i = 0; i < ABREAST; ++i) sum += a.total[r * ABREAST + i];
+    if (top.empty()) {
+      for (int64_t c = 0; c < a.C; c += 8)
+        narrow(load<Floats>(from + c) / sum, y + at * a.C + c);
+    } else {
+      std::copy_n(from, a.C, &out[at * a.C]);
+      top[at] = a.top[r], total[at] = sum;
+    }
   }
-  float higher = top[r];
-  for (int i = 0; i < 8; ++i) higher = std::max(higher, high[i]);
-  for (int64_t s = 0; s < KEYS; s += 8) {
-    const Floats value = load<Floats>(&scores[r * KEYS + s]);
-    const Floats e = value == none ? Floats{} : exponential(value - higher);
-    store(&scores[r * KEYS + s], e);
-    weights += e;
+
+  void merge(int64_t ranges, int64_t rows, int64_t C) {
+    at::parallel_for(0, rows, 16, [&](int64_t r, int64_t end) {
+      for (; r < end; ++r) {
+        float most = top[r], sum = 0;
+        for (int64_t i = 1; i < ranges; ++i)
+          most = std::max(most, top[i * rows + r]);
+        float mixed[WIDEST] = {};
+        for (int64_t at = r; at < ranges * rows; at += rows) {
+          const float weight = std::exp2(top[at] - most);
+          sum += weight * total[at];
+          for (int64_t c = 0; c < C; ++c)
+            mixed[c] += weight * out[at * C + c];
+        }
+        for (int64_t c = 0; c < C; ++c) y[r * C + c] = mixed[c] / sum;
+      }
+    });
   }
-  const float shrink = std::exp(top[r] - higher);
-  total[r] = total[r] * shrink + sum(weights);
-  top[r] = higher;
-  for (int64_t c = 0; c < C && shrink != 1; ++c) out[r * C + c] *= shrink;
-}
-
-// scores of `some` keys, at most sixteen, from column s on
-void Attention::score(const Number* k, int64_t stride, int64_t some,
-                      int64_t s) {
-#ifdef GPTOSS_BF16
-  pair_tile(k, stride, some, C, keys);
-  multiply_pairs(keys, C / 2, q.data(), rows, {&scores[s], KEYS});
-#else
-  widen_tile(k, stride, some, C, keys);
-  multiply(keys, ROWS, C, {q.data(), C}, rows, {&scores[s], KEYS});
-#endif
-}
-
-void Attention::chunk(const Number* k, const Number* v, int64_t stride,
-                      int64_t count) {
-  const int64_t C = this->C;  // a local: no store below can change it
-  for (int64_t s = 0; s < count; ++s)
-    for (int64_t c = 0; c < C; c += 8)
-      store(values + s * C + c, widen(v + s * stride + c));
-  scores.assign(rows * KEYS, 0);
-  for (int64_t s = 0; s < count; s += ROWS)
-    score(k + s * stride, stride, std::min(ROWS, count - s), s);
-  for (int64_t r = 0; r < rows; ++r) weigh(r);
-  for (int64_t c = 0; c < C; c += ROWS)
-    multiply(values + c, C, count, {scores.data(), KEYS}, rows,
-             {&out[c], C});
-}
-
-constexpr int64_t RANGE = 512;  // keys of one piece of work in decode
-
-struct Partial {  // what each range of keys gives for each row (B, T, H)
-  Buffer out, top, total;
 };
 
 struct Heads {  // the operator's arguments, read from inside the threads
-  Tensor q, k, v, sinks, q_pos, k_pos;
+  Tensor q, k, v, sinks, q_pos;
+  Seen seen;
   int64_t window;
   float scale;
 
   // keys s0 ... s1 - 1 for tokens t0 ... t1 - 1 of batch row b, key head g;
-  // row 0 of the batch begins at `base` in `to`
+  // row 0 of the batch is row `base` of the result
   void run(Attention& a, int64_t b, int64_t g, int64_t t0, int64_t t1,
-           int64_t s0, int64_t s1, int64_t base, Partial& to) const {
+           int64_t s0, int64_t s1, int64_t base, Result& to) const {
+    constexpr float LOG2E = 1.44269504f, MOST =
+        std::numeric_limits<float>::max();
     const int64_t T = q.size(1), H = q.size(2), J = H / k.size(2);
     const int64_t* position = q_pos.const_data_ptr<int64_t>() + b * T;
-    a.resize(q.size(3), (t1 - t0) * J, window);
-    a.scale = scale;
+    a.resize(q.size(3), (t1 - t0) * J);
+    a.scale = scale * LOG2E;
     auto place = [&](int64_t r) {  // of row r among (B, T, H)
       return (b * T + t0 + r / J) * H + g * J + r % J;
     };
     for (int64_t r = 0; r < a.rows; ++r) {
       const Number* from = numbers(q) + place(r) * a.C;
       std::copy_n(from, a.C, &a.q[r * a.C]);
-      a.position[r] = int32_t(position[t0 + r / J]);
-      const float none = std::numeric_limits<float>::lowest();
+      const int64_t last = a.last[r] = int32_t(position[t0 + r / J]);
+      a.first[r] = window ? std::max<int64_t>(0, last - window + 1) : 0;
       const float sink = numbers(sinks)[g * J + r % J];
-      a.top[r] = s0 ? none : std::max(sink, none);
-      a.total[r] = s0 ? 0 : 1;  // the sink counts once, before any key
+      a.top[r] = s0 ? -MOST : std::clamp(LOG2E * sink, -MOST, MOST);
+      a.total[r * ABREAST] =  // the sink, before any key; infinite: NaN
+          s0 ? 0 : sink > MOST ? sink - sink : 1;
     }
+    a.group();
     attend(a, b, g, s0, s1);
-    for (int64_t r = 0; r < a.rows; ++r) {
-      const int64_t at = base + place(r);
-      std::copy_n(&a.out[r * a.C], a.C, &to.out[at * a.C]);
-      to.top[at] = a.top[r], to.total[at] = a.total[r];
-    }
+    for (int64_t r = 0; r < a.rows; ++r) to.take(a, r, base + place(r));
   }
 
   void attend(Attention& a, int64_t b, int64_t g, int64_t s0,
-              int64_t s1) const;
-};
-
-// keys s0 ... s1 - 1, a chunk at a time; those that no row sees are left out
-void Heads::attend(Attention& a, int64_t b, int64_t g, int64_t s0,
-                   int64_t s1) const {
-  const int64_t row = k.stride(1);
-  const int64_t* position = k_pos.const_data_ptr<int64_t>()
-                            + b * k.size(1);
-  const auto [low, high] =
-      std::minmax_element(a.position.begin(), a.position.end());
-  const int64_t oldest = window ? int64_t(*low) - window : -1;
-  for (; s0 < s1; s0 += KEYS) {
-    const int64_t count = std::min(KEYS, s1 - s0);
-    bool any = false;
-    for (int64_t s = 0; s < KEYS; ++s) {
-      const int64_t p = s < count ? position[s0 + s] : -1;
-      a.seen[s] = p < 0 ? -1 : int32_t(p);
-      any |= p >= 0 && p > oldest && p <= *high;
+              int64_t s1) const {
+    Sight rows = a.groups[0];
+    for (const Sight& group : a.groups) {
+      rows.oldest = std::min(rows.oldest, group.oldest);
+      rows.newest = std::max(rows.newest, group.newest);
     }
-    const int64_t at = b * k.stride(0) + s0 * row + g * k.stride(2);
-    const Number *key = numbers(k) + at, *value = numbers(v) + at;
-    if (any) a.chunk(key, value, row, count);
+    const int64_t row = k.stride(1);
+    for (; s0 < s1; s0 += KEYS) {
+      const int64_t slot = b * seen.slots + s0;
+      const Span* spans = &seen.spans[slot / ROWS];
+      bool any = false;
+      for (int64_t t = 0; t < KEYS / ROWS; ++t) any |= rows.sees(spans[t]);
+      const int64_t at = b * k.stride(0) + s0 * row + g * k.stride(2);
+      if (any)
+        a.chunk(numbers(k) + at, numbers(v) + at, row,
+                std::min(KEYS, s1 - s0), &seen.at[slot], spans);
+    }
   }
-}
-
-// (ranges, rows) partial results -> y (rows, C)
-void merge(const Partial& from, int64_t ranges, int64_t rows, int64_t C,
-           Number* y) {
-  at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      float top = from.top[r], total = 0;
-      for (int64_t i = 1; i < ranges; ++i)
-        top = std::max(top, from.top[i * rows + r]);
-      float out[WIDEST] = {};
-      for (int64_t at = r; at < ranges * rows; at += rows) {
-        const float weight = std::exp(from.top[at] - top);
-        total += weight * from.total[at];
-        for (int64_t c = 0; c < C; ++c)
-          out[c] += weight * from.out[at * C + c];
-      }
-      for (int64_t c = 0; c < C; ++c) y[r * C + c] = out[c] / total;
-    }
-  });
-}
+};
 
 Tensor run_attention(const Heads& heads) {
   const Tensor& q = heads.q;
   const int64_t T = q.size(1), H = q.size(2), C = q.size(3);
   const int64_t S = heads.k.size(1), G = heads.k.size(2);
-  const int64_t some = std::max<int64_t>(1, KEYS * G / H);
+  const int64_t some = std::max<int64_t>(1, 2 * KEYS * G / H);
   const int64_t tiles = (T + some - 1) / some, rows = q.size(0) * T * H;
-  const int64_t width = tiles > 1 ? std::max<int64_t>(S, 1) : RANGE;
+  int64_t width = 512;  // keys of a range; no matter how many threads
+  while (32 * width < S) width *= 2;
+  if (tiles > 1) width = std::max<int64_t>(S, 1);
   const int64_t ranges = std::max<int64_t>(1, (S + width - 1) / width);
-  Partial partial{Buffer(ranges * rows * C), Buffer(ranges * rows),
-                  Buffer(ranges * rows)};
+  Tensor y = at::empty(q.sizes(), q.options());
+  Result result{static_cast<Number*>(y.data_ptr()), {}, {}, {}};
+  const int64_t kept = ranges > 1 ? ranges * rows : 0;
+  result.out.resize(kept * C);
+  result.top.resize(kept), result.total.resize(kept);
   const int64_t pieces = q.size(0) * G * tiles;
   share(ranges * pieces, 1, [&](int64_t item) {
     thread_local Attention a;
-    const int64_t range = item / pieces, piece = item % pieces;
+    const int64_t range = item % ranges, piece = item / ranges;
     const int64_t t0 = (tiles - 1 - piece % tiles) * some;  // longest first
     heads.run(a, piece / tiles / G, piece / tiles % G, t0,
               std::min(t0 + some, T), range * width,
-              std::min((range + 1) * width, S), range * rows, partial);
+              std::min((range + 1) * width, S), range * rows, result);
   });
-  Tensor y = at::empty(q.sizes(), q.options());
-  merge(partial, ranges, rows, C, static_cast<Number*>(y.data_ptr()));
+  if (ranges > 1) result.merge(ranges, rows, C);
   return y;
 }
 
@@ -223,7 +173,7 @@ Tensor sink_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                            q_pos, k_pos, window, scale);
   return run_attention({q.contiguous(), k, v, sinks.contiguous(),
                         q_pos.expand({B, -1}).contiguous(),
-                        k_pos.expand({B, -1}).contiguous(), window,
+                        Seen(k_pos.expand({B, -1}).contiguous()), window,
                         float(scale)});
 }
 

@@ -125,40 +125,118 @@ void compact_dots(const Compact& w, int64_t row, int64_t step,
 #ifdef GPTOSS_BF16
 using Query = Number;
 using Key = int32_t;  // a pair of columns
+using Value = Number;
 
-// to[c / 2][r]: two numbers of key r, zero from `rows` on
-void pair_tile(const Number* k, int64_t stride, int64_t rows, int64_t C,
-               Key* to) {
-  for (int64_t half = 0; half < ROWS; half += 8)
-    for (int64_t c = 0; c < C; c += 16) {
-      Ints v[8];
-      pair_columns(k + half * stride + c, stride, rows - half, v);
-      for (int64_t j = 0; j < 8; ++j)
-        std::memcpy(to + (c / 2 + j) * ROWS + half, &v[j], sizeof v[j]);
+// to[c / 2][r]: two numbers of key r < 16, zero from `rows` on
+void key_tile(const Number* k, int64_t stride, int64_t rows, int64_t C,
+              Key* to) {
+  for (int64_t c = 0; c < C; c += 32, to += 16 * ROWS) {
+    const bool half = C - c < 32;
+    Bytes v[16], t[16];
+    Number copy[16 * 32];
+    const bool whole = !half && rows >= 16;
+    if (!whole) {
+      std::memset(copy, 0, sizeof copy);
+      for (int64_t r = 0; r < rows; ++r)
+        std::copy_n(k + r * stride + c, half ? 16 : 32, copy + r * 32);
     }
+    const Number* from = whole ? k + c : copy;
+    for (int64_t r = 0, step = whole ? stride : 32; r < 16; ++r)
+      v[r] = load<Bytes>(from + r * step);
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+      t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 16; ++i) {
+      const Bytes a = t[i / 4 * 4 + i % 4 / 2], b = t[i / 4 * 4 + i % 4 / 2
+                                                      + 2];
+      v[i] = i % 2 ? _mm512_unpackhi_epi64(a, b)
+                   : _mm512_unpacklo_epi64(a, b);
+    }  // quarter n of v[4 i + j]: pair 4 n + j of keys 4 i ... 4 i + 3
+    auto put = [&](Bytes a, Bytes b, int64_t pair) {
+      _mm512_storeu_si512(to + pair * ROWS,
+                          _mm512_shuffle_i32x4(a, b, 0x88));
+      _mm512_storeu_si512(to + (pair + 4) * ROWS,
+                          _mm512_shuffle_i32x4(a, b, 0xdd));
+    };
+    for (int j = 0; j < 4; ++j) {
+      put(_mm512_shuffle_i32x4(v[j], v[4 + j], 0x44),
+          _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0x44), j);
+      if (!half)
+        put(_mm512_shuffle_i32x4(v[j], v[4 + j], 0xee),
+            _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0xee), 8 + j);
+    }
+  }
 }
 
-// out[r][0 ... 15] = sum over pairs p < n of q[r] and w[p][0 ... 15]
+// run(8, r) for rows r ... r + 7, then for four, two, one at a time
+template <class Run>
+void by_eights(int64_t rows, const Run& run) {
+  int64_t r = 0;
+  for (; r + 8 <= rows; r += 8) run(std::integral_constant<int, 8>(), r);
+  if (rows & 4) run(std::integral_constant<int, 4>(), r), r += 4;
+  if (rows & 2) run(std::integral_constant<int, 2>(), r), r += 2;
+  if (rows & 1) run(std::integral_constant<int, 1>(), r);
+}
+
+// out[r][0 ... 15] = q[r] times sixteen keys, as `key_tile` leaves them
 template <int R>
-void multiply_rows(const Key* w, int64_t n, const Number* q, Target out) {
+void score_rows(const Key* keys, const Number* next, int64_t C,
+                const Number* q, Target out) {
   __m512 s[R] = {};
-  for (int64_t p = 0; p < n; ++p, q += 2) {
-    const __m512bh pairs = load<__m512bh>(w + p * ROWS);
+  for (int64_t c = 0; c < C; c += 2, keys += ROWS, next += 32) {
+    __builtin_prefetch(next);  // where the keys of a head lie together
+    const __m512bh pairs = load<__m512bh>(keys);
     for (int r = 0; r < R; ++r)
       s[r] = _mm512_dpbf16_ps(s[r], pairs, (__m512bh)_mm512_set1_epi32(
-          load<int32_t>(q + r * 2 * n)));
+          load<int32_t>(q + r * C + c)));
   }
   for (int r = 0; r < R; ++r)
     _mm512_storeu_ps(out.at + r * out.stride, s[r]);
 }
 
-void multiply_pairs(const Key* w, int64_t n, const Number* q, int64_t rows,
-                    Target out) {
-  for (int64_t r = 0, some; r < rows; r += some) {
-    some = rows - r < 8 ? 1 : 8;
-    (some == 8 ? multiply_rows<8> : multiply_rows<1>)(
-        w, n, q + r * 2 * n, {out.at + r * out.stride, out.stride});
+void score(const Key* keys, const Number* next, int64_t C, const Query* q,
+           int64_t rows, Target out) {
+  by_eights(rows, [&](auto some, int64_t r) {
+    score_rows<some>(keys, next, C, q + r * C,
+                     {out.at + r * out.stride, out.stride});
+  });
+}
+
+// out[r][0 ... 16 W - 1] += sum over keys of weight[r] times v
+template <int R, int W>
+void mix_rows(const Number* v, int64_t stride, int64_t count,
+              Source weights, int64_t C, float* out) {
+  const int64_t ahead = 64 * stride;
+  __m512 s[R][W];
+  for (int r = 0; r < R; ++r)
+    for (int w = 0; w < W; ++w)
+      s[r][w] = _mm512_loadu_ps(out + r * C + 16 * w);
+  for (int64_t k = 0; k < count; ++k, v += stride) {
+    __builtin_prefetch(v + ahead);
+    __m512 x[W];
+    for (int w = 0; w < W; ++w)
+      x[w] = _mm512_castsi512_ps(_mm512_slli_epi32(
+          _mm512_cvtepu16_epi32(load<__m256i>(v + 16 * w)), 16));
+    for (int r = 0; r < R; ++r)
+      for (int w = 0; w < W; ++w)
+        s[r][w] = _mm512_fmadd_ps(x[w], _mm512_set1_ps(
+            weights.at[r * weights.stride + k]), s[r][w]);
   }
+  for (int r = 0; r < R; ++r)
+    for (int w = 0; w < W; ++w)
+      _mm512_storeu_ps(out + r * C + 16 * w, s[r][w]);
+}
+
+// the same for all C
+void mix(const Value* v, int64_t stride, int64_t count, Source weights,
+         int64_t rows, int64_t C, float* out) {
+  by_eights(rows, [&](auto some, int64_t r) {
+    const Source from = {weights.at + r * weights.stride, weights.stride};
+    for (int64_t c = 0; c < C; c += 32)
+      (C - c < 32 ? mix_rows<some, 1> : mix_rows<some, 2>)(
+          v + c, stride, count, from, C, out + r * C + c);
+  });
 }
 #endif
 

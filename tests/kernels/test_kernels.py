@@ -150,6 +150,105 @@ def test_sink_attention(batch, queries, before, heads, size, window, seed):
     check(run, q, k[:, order], v[:, order], torch.randn(H).bfloat16())
 
 
+def in_float64(q, k, v, sinks, q_pos, k_pos, window, scale):
+    """All scores at once, of one batch row and head after another."""
+    B, T, H, C = q.shape
+    share = H // k.shape[2]
+    y = torch.zeros(B, T, H, C, dtype=torch.float64)
+    for b in range(B):
+        seen = (k_pos[b] >= 0) & (k_pos[b] <= q_pos[b, :, None])
+        if window:
+            seen &= k_pos[b] > q_pos[b, :, None] - window
+        for h in range(H):
+            keys, values = (x[b, :, h // share].double() for x in (k, v))
+            score = scale * (q[b, :, h].double() @ keys.T)
+            score = score.masked_fill(~seen, -torch.inf)
+            column = sinks[h].double().expand(T, 1)
+            y[b, :, h] = torch.cat([score, column], 1).softmax(1)[:, :-1] \
+                @ values
+    return y
+
+
+# B, T, S, H, G, C, window: decode of a long text, in one range and in many;
+# drafts; batches; prefill of several tiles of tokens; groups of other than
+# eight rows; a window that begins anywhere; every head that the kernel takes
+LONG = [
+    (1, 1, 512, 8, 1, 64, 0), (1, 1, 513, 8, 1, 64, 0),
+    (1, 1, 17_000, 8, 2, 64, 0), (1, 1, 33_000, 3, 1, 32, 0),
+    (2, 1, 5000, 8, 2, 64, 128), (8, 1, 1100, 8, 2, 16, 0),
+    (1, 2, 3000, 8, 1, 64, 0), (4, 3, 2000, 16, 2, 64, 40),
+    (1, 8, 4100, 8, 1, 128, 0), (1, 16, 1000, 8, 1, 64, 0),
+    (1, 17, 1000, 8, 1, 64, 0), (1, 20, 900, 5, 5, 48, 0),
+    (2, 20, 900, 14, 2, 80, 100), (1, 300, 900, 8, 1, 64, 128),
+    (1, 300, 300, 8, 1, 64, 0), (2, 70, 400, 6, 2, 256, 0),
+    (1, 130, 700, 4, 4, 240, 65), (3, 33, 130, 1, 1, 16, 1),
+]
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("shape", LONG, ids=str)
+def test_attention_over_long_texts(shape, mixed):
+    """As text leaves it, and as a ring may: mixed, with empty slots, rows of
+    different lengths and padding among the queries."""
+    B, T, S, H, G, C, window = shape
+    torch.manual_seed(S + T)
+    k, v = (torch.randn(B, G, S, C).bfloat16().transpose(1, 2)
+            for _ in range(2))
+    q, sinks = torch.randn(B, T, H, C).bfloat16(), torch.randn(H).bfloat16()
+    k_pos = torch.arange(S).expand(B, S).clone()
+    q_pos = torch.arange(S - T, S).expand(B, T).clone()
+    if mixed:
+        for b in range(B):
+            k_pos[b] = k_pos[b, torch.randperm(S)]
+            k_pos[b, torch.rand(S) < 0.1] = -1
+            q_pos[b] -= 3 * b  # the last keys of this row are to come
+        q_pos[torch.rand(B, T) < 0.1] = -1
+    given = (q, k, v, sinks, q_pos, k_pos, window, C ** -0.5)
+    exact = in_float64(*given)
+    with torch.inference_mode():
+        fast = OPS.sink_attention(*given)
+        with build.plain_torch():
+            slow = OPS.sink_attention(*given)
+    assert off(fast, exact) <= max(1.02 * off(slow, exact), 1e-12)
+    assert not fast[q_pos < 0].any()
+
+
+def test_attention_sees_a_key_wherever_it_lies():
+    """One key that outweighs all others, in each slot of two chunks and more:
+    a tile that is left out by mistake is seen."""
+    S, C = 150, 32
+    q = torch.ones(1, 1, 8, C).bfloat16()
+    v = torch.arange(S).remainder(64).bfloat16()[None, :, None, None].expand(
+        1, S, 1, C).contiguous()
+    sinks = torch.full((8,), -torch.inf).bfloat16()
+    for slot in range(S):
+        k = torch.zeros(1, S, 1, C).bfloat16()
+        k[0, slot] = 8
+        for window in (0, 1, 20):
+            for k_pos in (torch.arange(S), (torch.arange(S) + 77) % S):
+                at = k_pos[slot].view(1, 1)
+                y = OPS.sink_attention(q, k, v, sinks, at, k_pos[None],
+                                       window, 1.0)
+                assert (y == slot % 64).all()
+
+
+def test_attention_with_scores_beyond_any_exponent():
+    """Sinks and scores far from zero: no NaN where plain torch has none."""
+    torch.manual_seed(0)
+    k, v = torch.randn(2, 1, 700, 1, 64).bfloat16()
+    seen, at = torch.arange(700)[None], torch.tensor([[699]])
+    for size, sink in ((100, 0), (1, 3e38), (1, -3e38), (1e4, -torch.inf),
+                       (1, torch.inf), (0, 90)):
+        q = size * torch.randn(1, 1, 8, 64)
+        given = (q.bfloat16(), k, v, torch.full((8,), sink).bfloat16(), at,
+                 seen, 0, 0.125)
+        fast = OPS.sink_attention(*given)
+        with build.plain_torch():
+            slow = OPS.sink_attention(*given)
+        torch.testing.assert_close(fast, slow, rtol=2 ** -7, atol=1e-5,
+                                   equal_nan=True)
+
+
 def test_attention_reads_views_and_survives_empty_rows():
     store = torch.randn(1, 100, 2, 32).bfloat16()
     k, v = store[:, :70], store.flip(1)[:, :70]
