@@ -240,10 +240,10 @@ print(f"routers are one weight in {count[Linear] // count[Router]}; in the "
 # nearly all of the loss is in a few tokens, and none of them is wrong as such:
 # it stood between two experts, and the roundings of bf16 alone would do.
 #
-# **So the router is left alone.** There is one weight of it for 128 others, and
-# rounding it moves as many tokens as rounding all of these; and what it would
-# save of a token's bytes in the 20b is nothing to speak of. And the embedding?
-# A token reads one row of it; nothing is gained.
+# **So the router is left alone.** There is one weight of it for 128 others,
+# and rounding it moves as many tokens as rounding all of these; and what it
+# would save of a token's bytes in the 20b is nothing to speak of. And the
+# embedding? A token reads one row of it; nothing is gained.
 
 # %% [markdown] tags=["measured"]
 # The kernels in bf16, beside float64 and with no weight rounded, move 4 of

@@ -200,7 +200,7 @@ Tensor eight_many(const Eight& w, const Tensor& x,
   auto shape = x.sizes().vec();
   shape.back() = w.rows;
   Tensor y = at::empty(shape, x.options());
-  const int64_t HEIGHT = std::max<int64_t>(64, (1 << 21) / w.n / 64 * 64);
+  const int64_t HEIGHT = std::max<int64_t>(64, (1 << 23) / w.n / 64 * 64);
   Tensor scratch = at::empty({std::min(HEIGHT, w.rows), w.n}, x.options());
   for (int64_t first = 0; first < w.rows; first += HEIGHT) {
     const int64_t rows = std::min(HEIGHT, w.rows - first);
