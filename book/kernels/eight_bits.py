@@ -156,6 +156,8 @@ predicted = a.square().mean().sqrt().item() / (127 * 12 ** 0.5)
 x = torch.randn(64, 2880, dtype=torch.float64)
 matrix = exact.bfloat16()
 product = x @ matrix.double().T
+print(f"a weight of 0.0123 is {0.0123 / (0.05 / 127):.1f} steps of "
+      f"{0.05 / 127:.5f}")
 print(f"predicted {predicted:.2%}, a weight is off by "
       f"{off(rounded(matrix, 32), matrix):.2%}")
 print(f"a product is off by {off(x @ rounded(matrix, 32).T, product):.2%}, "
@@ -273,7 +275,7 @@ from torch import Tensor
 class EightWeight(NamedTuple):
     """A matrix (m, n) in whole steps, a step for each 32 of a row."""
 
-    values: Tensor  # (m, n) int8, -127 ... 127; of 64 in the order _PLACE
+    values: Tensor  # (m, n) int8, -127 ... 127; in the order of `_placed`
     scales: Tensor  # (m, n / 32) int16: the bits of bf16 numbers
 
     @property
@@ -281,13 +283,9 @@ class EightWeight(NamedTuple):
         return self.values.nbytes + self.scales.nbytes
 
 
-# weight i of 64 stands where bits 4 and 5 of i change places
-_PLACE = torch.arange(64).view(2, 2, 16).transpose(0, 1).reshape(64)
-
-
 def _placed(values: Tensor) -> Tensor:
     """(m, n), each 64 in the other order; twice is as before."""
-    return values.unflatten(1, (-1, 64))[..., _PLACE].flatten(1)
+    return values.unflatten(1, (-1, 2, 2, 16)).transpose(2, 3).flatten(1)
 
 
 def pack_by_steps(weight: Tensor) -> EightWeight:
@@ -348,7 +346,8 @@ def linear_from_eight(x: Tensor, values: Tensor, scales: Tensor,
 
 define_operator("eight_linear", Operator(
     "(Tensor x, Tensor values, Tensor scales, Tensor? bias) -> Tensor",
-    linear_from_eight))
+    linear_from_eight, lambda x, values, scales, bias:
+        x.new_empty((*x.shape[:-1], values.shape[0]))))
 define_operator("pack_eight", Operator(
     "(Tensor weight) -> (Tensor, Tensor)", pack_by_steps))
 
@@ -475,7 +474,7 @@ def make_eight(model: GptOss) -> GptOss:
     return model
 
 
-DENSE = {16: as_stored, 12: make_compact, 8: make_eight}
+FORMS = {16: as_stored, 12: make_compact, 8: make_eight}
 
 
 def hold_dense(model: GptOss, bits: int) -> GptOss:
@@ -485,15 +484,15 @@ def hold_dense(model: GptOss, bits: int) -> GptOss:
     off by half a percent (`EightLinear`). Another form is taken back first.
     Routers and the embedding stay. ValueError for another number.
     """
-    if bits not in DENSE:
-        raise ValueError(f"bits: expected {', '.join(map(str, DENSE))}, "
+    if bits not in FORMS:
+        raise ValueError(f"bits: expected {', '.join(map(str, FORMS))}, "
                          f"found {bits}")
-    return DENSE[bits](as_stored(model))
+    return FORMS[bits](as_stored(model))
 
 # %%
 from gptoss.kernels.compact import saved_bytes
 
-for bits in DENSE:
+for bits in FORMS:
     hold_dense(model, bits)
     kinds = [type(layer).__name__ for layer in model.modules()
              if isinstance(layer, Linear)]

@@ -335,10 +335,10 @@ assert abs(found - right) < 1e-3 * abs(right)
 #
 # Where arithmetic is the limit, bytes do not help; bf16 products are faster.
 # So for many tokens a strip of the matrix at a time becomes bf16, in a scratch
-# of 16 MiB that stays in the last cache, and goes through [dense](dense.ipynb)'s
-# `linear`. They must not read the matrix from the file instead: then a text
-# that was read at once and one that was read token by token would come from
-# two models.
+# of 16 MiB that stays in the last cache, and goes through `linear` of
+# [dense](dense.ipynb). They must not read the matrix from the file instead:
+# then a text that was read at once and one that was read token by token would
+# come from two models.
 #
 # A step times a whole number has up to fifteen bits; bf16 keeps eight. That is
 # a second rounding, on top of the first:
@@ -406,10 +406,10 @@ assert off(both, matrix) < 1.1 * off(back, matrix)
 # ```
 
 # %% [markdown] tags=["measured"]
-# How many are few? The time of the integers grows with every token, that of the
-# strips hardly does. For eight tokens the integers take a third of the time
-# of `linear` (the table below), which the strips need besides their unpacking.
-# So up to eight tokens are few.
+# How many are few? The time of the integers grows with every token, that of
+# the strips hardly does. For eight tokens the integers take a third of the
+# time of `linear` (the table below), which the strips need besides their
+# unpacking. So up to eight tokens are few.
 #
 # ### Rounding in C++
 #

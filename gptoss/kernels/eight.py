@@ -21,7 +21,7 @@ from gptoss.model.transformer import GptOss
 class EightWeight(NamedTuple):
     """A matrix (m, n) in whole steps, a step for each 32 of a row."""
 
-    values: Tensor  # (m, n) int8, -127 ... 127; of 64 in the order _PLACE
+    values: Tensor  # (m, n) int8, -127 ... 127; in the order of `_placed`
     scales: Tensor  # (m, n / 32) int16: the bits of bf16 numbers
 
     @property
@@ -29,13 +29,9 @@ class EightWeight(NamedTuple):
         return self.values.nbytes + self.scales.nbytes
 
 
-# weight i of 64 stands where bits 4 and 5 of i change places
-_PLACE = torch.arange(64).view(2, 2, 16).transpose(0, 1).reshape(64)
-
-
 def _placed(values: Tensor) -> Tensor:
     """(m, n), each 64 in the other order; twice is as before."""
-    return values.unflatten(1, (-1, 64))[..., _PLACE].flatten(1)
+    return values.unflatten(1, (-1, 2, 2, 16)).transpose(2, 3).flatten(1)
 
 
 def pack_by_steps(weight: Tensor) -> EightWeight:
@@ -68,7 +64,8 @@ def linear_from_eight(x: Tensor, values: Tensor, scales: Tensor,
 
 define_operator("eight_linear", Operator(
     "(Tensor x, Tensor values, Tensor scales, Tensor? bias) -> Tensor",
-    linear_from_eight))
+    linear_from_eight, lambda x, values, scales, bias:
+        x.new_empty((*x.shape[:-1], values.shape[0]))))
 define_operator("pack_eight", Operator(
     "(Tensor weight) -> (Tensor, Tensor)", pack_by_steps))
 
@@ -182,7 +179,7 @@ def make_eight(model: GptOss) -> GptOss:
     return model
 
 
-DENSE = {16: as_stored, 12: make_compact, 8: make_eight}
+FORMS = {16: as_stored, 12: make_compact, 8: make_eight}
 
 
 def hold_dense(model: GptOss, bits: int) -> GptOss:
@@ -192,16 +189,16 @@ def hold_dense(model: GptOss, bits: int) -> GptOss:
     off by half a percent (`EightLinear`). Another form is taken back first.
     Routers and the embedding stay. ValueError for another number.
     """
-    if bits not in DENSE:
-        raise ValueError(f"bits: expected {', '.join(map(str, DENSE))}, "
+    if bits not in FORMS:
+        raise ValueError(f"bits: expected {', '.join(map(str, FORMS))}, "
                          f"found {bits}")
-    return DENSE[bits](as_stored(model))
+    return FORMS[bits](as_stored(model))
 
 
 __all__ = [
-    "DENSE",
     "EightLinear",
     "EightWeight",
+    "FORMS",
     "as_stored",
     "eight_fits",
     "eight_layers",

@@ -15,7 +15,6 @@ from torch import Tensor
 from gptoss.attention.masks import visible
 from gptoss.attention.rope import concentration as rope_concentration
 from gptoss.attention.rope import inverse_frequencies
-from gptoss.kernels.eight import eight_fits, pack_eight, unpack_eight
 from gptoss.moe.experts import ALPHA
 from gptoss.parity.rounding import (
     FLOOR,
@@ -78,21 +77,15 @@ CLAMPS = {  # limits of gate and up, in units of swiglu_limit
 
 # --- Where does the judge get its weights? -----------------------------------
 
-ROUNDED = ("_proj.weight", "lm_head.weight")  # by `hold_dense` to eight bits
-
-
 class Judge:
     """Recomputes one operation in float64 from a run's own inputs.
 
     checkpoint: open; its weights are rounded to dtype first, as every
-    loader does. inner, kernels: of the run's `Contract`. eight: the run's
-    dense matrices are in eight bits (`hold_dense`).
+    loader does. inner, kernels: of the run's `Contract`.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype,
-                 inner: bool, kernels: bool = False, eight: bool = False
-                 ) -> None:
-        self.eight = eight
+                 inner: bool, kernels: bool = False) -> None:
         self.checkpoint, self.config = checkpoint, checkpoint.config
         self.dtype, self.rounding = dtype, Rounding.of(dtype, inner, kernels)
         packed = kernels and checkpoint.layout != "bf16"
@@ -101,19 +94,8 @@ class Judge:
     def weight(self, name: str, layer: int | None = None,
                rows: slice | Tensor = slice(None)) -> Tensor:
         """A tensor, or rows of it, as the run holds it, in float64."""
-        full = name if layer is None else f"model.layers.{layer}.{name}"
-        weight = self.checkpoint.read(full)[rows].to(self.dtype)
-        if self.eight and name.endswith(ROUNDED) and eight_fits(weight):
-            weight = unpack_eight(pack_eight(weight))
-        return weight.double()
-
-    def given(self, x: Tensor, name: str) -> Pair:
-        """x (…, n) for a product with a matrix. One in eight bits meets x in
-        integers, or is rounded to bf16 again: as if x were off as far."""
-        if not (self.eight and name.endswith(ROUNDED)):
-            return x, torch.zeros_like(x)
-        zero = torch.zeros_like(x)
-        return x, half_step((x, zero), True) + x.abs() * 2.0 ** -9
+        name = name if layer is None else f"model.layers.{layer}.{name}"
+        return self.checkpoint.read(name)[rows].to(self.dtype).double()
 
     def expert(self, name: str, layer: int | None, e: int, f: Formula
                ) -> Tensor:
@@ -175,7 +157,7 @@ def _linear(j: Judge, see: See, layer: int | None, point: str, f: Formula
     x = see(_BEFORE[point]).flatten(1)
     name = _NAMES.get(point, f"self_attn.{point}_proj")
     value, error = j.rounding.linear(
-        j.given(x, name + ".weight"), j.weight(f"{name}.weight", layer),
+        (x, torch.zeros_like(x)), j.weight(f"{name}.weight", layer),
         f.bias * j.weight(f"{name}.bias", layer), False)
     shape = see(point).shape
     return value.view(shape), error.view(shape)
@@ -187,7 +169,7 @@ def _logits(j: Judge, see: See, layer: int | None, point: str, f: Formula
     x = see("last norm")
     step = max(1, 2 ** 24 // x.shape[1])
     values, errors = zip(*(j.rounding.linear(
-        j.given(x, "lm_head.weight"),
+        (x, torch.zeros_like(x)),
         j.weight("lm_head.weight", rows=slice(start, start + step)),
         torch.zeros(1), False)
         for start in range(0, j.config.vocab_size, step)), strict=True)
@@ -413,7 +395,6 @@ __all__ = [
     "JUDGES",
     "Judge",
     "RIGHT",
-    "ROUNDED",
     "See",
     "excess",
 ]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gptoss.kernels.eight import eight_fits, pack_eight, unpack_eight
 from gptoss.model.transformer import GptOss, check_tokens
 from gptoss.parity.contracts import (
     CONTRACTS,
@@ -19,7 +20,7 @@ from gptoss.parity.contracts import (
     contract_for,
 )
 from gptoss.parity.judge import Judge
-from gptoss.parity.rounding import FLOOR
+from gptoss.parity.rounding import FLOOR, EightRounding
 from gptoss.parity.suspects import FAULTS, Finding, judge_walk, trace_faulty
 from gptoss.parity.walk import Key, Parts, Trace, points, trace_ours
 from gptoss.parity.walk_others import REFERENCES, trace_exact
@@ -229,6 +230,24 @@ def report(path: str | Path, against: str = "transformers",
             "verdict": verdict(rows, findings)}
 
 
+class EightJudge(Judge):
+    """Of a run whose dense matrices are in eight bits (`hold_dense`)."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype,
+                 inner: bool, kernels: bool = False) -> None:
+        super().__init__(checkpoint, dtype, inner, kernels)
+        self.rounding = EightRounding.of(dtype, inner, kernels)
+
+    def weight(self, name: str, layer: int | None = None,
+               rows: slice | Tensor = slice(None)) -> Tensor:
+        exact = super().weight(name, layer, rows)
+        weight = exact.to(self.dtype)
+        if name.endswith(("_proj.weight", "lm_head.weight")) and eight_fits(
+                weight):
+            return unpack_eight(pack_eight(weight), torch.float64)
+        return exact
+
+
 def judge_both(checkpoint: Checkpoint, traces: Sides, dtype: torch.dtype,
                contract: str, against: str, eight: bool = False
                ) -> dict[str, tuple[dict[Key, float], Finding | None]]:
@@ -236,8 +255,8 @@ def judge_both(checkpoint: Checkpoint, traces: Sides, dtype: torch.dtype,
     use, (_, inner) = CONTRACTS[contract], REFERENCES[against]
     kind = torch.float64 if against == "float64" else dtype
     return {
-        "ours": judge_walk(Judge(checkpoint, dtype, use.inner, use.kernels,
-                                 eight), traces.ours, "ours"),
+        "ours": judge_walk((EightJudge if eight else Judge)(
+            checkpoint, dtype, use.inner, use.kernels), traces.ours, "ours"),
         "theirs": judge_walk(Judge(checkpoint, kind, inner), traces.theirs,
                              against)}
 
@@ -299,6 +318,7 @@ def parity_table(result: dict) -> str:
 
 
 __all__ = [
+    "EightJudge",
     "ONE_BY_ONE",
     "Sides",
     "chosen_too",
