@@ -28,6 +28,7 @@ import gptoss
 from gptoss.attention.rope import rope_tables
 from gptoss.kernels import triton_kernels
 from gptoss.kernels.compact import CompactWeight, pack_by_torch, unpack
+from gptoss.kernels.eight import EightWeight, pack_by_steps, unpack_eight
 from gptoss.kernels.step import DecodeStep, cuda_graph
 from gptoss.model.cache import Cache
 from gptoss.model.ops import OPERATORS, attention_in_tiles
@@ -251,8 +252,10 @@ def arguments(name: str, dtype: torch.dtype) -> list:
         "mxfp4_decode": lambda: [*packed, dtype],
         "pack_compact": lambda: [matrix],
         "compact_linear": lambda: [x[..., :64], matrix, None,
-                                   *pack_by_torch(matrix)]}
-    if "compact" in name and dtype != torch.bfloat16:
+                                   *pack_by_torch(matrix)],
+        "pack_eight": lambda: [matrix],
+        "eight_linear": lambda: [x[..., :64], *pack_by_steps(matrix), None]}
+    if ("compact" in name or "eight" in name) and dtype != torch.bfloat16:
         raise Missing("in bfloat16 alone")
     return made[name]()
 
@@ -265,6 +268,9 @@ def operator(run: Run, name: str, dtype: torch.dtype) -> dict:
     if name == "pack_compact":  # bits, and nothing to compute
         found, right = unpack(CompactWeight(*(x.cpu() for x in found))
                               ), wide[0]
+    elif name == "pack_eight":
+        found = unpack_eight(EightWeight(*(x.cpu() for x in found)))
+        right = unpack_eight(pack_by_steps(given[0]))
     else:
         right = OPERATORS[name].plain(*wide)
     if name == "route":  # of equal logits either may be chosen

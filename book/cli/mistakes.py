@@ -440,9 +440,12 @@ JSON = Option("--json", action="store_true", help="one JSON object")
 STAGES = Option("--stages", type=int, default=1, metavar="N",
                 help="with torchrun: split the layers into N stages, and "
                 "each among the rest (default: 1)")
-COMPACT = Option("--compact", action="store_true", help="on a CPU: dense "
-                 "matrices in twelve bits without loss, a copy to decode "
-                 "faster")
+DENSE = (
+    Option("--dense", type=int, choices=(16, 12, 8), default=16,
+           help="bits of the dense matrices, on a CPU: 16 as stored (default),"
+           " 12 a copy without loss to decode faster, 8 rounded"),
+    Option("--compact", action="store_const", dest="dense", const=12,
+           default=16, help="the same as --dense 12"))
 SAMPLING = (
     Option("--temperature", type=float, default=1.0, metavar="X",
            help="0 is greedy (default: 1)"),
@@ -532,23 +535,23 @@ def load_model(args: argparse.Namespace, folder: Path,
     """The model in a folder, or this process's part of it; the kernels
     after it, for the first time they are compiled."""
     from gptoss.kernels.build import load_kernels
-    from gptoss.kernels.compact import make_compact
+    from gptoss.kernels.eight import hold_dense
     from gptoss.model.transformer import GptOss
 
     dtype = torch_dtype(getattr(args, "dtype", "bfloat16"))
     alone = launched() == args.stages == 1
-    if args.compact and (not alone or (str(device), str(dtype))
-                         != ("cpu", "torch.bfloat16")):
-        raise UsageError("--compact: for one process, --device cpu and "
-                         "--dtype bfloat16")
+    if args.dense != 16 and (not alone or (str(device), str(dtype))
+                             != ("cpu", "torch.bfloat16")):
+        raise UsageError("--dense and --compact: for one process, --device "
+                         "cpu and --dtype bfloat16")
     if alone:
         model = GptOss.from_pretrained(folder, dtype=dtype, device=device)
     else:
         from gptoss.parallel.split import load_split
 
         model = load_split(folder, dtype, device, stages=args.stages)
-    if args.compact:
-        make_compact(model)
+    if args.dense != 16:
+        hold_dense(model, args.dense)
     load_kernels()
     return model
 

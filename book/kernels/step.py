@@ -188,6 +188,7 @@ import torch
 from torch import Tensor, nn
 
 from gptoss.kernels.compact import CompactLinear
+from gptoss.kernels.eight import EightLinear
 from gptoss.model.cache import Cache, FullCache
 from gptoss.model.rows import CacheError, Rows
 from gptoss.model.layers import (
@@ -633,7 +634,7 @@ assert len(ran) == (1 if recorded else 3) and len(looked) == 3
 # %% tags=["export"]
 _FORWARDS = {kind.forward for kind in (
     Block, Attention, MLP, Router, Experts, RMSNorm, Linear, CompactLinear,
-    Embedding, nn.ModuleList)}
+    EightLinear, Embedding, nn.ModuleList)}
 
 
 def _addition(name: str, module: nn.Module) -> str | None:

@@ -28,7 +28,7 @@ from gptoss.cli.mistakes import (
     torchrun_number,
 )
 from gptoss.cli.options import (
-    COMPACT,
+    DENSE,
     JSON,
     MODEL,
     PATH,
@@ -151,7 +151,7 @@ def run_parity(args: argparse.Namespace) -> None:
         raise UsageError("--plain: not with --contract kernels")
     contract = args.contract or ("fp32" if args.plain else None)
     results = [report(folder, args.against, tokens, torch_dtype(args.dtype),
-                      contract, args.plant, args.new_tokens, args.compact)
+                      contract, args.plant, args.new_tokens, dense=args.dense)
                for tokens in _walked(folder, args.prompt)]
     if args.json:
         whole = results[0] if len(results) == 1 else {
@@ -244,7 +244,7 @@ COMMANDS = {
             MODEL,
             Option("--prompt", help="text to go on from; - reads stdin"),
             Option("--max-new-tokens", type=int, default=256, metavar="N"),
-            *SAMPLING, COMPACT, STAGES, JSON)),
+            *SAMPLING, *DENSE, STAGES, JSON)),
     "chat": Command(
         "gptoss.cli.commands:run_chat",
         "A conversation; with a pipe, one message a line of stdin.", (
@@ -261,7 +261,7 @@ COMMANDS = {
             Option("--date", help="what the model is told (default: today)"),
             Option("--transcript", action="store_true", help="write analysis "
                    "and calls too, as a terminal always shows"),
-            *SAMPLING, COMPACT, STAGES, JSON)),
+            *SAMPLING, *DENSE, STAGES, JSON)),
     "inspect": Command(
         "gptoss.cli.tables:run_inspect",
         "Prints what a checkpoint holds, without reading its weights.", (
@@ -287,7 +287,7 @@ COMMANDS = {
             Option("--prompt-tokens", type=int, default=512, metavar="N"),
             Option("--new-tokens", type=int, default=32, metavar="N"),
             Option("--repeats", type=int, default=3, metavar="N"),
-            COMPACT, STAGES, JSON)),
+            *DENSE, STAGES, JSON)),
     "parity": Command(
         "gptoss.cli.commands:run_parity",
         "Walks ours and a reference and names the first that goes wrong.", (
@@ -308,7 +308,7 @@ COMMANDS = {
                    help="written first, and walked over too"),
             Option("--plant", metavar="FAULT",
                    help="break ours first: window ..."),
-            COMPACT, JSON)),
+            *DENSE, JSON)),
     "vectors": Command(
         "gptoss.cli.commands:run_vectors",
         "Writes conformance vectors, or checks this package or a port.", (

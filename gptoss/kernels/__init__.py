@@ -1,4 +1,4 @@
-"""Part kernels of the book: 17 names, loaded when first asked for
+"""Part kernels of the book: 22 names, loaded when first asked for
 
 Generated from the front matter of book/kernels/*.py; edit it, not this file.
 """
@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from gptoss.kernels.compact import make_compact as make_compact
     from gptoss.kernels.compact import pack as pack
     from gptoss.kernels.compact import unpack as unpack
+    from gptoss.kernels.eight import EightLinear as EightLinear
+    from gptoss.kernels.eight import EightWeight as EightWeight
+    from gptoss.kernels.eight import hold_dense as hold_dense
+    from gptoss.kernels.eight import pack_eight as pack_eight
+    from gptoss.kernels.eight import unpack_eight as unpack_eight
     from gptoss.kernels.quicker import choose_product as choose_product
     from gptoss.kernels.roofline import read_speed as read_speed
     from gptoss.kernels.step import DecodeStep as DecodeStep
@@ -29,19 +34,24 @@ _HOME = {
     "CompactLinear": "compact",
     "CompactWeight": "compact",
     "DecodeStep": "step",
+    "EightLinear": "eight",
+    "EightWeight": "eight",
     "KernelError": "build",
     "call_again": "step",
     "can_record": "step",
     "choose_product": "quicker",
     "cuda_graph": "step",
+    "hold_dense": "eight",
     "kernel_path": "build",
     "load_kernels": "build",
     "make_compact": "compact",
     "measure": "bench",
     "pack": "compact",
+    "pack_eight": "eight",
     "plain_torch": "build",
     "read_speed": "roofline",
     "unpack": "compact",
+    "unpack_eight": "eight",
     "use_triton": "triton_kernels",
 }
 _MODULES = (
@@ -49,6 +59,7 @@ _MODULES = (
     "build",
     "quicker",
     "compact",
+    "eight",
     "step",
     "triton_kernels",
     "bench",
@@ -71,18 +82,23 @@ __all__ = [
     "CompactLinear",
     "CompactWeight",
     "DecodeStep",
+    "EightLinear",
+    "EightWeight",
     "KernelError",
     "call_again",
     "can_record",
     "choose_product",
     "cuda_graph",
+    "hold_dense",
     "kernel_path",
     "load_kernels",
     "make_compact",
     "measure",
     "pack",
+    "pack_eight",
     "plain_torch",
     "read_speed",
     "unpack",
+    "unpack_eight",
     "use_triton",
 ]

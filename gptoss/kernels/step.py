@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gptoss.kernels.compact import CompactLinear
+from gptoss.kernels.eight import EightLinear
 from gptoss.model.cache import Cache, FullCache
 from gptoss.model.layers import (
     MLP,
@@ -241,7 +242,7 @@ def call_again(run: Work, undo: Work | None = None) -> Work:
 
 _FORWARDS = {kind.forward for kind in (
     Block, Attention, MLP, Router, Experts, RMSNorm, Linear, CompactLinear,
-    Embedding, nn.ModuleList)}
+    EightLinear, Embedding, nn.ModuleList)}
 
 
 def _addition(name: str, module: nn.Module) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gptoss.kernels.eight import eight_fits, pack_eight, unpack_eight
 from gptoss.model.transformer import GptOss, check_tokens
 from gptoss.parity.contracts import (
     CONTRACTS,
@@ -19,7 +20,7 @@ from gptoss.parity.contracts import (
     contract_for,
 )
 from gptoss.parity.judge import Judge
-from gptoss.parity.rounding import FLOOR
+from gptoss.parity.rounding import FLOOR, EightRounding
 from gptoss.parity.suspects import FAULTS, Finding, judge_walk, trace_faulty
 from gptoss.parity.walk import Key, Parts, Trace, points, trace_ours
 from gptoss.parity.walk_others import REFERENCES, trace_exact
@@ -175,15 +176,17 @@ def chosen_too(tokens: Tensor, before: int, theirs: Trace) -> dict:
 def report(path: str | Path, against: str = "transformers",
            tokens: Tensor | None = None, dtype: torch.dtype = torch.float32,
            contract: str | None = None, fault: str | None = None,
-           new_tokens: int = 0, compact: bool = False) -> dict:
+           new_tokens: int = 0, compact: bool = False, dense: int = 16
+           ) -> dict:
     """Walk ours and a reference over tokens (1, T), judge both.
 
     path: a folder or hub id; against: one of REFERENCES; dtype: of both
     (the reference float64 has its own); contract: one of CONTRACTS, ours
     (None: `contract_for`); fault: one of FAULTS to plant in ours;
     new_tokens: how many ours writes first, greedily, and both then walk over
-    too; compact: decode with matrices in twelve bits. All in memory at once,
-    the reference decoded, unless "streamed", which "transformers" becomes
+    too; dense: bits of the dense matrices in ours, which is then judged by
+    them (`hold_dense`); compact: 12 of them. All in memory at once, the
+    reference decoded, unless "streamed", which "transformers" becomes
     where `too_large`. ParityError: an unknown name, a missing package.
     Returns what json.dump takes: rows, logits, generated, findings,
     verdict, and as "kernels" what ours computed with.
@@ -202,19 +205,22 @@ def report(path: str | Path, against: str = "transformers",
         if against == "transformers" and too_large(checkpoint.config, dtype):
             against = "streamed"
         before, model = tokens.shape[1], GptOss.from_pretrained(path, dtype)
-        if compact:
-            shrink(model, contract)
+        dense = 12 if compact else dense
+        if dense != 16:
+            shrink(model, contract, dense)
         tokens = written_on(model, tokens, new_tokens)
         parts = taken(tokens, new_tokens, contract)
         traces = three_traces(model, path, tokens, against, dtype, contract,
                               fault, parts)
-        judged = judge_both(checkpoint, traces, dtype, contract, against)
+        judged = judge_both(checkpoint, traces, dtype, contract, against,
+                            dense == 8)
         rows = table_rows(traces, {side: found for side, (found, _)
                                    in judged.items()},
                           points(checkpoint.config))
     findings = [finding for _, finding in judged.values() if finding]
     return {"path": str(path), "against": against, "contract": contract,
-            "kernels": what, "compact": compact, "parts": parts,
+            "kernels": what, "compact": dense == 12, "dense": dense,
+            "parts": parts,
             "dtype": str(dtype).removeprefix("torch."),
             "tokens": before, "rows": rows,
             "generated": chosen_too(tokens, before, traces.theirs),
@@ -224,27 +230,45 @@ def report(path: str | Path, against: str = "transformers",
             "verdict": verdict(rows, findings)}
 
 
+class EightJudge(Judge):
+    """Of a run whose dense matrices are in eight bits (`hold_dense`)."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype,
+                 inner: bool, kernels: bool = False) -> None:
+        super().__init__(checkpoint, dtype, inner, kernels)
+        self.rounding = EightRounding.of(dtype, inner, kernels)
+
+    def weight(self, name: str, layer: int | None = None,
+               rows: slice | Tensor = slice(None)) -> Tensor:
+        exact = super().weight(name, layer, rows)
+        weight = exact.to(self.dtype)
+        if name.endswith(("_proj.weight", "lm_head.weight")) and eight_fits(
+                weight):
+            return unpack_eight(pack_eight(weight), torch.float64)
+        return exact
+
+
 def judge_both(checkpoint: Checkpoint, traces: Sides, dtype: torch.dtype,
-               contract: str, against: str
+               contract: str, against: str, eight: bool = False
                ) -> dict[str, tuple[dict[Key, float], Finding | None]]:
     """`judge_walk` of ours, under its contract, and of the reference."""
     use, (_, inner) = CONTRACTS[contract], REFERENCES[against]
     kind = torch.float64 if against == "float64" else dtype
     return {
-        "ours": judge_walk(Judge(checkpoint, dtype, use.inner, use.kernels),
-                           traces.ours, "ours"),
+        "ours": judge_walk((EightJudge if eight else Judge)(
+            checkpoint, dtype, use.inner, use.kernels), traces.ours, "ours"),
         "theirs": judge_walk(Judge(checkpoint, kind, inner), traces.theirs,
                              against)}
 
 
-def shrink(model: GptOss, contract: str) -> None:
-    """`make_compact`, in place. ParityError: not under that contract."""
+def shrink(model: GptOss, contract: str, bits: int = 12) -> None:
+    """`hold_dense`, in place. ParityError: not under that contract."""
     if not CONTRACTS[contract].kernels:
-        raise ParityError(f"compact: expected the contract kernels, found "
-                          f"{contract}")
-    from gptoss.kernels.compact import make_compact
+        raise ParityError(f"{'compact' if bits == 12 else 'dense'}: expected "
+                          f"the contract kernels, found {contract}")
+    from gptoss.kernels.eight import hold_dense
 
-    make_compact(model)
+    hold_dense(model, bits)
 
 
 def verdict(rows: list[dict], findings: list[Finding]) -> str:
@@ -294,6 +318,7 @@ def parity_table(result: dict) -> str:
 
 
 __all__ = [
+    "EightJudge",
     "ONE_BY_ONE",
     "Sides",
     "chosen_too",

@@ -84,9 +84,21 @@ def half_step(x: Pair, stored: bool) -> Tensor:
     return half.flatten(-2) + LOST
 
 
+class EightRounding(Rounding):
+    """Of products with matrices in eight bits."""
+
+    def linear(self, x: Pair, weight: Tensor, bias: Tensor, inner: bool
+               ) -> Pair:
+        """x meets them in integers, or they are rounded to bf16 again: as if
+        x were off as far."""
+        more = half_step(x, True) + x[0].abs() * 2.0 ** -9
+        return super().linear((x[0], x[1] + more), weight, bias, inner)
+
+
 __all__ = [
     "DEVIATIONS",
     "EXPONENTIAL",
+    "EightRounding",
     "FLOOR",
     "KEYS_AT_ONCE",
     "LARGEST",

@@ -616,7 +616,7 @@ def test_parity_judges_the_kernels_unless_told_otherwise():
 
 
 @pytest.mark.parametrize("argv", [
-    ["--contract", "kernels"], ["--compact"],
+    ["--contract", "kernels"], ["--compact"], ["--dense", "8"],
     ["--plain", "--contract", "kernels"],
     ["--contract", "kernels", "--dtype", "float32"]])
 def test_kernels_that_cannot_be_judged_are_one_line(argv, capsys):
@@ -678,10 +678,35 @@ def test_bench_refuses_what_it_cannot_measure(options, words, capsys):
     ["generate", "--dtype", "float32"], ["generate", "--dtype", "float16"],
     ["chat", "--prompt", "x", "--stages", "2"], ["bench", "--stages", "2"]])
 def test_compact_is_for_one_process_on_a_cpu_in_bf16(command, capsys):
-    assert main([*command, "--compact"]) == 2
+    for how in (["--compact"], ["--dense", "12"], ["--dense", "8"]):
+        assert main([*command, *how]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and "--dense and --compact: for one process" in err
+        assert err.count("\n") == 1
+
+
+def test_dense_matrices_have_sixteen_twelve_or_eight_bits(capsys):
+    assert main(["generate", "--dense", "4"]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and "--compact: for one process" in err
-    assert err.count("\n") == 1
+    assert out == "" and "--dense" in err and "16, 12, 8" in err
+
+
+def test_eight_bits_write_and_are_counted():
+    """--compact is --dense 12; eight bits read fewer bytes than that."""
+    write = ("generate", "--temperature", "0", "--max-new-tokens", "20")
+    done = [with_kernels(*write, *more, GPTOSS_KERNELS="auto")
+            for more in (["--dense", "12"], ["--compact"], ["--dense", "8"])]
+    assert all(each.returncode == 0 and each.stdout for each in done), done
+    assert done[0].stdout == done[1].stdout
+    plain = with_kernels(*write, "--dense", "8", GPTOSS_KERNELS="torch")
+    assert plain.stderr.startswith("gptoss: matrices stay in sixteen bits")
+    if done[2].stderr.startswith("gptoss: matrices stay"):
+        return  # no kernels here
+    size = [json.loads(with_kernels(
+        "bench", "--prompt-tokens", "8", "--new-tokens", "2", "--repeats",
+        "1", "--json", "--dense", bits, GPTOSS_KERNELS="auto").stdout
+        )["bytes_per_token"] for bits in ("16", "12", "8")]
+    assert size[0] >= size[1] > size[2]
 
 
 def test_compact_writes_the_same():

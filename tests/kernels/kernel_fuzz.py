@@ -16,6 +16,7 @@ import torch
 
 from gptoss.kernels import build
 from gptoss.kernels.compact import pack_by_torch
+from gptoss.kernels.eight import pack_by_steps
 from gptoss.weights.encoding import encode
 
 OPS = torch.ops.gptoss
@@ -49,6 +50,12 @@ def compact_linear(draw) -> list:
     weight[0, :3] *= 1e-9
     return [numbers(draw(1, 2, 7), n), weight, draw(None, numbers(m)),
             *pack_by_torch(weight)]
+
+
+def eight_linear(draw) -> list:
+    m, n = draw(1, 3, 40), draw(64, 192)
+    return [numbers(draw(1, 2, 7, 9), n), *pack_by_steps(numbers(m, n)),
+            draw(None, numbers(m))]
 
 
 def packed_experts(draw) -> list:
@@ -86,8 +93,8 @@ def sink_attention(draw) -> list:
             draw(0, 1, 8), C ** -0.5]
 
 
-MAKERS = (linear, mxfp4_linear, compact_linear, packed_experts, rms_norm,
-          rope, route, sink_attention)
+MAKERS = (linear, mxfp4_linear, compact_linear, eight_linear, packed_experts,
+          rms_norm, rope, route, sink_attention)
 TYPES = (torch.bfloat16, torch.float32, torch.float64, torch.float16,
          torch.int64, torch.int32, torch.uint8, torch.bool)
 

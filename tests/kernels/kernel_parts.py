@@ -159,6 +159,20 @@ def compact() -> None:
              exact(x) @ exact(weight).T + exact(bias))
 
 
+def eight() -> None:
+    weight, bias = 0.02 * numbers(140, 192), numbers(140)
+    values, scales = OPS.pack_eight(weight)
+    place = np.arange(64).reshape(2, 2, 16).swapaxes(0, 1).reshape(64)
+    step = exact(scales.view(torch.bfloat16)).repeat(32, axis=1)
+    twin = values.numpy().reshape(140, 3, 64)[..., place].reshape(140, 192)
+    twin = twin * step
+    assert (np.abs(twin - exact(weight)) <= step / 2).all()
+    for tokens in (1, 3, 9):
+        x = numbers(tokens, 192)
+        near(OPS.eight_linear(x, values, scales, bias),
+             exact(x) @ twin.T + exact(bias))
+
+
 def recording() -> None:
     x, out, made = numbers(3, 4), torch.zeros(3, 4), torch.classes.gptoss
     with torch.inference_mode():
@@ -178,7 +192,7 @@ def recording() -> None:
 
 TWINS = {"small": small, "packed": packed_row, "experts": experts,
          "dense": dense, "attention": attention, "compact": compact,
-         "recording": recording}
+         "eight": eight, "recording": recording}
 
 
 def main(variant: str, last: str) -> None:

@@ -23,6 +23,7 @@ CHILD = """
 import logging, sys, torch
 from gptoss.kernels import build
 from gptoss.kernels.compact import CompactLinear, pack
+from gptoss.kernels.eight import pack_eight, unpack_eight
 from gptoss.model.layers import Linear
 from gptoss.weights.mxfp4 import decode
 from gptoss.weights.encoding import encode
@@ -47,6 +48,14 @@ for rows, columns in ((50, 64), (3, 4096), (131, 2880)):
         for made in (layer, CompactLinear(layer, pack(layer.weight.detach()))):
             with torch.no_grad():
                 y = made(x).double()
+            worst = max(worst, ((y - exact).norm() / exact.norm()).item())
+for tokens in (1, 2, 3, 4, 7):
+    for rows, columns in ((50, 64), (3, 4096), (131, 2880)):
+        if "C++" in build.kernel_path():
+            weight = pack_eight(torch.randn(rows, columns).bfloat16())
+            x = torch.randn(tokens, columns).bfloat16()
+            exact = x.double() @ unpack_eight(weight).double().T
+            y = torch.ops.gptoss.eight_linear(x, *weight, None).double()
             worst = max(worst, ((y - exact).norm() / exact.norm()).item())
 print(worst)
 """

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gptoss
 from gptoss.kernels.compact import pack_by_torch
+from gptoss.kernels.eight import pack_by_steps
 from gptoss.model import answers
 from gptoss.model.ops import OPERATORS, Operator, define_operator
 from gptoss.weights.encoding import encode
@@ -257,7 +258,8 @@ def test_every_operator_is_in_the_table_and_has_its_twin():
     assert set(OPERATORS) >= {
         "mxfp4_decode", "mxfp4_linear", "packed_experts",
         "packed_experts_backward", "rms_norm", "linear", "rope", "route",
-        "sink_attention", "compact_linear", "pack_compact"}
+        "sink_attention", "compact_linear", "pack_compact", "eight_linear",
+        "pack_eight"}
     for name, operator in OPERATORS.items():
         for of in (name, f"plain_{name}"):
             assert str(getattr(OPS, of).default._schema) == (
@@ -337,6 +339,8 @@ def arguments(dtype: torch.dtype, learns: bool, sizes=(2, 20)
             cases["compact_linear"] = (
                 cases["linear"][0], weight, None,
                 *pack_by_torch(weight.detach()))
+            cases["eight_linear"] = (
+                cases["linear"][0], *pack_by_steps(weight.detach()), None)
         for name, case in cases.items():
             found[f"{name} {N}"] = (getattr(OPS, name), case)
     return found
@@ -347,7 +351,7 @@ import sys, torch
 sys.path.insert(0, sys.argv[2])
 from test_operators import arguments
 import gptoss.kernels.build as kernels
-import gptoss.kernels.compact
+import gptoss.kernels.eight
 dtype = torch.float32 if "torch" in kernels.load_kernels() else torch.bfloat16
 for learns in (False, True):
     for name, (operator, case) in arguments(dtype, learns, (5,)).items():
@@ -383,7 +387,7 @@ from torch.func import grad, jvp, vmap
 sys.path.insert(0, sys.argv[2])
 from test_operators import arguments
 import torch.autograd.forward_ad as forward
-import gptoss.kernels.compact
+import gptoss.kernels.eight
 from gptoss.kernels.build import load_kernels
 load_kernels()
 

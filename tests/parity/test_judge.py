@@ -193,6 +193,25 @@ def test_twelve_bits(path):
     assert result["parts"] == [144, 1, 1, 1]
 
 
+def test_eight_bits_are_judged_by_themselves(path):
+    """--dense 8: ours by its rounded matrices, and a fault is still seen."""
+    how = {"dtype": torch.bfloat16, "dense": 8}
+    if contract(torch.bfloat16) != "kernels":
+        with pytest.raises(ParityError, match="dense: expected"):
+            report.report(path, "float64", **how)
+        pytest.skip("plain torch is in use")
+    result = report.report(path, "float64", new_tokens=3, **how)
+    assert result["findings"] == [] and result["dense"] == 8
+    assert not result["compact"]
+    assert 1e-6 < result["logits"]["kl_mean"]
+    stored = report.report(path, "float64", new_tokens=3,
+                           dtype=torch.bfloat16)
+    assert stored["dense"] == 16
+    assert stored["rows"] != result["rows"]
+    result = report.report(path, "float64", fault="bias", **how)
+    assert result["findings"]
+
+
 def test_kernels_that_cannot_be_had(path):
     name = contract(torch.bfloat16)
     for dtype in DTYPES:

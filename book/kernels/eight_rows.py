@@ -1,0 +1,594 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+# %% [markdown]
+# # How are eight bits multiplied at memory's speed?
+#
+# ## Question
+#
+# [Eight bits](eight_bits.ipynb) halve what a token reads of the dense
+# matrices. That is worth something only if a processor is done with 64 weights
+# before the next 64 arrive: in some five cycles of a core. Making floats of
+# them takes longer than that with AVX2. How is it done without?
+
+# %%
+import logging
+import os
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+from gptoss.kernels.build import load_kernels
+from gptoss.kernels.eight import pack_eight, unpack_eight
+
+os.environ["GPTOSS_KERNELS"] = "auto"  # this chapter asks for the kernels
+logging.getLogger("gptoss").setLevel(logging.ERROR)  # and says nothing of it
+plt.style.use("../_static/book.mplstyle")
+load_kernels()
+torch.manual_seed(0)
+matrix = (0.02 * torch.randn(512, 2880)).bfloat16()
+eight = pack_eight(matrix)
+back = unpack_eight(eight)
+
+
+def off(found: torch.Tensor, right: torch.Tensor) -> float:
+    """How far apart, as a share of the length of `right`."""
+    right = right.double()
+    return ((found.double() - right).norm() / right.norm()).item()
+
+
+print(f"{matrix.numel():,} weights, {matrix.nbytes:,} bytes in bf16, "
+      f"{eight.nbytes:,} in eight bits")
+
+# %% [markdown]
+# ## Picture
+#
+# Sixty-four weights are two blocks of 32, under a scale each, and 64 bytes.
+# Multiplied are numbers of 16 bits, and a register of AVX-512 has 32 of them.
+# If the first 32 bytes were the first block, each register of sums would
+# belong to one scale, and be multiplied with it. So the blocks are laid in
+# halves:
+
+# %% tags=["hide-input"]
+# Figure: 64 bytes in a row, four pieces of 16: the first half of block A, the
+# first of block B, the second of A, the second of B. Below, two registers of
+# 16-bit numbers, each with half of A and half of B, whose products are added
+# into one register of sums: eight lanes of A, eight of B.
+fig, ax = plt.subplots(figsize=(6.4, 2.6))
+pieces = (("A, 0 to 15", "C0"), ("B, 0 to 15", "C1"), ("A, 16 to 31", "C0"),
+          ("B, 16 to 31", "C1"))
+for i, (text, color) in enumerate(pieces):
+    for x, y, width in ((4 * i, 3, 4), (8.2 * (i // 2) + 4 * (i % 2), 1.6, 4)):
+        ax.add_patch(plt.Rectangle((x, y), width, 0.7, fc=color, ec="white",
+                                   alpha=0.5))
+        ax.text(x + width / 2, y + 0.35, text, ha="center", va="center",
+                fontsize=8)
+for i, (text, color) in enumerate((("8 sums of A", "C0"), ("of B", "C1"))):
+    ax.add_patch(plt.Rectangle((4.1 + 4 * i, 0.2), 4, 0.7, fc=color,
+                               ec="white", alpha=0.5))
+    ax.text(6.1 + 4 * i, 0.55, text, ha="center", va="center", fontsize=8)
+ax.text(16.6, 3.35, "bytes", va="center", fontsize=8)
+ax.text(16.6, 1.95, "in 16 bits", va="center", fontsize=8)
+ax.text(16.6, 0.55, "in 32 bits", va="center", fontsize=8)
+ax.set(xlim=(-0.2, 20), ylim=(0, 3.9))
+ax.axis("off")
+plt.show()
+
+# %% [markdown]
+# What to see: two registers, and one of sums. Its lower half belongs to one
+# block and its upper half to the other, so both scales are multiplied at once.
+# A register of AVX2 is half as wide and holds one block.
+#
+# ## The naive version
+#
+# A weight becomes a float, gets its scale, is multiplied with the activation
+# and added. In a register of eight floats 32 weights need four times: widen to
+# 32 bits, make a float, multiply with the scale, multiply and add. With whole
+# numbers they need two times: widen to 16 bits, multiply and add pairs; and
+# then once: make floats of the sums, multiply with two steps, add.
+
+# %%
+by_floats = 4 * len(("widen", "float", "scale", "multiply and add"))
+by_integers = 2 * len(("widen", "multiply and add")) + 1 + len(
+    ("float", "step of x", "step of w, and add"))
+print(f"instructions for 32 weights with AVX2: {by_floats} by floats, "
+      f"{by_integers} by integers (one of them adds the two registers)")
+assert by_integers < by_floats
+
+# %% [markdown]
+# ## Derivation
+#
+# A weight is a whole number of steps, so let the activations be whole, too:
+# [packed](packed.ipynb) does so, with sixteen bits and a step of its own, a
+# power of two, for each 32 numbers. What was stored in bf16 fits in without a
+# loss unless it is very small beside its neighbours. The products of a block
+# are then summed in integers, exactly, and the sum gets both steps once:
+#
+# $$ y = \sum_{\text{blocks}} s_w \, s_x \sum_{i < 32} w_i \, x_i .
+# $$ (kernels-eight)
+#
+# For one row and one token, in numpy:
+
+# %%
+place = torch.arange(64).view(2, 2, 16).transpose(0, 1).flatten()
+token = torch.randn(2880).bfloat16()
+blocks = token.double().numpy().reshape(-1, 32)
+power = np.frexp(np.abs(blocks).max(-1))[1] - 14.0
+q = np.round(blocks / np.exp2(power)[:, None]).astype(np.int64)
+w = eight.values[0].view(-1, 64)[:, place].numpy().reshape(-1, 32)
+whole = (w.astype(np.int64) * q).sum(-1)  # a sum for each block
+steps = eight.scales[0].view(torch.bfloat16).double().numpy()
+found = float(whole @ (steps * np.exp2(power)))
+right = (back[0].double() @ token.double()).item()
+print(f"by integers {found:.4f}, in float64 {right:.4f}; the largest integer "
+      f"is {np.abs(q).max()}")
+assert abs(found - right) < 1e-3 * abs(right)
+
+# %% [markdown]
+# ## Code
+#
+# ### How is a row multiplied with some tokens?
+#
+# In C++ `Integers` are the tokens. Their bytes lie in the order of the
+# weights' bytes.
+
+# %% [markdown] tags=["export:eight.h"]
+# ```cpp
+# namespace {
+#
+# // 64 weights, two blocks: of each the first half, then the second halves
+# constexpr int64_t GROUP = 64, HALF = 16;
+#
+# // where the first half of block b begins, in a row
+# inline int64_t place(int64_t b) { return b / 2 * GROUP + b % 2 * HALF; }
+#
+# inline float wide_scale(uint16_t bits) {
+#   const uint32_t wide = uint32_t(bits) << 16;
+#   return load<float>(&wide);
+# }
+#
+# struct Eight {
+#   const int8_t* values;    // (rows, n)
+#   const uint16_t* scales;  // (rows, n / 32): bf16
+#   int64_t rows, n;
+# };
+#
+# struct Integers {  // tokens in 16 bits, and the steps of their blocks
+#   std::vector<int16_t> values;
+#   Buffer steps;
+#
+#   explicit Integers(const Buffer& x)
+#       : values(x.size()), steps(x.size() / BLOCK) {
+#     for (size_t b = 0; b < steps.size(); ++b) {
+#       Floats part[4], odd = {};
+#       for (int i = 0; i < 4; ++i) {
+#         part[i] = load<Floats>(&x[b * BLOCK + 8 * i]);
+#         odd += 0 * part[i];  // NaN if one of them is NaN or infinite
+#       }
+#       const float size = step(largest(part), true);
+#       const float up = size > 1e-37f ? 1 / size : 0;
+#       // adding 1.5 * 2**23 leaves the nearest integer in the low bits
+#       const auto all = (Whole)(load<Reals>(part) * up + 12582912.0f);
+#       const Shorts near = __builtin_convertvector(all - 0x4b400000, Shorts);
+#       for (int half = 0; half < 2; ++half)
+#         std::memcpy(&values[place(b) + 2 * half * HALF],
+#                     reinterpret_cast<const char*>(&near) + 32 * half, 32);
+#       steps[b] = size + sum(odd);
+#     }
+#   }
+# };
+# ```
+
+# %% [markdown]
+# A processor widens bytes to 16 bits, multiplies pairs and adds them in one
+# instruction: 32 weights in two with AVX2, 64 with AVX-512, where each half
+# of a register is a block and gets a step of its own (`spread`). These few
+# lines are all that the two do not share.
+
+# %% [markdown] tags=["export:eight.h"]
+# ```cpp
+# #ifdef GPTOSS_AVX512
+# inline Bytes widen(const int8_t* from) {
+#   return _mm512_cvtepi8_epi16(load<__m256i>(from));
+# }
+#
+# inline Words add_pairs(Words sums, Bytes a, Bytes b) {
+#   return (Words)_mm512_dpwssd_epi32((Bytes)sums, a, b);
+# }
+#
+# inline Sums spread(const float* two) {  // each in eight lanes
+#   const Words lane = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1};
+#   return (Sums)_mm512_permutevar_ps(
+#       (__m512)_mm512_set1_pd(load<double>(two)), (Bytes)lane);
+# }
+#
+# inline Sums spread(const uint16_t* two) {
+#   constexpr int ONE = 0x01008080, TWO = 0x03028080;  // 80: a zero byte
+#   const Words bytes = {ONE, ONE, ONE, ONE, ONE, ONE, ONE, ONE,
+#                        TWO, TWO, TWO, TWO, TWO, TWO, TWO, TWO};
+#   return (Sums)_mm512_shuffle_epi8(_mm512_set1_epi32(load<int32_t>(two)),
+#                                    (Bytes)bytes);
+# }
+# #elif defined(GPTOSS_AVX2)
+# inline Bytes widen(const int8_t* from) {
+#   return _mm256_cvtepi8_epi16(load<__m128i>(from));
+# }
+#
+# inline Words add_pairs(Words sums, Bytes a, Bytes b) {
+# #ifdef GPTOSS_VNNI
+#   return (Words)_mm256_dpwssd_avx_epi32((Bytes)sums, a, b);
+# #else
+#   return sums + (Words)_mm256_madd_epi16(a, b);
+# #endif
+# }
+#
+# inline Sums spread(const float* one) { return Sums{} + *one; }
+# inline Sums spread(const uint16_t* one) { return Sums{} + wide_scale(*one); }
+# #endif
+# ```
+
+# %% [markdown]
+# The product of R rows and T tokens. A weight is loaded and widened once for
+# all T tokens; a token's integers once for all R rows. So up to four tokens
+# cost little more than one, as long as memory is what takes the time.
+
+# %% [markdown] tags=["export:eight.h"]
+# ```cpp
+# // out[t][0], out[t][step] ...: R rows, `step` rows apart, times T tokens
+# #ifdef GPTOSS_AVX2
+# template <int R, int T>
+# void eight_dots(const Eight& w, int64_t row, int64_t step,
+#                 const Integers& x, int64_t token, float* out) {
+#   const int64_t n = w.n, blocks = n / BLOCK;
+#   const int8_t* weights = w.values + row * n;
+#   const uint16_t* scales = w.scales + row * blocks;
+#   const int16_t* values = &x.values[token * n];
+#   const float* steps = &x.steps[token * blocks];
+#   Sums total[R][T] = {};
+#   for (int64_t b = 0; b < blocks; b += SIDE / 2) {
+#     Bytes q[T][2];
+#     Sums size[T];
+#     for (int t = 0; t < T; ++t) {
+#       for (int half = 0; half < 2; ++half)
+#         q[t][half] = load<Bytes>(values + t * n + place(b)
+#                                  + 2 * half * HALF);
+#       size[t] = spread(steps + t * blocks + b);
+#     }
+#     for (int r = 0; r < R; ++r) {
+#       const int8_t* from = weights + r * step * n + place(b);
+#       if (b % 2 == 0) __builtin_prefetch(from + AHEAD);
+#       const Bytes w0 = widen(from), w1 = widen(from + 2 * HALF);
+#       const Sums scale = spread(scales + r * step * blocks + b);
+#       for (int t = 0; t < T; ++t) {
+#         const Words dot = add_pairs(add_pairs(Words{}, w0, q[t][0]), w1,
+#                                     q[t][1]);
+#         total[r][t] += __builtin_convertvector(dot, Sums) * size[t] * scale;
+#       }
+#     }
+#   }
+#   for (int r = 0; r < R; ++r)
+#     for (int t = 0; t < T; ++t)
+#       out[t * w.rows + r * step] = sum(total[r][t]);
+# }
+# #else
+# template <int R, int T>
+# void eight_dots(const Eight& w, int64_t row, int64_t step,
+#                 const Integers& x, int64_t token, float* out) {
+#   const int64_t n = w.n, blocks = n / BLOCK;
+#   for (int64_t i = 0; i < R * T; ++i) {
+#     const int64_t r = row + i / T * step, t = token + i % T;
+#     float total = 0;
+#     for (int64_t b = 0; b < blocks; ++b) {
+#       int32_t dot = 0;
+#       for (int64_t k = place(b); k < place(b) + 3 * HALF;
+#            k += 2 * HALF)
+#         for (int j = 0; j < HALF; ++j)
+#           dot += w.values[r * n + k + j] * x.values[t * n + k + j];
+#       total += dot * (x.steps[t * blocks + b]
+#                       * wide_scale(w.scales[r * blocks + b]));
+#     }
+#     out[i % T * w.rows + i / T * step] = total;
+#   }
+# }
+# #endif
+#
+# template <int T>
+# void eight_rows(const Eight& w, int64_t row0, int64_t rows,
+#                 const Integers& x, int64_t token, float* out) {
+#   const int64_t step = rows / STREAMS;
+#   for (int64_t r = 0; r < step; ++r)
+#     eight_dots<STREAMS, T>(w, row0 + r, step, x, token, out + r);
+#   for (int64_t r = STREAMS * step; r < rows; ++r)
+#     eight_dots<1, T>(w, row0 + r, 0, x, token, out + r);
+# }
+#
+# // y (N, rows) = x (N, n) times the weight transposed, for a few tokens
+# void eight_few(const Eight& w, const Buffer& tokens, int64_t N, Buffer& y) {
+#   constexpr int64_t HEIGHT = 128;  // stays in L2 for the next four tokens
+#   const Integers x(tokens);
+#   share((w.rows + HEIGHT - 1) / HEIGHT, 1, [&](int64_t item) {
+#     const int64_t row0 = item * HEIGHT;
+#     const int64_t rows = std::min(HEIGHT, w.rows - row0);
+#     for (int64_t t = 0, some; t < N; t += some) {
+#       some = std::min<int64_t>(N - t, 4);
+#       const auto run = some == 4   ? eight_rows<4>
+#                        : some == 3 ? eight_rows<3>
+#                        : some == 2 ? eight_rows<2> : eight_rows<1>;
+#       run(w, row0, rows, x, t, &y[t * w.rows + row0]);
+#     }
+#   });
+# }
+# ```
+
+# %% [markdown]
+# ### And many tokens?
+#
+# Where arithmetic is the limit, bytes do not help; bf16 products are faster.
+# So for many tokens a strip of the matrix at a time becomes bf16, in a scratch
+# of 16 MiB that stays in the last cache, and goes through `linear` of
+# [dense](dense.ipynb). They must not read the matrix from the file instead:
+# then a text that was read at once and one that was read token by token would
+# come from two models.
+#
+# A step times a whole number has up to fifteen bits; bf16 keeps eight. That is
+# a second rounding, on top of the first:
+
+# %%
+both = unpack_eight(eight, torch.bfloat16)
+x = torch.randn(64, 2880, dtype=torch.float64)
+product = x @ matrix.double().T
+print(f"in eight bits: off by {off(back, matrix):.3f}, in bf16 again: "
+      f"{off(both, matrix):.3f}; between the two {off(both, back):.4f}")
+for name, found in (("few tokens", back), ("many tokens", both)):
+    print(f"{name:11}: a product is off by "
+          f"{off(x @ found.double().T, product):.2%}")
+assert off(both, matrix) < 1.1 * off(back, matrix)
+
+# %% [markdown]
+# The two paths differ by less than a result changes when it is stored in bf16,
+# and either is as far from the original matrix as the other.
+
+# %% [markdown] tags=["export:eight.h"]
+# ```cpp
+# inline Floats eight_floats(const int8_t* from) {
+# #ifdef GPTOSS_AVX2
+#   return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(
+#       _mm_cvtsi64_si128(load<int64_t>(from))));
+# #else
+#   using Few = int8_t __attribute__((vector_size(8)));
+#   return __builtin_convertvector(load<Few>(from), Floats);
+# #endif
+# }
+#
+# // rows first ... first + count - 1 in bf16
+# void unpack_strip(const Eight& w, int64_t first, int64_t count, Number* to) {
+#   const int64_t blocks = w.n / BLOCK;
+#   at::parallel_for(0, count, 4, [&](int64_t begin, int64_t end) {
+#     for (int64_t i = begin * blocks; i < end * blocks; ++i) {
+#       const int64_t r = i / blocks, b = i % blocks;
+#       const int8_t* from = w.values + (first + r) * w.n + place(b);
+#       const float scale = wide_scale(w.scales[first * blocks + i]);
+#       for (int64_t k = 0; k < BLOCK; k += 8)
+#         narrow(eight_floats(from + k + (k < HALF ? 0 : HALF)) * scale,
+#                to + i * BLOCK + k);
+#     }
+#   });
+# }
+#
+# // the same for many, in strips that pass through `linear`
+# Tensor eight_many(const Eight& w, const Tensor& x,
+#                   const std::optional<Tensor>& bias) {
+#   auto shape = x.sizes().vec();
+#   shape.back() = w.rows;
+#   Tensor y = at::empty(shape, x.options());
+#   const int64_t HEIGHT = std::max<int64_t>(64, (1 << 23) / w.n / 64 * 64);
+#   Tensor scratch = at::empty({std::min(HEIGHT, w.rows), w.n}, x.options());
+#   for (int64_t first = 0; first < w.rows; first += HEIGHT) {
+#     const int64_t rows = std::min(HEIGHT, w.rows - first);
+#     const Tensor strip = scratch.narrow(0, 0, rows);
+#     unpack_strip(w, first, rows, static_cast<Number*>(strip.data_ptr()));
+#     std::optional<Tensor> part;
+#     if (bias) part = bias->narrow(0, first, rows);
+#     y.narrow(-1, first, rows).copy_(linear(x, strip, part));
+#   }
+#   return y;
+# }
+# ```
+
+# %% [markdown] tags=["measured"]
+# How many are few? The time of the integers grows with every token, that of
+# the strips hardly does. For eight tokens the integers take a third of the
+# time of `linear` (the table below), which the strips need besides their
+# unpacking. So up to eight tokens are few.
+#
+# ### Rounding in C++
+#
+# The page of torch needs 30 bytes for each number. The C++ reads a row at a
+# time, and gives the very same bytes.
+
+# %% [markdown] tags=["export:eight.h"]
+# ```cpp
+# void pack_eight_row(const Number* w, int64_t n, int8_t* to,
+#                     uint16_t* scales) {
+#   for (int64_t b = 0; b < n / BLOCK; ++b, w += BLOCK) {
+#     Floats part[4];
+#     for (int i = 0; i < 4; ++i) part[i] = widen(w + 8 * i);
+#     const float finest = largest(part) / 127;
+#     scales[b] = (load<uint32_t>(&finest) + 0xffff) >> 16;
+#     const float step = scales[b] ? wide_scale(scales[b]) : 1;
+#     const auto all = (Whole)(load<Reals>(part) / step + 12582912.0f);
+#     const Digits near = __builtin_convertvector(all - 0x4b400000, Digits);
+#     for (int half = 0; half < 2; ++half)
+#       std::memcpy(to + place(b) + 2 * half * HALF,
+#                   reinterpret_cast<const char*>(&near) + HALF * half, HALF);
+#   }
+# }
+#
+# // weight (rows, n) bf16, finite -> values, scales
+# std::tuple<Tensor, Tensor> pack_eight(const Tensor& weight) {
+#   TORCH_CHECK(weight.scalar_type() == at::kBFloat16 && weight.dim() == 2
+#                   && weight.is_contiguous() && weight.size(1) % GROUP == 0,
+#               "pack_eight: weight: expected contiguous bfloat16 (m, n), 64 "
+#               "dividing n, found ", weight.scalar_type(), " ",
+#               weight.sizes());
+#   const int64_t rows = weight.size(0), n = weight.size(1);
+#   Tensor values = at::empty({rows, n}, at::kChar);
+#   Tensor scales = at::empty({rows, n / BLOCK}, at::kShort);
+#   int8_t* to = values.data_ptr<int8_t>();
+#   auto steps = reinterpret_cast<uint16_t*>(scales.data_ptr<int16_t>());
+#   share(rows, 16, [&](int64_t r) {
+#     pack_eight_row(numbers(weight) + r * n, n, to + r * n,
+#                    steps + r * (n / BLOCK));
+#   });
+#   return {values, scales};
+# }
+#
+# Tensor eight_linear(const Tensor& x, const Tensor& values,
+#                     const Tensor& scales,
+#                     const std::optional<Tensor>& bias) {
+#   constexpr int64_t FEW_TOKENS = 8;
+#   const int64_t m = values.dim() == 2 ? values.size(0) : 0;
+#   const int64_t n = m ? values.size(1) : 0;
+#   const bool fits = m && n && ours({x, bias.value_or(x)})
+#                     && values.scalar_type() == at::kChar
+#                     && scales.scalar_type() == at::kShort
+#                     && values.is_contiguous() && scales.is_contiguous()
+#                     && n % GROUP == 0 && has(scales, {m, n / BLOCK})
+#                     && !(bias && !has(*bias, {m})) && x.numel() && x.dim()
+#                     && x.size(-1) == n;
+#   if (!fits)
+#     return plain<decltype(eight_linear)>("eight_linear", x, values, scales,
+#                                          bias);
+#   const Eight w{values.const_data_ptr<int8_t>(),
+#                 reinterpret_cast<const uint16_t*>(
+#                     scales.const_data_ptr<int16_t>()), m, n};
+#   const int64_t N = x.numel() / n;
+#   if (N > FEW_TOKENS) return eight_many(w, x, bias);
+#   Buffer y(N * m);
+#   eight_few(w, floats(x), N, y);
+#   add_bias(y, bias);
+#   return result(x, m, y);
+# }
+#
+# TORCH_LIBRARY_IMPL(gptoss, CPU, m) {
+#   m.impl("eight_linear", eight_linear);
+#   m.impl("pack_eight", pack_eight);
+# }
+#
+# }  // namespace
+# ```
+
+# %% [markdown]
+# ## It holds
+#
+# **The product** beside float64 and the rounded matrix. What is left is that
+# the result is stored in bf16, and for many tokens the second rounding:
+
+# %%
+exactly = unpack_eight(eight, torch.float64)
+for tokens in (1, 3, 8, 40):
+    x = torch.randn(tokens, 2880).bfloat16()
+    with torch.inference_mode():
+        y = torch.ops.gptoss.eight_linear(x, *eight, None)
+    error = off(y, x.double() @ exactly.T)
+    print(f"{tokens:2} tokens: off by {error:.4f}")
+    assert error < (2.2e-3 if tokens <= 8 else 3.5e-3)
+
+# %% [markdown]
+# ## In the 20b and the 120b
+#
+# What is measured is told by `bench/dense.py`, as ratios within one run.
+
+# %% [markdown] tags=["measured"]
+# Two cores of a Zen 4 with AVX-512, shared with others, on 2026-11-29; the
+# best of three rounds in turn. How many times as fast as the product with the
+# matrix in bf16 (1.88 is what the bytes allow for one token):
+#
+# | matrix | tokens | AVX-512: 12 bits | 8 bits | AVX2: 12 bits | 8 bits |
+# |---|---|---|---|---|---|
+# | 4096 x 2880 | 1 | 1.30 | 1.54 | | |
+# | | 2 | 1.26 | 1.82 | | |
+# | | 4 | 1.00 | 1.59 | | |
+# | | 8 | 1.01 | 2.97 | 1.00 | 2.49 |
+# | 201,088 x 2880 | 1 | 1.18 | 1.68 | 1.26 | 1.76 |
+# | | 2 | 1.03 | 1.94 | 1.10 | 1.84 |
+# | | 4 | 0.97 | 1.45 | 1.18 | 2.23 |
+# | | 8 | 0.99 | 2.83 | 1.01 | 2.69 |
+#
+# Where memory is slow, one token takes what its bytes take. Where it is quick
+# (50 GB/s, the smaller matrix on AVX-512) the instructions take longer than
+# the bytes: the loss against 1.88. From two tokens on eight bits gain more
+# than their bytes say, since each weight is read once for all of them.
+
+# %% [markdown]
+# ## Takeaways
+#
+# - Widening is what eight bits cost a processor: to 16 bits it is cheap, to
+#   floats of 32 it is not.
+# - Sums of a block are exact in integers; both steps are multiplied once.
+# - A weight that is in a register serves all tokens at hand; so two, three and
+#   four tokens cost little more than one.
+# - Many tokens read the same eight bits, by way of bf16 strips; the matrix in
+#   the file is another model's.
+
+# %% [markdown]
+# ## Exercises
+#
+# ### Exercise 1
+#
+# The sums of a block are kept in 32 bits. Can they run over?
+
+# %% tags=["hide-cell"]
+most = 32 * 127 * 255 * 2 ** 6  # 32 products of the largest integers
+print(f"{most:,} of {2 ** 31 - 1:,}")
+assert most < 2 ** 31
+
+# %% [markdown]
+# ### Exercise 2
+#
+# An activation is a whole number of steps of its block, and the step is the
+# largest one's power of two over $2^{13}$. From which share of the largest
+# downwards are bf16 numbers no longer exact?
+
+# %% tags=["hide-cell"]
+block = torch.tensor([1.0] + [0.0] * 31)
+for power in range(5, 9):  # seven bits of mantissa below that
+    block[1] = 255 / 128 * 2.0 ** -power
+    near = (block[1] * 8192).round() / 8192
+    print(f"{block[1].item():.5f} of the largest becomes {near.item():.5f}")
+assert near != block[1]
+
+# %% [markdown]
+# ### Exercise 3
+#
+# Why do `Integers` have a step of their own for each 32 numbers, and not one
+# for a token? Take a token in which one number is a thousand times the others.
+
+# %% tags=["hide-cell"]
+token = torch.randn(2880).bfloat16()
+token[100] = 1000.0
+for size in (2880, 32):
+    parts = token.double().view(-1, size)
+    step = parts.abs().amax(-1, keepdim=True).log2().floor().exp2() / 8192
+    near = ((parts / step).round() * step).flatten()
+    rest = torch.arange(2880) != 100
+    print(f"a step for {size:4} numbers: the others are off by "
+          f"{off(near[rest], token[rest]):.2%}")
+
+# %% [markdown]
+# ## Sources
+#
+# - Pairs of 16-bit numbers multiplied and added, with and without VNNI: Intel,
+#   *Intrinsics Guide*, `_mm256_madd_epi16`, `_mm512_dpwssd_epi32`.
+# - How llama.cpp multiplies Q8_0, with activations in eight bits:
+#   ggml-org/llama.cpp, `ggml/src/ggml-cpu/arch/x86/quants.c`.
