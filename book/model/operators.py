@@ -452,7 +452,8 @@ from importlib import import_module
 from threading import RLock
 
 ANSWERS = {"kernels": "gptoss.kernels.build:load_kernels",
-           "step": "gptoss.kernels.step:quick_step"}
+           "step": "gptoss.kernels.step:quick_step",
+           "drafts": "gptoss.kernels.drafts:with_drafts"}
 LOADING = RLock()  # the thread that loads may call operators itself
 _state = ""  # then "loading", then "loaded": changed behind LOADING alone
 

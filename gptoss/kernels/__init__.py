@@ -1,4 +1,4 @@
-"""Part kernels of the book: 16 names, loaded when first asked for
+"""Part kernels of the book: 19 names, loaded when first asked for
 
 Generated from the front matter of book/kernels/*.py; edit it, not this file.
 """
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from gptoss.kernels.compact import make_compact as make_compact
     from gptoss.kernels.compact import pack as pack
     from gptoss.kernels.compact import unpack as unpack
+    from gptoss.kernels.drafts import Drafter as Drafter
+    from gptoss.kernels.drafts import Lookup as Lookup
+    from gptoss.kernels.drafts import ModelDrafter as ModelDrafter
     from gptoss.kernels.roofline import read_speed as read_speed
     from gptoss.kernels.step import DecodeStep as DecodeStep
     from gptoss.kernels.step import call_again as call_again
@@ -28,7 +31,10 @@ _HOME = {
     "CompactLinear": "compact",
     "CompactWeight": "compact",
     "DecodeStep": "step",
+    "Drafter": "drafts",
     "KernelError": "build",
+    "Lookup": "drafts",
+    "ModelDrafter": "drafts",
     "call_again": "step",
     "can_record": "step",
     "cuda_graph": "step",
@@ -47,6 +53,7 @@ _MODULES = (
     "build",
     "compact",
     "step",
+    "drafts",
     "triton_kernels",
     "bench",
 )
@@ -68,7 +75,10 @@ __all__ = [
     "CompactLinear",
     "CompactWeight",
     "DecodeStep",
+    "Drafter",
     "KernelError",
+    "Lookup",
+    "ModelDrafter",
     "call_again",
     "can_record",
     "cuda_graph",

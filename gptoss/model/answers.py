@@ -10,7 +10,8 @@ from threading import RLock
 # --- When are the kernels loaded? --------------------------------------------
 
 ANSWERS = {"kernels": "gptoss.kernels.build:load_kernels",
-           "step": "gptoss.kernels.step:quick_step"}
+           "step": "gptoss.kernels.step:quick_step",
+           "drafts": "gptoss.kernels.drafts:with_drafts"}
 LOADING = RLock()  # the thread that loads may call operators itself
 _state = ""  # then "loading", then "loaded": changed behind LOADING alone
 
