@@ -248,6 +248,7 @@ from typing import Any
 
 import torch
 
+from gptoss.kernels.drafts import drafter_for
 from gptoss.model.transformer import GptOss
 from gptoss.text.generate import generate
 from gptoss.text.sampling import SamplingOptions

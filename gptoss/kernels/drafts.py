@@ -4,7 +4,7 @@ Generated from book/kernels/drafts.py; edit the chapter, not this file.
 """
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -195,16 +195,6 @@ def _cleaned(proposal: Proposal, most: int, vocabulary: int
     return ids[:good], None if said is None else said[:good]
 
 
-def _common(tokens: Sequence[int], guesses: Sequence[int]) -> int:
-    """How many guesses are right: those that begin `tokens`."""
-    right = 0
-    for token, guess in zip(tokens, guesses, strict=False):
-        if token != guess:
-            break
-        right += 1
-    return right
-
-
 @torch.inference_mode()
 def check_guesses(model: GptOss, cache: Cache, token: int,
                   guesses: Sequence[int], said: Tensor | None, draws: Any,
@@ -233,7 +223,9 @@ def _drafted(drafter: Drafter, before: Sequence[int], model: GptOss,
     pace = Pace(check_costs(model.config, drafter))
     step, made, ever = None, 1, AGAIN if drafter.reads else 1
     while token not in options.stop and made < count:
-        length, guesses, said = pace.length, [], None
+        length = pace.length
+        guesses: list[int] = []
+        said = None
         room = min(length or int(made % ever == 0), count - made - 1,
                    cache.slack + 1)
         if room > 0:
@@ -249,7 +241,7 @@ def _drafted(drafter: Drafter, before: Sequence[int], model: GptOss,
             with torch.inference_mode():
                 fed = torch.tensor([[token]], device=model.device)
                 tokens = draws(step(fed)[:, -1], generator).tolist()
-        right = _common(tokens, guesses)
+        right = int(tokens == guesses) if whole is None else len(tokens) - 1
         pace.saw(right, right < len(guesses))
         drafter.add(tokens)
         for n, token in enumerate(tokens, 1):
@@ -276,7 +268,8 @@ class ModelDrafter:
             reject("most", "an integer >= 1", most)
         self.model, self.most = model, most
         self.reads = bytes_read_per_token(model.config)
-        self._cache, self._step = model.new_cache(slack=most), None
+        self._cache = model.new_cache(slack=most)
+        self._step: Callable[[Tensor], Tensor] | None = None
         self._text: list[int] = []
         self._held: list[int] = []  # what the cache holds
 
@@ -328,9 +321,8 @@ class ModelDrafter:
 def drafter_for(draft: Any, model: GptOss) -> Drafter:
     """What `draft` means: "lookup", a GptOss, or a `Drafter` itself.
 
-    GenerateError for anything else, for a model of another vocabulary, and
-    for one beside a model that is spread over processes, which must all
-    guess the same.
+    GenerateError for anything else, a model of another vocabulary, or one
+    beside a model spread over processes, which must all guess the same.
     """
     if isinstance(draft, str) and draft == "lookup":
         return Lookup()
