@@ -832,7 +832,9 @@ for name, prompt in texts.items():
 #
 # A token that is not guessed costs one look into a table that has an entry for
 # each n-gram of the text; a check the experts of {eq}`drafts-experts`, a
-# forward outside of the recorded step, and $n$ slots in each ring.
+# forward outside of the recorded step, and $n$ slots in each ring. In a model
+# as small as ours that forward, called from Python, takes longer than all it
+# saves; `bench/drafts.py` measures it for any checkpoint.
 #
 # ## Takeaways
 #
