@@ -136,6 +136,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -186,7 +187,8 @@ class Chat:
     temperature, top_k, top_p, seed, prefill_chunk: as for `SamplingOptions`.
     max_new_tokens: in a turn, all rounds together (None: until the context
     is full). rounds: calls run in one turn. slack: see `PrefixCache`.
-    tool_timeout: seconds for a call, see `function_tool`.
+    tool_timeout: seconds for a call, see `function_tool`. draft: who guesses
+    tokens, so that several are run at once, as for `generate`.
 
     One cache is kept from turn to turn; what a new prompt shares with it is
     not fed again. It is that of `session`; for several conversations with
@@ -208,7 +210,7 @@ class Chat:
                  max_new_tokens: int | None = None, rounds: int = 8,
                  slack: int = SLACK, dtype: torch.dtype = torch.bfloat16,
                  device="cpu", tool_timeout: float | None = None,
-                 prefill_chunk: int = 512) -> None:
+                 prefill_chunk: int = 512, draft: Any = None) -> None:
         require(tool_timeout is None or type(tool_timeout) in (int, float)
                 and 0 < tool_timeout < 1e6, "tool_timeout",
                 "seconds > 0", tool_timeout)
@@ -219,6 +221,7 @@ class Chat:
                 temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
                 max_new_tokens=max_new_tokens, prefill_chunk=prefill_chunk))
         self.model, self.tokenizer = load(model, dtype, device)
+        self._draft = draft
         stop_tokens(self.tokenizer)
         self._group = getattr(self.model, "group", None) or SingleProcess()
         if date is None:
@@ -236,7 +239,7 @@ class Chat:
     def new_session(self) -> Session:
         """The memory of one more conversation with this model."""
         return Session(self.model, self.settings.slack,
-                       self.settings.sampling.seed)
+                       self.settings.sampling.seed, self._draft)
 
     def prompt(self, messages: Sequence[object]) -> list[int]:
         """The tokens that `messages` become, up to the model's turn."""

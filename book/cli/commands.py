@@ -283,10 +283,10 @@ from gptoss.cli.options import (
     SAMPLING,
     STAGES,
     Option,
+    load_draft,
     load_pair,
     read_prompt,
     sampling,
-    torch_device,
     torch_dtype,
 )
 from gptoss.cli.terminal import (
@@ -309,14 +309,13 @@ def run_generate(args: argparse.Namespace) -> None:
     from gptoss.weights.hub import resolve
 
     options, prompt = sampling(args), read_prompt(args)
-    torch_device(args.device)
-    stop = stop_ids(resolve(args.model))
+    draft, stop = load_draft(args), stop_ids(resolve(args.model))
     model, tokenizer = load_pair(args)
     write = writer(sys.stdout)
     if not args.json and sys.stdout.isatty():
         write(prompt)  # a reader wants the whole; a program has its prompt
     done = complete(model, tokenizer, prompt, options, stop=stop,
-                    on_text=None if args.json else write)
+                    on_text=None if args.json else write, draft=draft)
     if args.json:
         print(json.dumps(asdict(done) | {"peak_rss_bytes": peak_rss_bytes()}))
         return
@@ -350,13 +349,14 @@ def run_chat(args: argparse.Namespace) -> None:
     if args.json and args.prompt is None:
         raise UsageError("--json: needs --prompt")
     options, tools = sampling(args), _tools(args, TOOLS)
-    pair = load_pair(args)
+    draft, pair = load_draft(args), load_pair(args)
     seed = options.seed
     if seed is None and launched() > 1:
         seed = agreed(args, lambda: secrets.randbits(48))
     chat = Chat(pair, args.effort, tools, date=args.date, seed=seed,
-                temperature=options.temperature, top_k=options.top_k,
-                top_p=options.top_p, max_new_tokens=options.max_new_tokens)
+                max_new_tokens=options.max_new_tokens, top_k=options.top_k,
+                temperature=options.temperature, top_p=options.top_p,
+                draft=draft)
     everything = args.transcript or sys.stdout.isatty()
     draw = (lambda *_: None) if args.json else drawer(sys.stdout)
     session = TerminalSession(chat, draw, everything, args.system, typed(args))

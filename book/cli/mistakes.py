@@ -455,6 +455,9 @@ SAMPLING = (
     Option("--dtype", default="bfloat16", choices=(
         "bfloat16", "float16", "float32"), help="default: bfloat16"),
     Option("--device", default="cpu", help="cpu (default), cuda, ..."),
+    Option("--draft", metavar="lookup|PATH_OR_ID", help="guess tokens and "
+           "check several at once: look them up in the text, or ask a small "
+           "model of the same vocabulary"),
 )
 
 # %% [markdown]
@@ -566,6 +569,34 @@ def load_pair(args: argparse.Namespace) -> "tuple[GptOss, Tokenizer]":
     Checkpoint.open(folder).close()  # the headers, before anything slow
     tokenizer = Tokenizer.from_pretrained(folder)
     return load_model(args, folder, device), tokenizer
+
+# %% [markdown]
+# `--draft` is looked at first, and a small model read before the large one.
+# Two vocabularies of one size need not be the same, and no error would tell:
+# every guess would just be wrong. So the tokens are compared, one by one.
+
+# %% tags=["export:options"]
+def load_draft(args: argparse.Namespace) -> "GptOss | str | None":
+    """What --draft asks for; a small model on the device of the large one."""
+    device = torch_device(args.device)
+    if args.draft in (None, "lookup"):
+        found: str | None = args.draft
+        return found
+    if launched() > 1:
+        raise UsageError("--draft: with torchrun only lookup")
+    from gptoss.model.transformer import GptOss
+    from gptoss.text.tokenizer import Tokenizer
+    from gptoss.weights.hub import resolve
+
+    folder = resolve(args.draft)
+    own, other = (Tokenizer.from_pretrained(path)
+                  for path in (folder, resolve(args.model)))
+    if own.vocab_size != other.vocab_size or any(
+            own.token_bytes(n) != other.token_bytes(n)
+            for n in range(own.vocab_size)):
+        raise UsageError(f"--draft {args.draft}: expected the vocabulary of "
+                         f"{args.model}, found another")
+    return GptOss.from_pretrained(folder, torch_dtype(args.dtype), device)
 
 # %% [markdown]
 # ## It holds

@@ -453,7 +453,8 @@ from threading import RLock
 
 ANSWERS = {"kernels": "gptoss.kernels.build:load_kernels",
            "product": "gptoss.kernels.quicker:choose_product",
-           "step": "gptoss.kernels.step:quick_step"}
+           "step": "gptoss.kernels.step:quick_step",
+           "drafts": "gptoss.kernels.drafts:with_drafts"}
 LOADING = RLock()  # the thread that loads may call operators itself
 _state = ""  # then "loading", then "loaded": changed behind LOADING alone
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from gptoss.kernels.drafts import drafter_for
 from gptoss.model.transformer import GptOss
 from gptoss.text.generate import generate
 from gptoss.text.sampling import SamplingOptions
@@ -30,11 +31,14 @@ class PrefixCache:
     """A cache of batch 1 and the tokens whose keys and values it holds.
 
     `slack`: slots of the rings beyond the window; so many tokens plus one
-    can be taken back without feeding older ones again.
+    can be taken back without feeding older ones again. `draft`: who guesses
+    tokens, as for `generate`; a small model keeps its own cache here.
     """
 
-    def __init__(self, model: GptOss, slack: int = 0) -> None:
+    def __init__(self, model: GptOss, slack: int = 0, draft: Any = None
+                 ) -> None:
         self.model = model
+        self.draft = None if draft is None else drafter_for(draft, model)
         self.cache = model.new_cache(slack=slack)
         self.tokens: list[int] = []  # fed, or to be fed next
         self.fed = 0  # tokens fed so far that were not written here
@@ -62,7 +66,8 @@ class PrefixCache:
         start = self.resume(prompt)
         self.left = len(prompt) - start
         for token in generate(self.model, prompt[start:], options,
-                              cache=self.cache, pauses=True, **changes):
+                              cache=self.cache, pauses=True, draft=self.draft,
+                              before=prompt[:start], **changes):
             left = len(prompt) - self.cache.length if token is None else 0
             self.fed, self.left = self.fed + self.left - left, left
             if token is not None:
@@ -77,11 +82,12 @@ class Session:
 
     prefix: its cache, and the tokens in it. turn: its last `Turn`, or None.
     seed: of the seeds of its rounds; None: they come from torch's numbers.
+    draft: who guesses tokens, as for `generate`.
     """
 
     def __init__(self, model: GptOss, slack: int = SLACK,
-                 seed: int | None = None) -> None:
-        self.prefix = PrefixCache(model, slack)
+                 seed: int | None = None, draft: Any = None) -> None:
+        self.prefix = PrefixCache(model, slack, draft)
         self.turn: Any = None
         self._random = None if seed is None else random.Random(seed)
 

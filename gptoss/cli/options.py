@@ -56,6 +56,9 @@ SAMPLING = (
     Option("--dtype", default="bfloat16", choices=(
         "bfloat16", "float16", "float32"), help="default: bfloat16"),
     Option("--device", default="cpu", help="cpu (default), cuda, ..."),
+    Option("--draft", metavar="lookup|PATH_OR_ID", help="guess tokens and "
+           "check several at once: look them up in the text, or ask a small "
+           "model of the same vocabulary"),
 )
 
 
@@ -152,6 +155,29 @@ def load_pair(args: argparse.Namespace) -> "tuple[GptOss, Tokenizer]":
     return load_model(args, folder, device), tokenizer
 
 
+def load_draft(args: argparse.Namespace) -> "GptOss | str | None":
+    """What --draft asks for; a small model on the device of the large one."""
+    device = torch_device(args.device)
+    if args.draft in (None, "lookup"):
+        found: str | None = args.draft
+        return found
+    if launched() > 1:
+        raise UsageError("--draft: with torchrun only lookup")
+    from gptoss.model.transformer import GptOss
+    from gptoss.text.tokenizer import Tokenizer
+    from gptoss.weights.hub import resolve
+
+    folder = resolve(args.draft)
+    own, other = (Tokenizer.from_pretrained(path)
+                  for path in (folder, resolve(args.model)))
+    if own.vocab_size != other.vocab_size or any(
+            own.token_bytes(n) != other.token_bytes(n)
+            for n in range(own.vocab_size)):
+        raise UsageError(f"--draft {args.draft}: expected the vocabulary of "
+                         f"{args.model}, found another")
+    return GptOss.from_pretrained(folder, torch_dtype(args.dtype), device)
+
+
 __all__ = [
     "DENSE",
     "FIRST_WORDS",
@@ -162,6 +188,7 @@ __all__ = [
     "POCKET",
     "SAMPLING",
     "STAGES",
+    "load_draft",
     "load_model",
     "load_pair",
     "read_prompt",

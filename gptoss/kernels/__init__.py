@@ -1,4 +1,4 @@
-"""Part kernels of the book: 22 names, loaded when first asked for
+"""Part kernels of the book: 25 names, loaded when first asked for
 
 Generated from the front matter of book/kernels/*.py; edit it, not this file.
 """
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from gptoss.kernels.compact import make_compact as make_compact
     from gptoss.kernels.compact import pack as pack
     from gptoss.kernels.compact import unpack as unpack
+    from gptoss.kernels.drafts import Drafter as Drafter
+    from gptoss.kernels.drafts import Lookup as Lookup
+    from gptoss.kernels.drafts import ModelDrafter as ModelDrafter
     from gptoss.kernels.eight import EightLinear as EightLinear
     from gptoss.kernels.eight import EightWeight as EightWeight
     from gptoss.kernels.eight import hold_dense as hold_dense
@@ -34,9 +37,12 @@ _HOME = {
     "CompactLinear": "compact",
     "CompactWeight": "compact",
     "DecodeStep": "step",
+    "Drafter": "drafts",
     "EightLinear": "eight",
     "EightWeight": "eight",
     "KernelError": "build",
+    "Lookup": "drafts",
+    "ModelDrafter": "drafts",
     "call_again": "step",
     "can_record": "step",
     "choose_product": "quicker",
@@ -61,6 +67,7 @@ _MODULES = (
     "compact",
     "eight",
     "step",
+    "drafts",
     "triton_kernels",
     "bench",
 )
@@ -82,9 +89,12 @@ __all__ = [
     "CompactLinear",
     "CompactWeight",
     "DecodeStep",
+    "Drafter",
     "EightLinear",
     "EightWeight",
     "KernelError",
+    "Lookup",
+    "ModelDrafter",
     "call_again",
     "can_record",
     "choose_product",

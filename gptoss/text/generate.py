@@ -96,10 +96,12 @@ def _generators(model: GptOss, seed: int | None, rows: int
     return [torch.Generator().manual_seed(seed + row) for row in range(rows)]
 
 
-def _generate(model: GptOss, prompt: list[int], count: int,
-              options: SamplingOptions, generator: torch.Generator,
-              cache: Cache, decode: Decoder | str, pauses: bool
-              ) -> Iterator[int | None]:
+def one_by_one(model: GptOss, prompt: list[int], count: int,
+               options: SamplingOptions, generator: torch.Generator,
+               cache: Cache | None, decode: Decoder | str, pauses: bool
+               ) -> Iterator[int | None]:
+    """What `generate` yields, for arguments that are checked."""
+    cache = cache or model.new_cache()
     draws, stop, chunk = options.draws, options.stop, options.prefill_chunk
     feed = torch.tensor([prompt], device=model.embed_tokens.weight.device)
     run = forward_step(model, cache)
@@ -124,7 +126,9 @@ def _generate(model: GptOss, prompt: list[int], count: int,
 def generate(model: GptOss, prompt: Sequence[int],
              options: SamplingOptions | None = None, *,
              cache: Cache | None = None, decode: Decoder | str = "auto",
-             pauses: bool = False, **changes: Any) -> Iterator[int | None]:
+             pauses: bool = False, draft: Any = None,
+             before: Sequence[int] = (), **changes: Any
+             ) -> Iterator[int | None]:
     """Yields the token ids that follow `prompt`, a list of ids.
 
     `options`, but for `changes`: single fields of `SamplingOptions`. Ends
@@ -135,7 +139,10 @@ def generate(model: GptOss, prompt: Sequence[int],
     how to run single tokens, as in `choose_step`: "auto", "eager" or a
     function of model and cache such as `DecodeStep`. `pauses`: yield None
     after each chunk of the prompt but the last, so that a long prompt can
-    be left: the cache then holds the chunks that were fed.
+    be left: the cache then holds the chunks that were fed. `draft`: who
+    guesses tokens, so that several are run at once, as kernels/drafts says:
+    "lookup", a small GptOss or a `Drafter`. `before`: the tokens in the
+    cache, for a draft to look at.
     Raises GenerateError at the call, not at the first token.
     """
     options = (options or SamplingOptions()).with_changes(**changes)
@@ -146,9 +153,11 @@ def generate(model: GptOss, prompt: Sequence[int],
     held = 0 if cache is None else cache.length
     limit = _limit(model.config, cache)
     _check_prompt(model.config, prompt, held, limit)
-    return _generate(model, prompt, options.room(limit - held - len(prompt)),
-                     options, _generators(model, options.seed, 1)[0],
-                     cache or model.new_cache(), decode, pauses)
+    run = one_by_one if draft is None else find_answer("drafts")(
+        draft, before, model)
+    return run(model, prompt, options.room(limit - held - len(prompt)),
+               options, _generators(model, options.seed, 1)[0], cache, decode,
+               pauses)
 
 
 def _only_tokens(found: Iterable[int | None]) -> Iterator[int]:
@@ -188,7 +197,7 @@ def generate_batch(model: GptOss, prompts: Sequence[Sequence[int]],
 
     `options`, `changes`: as for `generate`. Row r is what `generate` gives
     for prompt r and the seed `seed` + r, up to the rounding of larger
-    matrix products.
+    matrix products. There are no drafts in a batch: its rows step together.
     """
     options = (options or SamplingOptions()).with_changes(**changes)
     draws, stop = options.draws, options.stop
@@ -325,7 +334,7 @@ def complete(model: GptOss, tokenizer: Tokenizer, prompt: str | list[int],
              options: SamplingOptions | None = None, *,
              on_text: Callable[[str], object] | None = None,
              cache: Cache | None = None, decode: Decoder | str = "auto",
-             **changes: Any) -> Completion:
+             draft: Any = None, **changes: Any) -> Completion:
     """Runs `generate`, with its options, on a text or on token ids.
 
     `on_text` is called with each piece of text as it comes.
@@ -341,7 +350,7 @@ def complete(model: GptOss, tokenizer: Tokenizer, prompt: str | list[int],
 
     began = time.perf_counter()
     for token in _only_tokens(generate(model, ids, options, cache=cache,
-                                       decode=decode)):
+                                       decode=decode, draft=draft)):
         done.tokens.append(token)
         if token in options.stop:
             done.finish_reason = "stop"
@@ -362,4 +371,5 @@ __all__ = [
     "forward_step",
     "generate",
     "generate_batch",
+    "one_by_one",
 ]

@@ -672,6 +672,38 @@ def test_bench_refuses_what_it_cannot_measure(options, words, capsys):
     assert out == "" and words in err and err.count("\n") == 1
 
 
+# -- drafts ----------------------------------------------------------------
+
+@pytest.mark.parametrize("command", [
+    ["generate", "--max-new-tokens", "20"],
+    ["chat", "--prompt", "My cat is called Zorali.", "--date", ""]])
+def test_drafts_write_the_same(command, capsys):
+    from gptoss.cli.options import POCKET
+
+    texts = []
+    for more in ([], ["--draft", "lookup"], ["--draft", str(POCKET)]):
+        assert main([*command, "--temperature", "0", "--dtype", "float32",
+                     *more]) == 0
+        texts.append(capsys.readouterr())
+    assert texts[0] == texts[1] == texts[2] and texts[0].out.strip()
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_drafts_that_are_none(command, folder, tmp_path, capsys, monkeypatch):
+    def told(draft):
+        assert main([command, "--prompt", "x", "--draft", draft]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1
+        return err
+
+    assert "no such directory" in told("look-up")
+    assert str(tmp_path) in told(str(tmp_path))
+    assert "--draft" in (err := told(str(folder))) and "vocabulary" in err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert "--draft: with torchrun only lookup" in told(str(folder))
+
+
 # -- the kernels -----------------------------------------------------------
 
 @pytest.mark.parametrize("command", [
