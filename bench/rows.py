@@ -229,15 +229,18 @@ def told_product(row: dict) -> str:
 # ---- steps of a whole model
 
 @torch.inference_mode()
-def filled(model: GptOss, batch: int, slack: int) -> Cache:
-    """A cache of `batch` texts with CONTEXT random keys and values each."""
+def filled(model: GptOss, batch: int, slack: int, same: bool = False,
+           room: int = 64) -> Cache:
+    """A cache of `batch` texts with CONTEXT random keys and values each,
+    the same for all or not, and room for more."""
     c = model.config
-    cache = model.new_cache(batch, CONTEXT + 64, slack=slack)
-    plan = cache.begin(torch.arange(CONTEXT).expand(batch, -1))
+    cache = model.new_cache(batch, CONTEXT + room, slack=slack)
+    plan = cache.begin(torch.arange(CONTEXT).repeat(batch, 1))
     for layer in range(c.num_hidden_layers):
-        k, v = torch.randn(2, batch, CONTEXT, c.num_key_value_heads,
-                           c.head_dim).to(model.dtype)
-        plan.update(layer, k, v)
+        drawn = torch.randn(2, 1 if same else batch, CONTEXT,
+                            c.num_key_value_heads, c.head_dim)
+        k, v = drawn.to(model.dtype).expand(2, batch, -1, -1, -1)
+        plan.update(layer, k.contiguous(), v.contiguous())
     cache.commit(plan)
     return cache
 
@@ -278,7 +281,7 @@ class Case:
     def __init__(self, model: GptOss, kind: str, n: int, sets: int):
         self.kind, self.n = kind, n
         batch = 1 if kind == "tokens" else n
-        self.cache = filled(model, batch, n)
+        self.cache = filled(model, batch, n, same=kind == "same")
         draw = torch.Generator().manual_seed(n)
         tokens = torch.randint(model.config.vocab_size, (sets, n),
                                generator=draw)
