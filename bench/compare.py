@@ -386,7 +386,7 @@ def main(argv=None):
         if isinstance(result, str):
             print(f"{name}: left out, {result}", file=sys.stderr)
             continue
-        if options.rounds > 1:
+        if options.rounds > 1 or options.together:
             print(told(name, result, None), file=sys.stderr)
         found[name] = best_of(found[name], result) if name in found else result
     if options.save:

@@ -26,12 +26,13 @@ class Failed(Exception):
 def ran(command: list, threads: int) -> tuple[str, int]:
     """What the program writes, stdout and then stderr, and its peak in
     bytes. Failed, with its last line, if it ends with an error."""
-    with tempfile.TemporaryFile("w+") as out, \
+    with tempfile.TemporaryDirectory() as folder, \
+            tempfile.TemporaryFile("w+") as out, \
             tempfile.TemporaryFile("w+") as err:
         try:
             process = subprocess.Popen(
                 list(map(str, command)), stdout=out, stderr=err,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.DEVNULL, cwd=folder,  # some leave a log
                 env=os.environ | {"OMP_NUM_THREADS": str(threads)})
         except OSError as error:
             raise Failed(str(error)) from None
@@ -103,8 +104,8 @@ def bench_binary(folder: Path, more: list[str], file: Path, options,
                  context: int) -> dict | str:
     """What a folder's two programs say of a file, with compare.py's options;
     or in words why there is nothing."""
+    folder, file, threads = folder.resolve(), file.resolve(), options.threads
     one, many = folder / "llama-bench", folder / "llama-batched-bench"
-    threads = options.threads
     try:
         repacks = "-rtr" in helped(one)
         if repacks and "-rtr" not in more:

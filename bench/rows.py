@@ -3,7 +3,7 @@
     python bench/rows.py [PATH] [--products linear,mxfp4,experts]
         [--shapes 4096x2880,2880x4096,512x2880,201088x2880]
         [--rows 1,2,4,5,8,16,32,128,512] [--tokens 1,2,4,8,16]
-        [--batch 1,2,4,8] [--dense 16|12] [--threads 2] [--json]
+        [--batch 1,2,4,8] [--dense 16|12] [--threads 2] [--save] [--json]
 
 Products: the time of ours over the better of ours and torch's, so 1.00 is
 the best that there is. `linear` and `compact` (twelve bits) stand beside
@@ -29,6 +29,7 @@ expert that at least one of them chose, counted in every layer. Told are
     rate     tokens a second over those of one, for --batch
 
 each from --sets draws of tokens, the fastest of --repeats turns of each.
+--save keeps the result for kernels/measured.
 """
 
 import argparse
@@ -355,6 +356,15 @@ def loaded(path: Path, dense: int) -> GptOss:
     return make_compact(model) if dense == 12 else model
 
 
+def short(found):
+    """The same with four digits of each number, as deep as they lie."""
+    if isinstance(found, dict):
+        return {key: short(value) for key, value in found.items()}
+    if isinstance(found, list):
+        return list(map(short, found))
+    return float(f"{found:.4g}") if isinstance(found, float) else found
+
+
 def integers(text: str) -> list[int]:
     """"1,2,4" -> [1, 2, 4]; "none" -> []."""
     return [] if text == "none" else [int(part) for part in text.split(",")]
@@ -376,6 +386,7 @@ def main(argv=None):
     parser.add_argument("--sets", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--save", action="store_true")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(argv)
     unknown = [name for name in options.products if name not in PRODUCTS]
@@ -401,6 +412,11 @@ def main(argv=None):
             print(f"memory reads at {speed / 1e9:.1f} GB/s")
             for row in found["steps"]:
                 print(told_step(row))
+    if options.save:
+        from kernels import save
+
+        save({"rows": {key: value for key, value in short(found).items()
+                       if value != []}})
     if options.json:
         json.dump(found, sys.stdout, indent=1)
         print()
