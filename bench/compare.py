@@ -3,7 +3,8 @@
     python bench/compare.py PATH [--engines ours,transformers,llama.cpp]
         [--prompt 512] [--tokens 32] [--repeats 3] [--rounds 1]
         [--gguf FILE] [--llama-python PYTHON] [--binary NAME=FOLDER]
-        [--together 1,2,4,8] [--long 4096] [--save SHAPE] [--json]
+        [--distinct NAME] [--together 1,2,4,8] [--long 4096] [--save SHAPE]
+        [--json]
 
 Every engine runs in a process of its own, alone, one after the other; printed
 are load seconds, peak resident memory, prefill and decode speed (medians),
@@ -32,7 +33,8 @@ is measured twice: `distinct`, where each text goes on with random tokens of
 its own, and `same`, where all texts are equal, so that all choose the same
 four experts a layer and read fewer bytes. ik_llama.cpp's llama-batched-bench
 feeds token 0 to all texts in every step, which is `same`; llama.cpp's feeds
-random tokens, which is `distinct`. A ratio compares like with like. --long: a
+random tokens, which is `distinct`; --distinct NAME says that a build of the
+former was changed to do so too. A ratio compares like with like. --long: a
 second, longer prompt, read once a round.
 
 --rounds: how often the engines take turns; of each, the round with the
@@ -236,7 +238,12 @@ def run_engine(name: str, options) -> dict | str:
         files = [file]
     read_once(files)
     if binary:
-        return bench_binary(*binary, files[0], options, CONTEXT)
+        found = bench_binary(*binary, files[0], options, CONTEXT)
+        if name.removesuffix("-q8_0") in options.distinct and (
+                "together" in found):
+            speeds, = found["together"].values()
+            found["together"] = {"distinct": speeds}
+        return found
     return run_child(name, options, python, more)
 
 
@@ -362,6 +369,8 @@ def main(argv=None):
     parser.add_argument("--llama-python", default=sys.executable)
     parser.add_argument("--binary", type=named_binary, action="append",
                         metavar="NAME=FOLDER", default=[])
+    parser.add_argument("--distinct", action="append", default=[],
+                        metavar="NAME")
     parser.add_argument("--together", type=integers, default=[])
     parser.add_argument("--long", type=int, default=0)
     parser.add_argument("--save", metavar="SHAPE")

@@ -122,6 +122,19 @@ def test_compare_beside_binaries(tmp_path):
     assert "-rtr" not in (plain / "calls").read_text()
 
 
+def test_a_build_may_draw_tokens(tmp_path):
+    repacks = programs(tmp_path / "ik", "-rtr, --run-time-repack <0|1>")
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    done = run("--engines", "ik", "--binary", f"ik={repacks} -rtr 0",
+               "--distinct", "ik", "--gguf", file, "--together", "1,2",
+               "--json")
+    assert json.loads(done.stdout)["ik"]["together"] == {
+        "distinct": {"1": 8, "2": 16}}
+    last = (repacks / "calls").read_text().splitlines()[-1]
+    assert "-rtr" not in last
+
+
 def test_compare_prints_like_beside_like(bench):
     compare = bench("compare")
     found = {
