@@ -1,34 +1,62 @@
-"""Ours, transformers and llama.cpp on one checkpoint, one after the other.
+"""Ours, transformers, llama.cpp and its relatives on one checkpoint.
 
     python bench/compare.py PATH [--engines ours,transformers,llama.cpp]
         [--prompt 512] [--tokens 32] [--repeats 3] [--rounds 1]
-        [--gguf FILE] [--save SHAPE] [--json]
+        [--gguf FILE] [--llama-python PYTHON] [--binary NAME=FOLDER]
+        [--distinct NAME] [--together 1,2,4,8] [--long 4096] [--save SHAPE]
+        [--json]
 
-Every engine runs in a process of its own, alone, on the same random tokens
-(ours-compact: with a copy of the dense matrices in twelve bits); printed are
-load seconds, peak resident memory, prefill and decode speed (medians), and
-each one's ratio to ours. PATH is a folder in the released layout
-(bench/make_checkpoint.py writes one of random weights). transformers decodes
-the experts (bf16, or float32 with transformers-fp32). llama.cpp needs its
-Python binding (llama-cpp-python) in --llama-python's interpreter and the
-checkpoint as GGUF, written on first use with the package `gguf`: to --gguf
-with dense matrices in bf16, and for llama.cpp-q8_0 beside it, as FILE.q8_0,
-with dense matrices in Q8_0. Without them it is left out, and a line says so.
+Every engine runs in a process of its own, alone, one after the other; printed
+are load seconds, peak resident memory, prefill and decode speed (medians),
+and each one's ratio to ours. PATH is a folder in the released layout
+(bench/make_checkpoint.py writes one of random weights). ours-compact has a
+copy of the dense matrices in twelve bits. transformers decodes the experts
+(bf16, or float32 with transformers-fp32).
+
+Engines that read GGUF get the checkpoint written on first use with the
+package `gguf` of --llama-python's interpreter: to --gguf with dense matrices
+in bf16, and for NAME-q8_0 beside it, as FILE.q8_0, with dense matrices in
+Q8_0. llama.cpp needs its Python binding (llama-cpp-python) in that
+interpreter. --binary, any number of times, names an engine by the folder of
+its `llama-bench` and `llama-batched-bench`, built elsewhere; options for both
+may follow the folder, as llama-bench takes them: --binary
+"ik_llama.cpp=/tmp/ik/build/bin -muge 1". It adds the engine NAME (and
+NAME-q8_0, if --engines asks for it). Where its help knows -rtr, as
+ik_llama.cpp's does, `-rtr 1` is set unless the options say otherwise: weights
+repacked while loading. Its flash attention and fused experts are on unless
+told otherwise, and so is llama.cpp's own repacking. What cannot be run is
+left out, and a line says so.
+
+--together: that many texts decode together, tokens a second of all of them,
+each text 128 tokens long at first (shared by all texts, for a binary). ours
+is measured twice: `distinct`, where each text goes on with random tokens of
+its own, and `same`, where all texts are equal, so that all choose the same
+four experts a layer and read fewer bytes. ik_llama.cpp's llama-batched-bench
+feeds token 0 to all texts in every step, which is `same`; llama.cpp's feeds
+random tokens, which is `distinct`; --distinct NAME says that a build of the
+former was changed to do so too. A ratio compares like with like. --long: a
+second, longer prompt, read once a round.
+
 --rounds: how often the engines take turns; of each, the round with the
-fastest decode counts, since a machine's memory is not always equally fast.
---save keeps the result for kernels/measured.
+fastest decode counts, since a machine's memory is not always equally fast,
+and the fastest of --together and --long. --save keeps the result for
+kernels/measured.
 """
 
 import argparse
 import json
 import os
 import resource
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from llama_binaries import bench_binary
+
 SEED = 0
+CONTEXT = 128  # tokens of each text before --together, as in rows.py
 
 
 def peak() -> int:
@@ -55,13 +83,47 @@ def run_ours(path: Path, options) -> dict:
     from gptoss.kernels.compact import make_compact
     from gptoss.model.transformer import GptOss
 
-    def load(path: Path) -> GptOss:
-        model = GptOss.from_pretrained(path)
-        return (make_compact(model) if options.child == "ours-compact"
-                else model)
+    makers = {"ours": lambda model: model, "ours-compact": make_compact}
+    kept = []
 
-    return measure(path, options.prompt, options.tokens, options.repeats,
-                   load=load)
+    def load(path: Path) -> GptOss:
+        if not kept:
+            model = GptOss.from_pretrained(path)
+            kept.append(makers[options.child](model))
+        return kept[0]
+
+    found = measure(path, options.prompt, options.tokens, options.repeats,
+                    load=load)
+    if options.long:
+        longer = measure(path, options.long, 1, 1, load=load)
+        found["prefill_of"] = {
+            str(options.long): longer["prefill_tokens_per_second"]}
+    if options.together:
+        found["together"] = {
+            kind: {str(n): together(load(path), n, options.tokens, kind)
+                   for n in options.together} for kind in KINDS}
+    return found
+
+
+def together(model, n: int, tokens: int, kind: str) -> float:
+    """Tokens a second of n texts that get so many tokens each."""
+    import torch
+    from rows import filled
+
+    from gptoss.kernels.step import DecodeStep
+
+    warm, same = 2, kind == "same"
+    cache = filled(model, n, 0, same=same, room=tokens + warm)
+    step = DecodeStep(model, cache)
+    drawn = torch.randint(model.config.vocab_size, (tokens + warm, n, 1),
+                          generator=torch.Generator().manual_seed(SEED))
+    drawn = drawn[:, :1].repeat(1, n, 1) if same else drawn
+    for now in drawn[:warm]:
+        step(now)
+    start = time.perf_counter()
+    for now in drawn[warm:]:
+        step(now)
+    return n * tokens / (time.perf_counter() - start)
 
 
 def run_transformers(path: Path, options) -> dict:
@@ -118,100 +180,7 @@ def run_llama(path: Path, options) -> dict:
     return raw(load, [run() for _ in range(options.repeats)])
 
 
-# ---- the checkpoint as GGUF
-
-def write_gguf(path: Path, target: Path, dense: str = "BF16") -> None:
-    """The folder as a GGUF file: experts MXFP4, matrices BF16 or Q8_0, no
-    tokens.
-
-    GGUF keeps one expert's gate and up apart, and a block as one scale byte
-    and 16 bytes whose low nibbles are the first sixteen values.
-    """
-    import gguf
-    import numpy as np
-    import torch
-
-    from gptoss.weights.checkpoint import Checkpoint
-
-    def block_bytes(blocks, scales):
-        values = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2)
-        mixed = values[..., :16] | values[..., 16:] << 4
-        return torch.cat([scales[..., None], mixed], -1).flatten(-2)
-
-    with Checkpoint.open(path) as file:
-        c = file.config
-        out = gguf.GGUFWriter(str(target), "gpt-oss", use_temp_file=True)
-        out.add_name("random")
-        out.add_vocab_size(c.vocab_size)
-        out.add_tokenizer_model("none")
-        out.add_context_length(c.max_position_embeddings)
-        out.add_embedding_length(c.hidden_size)
-        out.add_block_count(c.num_hidden_layers)
-        out.add_feed_forward_length(c.intermediate_size)
-        out.add_expert_feed_forward_length(c.intermediate_size)
-        out.add_head_count(c.num_attention_heads)
-        out.add_head_count_kv(c.num_key_value_heads)
-        out.add_key_length(c.head_dim)
-        out.add_value_length(c.head_dim)
-        out.add_layer_norm_rms_eps(c.rms_norm_eps)
-        out.add_expert_count(c.num_local_experts)
-        out.add_expert_used_count(c.num_experts_per_tok)
-        out.add_sliding_window(c.sliding_window)
-        out.add_rope_freq_base(c.rope_theta)
-        out.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        out.add_rope_scaling_factor(c.rope_factor)
-        out.add_rope_scaling_orig_ctx_len(c.initial_context_length)
-
-        def floats(name, source, rows=None, wide=False):
-            tensor = file.read(source)
-            tensor = tensor if rows is None else tensor[:, rows]
-            if wide or tensor.ndim == 1 or source.endswith("bias"):
-                out.add_tensor(name, tensor.float().contiguous().numpy())
-                return
-            kind = gguf.GGMLQuantizationType[dense]
-            data = (tensor.contiguous().view(torch.uint8).numpy()
-                    if dense == "BF16"
-                    else gguf.quants.quantize(tensor.float().numpy(), kind))
-            out.add_tensor(name, data, raw_dtype=kind)
-
-        def packed(name, source, rows):
-            data = block_bytes(*(file.read(f"{source}_{part}")[:, rows]
-                                 for part in ("blocks", "scales")))
-            out.add_tensor(name, np.ascontiguousarray(data.numpy()),
-                           raw_dtype=gguf.GGMLQuantizationType.MXFP4)
-
-        floats("token_embd.weight", "model.embed_tokens.weight")
-        floats("output.weight", "lm_head.weight")
-        floats("output_norm.weight", "model.norm.weight")
-        for n in range(c.num_hidden_layers):
-            here, there = f"model.layers.{n}", f"blk.{n}"
-            floats(f"{there}.attn_norm.weight",
-                   f"{here}.input_layernorm.weight")
-            floats(f"{there}.post_attention_norm.weight",
-                   f"{here}.post_attention_layernorm.weight")
-            for ours, theirs in (("q", "q"), ("k", "k"), ("v", "v"),
-                                 ("o", "output")):
-                for part in ("weight", "bias"):
-                    floats(f"{there}.attn_{theirs}.{part}",
-                           f"{here}.self_attn.{ours}_proj.{part}")
-            floats(f"{there}.attn_sinks.weight", f"{here}.self_attn.sinks")
-            floats(f"{there}.ffn_gate_inp.weight",
-                   f"{here}.mlp.router.weight", wide=True)
-            floats(f"{there}.ffn_gate_inp.bias", f"{here}.mlp.router.bias")
-            experts = f"{here}.mlp.experts"
-            for name, source, rows in (
-                    ("gate", "gate_up_proj", slice(0, None, 2)),
-                    ("up", "gate_up_proj", slice(1, None, 2)),
-                    ("down", "down_proj", slice(None))):
-                packed(f"{there}.ffn_{name}_exps.weight",
-                       f"{experts}.{source}", rows)
-                floats(f"{there}.ffn_{name}_exps.bias",
-                       f"{experts}.{source}_bias", rows)
-        out.write_header_to_file()
-        out.write_kv_data_to_file()
-        out.write_tensors_to_file()
-        out.close()
-
+# ---- the file of an engine that reads GGUF
 
 def made_gguf(name: str, options) -> Path | str:
     """The file for an engine of llama.cpp, written if it is not there, or in
@@ -230,6 +199,8 @@ def made_gguf(name: str, options) -> Path | str:
     sys.path.append(place)  # behind what is installed here
     part = target.with_name(f"{target.name}.part")
     try:
+        from gguf_file import write_gguf
+
         write_gguf(options.path, part, "Q8_0" if small else "BF16")
     except ImportError as error:
         return f"the file cannot be written: {error}"
@@ -243,6 +214,7 @@ ENGINES = {"ours": run_ours, "ours-compact": run_ours,
            "transformers": run_transformers,
            "transformers-fp32": run_transformers,
            "llama.cpp": run_llama, "llama.cpp-q8_0": run_llama}
+KINDS = ("distinct", "same")
 
 
 def read_once(files: list[Path]) -> None:
@@ -253,23 +225,38 @@ def read_once(files: list[Path]) -> None:
                 pass
 
 
-def run_child(name: str, options) -> dict | str:
+def run_engine(name: str, options) -> dict | str:
     """The engine's report, or in words why there is none."""
-    from gptoss.kernels.bench import summarise
-
     python, more = sys.executable, []
     files = sorted(options.path.glob("*.safetensors"))
-    if name.startswith("llama.cpp"):
+    binary = options.binaries.get(name.removesuffix("-q8_0"))
+    if binary or name.startswith("llama.cpp"):
         file = made_gguf(name, options)
         if isinstance(file, str):
             return file
         python, more = options.llama_python, ["--gguf", str(file)]
         files = [file]
     read_once(files)
+    if binary:
+        found = bench_binary(*binary, files[0], options, CONTEXT)
+        if name.removesuffix("-q8_0") in options.distinct and (
+                "together" in found):
+            speeds, = found["together"].values()
+            found["together"] = {"distinct": speeds}
+        return found
+    return run_child(name, options, python, more)
+
+
+def run_child(name: str, options, python: str, more: list[str]
+              ) -> dict | str:
+    from gptoss.kernels.bench import summarise
+
+    together = ",".join(map(str, options.together)) or "none"
     done = subprocess.run(
         [python, __file__, str(options.path), "--child", name, "--prompt",
          str(options.prompt), "--tokens", str(options.tokens), "--repeats",
-         str(options.repeats), *more], capture_output=True, text=True,
+         str(options.repeats), "--together", together, "--long",
+         str(options.long), *more], capture_output=True, text=True,
         env=os.environ | {"OMP_NUM_THREADS": str(options.threads),
                           "HF_HUB_OFFLINE": "1"})
     if done.returncode:
@@ -286,10 +273,29 @@ def run_child(name: str, options) -> dict | str:
     return found
 
 
+def best_of(before: dict, result: dict) -> dict:
+    """The round with the faster decode, but the best of what is beside."""
+    best = dict(max(before, result,
+                    key=lambda each: each["decode_tokens_per_second"]))
+    for part in ("prefill_of", "together"):
+        if part in result:
+            best[part] = merged(before[part], result[part])
+    return best
+
+
+def merged(before, result):
+    """The larger of each number, as deep as they lie."""
+    if not isinstance(result, dict):
+        return max(before, result)
+    return {key: merged(before[key], result[key]) for key in result}
+
+
 def told(name: str, result: dict, ours: dict | None) -> str:
     speeds = [result[f"{part}_tokens_per_second"]
               for part in ("decode", "prefill")]
-    line = (f"{name:18} load {result['load_seconds']:6.1f} s, peak "
+    load = (f"load {result['load_seconds']:6.1f} s"
+            if "load_seconds" in result else " " * 13)
+    line = (f"{name:18} {load}, peak "
             f"{result['peak_rss_bytes'] / 2 ** 30:5.1f} GiB, decode "
             f"{speeds[0]:7.2f}, prefill of {result['prompt_tokens']} "
             f"{speeds[1]:7.2f} tok/s")
@@ -304,10 +310,56 @@ def told(name: str, result: dict, ours: dict | None) -> str:
     return line + (f"; ours {decode:.2f} and {prefill:.2f} times as fast")
 
 
+def told_more(found: dict) -> list[str]:
+    """Lines on texts together and on long prompts: tokens a second, and of
+    each of ours over each of theirs, like with like."""
+    lines, ours = [], [name for name in found if name.startswith("ours")]
+    for name, result in found.items():
+        numbers = {("prefill of", "", n): speed for n, speed
+                   in result.get("prefill_of", {}).items()}
+        numbers |= {("together", kind, n): speed for kind, speeds
+                    in result.get("together", {}).items()
+                    for n, speed in speeds.items()}
+        for (part, kind, n), speed in numbers.items():
+            line = f"{name:18} {part} {n:>4} {kind:8} {speed:7.2f} tok/s"
+            if name in ours:
+                one = result.get("together", {}).get(kind, {}).get("1")
+                if one:
+                    line += f"; {speed / one:.2f} times one"
+            else:
+                line += "".join(
+                    f"; {mine} {other / speed:.2f} times as fast"
+                    for mine in ours if (other := speed_of(
+                        found[mine], part, kind, n)) is not None)
+            lines.append(line)
+    return lines
+
+
+def speed_of(result: dict, part: str, kind: str, n: str) -> float | None:
+    place = (result.get("together", {}).get(kind, {}) if part == "together"
+             else result.get("prefill_of", {}))
+    return place.get(n)
+
+
+def named_binary(text: str) -> tuple[str, tuple[Path, list[str]]]:
+    """"NAME=FOLDER OPTIONS" -> its parts."""
+    name, sign, rest = text.partition("=")
+    folder, *more = shlex.split(rest) or [""]
+    if not (name and sign and folder) or name in ENGINES:
+        raise ValueError
+    return name, (Path(folder), more)
+
+
+def integers(text: str) -> list[int]:
+    """"1,2,4" -> [1, 2, 4]; "none" -> []."""
+    return [] if text == "none" else [int(part) for part in text.split(",")]
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("path", type=Path)
-    parser.add_argument("--engines", default="ours,transformers,llama.cpp")
+    parser.add_argument("--engines", help="default: ours, transformers, "
+                        "llama.cpp and each --binary")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
@@ -315,6 +367,12 @@ def main(argv=None):
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--gguf", type=Path)
     parser.add_argument("--llama-python", default=sys.executable)
+    parser.add_argument("--binary", type=named_binary, action="append",
+                        metavar="NAME=FOLDER", default=[])
+    parser.add_argument("--distinct", action="append", default=[],
+                        metavar="NAME")
+    parser.add_argument("--together", type=integers, default=[])
+    parser.add_argument("--long", type=int, default=0)
     parser.add_argument("--save", metavar="SHAPE")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -322,22 +380,24 @@ def main(argv=None):
     if options.child:
         print(json.dumps(ENGINES[options.child](options.path, options)))
         return
-    names = options.engines.split(",")
-    unknown = [name for name in names if name not in ENGINES]
+    options.binaries = dict(options.binary)
+    names = (options.engines.split(",") if options.engines else
+             ["ours", "transformers", "llama.cpp", *options.binaries])
+    known = [*ENGINES, *(f"{name}{end}" for name in options.binaries
+                         for end in ("", "-q8_0"))]
+    unknown = [name for name in names if name not in known]
     if unknown:
-        parser.error(f"--engines: expected some of {', '.join(ENGINES)}, "
+        parser.error(f"--engines: expected some of {', '.join(known)}, "
                      f"found {', '.join(unknown)}")
     found = {}
     for name in names * options.rounds:
-        result = run_child(name, options)
+        result = run_engine(name, options)
         if isinstance(result, str):
             print(f"{name}: left out, {result}", file=sys.stderr)
             continue
-        if options.rounds > 1:
+        if options.rounds > 1 or options.together:
             print(told(name, result, None), file=sys.stderr)
-        best = found.get(name, result)
-        found[name] = max(best, result, key=lambda each:
-                          each["decode_tokens_per_second"])
+        found[name] = best_of(found[name], result) if name in found else result
     if options.save:
         from kernels import save
 
@@ -347,6 +407,8 @@ def main(argv=None):
         return
     for name, result in found.items():
         print(told(name, result, found.get("ours")))
+    for line in told_more(found):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -517,6 +517,72 @@ plt.show()
 # was 6.5 ms with 512 tokens and 6.4 with 4096.
 
 # %% [markdown]
+# ### And many rows at once?
+#
+# A server, a draft that is checked and a prompt have many rows, and could read
+# each weight once for all of them. Who wins there depends on *which* tokens
+# the rows get. ik_llama.cpp's `llama-batched-bench` gives token 0 to all texts
+# in every step: they are equal, and choose the same four experts in each
+# layer. llama.cpp's gives each text a random token. How many bytes of weights
+# is a step then, if experts are chosen at random?
+
+# %%
+from gptoss.moe.routing import expected_hits
+from gptoss.weights.sizes import bytes_read_per_token, expert_bytes
+
+
+def step_bytes(texts: int, experts: float) -> float:
+    """Of so many texts together that hit so many experts in each layer."""
+    more = big.num_hidden_layers * (experts - K) * expert_bytes(big)
+    return bytes_read_per_token(big) + more + (
+        texts - 1) * 2 * big.hidden_size
+
+
+for texts in (1, 2, 4, 8):
+    hit = expected_hits(E, K, texts)
+    same, distinct = step_bytes(texts, K), step_bytes(texts, hit)
+    print(f"{texts} together: {hit:4.1f} experts a layer; "
+          f"{distinct / 1e9:4.1f} GB, {same / 1e9:.1f} GB if equal: "
+          f"{distinct / same:.1f} times as much")
+
+# %% [markdown]
+# Two programs that both run at memory's speed would differ by that factor if
+# one were measured with equal texts and the other not. So ours is measured
+# both ways, and compared like with like: tokens a second of all texts, and
+# ours over theirs.
+
+# %% tags=["hide-input"]
+for machine, saved in (("Zen 3", MEASURED), ("Zen 4", ON_AVX512)):
+    engines = measured("20b", found=saved, default={})
+    for name, engine in engines.items():
+        for kind, speeds in engine.get("together", {}).items():
+            line = f"{machine} {name:18} {kind:8}"
+            ours = measured("ours", "together", kind, found=engines)
+            for texts, speed in speeds.items():
+                line += f" {texts:>3}: {speed:5.1f}"
+                if not name.startswith("ours") and ours:
+                    line += f" ({ours[texts] / speed:4.2f} x)"
+            print(line)
+
+# %% [markdown]
+# Beside torch and beside the bytes, by `bench/rows.py`: a product's time over
+# the better of ours and torch's, where 1.00 is the best that there is; and a
+# step of $n$ tokens, its *excess*: how many times one token's, over how many
+# times the bytes.
+
+# %% tags=["hide-input"]
+for machine, saved in (("Zen 3", MEASURED), ("Zen 4", ON_AVX512)):
+    tables: dict[str, list[str]] = {}
+    for row in measured("rows", "products", found=saved, default=[]):
+        tables.setdefault(f"{row['product']} {row['shape']}", []).append(
+            f"{row['rows']}: {row['over_best']:.2f}")
+    for row in measured("rows", "steps", found=saved, default=[]):
+        tables.setdefault(f"steps, {row['kind']}", []).append(
+            f"{row['n']}: {row['excess']:.2f}")
+    for name, entries in tables.items():
+        print(f"{machine} {name:20} {'  '.join(entries)}")
+
+# %% [markdown]
 # **Not run at all**, for want of such machines: the kernels on an ARM
 # processor. The file compiles for one, and the product in NEON, run in an
 # emulator (QEMU), agrees with float64 as the others do; how fast it is, nobody
