@@ -10,7 +10,8 @@ Every engine runs in a process of its own, alone, one after the other; printed
 are load seconds, peak resident memory, prefill and decode speed (medians),
 and each one's ratio to ours. PATH is a folder in the released layout
 (bench/make_checkpoint.py writes one of random weights). ours-compact has a
-copy of the dense matrices in twelve bits. transformers decodes the experts
+copy of the dense matrices in twelve bits, ours-eight has them rounded to
+eight. transformers decodes the experts
 (bf16, or float32 with transformers-fp32).
 
 Engines that read GGUF get the checkpoint written on first use with the
@@ -80,16 +81,16 @@ def raw(load: float, runs: list[list[float]]) -> dict:
 
 def run_ours(path: Path, options) -> dict:
     from gptoss.kernels.bench import measure
-    from gptoss.kernels.compact import make_compact
+    from gptoss.kernels.eight import hold_dense
     from gptoss.model.transformer import GptOss
 
-    makers = {"ours": lambda model: model, "ours-compact": make_compact}
+    makers = {"ours": 16, "ours-compact": 12, "ours-eight": 8}
     kept = []
 
     def load(path: Path) -> GptOss:
         if not kept:
             model = GptOss.from_pretrained(path)
-            kept.append(makers[options.child](model))
+            kept.append(hold_dense(model, makers[options.child]))
         return kept[0]
 
     found = measure(path, options.prompt, options.tokens, options.repeats,
@@ -211,6 +212,7 @@ def made_gguf(name: str, options) -> Path | str:
 # ---- one after the other
 
 ENGINES = {"ours": run_ours, "ours-compact": run_ours,
+           "ours-eight": run_ours,
            "transformers": run_transformers,
            "transformers-fp32": run_transformers,
            "llama.cpp": run_llama, "llama.cpp-q8_0": run_llama}

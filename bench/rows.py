@@ -45,7 +45,8 @@ import torch
 import torch.nn.functional as F
 
 from gptoss.kernels.build import load_kernels
-from gptoss.kernels.compact import make_compact, pack, saved_bytes
+from gptoss.kernels.compact import pack, saved_bytes
+from gptoss.kernels.eight import hold_dense
 from gptoss.kernels.roofline import read_speed
 from gptoss.kernels.step import DecodeStep
 from gptoss.model.cache import Cache
@@ -353,7 +354,7 @@ def told_step(row: dict) -> str:
 
 def loaded(path: Path, dense: int) -> GptOss:
     model = GptOss.from_pretrained(path)
-    return make_compact(model) if dense == 12 else model
+    return hold_dense(model, dense)
 
 
 def short(found):
@@ -382,7 +383,7 @@ def main(argv=None):
     parser.add_argument("--seconds", type=float, default=0.5)
     parser.add_argument("--tokens", type=integers, default=[1, 2, 4, 8, 16])
     parser.add_argument("--batch", type=integers, default=[1, 2, 4, 8])
-    parser.add_argument("--dense", type=int, choices=(16, 12), default=16)
+    parser.add_argument("--dense", type=int, choices=(16, 12, 8), default=16)
     parser.add_argument("--sets", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--threads", type=int, default=os.cpu_count())

@@ -37,7 +37,8 @@ hypothesis.settings.load_profile("fixed")
 # much of them is about machines without a compiler, so nothing skips them
 THEIRS = ("test_kernels.py", "test_build.py", "test_compact.py",
           "test_eight.py", "test_bench.py", "test_triton_kernels.py",
-          "test_kernel_parts.py", "test_kernel_safety.py")
+          "test_kernel_parts.py", "test_kernel_safety.py",
+          "test_quicker.py")
 
 # file -> its tests (patterns) that run on the kernels' path too
 BOTH = {

@@ -248,7 +248,6 @@ from typing import Any
 
 import torch
 
-from gptoss.kernels.drafts import drafter_for
 from gptoss.model.transformer import GptOss
 from gptoss.text.generate import generate
 from gptoss.text.sampling import SamplingOptions
@@ -275,7 +274,11 @@ class PrefixCache:
     def __init__(self, model: GptOss, slack: int = 0, draft: Any = None
                  ) -> None:
         self.model = model
-        self.draft = None if draft is None else drafter_for(draft, model)
+        self.draft = draft
+        if draft is not None:  # kernels are imported where they are needed
+            from gptoss.kernels.drafts import drafter_for
+
+            self.draft = drafter_for(draft, model)
         self.cache = model.new_cache(slack=slack)
         self.tokens: list[int] = []  # fed, or to be fed next
         self.fed = 0  # tokens fed so far that were not written here
