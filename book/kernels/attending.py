@@ -472,7 +472,7 @@ for terms in (4, 5, 6, 7):
 #
 # In decode there are G pieces of work, eight in the 20b, however long the text
 # is; a machine with more cores would idle. So the keys are cut into ranges of
-# 512 (of more, from 16,384 on, so that there are never more than 32), each a
+# 512 (of more in a long text, so that there are never more than 32), each a
 # piece of work of its own, and the results of the ranges are merged by
 # {eq}`kernels-running` once more, with the state of a range in place of a
 # chunk. Only the first range begins with the sink; the others begin with

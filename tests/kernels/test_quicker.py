@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from test_kernels import COMPILED
+from torch.utils.flop_counter import FlopCounterMode
 
 from gptoss.kernels import quicker
 from gptoss.kernels.quicker import NEVER, TOKENS, torch_is_quicker
@@ -97,6 +98,21 @@ def test_from_so_many_tokens_on_torch_answers():
         assert (ours - exact).norm() < 3e-3 * exact.norm()
     finally:
         torch.ops.gptoss.torch_from(before)
+
+
+@needs_kernels
+def test_a_mode_of_the_caller_sees_nothing_of_it(kept):
+    file, count = kept
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):
+        assert quicker.choose_product() == 32
+    assert counter.get_total_flops() == 0 and len(count) == 1
+
+
+@needs_kernels
+def test_it_is_measured_on_the_cpu_under_any_default():
+    with torch.device("meta"):
+        ours, torchs = quicker.measure_products(2)
+    assert ours[-1] > ours[0] and torchs[-1] > 0  # 512 tokens, and 8
 
 
 @needs_kernels
