@@ -21,7 +21,7 @@ Q8_0. llama.cpp needs its Python binding (llama-cpp-python) in that
 interpreter. --binary, any number of times, names an engine by the folder of
 its `llama-bench` and `llama-batched-bench`, built elsewhere; options for both
 may follow the folder, as llama-bench takes them: --binary
-"ik_llama.cpp=/tmp/ik/build/bin -muge 1". It adds the engine NAME (and
+"ik_llama.cpp=/path/to/build/bin -muge 1". It adds the engine NAME (and
 NAME-q8_0, if --engines asks for it). Where its help knows -rtr, as
 ik_llama.cpp's does, `-rtr 1` is set unless the options say otherwise: weights
 repacked while loading. Its flash attention and fused experts are on unless

@@ -248,7 +248,7 @@ across = [0.4 + 0.01 * n for n in range(61)]
 for ax, (name, config) in zip(axes, BIG.items(), strict=True):
     for n in (1, 3, 7):
         ax.plot(across, [expected_tokens(a, n) / cost(config, n)
-                         for a in across], label=f"{n} guesses")
+                         for a in across], label=f"guesses: {n}")
     ax.axhline(1, color="0.4", linewidth=0.8)
     ax.set(title=name, xlabel="share of guesses that are right",
            xlim=(0.4, 1), ylim=(0.4, 3.4))
