@@ -241,8 +241,8 @@ for name, config in BIG.items():
 
 # %% tags=["hide-input"]
 # Figure: two panels, 20b and 120b: gain over the share of guesses that are
-# right, a curve for 1, 3 and 7 guesses. All begin below 1 and rise; more
-# guesses begin lower and end higher, and the 120b's curves lie lower.
+# right, a curve for 1, 3 and 7 guesses. All rise; with more guesses they begin
+# lower, below 1, and end higher, and the 120b's curves lie lower.
 fig, axes = plt.subplots(1, 2, figsize=(7.4, 2.6), sharey=True)
 across = [0.4 + 0.01 * n for n in range(61)]
 for ax, (name, config) in zip(axes, BIG.items(), strict=True):
