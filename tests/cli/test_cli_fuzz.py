@@ -61,7 +61,7 @@ def value(chance: random.Random, option: str, how: dict, paths: list[str],
           there: Path) -> str:
     """Something for an option that may be right, or nearly, or not."""
     if "choices" in how and chance.random() < 0.9:
-        return chance.choice(how["choices"])
+        return str(chance.choice(how["choices"]))
     if option in ("target", "folder") and chance.random() < 0.5:
         return str(there / f"new{chance.random()}")
     if option in ("--model", "path", "source", "target", "folder",
@@ -114,8 +114,9 @@ def test_any_value_of_any_option(name, paths, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "read_speed", lambda: 1e9)
     monkeypatch.setattr(vectors, "write", lambda folder: [Path(folder)])
     real = walked.report  # the other references take seconds each
-    monkeypatch.setattr(walked, "report", lambda path, against, *more: real(
-        path, "float64", *more))
+    monkeypatch.setattr(
+        walked, "report", lambda path, against, *more, **named: real(
+            path, "float64", *more, **named))
     codes = []
     for _ in range(ROUNDS):
         argv = command(chance, name, paths, tmp_path)

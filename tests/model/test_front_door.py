@@ -197,8 +197,10 @@ def test_saved_and_read_again(folders, layout, dtype, shard, tmp_path):
     again = GptOss.from_pretrained(tmp_path / "new", "auto")
     assert again.dtype == model.dtype and again.config == model.config
     assert equal(dict(again.state_dict()), dict(model.state_dict()))
-    assert torch.equal(loaded(again, tokens=TOKENS),
-                       loaded(model, tokens=TOKENS))
+    # a library's products may depend on where in memory a matrix begins
+    torch.testing.assert_close(
+        loaded(again, tokens=TOKENS), loaded(model, tokens=TOKENS), rtol=0,
+        atol=32 * torch.finfo(model.dtype).eps)
     files = sorted((tmp_path / "new").glob("*.safetensors"))
     assert (len(files) == 1) == (shard == 10 ** 9)
     said = json.loads((tmp_path / "new" / "config.json").read_text())

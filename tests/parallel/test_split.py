@@ -514,7 +514,7 @@ if os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)
         return forward(self, tokens, cache, *args, **options)
     SplitGptOss.forward = dying
-sys.exit(cli.main(["generate", "--max-new-tokens", "400"]))
+sys.exit(cli.main(["generate", "--max-new-tokens", "400", "--seed", "0"]))
 """
 
 
