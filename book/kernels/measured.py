@@ -597,9 +597,9 @@ for machine, saved in (("Zen 3", MEASURED), ("Zen 4", ON_AVX512)):
         print(f"{machine} {name:20} {'  '.join(entries)}")
 
 # %% [markdown] tags=["measured"]
-# `linear` is at most a twentieth slower than the better of both, for any number
-# of rows. A step of two tokens costs what its bytes allow. Four, eight and
-# sixteen cost more than they should (the aim was 1.25): there most experts
+# `linear` is at most a twentieth slower than the better of both, for any
+# number of rows. A step of two tokens costs what its bytes allow. Four, eight
+# and sixteen cost more than they should (the aim was 1.25): there most experts
 # have two or three tokens, and a core decodes weights for them at half of what
 # memory delivers. Prefill rose from 37 to about 50 tokens a second. Guessing
 # tokens ([drafts](drafts.ipynb)) wrote an edited program 1.8 times as fast on
