@@ -524,8 +524,10 @@ print(64 * 256 * 4 // 1024, "KiB of a widened tile,",
 #   for (; i < count; ++i) to[i] = bias ? v[i] + float(bias[i]) : v[i];
 # }
 #
-# // from so many tokens on torch's own product is taken: it is measured
+# // from so many tokens on torch's own product is taken: it is measured; for
+# // a router never, which processes that share a model compute each
 # std::atomic<int64_t> from_torch{std::numeric_limits<int64_t>::max()};
+# constexpr int64_t TALL_ENOUGH = 512;  // rows
 #
 # // y (N, m) = x (N, n) times w (m, n) transposed, plus a bias
 # void dense_rows(const Number* x, int64_t N, const Number* w, int64_t m,
@@ -586,7 +588,8 @@ print(64 * 256 * 4 // 1024, "KiB of a widened tile,",
 #   const int64_t m = weight.size(0), n = weight.size(1);
 #   check_linear("linear", x, m, n, bias);
 #   if (!weight.is_contiguous() || n % BLOCK || !x.numel() || !m
-#       || (bias && !has(*bias, {m})) || x.numel() / n >= from_torch)
+#       || (bias && !has(*bias, {m}))
+#       || (m >= TALL_ENOUGH && x.numel() / n >= from_torch))
 #     return plain<decltype(linear)>("linear", x, weight, bias);
 #   const Tensor from = x.contiguous();
 #   auto shape = x.sizes().vec();
@@ -621,7 +624,9 @@ print(64 * 256 * 4 // 1024, "KiB of a widened tile,",
 # and the number of tokens. We do not guess: after the kernels are loaded both
 # are timed, in turns, on one matrix. The answer is kept beside the compiled
 # kernels, since another answer in the next process could change the last digit
-# of a text. `torch_from` then says from how many tokens on torch is asked.
+# of a text. `torch_from` then says from how many tokens on torch is asked. Not
+# for matrices of fewer than 512 rows: the router is one, and where processes
+# share a model, each computes all of it and must choose the same experts.
 
 # %% tags=["export:quicker"]
 import json

@@ -65,8 +65,10 @@ void finish(const float* v, const Number* bias, int64_t count, Number* to) {
   for (; i < count; ++i) to[i] = bias ? v[i] + float(bias[i]) : v[i];
 }
 
-// from so many tokens on torch's own product is taken: it is measured
+// from so many tokens on torch's own product is taken: it is measured; for
+// a router never, which processes that share a model compute each
 std::atomic<int64_t> from_torch{std::numeric_limits<int64_t>::max()};
+constexpr int64_t TALL_ENOUGH = 512;  // rows
 
 // y (N, m) = x (N, n) times w (m, n) transposed, plus a bias
 void dense_rows(const Number* x, int64_t N, const Number* w, int64_t m,
@@ -116,7 +118,8 @@ Tensor linear(const Tensor& x, const Tensor& weight,
   const int64_t m = weight.size(0), n = weight.size(1);
   check_linear("linear", x, m, n, bias);
   if (!weight.is_contiguous() || n % BLOCK || !x.numel() || !m
-      || (bias && !has(*bias, {m})) || x.numel() / n >= from_torch)
+      || (bias && !has(*bias, {m}))
+      || (m >= TALL_ENOUGH && x.numel() / n >= from_torch))
     return plain<decltype(linear)>("linear", x, weight, bias);
   const Tensor from = x.contiguous();
   auto shape = x.sizes().vec();

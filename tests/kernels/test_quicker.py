@@ -86,13 +86,16 @@ def test_a_folder_that_is_read_only(kept):
 @torch.inference_mode()
 def test_from_so_many_tokens_on_torch_answers():
     torch.manual_seed(0)
-    x, weight = torch.randn(9, 96).bfloat16(), torch.randn(40, 96).bfloat16()
-    bias = torch.randn(40).bfloat16()
+    x, weight = torch.randn(9, 96).bfloat16(), torch.randn(512, 96).bfloat16()
+    bias = torch.randn(512).bfloat16()
     before = torch.ops.gptoss.torch_from(9)
     try:
         nine = torch.ops.gptoss.linear(x, weight, bias)
         assert torch.equal(nine, F.linear(x, weight, bias))
+        router = torch.ops.gptoss.linear(x, weight[:128], bias[:128])
         torch.ops.gptoss.torch_from(10)
+        assert torch.equal(router, torch.ops.gptoss.linear(
+            x, weight[:128], bias[:128]))  # ours in every process
         exact = x.double() @ weight.double().T + bias.double()
         ours = torch.ops.gptoss.linear(x, weight, bias)
         assert (ours - exact).norm() < 3e-3 * exact.norm()
