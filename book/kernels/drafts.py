@@ -182,22 +182,17 @@ from torch import Tensor
 
 from gptoss.model.cache import Cache
 from gptoss.model.transformer import GptOss
+from gptoss.moe.routing import expected_hits
 from gptoss.text.generate import Decoder, choose_step, one_by_one
 from gptoss.text.sampling import Sampler, SamplingOptions, draw, reject
 from gptoss.weights.config import GptOssConfig
 from gptoss.weights.sizes import bytes_read_per_token, expert_bytes
 
 
-def experts_read(config: GptOssConfig, tokens: int) -> float:
-    """Different experts of a layer that so many tokens choose, expected if
-    they choose independently."""
-    E, K = config.num_local_experts, config.num_experts_per_tok
-    return E * (1 - (1 - K / E) ** tokens)
-
-
 def step_bytes(config: GptOssConfig, tokens: int) -> float:
     """Bytes of weights that a forward of so many tokens reads."""
-    more = experts_read(config, tokens) - config.num_experts_per_tok
+    E, K = config.num_local_experts, config.num_experts_per_tok
+    more = expected_hits(E, K, tokens) - K  # more than one token reads
     return (bytes_read_per_token(config)
             + config.num_hidden_layers * more * expert_bytes(config))
 
@@ -231,11 +226,12 @@ def cost(config, guesses):
 
 
 for name, config in BIG.items():
+    E, K = config.num_local_experts, config.num_experts_per_tok
     print(f"{name}: tokens  experts     GB  cost  gain at 0.6, 0.7, 0.8, 0.9")
     for n in (1, 2, 3, 4, 6, 8, 16):
         gains = [expected_tokens(share, n - 1) / cost(config, n - 1)
                  for share in (0.6, 0.7, 0.8, 0.9)]
-        print(f"{n:12} {experts_read(config, n):8.1f} "
+        print(f"{n:12} {expected_hits(E, K, n):8.1f} "
               f"{step_bytes(config, n) / 1e9:6.2f} {cost(config, n - 1):5.2f}"
               + " " * 9 + " ".join(f"{gain:5.2f}" for gain in gains))
 

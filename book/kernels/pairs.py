@@ -460,9 +460,12 @@ print(f"one rounding {once:.4f}, two {twice:.4f}: {twice / once:.1f} times")
 # has $nK / (E (1 - (1 - K/E)^n))$ on average.
 
 # %%
+from gptoss.moe.routing import expected_hits
+
+
 def together(n: int, E: int, K: int = 4) -> tuple[float, float]:
     """Experts that are chosen, and tokens in each of them."""
-    chosen = E * (1 - (1 - K / E) ** n)
+    chosen = expected_hits(E, K, n)
     return chosen, n * K / chosen
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gptoss.model.cache import Cache
 from gptoss.model.transformer import GptOss
+from gptoss.moe.routing import expected_hits
 from gptoss.text.generate import Decoder, choose_step, one_by_one
 from gptoss.text.sampling import Sampler, SamplingOptions, draw, reject
 from gptoss.weights.config import GptOssConfig
@@ -20,16 +21,10 @@ from gptoss.weights.sizes import bytes_read_per_token, expert_bytes
 
 # --- What does a step of n tokens read? --------------------------------------
 
-def experts_read(config: GptOssConfig, tokens: int) -> float:
-    """Different experts of a layer that so many tokens choose, expected if
-    they choose independently."""
-    E, K = config.num_local_experts, config.num_experts_per_tok
-    return E * (1 - (1 - K / E) ** tokens)
-
-
 def step_bytes(config: GptOssConfig, tokens: int) -> float:
     """Bytes of weights that a forward of so many tokens reads."""
-    more = experts_read(config, tokens) - config.num_experts_per_tok
+    E, K = config.num_local_experts, config.num_experts_per_tok
+    more = expected_hits(E, K, tokens) - K  # more than one token reads
     return (bytes_read_per_token(config)
             + config.num_hidden_layers * more * expert_bytes(config))
 
@@ -364,7 +359,6 @@ __all__ = [
     "drafter_for",
     "draw_along",
     "expected_tokens",
-    "experts_read",
     "keep_or_redraw",
     "step_bytes",
     "with_drafts",
