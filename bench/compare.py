@@ -11,8 +11,9 @@ are load seconds, peak resident memory, prefill and decode speed (medians),
 and each one's ratio to ours. PATH is a folder in the released layout
 (bench/make_checkpoint.py writes one of random weights). ours-compact has a
 copy of the dense matrices in twelve bits, ours-eight has them rounded to
-eight. transformers decodes the experts
-(bf16, or float32 with transformers-fp32).
+eight; ours-coarse rounds what enters the experts to eight bits, and
+ours-coarse-eight does both. transformers decodes the experts (bf16, or
+float32 with transformers-fp32).
 
 Engines that read GGUF get the checkpoint written on first use with the
 package `gguf` of --llama-python's interpreter: to --gguf with dense matrices
@@ -81,16 +82,18 @@ def raw(load: float, runs: list[list[float]]) -> dict:
 
 def run_ours(path: Path, options) -> dict:
     from gptoss.kernels.bench import measure
+    from gptoss.kernels.coarse import hold_activations
     from gptoss.kernels.eight import hold_dense
     from gptoss.model.transformer import GptOss
 
-    makers = {"ours": 16, "ours-compact": 12, "ours-eight": 8}
+    dense, activations = OURS[options.child]
     kept = []
 
     def load(path: Path) -> GptOss:
         if not kept:
             model = GptOss.from_pretrained(path)
-            kept.append(hold_dense(model, makers[options.child]))
+            kept.append(hold_activations(hold_dense(model, dense),
+                                         activations))
         return kept[0]
 
     found = measure(path, options.prompt, options.tokens, options.repeats,
@@ -211,8 +214,9 @@ def made_gguf(name: str, options) -> Path | str:
 
 # ---- one after the other
 
-ENGINES = {"ours": run_ours, "ours-compact": run_ours,
-           "ours-eight": run_ours,
+OURS = {"ours": (16, 16), "ours-compact": (12, 16), "ours-eight": (8, 16),
+        "ours-coarse": (16, 8), "ours-coarse-eight": (8, 8)}  # bits
+ENGINES = {**dict.fromkeys(OURS, run_ours),
            "transformers": run_transformers,
            "transformers-fp32": run_transformers,
            "llama.cpp": run_llama, "llama.cpp-q8_0": run_llama}

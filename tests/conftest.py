@@ -36,9 +36,9 @@ hypothesis.settings.load_profile("fixed")
 # these load the kernels for their whole process, so only where they belong;
 # much of them is about machines without a compiler, so nothing skips them
 THEIRS = ("test_kernels.py", "test_build.py", "test_compact.py",
-          "test_eight.py", "test_bench.py", "test_triton_kernels.py",
-          "test_kernel_parts.py", "test_kernel_safety.py",
-          "test_quicker.py")
+          "test_eight.py", "test_coarse.py", "test_bench.py",
+          "test_triton_kernels.py", "test_kernel_parts.py",
+          "test_kernel_safety.py", "test_quicker.py")
 
 # file -> its tests (patterns) that run on the kernels' path too
 BOTH = {

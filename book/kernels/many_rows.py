@@ -500,17 +500,18 @@ assert found == order.tolist()
 #
 # // what stands at each place: row from[place] of x
 # struct Inputs {
+#   static constexpr char OPERATOR[] = "packed_experts";
 #   std::vector<int64_t> from;
 #   Quantised digits;            // of the rows of x
 #   std::vector<Number> pairs;   // with bf16 units, of each place
 #   int64_t n = 0;               // how long one of those is
 #
-#   Inputs(const float* x, int64_t rows, const Packed& weight, bool stored,
+#   Inputs(const float* x, int64_t rows, const Packed& weight, float most,
 #          std::vector<int64_t> place, const Groups& groups)
 #       : from(std::move(place)), digits(0, weight.blocks) {
 #     const int64_t blocks = weight.blocks;
 # #ifdef GPTOSS_BF16
-#     if (stored) {  // hidden numbers are not, and keep sixteen bits
+#     if (most == STORED) {  // hidden numbers keep sixteen bits
 #       n = padded(blocks);
 #       pairs.resize(from.size() * n);
 #       at::parallel_for(0, from.size(), 8, [&](int64_t begin, int64_t end) {
@@ -520,18 +521,25 @@ assert found == order.tolist()
 #       if (!any_below(groups, 2)) return;
 #     }
 # #endif
-#     digits = quantised(x, stored, rows, blocks, any_below(groups, FEW)
+#     digits = quantised(x, most, rows, blocks, any_below(groups, FEW)
 #                        || weight.rows % ROWS);  // what is below a tile
 #   }
+#
+# #ifdef GPTOSS_AVX2
+#   void by_tile(const uint8_t* w, const uint8_t* scales,
+#                const std::vector<int64_t>& inputs, float* out) const {
+#     rows_for_many(w, scales, digits, inputs, out);
+#   }
+# #endif
 # };
 # ```
 
 # %% [markdown] tags=["export:experts.h"]
 # ```cpp
 # // emit(place, expert, first row, rows, sums) for every place and piece
-# template <class Emit>
-# void grouped_linear(const Packed& weight, const Groups& groups,
-#                     const Inputs& x, const Emit& emit) {
+# template <class X, class Emit>
+# void grouped_linear(const Packed& weight, const Groups& groups, const X& x,
+#                     const Emit& emit) {
 #   const std::vector<Piece> all = pieces(weight, groups, x.n > 0);
 #   share(all.size(), 1, [&](int64_t item) {
 #     const auto [e, row0, rows] = all[item];
@@ -551,7 +559,7 @@ assert found == order.tolist()
 # #endif
 # #ifdef GPTOSS_AVX2
 #     if (count >= FEW && rows == ROWS)
-#       rows_for_many(w, s, x.digits, inputs, out.data());
+#       x.by_tile(w, s, inputs, out.data());
 #     else
 # #endif
 #       rows_for_few(w, s, rows, x.digits, inputs, out.data());
@@ -590,8 +598,9 @@ assert found == order.tolist()
 # }
 #
 # // hidden (places, F) of the experts' first layer
+# template <class X>
 # Tensor run_gate_up(const Packed& weight, const Number* bias, float limit,
-#                    const Groups& groups, const Inputs& x) {
+#                    const Groups& groups, const X& x) {
 #   const int64_t F = weight.rows / 2;
 #   const Tensor all = at::empty({int64_t(groups.order.size()), F},
 #                                at::kFloat);
@@ -613,9 +622,10 @@ assert found == order.tolist()
 # }
 #
 # // y (tokens, D) of the second layer, the K results weighted and summed
+# template <class X>
 # Buffer run_down(const Packed& weight, const Number* bias,
 #                 const Number* shares, const Groups& groups,
-#                 const Inputs& hidden, int64_t K) {
+#                 const X& hidden, int64_t K) {
 #   const int64_t D = weight.rows, tokens = groups.order.size() / K;
 #   const Tensor all = at::empty({tokens * K, D}, at::kFloat);
 #   float* out = all.data_ptr<float>();
@@ -664,7 +674,7 @@ assert found == order.tolist()
 #   const std::vector<int64_t> ids(N, 0);
 #   const Groups one(ids.data(), N, 1);
 #   const Buffer from = floats(x);
-#   const Inputs inputs(from.data(), N, weight, true, one.order, one);
+#   const Inputs inputs(from.data(), N, weight, STORED, one.order, one);
 #   grouped_linear(weight, one, inputs, [&](
 #       int64_t place, int64_t, int64_t row0, int64_t rows, const float* v) {
 #     std::copy_n(v, rows, &y[place * m + row0]);
@@ -676,6 +686,7 @@ assert found == order.tolist()
 
 # %% [markdown] tags=["export:experts.h"]
 # ```cpp
+# template <class X>
 # Tensor packed_experts(const Tensor& x, const Tensor& ids,
 #                       const Tensor& weights, const Tensor& gate_up_blocks,
 #                       const Tensor& gate_up_scales,
@@ -699,8 +710,8 @@ assert found == order.tolist()
 #       || !packed({gate_up_blocks, gate_up_scales, down_blocks, down_scales})
 #       || !gate_up_bias.is_contiguous() || !down_bias.is_contiguous()
 #       || !fits())
-#     return plain<decltype(packed_experts)>(
-#         "packed_experts", x, ids, weights, gate_up_blocks, gate_up_scales,
+#     return plain<decltype(packed_experts<X>)>(
+#         X::OPERATOR, x, ids, weights, gate_up_blocks, gate_up_scales,
 #         gate_up_bias, down_blocks, down_scales, down_bias, limit);
 #   const Packed gate_up(gate_up_blocks, gate_up_scales);
 #   const Packed down(down_blocks, down_scales);
@@ -714,18 +725,18 @@ assert found == order.tolist()
 #     place[i] = i;
 #   }
 #   const Buffer from = floats(x);
-#   const Tensor hidden = run_gate_up(
+#   const Tensor hidden = run_gate_up<X>(
 #       gate_up, numbers(gate_up_bias), limit, groups,
-#       {from.data(), picks / K, gate_up, true, token, groups});
-#   const Buffer y = run_down(
+#       {from.data(), picks / K, gate_up, STORED, token, groups});
+#   const Buffer y = run_down<X>(
 #       down, numbers(down_bias), numbers(shares), groups,
-#       {hidden.data_ptr<float>(), picks, down, false, place, groups}, K);
+#       {hidden.data_ptr<float>(), picks, down, FINEST, place, groups}, K);
 #   return result(x, down.rows, y);
 # }
 #
 # TORCH_LIBRARY_IMPL(gptoss, CPU, m) {
 #   m.impl("mxfp4_linear", mxfp4_linear);
-#   m.impl("packed_experts", packed_experts);
+#   m.impl("packed_experts", packed_experts<Inputs>);
 # }
 #
 # }  // namespace

@@ -372,12 +372,12 @@ print(4 * 24 * 128, "of", 2 ** 15 - 1)
 #   return found;
 # }
 #
-# constexpr float MOST = 127 * 256 + 127;
+# constexpr float STORED = 0, FINEST = 127 * 256 + 127;
 #
-# // the step between integers: a power of two for what was stored in bf16,
-# // whose largest is then at most 255 * 2**6; otherwise the finest
-# inline float step(float largest, bool stored) {
-#   if (!stored) return largest / MOST;
+# // the step between integers of which the largest is `most`; for what was
+# // stored in bf16 a power of two: its largest is at most 255 * 2**6
+# inline float step(float largest, float most) {
+#   if (most != STORED) return largest / most;
 #   const uint32_t exponent = load<uint32_t>(&largest) & 0x7f800000;
 #   return load<float>(&exponent) / 8192;
 # }
@@ -399,14 +399,14 @@ print(4 * 24 * 128, "of", 2 ** 15 - 1)
 #     to.offset[place][i / 4] -= 12 * (q[i] + q[16 + i]);
 # }
 #
-# void quantise(const float* x, bool stored, int64_t n, Quantised& to) {
+# void quantise(const float* x, float most, int64_t n, Quantised& to) {
 #   for (int64_t b = 0; b < to.blocks; ++b, x += BLOCK) {
 #     Floats part[4], odd = {};
 #     for (int i = 0; i < 4; ++i) {
 #       part[i] = load<Floats>(x + 8 * i);
 #       odd += 0 * part[i];  // NaN if one of them is NaN or infinite
 #     }
-#     const float scale = step(largest(part), stored);
+#     const float scale = step(largest(part), most);
 #     const float up = scale > 1e-37f ? 1 / scale : 0;
 #     // adding 1.5 * 2**23 leaves the nearest integer in the low bits
 #     const auto all = (Whole)(load<Reals>(x) * up + 12582912.0f);
@@ -422,12 +422,12 @@ print(4 * 24 * 128, "of", 2 ** 15 - 1)
 #   }
 # }
 #
-# Quantised quantised(const float* x, bool stored, int64_t rows,
+# Quantised quantised(const float* x, float most, int64_t rows,
 #                     int64_t blocks, bool grouped = true) {
 #   Quantised q(rows, blocks, grouped);
 #   at::parallel_for(0, rows, 8, [&](int64_t begin, int64_t end) {
 #     for (int64_t n = begin; n < end; ++n)
-#       quantise(x + n * blocks * BLOCK, stored, n, q);
+#       quantise(x + n * blocks * BLOCK, most, n, q);
 #   });
 #   return q;
 # }
@@ -737,7 +737,7 @@ for g in range(4):  # group g: blocks 2 g and 2 g + 1
 #   for (int64_t i = 0; i < N; ++i) inputs[i] = i;
 #   Tensor y = at::empty({N, weight.rows}, at::kFloat);
 #   rows_for_few(weight.bytes, weight.scales, weight.rows,
-#                quantised(floats(x).data(), true, N, weight.blocks), inputs,
+#                quantised(floats(x).data(), STORED, N, weight.blocks), inputs,
 #                y.data_ptr<float>());
 #   return y;
 # }

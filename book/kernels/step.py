@@ -188,6 +188,7 @@ import torch
 from torch import Tensor, nn
 
 from gptoss.kernels.compact import CompactLinear
+from gptoss.kernels.coarse import CoarseExperts
 from gptoss.kernels.eight import EightLinear
 from gptoss.model.cache import Cache, FullCache
 from gptoss.model.rows import CacheError, Rows
@@ -627,14 +628,13 @@ assert len(ran) == (1 if recorded else 3) and len(looked) == 3
 # %% [markdown]
 # Python that runs beside the operators would run once and never again: a hook,
 # a replaced `forward`. So every module must run a forward of this package, as
-# it was written; a subclass that adds nothing to it has the very same
-# function. And the experts must be packed: plain torch splits the tokens by
-# expert with sizes that it reads, where a kernel asks inside an operator.
+# it was written; a subclass that adds nothing has the same one. And the
+# experts must be packed: plain torch splits the tokens by sizes it reads.
 
 # %% tags=["export"]
 _FORWARDS = {kind.forward for kind in (
     Block, Attention, MLP, Router, Experts, RMSNorm, Linear, CompactLinear,
-    EightLinear, Embedding, nn.ModuleList)}
+    EightLinear, Embedding, CoarseExperts, nn.ModuleList)}
 
 
 def _addition(name: str, module: nn.Module) -> str | None:

@@ -28,6 +28,7 @@ from gptoss.cli.mistakes import (
     torchrun_number,
 )
 from gptoss.cli.options import (
+    ACTIVATIONS,
     DENSE,
     JSON,
     MODEL,
@@ -244,7 +245,7 @@ COMMANDS = {
             MODEL,
             Option("--prompt", help="text to go on from; - reads stdin"),
             Option("--max-new-tokens", type=int, default=256, metavar="N"),
-            *SAMPLING, *DENSE, STAGES, JSON)),
+            *SAMPLING, *DENSE, ACTIVATIONS, STAGES, JSON)),
     "chat": Command(
         "gptoss.cli.commands:run_chat",
         "A conversation; with a pipe, one message a line of stdin.", (
@@ -261,7 +262,7 @@ COMMANDS = {
             Option("--date", help="what the model is told (default: today)"),
             Option("--transcript", action="store_true", help="write analysis "
                    "and calls too, as a terminal always shows"),
-            *SAMPLING, *DENSE, STAGES, JSON)),
+            *SAMPLING, *DENSE, ACTIVATIONS, STAGES, JSON)),
     "inspect": Command(
         "gptoss.cli.tables:run_inspect",
         "Prints what a checkpoint holds, without reading its weights.", (
@@ -287,7 +288,7 @@ COMMANDS = {
             Option("--prompt-tokens", type=int, default=512, metavar="N"),
             Option("--new-tokens", type=int, default=32, metavar="N"),
             Option("--repeats", type=int, default=3, metavar="N"),
-            *DENSE, STAGES, JSON)),
+            *DENSE, ACTIVATIONS, STAGES, JSON)),
     "parity": Command(
         "gptoss.cli.commands:run_parity",
         "Walks ours and a reference and names the first that goes wrong.", (

@@ -1,4 +1,4 @@
-"""Part kernels of the book: 25 names, loaded when first asked for
+"""Part kernels of the book: 27 names, loaded when first asked for
 
 Generated from the front matter of book/kernels/*.py; edit it, not this file.
 """
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from gptoss.kernels.build import kernel_path as kernel_path
     from gptoss.kernels.build import load_kernels as load_kernels
     from gptoss.kernels.build import plain_torch as plain_torch
+    from gptoss.kernels.coarse import CoarseExperts as CoarseExperts
+    from gptoss.kernels.coarse import hold_activations as hold_activations
     from gptoss.kernels.compact import CompactLinear as CompactLinear
     from gptoss.kernels.compact import CompactWeight as CompactWeight
     from gptoss.kernels.compact import make_compact as make_compact
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from gptoss.kernels.triton_kernels import use_triton as use_triton
 
 _HOME = {
+    "CoarseExperts": "coarse",
     "CompactLinear": "compact",
     "CompactWeight": "compact",
     "DecodeStep": "step",
@@ -47,6 +50,7 @@ _HOME = {
     "can_record": "step",
     "choose_product": "quicker",
     "cuda_graph": "step",
+    "hold_activations": "coarse",
     "hold_dense": "eight",
     "kernel_path": "build",
     "load_kernels": "build",
@@ -66,6 +70,7 @@ _MODULES = (
     "quicker",
     "compact",
     "eight",
+    "coarse",
     "step",
     "drafts",
     "triton_kernels",
@@ -86,6 +91,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "CoarseExperts",
     "CompactLinear",
     "CompactWeight",
     "DecodeStep",
@@ -99,6 +105,7 @@ __all__ = [
     "can_record",
     "choose_product",
     "cuda_graph",
+    "hold_activations",
     "hold_dense",
     "kernel_path",
     "load_kernels",

@@ -55,12 +55,12 @@ inline float largest(const Floats (&part)[4]) {
   return found;
 }
 
-constexpr float MOST = 127 * 256 + 127;
+constexpr float STORED = 0, FINEST = 127 * 256 + 127;
 
-// the step between integers: a power of two for what was stored in bf16,
-// whose largest is then at most 255 * 2**6; otherwise the finest
-inline float step(float largest, bool stored) {
-  if (!stored) return largest / MOST;
+// the step between integers of which the largest is `most`; for what was
+// stored in bf16 a power of two: its largest is at most 255 * 2**6
+inline float step(float largest, float most) {
+  if (most != STORED) return largest / most;
   const uint32_t exponent = load<uint32_t>(&largest) & 0x7f800000;
   return load<float>(&exponent) / 8192;
 }
@@ -82,14 +82,14 @@ inline void split(Shorts q, int64_t place, Group& to) {
     to.offset[place][i / 4] -= 12 * (q[i] + q[16 + i]);
 }
 
-void quantise(const float* x, bool stored, int64_t n, Quantised& to) {
+void quantise(const float* x, float most, int64_t n, Quantised& to) {
   for (int64_t b = 0; b < to.blocks; ++b, x += BLOCK) {
     Floats part[4], odd = {};
     for (int i = 0; i < 4; ++i) {
       part[i] = load<Floats>(x + 8 * i);
       odd += 0 * part[i];  // NaN if one of them is NaN or infinite
     }
-    const float scale = step(largest(part), stored);
+    const float scale = step(largest(part), most);
     const float up = scale > 1e-37f ? 1 / scale : 0;
     // adding 1.5 * 2**23 leaves the nearest integer in the low bits
     const auto all = (Whole)(load<Reals>(x) * up + 12582912.0f);
@@ -105,12 +105,12 @@ void quantise(const float* x, bool stored, int64_t n, Quantised& to) {
   }
 }
 
-Quantised quantised(const float* x, bool stored, int64_t rows,
+Quantised quantised(const float* x, float most, int64_t rows,
                     int64_t blocks, bool grouped = true) {
   Quantised q(rows, blocks, grouped);
   at::parallel_for(0, rows, 8, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n)
-      quantise(x + n * blocks * BLOCK, stored, n, q);
+      quantise(x + n * blocks * BLOCK, most, n, q);
   });
   return q;
 }

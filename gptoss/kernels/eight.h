@@ -32,7 +32,7 @@ struct Integers {  // tokens in 16 bits, and the steps of their blocks
         part[i] = load<Floats>(&x[b * BLOCK + 8 * i]);
         odd += 0 * part[i];  // NaN if one of them is NaN or infinite
       }
-      const float size = step(largest(part), true);
+      const float size = step(largest(part), STORED);
       const float up = size > 1e-37f ? 1 / size : 0;
       // adding 1.5 * 2**23 leaves the nearest integer in the low bits
       const auto all = (Whole)(load<Reals>(part) * up + 12582912.0f);

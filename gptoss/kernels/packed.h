@@ -180,7 +180,7 @@ Tensor packed_rows(const Tensor& x, const Tensor& blocks,
   for (int64_t i = 0; i < N; ++i) inputs[i] = i;
   Tensor y = at::empty({N, weight.rows}, at::kFloat);
   rows_for_few(weight.bytes, weight.scales, weight.rows,
-               quantised(floats(x).data(), true, N, weight.blocks), inputs,
+               quantised(floats(x).data(), STORED, N, weight.blocks), inputs,
                y.data_ptr<float>());
   return y;
 }

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from gptoss.kernels.coarse import CoarseExperts
 from gptoss.kernels.compact import CompactLinear
 from gptoss.kernels.eight import EightLinear
 from gptoss.model.cache import Cache, FullCache
@@ -242,7 +243,7 @@ def call_again(run: Work, undo: Work | None = None) -> Work:
 
 _FORWARDS = {kind.forward for kind in (
     Block, Attention, MLP, Router, Experts, RMSNorm, Linear, CompactLinear,
-    EightLinear, Embedding, nn.ModuleList)}
+    EightLinear, Embedding, CoarseExperts, nn.ModuleList)}
 
 
 def _addition(name: str, module: nn.Module) -> str | None:

@@ -710,7 +710,8 @@ def test_drafts_that_are_none(command, folder, tmp_path, capsys, monkeypatch):
     ["generate", "--dtype", "float32"], ["generate", "--dtype", "float16"],
     ["chat", "--prompt", "x", "--stages", "2"], ["bench", "--stages", "2"]])
 def test_compact_is_for_one_process_on_a_cpu_in_bf16(command, capsys):
-    for how in (["--compact"], ["--dense", "12"], ["--dense", "8"]):
+    for how in (["--compact"], ["--dense", "12"], ["--dense", "8"],
+                ["--activations", "8"]):
         assert main([*command, *how]) == 2
         out, err = capsys.readouterr()
         assert out == "" and "--dense and --compact: for one process" in err

@@ -93,8 +93,12 @@ def sink_attention(draw) -> list:
             draw(0, 1, 8), C ** -0.5]
 
 
+def packed_experts_eight(draw) -> list:
+    return packed_experts(draw)
+
+
 MAKERS = (linear, mxfp4_linear, compact_linear, eight_linear, packed_experts,
-          rms_norm, rope, route, sink_attention)
+          packed_experts_eight, rms_norm, rope, route, sink_attention)
 TYPES = (torch.bfloat16, torch.float32, torch.float64, torch.float16,
          torch.int64, torch.int32, torch.uint8, torch.bool)
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import gptoss.kernels.coarse  # noqa: F401  its operator's name
+import gptoss.kernels.eight  # noqa: F401
 from gptoss.kernels import build
 
 OPS = torch.ops.gptoss
@@ -173,6 +175,34 @@ def eight() -> None:
              exact(x) @ twin.T + exact(bias))
 
 
+def coarse() -> None:
+    """Activations that are whole steps, so that none is between two."""
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(
+            "gptoss::packed_experts_eight", "CPU"):
+        return  # for AVX2 and more only
+    E, D, F = 3, 544, 96  # more blocks than a tile is deep
+    up, down = packed(E, 2 * F, D), packed(E, D, F)
+    up_bias, down_bias = numbers(E, 2 * F), numbers(E, D)
+    for N in (1, 5, 9, 40):  # row by row, tiles that are full or not
+        whole = torch.randint(-126, 127, (N, D))
+        whole[:, ::32] = 127
+        x, shares = (whole / 2 ** 9).bfloat16(), numbers(N, 2)
+        ids = torch.rand(N, E).topk(2).indices
+        y = np.zeros((N, D))
+        for n in range(N):
+            for k, e in enumerate(ids[n].tolist()):
+                both = up[2][e] @ exact(x)[n] + exact(up_bias)[e]
+                gate, line = both[::2].clip(None, 7), both[1::2].clip(-7, 7)
+                hidden = gate / (1 + np.exp(-1.702 * gate)) * (line + 1)
+                parts = hidden.reshape(-1, 32)
+                step = np.abs(parts).max(1, keepdims=True) / 127
+                hidden = ((parts / step).round() * step).reshape(F)
+                y[n] += exact(shares)[n, k] * (
+                    down[2][e] @ hidden + exact(down_bias)[e])
+        near(OPS.packed_experts_eight(x, ids, shares, *up[:2], up_bias,
+                                      *down[:2], down_bias, 7.0), y)
+
+
 def recording() -> None:
     x, out, made = numbers(3, 4), torch.zeros(3, 4), torch.classes.gptoss
     with torch.inference_mode():
@@ -192,7 +222,7 @@ def recording() -> None:
 
 TWINS = {"small": small, "packed": packed_row, "experts": experts,
          "dense": dense, "attention": attention, "compact": compact,
-         "eight": eight, "recording": recording}
+         "eight": eight, "coarse": coarse, "recording": recording}
 
 
 def main(variant: str, last: str) -> None:
