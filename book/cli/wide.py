@@ -150,8 +150,8 @@ print(sums[:4].tolist(), (ABOVE[packed & 15] * digits)[:4].sum())
 # The registers of NEON hold 16 bytes: one block at a time, `tbl` for the
 # lookup, and `smlal`, which multiplies 16-bit numbers and adds to 32-bit sums.
 # So activations stay whole, as in the portable loop, and there are no digits.
-# The factor of a block is made where it is used. Tokens that share an expert
-# go through it one by one; the tiles are x86 only. **How fast it is on an ARM
+# The factor of a block is made where it is used. There are rows only, no
+# tiles, however many tokens share an expert. **How fast it is on an ARM
 # processor nobody has seen**; in an emulator (QEMU) it agrees with float64 as
 # the others do.
 
@@ -174,21 +174,26 @@ print(sums[:4].tolist(), (ABOVE[packed & 15] * digits)[:4].sum())
 #   return vaddq_s32(s, t);
 # }
 #
-# template <int R>
+# template <int R, int T>
 # void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
-#                  const Quantised& x, int64_t n, float* out) {
+#                  const Quantised& x, const int64_t* n, float* out,
+#                  int64_t width) {
 #   const int8x16_t values = vld1q_s8(TWICE);
-#   float32x4_t total[R] = {};
+#   float32x4_t total[R][T] = {};
 #   for (int64_t b = 0; b < x.blocks; ++b)
 #     for (int r = 0; r < R; ++r) {
 #       const int64_t at = r * step * x.blocks + b;
 #       __builtin_prefetch(w + 16 * at + 512);
-#       const int32x4_t part = dots(vld1q_u8(w + 16 * at), x.line(n)[b],
-#                                   values);
-#       total[r] = vfmaq_n_f32(total[r], vcvtq_f32_s32(part),
-#                              power(scales[at]) * x.half(n)[b]);
+#       const uint8x16_t bytes = vld1q_u8(w + 16 * at);
+#       for (int t = 0; t < T; ++t) {
+#         const int32x4_t part = dots(bytes, x.line(n[t])[b], values);
+#         total[r][t] = vfmaq_n_f32(total[r][t], vcvtq_f32_s32(part),
+#                                   power(scales[at]) * x.half(n[t])[b]);
+#       }
 #     }
-#   for (int r = 0; r < R; ++r) out[r * step] = vaddvq_f32(total[r]);
+#   for (int t = 0; t < T; ++t)
+#     for (int r = 0; r < R; ++r)
+#       out[t * width + r * step] = vaddvq_f32(total[r][t]);
 # }
 # #endif
 #

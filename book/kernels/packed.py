@@ -150,9 +150,8 @@ assert errors["16 bits"] < errors["result in bf16"] / 50
 #
 # ### One block by hand
 #
-# A block is 32 weights under one scale byte $s$; the picture showed eight of
-# them. Take all 32, and activations as a layer would give them, in bf16. Four
-# steps, each a line:
+# A block is 32 weights under one scale byte $s$; the picture showed eight.
+# Take all 32, and activations as a layer gives them, in bf16. Four lines:
 
 # %%
 x_block = np.random.default_rng(1).standard_normal(32)
@@ -219,8 +218,7 @@ assert whole == (w * q).sum() and abs(y - plain) < 1e-4
 #
 # That is enough to multiply a packed matrix. This *twin* of the kernel, in
 # numpy, is its definition for activations that are finite: tokens `x` (N, n),
-# bytes (m, n/32, 16) and scales (m, n/32) give (N, m). You could write the
-# kernel from it.
+# bytes (m, n/32, 16) and scales (m, n/32) give (N, m).
 
 # %%
 def packed_product(x, blocks, scales):
@@ -286,14 +284,12 @@ for unit, (of_even, of_odd) in digits.items():
     two = pmaddubsw(even, of_even) + pmaddubsw(odd, of_odd)
     sums = sums + pmaddwd(two, np.full(8, unit))
 print("four sums of eight weights:", sums, "together", sums.sum())
+print("in 16 bits at most", 4 * 24 * 128, "of", 2 ** 15 - 1)
 assert sums.sum() == whole
 
 # %% [markdown]
 # Each of the four sums is of four bytes, eight weights. No lane overflows: two
 # products in 16 bits, even and odd added, are at most $4 \cdot 24 \cdot 128$.
-
-# %%
-print(4 * 24 * 128, "of", 2 ** 15 - 1)
 
 # %% [markdown]
 # ### How do activations lie?
@@ -433,17 +429,15 @@ print(4 * 24 * 128, "of", 2 ** 15 - 1)
 # }
 # ```
 
-# %% [markdown]
-# How much does the power of two of {eq}`kernels-step` keep?
-
 # %%
+# how much does the power of two keep?
 some = torch.randn(1000, 32).bfloat16().double()
 top = some.abs().amax(-1, keepdim=True)
 by_two = 2.0 ** (top.frexp().exponent - 14).double()
 kept = (some / by_two).round() * by_two == some
-finest = rounded(some, 32639) == some
+finest = (rounded(some, 32639) == some).double().mean()
 print(f"kept exactly: {kept.double().mean():.0%} with a power of two, "
-      f"{finest.double().mean():.0%} with the finest step")
+      f"{finest:.0%} with the finest step")
 assert kept[some.abs() >= top / 64].all() and (top / by_two <= 16320).all()
 
 # %% [markdown]
@@ -452,18 +446,7 @@ assert kept[some.abs() >= top / 64].all() and (top / by_two <= 16320).all()
 # A scale byte is the exponent field of a float: shifted there it *is*
 # $2^{s-127}$. Byte 0 means $2^{-127}$, a *subnormal* number with one bit set,
 # and byte 255, infinity in a float, must become NaN. With it, the portable
-# loop is {eq}`kernels-block` as it stands; `R` rows are computed, `step` rows
-# apart.
-
-# %%
-byte = torch.arange(256, dtype=torch.int32)
-bits = (byte << 23).clamp_min(1 << 22).view(torch.float32)
-power = bits + 0 * bits  # infinity becomes NaN
-ones = torch.full((256, 1, 16), 0x22, dtype=torch.uint8)  # the code of 1.0
-by_decoder = decode(ones, byte[:, None].to(torch.uint8), torch.float32)[:, 0]
-assert torch.equal(power.nan_to_num(), by_decoder.nan_to_num())
-print(f"byte 0: {power[0]:.3e}, byte 127: {power[127]:.0f}, byte 255: "
-      f"{power[255]}")
+# loop is {eq}`kernels-block` as it stands, for `R` rows and `T` tokens.
 
 # %% [markdown] tags=["export:digits.h"]
 # ```cpp
@@ -483,22 +466,25 @@ print(f"byte 0: {power[0]:.3e}, byte 127: {power[127]:.0f}, byte 255: "
 # namespace {
 #
 # #if !defined(GPTOSS_AVX2) && !defined(GPTOSS_NEON)
-# // out[0], out[step] ...: R rows of a weight, `step` rows apart, times row n
-# template <int R>
+# // out[t * width + r * step]: R rows of a weight, `step` rows apart, times T
+# // rows of x, n[0] ... n[T - 1]
+# template <int R, int T>
 # void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
-#                  const Quantised& x, int64_t n, float* out) {
-#   for (int r = 0; r < R; ++r, out += step) {
-#     *out = 0;
-#     for (int64_t b = 0; b < x.blocks; ++b) {
-#       const int64_t at = r * step * x.blocks + b;
-#       const auto& [even, odd] = x.line(n)[b].values;
-#       int32_t s = 0;
-#       for (int i = 0; i < 16; ++i)
-#         s += TWICE[w[16 * at + i] & 15] * even[i]
-#              + TWICE[w[16 * at + i] >> 4] * odd[i];
-#       *out += s * (power(scales[at]) * x.half(n)[b]);
+#                  const Quantised& x, const int64_t* n, float* out,
+#                  int64_t width) {
+#   for (int t = 0; t < T; ++t)
+#     for (int r = 0; r < R; ++r) {
+#       float& y = out[t * width + r * step] = 0;
+#       for (int64_t b = 0; b < x.blocks; ++b) {
+#         const int64_t at = r * step * x.blocks + b;
+#         const auto& [even, odd] = x.line(n[t])[b].values;
+#         int32_t s = 0;
+#         for (int i = 0; i < 16; ++i)
+#           s += TWICE[w[16 * at + i] & 15] * even[i]
+#                + TWICE[w[16 * at + i] >> 4] * odd[i];
+#         y += s * (power(scales[at]) * x.half(n[t])[b]);
+#       }
 #     }
-#   }
 # }
 # #endif
 # ```
@@ -507,7 +493,7 @@ print(f"byte 0: {power[0]:.3e}, byte 127: {power[127]:.0f}, byte 255: "
 # ### Two blocks in a register
 #
 # `look_up`, `products` and `dots` are the three instructions in the order in
-# which you have seen them; a mask stands before `pshufb`, which looks at more
+# which you have seen them. A mask stands before `pshufb`, which looks at more
 # than four bits of an index. `broadcast` puts the table into both halves of a
 # register. (With VNNI one instruction does the products: `add_bytes` of the
 # [appendix](../cli/wide.ipynb).)
@@ -559,10 +545,8 @@ print(f"byte 0: {power[0]:.3e}, byte 127: {power[127]:.0f}, byte 255: "
 # #endif
 # }
 #
-# // SIDE blocks of weights times a group: a lane sums what four bytes give
-# inline Sums dots(Bytes bytes, const Group& x, Bytes values) {
-#   const Bytes a = look_up(values, bytes);
-#   const Bytes b = look_up(values, (Bytes)((Pairs)bytes >> 4));
+# // even, odd elements of SIDE blocks times a group; a lane: of four bytes
+# inline Sums dots(Bytes a, Bytes b, const Group& x) {
 #   const Words low = products<1>(load<Words>(x.offset), a, b, x.digits[1]);
 #   return __builtin_convertvector(products<256>(low, a, b, x.digits[0]),
 #                                  Sums);
@@ -641,20 +625,22 @@ for g in range(4):  # group g: blocks 2 g and 2 g + 1
 
 # %% [markdown] tags=["export:packed.h"]
 # ```cpp
-# // out[0], out[step] ...: R rows of a weight, `step` rows apart, times row n
-# template <int R>
+# // as above: a weight is looked up once for all T rows of x
+# template <int R, int T>
 # void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
-#                  const Quantised& x, int64_t n, float* out) {
+#                  const Quantised& x, const int64_t* n, float* out,
+#                  int64_t width) {
 #   const Bytes values = table();
 #   const int64_t blocks = x.blocks, row = step * blocks;
-#   const Group* group = &x.groups[n * x.per_row];
-#   const float* halves = x.half(n);
-#   Sums total[R] = {}, factor[R];
+#   const Group* group[T];
+#   for (int t = 0; t < T; ++t) group[t] = &x.groups[n[t] * x.per_row];
+#   Sums total[R][T] = {}, factor[R][T];
 #   auto make_factors = [&](int64_t b, int64_t count) {
-#     const Sums half = arrange(load<Sums>(halves + b));
-#     for (int r = 0; r < R; ++r)
-#       factor[r] = factors(load_scales(scales + r * row + b, count, b > 0),
-#                           half);
+#     for (int r = 0; r < R; ++r) {
+#       const Words scale = load_scales(scales + r * row + b, count, b > 0);
+#       for (int t = 0; t < T; ++t)
+#         factor[r][t] = factors(scale, arrange(load<Sums>(x.half(n[t]) + b)));
+#     }
 #   };
 #   auto add = [&](int64_t b, int g, int64_t count) {  // group g from b on
 #     for (int r = 0; r < R; ++r) {
@@ -662,21 +648,27 @@ for g in range(4):  # group g: blocks 2 g and 2 g + 1
 #       __builtin_prefetch(at + 256);
 #       Bytes bytes = load_blocks(at, count - g * SIDE);
 #       hold(bytes);
-#       total[r] += dots(bytes, group[g], values) * spread(factor[r], g);
+#       const Bytes even = look_up(values, bytes);
+#       const Bytes odd = look_up(values, (Bytes)((Pairs)bytes >> 4));
+#       for (int t = 0; t < T; ++t)
+#         total[r][t] += dots(even, odd, group[t][g])
+#                        * spread(factor[r][t], g);
 #     }
 #   };
 #   int64_t b = 0;
-#   for (; b + LANES <= blocks; b += LANES, group += 4) {
+#   for (; b + LANES <= blocks; b += LANES) {
 #     make_factors(b, LANES);
 # #pragma GCC unroll 4
 #     for (int g = 0; g < 4; ++g) add(b, g, LANES);
+#     for (int t = 0; t < T; ++t) group[t] += 4;
 #   }
 #   if (b < blocks) make_factors(b, blocks - b);
 #   for (int g = 0; b + g * SIDE < blocks; ++g) add(b, g, blocks - b);
-#   for (int r = 0; r < R; ++r) {
-#     const float y = sum(total[r]);
-#     out[r * step] = y + 0 * y;  // infinity becomes NaN
-#   }
+#   for (int t = 0; t < T; ++t)
+#     for (int r = 0; r < R; ++r) {
+#       const float y = sum(total[r][t]);
+#       out[t * width + r * step] = y + 0 * y;  // infinity becomes NaN
+#     }
 # }
 # #endif
 # ```
@@ -684,12 +676,14 @@ for g in range(4):  # group g: blocks 2 g and 2 g + 1
 # %% [markdown]
 # ### The kernel as an operator
 #
-# A weight is a matrix, or one for each expert. When a few tokens meet it, they
-# go through the same rows one after the other, while these rows are still in
-# the L1 cache. `packed_rows` is this and no more: an operator that no model
-# calls, by which you can try the kernel. The operators of the model follow in
-# [many rows](many_rows.ipynb). It refuses what it cannot read: x that is not
-# bf16, blocks that are not bytes in one piece or fit x or the scales badly.
+# A weight is a matrix, or one for each expert. When a few tokens meet it, up
+# to four share each look-up: a weight is found once and multiplied with the
+# digits of each. More go through the same rows group by group, while these are
+# still in the L1 cache. `T` must be known when the code is compiled, or the
+# sums would not be registers: `with_count` makes such a constant of a number,
+# `in_groups` cuts the tokens into groups. `packed_rows` is this, no more, an
+# operator that no model calls, by which you can try the kernel. It refuses x
+# that is not bf16, and blocks that are not bytes in one piece or fit badly.
 
 # %% [markdown] tags=["export:packed.h"]
 # ```cpp
@@ -702,24 +696,46 @@ for g in range(4):  # group g: blocks 2 g and 2 g + 1
 #         scales(s.const_data_ptr<uint8_t>()), rows(s.size(-2)),
 #         blocks(s.size(-1)) {}
 # };
-# ```
-
-# %% [markdown] tags=["export:packed.h"]
-# ```cpp
+#
+# template <int COUNT>
+# using Count = std::integral_constant<int, COUNT>;
+#
+# // calls run(Count<count>()), 1 <= count <= MANY
+# template <int MANY, class Run>
+# inline void with_count(int64_t count, const Run& run) {
+#   if constexpr (MANY > 1)
+#     if (count < MANY) return with_count<MANY - 1>(count, run);
+#   run(Count<MANY>());
+# }
+#
+# // run(T, first token): N tokens in groups that are nearly alike, of at most
+# // MANY tokens
+# template <int MANY, class Run>
+# inline void in_groups(int64_t N, const Run& run) {
+#   for (int64_t t = 0, groups = (N + MANY - 1) / MANY; groups; --groups) {
+#     const int64_t some = (N - t + groups - 1) / groups;
+#     with_count<MANY>(some, [&](auto T) { run(T, t); });
+#     t += some;
+#   }
+# }
+#
+# constexpr int SHARED = 4;  // tokens for which a weight is looked up once
+#
 # // out[i][0 ... rows - 1]: those rows times the token in inputs[i], by rows
 # void rows_for_few(const uint8_t* w, const uint8_t* scales, int64_t rows,
 #                   const Quantised& x, const std::vector<int64_t>& inputs,
 #                   float* out) {
 #   const int64_t blocks = x.blocks, step = rows / 4;
-#   auto run = [&](auto dots, int64_t r) {
-#     for (size_t i = 0; i < inputs.size(); ++i)
-#       dots(w + 16 * r * blocks, scales + r * blocks, step, x, inputs[i],
-#            out + i * rows + r);
+#   auto run = [&](auto R, int64_t r) {
+#     in_groups<SHARED>(inputs.size(), [&](auto T, int64_t i) {
+#       packed_dots<R.value, T.value>(w + 16 * r * blocks, scales + r * blocks,
+#                                     step, x, &inputs[i], out + i * rows + r,
+#                                     rows);
+#     });
 #   };
-#   for (int64_t r = 0; r < step; ++r) run(packed_dots<4>, r);
-#   for (int64_t r = 4 * step; r < rows; ++r) run(packed_dots<1>, r);
+#   for (int64_t r = 0; r < step; ++r) run(Count<4>(), r);
+#   for (int64_t r = 4 * step; r < rows; ++r) run(Count<1>(), r);
 # }
-#
 #
 # // y (N, m) fp32 = x (N, n) bf16 times the weight transposed, row by row
 # Tensor packed_rows(const Tensor& x, const Tensor& blocks,
@@ -854,17 +870,6 @@ assert 32 * 12 * (2 ** 15 - 1) < 2 ** 24 < 32 * 12 * (2 ** 16 - 1)
 
 # %% [markdown]
 # ### Exercise 3
-#
-# Suppose there were an instruction for two signed factors, so that the offset
-# could be saved. How large could the sum of four products in 16 bits become,
-# with and without the offset? What would be won?
-
-# %% tags=["hide-cell"]
-print("without", 4 * 12 * 128, "with", 4 * 24 * 128, "of", 2 ** 15 - 1,
-      "- there is room for the offset, and it costs nothing a row")
-
-# %% [markdown]
-# ### Exercise 4
 #
 # Write the twin for activations in 8 bits, one digit: $q_i$ in $-127 \dots
 # 127$, the finest step. Does it reproduce the error of the first table?

@@ -4,22 +4,25 @@
 namespace {
 
 #if !defined(GPTOSS_AVX2) && !defined(GPTOSS_NEON)
-// out[0], out[step] ...: R rows of a weight, `step` rows apart, times row n
-template <int R>
+// out[t * width + r * step]: R rows of a weight, `step` rows apart, times T
+// rows of x, n[0] ... n[T - 1]
+template <int R, int T>
 void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
-                 const Quantised& x, int64_t n, float* out) {
-  for (int r = 0; r < R; ++r, out += step) {
-    *out = 0;
-    for (int64_t b = 0; b < x.blocks; ++b) {
-      const int64_t at = r * step * x.blocks + b;
-      const auto& [even, odd] = x.line(n)[b].values;
-      int32_t s = 0;
-      for (int i = 0; i < 16; ++i)
-        s += TWICE[w[16 * at + i] & 15] * even[i]
-             + TWICE[w[16 * at + i] >> 4] * odd[i];
-      *out += s * (power(scales[at]) * x.half(n)[b]);
+                 const Quantised& x, const int64_t* n, float* out,
+                 int64_t width) {
+  for (int t = 0; t < T; ++t)
+    for (int r = 0; r < R; ++r) {
+      float& y = out[t * width + r * step] = 0;
+      for (int64_t b = 0; b < x.blocks; ++b) {
+        const int64_t at = r * step * x.blocks + b;
+        const auto& [even, odd] = x.line(n[t])[b].values;
+        int32_t s = 0;
+        for (int i = 0; i < 16; ++i)
+          s += TWICE[w[16 * at + i] & 15] * even[i]
+               + TWICE[w[16 * at + i] >> 4] * odd[i];
+        y += s * (power(scales[at]) * x.half(n[t])[b]);
+      }
     }
-  }
 }
 #endif
 
@@ -54,10 +57,8 @@ inline Words products(Words sums, Bytes a, Bytes b, const Digit& x) {
 #endif
 }
 
-// SIDE blocks of weights times a group: a lane sums what four bytes give
-inline Sums dots(Bytes bytes, const Group& x, Bytes values) {
-  const Bytes a = look_up(values, bytes);
-  const Bytes b = look_up(values, (Bytes)((Pairs)bytes >> 4));
+// even, odd elements of SIDE blocks times a group; a lane: of four bytes
+inline Sums dots(Bytes a, Bytes b, const Group& x) {
   const Words low = products<1>(load<Words>(x.offset), a, b, x.digits[1]);
   return __builtin_convertvector(products<256>(low, a, b, x.digits[0]),
                                  Sums);
@@ -100,20 +101,22 @@ inline Sums factors(Words scales, Sums halves) {
   return (Sums)(bits > least ? bits : least) * halves;
 }
 
-// out[0], out[step] ...: R rows of a weight, `step` rows apart, times row n
-template <int R>
+// as above: a weight is looked up once for all T rows of x
+template <int R, int T>
 void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
-                 const Quantised& x, int64_t n, float* out) {
+                 const Quantised& x, const int64_t* n, float* out,
+                 int64_t width) {
   const Bytes values = table();
   const int64_t blocks = x.blocks, row = step * blocks;
-  const Group* group = &x.groups[n * x.per_row];
-  const float* halves = x.half(n);
-  Sums total[R] = {}, factor[R];
+  const Group* group[T];
+  for (int t = 0; t < T; ++t) group[t] = &x.groups[n[t] * x.per_row];
+  Sums total[R][T] = {}, factor[R][T];
   auto make_factors = [&](int64_t b, int64_t count) {
-    const Sums half = arrange(load<Sums>(halves + b));
-    for (int r = 0; r < R; ++r)
-      factor[r] = factors(load_scales(scales + r * row + b, count, b > 0),
-                          half);
+    for (int r = 0; r < R; ++r) {
+      const Words scale = load_scales(scales + r * row + b, count, b > 0);
+      for (int t = 0; t < T; ++t)
+        factor[r][t] = factors(scale, arrange(load<Sums>(x.half(n[t]) + b)));
+    }
   };
   auto add = [&](int64_t b, int g, int64_t count) {  // group g from b on
     for (int r = 0; r < R; ++r) {
@@ -121,21 +124,27 @@ void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
       __builtin_prefetch(at + 256);
       Bytes bytes = load_blocks(at, count - g * SIDE);
       hold(bytes);
-      total[r] += dots(bytes, group[g], values) * spread(factor[r], g);
+      const Bytes even = look_up(values, bytes);
+      const Bytes odd = look_up(values, (Bytes)((Pairs)bytes >> 4));
+      for (int t = 0; t < T; ++t)
+        total[r][t] += dots(even, odd, group[t][g])
+                       * spread(factor[r][t], g);
     }
   };
   int64_t b = 0;
-  for (; b + LANES <= blocks; b += LANES, group += 4) {
+  for (; b + LANES <= blocks; b += LANES) {
     make_factors(b, LANES);
 #pragma GCC unroll 4
     for (int g = 0; g < 4; ++g) add(b, g, LANES);
+    for (int t = 0; t < T; ++t) group[t] += 4;
   }
   if (b < blocks) make_factors(b, blocks - b);
   for (int g = 0; b + g * SIDE < blocks; ++g) add(b, g, blocks - b);
-  for (int r = 0; r < R; ++r) {
-    const float y = sum(total[r]);
-    out[r * step] = y + 0 * y;  // infinity becomes NaN
-  }
+  for (int t = 0; t < T; ++t)
+    for (int r = 0; r < R; ++r) {
+      const float y = sum(total[r][t]);
+      out[t * width + r * step] = y + 0 * y;  // infinity becomes NaN
+    }
 }
 #endif
 
@@ -149,20 +158,45 @@ struct Packed {  // (E, rows, blocks, 16) bytes and (E, rows, blocks) scales
         blocks(s.size(-1)) {}
 };
 
+template <int COUNT>
+using Count = std::integral_constant<int, COUNT>;
+
+// calls run(Count<count>()), 1 <= count <= MANY
+template <int MANY, class Run>
+inline void with_count(int64_t count, const Run& run) {
+  if constexpr (MANY > 1)
+    if (count < MANY) return with_count<MANY - 1>(count, run);
+  run(Count<MANY>());
+}
+
+// run(T, first token): N tokens in groups that are nearly alike, of at most
+// MANY tokens
+template <int MANY, class Run>
+inline void in_groups(int64_t N, const Run& run) {
+  for (int64_t t = 0, groups = (N + MANY - 1) / MANY; groups; --groups) {
+    const int64_t some = (N - t + groups - 1) / groups;
+    with_count<MANY>(some, [&](auto T) { run(T, t); });
+    t += some;
+  }
+}
+
+constexpr int SHARED = 4;  // tokens for which a weight is looked up once
+
 // out[i][0 ... rows - 1]: those rows times the token in inputs[i], by rows
 void rows_for_few(const uint8_t* w, const uint8_t* scales, int64_t rows,
                   const Quantised& x, const std::vector<int64_t>& inputs,
                   float* out) {
   const int64_t blocks = x.blocks, step = rows / 4;
-  auto run = [&](auto dots, int64_t r) {
-    for (size_t i = 0; i < inputs.size(); ++i)
-      dots(w + 16 * r * blocks, scales + r * blocks, step, x, inputs[i],
-           out + i * rows + r);
+  auto run = [&](auto R, int64_t r) {
+    in_groups<SHARED>(inputs.size(), [&](auto T, int64_t i) {
+      packed_dots<R.value, T.value>(w + 16 * r * blocks, scales + r * blocks,
+                                    step, x, &inputs[i], out + i * rows + r,
+                                    rows);
+    });
   };
-  for (int64_t r = 0; r < step; ++r) run(packed_dots<4>, r);
-  for (int64_t r = 4 * step; r < rows; ++r) run(packed_dots<1>, r);
+  for (int64_t r = 0; r < step; ++r) run(Count<4>(), r);
+  for (int64_t r = 4 * step; r < rows; ++r) run(Count<1>(), r);
 }
-
 
 // y (N, m) fp32 = x (N, n) bf16 times the weight transposed, row by row
 Tensor packed_rows(const Tensor& x, const Tensor& blocks,

@@ -97,25 +97,6 @@ void strip(const Number* w, int64_t step, const Ready* x, int64_t n,
 }
 #endif
 
-// calls run(std::integral_constant<int, count>), 1 <= count <= MANY
-template <int MANY, class Run>
-inline void with_count(int64_t count, const Run& run) {
-  if constexpr (MANY > 1)
-    if (count < MANY) return with_count<MANY - 1>(count, run);
-  run(std::integral_constant<int, MANY>());
-}
-
-// run(T, first token): N tokens in groups that are nearly alike, of at most
-// MANY tokens
-template <int MANY, class Run>
-inline void in_groups(int64_t N, const Run& run) {
-  for (int64_t t = 0, groups = (N + MANY - 1) / MANY; groups; --groups) {
-    const int64_t some = (N - t + groups - 1) / groups;
-    with_count<MANY>(some, [&](auto T) { run(T, t); });
-    t += some;
-  }
-}
-
 // run(R, first row, how far apart R rows lie): strips of R rows, then what
 // is left one by one. Few tokens wait for memory, which likes rows that lie
 // apart; the sums of many are kept together
@@ -123,9 +104,9 @@ template <int R, class Run>
 void in_strips(int64_t rows, bool few, const Run& run) {
   const int64_t whole = rows / R, apart = few ? whole : 1;
   for (int64_t i = 0; i < whole; ++i)
-    run(std::integral_constant<int, R>(), few ? i : R * i, apart);
+    run(Count<R>(), few ? i : R * i, apart);
   for (int64_t r = R * whole; r < rows; ++r)
-    run(std::integral_constant<int, 1>(), r, 1);
+    run(Count<1>(), r, 1);
 }
 
 // out[t * width + r]: `rows` rows of w (…, n) times N tokens of x (N, n)

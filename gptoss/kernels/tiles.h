@@ -11,7 +11,7 @@ constexpr int64_t FEW = 6;     // fewer tokens: no tile
 #else
 constexpr int64_t CHUNK = 10;  // blocks: 10 KiB of integers, a third of L1
 constexpr int TOKENS = 5;      // ten sums, two weights, one activation
-constexpr int64_t FEW = 4;     // fewer tokens: no tile
+constexpr int64_t FEW = 13;    // fewer tokens: no tile
 #endif
 
 struct Tile {  // 16 rows of a weight, pairs of columns side by side

@@ -77,21 +77,26 @@ inline int32x4_t dots(uint8x16_t bytes, const Line& x, int8x16_t values) {
   return vaddq_s32(s, t);
 }
 
-template <int R>
+template <int R, int T>
 void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
-                 const Quantised& x, int64_t n, float* out) {
+                 const Quantised& x, const int64_t* n, float* out,
+                 int64_t width) {
   const int8x16_t values = vld1q_s8(TWICE);
-  float32x4_t total[R] = {};
+  float32x4_t total[R][T] = {};
   for (int64_t b = 0; b < x.blocks; ++b)
     for (int r = 0; r < R; ++r) {
       const int64_t at = r * step * x.blocks + b;
       __builtin_prefetch(w + 16 * at + 512);
-      const int32x4_t part = dots(vld1q_u8(w + 16 * at), x.line(n)[b],
-                                  values);
-      total[r] = vfmaq_n_f32(total[r], vcvtq_f32_s32(part),
-                             power(scales[at]) * x.half(n)[b]);
+      const uint8x16_t bytes = vld1q_u8(w + 16 * at);
+      for (int t = 0; t < T; ++t) {
+        const int32x4_t part = dots(bytes, x.line(n[t])[b], values);
+        total[r][t] = vfmaq_n_f32(total[r][t], vcvtq_f32_s32(part),
+                                  power(scales[at]) * x.half(n[t])[b]);
+      }
     }
-  for (int r = 0; r < R; ++r) out[r * step] = vaddvq_f32(total[r]);
+  for (int t = 0; t < T; ++t)
+    for (int r = 0; r < R; ++r)
+      out[t * width + r * step] = vaddvq_f32(total[r][t]);
 }
 #endif
 

@@ -71,9 +71,14 @@ def small() -> None:
 
 def packed_row() -> None:
     for rows, blocks in ((1, 1), (7, 3), (40, 2), (6, 17), (5, 90)):
-        x = numbers(3, 32 * blocks)
+        x = numbers(9, 32 * blocks)
         code, scales, weight = packed(rows, 32 * blocks)
-        near(OPS.packed_rows(x, code, scales), exact(x) @ weight.T, 1e-4)
+        alone = torch.cat([OPS.packed_rows(x[n:n + 1], code, scales)
+                           for n in range(len(x))])
+        near(alone, exact(x) @ weight.T, 1e-4)
+        for n in range(2, len(x) + 1):  # the same bits in company
+            assert torch.equal(OPS.packed_rows(x[:n], code, scales),
+                               alone[:n])
 
 
 def experts() -> None:
