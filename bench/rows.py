@@ -3,15 +3,17 @@
     python bench/rows.py [PATH] [--products linear,mxfp4,experts]
         [--shapes 4096x2880,2880x4096,512x2880,201088x2880]
         [--rows 1,2,4,5,8,16,32,128,512] [--tokens 1,2,4,8,16]
-        [--batch 1,2,4,8] [--dense 16|12] [--threads 2] [--save] [--json]
+        [--batch 1,2,4,8] [--dense 16|12|8]
+        [--activations 16|8] [--threads 2] [--save] [--json]
 
 Products: the time of ours over the better of ours and torch's, so 1.00 is
 the best that there is. `linear` and `compact` (twelve bits) stand beside
 F.linear in bf16; `mxfp4` (one packed matrix of 5760 x 2880) and `experts`
 (the experts of a layer, four a row, drawn anew for each call) beside decoding
 what is hit and F.linear; a third time, `bf16`, is torch's with the matrices
-decoded before, which is what the arithmetic allows. There are several
-matrices, taken in turn, so that weights come from memory and not from a
+decoded before, which is what the arithmetic allows. `coarse` are the experts
+with activations in eight bits; there the third is ours with sixteen. Several
+matrices are taken in turn, so that weights come from memory and not from a
 cache. Ours and theirs take turns for --seconds, and of each the fastest turn
 counts. `--products none` leaves them out.
 
@@ -39,12 +41,14 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from gptoss.kernels.build import load_kernels
+from gptoss.kernels.coarse import hold_activations
 from gptoss.kernels.compact import pack, saved_bytes
 from gptoss.kernels.eight import hold_dense
 from gptoss.kernels.roofline import read_speed
@@ -165,9 +169,9 @@ def expert_products(kind: str, shape: str):
         draws = [torch.rand(len(x), E).topk(K).indices for _ in range(16)]
         shares = torch.rand(len(x), K).softmax(-1).bfloat16()
 
-        def ours(i: int):
-            return ops.packed_experts(x, draws[i % 16], shares, *up, up_bias,
-                                      *down, down_bias, 7.0)
+        def run(operator, i: int):
+            return operator(x, draws[i % 16], shares, *up, up_bias, *down,
+                            down_bias, 7.0)
 
         def theirs(i: int, ready=None):
             def apply(e: int, rows: torch.Tensor) -> torch.Tensor:
@@ -180,6 +184,10 @@ def expert_products(kind: str, shape: str):
             return by_expert(x, draws[i % 16], shares, E, apply)
 
         hit = sum(len(ids.unique()) for ids in draws) / len(draws)
+        ours = partial(run, ops.packed_experts)
+        if kind == "coarse":
+            return ({"ours": partial(run, ops.packed_experts_eight),
+                     "torch": theirs, "sixteen": ours}, hit * expert_bytes(c))
         return ({"ours": ours, "torch": theirs,
                  "bf16": lambda i: theirs(i, decoded)},
                 hit * expert_bytes(c))
@@ -187,7 +195,8 @@ def expert_products(kind: str, shape: str):
 
 
 PRODUCTS = {"linear": dense_products, "compact": dense_products,
-            "mxfp4": mxfp4_products, "experts": expert_products}
+            "mxfp4": mxfp4_products, "experts": expert_products,
+            "coarse": expert_products}
 
 
 @torch.inference_mode()
@@ -224,8 +233,9 @@ def told_product(row: dict) -> str:
             f"({row['gb_per_s']:5.1f} GB/s), torch {row['torch_ms']:8.3f} ms;"
             f" {row['over_torch']:5.2f} of torch's, {row['over_best']:5.2f} "
             "of the better")
-    return line + (f", {row['over_bf16']:5.2f} of bf16's"
-                   if "over_bf16" in row else "")
+    return line + "".join(f", {row[f'over_{name}']:5.2f} of {name}'s"
+                          for name in ("bf16", "sixteen")
+                          if f"over_{name}" in row)
 
 
 # ---- steps of a whole model
@@ -352,9 +362,9 @@ def told_step(row: dict) -> str:
             f"tok/s, rate {row['rate']:4.2f}")
 
 
-def loaded(path: Path, dense: int) -> GptOss:
+def loaded(path: Path, dense: int, activations: int) -> GptOss:
     model = GptOss.from_pretrained(path)
-    return hold_dense(model, dense)
+    return hold_activations(hold_dense(model, dense), activations)
 
 
 def short(found):
@@ -384,6 +394,8 @@ def main(argv=None):
     parser.add_argument("--tokens", type=integers, default=[1, 2, 4, 8, 16])
     parser.add_argument("--batch", type=integers, default=[1, 2, 4, 8])
     parser.add_argument("--dense", type=int, choices=(16, 12, 8), default=16)
+    parser.add_argument("--activations", type=int, choices=(16, 8),
+                        default=16)
     parser.add_argument("--sets", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -404,7 +416,7 @@ def main(argv=None):
         wanted = {"tokens": options.tokens, "distinct": options.batch,
                   "same": options.batch}
         found["steps"], speed = steps(
-            loaded(options.path, options.dense),
+            loaded(options.path, options.dense, options.activations),
             {kind: ns for kind, ns in wanted.items() if ns}, options.sets,
             options.repeats)
         found["dense"] = options.dense
