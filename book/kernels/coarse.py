@@ -321,7 +321,9 @@ define_operator("packed_experts_eight", Operator(
 # `transpose_words` takes eight rows of a block, sixteen bytes each, and gives
 # four registers: word 0 of all eight rows, word 1, and so on. Each is looked
 # up twice, its low halves and its high ones. The scales of 16 rows are
-# gathered and become powers of two together; 255 becomes NaN.
+# gathered and become powers of two together; 255 becomes NaN. Sixteen rows
+# are sixteen streams of memory, more than a processor follows by itself, so
+# each row's next piece is asked for.
 
 # %% [markdown] tags=["export:coarse.h"]
 # ```cpp
@@ -369,8 +371,11 @@ define_operator("packed_experts_eight", Operator(
 #   for (int64_t b = 0; b < count; ++b)
 #     for (int64_t r = 0; r < ROWS; r += 8) {
 #       uint8_t column[8];
-#       for (int64_t i = 0; i < 8; ++i)
+#       for (int64_t i = 0; i < 8; ++i) {
 #         column[i] = scales[(r + i) * blocks + b];
+#         if (b % 4 == 0)  // another 64 bytes of the row
+#           __builtin_prefetch(w + ((r + i) * blocks + b + DEEP) * 16);
+#       }
 #       store(&tile.factors[b][r], powers(column));
 #       __m256i v[4];
 #       transpose_words(w + (r * blocks + b) * 16, 16 * blocks, v);
@@ -471,13 +476,15 @@ define_operator("packed_experts_eight", Operator(
 # Nearly nothing. [Many rows](many_rows.ipynb) sorts the picks, cuts the work
 # into pieces and asks its `Inputs` for what stands at each place. `Coarse` is
 # such inputs with 127 steps instead of 32639. A piece of few tokens is
-# computed as there: that is limited by reading, and eight bits would gain
-# little. Only the tile is another one.
+# computed as there: it is limited by reading, and eight bits would gain
+# little. Only the tile is another one, and it is worth its decoding from nine
+# tokens on.
 
 # %% [markdown] tags=["export:coarse.h"]
 # ```cpp
 # struct Coarse : Inputs {
 #   static constexpr char OPERATOR[] = "packed_experts_eight";
+#   static constexpr int64_t TILED = std::min<int64_t>(FEW, 9);
 #   std::vector<int8_t> bytes;     // (rows, blocks, 32), even elements first
 #   std::vector<int32_t> offsets;  // -12 times the sum of a block
 #

@@ -45,8 +45,11 @@ void decode_bytes(const uint8_t* w, const uint8_t* scales, int64_t blocks,
   for (int64_t b = 0; b < count; ++b)
     for (int64_t r = 0; r < ROWS; r += 8) {
       uint8_t column[8];
-      for (int64_t i = 0; i < 8; ++i)
+      for (int64_t i = 0; i < 8; ++i) {
         column[i] = scales[(r + i) * blocks + b];
+        if (b % 4 == 0)  // another 64 bytes of the row
+          __builtin_prefetch(w + ((r + i) * blocks + b + DEEP) * 16);
+      }
       store(&tile.factors[b][r], powers(column));
       __m256i v[4];
       transpose_words(w + (r * blocks + b) * 16, 16 * blocks, v);
@@ -132,6 +135,7 @@ void multiply_bytes(const ByteTile& tile, const FewBytes& few,
 
 struct Coarse : Inputs {
   static constexpr char OPERATOR[] = "packed_experts_eight";
+  static constexpr int64_t TILED = std::min<int64_t>(FEW, 9);
   std::vector<int8_t> bytes;     // (rows, blocks, 32), even elements first
   std::vector<int32_t> offsets;  // -12 times the sum of a block
 

@@ -36,9 +36,7 @@ struct Piece {
 
 // few tokens: tall pieces; many: lower ones
 std::vector<Piece> pieces(const Packed& weight, const Groups& groups,
-                          bool by_strips) {
-  const int64_t few = by_strips ? TOGETHER + 1 : FEW;
-  const int64_t low = by_strips ? BROAD : ROWS;
+                          int64_t few, int64_t low) {
   std::vector<Piece> all;
   for (int64_t e : groups.hit) {
     const int64_t count = groups.begin[e + 1] - groups.begin[e];
@@ -60,6 +58,7 @@ bool any_below(const Groups& groups, int64_t count) {
 // what stands at each place: row from[place] of x
 struct Inputs {
   static constexpr char OPERATOR[] = "packed_experts";
+  static constexpr int64_t TILED = FEW;  // from so many places on
   std::vector<int64_t> from;
   Quantised digits;            // of the rows of x
   std::vector<Number> pairs;   // with bf16 units, of each place
@@ -96,7 +95,9 @@ struct Inputs {
 template <class X, class Emit>
 void grouped_linear(const Packed& weight, const Groups& groups, const X& x,
                     const Emit& emit) {
-  const std::vector<Piece> all = pieces(weight, groups, x.n > 0);
+  const std::vector<Piece> all =
+      x.n ? pieces(weight, groups, TOGETHER + 1, BROAD)
+          : pieces(weight, groups, X::TILED, ROWS);
   share(all.size(), 1, [&](int64_t item) {
     const auto [e, row0, rows] = all[item];
     const int64_t first = groups.begin[e];
@@ -114,7 +115,7 @@ void grouped_linear(const Packed& weight, const Groups& groups, const X& x,
     else
 #endif
 #ifdef GPTOSS_AVX2
-    if (count >= FEW && rows == ROWS)
+    if (count >= X::TILED && rows == ROWS)
       x.by_tile(w, s, inputs, out.data());
     else
 #endif
