@@ -7,15 +7,15 @@
         [--activations 16|8] [--threads 2] [--save] [--json]
 
 Products: the time of ours over the better of ours and torch's, so 1.00 is
-the best that there is. `linear` and `compact` (twelve bits) stand beside
-F.linear in bf16; `mxfp4` (one packed matrix of 5760 x 2880) and `experts`
-(the experts of a layer, four a row, drawn anew for each call) beside decoding
-what is hit and F.linear; a third time, `bf16`, is torch's with the matrices
-decoded before, which is what the arithmetic allows. `coarse` are the experts
-with activations in eight bits; there the third is ours with sixteen. Several
-matrices are taken in turn, so that weights come from memory and not from a
-cache. Ours and theirs take turns for --seconds, and of each the fastest turn
-counts. `--products none` leaves them out.
+the best that there is. `linear`, `compact` (twelve bits) and `eight` (bits)
+stand beside F.linear in bf16; `mxfp4` (one packed matrix of 5760 x 2880) and
+`experts` (the experts of a layer, four a row, drawn anew for each call)
+beside decoding what is hit and F.linear; a third time, `bf16`, is torch's
+with the matrices decoded before, which is what the arithmetic allows.
+`coarse` are the experts with activations in eight bits; there the third is
+ours with sixteen. Several matrices are taken in turn, so that weights come
+from memory and not from a cache. Ours and theirs take turns for --seconds,
+and of each the fastest turn counts. `--products none` leaves them out.
 
 With PATH, a folder in the released layout (bench/make_checkpoint.py writes
 one of random weights): --tokens, one forward of n tokens that continue one
@@ -50,7 +50,7 @@ import torch.nn.functional as F
 from gptoss.kernels.build import load_kernels
 from gptoss.kernels.coarse import hold_activations
 from gptoss.kernels.compact import pack, saved_bytes
-from gptoss.kernels.eight import hold_dense
+from gptoss.kernels.eight import hold_dense, pack_eight
 from gptoss.kernels.roofline import read_speed
 from gptoss.kernels.step import DecodeStep
 from gptoss.model.cache import Cache
@@ -111,23 +111,32 @@ def packed_matrices(count: int, m: int, n: int):
             torch.randint(115, 123, (count, m, n // 32), dtype=torch.uint8))
 
 
+# kind -> what is made of a matrix, and the product with it
+DENSE = {
+    "linear": (lambda weight: None,
+               lambda x, weight, bias, _: ops.linear(x, weight, bias)),
+    "compact": (pack, lambda x, weight, bias, made: ops.compact_linear(
+        x, weight, bias, *made)),
+    "eight": (pack_eight, lambda x, weight, bias, made: ops.eight_linear(
+        x, *made, bias))}
+
+
 def dense_products(kind: str, shape: str):
     """x -> the calls and the bytes that ours reads, for a dense matrix."""
     m, n = map(int, shape.split("x"))
     weights = [numbers(m, n) for _ in range(copies(2 * m * n))]
     bias = numbers(m) if m < 10 ** 5 else None  # the head has none
-    packed = [pack(weight) for weight in weights if kind == "compact"]
+    make, multiply = DENSE[kind]
+    made = [make(weight) for weight in weights]
 
     def calls(x: torch.Tensor):
         def ours(i: int):
-            weight, i = weights[i % len(weights)], i % len(weights)
-            if packed:
-                return ops.compact_linear(x, weight, bias, *packed[i])
-            return ops.linear(x, weight, bias)
+            i %= len(weights)
+            return multiply(x, weights[i], bias, made[i])
 
         def theirs(i: int):
             return F.linear(x, weights[i % len(weights)], bias)
-        size = (packed or weights)[0].nbytes
+        size = (made[0] or weights[0]).nbytes
         return {"ours": ours, "torch": theirs}, size
     return calls, n
 
@@ -194,9 +203,9 @@ def expert_products(kind: str, shape: str):
     return calls, D
 
 
-PRODUCTS = {"linear": dense_products, "compact": dense_products,
-            "mxfp4": mxfp4_products, "experts": expert_products,
-            "coarse": expert_products}
+PRODUCTS = dict.fromkeys(DENSE, dense_products) | {
+    "mxfp4": mxfp4_products, "experts": expert_products,
+    "coarse": expert_products}
 
 
 @torch.inference_mode()

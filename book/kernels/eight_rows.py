@@ -139,10 +139,10 @@ assert abs(found - right) < 1e-3 * abs(right)
 #
 # ### How is a row multiplied with some tokens?
 #
-# In C++ `Integers` are the tokens. Their bytes lie in the order of the
-# weights' bytes.
+# In C++ `Integers` are the tokens, rounded by `nearest` of
+# [packed](packed.ipynb). They lie in the order of the weights' bytes.
 
-# %% [markdown] tags=["export:eight.h"]
+# %% [markdown] tags=["export:integers.h"]
 # ```cpp
 # namespace {
 #
@@ -170,20 +170,10 @@ assert abs(found - right) < 1e-3 * abs(right)
 #   explicit Integers(const Buffer& x)
 #       : values(x.size()), steps(x.size() / BLOCK) {
 #     for (size_t b = 0; b < steps.size(); ++b) {
-#       Floats part[4], odd = {};
-#       for (int i = 0; i < 4; ++i) {
-#         part[i] = load<Floats>(&x[b * BLOCK + 8 * i]);
-#         odd += 0 * part[i];  // NaN if one of them is NaN or infinite
-#       }
-#       const float size = step(largest(part), STORED);
-#       const float up = size > 1e-37f ? 1 / size : 0;
-#       // adding 1.5 * 2**23 leaves the nearest integer in the low bits
-#       const auto all = (Whole)(load<Reals>(part) * up + 12582912.0f);
-#       const Shorts near = __builtin_convertvector(all - 0x4b400000, Shorts);
+#       const Shorts near = nearest(&x[b * BLOCK], STORED, steps[b]);
 #       for (int half = 0; half < 2; ++half)
 #         std::memcpy(&values[place(b) + 2 * half * HALF],
 #                     reinterpret_cast<const char*>(&near) + 32 * half, 32);
-#       steps[b] = size + sum(odd);
 #     }
 #   }
 # };
@@ -195,7 +185,7 @@ assert abs(found - right) < 1e-3 * abs(right)
 # of a register is a block and gets a step of its own (`spread`). These few
 # lines are all that the two do not share.
 
-# %% [markdown] tags=["export:eight.h"]
+# %% [markdown] tags=["export:integers.h"]
 # ```cpp
 # #ifdef GPTOSS_AVX512
 # inline Bytes widen(const int8_t* from) {
@@ -242,7 +232,7 @@ assert abs(found - right) < 1e-3 * abs(right)
 # all T tokens; a token's integers once for all R rows. So up to four tokens
 # cost little more than one, as long as memory is what takes the time.
 
-# %% [markdown] tags=["export:eight.h"]
+# %% [markdown] tags=["export:integers.h"]
 # ```cpp
 # // out[t][0], out[t][step] ...: R rows, `step` rows apart, times T tokens
 # #ifdef GPTOSS_AVX2
@@ -328,17 +318,136 @@ assert abs(found - right) < 1e-3 * abs(right)
 #     }
 #   });
 # }
+#
+# }  // namespace
 # ```
 
 # %% [markdown]
 # ### And many tokens?
 #
-# Where arithmetic is the limit, bytes do not help; bf16 products are faster.
-# So for many tokens a strip of the matrix at a time becomes bf16, in a scratch
-# of 16 MiB that stays in the last cache, and goes through `linear` of
-# [dense](dense.ipynb). They must not read the matrix from the file instead:
-# then a text that was read at once and one that was read token by token would
-# come from two models.
+# Where arithmetic is the limit, bytes do not help; what counts is how many
+# instructions a product takes. The obvious way is to make bf16 of a strip of
+# the matrix and to pass that through `linear` of [dense](dense.ipynb). But
+# without bf16 units `linear` multiplies floats, eight an instruction. Integers
+# of sixteen bits are multiplied sixteen at a time, and for them
+# [a tile](many_rows.ipynb) exists already: four bits are unpacked into it, and
+# eight fit as well. Is it worth that? We count what the loops need:
+
+# %%
+def count(loads: int, others: int, products: int) -> float:
+    """Instructions a product, of an inner loop."""
+    return (loads + others) / products
+
+
+floats = count(2 + 6, 12, 96)  # `multiply_some`: 16 rows, six tokens
+tiled = count(2 + 5, 10 + 10, 160)  # `multiply_tile`: two columns, five
+rows = count(8 + 4, 4 * (5 + 4 * 7), 512)  # `eight_dots`: four rows, four
+decode = count(2 * 16, 2 * (64 + 3 * 16) + 16 * 4, 512)  # a block of 16 rows
+print(f"{floats:.2f} instructions a product by floats, {tiled:.2f} by a tile, "
+      f"{rows:.2f} row by row")
+for tokens in (4, 8, 10, 16, 128):
+    groups = -(-tokens // 5)  # five at a time, the last of them perhaps fewer
+    print(f"{tokens:3} tokens: {rows * tokens:5.2f} instructions for a weight "
+          f"row by row, {decode + 5 * tiled * groups:5.2f} by tiles")
+
+# %% [markdown]
+# By this count a tile repays its decoding from about nine tokens on, and needs
+# less than floats do. How is it filled? A token's `Line` has the even numbers
+# of a block first, then the odd ones. Two neighbours there must meet two
+# columns side by side: 0 and 2, 4 and 6, ..., then 1 and 3 and so on. The
+# bytes of a block come in two halves of sixteen, and `transpose` turns sixteen
+# rows of sixteen bytes into columns. In numpy:
+
+# %%
+some = eight.values[:16].view(16, -1, 64)[:, :, place].numpy()
+halves = some.reshape(16, -1, 2, 16).transpose(1, 2, 3, 0)  # their columns
+sides = [(i + u, i + u + 2) for u in (0, 1) for i in range(0, 16, 4)]
+tile = np.stack([np.stack([halves[:, :, a], halves[:, :, b]], -1)
+                 for a, b in sides], 2)  # block, half, pair, row, side
+line = np.stack([q.reshape(-1, 2, 16)[:, :, list(pair)] for pair in sides], 2)
+sums = np.einsum("bhpri,bhpi->br", tile.astype(np.int64), line)
+steps = eight.scales[:16].view(torch.bfloat16).double().numpy()
+found = np.einsum("br,rb,b->r", sums, steps, np.exp2(power))
+right = (back[:16].double() @ token.double()).numpy()
+print("side by side in a half:", *sides)
+print(f"the first of sixteen rows: {found[0]:.4f} by a tile, {right[0]:.4f} "
+      "in float64")
+assert np.allclose(found, right, atol=1e-4)
+
+# %% [markdown]
+# Everything else is there: `quantised` makes the lines of the tokens, and
+# `rows_for_many` takes the tiles. It multiplies with *half* a token's step,
+# since four bits are doubled in a tile; so here the factor of a row is twice
+# its scale. Where 16 does not divide the number of rows, the last one is
+# repeated.
+
+# %% [markdown] tags=["export:eight.h"]
+# ```cpp
+# namespace {
+#
+# #if defined(GPTOSS_AVX2) && !defined(GPTOSS_BF16)
+# constexpr int64_t FEW_TOKENS = 12;  // more: tiles
+#
+# // blocks first ... first + count - 1 of rows row ... row + 15; first is even
+# void decode_eight(const Eight& w, int64_t row, int64_t first, int64_t count,
+#                   Tile& tile) {
+#   const int8_t* rows[ROWS];
+#   for (int64_t r = 0; r < ROWS; ++r) {
+#     const int64_t at = std::min(row + r, w.rows - 1) * w.n + first * BLOCK;
+#     rows[r] = w.values + at;
+#     for (int64_t b = 0; b < count; ++b)
+#       tile.factors[b][r] = 2 * wide_scale(w.scales[at / BLOCK + b]);
+#   }
+#   for (int64_t b = 0; b < count; ++b)
+#     for (int half = 0; half < 2; ++half) {
+#       __m128i v[ROWS];
+#       for (int64_t r = 0; r < ROWS; ++r)
+#         v[r] = load<__m128i>(rows[r] + place(b) + 2 * half * HALF);
+#       transpose(v);
+#       for (int i = 0; i < 16; i += 4)
+#         for (int u = 0; u < 2; ++u)
+#           put_pair(v[i + u], v[i + u + 2],
+#                    tile.values[b][u][4 * half + i / 4]);
+#     }
+# }
+#
+# // as eight_few, for many tokens
+# Tensor eight_many(const Eight& w, const Tensor& x,
+#                   const std::optional<Tensor>& bias) {
+#   const int64_t N = x.numel() / w.n;
+#   const Quantised tokens = quantised(floats(x).data(), STORED, N,
+#                                      w.n / BLOCK, false);
+#   std::vector<int64_t> all(N);
+#   for (int64_t i = 0; i < N; ++i) all[i] = i;
+#   auto shape = x.sizes().vec();
+#   shape.back() = w.rows;
+#   Tensor y = at::empty(shape, x.options());
+#   const Tensor b = bias ? bias->contiguous() : Tensor();
+#   const Number* add = bias ? numbers(b) : nullptr;
+#   auto to = static_cast<Number*>(y.data_ptr());
+#   share((w.rows + ROWS - 1) / ROWS, 2, [&](int64_t item) {
+#     const int64_t row = item * ROWS, rows = std::min(ROWS, w.rows - row);
+#     Buffer out(N * ROWS);
+#     rows_for_many([&](int64_t first, int64_t count, Tile& tile) {
+#       decode_eight(w, row, first, count, tile);
+#     }, tokens, all, out.data());
+#     for (int64_t i = 0; i < N; ++i)
+#       finish(&out[i * ROWS], add ? add + row : nullptr, rows,
+#              to + i * w.rows + row);
+#   });
+#   return y;
+# }
+# ```
+
+# %% [markdown]
+# ### And where there are bf16 units?
+#
+# There an instruction multiplies 32 pairs of bf16 and adds them, so bf16 is
+# what the arithmetic allows. A strip of the matrix becomes bf16, in a scratch
+# of 16 MiB that stays in the last cache, and goes through `linear`; so it does
+# without AVX2, where there are no tiles. The matrix in the file must not be
+# read instead: then a text that was read at once and one that was read token
+# by token would come from two models.
 #
 # A step times a whole number has up to fifteen bits; bf16 keeps eight. That is
 # a second rounding, on top of the first:
@@ -349,17 +458,20 @@ x = torch.randn(64, 2880, dtype=torch.float64)
 product = x @ matrix.double().T
 print(f"in eight bits: off by {off(back, matrix):.3f}, in bf16 again: "
       f"{off(both, matrix):.3f}; between the two {off(both, back):.4f}")
-for name, found in (("few tokens", back), ("many tokens", both)):
-    print(f"{name:11}: a product is off by "
+for name, found in (("integers", back), ("strips", both)):
+    print(f"{name:8}: a product is off by "
           f"{off(x @ found.double().T, product):.2%}")
 assert off(both, matrix) < 1.1 * off(back, matrix)
 
 # %% [markdown]
-# The two paths differ by less than a result changes when it is stored in bf16,
-# and either is as far from the original matrix as the other.
+# The two differ by less than a result changes when it is stored in bf16, and
+# either is as far from the original matrix as the other.
 
 # %% [markdown] tags=["export:eight.h"]
 # ```cpp
+# #else
+# constexpr int64_t FEW_TOKENS = 8;  // more: strips
+#
 # inline Floats eight_floats(const int8_t* from) {
 # #ifdef GPTOSS_AVX2
 #   return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(
@@ -385,7 +497,7 @@ assert off(both, matrix) < 1.1 * off(back, matrix)
 #   });
 # }
 #
-# // the same for many, in strips that pass through `linear`
+# // as eight_few, for many tokens: strips pass through `linear`
 # Tensor eight_many(const Eight& w, const Tensor& x,
 #                   const std::optional<Tensor>& bias) {
 #   auto shape = x.sizes().vec();
@@ -403,13 +515,16 @@ assert off(both, matrix) < 1.1 * off(back, matrix)
 #   }
 #   return y;
 # }
+# #endif
 # ```
 
 # %% [markdown] tags=["measured"]
 # How many are few? The time of the integers grows with every token, that of
 # the strips hardly does. For eight tokens the integers take a third of the
 # time of `linear` (the table below), which the strips need besides their
-# unpacking. So up to eight tokens are few.
+# unpacking. So before strips up to eight tokens are few. Before tiles it is
+# twelve: up to there neither is quicker by more than the measurement wavers,
+# and from 13 on the tile is.
 #
 # ### Rounding in C++
 #
@@ -456,7 +571,6 @@ assert off(both, matrix) < 1.1 * off(back, matrix)
 # Tensor eight_linear(const Tensor& x, const Tensor& values,
 #                     const Tensor& scales,
 #                     const std::optional<Tensor>& bias) {
-#   constexpr int64_t FEW_TOKENS = 8;
 #   const int64_t m = values.dim() == 2 ? values.size(0) : 0;
 #   const int64_t n = m ? values.size(1) : 0;
 #   const bool fits = m && n && ours({x, bias.value_or(x)})
@@ -492,7 +606,8 @@ assert off(both, matrix) < 1.1 * off(back, matrix)
 # ## It holds
 #
 # **The product** beside float64 and the rounded matrix. What is left is that
-# the result is stored in bf16, and for many tokens the second rounding:
+# the result is stored in bf16 and, where many tokens take strips, the second
+# rounding:
 
 # %%
 exactly = unpack_eight(eight, torch.float64)
@@ -501,7 +616,7 @@ for tokens in (1, 3, 8, 40):
     with torch.inference_mode():
         y = torch.ops.gptoss.eight_linear(x, *eight, None)
     error = off(y, x.double() @ exactly.T)
-    print(f"{tokens:2} tokens: off by {error:.4f}")
+    print(f"{tokens:2} tokens: off by {error:.3f}")
     assert error < (2.2e-3 if tokens <= 8 else 3.5e-3)
 
 # %% [markdown]
@@ -530,6 +645,29 @@ for tokens in (1, 3, 8, 40):
 # the bytes: the loss against 1.88. From two tokens on eight bits gain more
 # than their bytes say, since each weight is read once for all of them.
 
+# %% [markdown] tags=["measured"]
+# Many tokens, on two cores of a Zen 3 with AVX2, shared with others, on
+# 2026-11-29 (`bench/rows.py --products eight,linear`); milliseconds on one
+# core, the best of three rounds in turn:
+#
+# | matrix | tokens | bf16, `linear` | 8 bits, strips | 8 bits, tiles |
+# |---|---|---|---|---|
+# | 4096 x 2880 | 9 | 10.1 | 14.5 | 3.8 |
+# | | 16 | 10.4 | 16.4 | 5.9 |
+# | | 32 | 15.3 | 18.9 | 9.2 |
+# | | 128 | 42 | 46 | 31 |
+# | | 512 | 155 | 180 | 126 |
+# | 2880 x 4096 | 9 | 9.2 | 12.7 | 3.7 |
+# | | 16 | 10.0 | 14.0 | 6.2 |
+# | | 32 | 15.1 | 19.3 | 9.8 |
+# | | 128 | 42 | 47 | 32 |
+# | | 512 | 167 | 179 | 145 |
+#
+# (Nine tokens go row by row beside tiles.) Unpacking the strips costs as much
+# as a dozen tokens, so they lose most where tokens are few. For 512 what is
+# left is arithmetic, and there the tile gains what was counted, a fifth of the
+# instructions.
+
 # %% [markdown]
 # ## Takeaways
 #
@@ -538,8 +676,9 @@ for tokens in (1, 3, 8, 40):
 # - Sums of a block are exact in integers; both steps are multiplied once.
 # - A weight that is in a register serves all tokens at hand; so two, three and
 #   four tokens cost little more than one.
-# - Many tokens read the same eight bits, by way of bf16 strips; the matrix in
-#   the file is another model's.
+# - Many tokens read the same eight bits, by tiles of integers or, where a
+#   processor multiplies bf16, by strips of it; the matrix in the file is
+#   another model's.
 
 # %% [markdown]
 # ## Exercises

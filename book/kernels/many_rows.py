@@ -233,7 +233,6 @@ print(deck[3][:3])
 #   float* out[TOKENS];  // 16 sums each
 # };
 #
-# #ifndef GPTOSS_AVX512
 # // sixteen rows of sixteen bytes become sixteen columns
 # inline void transpose(__m128i (&v)[16]) {
 #   for (int step = 0; step < 4; ++step) {
@@ -246,6 +245,14 @@ print(deck[3][:3])
 #   }
 # }
 #
+# // two columns, side by side, in 16 bits
+# inline void put_pair(__m128i a, __m128i b, int16_t (*to)[2]) {
+#   auto at = reinterpret_cast<__m256i*>(to);
+#   at[0] = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(a, b));
+#   at[1] = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(a, b));
+# }
+#
+# #ifndef GPTOSS_AVX512
 # void decode_tile(const uint8_t* w, const uint8_t* scales, int64_t blocks,
 #                  int64_t count, Tile& tile) {
 #   const __m128i values = load<__m128i>(TWICE), low = _mm_set1_epi8(15);
@@ -264,9 +271,7 @@ print(deck[3][:3])
 #           bytes = u ? _mm_srli_epi16(bytes, 4) : bytes;
 #           two[i] = _mm_shuffle_epi8(values, _mm_and_si128(bytes, low));
 #         }
-#         auto to = reinterpret_cast<__m256i*>(tile.values[b][u][m]);
-#         to[0] = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(two[0], two[1]));
-#         to[1] = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(two[0], two[1]));
+#         put_pair(two[0], two[1], tile.values[b][u][m]);
 #       }
 #   }
 # }
@@ -276,10 +281,11 @@ print(deck[3][:3])
 # ### How is it multiplied?
 #
 # The inner loop is what was derived: 2 registers of weights, 5 tokens, 10
-# sums. `_mm256_set1_epi32` fills a register with one pair of activations.
-# After each block the whole sums become floats and are multiplied by the two
-# factors of the block. AVX-512 has twice as many registers, twice as wide: its
-# tile is taken by twelve tokens, and stands in the
+# sums. `_mm256_set1_epi32` fills a register with one pair of activations. The
+# sixteen steps of a block are written out (`unroll`): counting them took a
+# tenth of the instructions. Then the sums become floats and are multiplied by
+# the two factors of the block. AVX-512 has twice as many registers, twice as
+# wide: its tile is taken by twelve tokens, and stands in the
 # [appendix](../cli/wide.ipynb).
 
 # %% [markdown] tags=["export:tiles.h"]
@@ -298,26 +304,25 @@ print(deck[3][:3])
 #                    int64_t count) {
 #   for (int64_t b = 0; b < count; ++b) {
 #     __m256i s[TOKENS][2] = {};
-#     for (int u = 0; u < 2; ++u)
-#       for (int m = 0; m < 8; ++m) {
-#         auto w = reinterpret_cast<const __m256i*>(tile.values[b][u][m]);
-#         const __m256i w0 = w[0], w1 = w[1];
-#         for (int t = 0; t < TOKENS; ++t) {
-#           const __m256i x = _mm256_set1_epi32(load<int32_t>(
-#               &few.lines[t][first + b].values[u][2 * m]));
-#           s[t][0] = add_products(s[t][0], w0, x);
-#           s[t][1] = add_products(s[t][1], w1, x);
-#           hold(s[t][0]), hold(s[t][1]);
-#         }
+# #pragma GCC unroll 16
+#     for (int m = 0; m < 16; ++m) {
+#       const auto& pairs = tile.values[b][m / 8][m % 8];
+#       const __m256i w0 = load<__m256i>(pairs), w1 = load<__m256i>(pairs[8]);
+#       for (int t = 0; t < TOKENS; ++t) {
+#         const __m256i x = _mm256_set1_epi32(load<int32_t>(
+#             &few.lines[t][first + b].values[m / 8][m % 8 * 2]));
+#         s[t][0] = add_products(s[t][0], w0, x);
+#         s[t][1] = add_products(s[t][1], w1, x);
+#         hold(s[t][0]), hold(s[t][1]);
 #       }
-#     for (int t = 0; t < TOKENS; ++t)
-#       for (int half = 0; half < 2; ++half) {
-#         float* to = few.out[t] + 8 * half;
-#         const Floats f = load<Floats>(&tile.factors[b][8 * half])
-#                          * few.halves[t][first + b];
-#         store(to, load<Floats>(to)
-#                   + (Floats)_mm256_cvtepi32_ps(s[t][half]) * f);
-#       }
+#     }
+#     for (int t = 0; t < TOKENS; ++t) {
+#       const float half = few.halves[t][first + b];
+#       float* to = few.out[t];
+#       for (int i = 0; i < 2; ++i, to += 8)
+#         store(to, load<Floats>(to) + (Floats)_mm256_cvtepi32_ps(s[t][i])
+#                   * (load<Floats>(&tile.factors[b][8 * i]) * half));
+#     }
 #   }
 # }
 # #else
@@ -331,24 +336,25 @@ print(deck[3][:3])
 
 # %% [markdown]
 # For all tokens of one piece: a tile, all tokens in groups (`in_groups` of
-# [packed](packed.ipynb)), the next tile. A group that is not full computes
-# into `spare`, and nobody looks at it.
+# [packed](packed.ipynb)), the next tile. Who fills it is told by `decode`, so
+# that other weights come the same way ([eight bits](eight_rows.ipynb)). A
+# group that is not full computes into `spare`, and nobody looks at it.
 
 # %% [markdown] tags=["export:tiles.h"]
 # ```cpp
 # constexpr int64_t ROWS = 16;  // of a tile
 #
 # #ifdef GPTOSS_AVX2
-# // the same for sixteen rows and many tokens, by a tile
-# void rows_for_many(const uint8_t* w, const uint8_t* scales,
-#                    const Quantised& x, const std::vector<int64_t>& inputs,
-#                    float* out) {
+# // sixteen rows, many tokens; decode(b, count, tile) fills a tile from b on
+# template <class Decode>
+# void rows_for_many(const Decode& decode, const Quantised& x,
+#                    const std::vector<int64_t>& inputs, float* out) {
 #   const int64_t count = inputs.size(), blocks = x.blocks;
 #   Tile tile;
 #   std::fill_n(out, count * ROWS, 0.0f);
 #   for (int64_t b = 0; b < blocks; b += CHUNK) {
 #     const int64_t deep = std::min(CHUNK, blocks - b);
-#     decode_tile(w + 16 * b, scales + b, blocks, deep, tile);
+#     decode(b, deep, tile);
 #     in_groups<TOKENS>(count, [&](auto T, int64_t i) {
 #       float spare[ROWS] = {};  // a group may have empty places
 #       Few few{T.value};
@@ -378,35 +384,13 @@ print(deck[3][:3])
 # a second pass puts every pick into the next free place of its expert. That is
 # a *counting sort*.
 
-# %% tags=["hide-input"]
-# Figure: two rows of twelve squares. Above, the picks of six tokens in their
-# order, coloured by expert; below, the same picks sorted: five runs of one
-# colour. A line joins each pick with its new place.
-ids = np.array([[0, 2], [2, 1], [2, 0], [2, 4], [2, 1], [0, 2]])
+# %%
+ids = np.array([[0, 2], [2, 1], [2, 0], [2, 4], [2, 1], [0, 2]])  # six tokens
 flat = ids.reshape(-1)
 order = np.argsort(flat, kind="stable")
-colors = ["C4", "C1", "C2", "C3", "C5"]
-fig, ax = plt.subplots(figsize=(7.2, 2.2))
-for place, pick in enumerate(order):
-    for x, y in ((pick, 2), (place, 0)):
-        ax.add_patch(plt.Rectangle((x, y), 0.94, 0.7,
-                                   fc=colors[flat[pick]]))
-        ax.text(x + 0.47, y + 0.35, f"token {pick // 2}", ha="center",
-                va="center", fontsize=6.5)
-    ax.plot([pick + 0.47, place + 0.47], [2, 0.7], color=colors[flat[pick]],
-            lw=1)
-for e in range(5):
-    at = np.flatnonzero(flat[order] == e)
-    if len(at):
-        ax.text(at.mean() + 0.47, -0.3, f"expert {e}", ha="center",
-                fontsize=7, va="center")
-ax.text(12.2, 2.35, "as chosen", va="center", fontsize=8)
-ax.text(12.2, 0.35, "sorted", va="center", fontsize=8)
-ax.set(xlim=(-0.1, 13.8), ylim=(-0.6, 2.8))
-ax.axis("off")
-plt.show()
+print("experts of the picks:", flat.tolist())
 
-# %%
+
 def groups(ids: list[int], experts: int) -> tuple[list[int], list[int]]:
     """Picks in the order of their experts, and where each expert begins."""
     begin = [0] * (experts + 1)
@@ -537,7 +521,9 @@ assert found == order.tolist()
 # #ifdef GPTOSS_AVX2
 #   void by_tile(const uint8_t* w, const uint8_t* scales,
 #                const std::vector<int64_t>& inputs, float* out) const {
-#     rows_for_many(w, scales, digits, inputs, out);
+#     rows_for_many([&](int64_t b, int64_t deep, Tile& tile) {
+#       decode_tile(w + 16 * b, scales + b, digits.blocks, deep, tile);
+#     }, digits, inputs, out);
 #   }
 # #endif
 # };

@@ -395,24 +395,29 @@ assert sums.sum() == whole
 #     to.offset[place][i / 4] -= 12 * (q[i] + q[16 + i]);
 # }
 #
+# // integers nearest to a block, and the step `size` between them
+# inline Shorts nearest(const float* x, float most, float& size) {
+#   Floats part[4], odd = {};
+#   std::memcpy(part, x, sizeof part);
+#   for (Floats v : part) odd += 0 * v;  // NaN if v is NaN or infinite
+#   const float exact = step(largest(part), most);
+#   const float up = exact > 1e-37f ? 1 / exact : 0;
+#   size = exact + sum(odd);
+#   // adding 1.5 * 2**23 leaves the nearest integer in the low bits
+#   const auto all = (Whole)(load<Reals>(x) * up + 12582912.0f);
+#   return __builtin_convertvector(all - 0x4b400000, Shorts);
+# }
+#
 # void quantise(const float* x, float most, int64_t n, Quantised& to) {
 #   for (int64_t b = 0; b < to.blocks; ++b, x += BLOCK) {
-#     Floats part[4], odd = {};
-#     for (int i = 0; i < 4; ++i) {
-#       part[i] = load<Floats>(x + 8 * i);
-#       odd += 0 * part[i];  // NaN if one of them is NaN or infinite
-#     }
-#     const float scale = step(largest(part), most);
-#     const float up = scale > 1e-37f ? 1 / scale : 0;
-#     // adding 1.5 * 2**23 leaves the nearest integer in the low bits
-#     const auto all = (Whole)(load<Reals>(x) * up + 12582912.0f);
-#     const Shorts near = __builtin_convertvector(all - 0x4b400000, Shorts);
+#     float size;
+#     const Shorts near = nearest(x, most, size);
 #     const Shorts q = __builtin_shufflevector(
 #         near, near,
 #         0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
 #         1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 #     std::memcpy(to.line(n)[b].values, &q, sizeof q);
-#     to.half(n)[b] = scale / 2 + sum(odd);
+#     to.half(n)[b] = size / 2;
 #     if (!to.groups.empty())
 #       split(q, b % SIDE, to.groups[n * to.per_row + b / SIDE]);
 #   }
@@ -842,10 +847,8 @@ if packed_rows is not twin:
 # the finest step? Check the bound {eq}`kernels-error` numerically.
 
 # %% tags=["hide-cell"]
-block = torch.randn(32, dtype=torch.float64)
-block[7] = 1000.0
-weights = torch.full((32,), 1.0, dtype=torch.float64)
-weights[7] = 0
+block, weights = torch.randn(32).double(), torch.ones(32).double()
+block[7], weights[7] = 1000, 0
 error = (rounded(block[None], 32639)[0] - block) @ weights
 bound = 1000 / 65278 * weights.abs().sum()
 print(f"off by {error.abs().item():.2f}, bound {bound.item():.2f}: at worst "
@@ -876,13 +879,11 @@ assert 32 * 12 * (2 ** 15 - 1) < 2 ** 24 < 32 * 12 * (2 ** 16 - 1)
 
 # %% tags=["hide-cell"]
 def one_digit(x, blocks, scales):
-    code = np.stack([blocks & 15, blocks >> 4], -1)
-    above = (TWICE[code] + 12).reshape(len(blocks), -1, 32)
+    w = TWICE[np.stack([blocks & 15, blocks >> 4], -1)].reshape(-1, 90, 32)
     parts = x.reshape(len(x), -1, 32)
     step = np.abs(parts).max(-1, keepdims=True) / 127
-    q = np.round(parts / step).astype(int)
-    whole = np.einsum("mbi,nbi->nmb", above, q) - 12 * q.sum(-1)[:, None]
-    return (whole * 2.0 ** (scales - 127.0) * step[:, None, :, 0] / 2).sum(-1)
+    return np.einsum("mbi,nbi,mb,nb->nm", w, np.round(parts / step),
+                     2.0 ** (scales - 127.0), step[..., 0] / 2, optimize=True)
 
 
 x = torch.randn(64, 2880).bfloat16().double()
@@ -896,5 +897,4 @@ print(f"one digit: {off(torch.from_numpy(y), x @ weight.T):.1e} from the "
 # - MXFP4: {cite}`ocpmx2023`.
 # - llama.cpp, `ggml/src/ggml-cpu/`: MXFP4 times 8-bit activations with the
 #   same lookup instruction.
-# - Instructions of x86:
-#   https://www.intel.com/content/www/us/en/docs/intrinsics-guide
+# - https://www.intel.com/content/www/us/en/docs/intrinsics-guide

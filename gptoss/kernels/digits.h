@@ -82,24 +82,29 @@ inline void split(Shorts q, int64_t place, Group& to) {
     to.offset[place][i / 4] -= 12 * (q[i] + q[16 + i]);
 }
 
+// integers nearest to a block, and the step `size` between them
+inline Shorts nearest(const float* x, float most, float& size) {
+  Floats part[4], odd = {};
+  std::memcpy(part, x, sizeof part);
+  for (Floats v : part) odd += 0 * v;  // NaN if v is NaN or infinite
+  const float exact = step(largest(part), most);
+  const float up = exact > 1e-37f ? 1 / exact : 0;
+  size = exact + sum(odd);
+  // adding 1.5 * 2**23 leaves the nearest integer in the low bits
+  const auto all = (Whole)(load<Reals>(x) * up + 12582912.0f);
+  return __builtin_convertvector(all - 0x4b400000, Shorts);
+}
+
 void quantise(const float* x, float most, int64_t n, Quantised& to) {
   for (int64_t b = 0; b < to.blocks; ++b, x += BLOCK) {
-    Floats part[4], odd = {};
-    for (int i = 0; i < 4; ++i) {
-      part[i] = load<Floats>(x + 8 * i);
-      odd += 0 * part[i];  // NaN if one of them is NaN or infinite
-    }
-    const float scale = step(largest(part), most);
-    const float up = scale > 1e-37f ? 1 / scale : 0;
-    // adding 1.5 * 2**23 leaves the nearest integer in the low bits
-    const auto all = (Whole)(load<Reals>(x) * up + 12582912.0f);
-    const Shorts near = __builtin_convertvector(all - 0x4b400000, Shorts);
+    float size;
+    const Shorts near = nearest(x, most, size);
     const Shorts q = __builtin_shufflevector(
         near, near,
         0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
         1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
     std::memcpy(to.line(n)[b].values, &q, sizeof q);
-    to.half(n)[b] = scale / 2 + sum(odd);
+    to.half(n)[b] = size / 2;
     if (!to.groups.empty())
       split(q, b % SIDE, to.groups[n * to.per_row + b / SIDE]);
   }

@@ -86,7 +86,9 @@ struct Inputs {
 #ifdef GPTOSS_AVX2
   void by_tile(const uint8_t* w, const uint8_t* scales,
                const std::vector<int64_t>& inputs, float* out) const {
-    rows_for_many(w, scales, digits, inputs, out);
+    rows_for_many([&](int64_t b, int64_t deep, Tile& tile) {
+      decode_tile(w + 16 * b, scales + b, digits.blocks, deep, tile);
+    }, digits, inputs, out);
   }
 #endif
 };

@@ -26,7 +26,6 @@ struct Few {  // tokens that are multiplied with a tile together
   float* out[TOKENS];  // 16 sums each
 };
 
-#ifndef GPTOSS_AVX512
 // sixteen rows of sixteen bytes become sixteen columns
 inline void transpose(__m128i (&v)[16]) {
   for (int step = 0; step < 4; ++step) {
@@ -39,6 +38,14 @@ inline void transpose(__m128i (&v)[16]) {
   }
 }
 
+// two columns, side by side, in 16 bits
+inline void put_pair(__m128i a, __m128i b, int16_t (*to)[2]) {
+  auto at = reinterpret_cast<__m256i*>(to);
+  at[0] = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(a, b));
+  at[1] = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(a, b));
+}
+
+#ifndef GPTOSS_AVX512
 void decode_tile(const uint8_t* w, const uint8_t* scales, int64_t blocks,
                  int64_t count, Tile& tile) {
   const __m128i values = load<__m128i>(TWICE), low = _mm_set1_epi8(15);
@@ -57,9 +64,7 @@ void decode_tile(const uint8_t* w, const uint8_t* scales, int64_t blocks,
           bytes = u ? _mm_srli_epi16(bytes, 4) : bytes;
           two[i] = _mm_shuffle_epi8(values, _mm_and_si128(bytes, low));
         }
-        auto to = reinterpret_cast<__m256i*>(tile.values[b][u][m]);
-        to[0] = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(two[0], two[1]));
-        to[1] = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(two[0], two[1]));
+        put_pair(two[0], two[1], tile.values[b][u][m]);
       }
   }
 }
@@ -78,26 +83,25 @@ void multiply_tile(const Tile& tile, const Few& few, int64_t first,
                    int64_t count) {
   for (int64_t b = 0; b < count; ++b) {
     __m256i s[TOKENS][2] = {};
-    for (int u = 0; u < 2; ++u)
-      for (int m = 0; m < 8; ++m) {
-        auto w = reinterpret_cast<const __m256i*>(tile.values[b][u][m]);
-        const __m256i w0 = w[0], w1 = w[1];
-        for (int t = 0; t < TOKENS; ++t) {
-          const __m256i x = _mm256_set1_epi32(load<int32_t>(
-              &few.lines[t][first + b].values[u][2 * m]));
-          s[t][0] = add_products(s[t][0], w0, x);
-          s[t][1] = add_products(s[t][1], w1, x);
-          hold(s[t][0]), hold(s[t][1]);
-        }
+#pragma GCC unroll 16
+    for (int m = 0; m < 16; ++m) {
+      const auto& pairs = tile.values[b][m / 8][m % 8];
+      const __m256i w0 = load<__m256i>(pairs), w1 = load<__m256i>(pairs[8]);
+      for (int t = 0; t < TOKENS; ++t) {
+        const __m256i x = _mm256_set1_epi32(load<int32_t>(
+            &few.lines[t][first + b].values[m / 8][m % 8 * 2]));
+        s[t][0] = add_products(s[t][0], w0, x);
+        s[t][1] = add_products(s[t][1], w1, x);
+        hold(s[t][0]), hold(s[t][1]);
       }
-    for (int t = 0; t < TOKENS; ++t)
-      for (int half = 0; half < 2; ++half) {
-        float* to = few.out[t] + 8 * half;
-        const Floats f = load<Floats>(&tile.factors[b][8 * half])
-                         * few.halves[t][first + b];
-        store(to, load<Floats>(to)
-                  + (Floats)_mm256_cvtepi32_ps(s[t][half]) * f);
-      }
+    }
+    for (int t = 0; t < TOKENS; ++t) {
+      const float half = few.halves[t][first + b];
+      float* to = few.out[t];
+      for (int i = 0; i < 2; ++i, to += 8)
+        store(to, load<Floats>(to) + (Floats)_mm256_cvtepi32_ps(s[t][i])
+                  * (load<Floats>(&tile.factors[b][8 * i]) * half));
+    }
   }
 }
 #else
@@ -111,16 +115,16 @@ void multiply_tile(const Tile& tile, const Few& few, int64_t first,
 constexpr int64_t ROWS = 16;  // of a tile
 
 #ifdef GPTOSS_AVX2
-// the same for sixteen rows and many tokens, by a tile
-void rows_for_many(const uint8_t* w, const uint8_t* scales,
-                   const Quantised& x, const std::vector<int64_t>& inputs,
-                   float* out) {
+// sixteen rows, many tokens; decode(b, count, tile) fills a tile from b on
+template <class Decode>
+void rows_for_many(const Decode& decode, const Quantised& x,
+                   const std::vector<int64_t>& inputs, float* out) {
   const int64_t count = inputs.size(), blocks = x.blocks;
   Tile tile;
   std::fill_n(out, count * ROWS, 0.0f);
   for (int64_t b = 0; b < blocks; b += CHUNK) {
     const int64_t deep = std::min(CHUNK, blocks - b);
-    decode_tile(w + 16 * b, scales + b, blocks, deep, tile);
+    decode(b, deep, tile);
     in_groups<TOKENS>(count, [&](auto T, int64_t i) {
       float spare[ROWS] = {};  // a group may have empty places
       Few few{T.value};

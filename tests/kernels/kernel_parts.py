@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import gptoss.kernels.coarse  # noqa: F401  its operator's name
+import gptoss.kernels.coarse  # noqa: F401  defines the last operators
 import gptoss.kernels.eight  # noqa: F401
 from gptoss.kernels import build
 
@@ -174,7 +174,7 @@ def eight() -> None:
     twin = values.numpy().reshape(140, 3, 64)[..., place].reshape(140, 192)
     twin = twin * step
     assert (np.abs(twin - exact(weight)) <= step / 2).all()
-    for tokens in (1, 3, 9):
+    for tokens in (1, 3, 9, 23):  # row by row, strips or tiles
         x = numbers(tokens, 192)
         near(OPS.eight_linear(x, values, scales, bias),
              exact(x) @ twin.T + exact(bias))

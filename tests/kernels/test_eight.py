@@ -81,6 +81,14 @@ def test_what_cannot_be_rounded_is_refused(weight):
         eight.pack_eight(weight)
 
 
+def in_integers(x: torch.Tensor) -> torch.Tensor:
+    """x as the kernels read it: in whole steps, a power of two for each 32."""
+    blocks = x.double().unflatten(-1, (-1, 32))
+    top = blocks.abs().amax(-1, keepdim=True)
+    step = 2.0 ** (top.frexp().exponent - 14)
+    return ((blocks / step).round() * step).flatten(-2)
+
+
 @needs_eight
 @few
 @given(st.integers(1, 19), st.integers(1, 150), st.integers(1, 6),
@@ -104,25 +112,48 @@ def test_eight_linear(tokens, rows, groups, with_bias, seed):
     exact = x.double() @ exactly(packed).T
     exact += bias.double() if with_bias else 0
     assert y.shape == plain.shape and y.dtype == plain.dtype
-    assert off(y, exact) <= 2e-3 or off(y, exact) <= 1.1 * off(plain, exact)
+    # by integers, or in floats; they part where x has outliers
+    whole = in_integers(x) @ exactly(packed).T
+    whole += bias.double() if with_bias else 0
+    assert (off(y, whole) <= 1.001 * off(whole.bfloat16(), whole)
+            or off(y, exact) <= 2e-3
+            or off(y, exact) <= 1.1 * off(plain, exact))
     assert off(plain, exact) < 8e-3
 
 
 @needs_eight
 @torch.inference_mode()
 def test_strips_join_where_they_meet():
-    """8 Mi weights a strip: here three, the last one short."""
+    """8 Mi weights a strip: here three, the last one short; as are tiles."""
     packed = eight.pack_eight(torch.randn(4300, 4096).bfloat16())
-    x, bias = torch.randn(9, 4096).bfloat16(), torch.randn(4300).bfloat16()
+    x, bias = torch.randn(13, 4096).bfloat16(), torch.randn(4300).bfloat16()
     many = OPS.eight_linear(x, *packed, bias)
     one = torch.cat([OPS.eight_linear(row, *packed, bias)
                      for row in x.split(1)])
     assert off(many, one) < 4e-3
 
 
+@pytest.mark.skipif("AVX2" not in build.kernel_path(),
+                    reason="no tiles: bf16 units, or no AVX2")
+@torch.inference_mode()
+@pytest.mark.parametrize(("tokens", "rows"), [(1, 15), (12, 33), (13, 15),
+                                              (17, 33), (64, 16)])
+def test_by_tiles_all_numbers_are_rounded_once(tokens, rows):
+    """As float64 would, few tokens and many."""
+    packed = eight.pack_eight(0.02 * torch.randn(rows, 2880).bfloat16())
+    x, bias = torch.randn(tokens, 2880).bfloat16(), torch.randn(
+        rows).bfloat16()
+    y = OPS.eight_linear(x, *packed, bias)
+    exact = x.double() @ exactly(packed).T + bias.double()
+    assert off(y, exact) < 1.001 * off(exact.bfloat16(), exact)
+    one = torch.cat([OPS.eight_linear(row, *packed, bias)
+                     for row in x.split(1)])
+    assert off(y, one) < 1e-3
+
+
 @needs_eight
 @torch.inference_mode()
-@pytest.mark.parametrize("tokens", [1, 3, 8, 9])
+@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 13])
 @pytest.mark.parametrize("odd", [float("nan"), float("inf")])
 def test_what_is_no_number_stays_in_its_row(tokens, odd):
     packed = eight.pack_eight(torch.randn(40, 128).bfloat16())
