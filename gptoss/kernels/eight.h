@@ -6,7 +6,9 @@ namespace {
 #if defined(GPTOSS_AVX2) && !defined(GPTOSS_BF16)
 constexpr int64_t FEW_TOKENS = 12;  // more: tiles
 
-// blocks first ... first + count - 1 of rows row ... row + 15; first is even
+static_assert(CHUNK % 2 == 0);  // whole groups
+
+// blocks first ... first + count - 1 of rows row ... row + 15
 void decode_eight(const Eight& w, int64_t row, int64_t first, int64_t count,
                   Tile& tile) {
   const int8_t* rows[ROWS];
