@@ -107,7 +107,7 @@ ax.set_xticks([0.01, 0.1, 1], ["0.01", "0.1", "1"])
 ax.invert_yaxis()
 plt.show()
 for name, error in errors.items():
-    print(f"{name:22} {error:.3%}")
+    print(f"{name:22} {error:.{2 if error > 1e-3 else 3}%}")
 assert errors["eight bits"] > 2 * errors["plain torch in bf16"]
 
 # %% [markdown]
@@ -616,7 +616,7 @@ for E, tokens, hidden, width in ((3, 1, 64, 32), (4, 6, 160, 96),
         fast = torch.ops.gptoss.packed_experts_eight(*given, 7.0)
     twin = coarse_by_decoding(*wide, 7.0)
     exact = packed_by_decoding(*wide, 7.0)
-    print(f"{tokens:3} tokens: kernel and twin {off(fast, twin):.2%} apart, "
+    print(f"{tokens:3} tokens: kernel and twin {off(fast, twin):.1%} apart, "
           f"the twin {off(twin, exact):.2%} from the exact result")
     assert off(fast, twin) < 8e-3 and off(twin, exact) < 2e-2
 
