@@ -623,7 +623,7 @@ for E, tokens, hidden, width in ((3, 1, 64, 32), (4, 6, 160, 96),
 # %% [markdown]
 # Storing the result in bf16 is one part of the distance, 0.17 %. The other one
 # is activations that stand exactly between two whole numbers, such as half of
-# the largest, which is 63.5 steps: the kernel and its twin may take either
+# the largest, since 127 is odd: the kernel and its twin may take either
 # neighbour, and both are right.
 #
 # **Ends.** The largest sums that there are: all weights 6, all activations
