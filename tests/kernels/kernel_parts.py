@@ -81,6 +81,28 @@ def packed_row() -> None:
                                alone[:n])
 
 
+def answers(x, ids, shares, up, up_bias, down, down_bias,
+            between=lambda hidden: hidden) -> np.ndarray:
+    """(N, D) of experts (E, 2 F, D) and (E, D, F); between: what becomes of
+    a hidden vector (F,)."""
+    y = np.zeros(x.shape)
+    for n in range(len(x)):
+        for k, e in enumerate(ids[n].tolist()):
+            both = up[e] @ exact(x)[n] + exact(up_bias)[e]
+            gate, line = both[::2].clip(None, 7), both[1::2].clip(-7, 7)
+            hidden = gate / (1 + np.exp(-1.702 * gate)) * (line + 1)
+            y[n] += exact(shares)[n, k] * (
+                down[e] @ between(hidden) + exact(down_bias)[e])
+    return y
+
+
+def in_steps(hidden: np.ndarray) -> np.ndarray:
+    """Each 32 numbers in steps of their largest over 127."""
+    parts = hidden.reshape(-1, 32)
+    step = np.abs(parts).max(1, keepdims=True) / 127
+    return ((parts / step).round() * step).reshape(-1)
+
+
 def experts() -> None:
     for tokens in (1, 3, 9, 13, 70):  # row by row, strips, tiles
         x, bias = numbers(tokens, 96), numbers(50)
@@ -92,14 +114,7 @@ def experts() -> None:
     ids = torch.rand(N, E).topk(2).indices
     up, down = packed(E, 2 * F, D), packed(E, D, F)
     up_bias, down_bias = numbers(E, 2 * F), numbers(E, D)
-    y = np.zeros((N, D))
-    for n in range(N):
-        for k, e in enumerate(ids[n].tolist()):
-            both = up[2][e] @ exact(x)[n] + exact(up_bias)[e]
-            gate, line = both[::2].clip(None, 7), both[1::2].clip(-7, 7)
-            hidden = gate / (1 + np.exp(-1.702 * gate)) * (line + 1)
-            y[n] += exact(shares)[n, k] * (
-                down[2][e] @ hidden + exact(down_bias)[e])
+    y = answers(x, ids, shares, up[2], up_bias, down[2], down_bias)
     near(OPS.packed_experts(x, ids, shares, *up[:2], up_bias, *down[:2],
                             down_bias, 7.0), y)
 
@@ -193,17 +208,8 @@ def coarse() -> None:
         whole[:, ::32] = 127
         x, shares = (whole / 2 ** 9).bfloat16(), numbers(N, 2)
         ids = torch.rand(N, E).topk(2).indices
-        y = np.zeros((N, D))
-        for n in range(N):
-            for k, e in enumerate(ids[n].tolist()):
-                both = up[2][e] @ exact(x)[n] + exact(up_bias)[e]
-                gate, line = both[::2].clip(None, 7), both[1::2].clip(-7, 7)
-                hidden = gate / (1 + np.exp(-1.702 * gate)) * (line + 1)
-                parts = hidden.reshape(-1, 32)
-                step = np.abs(parts).max(1, keepdims=True) / 127
-                hidden = ((parts / step).round() * step).reshape(F)
-                y[n] += exact(shares)[n, k] * (
-                    down[2][e] @ hidden + exact(down_bias)[e])
+        y = answers(x, ids, shares, up[2], up_bias, down[2], down_bias,
+                    in_steps)
         near(OPS.packed_experts_eight(x, ids, shares, *up[:2], up_bias,
                                       *down[:2], down_bias, 7.0), y)
 

@@ -44,15 +44,14 @@ def test_a_number_is_off_by_half_a_step_at_most(rows, blocks, seed, size):
     assert off(again, coarse.in_steps(x)) < 1e-6 or not x.any()
 
 
-def drawn(E: int, K: int, tokens: int, D: int, F: int, dtype=torch.bfloat16
-          ) -> list:
+def drawn(E: int, K: int, tokens: int, D: int, F: int) -> list:
     """The operator's arguments; no activation stands between two steps."""
     x = torch.randint(-126, 127, (tokens, D))
     x[:, ::32] = 127 * torch.randn(tokens, D // 32).sign()
     x = x / 2.0 ** torch.randint(6, 9, (tokens, D // 32)).repeat_interleave(
         32, 1)
     ids = torch.rand(tokens, E).topk(K).indices
-    return [t.bfloat16().to(dtype) if t.is_floating_point() else t for t in (
+    return [t.bfloat16() if t.is_floating_point() else t for t in (
         x, ids, torch.rand(tokens, K),
         *encode(0.05 * torch.randn(E, 2 * F, D)), torch.randn(E, 2 * F),
         *encode(0.05 * torch.randn(E, D, F)), torch.randn(E, D))] + [7.0]
