@@ -408,9 +408,7 @@ define_operator("packed_experts_eight", Operator(
 #
 # // 8 rows: the sum of four columns in each lane, over half a block
 # #if defined(GPTOSS_AVX512) || defined(GPTOSS_VNNI)
-# using Adding = __m256i;  // bytes are added in 32 bits
-#
-# inline Adding add_four(Adding sums, __m256i w, __m256i x) {
+# inline __m256i add_four(__m256i sums, __m256i w, __m256i x) {  // in 32 bits
 # #ifdef GPTOSS_AVX512
 #   return _mm256_dpbusd_epi32(sums, w, x);
 # #else
@@ -418,15 +416,14 @@ define_operator("packed_experts_eight", Operator(
 # #endif
 # }
 #
-# inline Ints added(Adding sums) { return (Ints)sums; }
+# inline Ints added(__m256i sums) { return (Ints)sums; }
 # #else
-# using Adding = __m256i;  // in 16 bits, four times at most
-#
-# inline Adding add_four(Adding sums, __m256i w, __m256i x) {
+# // in 16 bits, four times at most
+# inline __m256i add_four(__m256i sums, __m256i w, __m256i x) {
 #   return _mm256_add_epi16(sums, _mm256_maddubs_epi16(w, x));
 # }
 #
-# inline Ints added(Adding sums) {
+# inline Ints added(__m256i sums) {
 #   return (Ints)_mm256_madd_epi16(sums, _mm256_set1_epi16(1));
 # }
 # #endif
@@ -442,7 +439,7 @@ define_operator("packed_experts_eight", Operator(
 #     for (int t = 0; t < T; ++t)
 #       s[t][0] = s[t][1] = Ints{} + few.offsets[t][first + b];
 #     for (int u = 0; u < 2; ++u) {
-#       Adding half[T][2] = {};
+#       __m256i half[T][2] = {};
 # #pragma GCC unroll 4
 #       for (int j = 0; j < 4; ++j) {
 #         auto w = reinterpret_cast<const __m256i*>(tile.values[b][u][j]);
@@ -573,11 +570,12 @@ def hold_activations(model: GptOss, bits: int) -> GptOss:
     if bits not in KINDS:
         raise ValueError(f"bits: expected {', '.join(map(str, KINDS))}, found "
                          f"{bits}")
-    path = find_answer("kernels")()
-    if bits != 16 and not has_kernel("packed_experts_eight"):
-        _log.warning("gptoss: activations stay in sixteen bits: no kernel "
-                     "for eight here (%s)", path)
-        bits = 16
+    if bits != 16:
+        path = find_answer("kernels")()
+        if not has_kernel("packed_experts_eight"):
+            _log.warning("gptoss: activations stay in sixteen bits: no "
+                         "kernel for eight here (%s)", path)
+            bits = 16
     for layer in model.modules():
         if type(layer) in KINDS.values() and layer.packed:
             layer.__class__ = KINDS[bits]

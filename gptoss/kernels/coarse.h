@@ -72,9 +72,7 @@ struct FewBytes {  // tokens that are multiplied with a tile together
 
 // 8 rows: the sum of four columns in each lane, over half a block
 #if defined(GPTOSS_AVX512) || defined(GPTOSS_VNNI)
-using Adding = __m256i;  // bytes are added in 32 bits
-
-inline Adding add_four(Adding sums, __m256i w, __m256i x) {
+inline __m256i add_four(__m256i sums, __m256i w, __m256i x) {  // in 32 bits
 #ifdef GPTOSS_AVX512
   return _mm256_dpbusd_epi32(sums, w, x);
 #else
@@ -82,15 +80,14 @@ inline Adding add_four(Adding sums, __m256i w, __m256i x) {
 #endif
 }
 
-inline Ints added(Adding sums) { return (Ints)sums; }
+inline Ints added(__m256i sums) { return (Ints)sums; }
 #else
-using Adding = __m256i;  // in 16 bits, four times at most
-
-inline Adding add_four(Adding sums, __m256i w, __m256i x) {
+// in 16 bits, four times at most
+inline __m256i add_four(__m256i sums, __m256i w, __m256i x) {
   return _mm256_add_epi16(sums, _mm256_maddubs_epi16(w, x));
 }
 
-inline Ints added(Adding sums) {
+inline Ints added(__m256i sums) {
   return (Ints)_mm256_madd_epi16(sums, _mm256_set1_epi16(1));
 }
 #endif
@@ -106,7 +103,7 @@ void multiply_bytes(const ByteTile& tile, const FewBytes& few,
     for (int t = 0; t < T; ++t)
       s[t][0] = s[t][1] = Ints{} + few.offsets[t][first + b];
     for (int u = 0; u < 2; ++u) {
-      Adding half[T][2] = {};
+      __m256i half[T][2] = {};
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
         auto w = reinterpret_cast<const __m256i*>(tile.values[b][u][j]);

@@ -91,11 +91,12 @@ def hold_activations(model: GptOss, bits: int) -> GptOss:
     if bits not in KINDS:
         raise ValueError(f"bits: expected {', '.join(map(str, KINDS))}, found "
                          f"{bits}")
-    path = find_answer("kernels")()
-    if bits != 16 and not has_kernel("packed_experts_eight"):
-        _log.warning("gptoss: activations stay in sixteen bits: no kernel "
-                     "for eight here (%s)", path)
-        bits = 16
+    if bits != 16:
+        path = find_answer("kernels")()
+        if not has_kernel("packed_experts_eight"):
+            _log.warning("gptoss: activations stay in sixteen bits: no "
+                         "kernel for eight here (%s)", path)
+            bits = 16
     for layer in model.modules():
         if type(layer) in KINDS.values() and layer.packed:
             layer.__class__ = KINDS[bits]
