@@ -246,6 +246,7 @@ def arguments(name: str, dtype: torch.dtype) -> list:
         "sink_attention": lambda: attention_arguments(dtype),
         "route": lambda: [torch.randn(40, 8).to(dtype), 2],
         "packed_experts": lambda: experts_arguments(dtype),
+        "packed_experts_eight": lambda: experts_arguments(dtype),
         "packed_experts_backward": lambda: [
             torch.randn(40, 96).to(dtype), *experts_arguments(dtype)],
         "mxfp4_linear": lambda: [x, *packed, torch.randn(64).to(dtype)],

@@ -272,17 +272,17 @@ from gptoss.cli.mistakes import (
     fill_streams,
     is_mistake,
     printable,
+    shortened,
     tidily,
     torchrun_number,
 )
 from gptoss.cli.options import (
-    ACTIVATIONS,
     DENSE,
     JSON,
     MODEL,
     PATH,
+    RUNNING,
     SAMPLING,
-    STAGES,
     Option,
     load_draft,
     load_pair,
@@ -448,12 +448,6 @@ def run_vectors(args: argparse.Namespace) -> None:
 # waited for the whole training.
 
 # %% tags=["export"]
-def _short(value: object) -> str:
-    """A value as a message may show it: nobody reads 400 digits."""
-    text = str(value)
-    return text if len(text) < 40 else f"{text[:20]}... ({len(text)} digits)"
-
-
 def run_train(args: argparse.Namespace) -> None:
     """Trains the shipped checkpoint anew, with a given seed."""
     from gptoss.training.pocket import make_pocket
@@ -467,7 +461,7 @@ def run_train(args: argparse.Namespace) -> None:
                                  ("--seed", args.seed, 0)):
         if value is not None and not least <= value < 2 ** 63:
             raise UsageError(f"{option}: expected {least} to 2**63 - 1, "
-                             f"found {_short(value)}")
+                             f"found {shortened(value)}")
     recipe = Recipe(seed=args.seed)
     if args.steps is not None:
         recipe = replace(recipe, steps=args.steps)
@@ -518,7 +512,7 @@ COMMANDS = {
             MODEL,
             Option("--prompt", help="text to go on from; - reads stdin"),
             Option("--max-new-tokens", type=int, default=256, metavar="N"),
-            *SAMPLING, *DENSE, ACTIVATIONS, STAGES, JSON)),
+            *SAMPLING, *RUNNING, JSON)),
     "chat": Command(
         "gptoss.cli.commands:run_chat",
         "A conversation; with a pipe, one message a line of stdin.", (
@@ -535,7 +529,7 @@ COMMANDS = {
             Option("--date", help="what the model is told (default: today)"),
             Option("--transcript", action="store_true", help="write analysis "
                    "and calls too, as a terminal always shows"),
-            *SAMPLING, *DENSE, ACTIVATIONS, STAGES, JSON)),
+            *SAMPLING, *RUNNING, JSON)),
     "inspect": Command(
         "gptoss.cli.tables:run_inspect",
         "Prints what a checkpoint holds, without reading its weights.", (
@@ -561,7 +555,7 @@ COMMANDS = {
             Option("--prompt-tokens", type=int, default=512, metavar="N"),
             Option("--new-tokens", type=int, default=32, metavar="N"),
             Option("--repeats", type=int, default=3, metavar="N"),
-            *DENSE, ACTIVATIONS, STAGES, JSON)),
+            *RUNNING, JSON)),
     "parity": Command(
         "gptoss.cli.commands:run_parity",
         "Walks ours and a reference and names the first that goes wrong.", (

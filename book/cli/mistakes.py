@@ -208,7 +208,14 @@ def printable(text: str, keep: str = "\n\t") -> str:
         return "\u2421" if code == 127 else "\ufffd"
     return "".join(map(show, text))
 
+
+def shortened(value: object) -> str:
+    """A value as a message may show it: nobody reads 400 digits."""
+    text = str(value)
+    return text if len(text) < 40 else f"{text[:20]}... ({len(text)} digits)"
+
 # %%
+print(shortened(7 ** 500))
 print(printable(story), printable("bell \x07, tab \t, delete \x7f, \x9b2J"))
 
 # %% [markdown]
@@ -450,6 +457,7 @@ ACTIVATIONS = Option(
     "--activations", type=int, choices=(16, 8), default=16,
     help="bits of what enters the experts, on a CPU: 16 (default), 8 rounded,"
     " to read prompts faster")
+RUNNING = (*DENSE, ACTIVATIONS, STAGES)
 SAMPLING = (
     Option("--temperature", type=float, default=1.0, metavar="X",
            help="0 is greedy (default: 1)"),

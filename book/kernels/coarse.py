@@ -555,7 +555,7 @@ class CoarseExperts(Experts):
             down.blocks, down.scales, self.down_proj_bias, self.limit)
 
 
-KINDS: dict[int, type[Experts]] = {16: Experts, 8: CoarseExperts}
+BY_BITS: dict[int, type[Experts]] = {16: Experts, 8: CoarseExperts}
 
 
 def hold_activations(model: GptOss, bits: int) -> GptOss:
@@ -567,9 +567,9 @@ def hold_activations(model: GptOss, bits: int) -> GptOss:
     kernel (AVX2 or more) so do all; one line on the logger "gptoss" says so.
     ValueError for another number.
     """
-    if bits not in KINDS:
-        raise ValueError(f"bits: expected {', '.join(map(str, KINDS))}, found "
-                         f"{bits}")
+    if bits not in BY_BITS:
+        raise ValueError(f"bits: expected {', '.join(map(str, BY_BITS))}, "
+                         f"found {bits}")
     if bits != 16:
         path = find_answer("kernels")()
         if not has_kernel("packed_experts_eight"):
@@ -577,8 +577,8 @@ def hold_activations(model: GptOss, bits: int) -> GptOss:
                          "kernel for eight here (%s)", path)
             bits = 16
     for layer in model.modules():
-        if type(layer) in KINDS.values() and layer.packed:
-            layer.__class__ = KINDS[bits]
+        if type(layer) in BY_BITS.values() and layer.packed:
+            layer.__class__ = BY_BITS[bits]
     return model
 
 # %%
@@ -663,7 +663,7 @@ def reads(bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     ids: list[torch.Tensor] = []
     for layer in model.modules():
         if isinstance(layer, Experts):
-            layer.__class__ = KINDS[bits]
+            layer.__class__ = BY_BITS[bits]
             layer.register_forward_pre_hook(
                 lambda module, given: ids.append(given[1].sort().values))
     logits = torch.cat([model(text)[0] for text in texts])

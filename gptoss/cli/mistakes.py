@@ -42,6 +42,12 @@ def printable(text: str, keep: str = "\n\t") -> str:
     return "".join(map(show, text))
 
 
+def shortened(value: object) -> str:
+    """A value as a message may show it: nobody reads 400 digits."""
+    text = str(value)
+    return text if len(text) < 40 else f"{text[:20]}... ({len(text)} digits)"
+
+
 # --- What is told in one line? -----------------------------------------------
 
 class Parser(argparse.ArgumentParser):
@@ -176,6 +182,7 @@ __all__ = [
     "lacks_memory",
     "printable",
     "reason",
+    "shortened",
     "tidily",
     "torchrun_number",
 ]

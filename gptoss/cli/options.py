@@ -51,6 +51,7 @@ ACTIVATIONS = Option(
     "--activations", type=int, choices=(16, 8), default=16,
     help="bits of what enters the experts, on a CPU: 16 (default), 8 rounded,"
     " to read prompts faster")
+RUNNING = (*DENSE, ACTIVATIONS, STAGES)
 SAMPLING = (
     Option("--temperature", type=float, default=1.0, metavar="X",
            help="0 is greedy (default: 1)"),
@@ -196,6 +197,7 @@ __all__ = [
     "Option",
     "PATH",
     "POCKET",
+    "RUNNING",
     "SAMPLING",
     "STAGES",
     "load_draft",

@@ -76,7 +76,7 @@ class CoarseExperts(Experts):
             down.blocks, down.scales, self.down_proj_bias, self.limit)
 
 
-KINDS: dict[int, type[Experts]] = {16: Experts, 8: CoarseExperts}
+BY_BITS: dict[int, type[Experts]] = {16: Experts, 8: CoarseExperts}
 
 
 def hold_activations(model: GptOss, bits: int) -> GptOss:
@@ -88,9 +88,9 @@ def hold_activations(model: GptOss, bits: int) -> GptOss:
     kernel (AVX2 or more) so do all; one line on the logger "gptoss" says so.
     ValueError for another number.
     """
-    if bits not in KINDS:
-        raise ValueError(f"bits: expected {', '.join(map(str, KINDS))}, found "
-                         f"{bits}")
+    if bits not in BY_BITS:
+        raise ValueError(f"bits: expected {', '.join(map(str, BY_BITS))}, "
+                         f"found {bits}")
     if bits != 16:
         path = find_answer("kernels")()
         if not has_kernel("packed_experts_eight"):
@@ -98,14 +98,14 @@ def hold_activations(model: GptOss, bits: int) -> GptOss:
                          "kernel for eight here (%s)", path)
             bits = 16
     for layer in model.modules():
-        if type(layer) in KINDS.values() and layer.packed:
-            layer.__class__ = KINDS[bits]
+        if type(layer) in BY_BITS.values() and layer.packed:
+            layer.__class__ = BY_BITS[bits]
     return model
 
 
 __all__ = [
+    "BY_BITS",
     "CoarseExperts",
-    "KINDS",
     "coarse_by_decoding",
     "hold_activations",
     "in_steps",

@@ -107,7 +107,7 @@ def test_who_asks_gets_it_and_can_take_it_back(tmp_path):
     state = {name: x.data_ptr() for name, x in other.state_dict().items()}
     for bits in (8, 8, 16, 8):
         assert coarse.hold_activations(other, bits) is other
-        assert kinds(other) == {coarse.KINDS[bits]}
+        assert kinds(other) == {coarse.BY_BITS[bits]}
     assert {name: x.data_ptr() for name, x
             in other.state_dict().items()} == state
     other.save_pretrained(tmp_path / "saved")
