@@ -38,7 +38,7 @@ hypothesis.settings.load_profile("fixed")
 THEIRS = ("test_kernels.py", "test_build.py", "test_compact.py",
           "test_eight.py", "test_coarse.py", "test_bench.py",
           "test_triton_kernels.py", "test_kernel_parts.py",
-          "test_kernel_safety.py", "test_quicker.py")
+          "test_kernel_safety.py", "test_quicker.py", "test_amx.py")
 
 # file -> its tests (patterns) that run on the kernels' path too
 BOTH = {

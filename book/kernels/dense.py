@@ -162,21 +162,8 @@ def strip(w: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 draw = np.random.default_rng(0)
 some, six = draw.standard_normal((4, 96)), draw.standard_normal((6, 96))
-print(f"by the strip {strip(some, six)[5, 3]:.3f}, "
-      f"plainly {six[5] @ some[3]:.3f}")
+print(f"a strip's {strip(some, six)[5, 3]:.3f} is {six[5] @ some[3]:.3f}")
 assert np.allclose(strip(some, six), six @ some.T)
-
-# %% [markdown]
-# Thirteen tokens are more than fit. Groups of 6, 6 and 1 would leave the last
-# one alone with all the loads; groups that are nearly alike share better:
-
-# %%
-def group_sizes(N: int, most: int) -> list[int]:
-    count = -(-N // most)
-    return [N // count + (n < N % count) for n in range(count)]
-
-
-print(group_sizes(13, 6), group_sizes(8, 6), group_sizes(5, 2))
 
 # %% [markdown]
 # ## Code
@@ -207,10 +194,7 @@ print(group_sizes(13, 6), group_sizes(8, 6), group_sizes(5, 2))
 # constexpr int TOGETHER = 2;  // tokens: 8 sums, 2 weights, 4 activations
 # constexpr int64_t BY_STRIPS = 8;  // more tokens: tiles
 # #endif
-# ```
-
-# %% [markdown] tags=["export:strips.h"]
-# ```cpp
+#
 # #ifndef GPTOSS_BF16
 # // sixteen at a time, first the eight even ones, then the eight odd ones
 # std::vector<Ready> ready(const Number* x, int64_t count) {
@@ -377,10 +361,7 @@ print(group_sizes(13, 6), group_sizes(8, 6), group_sizes(5, 2))
 #     v[r] = r < rows ? load<Ints>(w + r * stride) : Ints{};
 #   transpose(v);
 # }
-# ```
-
-# %% [markdown] tags=["export:columns.h"]
-# ```cpp
+#
 # template <class Pointer>
 # struct Matrix {  // row-major
 #   Pointer at;
@@ -487,7 +468,9 @@ assert np.allclose(out, some @ weight.T)
 #
 # With bf16 units strips do for any number of tokens. Without them, up to eight
 # tokens go by strips and more by tiles: 64 rows by 256 columns in fp32 are 64
-# KiB, which the second cache of a core holds.
+# KiB, which the second cache of a core holds. A processor with AMX takes
+# squares from six tokens on ([amx](amx.ipynb)): sixteen rows of a weight are
+# one as they lie, 32 columns at a time, and meet up to four of tokens.
 
 # %%
 print(64 * 256 * 4 // 1024, "KiB of a widened tile,",
@@ -509,16 +492,94 @@ print(64 * 256 * 4 // 1024, "KiB of a widened tile,",
 # std::atomic<int64_t> from_torch{std::numeric_limits<int64_t>::max()};
 # constexpr int64_t TALL_ENOUGH = 512;  // rows
 #
+# #ifdef GPTOSS_AMX
+# constexpr int64_t DENSE_SQUARED = 6;  // tokens, at least
+#
+# // N tokens, sixteen beside each other
+# Tensor put_beside(const Number* x, int64_t N, int64_t n) {
+#   Squares to;
+#   to.n = n;
+#   Tensor all = at::empty({(N + SQUARE - 1) / SQUARE, SQUARE, n},
+#                          at::kBFloat16);
+#   auto first = static_cast<Number*>(all.data_ptr());
+#   at::parallel_for(0, all.size(0), 1, [&](int64_t begin, int64_t end) {
+#     for (int64_t t = SQUARE * begin; t < SQUARE * end; t += SQUARE)
+#       to.beside(x + t * n, std::min(SQUARE, N - t), first + t * n);
+#   });
+#   return all;
+# }
+#
+# // sixteen rows as they lie, times T squares of tokens
+# template <int T>
+# void multiply_squares(const Number* w, int64_t n, const Number* x,
+#                       FourSums& sums) {
+#   sums.clear();
+#   for (int64_t k = 0; k < n; k += BLOCK, x += AREA) {
+#     const int64_t ahead = k + AHEAD / 2 < n ? k : k + (SQUARE - 1) * n;
+#     for (int64_t r = 0; r < SQUARE; ++r)
+#       __builtin_prefetch(w + r * n + ahead + AHEAD / 2);
+#     _tile_loadd(4, w + k, 2 * n);
+#     _tile_loadd(5, x, 64);
+#     _tile_dpbf16ps(0, 4, 5);
+#     if (T > 1) {
+#       _tile_loadd(6, x + SQUARE * n, 64);
+#       _tile_dpbf16ps(1, 4, 6);
+#     }
+#     if (T > 2) {
+#       _tile_loadd(7, x + 2 * SQUARE * n, 64);
+#       _tile_dpbf16ps(2, 4, 7);
+#     }
+#     if (T > 3) {
+#       _tile_loadd(5, x + 3 * SQUARE * n, 64);
+#       _tile_dpbf16ps(3, 4, 5);
+#     }
+#   }
+#   sums.keep();
+# }
+#
+# // as `strips`, tokens as `put_beside` leaves them
+# void dense_squares(const Number* w, int64_t rows, const Number* x, int64_t N,
+#                    int64_t n, float* out, int64_t width) {
+#   std::vector<Number> copy;
+#   FourSums sums;
+#   _tile_loadconfig(&SHAPES);
+#   for (int64_t r = 0; r < rows; r += SQUARE) {
+#     const Number* from = w + r * n;
+#     if (rows - r < SQUARE) {  // nothing is read beyond the weight
+#       copy.resize(SQUARE * n);
+#       std::copy_n(from, (rows - r) * n, copy.data());
+#       from = copy.data();
+#     }
+#     in_groups<4>((N + SQUARE - 1) / SQUARE, [&](auto T, int64_t i) {
+#       const int64_t t = i * SQUARE;
+#       multiply_squares<T.value>(from, n, x + t * n, sums);
+#       sums.put<1>(rows - r, N - t, 1, out + t * width + r, width);
+#     });
+#   }
+#   _tile_release();
+# }
+# #endif
+#
 # // y (N, m) = x (N, n) times w (m, n) transposed, plus a bias
 # void dense_rows(const Number* x, int64_t N, const Number* w, int64_t m,
 #                 int64_t n, const Number* bias, Number* y) {
 #   constexpr int64_t HEIGHT = 128, WHILE = 96;
+# #ifdef GPTOSS_AMX
+#   const bool squared = N >= DENSE_SQUARED && lent();
+#   const Tensor beside = squared ? put_beside(x, N, n) : Tensor();
+# #endif
 #   const auto from = ready(x, N * n);
 #   share((m + HEIGHT - 1) / HEIGHT, 1, [&](int64_t item) {
 #     const int64_t row0 = item * HEIGHT, rows = std::min(HEIGHT, m - row0);
 #     float out[WHILE * HEIGHT];
 #     for (int64_t t0 = 0; t0 < N; t0 += WHILE) {  // these stay in a cache
 #       const int64_t some = std::min(WHILE, N - t0);
+# #ifdef GPTOSS_AMX
+#       if (squared)
+#         dense_squares(w + row0 * n, rows, numbers(beside) + t0 * n, some, n,
+#                       out, HEIGHT);
+#       else
+# #endif
 #       strips(w + row0 * n, rows, &from[t0 * n], some, n, out, HEIGHT);
 #       for (int64_t t = 0; t < some; ++t)
 #         finish(out + t * HEIGHT, bias ? bias + row0 : nullptr, rows,
@@ -599,10 +660,10 @@ print(64 * 256 * 4 // 1024, "KiB of a widened tile,",
 # %% [markdown]
 # ### When is torch's own product quicker?
 #
-# torch brings a product of its own, made by people who know matrix units that
-# we do not use (AMX, for one). Whether it is quicker depends on the processor
-# and the number of tokens. We do not guess: after the kernels are loaded both
-# are timed, in turns, on one matrix. The answer is kept beside the compiled
+# torch brings a product of its own, made by people who know every processor.
+# Whether it is quicker depends on the processor and the number of tokens. We
+# do not guess: after the kernels are loaded both are timed, in turns, on
+# matrices that come from memory. The answer is kept beside the compiled
 # kernels, since another answer in the next process could change the last digit
 # of a text. `torch_from` then says from how many tokens on torch is asked. Not
 # for matrices of fewer than 512 rows: the router is one, and where processes
@@ -614,6 +675,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -653,15 +715,18 @@ def _seconds(run: Callable[[], object]) -> float:
 def measure_products(repeats: int = 4) -> tuple[list[float], list[float]]:
     """Seconds of our product and of torch's for each of TOKENS, in turns.
 
-    1024 x 2880, the best of `repeats`; about a tenth of a second in all.
+    1024 x 2880, the best of `repeats`; a few tenths of a second in all.
     """
-    weight = torch.full((1024, 2880), 0.5, dtype=torch.bfloat16,
-                        device="cpu")  # whatever the caller's default is
+    # 142 MB in turns: a model's weights come from memory, not from a cache
+    weights = torch.full((24, 1024, 2880), 0.5, dtype=torch.bfloat16,
+                         device="cpu")  # whatever the caller's default is
+    turn = cycle(weights.unbind())
     ours, torchs = [], []
     for count in TOKENS:
-        x = weight[:count].clone()
-        mine = partial(torch.ops.gptoss.linear, x, weight, None)
-        pairs = [(_seconds(mine), _seconds(partial(F.linear, x, weight)))
+        x = weights[0, :count].clone()
+        pairs = [(_seconds(partial(torch.ops.gptoss.linear, x, next(turn),
+                                   None)),
+                  _seconds(partial(F.linear, x, next(turn))))
                  for _ in range(repeats)]
         ours.append(min(pair[0] for pair in pairs))
         torchs.append(min(pair[1] for pair in pairs))
@@ -832,5 +897,4 @@ print(f"{pages:,} page ends; of one stream none runs on, of four three do; "
 # ## Sources
 #
 # - pytorch/pytorch, `c10/util/BFloat16.h`: bf16 as the upper half of a float.
-# - Tiles of a matrix in registers and caches: flame/blis,
-#   `docs/KernelsHowTo.md`.
+# - flame/blis, `docs/KernelsHowTo.md`: tiles in registers and caches.

@@ -58,8 +58,8 @@ for tokens in (1, 4, 5, 10, 12, 13, 14, 64):
 # %% tags=["hide-input"]
 # Figure: left, a matrix with a band of 16 rows in nine tiles, one of them
 # dark; beside it tokens in groups of five. Right, instructions over the
-# number of tokens: by rows a line that falls from 0.35 to about 0.31, by tiles
-# a saw-tooth from 1.9 down to 0.28 that meets it at about 13 tokens.
+# number of tokens: by rows a line at about 0.31, by tiles a saw-tooth from 1.9
+# down to 0.28 that meets it at about 13 tokens.
 fig, (left, right) = plt.subplots(1, 2, figsize=(7.4, 2.9),
                                   width_ratios=(5, 4))
 left.add_patch(plt.Rectangle((0, 0), 9, 5, fc="0.93", ec="0.7"))
@@ -93,19 +93,17 @@ plt.show()
 # anew. A tile is dearer to decode, because rows have to become columns, but
 # all tokens share that; what is left is the product. The teeth are groups that
 # are not full: a sixth token begins a second group of five. A clock agrees: on
-# a core of a Zen 3 a matrix of 5760 by 2880 from memory took 0.74 ms by rows
-# for one token, 2.1 for four, 4.8 for nine, 6.1 for twelve, 6.8 for thirteen;
-# by tiles 3.6 up to five, 5.3 up to ten and 6.8 up to fifteen. So with AVX2
-# the kernels take tiles from 13 tokens on.
+# a core of a Zen 3 a matrix of 5760 by 2880 took 2.1 ms by rows for four
+# tokens, 6.1 for twelve, 6.8 for thirteen; by tiles 5.3 up to ten and 6.8 up
+# to fifteen. So with AVX2 the kernels take tiles from 13 tokens on.
 
 # %% [markdown]
 # ## The naive version
 #
 # For many tokens one could decode the whole matrix to bf16 first. Then it goes
 # out to memory and comes back, several times the bytes of the packed weight
-# ([roofline](roofline.ipynb)). A tile is the same idea with an amount that
-# stays near the processor. Its weights can be as wide as the activations, 16
-# bits each, because widening them is done once:
+# ([roofline](roofline.ipynb)). A tile does it with as much as stays near the
+# processor. Its weights are 16 bits wide: widening them is done once.
 
 # %%
 rows, columns = 16, 320
@@ -451,8 +449,8 @@ assert found == order.tolist()
 # What a pick reads is a row of `Inputs`. For the first layer that is a token,
 # the same for all $K$ picks of it; for the second, the pick's own hidden
 # vector. Where there are bf16 units, what was stored in bf16 is multiplied as
-# bf16, by `packed_strips` of [the next chapter](pairs.ipynb); only a pick that
-# is alone with its expert still goes row by row.
+# bf16, by `packed_strips` of [the next chapter](pairs.ipynb), or squares by
+# squares, as in [amx](amx.ipynb); a pick that is alone still goes by rows.
 
 # %% [markdown] tags=["export:experts.h"]
 # ```cpp
@@ -479,10 +477,7 @@ assert found == order.tolist()
 #   }
 #   return all;
 # }
-# ```
-
-# %% [markdown] tags=["export:experts.h"]
-# ```cpp
+#
 # // does any expert have fewer places than that?
 # bool any_below(const Groups& groups, int64_t count) {
 #   for (int64_t e : groups.hit)
@@ -498,14 +493,25 @@ assert found == order.tolist()
 #   Quantised digits;            // of the rows of x
 #   std::vector<Number> pairs;   // with bf16 units, of each place
 #   int64_t n = 0;               // how long one of those is
+#   int64_t low = ROWS;          // of a piece of work, if there are many
+# #ifdef GPTOSS_AMX
+#   Squares squares;
+# #endif
 #
 #   Inputs(const float* x, int64_t rows, const Packed& weight, float most,
 #          std::vector<int64_t> place, const Groups& groups)
 #       : from(std::move(place)), digits(0, weight.blocks) {
 #     const int64_t blocks = weight.blocks;
+# #ifdef GPTOSS_AMX
+#     if ((most == STORED || most == FINEST) && lent()) {
+#       squares = {x, from, blocks, most == STORED, groups.begin};
+#       low = TALL;
+#       if (!any_below(groups, SQUARED)) return;
+#     } else
+# #endif
 # #ifdef GPTOSS_BF16
 #     if (most == STORED) {  // hidden numbers keep sixteen bits
-#       n = padded(blocks);
+#       n = padded(blocks), low = BROAD;
 #       pairs.resize(from.size() * n);
 #       at::parallel_for(0, from.size(), 8, [&](int64_t begin, int64_t end) {
 #         for (int64_t i = begin; i < end; ++i)
@@ -527,17 +533,13 @@ assert found == order.tolist()
 #   }
 # #endif
 # };
-# ```
-
-# %% [markdown] tags=["export:experts.h"]
-# ```cpp
+#
 # // emit(place, expert, first row, rows, sums) for every place and piece
 # template <class X, class Emit>
 # void grouped_linear(const Packed& weight, const Groups& groups, const X& x,
 #                     const Emit& emit) {
-#   const std::vector<Piece> all =
-#       x.n ? pieces(weight, groups, TOGETHER + 1, BROAD)
-#           : pieces(weight, groups, X::TILED, ROWS);
+#   const std::vector<Piece> all = pieces(
+#       weight, groups, x.n ? TOGETHER + 1 : X::TILED, x.low);
 #   share(all.size(), 1, [&](int64_t item) {
 #     const auto [e, row0, rows] = all[item];
 #     const int64_t first = groups.begin[e];
@@ -548,6 +550,13 @@ assert found == order.tolist()
 #     const int64_t at = (e * weight.rows + row0) * weight.blocks;
 #     const uint8_t *w = weight.bytes + 16 * at, *s = weight.scales + at;
 #     inputs.assign(&x.from[first], &x.from[first] + count);
+# #ifdef GPTOSS_AMX
+#     if (x.squares.columns && count >= SQUARED)
+#       packed_squares({w, s, rows, weight.blocks, x.squares.of(e),
+#                       count * x.squares.columns, x.squares.columns,
+#                       out.data(), rows});
+#     else
+# #endif
 # #ifdef GPTOSS_BF16
 #     if (x.n && count > 1)
 #       packed_strips(w, s, rows, weight.blocks, &x.pairs[first * x.n], count,
@@ -679,10 +688,7 @@ assert found == order.tolist()
 #   add_bias(y, bias);
 #   return result(x, m, y);
 # }
-# ```
-
-# %% [markdown] tags=["export:experts.h"]
-# ```cpp
+#
 # template <class X>
 # Tensor packed_experts(const Tensor& x, const Tensor& ids,
 #                       const Tensor& weights, const Tensor& gate_up_blocks,
@@ -754,8 +760,7 @@ assert found == order.tolist()
 # **Kernel and plain torch against float64**, on the same inputs in bf16. The
 # packed product ends in one rounding to bf16, and so does the torch path:
 # their distances from the exact result must agree to one part in a thousand.
-# (Without a compiler a twin stands in for the kernel: the same in float32, and
-# one rounding.)
+# (Without a compiler a twin stands in: float32, and one rounding.)
 
 # %%
 import logging
@@ -843,8 +848,7 @@ for tokens in (1, 32, 128, 512, 2048):
 # - A tile stays in the L1 cache while tokens pass, five at a time: as many as
 #   the registers hold sums for.
 # - Sorting picks by expert costs a count and a pass; no matrix is gathered.
-# - What stays in fp32 between two layers is nearer to the exact result than
-#   what is rounded at every step.
+# - What stays in fp32 between two layers is nearer to the exact result.
 
 # %% [markdown]
 # ## Exercises
@@ -892,6 +896,5 @@ print("the longest pieces are begun first, and short ones fill what is left")
 # %% [markdown]
 # ## Sources
 #
-# - Tiles of a matrix that stay in a cache: openai/gpt-oss,
-#   `gpt_oss/triton/moe.py`, does the same for a GPU.
+# - openai/gpt-oss, `gpt_oss/triton/moe.py`: such tiles on a GPU.
 # - Cephes, `exp`: the two parts of $\log 2$, https://www.netlib.org/cephes

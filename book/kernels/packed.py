@@ -625,8 +625,8 @@ for g in range(4):  # group g: blocks 2 g and 2 g + 1
 # A processor fetches ahead along a *stream* of addresses, to the end of a page
 # of 4 KiB at most. With one stream everything waits at every page's end; with
 # four the others go on. So four rows are read in turns, a quarter of the
-# matrix apart. The prefetch asks for what the same row needs a quarter of a
-# KiB later; `hold` keeps the compiler from reading a row's bytes twice.
+# matrix apart. The prefetch asks for what the same row needs 256 bytes later,
+# or 768; `hold` keeps the compiler from reading a row's bytes twice.
 
 # %% [markdown] tags=["export:packed.h"]
 # ```cpp
@@ -650,7 +650,7 @@ for g in range(4):  # group g: blocks 2 g and 2 g + 1
 #   auto add = [&](int64_t b, int g, int64_t count) {  // group g from b on
 #     for (int r = 0; r < R; ++r) {
 #       const uint8_t* at = w + 16 * (r * row + b + g * SIDE);
-#       __builtin_prefetch(at + 256);
+#       __builtin_prefetch(at + AHEAD_PACKED);
 #       Bytes bytes = load_blocks(at, count - g * SIDE);
 #       hold(bytes);
 #       const Bytes even = look_up(values, bytes);

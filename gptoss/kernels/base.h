@@ -30,6 +30,9 @@
 #define GPTOSS_AVX512 1
 #ifdef __AVX512BF16__
 #define GPTOSS_BF16 1
+#if defined(__AMX_BF16__) && defined(__linux__)
+#define GPTOSS_AMX 1
+#endif
 #endif
 #elif !defined(GPTOSS_NARROW) && defined(__AVXVNNI__)
 #define GPTOSS_VNNI 1
@@ -126,6 +129,11 @@ Buffer floats(const Tensor& x) {
 
 // rows that are read at the same time; bytes asked for ahead
 constexpr int64_t STREAMS = 4, AHEAD = 768;
+#ifdef GPTOSS_AMX  // of rows in four bits; by measuring
+constexpr int64_t AHEAD_PACKED = AHEAD;
+#else
+constexpr int64_t AHEAD_PACKED = 256;
+#endif
 
 thread_local bool enabled = true;
 

@@ -70,16 +70,94 @@ void finish(const float* v, const Number* bias, int64_t count, Number* to) {
 std::atomic<int64_t> from_torch{std::numeric_limits<int64_t>::max()};
 constexpr int64_t TALL_ENOUGH = 512;  // rows
 
+#ifdef GPTOSS_AMX
+constexpr int64_t DENSE_SQUARED = 6;  // tokens, at least
+
+// N tokens, sixteen beside each other
+Tensor put_beside(const Number* x, int64_t N, int64_t n) {
+  Squares to;
+  to.n = n;
+  Tensor all = at::empty({(N + SQUARE - 1) / SQUARE, SQUARE, n},
+                         at::kBFloat16);
+  auto first = static_cast<Number*>(all.data_ptr());
+  at::parallel_for(0, all.size(0), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = SQUARE * begin; t < SQUARE * end; t += SQUARE)
+      to.beside(x + t * n, std::min(SQUARE, N - t), first + t * n);
+  });
+  return all;
+}
+
+// sixteen rows as they lie, times T squares of tokens
+template <int T>
+void multiply_squares(const Number* w, int64_t n, const Number* x,
+                      FourSums& sums) {
+  sums.clear();
+  for (int64_t k = 0; k < n; k += BLOCK, x += AREA) {
+    const int64_t ahead = k + AHEAD / 2 < n ? k : k + (SQUARE - 1) * n;
+    for (int64_t r = 0; r < SQUARE; ++r)
+      __builtin_prefetch(w + r * n + ahead + AHEAD / 2);
+    _tile_loadd(4, w + k, 2 * n);
+    _tile_loadd(5, x, 64);
+    _tile_dpbf16ps(0, 4, 5);
+    if (T > 1) {
+      _tile_loadd(6, x + SQUARE * n, 64);
+      _tile_dpbf16ps(1, 4, 6);
+    }
+    if (T > 2) {
+      _tile_loadd(7, x + 2 * SQUARE * n, 64);
+      _tile_dpbf16ps(2, 4, 7);
+    }
+    if (T > 3) {
+      _tile_loadd(5, x + 3 * SQUARE * n, 64);
+      _tile_dpbf16ps(3, 4, 5);
+    }
+  }
+  sums.keep();
+}
+
+// as `strips`, tokens as `put_beside` leaves them
+void dense_squares(const Number* w, int64_t rows, const Number* x, int64_t N,
+                   int64_t n, float* out, int64_t width) {
+  std::vector<Number> copy;
+  FourSums sums;
+  _tile_loadconfig(&SHAPES);
+  for (int64_t r = 0; r < rows; r += SQUARE) {
+    const Number* from = w + r * n;
+    if (rows - r < SQUARE) {  // nothing is read beyond the weight
+      copy.resize(SQUARE * n);
+      std::copy_n(from, (rows - r) * n, copy.data());
+      from = copy.data();
+    }
+    in_groups<4>((N + SQUARE - 1) / SQUARE, [&](auto T, int64_t i) {
+      const int64_t t = i * SQUARE;
+      multiply_squares<T.value>(from, n, x + t * n, sums);
+      sums.put<1>(rows - r, N - t, 1, out + t * width + r, width);
+    });
+  }
+  _tile_release();
+}
+#endif
+
 // y (N, m) = x (N, n) times w (m, n) transposed, plus a bias
 void dense_rows(const Number* x, int64_t N, const Number* w, int64_t m,
                 int64_t n, const Number* bias, Number* y) {
   constexpr int64_t HEIGHT = 128, WHILE = 96;
+#ifdef GPTOSS_AMX
+  const bool squared = N >= DENSE_SQUARED && lent();
+  const Tensor beside = squared ? put_beside(x, N, n) : Tensor();
+#endif
   const auto from = ready(x, N * n);
   share((m + HEIGHT - 1) / HEIGHT, 1, [&](int64_t item) {
     const int64_t row0 = item * HEIGHT, rows = std::min(HEIGHT, m - row0);
     float out[WHILE * HEIGHT];
     for (int64_t t0 = 0; t0 < N; t0 += WHILE) {  // these stay in a cache
       const int64_t some = std::min(WHILE, N - t0);
+#ifdef GPTOSS_AMX
+      if (squared)
+        dense_squares(w + row0 * n, rows, numbers(beside) + t0 * n, some, n,
+                      out, HEIGHT);
+      else
+#endif
       strips(w + row0 * n, rows, &from[t0 * n], some, n, out, HEIGHT);
       for (int64_t t = 0; t < some; ++t)
         finish(out + t * HEIGHT, bias ? bias + row0 : nullptr, rows,

@@ -63,14 +63,25 @@ struct Inputs {
   Quantised digits;            // of the rows of x
   std::vector<Number> pairs;   // with bf16 units, of each place
   int64_t n = 0;               // how long one of those is
+  int64_t low = ROWS;          // of a piece of work, if there are many
+#ifdef GPTOSS_AMX
+  Squares squares;
+#endif
 
   Inputs(const float* x, int64_t rows, const Packed& weight, float most,
          std::vector<int64_t> place, const Groups& groups)
       : from(std::move(place)), digits(0, weight.blocks) {
     const int64_t blocks = weight.blocks;
+#ifdef GPTOSS_AMX
+    if ((most == STORED || most == FINEST) && lent()) {
+      squares = {x, from, blocks, most == STORED, groups.begin};
+      low = TALL;
+      if (!any_below(groups, SQUARED)) return;
+    } else
+#endif
 #ifdef GPTOSS_BF16
     if (most == STORED) {  // hidden numbers keep sixteen bits
-      n = padded(blocks);
+      n = padded(blocks), low = BROAD;
       pairs.resize(from.size() * n);
       at::parallel_for(0, from.size(), 8, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i)
@@ -97,9 +108,8 @@ struct Inputs {
 template <class X, class Emit>
 void grouped_linear(const Packed& weight, const Groups& groups, const X& x,
                     const Emit& emit) {
-  const std::vector<Piece> all =
-      x.n ? pieces(weight, groups, TOGETHER + 1, BROAD)
-          : pieces(weight, groups, X::TILED, ROWS);
+  const std::vector<Piece> all = pieces(
+      weight, groups, x.n ? TOGETHER + 1 : X::TILED, x.low);
   share(all.size(), 1, [&](int64_t item) {
     const auto [e, row0, rows] = all[item];
     const int64_t first = groups.begin[e];
@@ -110,6 +120,13 @@ void grouped_linear(const Packed& weight, const Groups& groups, const X& x,
     const int64_t at = (e * weight.rows + row0) * weight.blocks;
     const uint8_t *w = weight.bytes + 16 * at, *s = weight.scales + at;
     inputs.assign(&x.from[first], &x.from[first] + count);
+#ifdef GPTOSS_AMX
+    if (x.squares.columns && count >= SQUARED)
+      packed_squares({w, s, rows, weight.blocks, x.squares.of(e),
+                      count * x.squares.columns, x.squares.columns,
+                      out.data(), rows});
+    else
+#endif
 #ifdef GPTOSS_BF16
     if (x.n && count > 1)
       packed_strips(w, s, rows, weight.blocks, &x.pairs[first * x.n], count,

@@ -121,7 +121,7 @@ void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
   auto add = [&](int64_t b, int g, int64_t count) {  // group g from b on
     for (int r = 0; r < R; ++r) {
       const uint8_t* at = w + 16 * (r * row + b + g * SIDE);
-      __builtin_prefetch(at + 256);
+      __builtin_prefetch(at + AHEAD_PACKED);
       Bytes bytes = load_blocks(at, count - g * SIDE);
       hold(bytes);
       const Bytes even = look_up(values, bytes);

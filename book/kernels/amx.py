@@ -1,0 +1,900 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+# %% [markdown]
+# # What if a processor multiplies whole tiles?
+#
+# ## Question
+#
+# An instruction of [pairs](pairs.ipynb) multiplies two registers of 32 bf16
+# numbers: 32 products. Since Sapphire Rapids (2023) Intel's server processors
+# have AMX, *Advanced Matrix Extensions*: eight registers more, each of 16 rows
+# of 64 bytes. One instruction multiplies two of them as matrices and adds the
+# product to a third. How many products is that, and how many a cycle, if such
+# an instruction can begin every 16 cycles?
+
+# %%
+import logging
+import os
+from contextlib import suppress
+from math import comb
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.colors import ListedColormap
+
+from gptoss.kernels.build import PARTS, KernelError, build, plain_torch
+from gptoss.model.ops import has_kernel, mxfp4_linear, packed_experts
+from gptoss.moe.routing import expected_hits
+from gptoss.weights.encoding import encode
+from gptoss.weights.mxfp4 import PackedMXFP4, decode
+
+plt.style.use("../_static/book.mplstyle")
+products = 16 * 16 * 32  # rows, columns, numbers in each
+print(f"{products} products an instruction, {products // 32} times as many "
+      f"as of pairs; {products // 16} a cycle; {8 * 16 * 64 // 1024} KiB of "
+      "registers")
+
+# %% [markdown]
+# Intel calls these registers *tiles*. This book has used that word for a piece
+# of a matrix, so we say **square** for what one holds, although only the sums
+# are square, 16 x 16 of fp32; the others hold 16 x 32 of bf16. How is such a
+# unit kept busy with weights of four bits, of which it knows nothing?
+#
+# ## Picture
+
+# %% tags=["hide-input"]
+# Figure: three rectangles, placed as in a product by hand. Bottom left the
+# weights, 16 rows of 32 cells, one row coloured, pairs of cells blue and
+# orange in turns. Top right the tokens, 16 rows of 32 cells, in each row the
+# same two neighbours coloured, blue and orange in turns. Bottom right 16 by 16
+# sums, each as wide as two cells; one is black, where row and column meet.
+row, column = 5, 9
+weights, tokens, added = (np.zeros(shape) for shape in (
+    (16, 32), (16, 32), (16, 16)))
+weights[row] = 1 + np.arange(32) // 2 % 2  # pairs in turns
+tokens[:, 2 * column:2 * column + 2] = 1 + np.arange(16)[:, None] % 2
+added[row, column] = 3
+paint = ListedColormap(["0.9", "C0", "C1", "0"])
+fig, ax = plt.subplots(figsize=(7.2, 4.1))
+for cells, x, y, wide in (
+        (weights, 0, 19, 1), (tokens, 35, 0, 1), (added, 35, 19, 2)):
+    ax.pcolormesh(x + wide * np.arange(cells.shape[1] + 1),
+                  y + np.arange(17), cells, cmap=paint, vmin=0, vmax=3,
+                  edgecolors="white", linewidth=0.5)
+for x, y, words in (
+        (16, 36.6, "weights: 16 rows, 32 numbers (16 pairs) each"),
+        (51, -1, "tokens: 16 rows, a pair of each of 16 columns"),
+        (51, 36.6, "sums: 16 rows, 16 columns, fp32")):
+    ax.text(x, y, words, ha="center", va="center", fontsize=8)
+ax.text(16, 8, "pair by pair, a row of weights\nmeets a column of tokens;\n"
+        "all three: 16 rows of 64 bytes", ha="center", va="center")
+x, y = 36 + 2 * column, 19.5 + row
+for to, start in (((x, 18.7), (x, 16.2)), ((34.8, y), (32.2, y))):
+    ax.annotate("", to, start, arrowprops={"arrowstyle": "->"})
+ax.set(xlim=(-0.5, 67.5), ylim=(37.6, -2), aspect="equal")
+ax.axis("off")
+plt.show()
+
+# %% [markdown]
+# What to see: the black sum gets 32 products, two from each row of the upper
+# square. The left one is an ordinary piece of a matrix. The upper one is not:
+# two numbers that follow each other *down* a column lie beside each other.
+#
+# ## The naive version
+#
+# The unit wants bf16, the weights are FP4. So take 64 rows of a matrix of the
+# 20b, decode them as in pairs, and multiply what comes out by all tokens. No
+# weight is decoded twice. What is wrong with it?
+
+# %%
+whole, part = (64 * n * 2 // 1024 for n in (2880, 4 * 32))
+print(f"64 rows of 2880 in bf16: {whole} KiB, {whole / 48:.1f} times the "
+      f"first cache, 48; 64 rows of 128: {part} KiB")
+print(f"for 32 columns of tokens {whole} KiB of weights come from the second "
+      f"cache; or {64 * 32 * 4 // 1024} KiB of sums go out and come back "
+      f"{-(-2880 // 128)} times")
+
+# %% [markdown]
+# The decoded rows go out to the second cache, and every 32 tokens bring them
+# in again, while the unit waits. Better is to decode **four blocks** of the 64
+# rows, multiply these by all tokens, and go on. Then it is the sums that come
+# and go, 4 KiB for four registers. For some dozens of tokens, as many as an
+# expert gets of a prompt, the first cache holds them beside the weights;
+# hundreds go in turns. With at most 16 columns sums do not even move: they
+# stay in four registers from the first block to the last.
+#
+# ## Derivation
+#
+# **What exactly is one instruction**, `tdpbf16ps`? Intel's reference writes it
+# as a loop. For each sum the products of the first numbers of the 16 pairs are
+# added in order, from zero, and those of the second numbers likewise; then
+# both to each other, and the result to what was there. Every addition rounds
+# to fp32. In numpy, for any number of squares:
+
+# %%
+def dot_squares(C: np.ndarray, A: np.ndarray, B: np.ndarray) -> np.ndarray:
+    """C (…, 16, 16) plus A (…, 16, 32) times B (…, 16 pairs, 16, 2).
+
+    All fp32; a product of two values of bf16 has 16 bits and is exact.
+    """
+    first, second = np.zeros_like(C), np.zeros_like(C)
+    for p in range(16):
+        first = first + A[..., :, 2 * p, None] * B[..., p, None, :, 0]
+        second = second + A[..., :, 2 * p + 1, None] * B[..., p, None, :, 1]
+    return C + (first + second)
+
+
+print(f"5760 by 2880 weights: {5760 * 2880 // 512:,} squares, 16 tokens: "
+      f"{16 * 2880 // 512}")
+draw = np.random.default_rng(0)
+A, columns = (draw.integers(-9, 10, shape).astype(np.float32)
+              for shape in ((16, 32), (32, 16)))
+zero = np.zeros((16, 16), np.float32)
+beside = columns.reshape(16, 2, 16).swapaxes(1, 2)  # pairs of rows
+wrong = dot_squares(zero, A, columns.reshape(16, 16, 2))
+print("sum 5, 9:", dot_squares(zero, A, beside)[5, 9], "; a plain product:",
+      (A @ columns)[5, 9], "; without pairs:", wrong[5, 9])
+assert np.array_equal(dot_squares(zero, A, beside), A @ columns)
+
+# %% [markdown]
+# Why pairs? The unit works in lanes of 32 bits, and a lane of a row of weights
+# is a pair. The pair that belongs to it must be in one lane, too. (Intel calls
+# this layout VNNI, after older instructions that want it.)
+#
+# **Which operand are the weights?** One of the two has to be rearranged. Row
+# by row, as `decode_two` of pairs leaves them, weights fit the *first* one. A
+# matrix has 32,400 squares, 16 tokens have 90. So tokens are the second
+# operand, turned once for all rows.
+#
+# **How is a square turned?** Sixteen tokens with 32 numbers each are 16 rows
+# of 16 words, a word being a pair. In the picture's upper square word $p$ of
+# token $t$ is in row $p$ at place $t$: words are transposed, and what is
+# inside a word stays. Both numbers have four bits, and one round exchanges one
+# bit of the row with the same bit of the place:
+
+# %%
+def turned(square: np.ndarray) -> np.ndarray:
+    """16 rows of 16 words -> 16 columns, in four rounds."""
+    for size in (1, 2, 4, 8):
+        square = square.reshape(8 // size, 2, size, 8 // size, 2, size)
+        square = square.swapaxes(1, 4).reshape(16, 16)
+    return square
+
+
+words = columns.T.copy().view(np.uint64)  # a pair of fp32 each
+assert np.array_equal(turned(words).view(np.float32), beside.reshape(16, 32))
+print("turned by four rounds")
+
+# %% [markdown]
+# **A whole product** fills rows and tokens up to multiples of 16. Each step
+# along the columns is a square of either side.
+
+# %%
+def filled(x: torch.Tensor) -> np.ndarray:
+    """x (rows, 32 n) -> (n, squares, 16, 32), with zeros for missing rows."""
+    full = np.zeros((-(-len(x) // 16) * 16, x.shape[1]), np.float32)
+    full[:len(x)] = x.float()
+    return full.reshape(-1, 16, x.shape[1] // 32, 32).transpose(2, 0, 1, 3)
+
+
+def by_squares(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """w (rows, 32 n), x (tokens, 32 n), values of bf16 -> (tokens, rows)."""
+    A, tokens = filled(w), filled(x)
+    B = tokens.reshape(*tokens.shape[:3], 16, 2).swapaxes(2, 3)  # turned
+    C = np.zeros((A.shape[1], B.shape[1], 16, 16), np.float32)
+    for a, b in zip(A, B, strict=True):  # steps along the columns
+        C = dot_squares(C, a[:, None], b[None])
+    sums = C.transpose(1, 3, 0, 2).reshape(B.shape[1] * 16, -1)
+    return torch.from_numpy(sums[:len(x), :len(w)].copy())
+
+
+w, x = (torch.from_numpy(draw.integers(-9, 10, (n, 64))) for n in (20, 17))
+even_odd = torch.arange(64).view(2, 16, 2).permute(2, 0, 1).flatten()
+y, z = by_squares(w, x), by_squares(w[:, even_odd], x[:, even_odd])
+print(f"one sum as stored: {y[16, 19]}; even, then odd: {z[16, 19]}")
+assert torch.equal(y.long(), x @ w.T) and torch.equal(y, z)
+
+# %% [markdown]
+# The second number is for **the order of the columns**. Weights come as in
+# pairs, even elements of two blocks, then odd ones. A sum does not mind if
+# both sides do so: tokens pass through `pair_row` before they are turned.
+#
+# **What do eight registers do best?** If $a$ squares of weights meet $b$
+# squares of tokens, there are $ab$ sums. Each step along the columns loads
+# $a + b$ squares for $ab$ products. The smaller side has to be held while the
+# other passes, one square at a time: $ab + \min(a, b) + 1$ registers. And time
+# enters: a result is there only 52 cycles after its instruction began, though
+# the next, for another sum, begins 16 cycles later. With fewer than
+# $52 / 16$ sums the unit waits for itself.
+
+# %%
+for a in range(1, 9):
+    for b in range(1, a + 1):
+        if (registers := a * b + min(a, b) + 1) <= 8:
+            print(f"{a} x {b}: {registers} registers, {(a + b) / (a * b):.2f} "
+                  f"loads a product, busy {min(1, 16 * a * b / 52):.0%}")
+print(f"sums to keep it busy: {52 / 16:.2f}, so 4")
+
+# %% [markdown]
+# Two by two wins, because each loaded square serves two products. It needs
+# more than 16 columns. With fewer we take four by one: four sums as well, and
+# 1.25 loads a product. One register of weights is filled while another is
+# multiplied.
+#
+# **How much of that does decoding allow?** Two blocks of a row are seven
+# instructions (pairs), so a square of weights, half of that for 16 rows, is
+# 56; it serves a product of 16 cycles for each 16 columns of tokens. **The
+# cost** of $R$ rows of $n$ numbers and $c$ columns is
+# $\frac{R}{16} \frac{n}{32} \lceil \frac{c}{16} \rceil$ products and
+# $56 \frac{R}{16} \frac{n}{32}$ instructions of decoding.
+#
+# ## One number in two columns
+#
+# What enters the first layer of an expert was stored in bf16. The hidden
+# vector between its layers is fp32, and pairs has shown that rounding it to
+# bf16 is a rounding too many. Whole numbers of 16 bits, as used there, are
+# nothing for this unit. But what bf16 leaves of a number is a number again,
+# and can be rounded to bf16 itself. $\pi$ is nearly 3.140625, and what is left
+# is nearly 0.000968933. How near do two such numbers come?
+#
+# For $x$ from 1 to 2, bf16 numbers are $2^{-7}$ apart, so at most $2^{-8}$ is
+# left. Below $2^{-8}$ they are at most $2^{-16}$ apart, so at most $2^{-17}$
+# is lost. Times a power of two this holds for every $x$:
+#
+# $$ |x - (\mathrm{high} + \mathrm{low})| \le 2^{-17} |x| . $$ (two-columns)
+#
+# That is sixteen leading bits. (What is below $2^{-126}$ this unit takes for
+# zero; so little changes no output.) Both parts are multiplied by the same
+# weights, so a token becomes **two columns**, and its two sums are added at
+# the end. What does it bring?
+
+# %%
+def in_two(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x in fp32 as a sum of two bf16 numbers, nearly."""
+    high = x.bfloat16()
+    return high, (x - high.float()).bfloat16()
+
+
+def off(y: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((y.double() - exact).norm() / exact.norm()).item()
+
+
+pi = torch.tensor(torch.pi)
+high, low = (part.item() for part in in_two(pi))
+print(f"{pi:.7f} is nearly {high:.6f} + {low:.9f} = {high + low:.7f}")
+torch.manual_seed(0)
+x = torch.randn(64, 2880)
+w = decode(*encode(0.02 * torch.randn(256, 2880)), torch.float64)
+high, low = (part.double() for part in in_two(x))
+lost = ((x - high - low) / x).abs().max()
+print(f"lost of a number: at most {lost * 2 ** 17:.2f} times 2**-17")
+exact = x.double() @ w.T
+for name, y in (("one column", high @ w.T),
+                ("two columns", high @ w.T + low @ w.T),
+                ("the result, stored in bf16", exact.bfloat16())):
+    print(f"{name:26} {off(y, exact):.1e}")
+assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
+
+# %% [markdown]
+# One column loses as much as storing the result does; two, at twice the
+# products, lose nothing beside it.
+#
+# ## Code
+#
+# The registers' shapes are told to the processor in 64 bytes: *palette* 1, and
+# for each of the eight how long a row is and how many there are. Ours are
+# always as large as can be; what a matrix or a group of tokens does not have
+# is not looked at. (`lent` is explained under what is refused.) `turn` is
+# `turned`: two rounds interleave words and pairs of words within quarters of a
+# register (`unpack`), two rounds of `shuffle_i32x4` move whole quarters.
+
+# %% [markdown] tags=["export:amx.h"]
+# ```cpp
+# #ifdef GPTOSS_AMX
+# #include <sys/syscall.h>
+# #include <unistd.h>
+# #endif
+#
+# namespace {
+#
+# #ifdef GPTOSS_AMX
+# constexpr int64_t SQUARE = 16;  // rows of a register, 64 bytes each
+# constexpr int64_t AREA = SQUARE * BLOCK;  // bf16 numbers in it
+# constexpr int64_t SQUARED = 4;  // places of an expert, at least
+#
+# struct alignas(64) Shapes {  // eight registers, each as large as can be
+#   uint8_t palette = 1, start = 0, reserved[14] = {};
+#   uint16_t bytes[16];
+#   uint8_t rows[16];
+#
+#   constexpr Shapes() : bytes(), rows() {
+#     for (int i = 0; i < 8; ++i) bytes[i] = 64, rows[i] = SQUARE;
+#   }
+# };
+# constexpr Shapes SHAPES;
+#
+# // Linux lends these registers, eight kilobytes, to a process that asks
+# bool lent() {
+#   constexpr long ASK = 0x1023, REGISTERS = 18;
+#   static const bool answer = !syscall(SYS_arch_prctl, ASK, REGISTERS);
+#   return answer;
+# }
+#
+# // sixteen rows of sixteen 32-bit words become sixteen columns
+# inline void turn(Bytes (&v)[SQUARE]) {
+#   Bytes t[SQUARE];
+#   for (int i = 0; i < SQUARE; i += 2) {
+#     t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+#     t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+#   }
+#   for (int i = 0; i < SQUARE; i += 4)
+#     for (int j = 0; j < 2; ++j) {
+#       v[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + 2 + j]);
+#       v[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + 2 + j]);
+#     }  // quarter q of v[i + j]: column 4 q + j of rows i ... i + 3
+#   for (int j = 0; j < 4; ++j)
+#     for (int odd = 0; odd < 2; ++odd) {  // columns 0 and 8, or 4 and 12
+#       auto halves = [&](Bytes a, Bytes b) {
+#         return odd ? _mm512_shuffle_i32x4(a, b, 0xdd)
+#                    : _mm512_shuffle_i32x4(a, b, 0x88);
+#       };
+#       const Bytes a = halves(v[j], v[4 + j]);
+#       const Bytes b = halves(v[8 + j], v[12 + j]);
+#       t[4 * odd + j] = _mm512_shuffle_i32x4(a, b, 0x88);
+#       t[8 + 4 * odd + j] = _mm512_shuffle_i32x4(a, b, 0xdd);
+#     }
+#   std::copy(t, t + SQUARE, v);
+# }
+# ```
+
+# %% [markdown]
+# `Squares` is what the tokens become: for each expert groups of 16 columns, 16
+# places or 8 of two columns. (A *place* is where a chosen token stands among
+# those of its expert, see [many rows](many_rows.ipynb).) `beside` fills the
+# last group up with zeros and turns each square.
+
+# %% [markdown] tags=["export:amx.h"]
+# ```cpp
+# // x less what bf16 holds of it
+# void remainder(const float* x, int64_t count, float* to) {
+#   for (int64_t k = 0; k < count; k += 8) {
+#     Number near[8];
+#     narrow(load<Floats>(x + k), near);
+#     store(to + k, load<Floats>(x + k) - widen(near));
+#   }
+# }
+#
+# // What stands at each expert's places, sixteen columns beside each other:
+# // squares of 16 pairs by 16 columns. What was stored in bf16 is one column;
+# // anything else is two, its sixteen leading bits, which are added later
+# struct Squares {
+#   int64_t columns = 0, n = 0;  // of a place; numbers in a column
+#   std::vector<int64_t> start;  // each expert's first square
+#   Tensor all;
+#
+#   Squares() = default;
+#
+#   // expert e has places begin[e] ... begin[e + 1] - 1: rows `from` of x
+#   Squares(const float* x, const std::vector<int64_t>& from, int64_t blocks,
+#           bool stored, const std::vector<int64_t>& begin)
+#       : columns(stored ? 1 : 2), n(padded(blocks)), start(begin.size()) {
+#     std::vector<std::pair<int64_t, int64_t>> items;  // first place, places
+#     const int64_t most = SQUARE / columns;
+#     for (size_t e = 0; e + 1 < begin.size(); ++e) {
+#       start[e] = items.size();
+#       if (begin[e + 1] - begin[e] >= SQUARED)
+#         for (int64_t i = begin[e]; i < begin[e + 1]; i += most)
+#           items.push_back({i, std::min(most, begin[e + 1] - i)});
+#     }
+#     all = at::empty({int64_t(items.size()), SQUARE, n}, at::kBFloat16);
+#     auto to = static_cast<Number*>(all.data_ptr());
+#     at::parallel_for(0, items.size(), 1, [&](int64_t first, int64_t last) {
+#       std::vector<Number> rows(SQUARE * n);
+#       Buffer rest(blocks * BLOCK);
+#       for (int64_t i = first; i < last; ++i) {
+#         const auto [place, count] = items[i];
+#         for (int64_t t = 0; t < count; ++t) {
+#           const float* row = x + from[place + t] * blocks * BLOCK;
+#           pair_row(row, blocks, &rows[t * columns * n]);
+#           if (columns == 1) continue;
+#           remainder(row, blocks * BLOCK, rest.data());
+#           pair_row(rest.data(), blocks, &rows[(2 * t + 1) * n]);
+#         }
+#         beside(rows.data(), count * columns, to + i * SQUARE * n);
+#       }
+#     });
+#   }
+#
+#   const Number* of(int64_t expert) const {
+#     return numbers(all) + start[expert] * SQUARE * n;
+#   }
+#
+#   void beside(const Number* rows, int64_t count, Number* to) const {
+#     for (int64_t k = 0; k < n; k += BLOCK) {
+#       Bytes v[SQUARE];
+#       for (int64_t t = 0; t < SQUARE; ++t)
+#         v[t] = t < count ? load<Bytes>(rows + t * n + k) : Bytes{};
+#       turn(v);
+#       for (int64_t p = 0; p < SQUARE; ++p, to += BLOCK)
+#         _mm512_store_si512(to, v[p]);
+#     }
+#   }
+# };
+# #endif
+#
+# }  // namespace
+# ```
+
+# %% [markdown]
+# The second part multiplies. A register's number is fixed when the program is
+# compiled, so the four sums are written out. `put` turns them, because those
+# of one *token* are wanted beside each other, and adds a token's two columns.
+# One step (`add_squares`) is four products: registers 4 and 5 hold weights, 6
+# and 7 tokens. With `H = 4` the weights' two registers are loaded twice.
+
+# %% [markdown] tags=["export:squares.h"]
+# ```cpp
+# namespace {
+#
+# #ifdef GPTOSS_AMX
+# // four registers of sums: of 64 rows and 16 columns if H is 4, of 32 rows
+# // and 32 columns if H is 2
+# struct alignas(64) FourSums {
+#   float at[4][SQUARE][SQUARE];
+#
+#   static void clear() {
+#     _tile_zero(0);
+#     _tile_zero(1);
+#     _tile_zero(2);
+#     _tile_zero(3);
+#   }
+#
+#   void fetch() const {
+#     _tile_loadd(0, at[0], 64);
+#     _tile_loadd(1, at[1], 64);
+#     _tile_loadd(2, at[2], 64);
+#     _tile_loadd(3, at[3], 64);
+#   }
+#
+#   void keep() {
+#     _tile_stored(0, at[0], 64);
+#     _tile_stored(1, at[1], 64);
+#     _tile_stored(2, at[2], 64);
+#     _tile_stored(3, at[3], 64);
+#   }
+#
+#   // out[t * width + r], for `count` columns
+#   template <int H>
+#   void put(int64_t rows, int64_t count, int64_t columns, float* out,
+#            int64_t width) const {
+#     for (int i = 0; i < 4; ++i) {
+#       const int64_t r = i % H * SQUARE, c = i / H * SQUARE;
+#       if (r >= rows) continue;
+#       Bytes v[SQUARE];
+#       std::memcpy(v, at[i], sizeof v);
+#       turn(v);
+#       const __mmask16 real = rows - r < SQUARE ? (1 << (rows - r)) - 1 : -1;
+#       for (int64_t j = 0; j < std::min(SQUARE, count - c); j += columns)
+#         _mm512_mask_storeu_ps(
+#             out + (c + j) / columns * width + r, real,
+#             columns == 1 ? (__m512)v[j] : (__m512)v[j] + (__m512)v[j + 1]);
+#     }
+#   }
+# };
+#
+# // adds `steps` squares of H rows of squares, times those of x and beyond
+# template <int H>
+# void add_squares(const Number* w, const Number* x, const Number* beyond,
+#                  int64_t steps) {
+#   for (int64_t k = 0; k < steps; ++k, w += H * AREA) {
+#     _tile_loadd(4, w, 64);
+#     _tile_loadd(6, x + k * AREA, 64);
+#     _tile_dpbf16ps(0, 4, 6);
+#     _tile_loadd(5, w + AREA, 64);
+#     _tile_dpbf16ps(1, 5, 6);
+#     if (H == 4) {
+#       _tile_loadd(4, w + 2 * AREA, 64);
+#       _tile_dpbf16ps(2, 4, 6);
+#       _tile_loadd(5, w + 3 * AREA, 64);
+#       _tile_dpbf16ps(3, 5, 6);
+#     } else {
+#       _tile_loadd(7, beyond + k * AREA, 64);
+#       _tile_dpbf16ps(2, 4, 7);
+#       _tile_dpbf16ps(3, 5, 7);
+#     }
+#   }
+# }
+# ```
+
+# %% [markdown]
+# Decoding is `decode_two` with another place to go. Four blocks of a row are
+# 64 bytes, and then comes another row: no stream that a processor could follow
+# by itself. So each row asks for what it needs 128 bytes later, and near its
+# end for the beginning of the row that takes its place, 64 rows on. With up to
+# 16 columns sums stay; with more they are fetched and kept.
+
+# %% [markdown] tags=["export:squares.h"]
+# ```cpp
+# struct Work {  // out[t * width + r]: rows of a packed weight, times columns
+#   const uint8_t *w, *scales;
+#   int64_t rows, blocks;
+#   const Number* x;
+#   int64_t count, columns;  // in all, of a place
+#   float* out;
+#   int64_t width;
+#
+#   Work from(int64_t r, int64_t high, int64_t c, int64_t wide) const {
+#     Work part = *this;
+#     part.w += 16 * r * blocks, part.scales += r * blocks;
+#     part.x += c * padded(blocks), part.out += c / columns * width + r;
+#     part.rows = std::min(high, rows - r);
+#     part.count = std::min(wide, count - c);
+#     return part;
+#   }
+# };
+#
+# constexpr int64_t TALLEST = 4 * SQUARE;  // rows that are decoded together
+# constexpr int64_t MANY_COLUMNS = 192;  // half of L2, if n is 2880
+# constexpr int64_t HELD = 4;    // blocks of them: 16 KiB, a third of L1
+# constexpr int64_t SOON = 128;  // bytes of a row, asked for ahead
+#
+# // blocks b ... b + count - 1 of up to 16 H rows as squares
+# template <int H>
+# void decode_squares(const Work& part, int64_t b, int64_t count, Number* to) {
+#   // beyond a row's end: the row that is decoded 64 rows later
+#   const int64_t row = 16 * part.blocks, at = 16 * b + SOON;
+#   const int64_t ahead = at < row ? SOON : SOON + (TALLEST - 1) * row;
+#   for (int64_t r = 0; r < part.rows; ++r, to += BLOCK) {
+#     const uint8_t* from = part.w + 16 * b + r * row;
+#     const uint8_t* by = part.scales + r * part.blocks + b;
+#     const Bytes lower = lowered(by, count);
+#     __builtin_prefetch(from + ahead);
+#     for (int64_t i = 0; i < count; i += 2) {
+#       Bytes two[2];
+#       decode_two(from + 16 * i, i + 1 < count, two_of(lower, i), two);
+#       for (int odd = 0; odd < 2; ++odd)
+#         _mm512_store_si512(to + (i + odd) * H * AREA, two[odd]);
+#     }
+#   }
+# }
+#
+# // 64 rows, sixteen columns: the sums stay in their registers
+# void few_squares(const Work& part) {
+#   alignas(64) Number decoded[HELD * 4 * AREA];
+#   FourSums sums;
+#   sums.clear();
+#   for (int64_t b = 0; b < part.blocks; b += HELD) {
+#     const int64_t deep = std::min(HELD, part.blocks - b);
+#     decode_squares<4>(part, b, deep, decoded);
+#     add_squares<4>(decoded, part.x + b * AREA, nullptr,
+#                    padded(deep) / BLOCK);
+#   }
+#   sums.keep();
+#   sums.put<4>(part.rows, part.count, part.columns, part.out, part.width);
+# }
+#
+# // 64 rows, more columns: weights that are decoded once meet all of them
+# void many_squares(const Work& part) {
+#   constexpr int64_t BOTH = 2 * SQUARE;
+#   const int64_t n = padded(part.blocks);
+#   const int64_t groups = (part.count + BOTH - 1) / BOTH;
+#   alignas(64) Number decoded[2][HELD * 2 * AREA];
+#   thread_local std::vector<FourSums> sums;
+#   sums.resize(2 * groups);
+#   for (int64_t b = 0; b < part.blocks; b += HELD) {
+#     const int64_t deep = std::min(HELD, part.blocks - b);
+#     for (int64_t r = 0; r < part.rows; r += BOTH)
+#       decode_squares<2>(part.from(r, BOTH, 0, part.count), b, deep,
+#                         decoded[r / BOTH]);
+#     for (int64_t i = 0; i < 2 * groups; ++i) {
+#       if (i % 2 * BOTH >= part.rows) continue;
+#       const Number* x = part.x + i / 2 * BOTH * n + b * AREA;
+#       const bool two = part.count - i / 2 * BOTH > SQUARE;
+#       b ? sums[i].fetch() : sums[i].clear();
+#       add_squares<2>(decoded[i % 2], x, two ? x + SQUARE * n : x,
+#                      padded(deep) / BLOCK);
+#       sums[i].keep();
+#     }
+#   }
+#   for (int64_t i = 0; i < 2 * groups; ++i) {
+#     const int64_t r = i % 2 * BOTH, c = i / 2 * BOTH;
+#     if (r < part.rows)
+#       sums[i].put<2>(std::min(BOTH, part.rows - r), part.count - c,
+#                      part.columns, part.out + c / part.columns * part.width
+#                      + r, part.width);
+#   }
+# }
+# ```
+
+# %% [markdown]
+# ## What is refused
+#
+# **Scales that bf16 has no room for** (0, 1 and 253 to 255) go a weight at a
+# time, slowly and right, by `unusual_rows` as in pairs.
+#
+# **Registers that are not lent.** They hold 8 KiB, which the system has to
+# save whenever another thread gets the processor. Linux does that only for a
+# process that asks, and ends one that touches them without asking. So `lent`
+# asks, once (`arch_prctl`, request 0x1023, state 18). Where the answer is no,
+# in a sandbox or under an older Linux, everything goes by the strips of pairs.
+# And oneDNN, by which torch multiplies bf16, sets shapes of its own, so ours
+# are loaded before each piece of work and released after it.
+#
+# **Fewer than four places** of an expert go row by row: there waiting for
+# memory costs more than arithmetic. (The number four was measured.)
+
+# %% [markdown] tags=["export:squares.h"]
+# ```cpp
+# // scales that bf16 has no room for
+# void unusual_squares(const Work& part) {
+#   const int64_t n = padded(part.blocks);
+#   std::vector<Number> column(n);
+#   Buffer sums(part.rows);
+#   for (int64_t c = 0; c < part.count; ++c) {
+#     const Number* from = part.x + c / SQUARE * SQUARE * n + c % SQUARE * 2;
+#     for (int64_t k = 0; k < n; ++k)
+#       column[k] = from[k / 2 * BLOCK + k % 2];
+#     unusual_rows(part.w, part.scales, part.rows, part.blocks, column.data(),
+#                  1, sums.data(), 0);
+#     float* to = part.out + c / part.columns * part.width;
+#     for (int64_t r = 0; r < part.rows; ++r)
+#       to[r] = c % part.columns ? to[r] + sums[r] : sums[r];
+#   }
+# }
+#
+# // as `packed_strips`
+# void packed_squares(const Work& all) {
+#   if (!usual(all.scales, all.rows * all.blocks)) return unusual_squares(all);
+#   const int64_t times = (all.count + MANY_COLUMNS - 1) / MANY_COLUMNS;
+#   const int64_t wide = (all.count + 32 * times - 1) / (32 * times) * 32;
+#   _tile_loadconfig(&SHAPES);
+#   for (int64_t c = 0; c < all.count; c += wide)
+#     for (int64_t r = 0; r < all.rows; r += TALLEST) {
+#       const Work part = all.from(r, TALLEST, c, wide);
+#       (part.count > SQUARE ? many_squares : few_squares)(part);
+#     }
+#   _tile_release();
+# }
+# #endif
+#
+# }  // namespace
+# ```
+
+# %% [markdown]
+# ## It holds
+#
+# **Every code under every usual scale**, in the emulation, against float64.
+# Each weight alone has to come out to the last bit, and so do its sums with
+# small whole numbers, which fp32 holds exactly, where they do not overflow it.
+
+# %%
+codes = torch.arange(16, dtype=torch.uint8)
+every = (codes | codes.flip(0) << 4).view(1, 1, 16)  # every code, twice
+scales = torch.arange(2, 253, dtype=torch.uint8).view(-1, 1)
+w = decode(every.expand(len(scales), 1, 16), scales, torch.float64)
+assert torch.equal(by_squares(w, torch.eye(32)).double(), w.T)
+some, whole = w[25:226], torch.from_numpy(draw.integers(-9, 10, (17, 32)))
+assert torch.equal(by_squares(some, whole).double(), whole.double() @ some.T)
+print(f"{w.numel()} weights, {len(scales)} scales, {17 * len(some)} sums")
+
+# %% [markdown]
+# **The same bits, whoever else is there.** A sum is made step by step along
+# the columns, whatever the square's other columns hold, and whether it stays
+# in a register or goes to the cache and back. So from four places on a token's
+# result does not depend on who shares the expert. To see it, take a row twice,
+# side by side, and a token whose second half is minus its first. The exact sum
+# is zero: what is left is rounding, and that tells the order.
+
+# %%
+def drawn(rows: int, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return (torch.from_numpy(draw.integers(0, 256, (rows, blocks, 16), "u1")),
+            torch.from_numpy(draw.integers(120, 135, (rows, blocks), "u1")))
+
+
+def numbers(tokens: int, n: int) -> torch.Tensor:
+    return torch.from_numpy(draw.integers(-255, 256, (tokens, n)) * 2.0 ** (
+        draw.integers(-9, 0, (tokens, n)))).bfloat16()
+
+
+for tokens in (1, 2, 3, 4, 5, 16, 17, 33):
+    w, x = decode(*drawn(40, 11), torch.float64), numbers(tokens, 352)
+    error = off(by_squares(w, x), x.double() @ w.T)
+    assert error < 4e-7
+    print(f"{tokens:2} tokens: {error:.0e}")
+
+packed = tuple(torch.cat([part, part], 1) for part in drawn(48, 32))
+x = numbers(33, 1024)
+x = torch.cat([x, -x], 1)
+w = decode(*packed, torch.float32)
+left = {tokens: by_squares(w, x[:tokens]) for tokens in (4, 5, 16, 17, 33)}
+for tokens, y in left.items():
+    print(f"{tokens:2} tokens; token 0, three rows: {y[0, :3].tolist()}")
+    assert torch.equal(y[:4], left[33][:4])
+other = by_squares(w.flip(1), x[:4].flip(1))
+print("in another order:", other[0, :3].tolist())
+assert not torch.equal(other, left[4])
+
+# %% [markdown]
+# **The kernel**, beside float64 and plain torch, as in [pairs](pairs.ipynb).
+# (Without AMX other kernels answer; without a compiler, a twin.) With AMX the
+# rounding that is left of zero must be the same for any number of tokens. At
+# the end two scales out of reach for bf16, and one that is not.
+
+# %%
+os.environ["GPTOSS_KERNELS"] = "torch"  # one library a process: this one
+logging.getLogger("gptoss").setLevel(logging.ERROR)  # built without a word
+with suppress(KernelError):
+    upto = PARTS[:PARTS.index("dense") + 1]
+    torch.ops.load_library(str(build(parts=upto)))
+
+for tokens in (1, 2, 3, 4, 5, 16, 17, 33):
+    for rows, blocks in ((150, 1), (33, 7), (321, 33)):
+        some = encode(0.02 * torch.randn(rows, 32 * blocks))
+        given = torch.randn(tokens, 32 * blocks).bfloat16()
+        exact = given.double() @ decode(*some, torch.float64).T
+        with torch.inference_mode():
+            fast = (mxfp4_linear(given, *some) if has_kernel("mxfp4_linear")
+                    else exact.float().bfloat16())
+            with plain_torch():
+                slow = mxfp4_linear(given, *some)
+        assert off(fast, exact) < 1.002 * off(slow, exact) < 3e-3
+    print(f"{tokens:2} tokens: kernel {off(fast, exact):.4f}, "
+          f"plain torch {off(slow, exact):.4f}")
+
+blocks, scales = encode(torch.ones(3, 32))
+scales[:, 0] = torch.tensor([0, 255, 127])
+with torch.inference_mode():
+    y = mxfp4_linear(torch.ones(5, 32).bfloat16(), blocks, scales)[4]
+print([f"{value:.0e}" for value in y.float().tolist()])
+info = Path("/proc/cpuinfo")
+if (has_kernel("mxfp4_linear") and info.exists()
+        and "amx_bf16" in info.read_text()):
+    with torch.inference_mode():
+        y = mxfp4_linear(x, *packed)
+        for n in left:
+            assert torch.equal(mxfp4_linear(x[:n], *packed), y[:n])
+
+# %% [markdown]
+# **Both layers of experts**, with 5 and 33 places each: hidden numbers in two
+# columns keep the result nearer to float64 than plain torch is.
+
+# %%
+E, K, width, hidden = 4, 2, 160, 128
+gate_up = PackedMXFP4(*encode(0.1 * torch.randn(E, 2 * width, hidden)))
+down = PackedMXFP4(*encode(0.1 * torch.randn(E, hidden, width)))
+for tokens in (10, 66):
+    first = torch.arange(tokens)
+    ids = torch.stack([first % E, (first + 1) % E], 1)
+    given = [torch.randn(shape).bfloat16() for shape in (
+        (tokens, hidden), (tokens, K), (E, 2 * width), (E, hidden))]
+
+    def run(dtype, given=given, ids=ids) -> torch.Tensor:
+        x, shares, *biases = (t.to(dtype) for t in given)
+        return packed_experts(x, ids, shares, gate_up, biases[0], down,
+                              biases[1])
+
+    with torch.inference_mode():
+        fast = run(torch.bfloat16 if has_kernel() else torch.float32)
+        with plain_torch():
+            slow, exact = run(torch.bfloat16), run(torch.float64)
+    error, plain = off(fast.bfloat16(), exact), off(slow, exact)
+    assert error < plain / 2
+    print(f"{tokens * K // E:2} places: {error:.3f}, plain torch {plain:.3f}")
+
+# %% [markdown]
+# ## In the 20b and the 120b
+#
+# How full are the squares, and what cannot be undercut? If tokens choose at
+# random, a chosen expert has some places, as many columns in its first layer,
+# twice as many in its second. Its weights pass through memory once, at 27 GB/s
+# here, and a core does its products at 3450 GFLOP/s at most (measured below).
+
+# %%
+each = 3 * 2880 * 2880  # weights of an expert, two thirds in its first layer
+for n in (8, 64, 512):
+    for name, E in (("20b", 32), ("120b", 128)):
+        hit = expected_hits(E, 4, n)
+        products = n * 4 * each * (2 / 3 + 2 / 3)  # the second layer's twice
+        print(f"{n:3} tokens, {name:4}: {n * 4 / hit:4.1f} places, squares "
+              f"{n / 4 / hit:.2f} and {n / 2 / hit:.2f}; memory "
+              f"{hit * each * 4.25 / 8 / 27e6:4.1f} ms, products, two cores, "
+              f"{products / 3450e6:4.1f}")
+for n in (8, 16):
+    few = sum(comb(n, k) * 7 ** (n - k) for k in range(4)) / 8 ** n
+    print(f"{n} tokens: {few:.0%} of the 20b's experts get fewer than 4")
+
+# %% [markdown] tags=["measured"]
+# Measured on two cores of a Xeon of the Granite Rapids kind, memory about 27
+# GB/s, in ms: a packed matrix of 5760 by 2880, and the 32 experts of a layer
+# of the 20b, four for each token at random.
+#
+# | tokens | matrix, pairs | AMX | experts, pairs | AMX |
+# |---|---|---|---|---|
+# | 8 | | | 14.5 | 11.9 |
+# | 16 | 3.0 | 0.95 | 24.9 | 19 |
+# | 32 | 5.6 | 1.3 | 43 | 28 |
+# | 64 | 10.6 | 1.9 | 74 | 37 |
+# | 128 | 21 | 3.3 | 126 | 47 |
+# | 512 | 99 | 14 | 445 | 97 |
+#
+# (Of 8 or 16 tokens few experts get four: what is gained there is how rows are
+# read.) A 20b of random weights read a prompt of 512 at
+# 136 tokens a second; ik_llama.cpp (8337e4c), which repacks weights while
+# loading, at 48, on the same machine in the same run. 51,200 sums of random
+# squares had the bits of `dot_squares`, all of them.
+#
+# **What is lost.** One core in a loop of nothing but `tdpbf16ps` does 3450
+# GFLOP/s, and 2450 if its operands come from the second cache. The layer with
+# 512 tokens runs at about 1400 for *both* cores together, the second layer's
+# doubled columns counted: a fifth of what they can do. Decoding, the sums that
+# come and go, and memory take the rest.
+#
+# `--activations 8` ([coarse](coarse.ipynb)) has no form for AMX. From about 64
+# tokens on it is slower here than sixteen bits (the layer with 512 tokens: 263
+# ms instead of 97); below that it is 1.0 to 1.35 times as fast.
+
+# %% [markdown]
+# ## Takeaways
+#
+# - One instruction multiplies 16 x 32 by 32 x 16 numbers; the second operand
+#   has pairs of its rows beside each other.
+# - Weights, which are many, stay as they are decoded; tokens are turned.
+# - Four sums hide the wait for a result; two by two load the least.
+# - Decode what the first cache holds, and let all tokens meet it.
+# - From four places on a token's bits do not depend on its company.
+#
+# ## Exercises
+#
+# ### Exercise 1
+#
+# A second instruction, `tdpbssd`, takes bytes: a lane of 32 bits holds four of
+# them. How many products is that? How do bytes lie in the second operand?
+
+# %% tags=["hide-cell"]
+a, b = draw.integers(-99, 100, (16, 64)), draw.integers(-99, 100, (64, 16))
+fours = b.reshape(16, 4, 16).swapaxes(1, 2)  # fours of rows, columns, byte
+found = np.einsum("rgk,gck->rc", a.reshape(16, 16, 4), fours)
+assert np.array_equal(found, a @ b)
+print(f"{16 * 16 * 64} products; four rows beside each other")
+
+# %% [markdown]
+# ### Exercise 2
+#
+# Would a third column, what is left after two, bring anything?
+
+# %% tags=["hide-cell"]
+x = torch.randn(64, 2880)
+high, low = (part.float() for part in in_two(x))
+third = (x - high - low).bfloat16().float()
+print(f"lost with two: {((x - high - low) / x).abs().max():.0e}, with three: "
+      f"{(x - high - low - third).abs().max():.0f}; stored: {2 ** -9:.0e}")
+
+# %% [markdown]
+# ### Exercise 3
+#
+# An expert has 17 places instead of 16. How many cycles of products does a
+# square of weights take, and how many for each place? And with 31, 32, 33?
+
+# %% tags=["hide-cell"]
+for places in (16, 17, 31, 32, 33):
+    cycles = 16 * -(-places // 16)
+    print(f"{places} places: {cycles} cycles, {cycles / places:.2f} each")
+
+# %% [markdown]
+# ## Sources
+#
+# - Intel, *Architecture Instruction Set Extensions Programming Reference*, ch.
+#   3 (AMX); https://www.intel.com/content/www/us/en/docs/intrinsics-guide
+# - torvalds/linux, `Documentation/arch/x86/xstate.rst`: asking for registers.
