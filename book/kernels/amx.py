@@ -830,10 +830,10 @@ for n in (8, 16):
 # | 512 | 99 | 14 | 445 | 97 |
 #
 # (Of 8 or 16 tokens few experts get four: what is gained there is how rows are
-# read.) A 20b of random weights read a prompt of 512 at
-# 136 tokens a second; ik_llama.cpp (8337e4c), which repacks weights while
-# loading, at 48, on the same machine in the same run. 51,200 sums of random
-# squares had the bits of `dot_squares`, all of them.
+# read.) A 20b of random weights read a prompt of 512 at 119 tokens a second;
+# ik_llama.cpp (8337e4c), which repacks weights while loading, at 42, on the
+# same machine in the same run. 51,200 sums of random squares had the bits of
+# `dot_squares`, all of them.
 #
 # **What is lost.** One core in a loop of nothing but `tdpbf16ps` does 3450
 # GFLOP/s, and 2450 if its operands come from the second cache. The layer with

@@ -49,6 +49,8 @@ with open("../_static/kernels_bench.json") as file:
     MEASURED = json.load(file)  # by bench/, on the machine that it names
 with open("../_static/kernels_bench_avx512.json") as file:
     ON_AVX512 = json.load(file)  # the same on another machine
+with open("../_static/kernels_bench_amx.json") as file:
+    ON_AMX = json.load(file)  # and on a third, many rows alone
 big = GptOssConfig.gpt_oss_20b()
 
 
@@ -61,6 +63,7 @@ def measured(*keys, default=None, found=MEASURED):
 
 print(measured("machine", "words"))
 print(measured("machine", "words", found=ON_AVX512))
+print(measured("machine", "words", found=ON_AMX))
 
 # %% [markdown]
 # ## Picture
@@ -552,7 +555,8 @@ for texts in (1, 2, 4, 8):
 # ours over theirs.
 
 # %% tags=["hide-input"]
-for machine, saved in (("Zen 3", MEASURED), ("Zen 4", ON_AVX512)):
+for machine, saved in (("Zen 3", MEASURED), ("Zen 4", ON_AVX512),
+                       ("AMX", ON_AMX)):
     engines = measured("20b-together", found=saved, default={})
     for name, engine in engines.items():
         print(f"{machine} {name:12} decode "
@@ -577,6 +581,13 @@ for machine, saved in (("Zen 3", MEASURED), ("Zen 4", ON_AVX512)):
 # lies and keeps what bf16 holds. Memory was slow on that day, about 30 GB/s:
 # with `--dense 8` a token needs 1.45 times fewer bytes, and was written 1.6
 # times as fast as by ik_llama.cpp with its matrices in bf16.
+#
+# With [AMX](amx.ipynb) the order is another one, since products cost little
+# there. A prompt of 512 is read 2.9 times as fast as by ik_llama.cpp, one of
+# 4096 (99 and 37 tokens a second) 2.7 times, and equal texts are written 1.5
+# to 2.7 times as fast. Memory has its share in the latter: in another run on
+# that day, when it was kinder to ik_llama.cpp, it was 1.02, 1.22, 1.61 and
+# 1.74 times for one to eight texts, and 2.5 for the prompt.
 
 # %% [markdown]
 # Beside torch and beside the bytes, by `bench/rows.py`: a product's time over
@@ -585,7 +596,8 @@ for machine, saved in (("Zen 3", MEASURED), ("Zen 4", ON_AVX512)):
 # times the bytes.
 
 # %% tags=["hide-input"]
-for machine, saved in (("Zen 3", MEASURED), ("Zen 4", ON_AVX512)):
+for machine, saved in (("Zen 3", MEASURED), ("Zen 4", ON_AVX512),
+                       ("AMX", ON_AMX)):
     tables: dict[str, list[str]] = {}
     for row in measured("rows", "products", found=saved, default=[]):
         tables.setdefault(f"{row['product']} {row['shape']}", []).append(
@@ -601,7 +613,8 @@ for machine, saved in (("Zen 3", MEASURED), ("Zen 4", ON_AVX512)):
 # number of rows. A step of two tokens costs what its bytes allow. Four, eight
 # and sixteen cost more than they should (the aim was 1.25): there most experts
 # have two or three tokens, and a core decodes weights for them at half of what
-# memory delivers. Prefill rose from 37 to about 50 tokens a second. Guessing
+# memory delivers. With AMX only sixteen do, 1.28, and a step of eight texts,
+# 1.29. Prefill rose from 37 to about 50 tokens a second (AMX: 119). Guessing
 # tokens ([drafts](drafts.ipynb)) wrote an edited program 1.8 times as fast on
 # random weights of the 20b's shapes, 63 tokens in 23 forwards.
 

@@ -3,38 +3,47 @@
 
 namespace {
 
-Buffer norm_rows(const Buffer& x, const Buffer& weight, double eps) {
-  const int64_t n = weight.size();
-  Buffer y(x.size());
-  at::parallel_for(0, x.size() / n, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t at = begin * n; at < end * n; at += n) {
-      double squares = 0;
-      for (int64_t i = 0; i < n; ++i) squares += x[at + i] * x[at + i];
-      const float scale = 1 / std::sqrt(squares / n + eps);
-      for (int64_t i = 0; i < n; ++i)
-        y[at + i] = weight[i] * (x[at + i] * scale);
+// y like x, row by row of n numbers: work(row, numbers, to) sees fp32, which
+// never leaves a cache
+template <class Work>
+Tensor by_rows(const Tensor& x, int64_t n, const Work& work) {
+  const Tensor from = x.contiguous();
+  Tensor y = at::empty(x.sizes(), x.options());
+  auto to = static_cast<Number*>(y.data_ptr());
+  at::parallel_for(0, x.numel() / n, 8, [&](int64_t begin, int64_t end) {
+    Buffer row(n), done(n);
+    for (int64_t r = begin; r < end; ++r) {
+      convert(numbers(from) + r * n, n, row.data());
+      work(r, row.data(), done.data());
+      convert(done.data(), n, to + r * n);
     }
   });
   return y;
 }
 
-// x (..., H, C) turned by tables (..., C/2), half-split
-Buffer rope_rows(const Buffer& x, const Buffer& cos, const Buffer& sin,
-                 int64_t H, int64_t half) {
-  Buffer y(x.size());
-  const int64_t rows = x.size() / (2 * half);
-  at::parallel_for(0, rows, 256, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const float *from = &x[row * 2 * half], *c = &cos[row / H * half];
-      const float* s = &sin[row / H * half];
-      float* to = &y[row * 2 * half];
-      for (int64_t i = 0; i < half; ++i) {
-        to[i] = from[i] * c[i] - from[half + i] * s[i];
-        to[half + i] = from[half + i] * c[i] + from[i] * s[i];
-      }
+// eight sums at a time, or each addition waits for the one before
+double sum_of_squares(const float* x, int64_t n) {
+  using Doubles = double __attribute__((vector_size(64)));
+  Doubles sums = {};
+  double all = 0;
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const Floats v = load<Floats>(x + i);
+    sums += __builtin_convertvector(v * v, Doubles);
+  }
+  for (; i < n; ++i) all += x[i] * x[i];
+  for (int j = 0; j < 8; ++j) all += sums[j];
+  return all;
+}
+
+// heads (H, C) of a token turned by its angles (C / 2,), half-split
+void rope_heads(const float* x, const float* c, const float* s, int64_t H,
+                int64_t half, float* to) {
+  for (int64_t h = 0; h < H; ++h, x += 2 * half, to += 2 * half)
+    for (int64_t i = 0; i < half; ++i) {
+      to[i] = x[i] * c[i] - x[half + i] * s[i];
+      to[half + i] = x[half + i] * c[i] + x[i] * s[i];
     }
-  });
-  return y;
 }
 
 // ids (k,) of the largest logits, and the softmax over these as weights
@@ -78,7 +87,11 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
               ", found ", weight.sizes());
   if (x.size(-1) != n || !x.numel())
     return plain<decltype(rms_norm)>("rms_norm", x, weight, eps);
-  return result(x, n, norm_rows(floats(x), floats(weight), eps));
+  const Buffer w = floats(weight);
+  return by_rows(x, n, [&](int64_t, const float* row, float* to) {
+    const float scale = 1 / std::sqrt(sum_of_squares(row, n) / n + eps);
+    for (int64_t i = 0; i < n; ++i) to[i] = w[i] * (row[i] * scale);
+  });
 }
 
 Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin) {
@@ -96,9 +109,12 @@ Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin) {
       || !stretched(cos.size(1), T))
     return plain<decltype(rope)>("rope", x, cos, sin);
   const std::vector<int64_t> shape = {B, T, half};
-  return result(x, x.size(-1),
-                rope_rows(floats(x), floats(cos.expand(shape)),
-                          floats(sin.expand(shape)), x.size(2), half));
+  const Buffer c = floats(cos.expand(shape)), s = floats(sin.expand(shape));
+  const int64_t H = x.size(2);
+  return by_rows(x, 2 * H * half, [&](int64_t token, const float* row,
+                                      float* to) {
+    rope_heads(row, &c[token * half], &s[token * half], H, half, to);
+  });
 }
 
 std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t k) {
