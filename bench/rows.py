@@ -53,6 +53,7 @@ from gptoss.kernels.compact import pack, saved_bytes
 from gptoss.kernels.eight import hold_dense, pack_eight
 from gptoss.kernels.roofline import read_speed
 from gptoss.kernels.step import DecodeStep
+from gptoss.model.answers import load_answers
 from gptoss.model.cache import Cache
 from gptoss.model.layers import Router
 from gptoss.model.transformer import GptOss
@@ -417,6 +418,7 @@ def main(argv=None):
                      f"found {', '.join(unknown)}")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    load_answers()  # whose product for how many rows, as a model asks for it
     found = {"kernels": load_kernels(), "threads": options.threads}
     if not options.json:
         print(f"{found['kernels']}, {options.threads} threads", flush=True)
