@@ -151,10 +151,9 @@ void eight_few(const Eight& w, const Buffer& tokens, int64_t N, Buffer& y) {
     const int64_t rows = std::min(HEIGHT, w.rows - row0);
     for (int64_t t = 0, some; t < N; t += some) {
       some = std::min<int64_t>(N - t, 4);
-      const auto run = some == 4   ? eight_rows<4>
-                       : some == 3 ? eight_rows<3>
-                       : some == 2 ? eight_rows<2> : eight_rows<1>;
-      run(w, row0, rows, x, t, &y[t * w.rows + row0]);
+      with_count<4>(some, [&](auto T) {
+        eight_rows<T.value>(w, row0, rows, x, t, &y[t * w.rows + row0]);
+      });
     }
   });
 }
