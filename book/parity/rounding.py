@@ -58,7 +58,7 @@ from gptoss.weights.mxfp4 import BLOCK, decode
 # point of layer 1 of the shipped model, whose every operation is made wrong
 # by a little more until its result leaves the bound.
 
-# %% tags=["hide-input", "picture"]
+# %% tags=["hide-input", "picture", "nbval-ignore-output"]
 # Figure: above, a number line with the exact value 45.87 and the stored 45.75
 # inside the bar that storing explains; the likely bar of the sum is short,
 # that of its worst case the longest. Below, sixteen points with the
@@ -127,7 +127,7 @@ plt.show()
 # rotation (`turned`), in an expert (`hidden`, `experts`), much more can hide.
 # The table, as shares of the result:
 
-# %%
+# %% tags=["nbval-ignore-output"]
 print(f"{'point':10} {'factor on all':>14} {'one number':>11}")
 for point, (whole, one) in POWER.items():
     print(f"{point:10} {whole:14.0e} {one:11.0e}")

@@ -419,7 +419,7 @@ for balance in (0.0, 0.05):
 print([entry["step"] for entry in entries if "unrounded" in entry])
 assert entries[-1]["loss"] < entries[0]["loss"] - 1
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input", "nbval-ignore-output"]
 # Figure: the balance loss over the steps, 1 being even shares. Both curves
 # rise at first; with the push one turns and falls again, without it the other
 # stays high.
