@@ -42,9 +42,8 @@ from gptoss.weights.mxfp4 import PackedMXFP4, decode
 
 plt.style.use("../_static/book.mplstyle")
 products = 16 * 16 * 32  # rows, columns, numbers in each
-print(f"{products} products an instruction, {products // 32} times as many "
-      f"as of pairs; {products // 16} a cycle; {8 * 16 * 64 // 1024} KiB of "
-      "registers")
+print(f"{products} products an instruction, {products // 32} times as many;")
+print(f"{products // 16} a cycle; {8 * 16 * 64 // 1024} KiB of registers")
 
 # %% [markdown]
 # Intel calls these registers *tiles*. This book has used that word for a piece
@@ -100,11 +99,9 @@ plt.show()
 
 # %%
 whole, part = (64 * n * 2 // 1024 for n in (2880, 4 * 32))
-print(f"64 rows of 2880 in bf16: {whole} KiB, {whole / 48:.1f} times the "
-      f"first cache, 48; 64 rows of 128: {part} KiB")
-print(f"for 32 columns of tokens {whole} KiB of weights come from the second "
-      f"cache; or {64 * 32 * 4 // 1024} KiB of sums go out and come back "
-      f"{-(-2880 // 128)} times")
+print(f"64 rows: {whole} KiB, {whole / 48:.1f} first caches; or {part} KiB")
+print(f"32 columns: {whole} KiB of weights from the second cache,")
+print(f"or {64 * 32 * 4 // 1024} KiB of sums, {-(-2880 // 128)} times")
 
 # %% [markdown]
 # The decoded rows go out to the second cache, and every 32 tokens bring them
@@ -309,6 +306,34 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 #
 # namespace {
 #
+# #ifdef GPTOSS_BF16
+# // sixteen rows of sixteen 32-bit words become sixteen columns
+# inline void turn(Bytes (&v)[16]) {
+#   Bytes t[16];
+#   for (int i = 0; i < 16; i += 2) {
+#     t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+#     t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+#   }
+#   for (int i = 0; i < 16; i += 4)
+#     for (int j = 0; j < 2; ++j) {
+#       v[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + 2 + j]);
+#       v[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + 2 + j]);
+#     }  // quarter q of v[i + j]: column 4 q + j of rows i ... i + 3
+#   for (int j = 0; j < 4; ++j)
+#     for (int odd = 0; odd < 2; ++odd) {  // columns 0 and 8, or 4 and 12
+#       auto halves = [&](Bytes a, Bytes b) {
+#         return odd ? _mm512_shuffle_i32x4(a, b, 0xdd)
+#                    : _mm512_shuffle_i32x4(a, b, 0x88);
+#       };
+#       const Bytes a = halves(v[j], v[4 + j]);
+#       const Bytes b = halves(v[8 + j], v[12 + j]);
+#       t[4 * odd + j] = _mm512_shuffle_i32x4(a, b, 0x88);
+#       t[8 + 4 * odd + j] = _mm512_shuffle_i32x4(a, b, 0xdd);
+#     }
+#   std::copy(t, t + 16, v);
+# }
+# #endif
+#
 # #ifdef GPTOSS_AMX
 # constexpr int64_t SQUARE = 16;  // rows of a register, 64 bytes each
 # constexpr int64_t AREA = SQUARE * BLOCK;  // bf16 numbers in it
@@ -331,32 +356,6 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 #   static const bool answer = !syscall(SYS_arch_prctl, ASK, REGISTERS);
 #   return answer;
 # }
-#
-# // sixteen rows of sixteen 32-bit words become sixteen columns
-# inline void turn(Bytes (&v)[SQUARE]) {
-#   Bytes t[SQUARE];
-#   for (int i = 0; i < SQUARE; i += 2) {
-#     t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-#     t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-#   }
-#   for (int i = 0; i < SQUARE; i += 4)
-#     for (int j = 0; j < 2; ++j) {
-#       v[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + 2 + j]);
-#       v[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + 2 + j]);
-#     }  // quarter q of v[i + j]: column 4 q + j of rows i ... i + 3
-#   for (int j = 0; j < 4; ++j)
-#     for (int odd = 0; odd < 2; ++odd) {  // columns 0 and 8, or 4 and 12
-#       auto halves = [&](Bytes a, Bytes b) {
-#         return odd ? _mm512_shuffle_i32x4(a, b, 0xdd)
-#                    : _mm512_shuffle_i32x4(a, b, 0x88);
-#       };
-#       const Bytes a = halves(v[j], v[4 + j]);
-#       const Bytes b = halves(v[8 + j], v[12 + j]);
-#       t[4 * odd + j] = _mm512_shuffle_i32x4(a, b, 0x88);
-#       t[8 + 4 * odd + j] = _mm512_shuffle_i32x4(a, b, 0xdd);
-#     }
-#   std::copy(t, t + SQUARE, v);
-# }
 # ```
 
 # %% [markdown]
@@ -373,6 +372,18 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 #     Number near[8];
 #     narrow(load<Floats>(x + k), near);
 #     store(to + k, load<Floats>(x + k) - widen(near));
+#   }
+# }
+#
+# // `count` columns of n numbers as squares, one after the other
+# void beside(const Number* rows, int64_t count, int64_t n, Number* to) {
+#   for (int64_t k = 0; k < n; k += BLOCK) {
+#     Bytes v[SQUARE];
+#     for (int64_t t = 0; t < SQUARE; ++t)
+#       v[t] = t < count ? load<Bytes>(rows + t * n + k) : Bytes{};
+#     turn(v);
+#     for (int64_t p = 0; p < SQUARE; ++p, to += BLOCK)
+#       _mm512_store_si512(to, v[p]);
 #   }
 # }
 #
@@ -412,24 +423,13 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 #           remainder(row, blocks * BLOCK, rest.data());
 #           pair_row(rest.data(), blocks, &rows[(2 * t + 1) * n]);
 #         }
-#         beside(rows.data(), count * columns, to + i * SQUARE * n);
+#         beside(rows.data(), count * columns, n, to + i * SQUARE * n);
 #       }
 #     });
 #   }
 #
 #   const Number* of(int64_t expert) const {
 #     return numbers(all) + start[expert] * SQUARE * n;
-#   }
-#
-#   void beside(const Number* rows, int64_t count, Number* to) const {
-#     for (int64_t k = 0; k < n; k += BLOCK) {
-#       Bytes v[SQUARE];
-#       for (int64_t t = 0; t < SQUARE; ++t)
-#         v[t] = t < count ? load<Bytes>(rows + t * n + k) : Bytes{};
-#       turn(v);
-#       for (int64_t p = 0; p < SQUARE; ++p, to += BLOCK)
-#         _mm512_store_si512(to, v[p]);
-#     }
 #   }
 # };
 # #endif
@@ -823,11 +823,11 @@ for n in (8, 16):
 # | tokens | matrix, pairs | AMX | experts, pairs | AMX |
 # |---|---|---|---|---|
 # | 8 | | | 14.5 | 11.9 |
-# | 16 | 3.0 | 0.95 | 24.9 | 19 |
+# | 16 | 3.0 | 1.0 | 24.9 | 19 |
 # | 32 | 5.6 | 1.3 | 43 | 28 |
 # | 64 | 10.6 | 1.9 | 74 | 37 |
-# | 128 | 21 | 3.3 | 126 | 47 |
-# | 512 | 99 | 14 | 445 | 97 |
+# | 128 | 21 | 3.4 | 126 | 45 |
+# | 512 | 99 | 12 | 445 | 97 |
 #
 # (Of 8 or 16 tokens few experts get four: what is gained there is how rows are
 # read.) A 20b of random weights read a prompt of 512 at 119 tokens a second;
@@ -841,9 +841,9 @@ for n in (8, 16):
 # doubled columns counted: a fifth of what they can do. Decoding, the sums that
 # come and go, and memory take the rest.
 #
-# `--activations 8` ([coarse](coarse.ipynb)) has no form for AMX. From about 64
-# tokens on it is slower here than sixteen bits (the layer with 512 tokens: 263
-# ms instead of 97); below that it is 1.0 to 1.35 times as fast.
+# `--activations 8` ([coarse](coarse.ipynb)) has no form for AMX, and takes 1.5
+# times as long as sixteen bits for 64 tokens, 2.6 times for 512; for up to
+# eight tokens 0.8 to 0.97 of the time.
 
 # %% [markdown]
 # ## Takeaways

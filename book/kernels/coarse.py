@@ -703,9 +703,9 @@ print(f"the likeliest next token is the same after {same:.0%} of them")
 # others, took 0.65 to 0.8 of the time with 512 tokens, 0.7 to 0.8 with 128.
 #
 # With AMX ([amx](amx.ipynb)) sixteen bits are the quicker choice for a prompt:
-# squares of bf16 take the experts of a layer through 512 tokens in 97 ms, the
-# bytes, which have no such form, in 263. Up to 16 tokens bytes took 0.74 to
-# 0.95 of the time there. Zen 4 has not been measured.
+# bytes have no form for it. Those of a layer took 0.8 to 0.97 of the time with
+# up to 8 tokens there, 1.1 times as long with 16 and 32, 1.5 times with 64 and
+# 2.6 times with 512. Zen 4 has not been measured.
 
 # %% [markdown]
 # ## Takeaways

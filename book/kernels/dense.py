@@ -452,10 +452,9 @@ assert np.allclose(out, some @ weight.T)
 #   while (count) {
 #     const int64_t some = count == WIDE || count > 8 ? WIDE
 #                          : count >= 4 ? 4 : count >= 2 ? 2 : 1;
-#     const auto run = some == WIDE ? multiply_some<WIDE>
-#                      : some == 4  ? multiply_some<4>
-#                      : some == 2  ? multiply_some<2> : multiply_some<1>;
-#     run(w, stride, n, x, out);
+#     with_count<WIDE>(some, [&](auto T) {
+#       multiply_some<T.value>(w, stride, n, x, out);
+#     });
 #     count -= some;
 #     x.at += some * x.stride;
 #     out.at += some * out.stride;
@@ -469,8 +468,8 @@ assert np.allclose(out, some @ weight.T)
 # With bf16 units strips do for any number of tokens. Without them, up to eight
 # tokens go by strips and more by tiles: 64 rows by 256 columns in fp32 are 64
 # KiB, which the second cache of a core holds. A processor with AMX takes
-# squares from six tokens on ([amx](amx.ipynb)): sixteen rows of a weight are
-# one as they lie, 32 columns at a time, and meet up to four of tokens.
+# squares from six tokens on. [AMX](amx.ipynb), three chapters on, derives what
+# these are; pass over the three functions that name them until you were there.
 
 # %%
 print(64 * 256 * 4 // 1024, "KiB of a widened tile,",
@@ -497,14 +496,12 @@ print(64 * 256 * 4 // 1024, "KiB of a widened tile,",
 #
 # // N tokens, sixteen beside each other
 # Tensor put_beside(const Number* x, int64_t N, int64_t n) {
-#   Squares to;
-#   to.n = n;
 #   Tensor all = at::empty({(N + SQUARE - 1) / SQUARE, SQUARE, n},
 #                          at::kBFloat16);
 #   auto first = static_cast<Number*>(all.data_ptr());
 #   at::parallel_for(0, all.size(0), 1, [&](int64_t begin, int64_t end) {
 #     for (int64_t t = SQUARE * begin; t < SQUARE * end; t += SQUARE)
-#       to.beside(x + t * n, std::min(SQUARE, N - t), first + t * n);
+#       beside(x + t * n, std::min(SQUARE, N - t), n, first + t * n);
 #   });
 #   return all;
 # }
@@ -565,10 +562,13 @@ print(64 * 256 * 4 // 1024, "KiB of a widened tile,",
 #                 int64_t n, const Number* bias, Number* y) {
 #   constexpr int64_t HEIGHT = 128, WHILE = 96;
 # #ifdef GPTOSS_AMX
+#   static_assert(WHILE % SQUARE == 0);
 #   const bool squared = N >= DENSE_SQUARED && lent();
-#   const Tensor beside = squared ? put_beside(x, N, n) : Tensor();
+#   const Tensor squares = squared ? put_beside(x, N, n) : Tensor();
+# #else
+#   constexpr bool squared = false;
 # #endif
-#   const auto from = ready(x, N * n);
+#   const auto from = ready(x, squared ? 0 : N * n);
 #   share((m + HEIGHT - 1) / HEIGHT, 1, [&](int64_t item) {
 #     const int64_t row0 = item * HEIGHT, rows = std::min(HEIGHT, m - row0);
 #     float out[WHILE * HEIGHT];
@@ -576,7 +576,7 @@ print(64 * 256 * 4 // 1024, "KiB of a widened tile,",
 #       const int64_t some = std::min(WHILE, N - t0);
 # #ifdef GPTOSS_AMX
 #       if (squared)
-#         dense_squares(w + row0 * n, rows, numbers(beside) + t0 * n, some, n,
+#         dense_squares(w + row0 * n, rows, numbers(squares) + t0 * n, some, n,
 #                       out, HEIGHT);
 #       else
 # #endif

@@ -8,6 +8,34 @@
 
 namespace {
 
+#ifdef GPTOSS_BF16
+// sixteen rows of sixteen 32-bit words become sixteen columns
+inline void turn(Bytes (&v)[16]) {
+  Bytes t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      v[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + 2 + j]);
+      v[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + 2 + j]);
+    }  // quarter q of v[i + j]: column 4 q + j of rows i ... i + 3
+  for (int j = 0; j < 4; ++j)
+    for (int odd = 0; odd < 2; ++odd) {  // columns 0 and 8, or 4 and 12
+      auto halves = [&](Bytes a, Bytes b) {
+        return odd ? _mm512_shuffle_i32x4(a, b, 0xdd)
+                   : _mm512_shuffle_i32x4(a, b, 0x88);
+      };
+      const Bytes a = halves(v[j], v[4 + j]);
+      const Bytes b = halves(v[8 + j], v[12 + j]);
+      t[4 * odd + j] = _mm512_shuffle_i32x4(a, b, 0x88);
+      t[8 + 4 * odd + j] = _mm512_shuffle_i32x4(a, b, 0xdd);
+    }
+  std::copy(t, t + 16, v);
+}
+#endif
+
 #ifdef GPTOSS_AMX
 constexpr int64_t SQUARE = 16;  // rows of a register, 64 bytes each
 constexpr int64_t AREA = SQUARE * BLOCK;  // bf16 numbers in it
@@ -31,38 +59,24 @@ bool lent() {
   return answer;
 }
 
-// sixteen rows of sixteen 32-bit words become sixteen columns
-inline void turn(Bytes (&v)[SQUARE]) {
-  Bytes t[SQUARE];
-  for (int i = 0; i < SQUARE; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-  }
-  for (int i = 0; i < SQUARE; i += 4)
-    for (int j = 0; j < 2; ++j) {
-      v[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + 2 + j]);
-      v[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + 2 + j]);
-    }  // quarter q of v[i + j]: column 4 q + j of rows i ... i + 3
-  for (int j = 0; j < 4; ++j)
-    for (int odd = 0; odd < 2; ++odd) {  // columns 0 and 8, or 4 and 12
-      auto halves = [&](Bytes a, Bytes b) {
-        return odd ? _mm512_shuffle_i32x4(a, b, 0xdd)
-                   : _mm512_shuffle_i32x4(a, b, 0x88);
-      };
-      const Bytes a = halves(v[j], v[4 + j]);
-      const Bytes b = halves(v[8 + j], v[12 + j]);
-      t[4 * odd + j] = _mm512_shuffle_i32x4(a, b, 0x88);
-      t[8 + 4 * odd + j] = _mm512_shuffle_i32x4(a, b, 0xdd);
-    }
-  std::copy(t, t + SQUARE, v);
-}
-
 // x less what bf16 holds of it
 void remainder(const float* x, int64_t count, float* to) {
   for (int64_t k = 0; k < count; k += 8) {
     Number near[8];
     narrow(load<Floats>(x + k), near);
     store(to + k, load<Floats>(x + k) - widen(near));
+  }
+}
+
+// `count` columns of n numbers as squares, one after the other
+void beside(const Number* rows, int64_t count, int64_t n, Number* to) {
+  for (int64_t k = 0; k < n; k += BLOCK) {
+    Bytes v[SQUARE];
+    for (int64_t t = 0; t < SQUARE; ++t)
+      v[t] = t < count ? load<Bytes>(rows + t * n + k) : Bytes{};
+    turn(v);
+    for (int64_t p = 0; p < SQUARE; ++p, to += BLOCK)
+      _mm512_store_si512(to, v[p]);
   }
 }
 
@@ -102,24 +116,13 @@ struct Squares {
           remainder(row, blocks * BLOCK, rest.data());
           pair_row(rest.data(), blocks, &rows[(2 * t + 1) * n]);
         }
-        beside(rows.data(), count * columns, to + i * SQUARE * n);
+        beside(rows.data(), count * columns, n, to + i * SQUARE * n);
       }
     });
   }
 
   const Number* of(int64_t expert) const {
     return numbers(all) + start[expert] * SQUARE * n;
-  }
-
-  void beside(const Number* rows, int64_t count, Number* to) const {
-    for (int64_t k = 0; k < n; k += BLOCK) {
-      Bytes v[SQUARE];
-      for (int64_t t = 0; t < SQUARE; ++t)
-        v[t] = t < count ? load<Bytes>(rows + t * n + k) : Bytes{};
-      turn(v);
-      for (int64_t p = 0; p < SQUARE; ++p, to += BLOCK)
-        _mm512_store_si512(to, v[p]);
-    }
   }
 };
 #endif

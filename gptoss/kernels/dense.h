@@ -46,10 +46,9 @@ void multiply(const float* w, int64_t stride, int64_t n, Source x,
   while (count) {
     const int64_t some = count == WIDE || count > 8 ? WIDE
                          : count >= 4 ? 4 : count >= 2 ? 2 : 1;
-    const auto run = some == WIDE ? multiply_some<WIDE>
-                     : some == 4  ? multiply_some<4>
-                     : some == 2  ? multiply_some<2> : multiply_some<1>;
-    run(w, stride, n, x, out);
+    with_count<WIDE>(some, [&](auto T) {
+      multiply_some<T.value>(w, stride, n, x, out);
+    });
     count -= some;
     x.at += some * x.stride;
     out.at += some * out.stride;
@@ -75,14 +74,12 @@ constexpr int64_t DENSE_SQUARED = 6;  // tokens, at least
 
 // N tokens, sixteen beside each other
 Tensor put_beside(const Number* x, int64_t N, int64_t n) {
-  Squares to;
-  to.n = n;
   Tensor all = at::empty({(N + SQUARE - 1) / SQUARE, SQUARE, n},
                          at::kBFloat16);
   auto first = static_cast<Number*>(all.data_ptr());
   at::parallel_for(0, all.size(0), 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = SQUARE * begin; t < SQUARE * end; t += SQUARE)
-      to.beside(x + t * n, std::min(SQUARE, N - t), first + t * n);
+      beside(x + t * n, std::min(SQUARE, N - t), n, first + t * n);
   });
   return all;
 }
@@ -143,10 +140,13 @@ void dense_rows(const Number* x, int64_t N, const Number* w, int64_t m,
                 int64_t n, const Number* bias, Number* y) {
   constexpr int64_t HEIGHT = 128, WHILE = 96;
 #ifdef GPTOSS_AMX
+  static_assert(WHILE % SQUARE == 0);
   const bool squared = N >= DENSE_SQUARED && lent();
-  const Tensor beside = squared ? put_beside(x, N, n) : Tensor();
+  const Tensor squares = squared ? put_beside(x, N, n) : Tensor();
+#else
+  constexpr bool squared = false;
 #endif
-  const auto from = ready(x, N * n);
+  const auto from = ready(x, squared ? 0 : N * n);
   share((m + HEIGHT - 1) / HEIGHT, 1, [&](int64_t item) {
     const int64_t row0 = item * HEIGHT, rows = std::min(HEIGHT, m - row0);
     float out[WHILE * HEIGHT];
@@ -154,7 +154,7 @@ void dense_rows(const Number* x, int64_t N, const Number* w, int64_t m,
       const int64_t some = std::min(WHILE, N - t0);
 #ifdef GPTOSS_AMX
       if (squared)
-        dense_squares(w + row0 * n, rows, numbers(beside) + t0 * n, some, n,
+        dense_squares(w + row0 * n, rows, numbers(squares) + t0 * n, some, n,
                       out, HEIGHT);
       else
 #endif

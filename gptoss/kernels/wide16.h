@@ -132,7 +132,7 @@ void key_tile(const Number* k, int64_t stride, int64_t rows, int64_t C,
               Key* to) {
   for (int64_t c = 0; c < C; c += 32, to += 16 * ROWS) {
     const bool half = C - c < 32;
-    Bytes v[16], t[16];
+    Bytes v[16];
     Number copy[16 * 32];
     const bool whole = !half && rows >= 16;
     if (!whole) {
@@ -143,29 +143,9 @@ void key_tile(const Number* k, int64_t stride, int64_t rows, int64_t C,
     const Number* from = whole ? k + c : copy;
     for (int64_t r = 0, step = whole ? stride : 32; r < 16; ++r)
       v[r] = load<Bytes>(from + r * step);
-    for (int i = 0; i < 16; i += 2) {
-      t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-      t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-    }
-    for (int i = 0; i < 16; ++i) {
-      const Bytes a = t[i / 4 * 4 + i % 4 / 2], b = t[i / 4 * 4 + i % 4 / 2
-                                                      + 2];
-      v[i] = i % 2 ? _mm512_unpackhi_epi64(a, b)
-                   : _mm512_unpacklo_epi64(a, b);
-    }  // quarter n of v[4 i + j]: pair 4 n + j of keys 4 i ... 4 i + 3
-    auto put = [&](Bytes a, Bytes b, int64_t pair) {
-      _mm512_storeu_si512(to + pair * ROWS,
-                          _mm512_shuffle_i32x4(a, b, 0x88));
-      _mm512_storeu_si512(to + (pair + 4) * ROWS,
-                          _mm512_shuffle_i32x4(a, b, 0xdd));
-    };
-    for (int j = 0; j < 4; ++j) {
-      put(_mm512_shuffle_i32x4(v[j], v[4 + j], 0x44),
-          _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0x44), j);
-      if (!half)
-        put(_mm512_shuffle_i32x4(v[j], v[4 + j], 0xee),
-            _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0xee), 8 + j);
-    }
+    turn(v);
+    for (int64_t pair = 0; pair < (half ? 8 : 16); ++pair)
+      _mm512_storeu_si512(to + pair * ROWS, v[pair]);
   }
 }
 
