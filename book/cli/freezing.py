@@ -420,9 +420,11 @@ print("exit", run_tangle(texts, root, check=False, whole=True))
 # %% tags=["export"]
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import jupytext
 import nbformat
+from traitlets.config import Config
 
 # GPU or real weights: not executed by nbclient, not compared by nbval
 _ELSEWHERE = {"skip-execution", "nbval-skip"}
@@ -441,6 +443,16 @@ def prepared(path: Path) -> nbformat.NotebookNode:
     return notebook
 
 
+def _talks_by(folder: str) -> dict[str, str]:
+    """How a kernel listens: at sockets in a folder of its own, if it can.
+
+    A TCP port is found free and only then taken; of two kernels that start
+    in the same moment, one may find its port gone and never answer.
+    """
+    return ({"transport": "ipc", "ip": f"{folder}/kernel"}
+            if os.name == "posix" else {})
+
+
 def freeze(path: Path) -> Path:
     """Execute a chapter in its own folder; store it beside itself.
 
@@ -450,16 +462,19 @@ def freeze(path: Path) -> Path:
     from nbclient import NotebookClient
 
     notebook = prepared(path)
-    client = NotebookClient(notebook, timeout=600, record_timing=False,
-                            coalesce_streams=True, kernel_name="python3",
-                            extra_arguments=["--log-level=ERROR"],
-                            resources={"metadata": {"path": path.parent}})
     watch = next(filter(Path.exists, (
         up / "_ext" / "kernel.py" for up in path.absolute().parents)), None)
-    client.execute(env=os.environ | {
-        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0",
-        "GPTOSS_KERNELS": "torch",  # who wants kernels asks for them
-        } | ({"PYTHONSTARTUP": str(watch)} if watch else {}))
+    with TemporaryDirectory() as sockets:
+        client = NotebookClient(
+            notebook, timeout=600, record_timing=False, coalesce_streams=True,
+            kernel_name="python3", extra_arguments=["--log-level=ERROR"],
+            resources={"metadata": {"path": path.parent}},
+            config=Config(KernelManager=_talks_by(sockets)))
+        client.execute(env=os.environ | {
+            "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+            "PYTHONHASHSEED": "0",
+            "GPTOSS_KERNELS": "torch",  # who wants kernels asks for them
+            } | ({"PYTHONSTARTUP": str(watch)} if watch else {}))
     notebook.metadata["language_info"] = {"name": "python"}
     target = path.with_suffix(".ipynb")
     nbformat.write(notebook, target)
