@@ -42,38 +42,49 @@ for event in chat.events([{"role": "user", "content": "Hello"}]):
 WRONG = PROGRAM + "count: int = model.device\nchat.reply(3)\n"
 
 
-def mypy(*arguments: str, cache: Path) -> tuple[int, str]:
-    """With its defaults; the package is the one under test."""
-    done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--cache-dir", str(cache), *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=300)
-    return done.returncode, done.stdout + done.stderr
+# one run for all tests, so that the types of torch are read once
+pytestmark = pytest.mark.xdist_group("mypy")
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("mypy")
+def errors(tmp_path_factory) -> dict[str, list[str]]:
+    """What mypy finds, with its defaults: in the package under test, in a
+    program that uses it and in one that uses it wrongly."""
+    folder = tmp_path_factory.mktemp("programs")
+    (folder / "program.py").write_text(PROGRAM)
+    (folder / "wrong.py").write_text(WRONG)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--no-incremental", "gptoss",
+         *map(str, folder.glob("*.py"))],
+        cwd=ROOT, capture_output=True, text=True, timeout=600)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 1 and not done.stderr, done.stdout + done.stderr
+    assert lines[-1].startswith("Found ") and "checked" in lines[-1], lines
+    found = {"gptoss": [], "program.py": [], "wrong.py": []}
+    for line in (line for line in lines if ": error:" in line):
+        file = Path(line.partition(":")[0])
+        found[file.name if file.name in found else "gptoss"].append(line)
+    return found
 
 
-@pytest.mark.xdist_group("mypy")  # they share a cache
-def test_the_package_is_typed(cache):
+def test_a_group_is_one_process(request):
+    """xdist tells a group by the ids of its tests; if it cannot, fixtures
+    that take minutes are made once for each process."""
+    assert request.node.nodeid.endswith("@mypy") == (
+        getattr(request.config.option, "loadgroup", False))
+
+
+def test_the_package_is_typed(errors):
     assert Path(gptoss.__file__).parent == ROOT / "gptoss"
-    code, said = mypy("-p", "gptoss", cache=cache)
-    assert code == 0, said
+    assert errors["gptoss"] == []
 
 
-@pytest.mark.xdist_group("mypy")
-def test_a_program_of_a_user(cache, tmp_path):
-    (tmp_path / "program.py").write_text(PROGRAM)
-    code, said = mypy(str(tmp_path / "program.py"), cache=cache)
-    assert code == 0, said
+def test_a_program_of_a_user(errors):
+    assert errors["program.py"] == []
 
 
-@pytest.mark.xdist_group("mypy")
-def test_a_wrong_program_of_a_user(cache, tmp_path):
-    (tmp_path / "wrong.py").write_text(WRONG)
-    code, said = mypy(str(tmp_path / "wrong.py"), cache=cache)
-    assert code == 1 and said.count("error:") == 2, said
+def test_a_wrong_program_of_a_user(errors):
+    assert len(errors["wrong.py"]) == 2
 
 
 def test_the_stubs_name_what_is_gathered():
