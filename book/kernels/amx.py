@@ -26,8 +26,7 @@
 import logging
 import os
 from contextlib import suppress
-from math import comb
-from pathlib import Path
+from math import ceil, comb
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -99,18 +98,20 @@ plt.show()
 
 # %%
 whole, part = (64 * n * 2 // 1024 for n in (2880, 4 * 32))
-print(f"64 rows: {whole} KiB, {whole / 48:.1f} first caches; or {part} KiB")
-print(f"32 columns: {whole} KiB of weights from the second cache,")
-print(f"or {64 * 32 * 4 // 1024} KiB of sums, {-(-2880 // 128)} times")
+print(f"64 rows: {whole} KiB, {whole / 48:.1f} first caches of 48 KiB; or "
+      f"{part} KiB")
+print(f"32 columns: {whole} KiB of weights from the second cache, or "
+      f"{64 * 32 * 4 // 1024} KiB of sums, in and out {-(-2880 // 128)} times")
 
 # %% [markdown]
 # The decoded rows go out to the second cache, and every 32 tokens bring them
 # in again, while the unit waits. Better is to decode **four blocks** of the 64
 # rows, multiply these by all tokens, and go on. Then it is the sums that come
-# and go, 4 KiB for four registers. For some dozens of tokens, as many as an
-# expert gets of a prompt, the first cache holds them beside the weights;
-# hundreds go in turns. With at most 16 columns sums do not even move: they
-# stay in four registers from the first block to the last.
+# and go. That is about as many bytes, but they need not leave the first cache:
+# for some dozens of tokens, as many as an expert gets of a prompt, it holds
+# them beside the weights; hundreds go in turns. With at most 16 columns sums
+# do not even move: 64 rows of them are four registers, and stay there from the
+# first block to the last.
 #
 # ## Derivation
 #
@@ -151,15 +152,15 @@ assert np.array_equal(dot_squares(zero, A, beside), A @ columns)
 # this layout VNNI, after older instructions that want it.)
 #
 # **Which operand are the weights?** One of the two has to be rearranged. Row
-# by row, as `decode_two` of pairs leaves them, weights fit the *first* one. A
+# by row, as `Fours` of pairs leaves them, weights fit the *first* one. A
 # matrix has 32,400 squares, 16 tokens have 90. So tokens are the second
 # operand, turned once for all rows.
 #
 # **How is a square turned?** Sixteen tokens with 32 numbers each are 16 rows
 # of 16 words, a word being a pair. In the picture's upper square word $p$ of
 # token $t$ is in row $p$ at place $t$: words are transposed, and what is
-# inside a word stays. Both numbers have four bits, and one round exchanges one
-# bit of the row with the same bit of the place:
+# inside a word stays. The numbers of row and place, 0 to 15, have four bits
+# each. Transposing exchanges the two numbers, one bit in each of four rounds:
 
 # %%
 def turned(square: np.ndarray) -> np.ndarray:
@@ -198,23 +199,24 @@ def by_squares(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 w, x = (torch.from_numpy(draw.integers(-9, 10, (n, 64))) for n in (20, 17))
-even_odd = torch.arange(64).view(2, 16, 2).permute(2, 0, 1).flatten()
-y, z = by_squares(w, x), by_squares(w[:, even_odd], x[:, even_odd])
-print(f"one sum as stored: {y[16, 19]}; even, then odd: {z[16, 19]}")
+fourths = torch.arange(64).view(16, 4).T.flatten()
+y, z = by_squares(w, x), by_squares(w[:, fourths], x[:, fourths])
+print(f"one sum as stored: {y[16, 19]}; by every fourth: {z[16, 19]}")
 assert torch.equal(y.long(), x @ w.T) and torch.equal(y, z)
 
 # %% [markdown]
-# The second number is for **the order of the columns**. Weights come as in
-# pairs, even elements of two blocks, then odd ones. A sum does not mind if
-# both sides do so: tokens pass through `pair_row` before they are turned.
+# **The order of the columns** does not matter, as the second number shows.
+# Weights come as in pairs, every fourth element of four blocks, and a sum does
+# not mind if both sides do so: tokens pass through `pair_row` before they are
+# turned.
 #
 # **What do eight registers do best?** If $a$ squares of weights meet $b$
 # squares of tokens, there are $ab$ sums. Each step along the columns loads
 # $a + b$ squares for $ab$ products. The smaller side has to be held while the
 # other passes, one square at a time: $ab + \min(a, b) + 1$ registers. And time
-# enters: a result is there only 52 cycles after its instruction began, though
-# the next, for another sum, begins 16 cycles later. With fewer than
-# $52 / 16$ sums the unit waits for itself.
+# enters: a result is there only 52 cycles after its instruction began (Intel's
+# number), though the next, for another sum, begins 16 cycles later. With fewer
+# than $52 / 16$ sums the unit waits for itself.
 
 # %%
 for a in range(1, 9):
@@ -228,14 +230,16 @@ print(f"sums to keep it busy: {52 / 16:.2f}, so 4")
 # Two by two wins, because each loaded square serves two products. It needs
 # more than 16 columns. With fewer we take four by one: four sums as well, and
 # 1.25 loads a product. One register of weights is filled while another is
-# multiplied.
+# multiplied. (Five and six by one load a little less, but their rows do not
+# divide the 256 of a piece of work.)
 #
-# **How much of that does decoding allow?** Two blocks of a row are seven
-# instructions (pairs), so a square of weights, half of that for 16 rows, is
-# 56; it serves a product of 16 cycles for each 16 columns of tokens. **The
-# cost** of $R$ rows of $n$ numbers and $c$ columns is
-# $\frac{R}{16} \frac{n}{32} \lceil \frac{c}{16} \rceil$ products and
-# $56 \frac{R}{16} \frac{n}{32}$ instructions of decoding.
+# **How much of that does decoding allow?** Four blocks of a row are 14
+# instructions (pairs), so a square of weights, a quarter of that for 16 rows,
+# is 56; it serves a product of 16 cycles for each 16 columns of tokens. If two
+# instructions begin in a cycle, that is 28 cycles: with fewer than 28 columns
+# it is decoding that decides. **The cost** of $R$ rows of $n$ numbers and $c$
+# columns is $\frac{R}{16} \frac{n}{32} \lceil \frac{c}{16} \rceil$ products
+# and $56 \frac{R}{16} \frac{n}{32}$ instructions of decoding.
 #
 # ## One number in two columns
 #
@@ -290,20 +294,16 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 #
 # ## Code
 #
-# The registers' shapes are told to the processor in 64 bytes: *palette* 1, and
-# for each of the eight how long a row is and how many there are. Ours are
-# always as large as can be; what a matrix or a group of tokens does not have
-# is not looked at. (`lent` is explained under what is refused.) `turn` is
-# `turned`: two rounds interleave words and pairs of words within quarters of a
-# register (`unpack`), two rounds of `shuffle_i32x4` move whole quarters.
+# The registers' shapes are told to the processor in 64 bytes: *palette* 1, the
+# only one there is, and for each of the eight how long a row is and how many
+# there are. Ours are always as large as can be. Tokens that a group lacks are
+# zeros, rows that a matrix lacks are whatever stood there before; their sums
+# are computed and not stored. `turn` is `turned`: two rounds interleave words
+# and pairs of words within quarters of a register (`unpack`), two rounds of
+# `shuffle_i32x4` move whole quarters.
 
 # %% [markdown] tags=["export:amx.h"]
 # ```cpp
-# #ifdef GPTOSS_AMX
-# #include <sys/syscall.h>
-# #include <unistd.h>
-# #endif
-#
 # namespace {
 #
 # #ifdef GPTOSS_BF16
@@ -338,6 +338,7 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 # constexpr int64_t SQUARE = 16;  // rows of a register, 64 bytes each
 # constexpr int64_t AREA = SQUARE * BLOCK;  // bf16 numbers in it
 # constexpr int64_t SQUARED = 4;  // places of an expert, at least
+# static_assert(SQUARED <= FEW);  // with fewer, digits are there
 #
 # struct alignas(64) Shapes {  // eight registers, each as large as can be
 #   uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -350,12 +351,14 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 # };
 # constexpr Shapes SHAPES;
 #
-# // Linux lends these registers, eight kilobytes, to a process that asks
-# bool lent() {
-#   constexpr long ASK = 0x1023, REGISTERS = 18;
-#   static const bool answer = !syscall(SYS_arch_prctl, ASK, REGISTERS);
-#   return answer;
-# }
+# struct Registers {  // have these shapes while this lives
+#   Registers() { _tile_loadconfig(&SHAPES); }
+#   ~Registers() { _tile_release(); }
+# };
+#
+# // before registers are filled from memory: the compiler is not told that
+# // they read it, and may not have written it yet
+# inline void written() { asm volatile("" ::: "memory"); }
 # ```
 
 # %% [markdown]
@@ -455,24 +458,18 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 #   float at[4][SQUARE][SQUARE];
 #
 #   static void clear() {
-#     _tile_zero(0);
-#     _tile_zero(1);
-#     _tile_zero(2);
-#     _tile_zero(3);
+#     _tile_zero(0); _tile_zero(1);
+#     _tile_zero(2); _tile_zero(3);
 #   }
 #
 #   void fetch() const {
-#     _tile_loadd(0, at[0], 64);
-#     _tile_loadd(1, at[1], 64);
-#     _tile_loadd(2, at[2], 64);
-#     _tile_loadd(3, at[3], 64);
+#     _tile_loadd(0, at[0], 64); _tile_loadd(1, at[1], 64);
+#     _tile_loadd(2, at[2], 64); _tile_loadd(3, at[3], 64);
 #   }
 #
 #   void keep() {
-#     _tile_stored(0, at[0], 64);
-#     _tile_stored(1, at[1], 64);
-#     _tile_stored(2, at[2], 64);
-#     _tile_stored(3, at[3], 64);
+#     _tile_stored(0, at[0], 64); _tile_stored(1, at[1], 64);
+#     _tile_stored(2, at[2], 64); _tile_stored(3, at[3], 64);
 #   }
 #
 #   // out[t * width + r], for `count` columns
@@ -494,11 +491,11 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 #   }
 # };
 #
-# // adds `steps` squares of H rows of squares, times those of x and beyond
+# // adds four squares of each of H rows of them, times those of x and beyond
 # template <int H>
-# void add_squares(const Number* w, const Number* x, const Number* beyond,
-#                  int64_t steps) {
-#   for (int64_t k = 0; k < steps; ++k, w += H * AREA) {
+# void add_squares(const Number* w, const Number* x, const Number* beyond) {
+#   written();
+#   for (int64_t k = 0; k < HELD; ++k, w += H * AREA) {
 #     _tile_loadd(4, w, 64);
 #     _tile_loadd(6, x + k * AREA, 64);
 #     _tile_dpbf16ps(0, 4, 6);
@@ -519,14 +516,17 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 # ```
 
 # %% [markdown]
-# Decoding is `decode_two` with another place to go. Four blocks of a row are
+# Decoding is that of pairs, with another place to go. Four blocks of a row are
 # 64 bytes, and then comes another row: no stream that a processor could follow
-# by itself. So each row asks for what it needs 128 bytes later, and near its
-# end for the beginning of the row that takes its place, 64 rows on. With up to
-# 16 columns sums stay; with more they are fetched and kept.
+# by itself. So with each row two things are asked for: what it needs in two
+# rounds, for the first cache; and for the second cache one line more of the 64
+# rows that are next, from their first byte to their last. With up to 16
+# columns sums stay; with more they are fetched and kept.
 
 # %% [markdown] tags=["export:squares.h"]
 # ```cpp
+# constexpr int64_t TALLEST = 4 * SQUARE;  // rows that are decoded together
+#
 # struct Work {  // out[t * width + r]: rows of a packed weight, times columns
 #   const uint8_t *w, *scales;
 #   int64_t rows, blocks;
@@ -534,39 +534,34 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 #   int64_t count, columns;  // in all, of a place
 #   float* out;
 #   int64_t width;
+#   const uint8_t* next = nullptr;  // what will be read after these rows
 #
-#   Work from(int64_t r, int64_t high, int64_t c, int64_t wide) const {
+#   // up to 64 rows from r on, `wide` columns from c on
+#   Work from(int64_t r, int64_t c, int64_t wide) const {
 #     Work part = *this;
 #     part.w += 16 * r * blocks, part.scales += r * blocks;
 #     part.x += c * padded(blocks), part.out += c / columns * width + r;
-#     part.rows = std::min(high, rows - r);
+#     part.rows = std::min(TALLEST, rows - r);
 #     part.count = std::min(wide, count - c);
+#     part.next = part.w + (r + TALLEST < rows ? 16 * TALLEST * blocks : 0);
 #     return part;
 #   }
 # };
 #
-# constexpr int64_t TALLEST = 4 * SQUARE;  // rows that are decoded together
 # constexpr int64_t MANY_COLUMNS = 192;  // half of L2, if n is 2880
-# constexpr int64_t HELD = 4;    // blocks of them: 16 KiB, a third of L1
-# constexpr int64_t SOON = 128;  // bytes of a row, asked for ahead
 #
-# // blocks b ... b + count - 1 of up to 16 H rows as squares
+# // blocks b ... b + 3 of 16 H rows from `first` on, or what there is of them
 # template <int H>
-# void decode_squares(const Work& part, int64_t b, int64_t count, Number* to) {
-#   // beyond a row's end: the row that is decoded 64 rows later
-#   const int64_t row = 16 * part.blocks, at = 16 * b + SOON;
-#   const int64_t ahead = at < row ? SOON : SOON + (TALLEST - 1) * row;
-#   for (int64_t r = 0; r < part.rows; ++r, to += BLOCK) {
-#     const uint8_t* from = part.w + 16 * b + r * row;
-#     const uint8_t* by = part.scales + r * part.blocks + b;
-#     const Bytes lower = lowered(by, count);
-#     __builtin_prefetch(from + ahead);
-#     for (int64_t i = 0; i < count; i += 2) {
-#       Bytes two[2];
-#       decode_two(from + 16 * i, i + 1 < count, two_of(lower, i), two);
-#       for (int odd = 0; odd < 2; ++odd)
-#         _mm512_store_si512(to + (i + odd) * H * AREA, two[odd]);
-#     }
+# void decode_squares(const Work& part, int64_t first, int64_t b, Number* to) {
+#   const int64_t end = std::min(first + H * SQUARE, part.rows);
+#   for (int64_t r = first; r < end; ++r, to += BLOCK) {
+#     const int64_t at = r * part.blocks + b;
+#     __builtin_prefetch(part.w + 16 * at + 128);
+#     __builtin_prefetch(part.next + 16 * TALLEST * b + 64 * r, 0, 2);
+#     const Fours four(part.w + 16 * at, part.scales + at, part.blocks - b);
+#     by_fours([&](auto J) {
+#       _mm512_store_si512(to + J * H * AREA, four.decoded<J.value>());
+#     });
 #   }
 # }
 #
@@ -576,10 +571,8 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 #   FourSums sums;
 #   sums.clear();
 #   for (int64_t b = 0; b < part.blocks; b += HELD) {
-#     const int64_t deep = std::min(HELD, part.blocks - b);
-#     decode_squares<4>(part, b, deep, decoded);
-#     add_squares<4>(decoded, part.x + b * AREA, nullptr,
-#                    padded(deep) / BLOCK);
+#     decode_squares<4>(part, 0, b, decoded);
+#     add_squares<4>(decoded, part.x + b * AREA, nullptr);
 #   }
 #   sums.keep();
 #   sums.put<4>(part.rows, part.count, part.columns, part.out, part.width);
@@ -594,17 +587,14 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 #   thread_local std::vector<FourSums> sums;
 #   sums.resize(2 * groups);
 #   for (int64_t b = 0; b < part.blocks; b += HELD) {
-#     const int64_t deep = std::min(HELD, part.blocks - b);
 #     for (int64_t r = 0; r < part.rows; r += BOTH)
-#       decode_squares<2>(part.from(r, BOTH, 0, part.count), b, deep,
-#                         decoded[r / BOTH]);
+#       decode_squares<2>(part, r, b, decoded[r / BOTH]);
 #     for (int64_t i = 0; i < 2 * groups; ++i) {
 #       if (i % 2 * BOTH >= part.rows) continue;
 #       const Number* x = part.x + i / 2 * BOTH * n + b * AREA;
 #       const bool two = part.count - i / 2 * BOTH > SQUARE;
 #       b ? sums[i].fetch() : sums[i].clear();
-#       add_squares<2>(decoded[i % 2], x, two ? x + SQUARE * n : x,
-#                      padded(deep) / BLOCK);
+#       add_squares<2>(decoded[i % 2], x, two ? x + SQUARE * n : x);
 #       sums[i].keep();
 #     }
 #   }
@@ -627,8 +617,9 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 # **Registers that are not lent.** They hold 8 KiB, which the system has to
 # save whenever another thread gets the processor. Linux does that only for a
 # process that asks, and ends one that touches them without asking. So `lent`
-# asks, once (`arch_prctl`, request 0x1023, state 18). Where the answer is no,
-# in a sandbox or under an older Linux, everything goes by the strips of pairs.
+# of [the first three](first_three.ipynb) asks, once (`arch_prctl`, request
+# 0x1023, state 18). Where the answer is no, in a sandbox or under an older
+# Linux, everything goes as without AMX, and `kernel_path()` does not name it.
 # And oneDNN, by which torch multiplies bf16, sets shapes of its own, so ours
 # are loaded before each piece of work and released after it.
 #
@@ -659,13 +650,12 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 #   if (!usual(all.scales, all.rows * all.blocks)) return unusual_squares(all);
 #   const int64_t times = (all.count + MANY_COLUMNS - 1) / MANY_COLUMNS;
 #   const int64_t wide = (all.count + 32 * times - 1) / (32 * times) * 32;
-#   _tile_loadconfig(&SHAPES);
+#   const Registers registers;
 #   for (int64_t c = 0; c < all.count; c += wide)
 #     for (int64_t r = 0; r < all.rows; r += TALLEST) {
-#       const Work part = all.from(r, TALLEST, c, wide);
+#       const Work part = all.from(r, c, wide);
 #       (part.count > SQUARE ? many_squares : few_squares)(part);
 #     }
-#   _tile_release();
 # }
 # #endif
 #
@@ -728,9 +718,10 @@ assert not torch.equal(other, left[4])
 
 # %% [markdown]
 # **The kernel**, beside float64 and plain torch, as in [pairs](pairs.ipynb).
-# (Without AMX other kernels answer; without a compiler, a twin.) With AMX the
-# rounding that is left of zero must be the same for any number of tokens. At
-# the end two scales out of reach for bf16, and one that is not.
+# (Without AMX other kernels answer; without a compiler, a twin.) Where the
+# path's name is AMX, the rounding that is left of zero must be the same for
+# any number of tokens. At the end two scales out of reach for bf16, and one
+# that is not.
 
 # %%
 os.environ["GPTOSS_KERNELS"] = "torch"  # one library a process: this one
@@ -758,9 +749,8 @@ scales[:, 0] = torch.tensor([0, 255, 127])
 with torch.inference_mode():
     y = mxfp4_linear(torch.ones(5, 32).bfloat16(), blocks, scales)[4]
 print([f"{value:.0e}" for value in y.float().tolist()])
-info = Path("/proc/cpuinfo")
-if (has_kernel("mxfp4_linear") and info.exists()
-        and "amx_bf16" in info.read_text()):
+if (has_kernel("mxfp4_linear")
+        and "AMX" in torch.ops.gptoss.kernels_name()):
     with torch.inference_mode():
         y = mxfp4_linear(x, *packed)
         for n in left:
@@ -799,18 +789,20 @@ for tokens in (10, 66):
 # How full are the squares, and what cannot be undercut? If tokens choose at
 # random, a chosen expert has some places, as many columns in its first layer,
 # twice as many in its second. Its weights pass through memory once, at 27 GB/s
-# here, and a core does its products at 3450 GFLOP/s at most (measured below).
+# here, and a core does its products at 3450 GFLOP/s at most (measured below),
+# those of missing columns included. With the average number of places:
 
 # %%
 each = 3 * 2880 * 2880  # weights of an expert, two thirds in its first layer
 for n in (8, 64, 512):
     for name, E in (("20b", 32), ("120b", 128)):
         hit = expected_hits(E, 4, n)
-        products = n * 4 * each * (2 / 3 + 2 / 3)  # the second layer's twice
-        print(f"{n:3} tokens, {name:4}: {n * 4 / hit:4.1f} places, squares "
-              f"{n / 4 / hit:.2f} and {n / 2 / hit:.2f}; memory "
+        places = round(4 * n / hit, 1)
+        groups = 2 * ceil(places / 16) + ceil(2 * places / 16)  # thirds
+        products = 16 * hit * each * groups / 3
+        print(f"{n:3} tokens, {name:4}: {places:4.1f} places; memory "
               f"{hit * each * 4.25 / 8 / 27e6:4.1f} ms, products, two cores, "
-              f"{products / 3450e6:4.1f}")
+              f"{products / 3450e6:4.1f} ms")
 for n in (8, 16):
     few = sum(comb(n, k) * 7 ** (n - k) for k in range(4)) / 8 ** n
     print(f"{n} tokens: {few:.0%} of the 20b's experts get fewer than 4")
@@ -822,28 +814,27 @@ for n in (8, 16):
 #
 # | tokens | matrix, pairs | AMX | experts, pairs | AMX |
 # |---|---|---|---|---|
-# | 8 | | | 14.5 | 11.9 |
-# | 16 | 3.0 | 1.0 | 24.9 | 19 |
-# | 32 | 5.6 | 1.3 | 43 | 28 |
-# | 64 | 10.6 | 1.9 | 74 | 37 |
-# | 128 | 21 | 3.4 | 126 | 45 |
-# | 512 | 99 | 12 | 445 | 97 |
+# | 8 | | 0.7 | 14.5 | 10.6 |
+# | 16 | 3.0 | 0.8 | 24.9 | 17 |
+# | 32 | 5.6 | 1.1 | 43 | 24 |
+# | 128 | 21 | 2.9 | 126 | 38 |
+# | 512 | 99 | 10.4 | 445 | 86 |
 #
-# (Of 8 or 16 tokens few experts get four: what is gained there is how rows are
-# read.) A 20b of random weights read a prompt of 512 at 119 tokens a second;
-# ik_llama.cpp (8337e4c), which repacks weights while loading, at 42, on the
-# same machine in the same run. 51,200 sums of random squares had the bits of
-# `dot_squares`, all of them.
+# (Of 8 or 16 tokens few experts get four. What is gained there comes from the
+# product of one row, which asks for memory 768 bytes ahead where there is AMX,
+# and 256 elsewhere.) A 20b of random weights read a prompt of 512 at 125
+# tokens a second; ik_llama.cpp (8337e4c), which repacks weights while loading,
+# at 42, on the same machine in the same run. 51,200 sums of random squares had
+# the bits of `dot_squares`, all of them.
 #
 # **What is lost.** One core in a loop of nothing but `tdpbf16ps` does 3450
 # GFLOP/s, and 2450 if its operands come from the second cache. The layer with
-# 512 tokens runs at about 1400 for *both* cores together, the second layer's
-# doubled columns counted: a fifth of what they can do. Decoding, the sums that
-# come and go, and memory take the rest.
-#
-# `--activations 8` ([coarse](coarse.ipynb)) has no form for AMX, and takes 1.5
-# times as long as sixteen bits for 64 tokens, 2.6 times for 512; for up to
-# eight tokens 0.8 to 0.97 of the time.
+# 512 tokens runs at about 1600 for *both* cores together, the second layer's
+# doubled columns counted: not quite a quarter of what they can do. With few
+# columns it is decoding that decides. Of 64 rows by four blocks and 16
+# columns, in a cache, decoding takes 173 ns and the products 87, and one waits
+# for the other; pieces of 16 rows, decoded while those before them are
+# multiplied, were no faster. From memory it takes 1.4 times as long.
 
 # %% [markdown]
 # ## Takeaways
@@ -853,7 +844,8 @@ for n in (8, 16):
 # - Weights, which are many, stay as they are decoded; tokens are turned.
 # - Four sums hide the wait for a result; two by two load the least.
 # - Decode what the first cache holds, and let all tokens meet it.
-# - From four places on a token's bits do not depend on its company.
+# - From four places on what an expert says of a token does not depend on its
+#   company, to the last bit.
 #
 # ## Exercises
 #
@@ -878,8 +870,10 @@ print(f"{16 * 16 * 64} products; four rows beside each other")
 x = torch.randn(64, 2880)
 high, low = (part.float() for part in in_two(x))
 third = (x - high - low).bfloat16().float()
-print(f"lost with two: {((x - high - low) / x).abs().max():.0e}, with three: "
-      f"{(x - high - low - third).abs().max():.0f}; stored: {2 ** -9:.0e}")
+two, three = (((x - high - low - more) / x).abs().max()
+              for more in (0, third))
+print(f"lost with two: {two:.0e}, with three: {three:.0f}. No: storing the "
+      f"result in bf16 loses up to {2 ** -8:.0e}")
 
 # %% [markdown]
 # ### Exercise 3
@@ -896,5 +890,6 @@ for places in (16, 17, 31, 32, 33):
 # ## Sources
 #
 # - Intel, *Architecture Instruction Set Extensions Programming Reference*, ch.
-#   3 (AMX); https://www.intel.com/content/www/us/en/docs/intrinsics-guide
+#   3 (AMX), and *Optimization Reference Manual* (cycles);
+#   https://www.intel.com/content/www/us/en/docs/intrinsics-guide
 # - torvalds/linux, `Documentation/arch/x86/xstate.rst`: asking for registers.

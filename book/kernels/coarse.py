@@ -178,7 +178,8 @@ assert each[32] < each[2880] / 5
 # each product. An expert has two products. Their errors have nothing to do
 # with each other, so their squares add up. But the gate stands between them,
 # and what is half a percent of its input is more of its output, since it is
-# steep where it matters:
+# steep where it matters. And what it lets pass is not normal: of 32 hidden
+# numbers a few are far larger than the rest, and so is the step for all.
 
 # %%
 first = off(clamped_swiglu(rounded(x, 127) @ W1.T) @ W2.T, right)
@@ -209,11 +210,11 @@ print(f"a pair {pair}; {2 ** 15 // pair} of them are at most "
 assert 4 * pair < 2 ** 15 < 8 * pair
 
 # %% [markdown]
-# A block brings eight pairs to each row, four columns of a row in each 32-bit
-# lane. So half a block is added in 16 bits, and `pmaddwd` with ones takes two
-# neighbours into 32 bits. That is 8 products and 6 additions, 2 `pmaddwd` and
-# 2 additions for 256 weights: the 18 instructions from above. Processors with
-# VNNI do it all in 8.
+# A block of a row is 16 pairs. Its lane of 32 bits holds two sums of 16 bits,
+# so each gets eight, which is too many. So half a block is added in 16 bits,
+# and `pmaddwd` with ones takes two neighbours into 32 bits. That is 8 products
+# and 6 additions, 2 `pmaddwd` and 2 additions for 256 weights: the 18
+# instructions from above. Processors with VNNI do it all in 8.
 #
 # **And the tile?** [Many rows](many_rows.ipynb) makes 16-bit numbers of the
 # weights, in pairs of columns. A byte is half of that, and *four* columns side
@@ -476,6 +477,13 @@ define_operator("packed_experts_eight", Operator(
 # computed as there: it is limited by reading, and eight bits would gain
 # little. Only the tile is another one, and it is worth its decoding from nine
 # tokens on.
+#
+# **With AMX** bytes would be the worse bargain. Its [squares](amx.ipynb) take
+# bf16 numbers, which have eight leading bits, each with an exponent of its own
+# instead of one for 32. What enters the first layer is bf16 already, so
+# nothing is rounded there. Hidden numbers become one column instead of two:
+# half the products of the second layer, for an error of 0.17 %. That is what
+# `Inputs` does with `STORED`, which `most` asks for.
 
 # %% [markdown] tags=["export:coarse.h"]
 # ```cpp
@@ -485,11 +493,14 @@ define_operator("packed_experts_eight", Operator(
 #   std::vector<int8_t> bytes;     // (rows, blocks, 32), even elements first
 #   std::vector<int32_t> offsets;  // -12 times the sum of a block
 #
+#   static float most() { return lent() ? STORED : COARSE; }
+#
 #   Coarse(const float* x, int64_t rows, const Packed& weight, float,
 #          std::vector<int64_t> place, const Groups& groups)
-#       : Inputs(x, rows, weight, COARSE, std::move(place), groups),
-#         bytes(rows * weight.blocks * BLOCK),
-#         offsets(rows * weight.blocks) {
+#       : Inputs(x, rows, weight, most(), std::move(place), groups) {
+#     if (most() != COARSE) return;
+#     bytes.resize(rows * weight.blocks * BLOCK);
+#     offsets.resize(rows * weight.blocks);
 #     at::parallel_for(0, offsets.size(), 512, [&](int64_t b, int64_t end) {
 #       for (; b < end; ++b) {
 #         const int16_t* q = digits.lines[b].values[0];
@@ -543,7 +554,8 @@ _log = logging.getLogger("gptoss")
 
 
 class CoarseExperts(Experts):
-    """`Experts` that are packed and round what enters them to eight bits."""
+    """`Experts` that are packed and round what enters them to eight bits
+    (with AMX only what enters the second layer, to bf16)."""
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         if torch.is_grad_enabled() and (
@@ -563,8 +575,10 @@ def hold_activations(model: GptOss, bits: int) -> GptOss:
 
     16: as always; 8: each 32 numbers in steps of their largest over 127,
     which is quicker for many tokens and changes the results, an expert's by
-    one percent. Experts that are not packed stay as they are, and without a
-    kernel (AVX2 or more) so do all; one line on the logger "gptoss" says so.
+    one percent (with AMX what stands between its layers in bf16, and by a
+    fifth of one). Experts that are not packed stay as they are, and without
+    a kernel (AVX2 or more) so do all; one line on the logger "gptoss" says
+    so.
     ValueError for another number.
     """
     if bits not in BY_BITS:
@@ -594,7 +608,8 @@ for bits in (8, 16):
 #
 # **The kernel and the page of torch**, on experts with few picks and with
 # many, of widths that fill a tile's depth and do not. Beside them stands the
-# exact product of decoded weights.
+# exact product of decoded weights, to which the kernel of AMX has to be near,
+# and the others no further from it than the page is.
 
 # %%
 from gptoss.moe.experts import packed_by_decoding
@@ -614,15 +629,15 @@ for E, tokens, hidden, width in ((3, 1, 64, 32), (4, 6, 160, 96),
         fast = torch.ops.gptoss.packed_experts_eight(*given, 7.0)
     twin = coarse_by_decoding(*wide, 7.0)
     exact = packed_by_decoding(*wide, 7.0)
-    print(f"{tokens:3} tokens: kernel and twin {off(fast, twin):.1%} apart, "
-          f"the twin {off(twin, exact):.2%} from the exact result")
-    assert off(fast, twin) < 8e-3 and off(twin, exact) < 2e-2
+    error = off(twin, exact)
+    print(f"{tokens:3} tokens: the twin is {error:.2%} from the exact result")
+    assert off(fast, exact) < error + 1e-3 < 2e-2
+    assert off(fast, twin) < 8e-3 or off(fast, exact) < 4e-3
 
 # %% [markdown]
-# Storing the result in bf16 is one part of the distance, 0.17 %. The other one
-# is activations that stand exactly between two whole numbers, such as half of
-# the largest, since 127 is odd: the kernel and its twin may take either
-# neighbour, and both are right.
+# Kernel and twin may differ by more than storing the result in bf16 costs:
+# activations can stand exactly between two whole numbers, such as half of the
+# largest, since 127 is odd. Either neighbour is right.
 #
 # **Ends.** The largest sums that there are: all weights 6, all activations
 # 127 steps, both signs. And a NaN stays in its own token.
@@ -645,8 +660,8 @@ with torch.inference_mode():
 twin = coarse_by_decoding(*arguments, 1e4)
 others = torch.arange(8) != 5
 assert fast[5].isnan().all() and off(fast[others], twin[others]) < 4e-3
-print("token 5 is NaN, of the others the first is", f"{fast[0, 0].item():.3g}",
-      f"and in the twin {twin[0, 0].item():.3g}")
+print("token 5 is NaN, of the others the first is", f"{fast[0, 0].item():.2g}",
+      f"and in the twin {twin[0, 0].item():.2g}")
 
 # %% [markdown]
 # ### Does the model notice?
@@ -702,16 +717,17 @@ print(f"the likeliest next token is the same after {same:.0%} of them")
 # activations. The experts of a layer alone, on one core that was shared with
 # others, took 0.65 to 0.8 of the time with 512 tokens, 0.7 to 0.8 with 128.
 #
-# With AMX ([amx](amx.ipynb)) sixteen bits are the quicker choice for a prompt:
-# bytes have no form for it. Those of a layer took 0.8 to 0.97 of the time with
-# up to 8 tokens there, 1.1 times as long with 16 and 32, 1.5 times with 64 and
-# 2.6 times with 512. Zen 4 has not been measured.
+# With AMX on two cores of a Xeon, by the same program on the same day: 145
+# tokens a second of a prompt of 512 instead of 125, and 111 instead of 101 of
+# one of 4096; ik_llama.cpp 42 and 33. A layer's experts alone took 0.82 of the
+# time with 512 tokens, 0.94 with 128, and with fewer no less. Zen 4 has not
+# been measured.
 
 # %% [markdown]
 # ## Takeaways
 #
 # - Bytes times bytes take 18 instructions for 256 weights where sixteen bits
-#   take 31, and a tile of bytes is made with a third of the work.
+#   take 31, and a tile of bytes is made in three rounds instead of four.
 # - The price is an error of one percent in what an expert says,
 #   twice and a half that of plain torch in bf16. So one asks for it:
 #   `--activations 8`.
@@ -743,8 +759,8 @@ assert 63 <= largest < 127
 
 # %% tags=["hide-cell"]
 print(f"{first:.2%} instead of {errors['eight bits']:.2%}; two thirds of the "
-      f"weights are in the first: 1 - {1 / 3:.2f} of the products gain")
-assert second < errors["eight bits"]
+      f"weights are in the first, so {2 / 3:.0%} of the products gain")
+assert first < errors["eight bits"]
 
 # %% [markdown]
 # ### Exercise 3

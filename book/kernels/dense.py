@@ -323,8 +323,9 @@ assert np.allclose(strip(some, six), six @ some.T)
 # %% [markdown] tags=["measured"]
 # On two cores of a Zen 4 a matrix of 4096 by 2880 took 0.49 ms for one token,
 # 0.50 for two, 0.66 for four, 0.71 for five and 1.0 for eight: the first is
-# what memory delivers, the last what the bf16 units compute. One token after
-# the other needed 0.67 for four and 2.8 for five, where tiles began.
+# what memory delivers, the last half of what the bf16 units can compute. One
+# token after the other needed 0.67 for four and 2.8 for five, where tiles
+# began.
 #
 # ### How does a tile of rows become columns?
 #
@@ -332,9 +333,11 @@ assert np.allclose(strip(some, six), six @ some.T)
 # widened *once* into a tile, which stays in a cache while all tokens pass.
 # The product wants sixteen rows as columns, so that one
 # activation meets sixteen weights in two registers. Eight rows of eight pairs
-# are transposed by three rounds of the interleaving that you know. This stands
-# in a part of its own, `columns.h`, which the appendix needs, too. A `Matrix`
-# is an address and the distance from row to row.
+# are transposed by three rounds, each of which interleaves the upper four
+# registers with the lower four ([many rows](many_rows.ipynb) shows why that
+# transposes). This stands in a part of its own, `columns.h`, which
+# [the widest registers](../cli/wide.ipynb) need, too. A `Matrix` is an address
+# and the distance from row to row.
 
 # %% [markdown] tags=["export:columns.h"]
 # ```cpp
@@ -418,8 +421,8 @@ assert np.allclose(out, some @ weight.T)
 
 # %% [markdown]
 # `COUNT` is known when the function is compiled, so that the sums can be
-# registers; `multiply` takes six tokens as long as it can, then 4, 2 or 1.
-# [Attention](attending.ipynb) uses it as well.
+# registers; `multiply` takes up to six tokens at a time, in groups that are
+# nearly alike. [Attention](attending.ipynb) uses it as well.
 
 # %% [markdown] tags=["export:dense.h"]
 # ```cpp
@@ -449,27 +452,22 @@ assert np.allclose(out, some @ weight.T)
 #
 # void multiply(const float* w, int64_t stride, int64_t n, Source x,
 #               int64_t count, Target out) {
-#   while (count) {
-#     const int64_t some = count == WIDE || count > 8 ? WIDE
-#                          : count >= 4 ? 4 : count >= 2 ? 2 : 1;
-#     with_count<WIDE>(some, [&](auto T) {
-#       multiply_some<T.value>(w, stride, n, x, out);
-#     });
-#     count -= some;
-#     x.at += some * x.stride;
-#     out.at += some * out.stride;
-#   }
+#   in_groups<WIDE>(count, [&](auto T, int64_t t) {
+#     multiply_some<T.value>(w, stride, n, {x.at + t * x.stride, x.stride},
+#                            {out.at + t * out.stride, out.stride});
+#   });
 # }
 # ```
 
 # %% [markdown]
 # ### Which of them is taken?
 #
-# With bf16 units strips do for any number of tokens. Without them, up to eight
-# tokens go by strips and more by tiles: 64 rows by 256 columns in fp32 are 64
-# KiB, which the second cache of a core holds. A processor with AMX takes
-# squares from six tokens on. [AMX](amx.ipynb), three chapters on, derives what
-# these are; pass over the three functions that name them until you were there.
+# With bf16 units strips do for any number of tokens, 96 of them at a time, so
+# that they stay in the second cache of a core while 128 rows pass. Without
+# them, up to eight tokens go by strips and more by tiles: 64 rows by 256
+# columns in fp32 are 64 KiB, which that cache holds as well. A processor with
+# AMX takes squares from six tokens on, where they were measured to be quicker;
+# [AMX](amx.ipynb) derives them. Pass over `GPTOSS_AMX` until you were there.
 
 # %%
 print(64 * 256 * 4 // 1024, "KiB of a widened tile,",
@@ -486,8 +484,9 @@ print(64 * 256 * 4 // 1024, "KiB of a widened tile,",
 #   for (; i < count; ++i) to[i] = bias ? v[i] + float(bias[i]) : v[i];
 # }
 #
-# // from so many tokens on torch's own product is taken: it is measured; for
-# // a router never, which processes that share a model compute each
+# // from so many tokens on torch's own product is taken, by measuring; never
+# // for few rows: processes that share a model each compute the router, and
+# // have to agree
 # std::atomic<int64_t> from_torch{std::numeric_limits<int64_t>::max()};
 # constexpr int64_t TALL_ENOUGH = 512;  // rows
 #
@@ -511,6 +510,7 @@ print(64 * 256 * 4 // 1024, "KiB of a widened tile,",
 # void multiply_squares(const Number* w, int64_t n, const Number* x,
 #                       FourSums& sums) {
 #   sums.clear();
+#   written();
 #   for (int64_t k = 0; k < n; k += BLOCK, x += AREA) {
 #     const int64_t ahead = k + AHEAD / 2 < n ? k : k + (SQUARE - 1) * n;
 #     for (int64_t r = 0; r < SQUARE; ++r)
@@ -539,7 +539,7 @@ print(64 * 256 * 4 // 1024, "KiB of a widened tile,",
 #                    int64_t n, float* out, int64_t width) {
 #   std::vector<Number> copy;
 #   FourSums sums;
-#   _tile_loadconfig(&SHAPES);
+#   const Registers registers;
 #   for (int64_t r = 0; r < rows; r += SQUARE) {
 #     const Number* from = w + r * n;
 #     if (rows - r < SQUARE) {  // nothing is read beyond the weight
@@ -553,7 +553,6 @@ print(64 * 256 * 4 // 1024, "KiB of a widened tile,",
 #       sums.put<1>(rows - r, N - t, 1, out + t * width + r, width);
 #     });
 #   }
-#   _tile_release();
 # }
 # #endif
 #
@@ -774,7 +773,7 @@ def _choose(path: Path) -> int:
 ours = [1.0, 2.0, 4.0, 16.0, 64.0]
 for torchs in ([2.0, 3.0, 5.0, 12.0, 40.0], [2.0, 1.0, 5.0, 17.0, 70.0]):
     found = torch_is_quicker(ours, torchs)
-    print("from", "no number" if found == NEVER else found, "of tokens on")
+    print("from", "no number of" if found == NEVER else found, "tokens on")
 
 # %% [markdown]
 # ## It holds
@@ -836,7 +835,8 @@ for name, config in (("20b", big), ("120b", GptOssConfig.gpt_oss_120b())):
         read, compute = bytes_ / 45e9, bytes_ * tokens / 400e9
         print(f"{name}, {tokens:2} tokens: {1e3 * read:3.0f} ms to read, "
               f"{1e3 * compute:3.0f} ms to multiply")
-print(f"as long as each other at {400 / 45:.0f} tokens")
+print(f"as long as each other at {400 / 45:.0f} tokens; at 189 GFLOP/s, "
+      f"measured above for eight, at {189 / 45:.0f}")
 
 # %% [markdown]
 # ## Takeaways
@@ -869,16 +869,15 @@ print([x.item() for pair in zip(low, high, strict=True) for x in pair],
 # ### Exercise 2
 #
 # `multiply` takes 20 tokens. In which groups does it take them, and how many
-# times is the tile read? What would groups of 1 cost?
+# times is the tile read? What would groups of six cost, or of one?
 
 # %% tags=["hide-cell"]
 count, taken = 20, []
-while count:
-    taken.append(6 if count == 6 or count > 8 else 4 if count >= 4
-                 else 2 if count >= 2 else 1)
+for groups in range(-(-20 // 6), 0, -1):
+    taken.append(-(-count // groups))
     count -= taken[-1]
-print("groups:", taken, "- the tile is read", len(taken), "times, not 20")
-assert sum(taken) == 20
+print("groups:", taken, "- the tile is read", len(taken), "times; by [6, 6, 6,"
+      " 2], too, but two tokens wait for its loads; by ones 20 times")
 
 # %% [markdown]
 # ### Exercise 3

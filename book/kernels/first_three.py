@@ -402,6 +402,8 @@ print((shifted - 12582912.0).tolist(),
 # #ifdef __AVX512BF16__
 # #define GPTOSS_BF16 1
 # #if defined(__AMX_BF16__) && defined(__linux__)
+# #include <sys/syscall.h>
+# #include <unistd.h>
 # #define GPTOSS_AMX 1
 # #endif
 # #endif
@@ -630,11 +632,15 @@ for x in (1.0, 1.00390625, 1.01171875, 1.005):
 # %% [markdown]
 # **The switch and the name.** What was compiled can say what it is, and each
 # thread can turn the kernels off for itself (`plain_torch` of
-# [building](building.ipynb)).
+# [building](building.ipynb)). AMX is the one unit that a processor can have
+# and a process not use, because Linux lends its registers to those who ask;
+# [amx](amx.ipynb) tells why. So it is asked for here, and the name tells.
 
 # %% [markdown] tags=["export:base.h"]
 # ```cpp
-# #if defined(GPTOSS_AVX512)
+# #if defined(GPTOSS_BF16)
+# constexpr char NAME[] = "C++ with AVX-512 and bf16";
+# #elif defined(GPTOSS_AVX512)
 # constexpr char NAME[] = "C++ with AVX-512 and VNNI";
 # #elif defined(GPTOSS_VNNI)
 # constexpr char NAME[] = "C++ with AVX2 and VNNI";
@@ -646,8 +652,20 @@ for x in (1.0, 1.00390625, 1.01171875, 1.005):
 # constexpr char NAME[] = "portable C++";
 # #endif
 #
+# bool lent() {  // AMX's registers, to this process
+# #ifdef GPTOSS_AMX
+#   constexpr long ASK = 0x1023, REGISTERS = 18;
+#   static const bool answer = !syscall(SYS_arch_prctl, ASK, REGISTERS);
+#   return answer;
+# #else
+#   return false;
+# #endif
+# }
+#
 # TORCH_LIBRARY_FRAGMENT(gptoss, m) {
-#   m.def("kernels_name() -> str", [] { return std::string(NAME); });
+#   m.def("kernels_name() -> str", [] {
+#     return std::string(lent() ? "C++ with AVX-512 and AMX" : NAME);
+#   });
 #   m.def("enable_kernels(bool on) -> bool", [](bool on) {
 #     std::swap(on, enabled);
 #     return on;  // as it was before, in this thread

@@ -446,11 +446,11 @@ assert found == order.tolist()
 # [packed](packed.ipynb); else 16 rows, one tile high. Pieces are shared among
 # the threads, and `emit` gets what each of them computed.
 #
-# What a pick reads is a row of `Inputs`. For the first layer that is a token,
-# the same for all $K$ picks of it; for the second, the pick's own hidden
-# vector. Where there are bf16 units, what was stored in bf16 is multiplied as
-# bf16, by `packed_strips` of [the next chapter](pairs.ipynb), or squares by
-# squares, as in [amx](amx.ipynb); a pick that is alone still goes by rows.
+# What a pick reads is a row of `Inputs`: for the first layer a token, the same
+# for all $K$ picks of it, for the second the pick's own hidden vector. Where
+# there are bf16 units, what was stored in bf16 is multiplied as bf16, by
+# `packed_strips` of [the next chapter](pairs.ipynb), or in squares, as in
+# [amx](amx.ipynb); one pick alone (there: up to three) still goes by rows.
 
 # %% [markdown] tags=["export:experts.h"]
 # ```cpp
@@ -503,7 +503,7 @@ assert found == order.tolist()
 #       : from(std::move(place)), digits(0, weight.blocks) {
 #     const int64_t blocks = weight.blocks;
 # #ifdef GPTOSS_AMX
-#     if ((most == STORED || most == FINEST) && lent()) {
+#     if (lent()) {
 #       squares = {x, from, blocks, most == STORED, groups.begin};
 #       low = TALL;
 #       if (!any_below(groups, SQUARED)) return;

@@ -20,15 +20,15 @@
 #
 # Which idea brought how much, who is still faster, and how does one measure
 # that honestly? One and the same product of four-bit weights ran at 0.3 GB/s
-# in plain torch and at 27 with the kernel, on two cores that read 31 and can
-# do no more.
+# in plain torch and at 27 with the kernel, on two cores that read 31 in the
+# same minutes.
 
 # %% [markdown] tags=["measured"]
 # Speeds are one machine's, and no cell can compute them for all. Those in this
 # chapter were measured in November 2026 on two cores of an AMD EPYC, Zen 3
-# where AVX2 is meant and Zen 4 where AVX-512 is. Tables and figures show what
-# the programs in `bench/` saved; where a number of the text is in no table,
-# the text says so.
+# where AVX2 is meant and Zen 4 where AVX-512 is, and of an Intel Xeon for AMX.
+# Tables and figures show what the programs in `bench/` saved; where a number
+# of the text is in no table, the text says so.
 
 # %%
 import json
@@ -409,7 +409,7 @@ def rounded(x: torch.Tensor, largest: int) -> torch.Tensor:
     """x (…, 32 N), each block rounded to integers of that size and back."""
     blocks = x.view(*x.shape[:-1], -1, 32)
     step = blocks.abs().amax(-1, keepdim=True) / largest
-    return ((blocks / step).round() * step).view(x.shape)
+    return ((blocks / step).nan_to_num().round() * step).view(x.shape)
 
 
 torch.manual_seed(0)
@@ -491,12 +491,12 @@ plt.show()
 # %% [markdown] tags=["measured"]
 # *Where we win.* A prompt is read 1.8 times as fast as by llama.cpp and more,
 # by the tiles of [many rows](many_rows.ipynb). On Zen 3 decode of the 20b is
-# 1.4 times as fast as llama.cpp with bf16 (1.46 and 1.41 in two rounds), at 83
-# and 84 % of memory's speed. transformers, for which torch has no fast product
-# in bf16 with AVX2, takes 35 times as long for a token there; in fp32, at 2
-# layers, 3.5 times. The 20b peaks at 12 to 13 GiB where llama.cpp takes 21 to
-# 23, and loads in 0.2 s, because a page of the file is read when it is first
-# touched.
+# 1.4 times as fast as llama.cpp with bf16 (1.46 and 1.41 in two rounds, not in
+# the table), at 83 and 84 % of memory's speed. transformers, for which torch
+# has no fast product in bf16 with AVX2, takes 35 times as long for a token
+# there; in fp32, at 2 layers, 3.5 times. The 20b peaks at 12 to 13 GiB where
+# llama.cpp takes 21 to 23, and loads in 0.2 s, because a page of the file is
+# read when it is first touched.
 #
 # *Where we do not.* Beside llama.cpp with q8_0, which rounds the dense
 # matrices and reads 2.6 GB a token where ours keeps every number and reads
@@ -572,28 +572,33 @@ for machine, saved in (("Zen 3", MEASURED), ("Zen 4", ON_AVX512),
             print(line)
 
 # %% [markdown] tags=["measured"]
-# These are losses beside wins. One text is written faster by us (1.3 times
-# where both are asked one token at a time for equal texts), two as well, four
-# about alike; eight equal texts ik_llama.cpp writes 1.4 times as fast, and a
-# prompt it reads 1.15 to 1.2 times as fast. It repacks the weights while it
-# loads, so that the products of several tokens need no decoding across
-# registers, and it rounds activations to eight bits; ours reads the file as it
-# lies and keeps what bf16 holds. Memory was slow on that day, about 30 GB/s:
-# with `--dense 8` a token needs 1.45 times fewer bytes, and was written 1.6
-# times as fast as by ik_llama.cpp with its matrices in bf16.
+# These are losses beside wins. On Zen 4 one text is written 1.3 times as fast
+# by us if both are asked for one token at a time (*together*), and 0.92 times
+# in plain decoding; two texts faster, four about alike. Eight equal texts
+# ik_llama.cpp writes 1.4 times as fast, and a prompt it reads 1.15 to 1.2
+# times as fast. It repacks the weights while it loads, so that the products of
+# several tokens need no decoding across registers, and it rounds activations
+# to eight bits; ours reads the file as it lies and keeps what bf16 holds.
+# Memory was slow on that day, about 30 GB/s: with `--dense 8` a token needs
+# 1.45 times fewer bytes, and was written 1.6 times as fast as by ik_llama.cpp
+# with its matrices in bf16.
 #
 # With [AMX](amx.ipynb) the order is another one, since products cost little
-# there. A prompt of 512 is read 2.9 times as fast as by ik_llama.cpp, one of
-# 4096 (99 and 37 tokens a second) 2.7 times, and equal texts are written 1.5
-# to 2.7 times as fast. Memory has its share in the latter: in another run on
-# that day, when it was kinder to ik_llama.cpp, it was 1.02, 1.22, 1.61 and
-# 1.74 times for one to eight texts, and 2.5 for the prompt.
+# there. Prompts of 512 and of 4096 (101 and 33 tokens a second) are read 3
+# times as fast as by ik_llama.cpp, with eight-bit activations (`ours-coarse`)
+# 3.5 times, and equal texts are written 1.5 to 2.8 times as fast. Memory has
+# its share in the latter: in a run of another day, when it was kinder to
+# ik_llama.cpp, it was 1.02, 1.22, 1.61 and 1.74 times for one to eight texts,
+# and 2.5 for the prompt. `--dense 8` (`ours-eight`) writes faster there, too,
+# and reads a prompt more slowly: bytes have no form for AMX.
 
 # %% [markdown]
 # Beside torch and beside the bytes, by `bench/rows.py`: a product's time over
-# the better of ours and torch's, where 1.00 is the best that there is; and a
-# step of $n$ tokens, its *excess*: how many times one token's, over how many
-# times the bytes.
+# the better of ours and torch's, where 1.00 is the best that there is; and for
+# a step of $n$ tokens its *excess*, its time over that of one token, divided
+# by its bytes over those of one token. 1.00 is what reading allows. `tokens`
+# are $n$ tokens of one text, `distinct` one token each of $n$ texts, `same`
+# likewise with equal texts.
 
 # %% tags=["hide-input"]
 for machine, saved in (("Zen 3", MEASURED), ("Zen 4", ON_AVX512),
@@ -610,13 +615,19 @@ for machine, saved in (("Zen 3", MEASURED), ("Zen 4", ON_AVX512),
 
 # %% [markdown] tags=["measured"]
 # `linear` is at most a twentieth slower than the better of both, for any
-# number of rows. A step of two tokens costs what its bytes allow. Four, eight
-# and sixteen cost more than they should (the aim was 1.25): there most experts
-# have two or three tokens, and a core decodes weights for them at half of what
-# memory delivers. With AMX only sixteen do, 1.28, and a step of eight texts,
-# 1.29. Prefill rose from 37 to about 50 tokens a second (AMX: 119). Guessing
-# tokens ([drafts](drafts.ipynb)) wrote an edited program 1.8 times as fast on
-# random weights of the 20b's shapes, 63 tokens in 23 forwards.
+# number of rows. A step of two tokens costs what its bytes allow. On Zen 4
+# four, eight and sixteen cost more than they should (the aim was 1.25): there
+# most experts have two or three tokens, and a core decodes weights for them at
+# half of what memory delivers. With AMX none does, sixteen just so; four and
+# eight equal texts do, 1.28 and 1.47, which read few bytes for all their
+# products. Prefill on Zen 4 rose from 38 tokens a second (in the figure above,
+# by whole numbers) to 51 (bf16 in the first layer of the experts).
+#
+# Guessing tokens ([drafts](drafts.ipynb)), with AMX, random weights in the
+# 20b's shapes and given texts (`bench/drafts.py`; not in the table): an edited
+# program was written 1.74 times as fast, 63 tokens in 23 forwards; JSON echoed
+# twice as fast (1.97); results of a tool quoted 1.16 times, since what stands
+# between the quotes is new; prose that repeats nothing 0.98 times.
 
 # %% [markdown]
 # **Not run at all**, for want of such machines: the kernels on an ARM

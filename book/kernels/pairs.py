@@ -130,24 +130,25 @@ print("largest bits in the table:", hex(large[7]), "of 0x7f80, infinity;",
       16 * 251, "weights are right")
 
 # %% [markdown]
-# **Which numbers lie beside each other?** A byte holds two codes. Sixteen
-# bytes, widened to sixteen words of 16 bits, have the even elements of a block
-# in their lowest four bits; shifted by four, the odd ones. Two blocks fill a
-# register. So a register of weights holds the even elements of two blocks, the
-# next one their odd elements, and a token's activations are laid out in the
-# same order, once: `pair_row`.
+# **Which numbers lie beside each other?** A register of 64 bytes is four
+# blocks as they lie in memory, or 32 words of 16 bits, and a word holds four
+# codes. Its lowest four bits are element 0 of the row, those of the next word
+# element 4, and so on; shifted by four bits, the words begin with elements 1,
+# 5, 9. So nothing has to be moved. One register of weights holds every fourth
+# element of four blocks, the next three the others, and a token's activations
+# are laid out in the same order, once: `pair_row`.
 
 # %%
 def pair_order(blocks: int) -> np.ndarray:
     """Which element of a row stands at each place; -1 for none."""
-    order = np.full((-(-blocks // 2) * 2, 32), -1)
+    order = np.full((-(-blocks // 4) * 4, 32), -1)
     order[:blocks] = np.arange(32 * blocks).reshape(blocks, 32)
-    two = order.reshape(-1, 2, 16, 2)  # pairs of blocks, block, byte, half
-    return two.transpose(0, 3, 1, 2).reshape(-1)
+    four = order.reshape(-1, 4, 8, 4)  # four blocks, block, word, code
+    return four.transpose(0, 3, 1, 2).reshape(-1)
 
 
-print("of two blocks:", pair_order(2)[[0, 1, 16, 31, 32, 63]].tolist())
-print("of one, filled up:", pair_order(1)[[0, 15, 16, 32, 47, 48]].tolist())
+print("of four blocks:", pair_order(4)[[0, 1, 2, 31, 32, 33, 127]].tolist())
+print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 
 # %% [markdown]
 # ## Code
@@ -169,59 +170,89 @@ print("of one, filled up:", pair_order(1)[[0, 15, 16, 32, 47, 48]].tolist())
 #     0, 0x7d80, 0x7e00, 0x7e40, 0x7e80, 0x7ec0, 0x7f00, 0x7f40,
 #     0, 0xfd80, 0xfe00, 0xfe40, 0xfe80, 0xfec0, 0xff00, 0xff40};
 # constexpr int ONCE = 12;  // tokens, with two rows: weights are decoded once
-# constexpr int64_t TWO = 2 * BLOCK;  // blocks are decoded two at a time
+# constexpr int64_t HELD = 4;  // blocks are decoded four at a time
+# constexpr int64_t FOUR = HELD * BLOCK;
 #
-# inline int64_t padded(int64_t blocks) { return (blocks + 1) / 2 * TWO; }
+# inline int64_t padded(int64_t blocks) {
+#   return (blocks + HELD - 1) / HELD * FOUR;
+# }
 #
-# // even elements of two blocks, their odd ones; of floats or bf16 numbers
+# // floats as bf16: of four blocks the elements 0, 4, 8 ..., then 1, 5, 9 ...
 # void pair_row(const float* x, int64_t blocks, Number* to) {
-#   alignas(64) uint16_t place[2][BLOCK];
-#   for (int i = 0; i < 2 * BLOCK; ++i)
-#     place[i / BLOCK][i % BLOCK] = i % BLOCK * 2 + i / BLOCK;
-#   auto narrowed = [&](int64_t b) {
-#     if (b >= blocks) return Bytes{};
-#     return (Bytes)_mm512_cvtne2ps_pbh(load<__m512>(x + b * BLOCK + 16),
-#                                       load<__m512>(x + b * BLOCK));
-#   };
-#   for (int64_t b = 0; b < blocks; b += 2, to += TWO)
-#     for (int odd = 0; odd < 2; ++odd)
-#       _mm512_storeu_si512(to + odd * BLOCK, _mm512_permutex2var_epi16(
-#           narrowed(b), load<Bytes>(place[odd]), narrowed(b + 1)));
+#   alignas(64) uint16_t place[BLOCK];
+#   for (int i = 0; i < BLOCK; ++i) place[i] = i % 8 * 4 + i / 8;
+#   std::fill(to + blocks / HELD * FOUR, to + padded(blocks), Number(0));
+#   for (int64_t b = 0; b < blocks; ++b, x += BLOCK) {
+#     alignas(64) Number part[BLOCK];
+#     _mm512_store_si512(part, _mm512_permutexvar_epi16(
+#         load<Bytes>(place), (Bytes)_mm512_cvtne2ps_pbh(
+#             load<__m512>(x + 16), load<__m512>(x))));
+#     for (int j = 0; j < 4; ++j)
+#       std::copy_n(part + 8 * j, 8, to + b / HELD * FOUR + BLOCK * j
+#                                    + 8 * (b % HELD));
+#   }
 # }
 # ```
 
 # %% [markdown]
-# A scale byte is widened, subtracted from 252 and shifted into the exponent's
-# place, 32 blocks at a time. Decoding two blocks is then one load, one shift,
-# two look-ups, two subtractions, and one more look-up that spreads the two
-# scales: seven instructions for 64 weights.
+# Four scale bytes are loaded into every lane of 32 bits. A shuffle leaves to
+# each eight words the byte of their block, which is subtracted from 252 and
+# moved up into the exponent's place. Then come three shifts, four look-ups and
+# four subtractions: 14 instructions for 128 weights.
+#
+# A shift to the right by $k$ is written as the upper half of a product with
+# $2^{16 - k}$, one to the left as a product. Why? Because an Intel processor
+# begins two multiplications of 64 bytes in a cycle, and only one shift. Where
+# the others do alike it costs nothing. The program that told us is ten lines
+# of a loop around one instruction:
+
+# %% [markdown] tags=["measured"]
+# One core of a Xeon of the Granite Rapids kind at 4.09 GHz, 64-byte
+# instructions a cycle: `vpaddw`, `vpmullw`, `vpmulhuw` and `vpmaddubsw` 1.8 to
+# 2.0; `vpsrlw`, `vpsubusw`, `vpermw` and `vpshufb` 1.0, and a `vpermw` and a
+# `vpsrlw` in turns 0.5 of each: a look-up takes something of both units. With
+# shifts decoding took 3.25 ns for 64 bytes of codes, with products 2.7.
 
 # %% [markdown] tags=["export:pairs.h"]
 # ```cpp
-# // how far the exponents of 32 blocks lie below those of LARGE
-# inline Bytes lowered(const uint8_t* scales, int64_t count) {
-#   const __m256i some = count < BLOCK
-#       ? _mm256_maskz_loadu_epi8((1u << count) - 1, scales)
-#       : load<__m256i>(scales);
-#   return _mm512_slli_epi16(_mm512_sub_epi16(
-#       _mm512_set1_epi16(252), _mm512_cvtepu8_epi16(some)), 7);
-# }
+# // for a shuffle: a byte for each quarter of a register, as words (80: zero)
+# alignas(64) constexpr uint64_t QUARTERS[8] = {
+#     0x8000800080008000, 0x8000800080008000, 0x8001800180018001,
+#     0x8001800180018001, 0x8002800280028002, 0x8002800280028002,
+#     0x8003800380038003, 0x8003800380038003};
 #
-# // a number for each of the first sixteen words, another for the rest
-# inline Bytes two_of(Bytes words, int64_t b) {
-#   return _mm512_permutexvar_epi16(_mm512_inserti64x4(
-#       _mm512_set1_epi16(b), _mm256_set1_epi16(b + 1), 1), words);
-# }
+# // four blocks, or `count` < 4 of them and zeros
+# struct Fours {
+#   Bytes words, lower;  // how far exponents lie below those of LARGE
 #
-# // two blocks as bf16: weights are LARGE minus what their block is lowered
-# inline void decode_two(const uint8_t* w, bool both, Bytes lower,
-#                        Bytes (&to)[2]) {
-#   const Bytes values = load<Bytes>(LARGE);
-#   const Bytes bytes = _mm512_cvtepu8_epi16(
-#       both ? load<__m256i>(w) : _mm256_zextsi128_si256(load<__m128i>(w)));
-#   to[0] = _mm512_subs_epu16(_mm512_permutexvar_epi16(bytes, values), lower);
-#   to[1] = _mm512_subs_epu16(_mm512_permutexvar_epi16(
-#       _mm512_srli_epi16(bytes, 4), values), lower);
+#   Fours() = default;
+#
+#   Fours(const uint8_t* w, const uint8_t* scales, int64_t count) {
+#     uint32_t four = 0;
+#     if (count >= HELD) {
+#       four = load<uint32_t>(scales);
+#       words = load<Bytes>(w);
+#     } else {
+#       std::memcpy(&four, scales, count);
+#       words = _mm512_maskz_loadu_epi8((1ull << 16 * count) - 1, w);
+#     }
+#     lower = _mm512_mullo_epi16(_mm512_set1_epi16(128), _mm512_sub_epi16(
+#         _mm512_set1_epi16(252), _mm512_shuffle_epi8(
+#             _mm512_set1_epi32(four), load<Bytes>(QUARTERS))));
+#   }
+#
+#   template <int J>  // as bf16, the elements J, J + 4, J + 8 ...
+#   Bytes decoded() const {
+#     const Bytes codes = J ? _mm512_mulhi_epu16(words, _mm512_set1_epi16(
+#                                 1 << (16 - 4 * J) % 16)) : words;
+#     return _mm512_subs_epu16(_mm512_permutexvar_epi16(
+#         codes, load<Bytes>(LARGE)), lower);
+#   }
+# };
+#
+# template <class Run>
+# inline void by_fours(const Run& run) {
+#   run(Count<0>()), run(Count<1>()), run(Count<2>()), run(Count<3>());
 # }
 #
 # // does bf16 hold the weights of these scales? 2**-125 ... 2**125
@@ -238,16 +269,12 @@ print("of one, filled up:", pair_order(1)[[0, 15, 16, 32, 47, 48]].tolist())
 #                  Number* to) {
 #   for (int r = 0; r < R; ++r, w += 16 * blocks, scales += blocks,
 #            to += padded(blocks))
-#     for (int64_t b = 0; b < blocks; b += BLOCK) {
-#       const int64_t count = std::min(BLOCK, blocks - b);
-#       const Bytes lower = lowered(scales + b, count);
-#       for (int64_t i = 0; i < count; i += 2) {
-#         __builtin_prefetch(w + 16 * (b + i) + AHEAD);
-#         Bytes two[2];
-#         decode_two(w + 16 * (b + i), i + 1 < count, two_of(lower, i), two);
-#         for (int odd = 0; odd < 2; ++odd)
-#           _mm512_storeu_si512(to + BLOCK * (b + i + odd), two[odd]);
-#       }
+#     for (int64_t b = 0; b < blocks; b += HELD) {
+#       __builtin_prefetch(w + 16 * b + AHEAD);
+#       const Fours four(w + 16 * b, scales + b, blocks - b);
+#       by_fours([&](auto J) {
+#         _mm512_storeu_si512(to + BLOCK * (b + J), four.decoded<J.value>());
+#       });
 #     }
 # }
 # ```
@@ -270,27 +297,23 @@ print("of one, filled up:", pair_order(1)[[0, 15, 16, 32, 47, 48]].tolist())
 #   __m512 s[T][4];
 #   for (int t = 0; t < T; ++t)
 #     for (int r = 0; r < 4; ++r) s[t][r] = __m512{};
-#   for (int64_t b = 0; b < blocks; b += BLOCK) {
-#     const int64_t count = std::min(BLOCK, blocks - b);
-#     Bytes lower[R];
-#     for (int r = 0; r < R; ++r)
-#       lower[r] = lowered(scales + r * row + b, count);
-#     for (int64_t i = 0; i < count; i += 2) {
-#       Bytes two[R][2];
-#       for (int r = 0; r < R; ++r) {
-#         const uint8_t* from = w + 16 * (r * row + b + i);
-#         __builtin_prefetch(from + 2 * AHEAD);
-#         decode_two(from, i + 1 < count, two_of(lower[r], i), two[r]);
-#       }
-#       for (int t = 0; t < T; ++t)
-#         for (int odd = 0; odd < 2; ++odd) {
-#           const auto token = load<__m512bh>(
-#               x + t * n + BLOCK * (b + i + odd));
-#           for (int r = 0; r < R; ++r)
-#             s[t][r] = _mm512_dpbf16_ps(s[t][r], (__m512bh)two[r][odd],
-#                                        token);
-#         }
+#   for (int64_t b = 0; b < blocks; b += HELD) {
+#     Fours fours[R];
+#     for (int r = 0; r < R; ++r) {
+#       const int64_t at = r * row + b;
+#       __builtin_prefetch(w + 16 * at + 2 * AHEAD);
+#       fours[r] = {w + 16 * at, scales + at, blocks - b};
 #     }
+#     by_fours([&](auto J) {
+#       Bytes decoded[R];
+#       for (int r = 0; r < R; ++r)
+#         decoded[r] = fours[r].template decoded<J.value>();
+#       for (int t = 0; t < T; ++t) {
+#         const auto token = load<__m512bh>(x + t * n + BLOCK * (b + J));
+#         for (int r = 0; r < R; ++r)
+#           s[t][r] = _mm512_dpbf16_ps(s[t][r], (__m512bh)decoded[r], token);
+#       }
+#     });
 #   }
 #   for (int t = 0; t < T; ++t) {
 #     const __m128 four = sums(s[t][0], s[t][1], s[t][2], s[t][3]);
@@ -316,11 +339,11 @@ print("of one, filled up:", pair_order(1)[[0, 15, 16, 32, 47, 48]].tolist())
 #       out[r] = 0;
 #       for (int64_t b = 0; b < blocks; ++b) {
 #         const uint8_t* from = w + 16 * (r * blocks + b);
-#         const Number* at = x + b / 2 * TWO + b % 2 * 16;
+#         const Number* at = x + b / HELD * FOUR + b % HELD * 8;
 #         float s = 0;
-#         for (int i = 0; i < 16; ++i)
-#           s += TWICE[from[i] & 15] * float(at[i])
-#                + TWICE[from[i] >> 4] * float(at[BLOCK + i]);
+#         for (int i = 0; i < BLOCK; ++i)
+#           s += TWICE[from[i / 2] >> i % 2 * 4 & 15]
+#                * float(at[i % 4 * BLOCK + i / 4]);
 #         out[r] += s * power(scales[r * blocks + b]) / 2;
 #       }
 #     }
@@ -478,11 +501,12 @@ for n in (2, 4, 8, 16, 512):
 # In the 120b four of five experts have a single token still when eight come:
 # there the [product of one token](packed.ipynb) remains what counts.
 #
-# **Cost.** For $R$ rows, $n$ columns and $T$ tokens: $7 R n / 64$ instructions
-# to decode and $T R n / 32$ to multiply. What part of them is decoding?
+# **Cost.** For $R$ rows, $n$ columns and $T$ tokens: $14 R n / 128$
+# instructions to decode and $T R n / 32$ to multiply. What part of them is
+# decoding?
 
 # %%
-share = [(T, 7 / 64 / (7 / 64 + T / 32)) for T in (1, 2, 4, 28)]
+share = [(T, 14 / 128 / (14 / 128 + T / 32)) for T in (1, 2, 4, 28)]
 print(", ".join(f"{T} tokens: {part:.0%}" for T, part in share))
 
 # %% [markdown] tags=["measured"]
@@ -490,14 +514,16 @@ print(", ".join(f"{T} tokens: {part:.0%}" for T, part in share))
 # weights for two tokens, 11.8 for four, 8.4 for six, and 223 GFLOP/s for 64,
 # of 230 that strips of dense reach. On two cores with weights from memory, a
 # prompt of 512 went through the 20b at 47 to 51 tokens a second; with tiles of
-# whole numbers in both layers it was 37.
+# whole numbers in both layers it was 37. (Decoding took two blocks at a time
+# then, with shifts; Zen 4 has not been measured since. On the Xeon strips are
+# limited by `vdpbf16ps`, one in 2.3 cycles, and took the same time.)
 #
 # ## Takeaways
 #
 # - An FP4 value times its scale is a bf16 number, exactly, for 251 of the 255
 #   scales; the product is one subtraction in the exponent's bits.
 # - Saturating subtraction keeps zero zero, so no weight is looked at twice.
-# - Decoding costs seven instructions for 64 weights, and all tokens of a group
+# - Decoding costs 14 instructions for 128 weights, and all tokens of a group
 #   share them.
 # - What was stored in bf16 is multiplied in bf16; what never was keeps sixteen
 #   bits.
@@ -520,12 +546,12 @@ print(f"{len(left)}: from {left[0]} to {left[-1]}")
 # ### Exercise 2
 #
 # The table could hold the values as they are and *add* the scale where the
-# value is not zero. Count the instructions for 64 weights: what do the tests
+# value is not zero. Count the instructions for 128 weights: what do the tests
 # for zero cost?
 
 # %% tags=["hide-cell"]
-subtracting = 1 + 1 + 2 + 2 + 1  # load, shift, look up, subtract, spread
-adding = subtracting + 2  # a test for each of the two registers
+subtracting = 3 + 4 + 4 + 3  # shift, look up, subtract; the four scales
+adding = subtracting + 4  # a test for each of the four registers
 print(f"{adding} instead of {subtracting}: {adding / subtracting - 1:.0%} "
       "more for decoding")
 

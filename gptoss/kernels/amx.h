@@ -1,11 +1,6 @@
 // What if a processor multiplies whole tiles?
 // Generated from book/kernels/amx.py; edit the chapter, not this file.
 
-#ifdef GPTOSS_AMX
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 namespace {
 
 #ifdef GPTOSS_BF16
@@ -40,6 +35,7 @@ inline void turn(Bytes (&v)[16]) {
 constexpr int64_t SQUARE = 16;  // rows of a register, 64 bytes each
 constexpr int64_t AREA = SQUARE * BLOCK;  // bf16 numbers in it
 constexpr int64_t SQUARED = 4;  // places of an expert, at least
+static_assert(SQUARED <= FEW);  // with fewer, digits are there
 
 struct alignas(64) Shapes {  // eight registers, each as large as can be
   uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -52,12 +48,14 @@ struct alignas(64) Shapes {  // eight registers, each as large as can be
 };
 constexpr Shapes SHAPES;
 
-// Linux lends these registers, eight kilobytes, to a process that asks
-bool lent() {
-  constexpr long ASK = 0x1023, REGISTERS = 18;
-  static const bool answer = !syscall(SYS_arch_prctl, ASK, REGISTERS);
-  return answer;
-}
+struct Registers {  // have these shapes while this lives
+  Registers() { _tile_loadconfig(&SHAPES); }
+  ~Registers() { _tile_release(); }
+};
+
+// before registers are filled from memory: the compiler is not told that
+// they read it, and may not have written it yet
+inline void written() { asm volatile("" ::: "memory"); }
 
 // x less what bf16 holds of it
 void remainder(const float* x, int64_t count, float* to) {

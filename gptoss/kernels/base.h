@@ -31,6 +31,8 @@
 #ifdef __AVX512BF16__
 #define GPTOSS_BF16 1
 #if defined(__AMX_BF16__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
 #define GPTOSS_AMX 1
 #endif
 #endif
@@ -198,7 +200,9 @@ void check_linear(const char* name, const Tensor& x, int64_t m, int64_t n,
               name, ": bias: expected (", m, "), found ", bias->sizes());
 }
 
-#if defined(GPTOSS_AVX512)
+#if defined(GPTOSS_BF16)
+constexpr char NAME[] = "C++ with AVX-512 and bf16";
+#elif defined(GPTOSS_AVX512)
 constexpr char NAME[] = "C++ with AVX-512 and VNNI";
 #elif defined(GPTOSS_VNNI)
 constexpr char NAME[] = "C++ with AVX2 and VNNI";
@@ -210,8 +214,20 @@ constexpr char NAME[] = "C++ with NEON";
 constexpr char NAME[] = "portable C++";
 #endif
 
+bool lent() {  // AMX's registers, to this process
+#ifdef GPTOSS_AMX
+  constexpr long ASK = 0x1023, REGISTERS = 18;
+  static const bool answer = !syscall(SYS_arch_prctl, ASK, REGISTERS);
+  return answer;
+#else
+  return false;
+#endif
+}
+
 TORCH_LIBRARY_FRAGMENT(gptoss, m) {
-  m.def("kernels_name() -> str", [] { return std::string(NAME); });
+  m.def("kernels_name() -> str", [] {
+    return std::string(lent() ? "C++ with AVX-512 and AMX" : NAME);
+  });
   m.def("enable_kernels(bool on) -> bool", [](bool on) {
     std::swap(on, enabled);
     return on;  // as it was before, in this thread

@@ -136,11 +136,14 @@ struct Coarse : Inputs {
   std::vector<int8_t> bytes;     // (rows, blocks, 32), even elements first
   std::vector<int32_t> offsets;  // -12 times the sum of a block
 
+  static float most() { return lent() ? STORED : COARSE; }
+
   Coarse(const float* x, int64_t rows, const Packed& weight, float,
          std::vector<int64_t> place, const Groups& groups)
-      : Inputs(x, rows, weight, COARSE, std::move(place), groups),
-        bytes(rows * weight.blocks * BLOCK),
-        offsets(rows * weight.blocks) {
+      : Inputs(x, rows, weight, most(), std::move(place), groups) {
+    if (most() != COARSE) return;
+    bytes.resize(rows * weight.blocks * BLOCK);
+    offsets.resize(rows * weight.blocks);
     at::parallel_for(0, offsets.size(), 512, [&](int64_t b, int64_t end) {
       for (; b < end; ++b) {
         const int16_t* q = digits.lines[b].values[0];

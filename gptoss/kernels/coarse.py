@@ -64,7 +64,8 @@ _log = logging.getLogger("gptoss")
 
 
 class CoarseExperts(Experts):
-    """`Experts` that are packed and round what enters them to eight bits."""
+    """`Experts` that are packed and round what enters them to eight bits
+    (with AMX only what enters the second layer, to bf16)."""
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         if torch.is_grad_enabled() and (
@@ -84,8 +85,10 @@ def hold_activations(model: GptOss, bits: int) -> GptOss:
 
     16: as always; 8: each 32 numbers in steps of their largest over 127,
     which is quicker for many tokens and changes the results, an expert's by
-    one percent. Experts that are not packed stay as they are, and without a
-    kernel (AVX2 or more) so do all; one line on the logger "gptoss" says so.
+    one percent (with AMX what stands between its layers in bf16, and by a
+    fifth of one). Experts that are not packed stay as they are, and without
+    a kernel (AVX2 or more) so do all; one line on the logger "gptoss" says
+    so.
     ValueError for another number.
     """
     if bits not in BY_BITS:

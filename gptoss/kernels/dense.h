@@ -43,16 +43,10 @@ constexpr int64_t WIDE = 6;  // twelve sums, two weights, one activation
 
 void multiply(const float* w, int64_t stride, int64_t n, Source x,
               int64_t count, Target out) {
-  while (count) {
-    const int64_t some = count == WIDE || count > 8 ? WIDE
-                         : count >= 4 ? 4 : count >= 2 ? 2 : 1;
-    with_count<WIDE>(some, [&](auto T) {
-      multiply_some<T.value>(w, stride, n, x, out);
-    });
-    count -= some;
-    x.at += some * x.stride;
-    out.at += some * out.stride;
-  }
+  in_groups<WIDE>(count, [&](auto T, int64_t t) {
+    multiply_some<T.value>(w, stride, n, {x.at + t * x.stride, x.stride},
+                           {out.at + t * out.stride, out.stride});
+  });
 }
 
 // to (count) = v + bias, rounded
@@ -64,8 +58,9 @@ void finish(const float* v, const Number* bias, int64_t count, Number* to) {
   for (; i < count; ++i) to[i] = bias ? v[i] + float(bias[i]) : v[i];
 }
 
-// from so many tokens on torch's own product is taken: it is measured; for
-// a router never, which processes that share a model compute each
+// from so many tokens on torch's own product is taken, by measuring; never
+// for few rows: processes that share a model each compute the router, and
+// have to agree
 std::atomic<int64_t> from_torch{std::numeric_limits<int64_t>::max()};
 constexpr int64_t TALL_ENOUGH = 512;  // rows
 
@@ -89,6 +84,7 @@ template <int T>
 void multiply_squares(const Number* w, int64_t n, const Number* x,
                       FourSums& sums) {
   sums.clear();
+  written();
   for (int64_t k = 0; k < n; k += BLOCK, x += AREA) {
     const int64_t ahead = k + AHEAD / 2 < n ? k : k + (SQUARE - 1) * n;
     for (int64_t r = 0; r < SQUARE; ++r)
@@ -117,7 +113,7 @@ void dense_squares(const Number* w, int64_t rows, const Number* x, int64_t N,
                    int64_t n, float* out, int64_t width) {
   std::vector<Number> copy;
   FourSums sums;
-  _tile_loadconfig(&SHAPES);
+  const Registers registers;
   for (int64_t r = 0; r < rows; r += SQUARE) {
     const Number* from = w + r * n;
     if (rows - r < SQUARE) {  // nothing is read beyond the weight
@@ -131,7 +127,6 @@ void dense_squares(const Number* w, int64_t rows, const Number* x, int64_t N,
       sums.put<1>(rows - r, N - t, 1, out + t * width + r, width);
     });
   }
-  _tile_release();
 }
 #endif
 

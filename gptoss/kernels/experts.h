@@ -73,7 +73,7 @@ struct Inputs {
       : from(std::move(place)), digits(0, weight.blocks) {
     const int64_t blocks = weight.blocks;
 #ifdef GPTOSS_AMX
-    if ((most == STORED || most == FINEST) && lent()) {
+    if (lent()) {
       squares = {x, from, blocks, most == STORED, groups.begin};
       low = TALL;
       if (!any_below(groups, SQUARED)) return;

@@ -12,50 +12,67 @@ constexpr uint16_t LARGE[32] = {
     0, 0x7d80, 0x7e00, 0x7e40, 0x7e80, 0x7ec0, 0x7f00, 0x7f40,
     0, 0xfd80, 0xfe00, 0xfe40, 0xfe80, 0xfec0, 0xff00, 0xff40};
 constexpr int ONCE = 12;  // tokens, with two rows: weights are decoded once
-constexpr int64_t TWO = 2 * BLOCK;  // blocks are decoded two at a time
+constexpr int64_t HELD = 4;  // blocks are decoded four at a time
+constexpr int64_t FOUR = HELD * BLOCK;
 
-inline int64_t padded(int64_t blocks) { return (blocks + 1) / 2 * TWO; }
+inline int64_t padded(int64_t blocks) {
+  return (blocks + HELD - 1) / HELD * FOUR;
+}
 
-// even elements of two blocks, their odd ones; of floats or bf16 numbers
+// floats as bf16: of four blocks the elements 0, 4, 8 ..., then 1, 5, 9 ...
 void pair_row(const float* x, int64_t blocks, Number* to) {
-  alignas(64) uint16_t place[2][BLOCK];
-  for (int i = 0; i < 2 * BLOCK; ++i)
-    place[i / BLOCK][i % BLOCK] = i % BLOCK * 2 + i / BLOCK;
-  auto narrowed = [&](int64_t b) {
-    if (b >= blocks) return Bytes{};
-    return (Bytes)_mm512_cvtne2ps_pbh(load<__m512>(x + b * BLOCK + 16),
-                                      load<__m512>(x + b * BLOCK));
-  };
-  for (int64_t b = 0; b < blocks; b += 2, to += TWO)
-    for (int odd = 0; odd < 2; ++odd)
-      _mm512_storeu_si512(to + odd * BLOCK, _mm512_permutex2var_epi16(
-          narrowed(b), load<Bytes>(place[odd]), narrowed(b + 1)));
+  alignas(64) uint16_t place[BLOCK];
+  for (int i = 0; i < BLOCK; ++i) place[i] = i % 8 * 4 + i / 8;
+  std::fill(to + blocks / HELD * FOUR, to + padded(blocks), Number(0));
+  for (int64_t b = 0; b < blocks; ++b, x += BLOCK) {
+    alignas(64) Number part[BLOCK];
+    _mm512_store_si512(part, _mm512_permutexvar_epi16(
+        load<Bytes>(place), (Bytes)_mm512_cvtne2ps_pbh(
+            load<__m512>(x + 16), load<__m512>(x))));
+    for (int j = 0; j < 4; ++j)
+      std::copy_n(part + 8 * j, 8, to + b / HELD * FOUR + BLOCK * j
+                                   + 8 * (b % HELD));
+  }
 }
 
-// how far the exponents of 32 blocks lie below those of LARGE
-inline Bytes lowered(const uint8_t* scales, int64_t count) {
-  const __m256i some = count < BLOCK
-      ? _mm256_maskz_loadu_epi8((1u << count) - 1, scales)
-      : load<__m256i>(scales);
-  return _mm512_slli_epi16(_mm512_sub_epi16(
-      _mm512_set1_epi16(252), _mm512_cvtepu8_epi16(some)), 7);
-}
+// for a shuffle: a byte for each quarter of a register, as words (80: zero)
+alignas(64) constexpr uint64_t QUARTERS[8] = {
+    0x8000800080008000, 0x8000800080008000, 0x8001800180018001,
+    0x8001800180018001, 0x8002800280028002, 0x8002800280028002,
+    0x8003800380038003, 0x8003800380038003};
 
-// a number for each of the first sixteen words, another for the rest
-inline Bytes two_of(Bytes words, int64_t b) {
-  return _mm512_permutexvar_epi16(_mm512_inserti64x4(
-      _mm512_set1_epi16(b), _mm256_set1_epi16(b + 1), 1), words);
-}
+// four blocks, or `count` < 4 of them and zeros
+struct Fours {
+  Bytes words, lower;  // how far exponents lie below those of LARGE
 
-// two blocks as bf16: weights are LARGE minus what their block is lowered
-inline void decode_two(const uint8_t* w, bool both, Bytes lower,
-                       Bytes (&to)[2]) {
-  const Bytes values = load<Bytes>(LARGE);
-  const Bytes bytes = _mm512_cvtepu8_epi16(
-      both ? load<__m256i>(w) : _mm256_zextsi128_si256(load<__m128i>(w)));
-  to[0] = _mm512_subs_epu16(_mm512_permutexvar_epi16(bytes, values), lower);
-  to[1] = _mm512_subs_epu16(_mm512_permutexvar_epi16(
-      _mm512_srli_epi16(bytes, 4), values), lower);
+  Fours() = default;
+
+  Fours(const uint8_t* w, const uint8_t* scales, int64_t count) {
+    uint32_t four = 0;
+    if (count >= HELD) {
+      four = load<uint32_t>(scales);
+      words = load<Bytes>(w);
+    } else {
+      std::memcpy(&four, scales, count);
+      words = _mm512_maskz_loadu_epi8((1ull << 16 * count) - 1, w);
+    }
+    lower = _mm512_mullo_epi16(_mm512_set1_epi16(128), _mm512_sub_epi16(
+        _mm512_set1_epi16(252), _mm512_shuffle_epi8(
+            _mm512_set1_epi32(four), load<Bytes>(QUARTERS))));
+  }
+
+  template <int J>  // as bf16, the elements J, J + 4, J + 8 ...
+  Bytes decoded() const {
+    const Bytes codes = J ? _mm512_mulhi_epu16(words, _mm512_set1_epi16(
+                                1 << (16 - 4 * J) % 16)) : words;
+    return _mm512_subs_epu16(_mm512_permutexvar_epi16(
+        codes, load<Bytes>(LARGE)), lower);
+  }
+};
+
+template <class Run>
+inline void by_fours(const Run& run) {
+  run(Count<0>()), run(Count<1>()), run(Count<2>()), run(Count<3>());
 }
 
 // does bf16 hold the weights of these scales? 2**-125 ... 2**125
@@ -72,16 +89,12 @@ void decode_rows(const uint8_t* w, const uint8_t* scales, int64_t blocks,
                  Number* to) {
   for (int r = 0; r < R; ++r, w += 16 * blocks, scales += blocks,
            to += padded(blocks))
-    for (int64_t b = 0; b < blocks; b += BLOCK) {
-      const int64_t count = std::min(BLOCK, blocks - b);
-      const Bytes lower = lowered(scales + b, count);
-      for (int64_t i = 0; i < count; i += 2) {
-        __builtin_prefetch(w + 16 * (b + i) + AHEAD);
-        Bytes two[2];
-        decode_two(w + 16 * (b + i), i + 1 < count, two_of(lower, i), two);
-        for (int odd = 0; odd < 2; ++odd)
-          _mm512_storeu_si512(to + BLOCK * (b + i + odd), two[odd]);
-      }
+    for (int64_t b = 0; b < blocks; b += HELD) {
+      __builtin_prefetch(w + 16 * b + AHEAD);
+      const Fours four(w + 16 * b, scales + b, blocks - b);
+      by_fours([&](auto J) {
+        _mm512_storeu_si512(to + BLOCK * (b + J), four.decoded<J.value>());
+      });
     }
 }
 
@@ -94,27 +107,23 @@ void packed_strip(const uint8_t* w, const uint8_t* scales, int64_t step,
   __m512 s[T][4];
   for (int t = 0; t < T; ++t)
     for (int r = 0; r < 4; ++r) s[t][r] = __m512{};
-  for (int64_t b = 0; b < blocks; b += BLOCK) {
-    const int64_t count = std::min(BLOCK, blocks - b);
-    Bytes lower[R];
-    for (int r = 0; r < R; ++r)
-      lower[r] = lowered(scales + r * row + b, count);
-    for (int64_t i = 0; i < count; i += 2) {
-      Bytes two[R][2];
-      for (int r = 0; r < R; ++r) {
-        const uint8_t* from = w + 16 * (r * row + b + i);
-        __builtin_prefetch(from + 2 * AHEAD);
-        decode_two(from, i + 1 < count, two_of(lower[r], i), two[r]);
-      }
-      for (int t = 0; t < T; ++t)
-        for (int odd = 0; odd < 2; ++odd) {
-          const auto token = load<__m512bh>(
-              x + t * n + BLOCK * (b + i + odd));
-          for (int r = 0; r < R; ++r)
-            s[t][r] = _mm512_dpbf16_ps(s[t][r], (__m512bh)two[r][odd],
-                                       token);
-        }
+  for (int64_t b = 0; b < blocks; b += HELD) {
+    Fours fours[R];
+    for (int r = 0; r < R; ++r) {
+      const int64_t at = r * row + b;
+      __builtin_prefetch(w + 16 * at + 2 * AHEAD);
+      fours[r] = {w + 16 * at, scales + at, blocks - b};
     }
+    by_fours([&](auto J) {
+      Bytes decoded[R];
+      for (int r = 0; r < R; ++r)
+        decoded[r] = fours[r].template decoded<J.value>();
+      for (int t = 0; t < T; ++t) {
+        const auto token = load<__m512bh>(x + t * n + BLOCK * (b + J));
+        for (int r = 0; r < R; ++r)
+          s[t][r] = _mm512_dpbf16_ps(s[t][r], (__m512bh)decoded[r], token);
+      }
+    });
   }
   for (int t = 0; t < T; ++t) {
     const __m128 four = sums(s[t][0], s[t][1], s[t][2], s[t][3]);
@@ -131,11 +140,11 @@ void unusual_rows(const uint8_t* w, const uint8_t* scales, int64_t rows,
       out[r] = 0;
       for (int64_t b = 0; b < blocks; ++b) {
         const uint8_t* from = w + 16 * (r * blocks + b);
-        const Number* at = x + b / 2 * TWO + b % 2 * 16;
+        const Number* at = x + b / HELD * FOUR + b % HELD * 8;
         float s = 0;
-        for (int i = 0; i < 16; ++i)
-          s += TWICE[from[i] & 15] * float(at[i])
-               + TWICE[from[i] >> 4] * float(at[BLOCK + i]);
+        for (int i = 0; i < BLOCK; ++i)
+          s += TWICE[from[i / 2] >> i % 2 * 4 & 15]
+               * float(at[i % 4 * BLOCK + i / 4]);
         out[r] += s * power(scales[r * blocks + b]) / 2;
       }
     }

@@ -10,24 +10,18 @@ struct alignas(64) FourSums {
   float at[4][SQUARE][SQUARE];
 
   static void clear() {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    _tile_zero(0); _tile_zero(1);
+    _tile_zero(2); _tile_zero(3);
   }
 
   void fetch() const {
-    _tile_loadd(0, at[0], 64);
-    _tile_loadd(1, at[1], 64);
-    _tile_loadd(2, at[2], 64);
-    _tile_loadd(3, at[3], 64);
+    _tile_loadd(0, at[0], 64); _tile_loadd(1, at[1], 64);
+    _tile_loadd(2, at[2], 64); _tile_loadd(3, at[3], 64);
   }
 
   void keep() {
-    _tile_stored(0, at[0], 64);
-    _tile_stored(1, at[1], 64);
-    _tile_stored(2, at[2], 64);
-    _tile_stored(3, at[3], 64);
+    _tile_stored(0, at[0], 64); _tile_stored(1, at[1], 64);
+    _tile_stored(2, at[2], 64); _tile_stored(3, at[3], 64);
   }
 
   // out[t * width + r], for `count` columns
@@ -49,11 +43,11 @@ struct alignas(64) FourSums {
   }
 };
 
-// adds `steps` squares of H rows of squares, times those of x and beyond
+// adds four squares of each of H rows of them, times those of x and beyond
 template <int H>
-void add_squares(const Number* w, const Number* x, const Number* beyond,
-                 int64_t steps) {
-  for (int64_t k = 0; k < steps; ++k, w += H * AREA) {
+void add_squares(const Number* w, const Number* x, const Number* beyond) {
+  written();
+  for (int64_t k = 0; k < HELD; ++k, w += H * AREA) {
     _tile_loadd(4, w, 64);
     _tile_loadd(6, x + k * AREA, 64);
     _tile_dpbf16ps(0, 4, 6);
@@ -72,6 +66,8 @@ void add_squares(const Number* w, const Number* x, const Number* beyond,
   }
 }
 
+constexpr int64_t TALLEST = 4 * SQUARE;  // rows that are decoded together
+
 struct Work {  // out[t * width + r]: rows of a packed weight, times columns
   const uint8_t *w, *scales;
   int64_t rows, blocks;
@@ -79,39 +75,34 @@ struct Work {  // out[t * width + r]: rows of a packed weight, times columns
   int64_t count, columns;  // in all, of a place
   float* out;
   int64_t width;
+  const uint8_t* next = nullptr;  // what will be read after these rows
 
-  Work from(int64_t r, int64_t high, int64_t c, int64_t wide) const {
+  // up to 64 rows from r on, `wide` columns from c on
+  Work from(int64_t r, int64_t c, int64_t wide) const {
     Work part = *this;
     part.w += 16 * r * blocks, part.scales += r * blocks;
     part.x += c * padded(blocks), part.out += c / columns * width + r;
-    part.rows = std::min(high, rows - r);
+    part.rows = std::min(TALLEST, rows - r);
     part.count = std::min(wide, count - c);
+    part.next = part.w + (r + TALLEST < rows ? 16 * TALLEST * blocks : 0);
     return part;
   }
 };
 
-constexpr int64_t TALLEST = 4 * SQUARE;  // rows that are decoded together
 constexpr int64_t MANY_COLUMNS = 192;  // half of L2, if n is 2880
-constexpr int64_t HELD = 4;    // blocks of them: 16 KiB, a third of L1
-constexpr int64_t SOON = 128;  // bytes of a row, asked for ahead
 
-// blocks b ... b + count - 1 of up to 16 H rows as squares
+// blocks b ... b + 3 of 16 H rows from `first` on, or what there is of them
 template <int H>
-void decode_squares(const Work& part, int64_t b, int64_t count, Number* to) {
-  // beyond a row's end: the row that is decoded 64 rows later
-  const int64_t row = 16 * part.blocks, at = 16 * b + SOON;
-  const int64_t ahead = at < row ? SOON : SOON + (TALLEST - 1) * row;
-  for (int64_t r = 0; r < part.rows; ++r, to += BLOCK) {
-    const uint8_t* from = part.w + 16 * b + r * row;
-    const uint8_t* by = part.scales + r * part.blocks + b;
-    const Bytes lower = lowered(by, count);
-    __builtin_prefetch(from + ahead);
-    for (int64_t i = 0; i < count; i += 2) {
-      Bytes two[2];
-      decode_two(from + 16 * i, i + 1 < count, two_of(lower, i), two);
-      for (int odd = 0; odd < 2; ++odd)
-        _mm512_store_si512(to + (i + odd) * H * AREA, two[odd]);
-    }
+void decode_squares(const Work& part, int64_t first, int64_t b, Number* to) {
+  const int64_t end = std::min(first + H * SQUARE, part.rows);
+  for (int64_t r = first; r < end; ++r, to += BLOCK) {
+    const int64_t at = r * part.blocks + b;
+    __builtin_prefetch(part.w + 16 * at + 128);
+    __builtin_prefetch(part.next + 16 * TALLEST * b + 64 * r, 0, 2);
+    const Fours four(part.w + 16 * at, part.scales + at, part.blocks - b);
+    by_fours([&](auto J) {
+      _mm512_store_si512(to + J * H * AREA, four.decoded<J.value>());
+    });
   }
 }
 
@@ -121,10 +112,8 @@ void few_squares(const Work& part) {
   FourSums sums;
   sums.clear();
   for (int64_t b = 0; b < part.blocks; b += HELD) {
-    const int64_t deep = std::min(HELD, part.blocks - b);
-    decode_squares<4>(part, b, deep, decoded);
-    add_squares<4>(decoded, part.x + b * AREA, nullptr,
-                   padded(deep) / BLOCK);
+    decode_squares<4>(part, 0, b, decoded);
+    add_squares<4>(decoded, part.x + b * AREA, nullptr);
   }
   sums.keep();
   sums.put<4>(part.rows, part.count, part.columns, part.out, part.width);
@@ -139,17 +128,14 @@ void many_squares(const Work& part) {
   thread_local std::vector<FourSums> sums;
   sums.resize(2 * groups);
   for (int64_t b = 0; b < part.blocks; b += HELD) {
-    const int64_t deep = std::min(HELD, part.blocks - b);
     for (int64_t r = 0; r < part.rows; r += BOTH)
-      decode_squares<2>(part.from(r, BOTH, 0, part.count), b, deep,
-                        decoded[r / BOTH]);
+      decode_squares<2>(part, r, b, decoded[r / BOTH]);
     for (int64_t i = 0; i < 2 * groups; ++i) {
       if (i % 2 * BOTH >= part.rows) continue;
       const Number* x = part.x + i / 2 * BOTH * n + b * AREA;
       const bool two = part.count - i / 2 * BOTH > SQUARE;
       b ? sums[i].fetch() : sums[i].clear();
-      add_squares<2>(decoded[i % 2], x, two ? x + SQUARE * n : x,
-                     padded(deep) / BLOCK);
+      add_squares<2>(decoded[i % 2], x, two ? x + SQUARE * n : x);
       sums[i].keep();
     }
   }
@@ -184,13 +170,12 @@ void packed_squares(const Work& all) {
   if (!usual(all.scales, all.rows * all.blocks)) return unusual_squares(all);
   const int64_t times = (all.count + MANY_COLUMNS - 1) / MANY_COLUMNS;
   const int64_t wide = (all.count + 32 * times - 1) / (32 * times) * 32;
-  _tile_loadconfig(&SHAPES);
+  const Registers registers;
   for (int64_t c = 0; c < all.count; c += wide)
     for (int64_t r = 0; r < all.rows; r += TALLEST) {
-      const Work part = all.from(r, TALLEST, c, wide);
+      const Work part = all.from(r, c, wide);
       (part.count > SQUARE ? many_squares : few_squares)(part);
     }
-  _tile_release();
 }
 #endif
 

@@ -19,7 +19,8 @@ def products() -> None:
     for rows, columns in ((50, 96), (64, 128), (33, 32), (200, 320),
                           (16, 2880)):
         code, scales, weight = packed(rows, columns)
-        for tokens in (1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 48, 65):
+        for tokens in (1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 48, 65, 192,
+                       193, 225, 400):  # from 193 on in turns
             x, bias = numbers(tokens, columns), numbers(rows)
             near(OPS.mxfp4_linear(x, code, scales, bias),
                  exact(x) @ weight.T + exact(bias))
@@ -48,10 +49,10 @@ def same_bits_in_company() -> None:
     for tokens in (6, 16, 17, 96, 97):
         assert torch.equal(OPS.linear(x[:tokens], weight, None),
                            all_[:tokens])
-    x = numbers(70, 320)
+    x = numbers(400, 320)
     code, scales, _ = packed(100, 320)
     all_ = OPS.mxfp4_linear(x, code, scales, None)
-    for tokens in (4, 5, 16, 17, 32, 33, 64):
+    for tokens in (4, 5, 16, 17, 32, 33, 64, 192, 193, 225):
         assert torch.equal(OPS.mxfp4_linear(x[:tokens], code, scales, None),
                            all_[:tokens])
 
@@ -60,7 +61,8 @@ def experts() -> None:
     """Uneven: an expert with one place, one with two, one with most; what
     stands between the layers keeps sixteen bits, so that the error is hardly
     more than that of rounding the result."""
-    for N, E, D, F in ((9, 3, 64, 32), (40, 5, 96, 160), (70, 4, 320, 96)):
+    for N, E, D, F in ((9, 3, 64, 32), (40, 5, 96, 160), (70, 4, 320, 96),
+                       (230, 4, 64, 96)):
         x, shares = numbers(N, D), numbers(N, 2)
         ids = torch.tensor([[0, 1]]).repeat(N, 1)
         ids[0, 0], ids[1:3, 1] = E - 1, E - 2
@@ -90,6 +92,23 @@ def scales_without_room() -> None:
                 near(y[:, row], right[:, row].numpy())
 
 
+def scales_without_room_between() -> None:
+    """The same in the second layer, whose columns are two of a number."""
+    for some in (0, 1, 255):
+        x, shares = numbers(20, 64), numbers(20, 1)
+        ids = torch.arange(20)[:, None] % 2
+        up, down = packed(2, 64, 64), packed(2, 64, 32)
+        down[1][0, 3, 0] = some
+        weight = decode(*down[:2], torch.float64).numpy()
+        up_bias, down_bias = numbers(2, 64), numbers(2, 64)
+        right = answers(x, ids, shares, up[2], up_bias, weight, down_bias)
+        y = exact(OPS.packed_experts(x, ids, shares, *up[:2], up_bias,
+                                     *down[:2], down_bias, 7.0))
+        assert np.array_equal(np.isnan(y), np.isnan(right))
+        assert np.isnan(y).sum() == (10 if some == 255 else 0)
+        near(torch.from_numpy(np.nan_to_num(y)), np.nan_to_num(right))
+
+
 def what_is_not_a_number() -> None:
     """NaN in a token is its own; infinity is NaN in every column of it."""
     x = numbers(20, 96)
@@ -113,7 +132,8 @@ def all_codes_exactly() -> None:
 
 
 CASES = (products, dense, same_bits_in_company, experts, scales_without_room,
-         what_is_not_a_number, all_codes_exactly)
+         scales_without_room_between, what_is_not_a_number,
+         all_codes_exactly)
 
 
 @torch.inference_mode()

@@ -208,8 +208,9 @@ def coarse() -> None:
         whole[:, ::32] = 127
         x, shares = (whole / 2 ** 9).bfloat16(), numbers(N, 2)
         ids = torch.rand(N, E).topk(2).indices
+        as_it_is = "AMX" in OPS.kernels_name()  # stored in bf16 is enough
         y = answers(x, ids, shares, up[2], up_bias, down[2], down_bias,
-                    in_steps)
+                    *[] if as_it_is else [in_steps])
         near(OPS.packed_experts_eight(x, ids, shares, *up[:2], up_bias,
                                       *down[:2], down_bias, 7.0), y)
 

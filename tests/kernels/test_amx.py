@@ -1,6 +1,6 @@
 """Products by squares: on a processor that has AMX as it is, on one with
-64-byte bf16 instructions in software (amx_in_software.h), and the kernels of
-any other by the same rules."""
+64-byte bf16 instructions in software (amx_in_software.h) and without, and the
+kernels of any other by the same rules."""
 
 import os
 import subprocess
@@ -30,14 +30,17 @@ def test_the_kernels_in_use(case):
 @needs_compiler
 @pytest.mark.skipif(not {"avx512_bf16", "avx512_vnni"} <= set(FLAGS),
                     reason="no 64-byte bf16 instructions here")
-def test_in_software(tmp_path):
+@pytest.mark.parametrize("more", [
+    ["-include", str(HERE / "amx_in_software.h")], []],
+    ids=["in software", "without"])
+def test_another_processor(more, tmp_path):
+    """AMX where there is none, and none where there is AMX."""
     parts = build.PARTS[:build.PARTS.index("dense") + 1]
     library = tmp_path / "amx.so"
     command = build.compile_command(library, parts=parts)
     at = command.index("-include")
     command[at:at] = ["-O1", "-mno-amx-bf16", "-mno-amx-int8",
-                      "-mno-amx-tile", "-include",
-                      str(HERE / "amx_in_software.h")]
+                      "-mno-amx-tile", *more]
     subprocess.run(command, check=True, capture_output=True, timeout=280)
     done = subprocess.run(
         [sys.executable, str(HERE / "amx_cases.py"), str(library)],

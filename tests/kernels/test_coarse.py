@@ -24,6 +24,7 @@ from gptoss.kernels import coarse
 from gptoss.model.layers import Experts
 from gptoss.model.ops import has_kernel
 from gptoss.model.transformer import GptOss
+from gptoss.moe.experts import packed_by_decoding
 from gptoss.weights.encoding import encode
 
 needs_coarse = pytest.mark.skipif(not has_kernel("packed_experts_eight"),
@@ -63,13 +64,17 @@ def drawn(E: int, K: int, tokens: int, D: int, F: int) -> list:
     [1, 2, 4, 5, 6, 11, 23]), st.integers(1, 20), st.integers(1, 19),
     st.integers(0, 99))
 @torch.inference_mode()
-def test_kernel_and_plain_torch_are_one(E, K, tokens, D, F, seed):
+def test_the_kernel_is_its_twin_or_nearer_to_the_truth(E, K, tokens, D, F,
+                                                       seed):
+    """With AMX nothing but what stands between the layers is rounded."""
     torch.manual_seed(seed)
     call = drawn(E, min(E, K), tokens, 32 * D, 32 * F)
     wide = [t.double() if torch.is_tensor(t) and t.is_floating_point() else t
             for t in call]
     y = OPS.packed_experts_eight(*call)
-    assert off(y, coarse.coarse_by_decoding(*wide)) < 4e-3
+    formula = (packed_by_decoding if "AMX" in OPS.kernels_name()
+               else coarse.coarse_by_decoding)
+    assert off(y, formula(*wide)) < 4e-3
 
 
 @needs_coarse
