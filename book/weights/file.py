@@ -491,8 +491,8 @@ def make_header(specs: Iterable[TensorSpec]) -> bytes:
 two = [TensorSpec("sinks", (2,), "BF16"), TensorSpec("blocks", (1, 2), "U8")]
 made = make_header(two) + raw[8 + n:]
 print(made[8:].split(b"  ")[0].decode())
-print("the library reads:", {name: t.tolist()
-                             for name, t in load(made).items()})
+print("the library reads:", {name: t.tolist()  # it keeps no order
+                             for name, t in sorted(load(made).items())})
 for config in (SMALL, LARGE):
     for layout in LAYOUTS:
         table = tensor_table(config, layout)
