@@ -351,7 +351,9 @@ def named_binary(text: str) -> tuple[str, tuple[Path, list[str]]]:
     """"NAME=FOLDER OPTIONS" -> its parts."""
     name, sign, rest = text.partition("=")
     folder, *more = shlex.split(rest) or [""]
-    if not (name and sign and folder) or name in ENGINES:
+    if name in ENGINES:
+        raise argparse.ArgumentTypeError(f"{name} is an engine's name already")
+    if not (name and sign and folder):
         raise ValueError
     return name, (Path(folder), more)
 
