@@ -590,7 +590,11 @@ for machine, saved in (("Zen 3", MEASURED), ("Zen 4", ON_AVX512),
 # its share in the latter: in a run of another day, when it was kinder to
 # ik_llama.cpp, it was 1.02, 1.22, 1.61 and 1.74 times for one to eight texts,
 # and 2.5 for the prompt. `--dense 8` (`ours-eight`) writes faster there, too,
-# and reads a prompt more slowly: bytes have no form for AMX.
+# and reads a prompt more slowly: bytes have no form for AMX. llama.cpp
+# (0c1e570, not in the table) read 15 and wrote 3.0 tokens a second where ours,
+# in that hour, did 95 and 5.7. With q8_0 its product by AMX ended in a fault;
+# built without AMX it read 16 and wrote 3.8, ours in eight bits 77 to 103 and
+# 7.1 to 7.7, in twelve 77 to 113 and 5.0 to 6.5.
 
 # %% [markdown]
 # Beside torch and beside the bytes, by `bench/rows.py`: a product's time over
