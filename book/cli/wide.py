@@ -401,9 +401,9 @@ assert (np.concatenate([low, high])[to] == k).all()
 # And for attention: the numbers of keys stay in pairs, half as long, and
 # `vdpbf16ps` adds two products at once. Sixteen keys become columns by `turn`
 # of [AMX](../kernels/amx.ipynb), which needs no more than these registers: a
-# pair is a word of 32 bits. A last tile may hold fewer than
-# sixteen keys, and a head's last columns be sixteen: those are copied to where
-# there are zeros around them.
+# pair is a word of 32 bits. A last tile may hold fewer than sixteen keys, and
+# a head's last columns be sixteen: those are copied to where there are zeros
+# around them.
 #
 # Weights times values stays in fp32: rounded to bf16, the weights would lose
 # what the sum keeps. Eight rows by 32 columns are sixteen registers of sums,

@@ -556,7 +556,7 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 #   const int64_t end = std::min(first + H * SQUARE, part.rows);
 #   for (int64_t r = first; r < end; ++r, to += BLOCK) {
 #     const int64_t at = r * part.blocks + b;
-#     __builtin_prefetch(part.w + 16 * at + 128);
+#     __builtin_prefetch(part.w + 16 * (at + 2 * HELD));
 #     __builtin_prefetch(part.next + 16 * TALLEST * b + 64 * r, 0, 2);
 #     const Fours four(part.w + 16 * at, part.scales + at, part.blocks - b);
 #     by_fours([&](auto J) {

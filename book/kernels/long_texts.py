@@ -353,11 +353,10 @@ for case in cases:
 # Two threads alone on two cores were not measured.
 #
 # *The whole model*, a 20b of random weights on two cores of a Xeon whose
-# memory was slow that day (`bench/lengths.py`): a step after 128, 8,192,
-# 32,768 and
-# 131,000 tokens took 322, 301, 355 and 575 ms; in another run 254 ms after 128
-# and 328 after 32,768. So at the end of its context the 20b writes nearly half
-# as fast as at the beginning.
+# memory was slow then (`bench/lengths.py`): a step after 128, 8,192, 32,768
+# and 131,000 tokens took 322, 301, 355 and 575 ms; in another run 254 ms after
+# 128 and 328 after 32,768. So at the end of its context the 20b writes about
+# half as fast as at the beginning.
 
 # %% [markdown]
 # ## In the 20b and the 120b

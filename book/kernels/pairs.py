@@ -202,9 +202,9 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 #
 # A shift to the right by $k$ is written as the upper half of a product with
 # $2^{16 - k}$, one to the left as a product. Why? Because an Intel processor
-# begins two multiplications of 64 bytes in a cycle, and only one shift. Where
-# the others do alike it costs nothing. The program that told us is ten lines
-# of a loop around one instruction:
+# begins two multiplications of 64 bytes in a cycle, and only one shift. A
+# processor that begins as many of either loses nothing by it. To find out, we
+# put one instruction after the other into a loop of nothing else:
 
 # %% [markdown] tags=["measured"]
 # One core of a Xeon of the Granite Rapids kind at 4.09 GHz, 64-byte

@@ -97,7 +97,7 @@ void decode_squares(const Work& part, int64_t first, int64_t b, Number* to) {
   const int64_t end = std::min(first + H * SQUARE, part.rows);
   for (int64_t r = first; r < end; ++r, to += BLOCK) {
     const int64_t at = r * part.blocks + b;
-    __builtin_prefetch(part.w + 16 * at + 128);
+    __builtin_prefetch(part.w + 16 * (at + 2 * HELD));
     __builtin_prefetch(part.next + 16 * TALLEST * b + 64 * r, 0, 2);
     const Fours four(part.w + 16 * at, part.scales + at, part.blocks - b);
     by_fours([&](auto J) {
