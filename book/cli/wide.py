@@ -209,83 +209,14 @@ print(sums[:4].tolist(), (ABOVE[packed & 15] * digits)[:4].sum())
 # memory after each block. `vpdpwssd` multiplies pairs of 16-bit numbers and
 # adds them to a sum, in one instruction.
 #
-# Rows become columns two bytes at a time: `vpermi2w` picks any 32 words out of
-# two registers, so a pair of columns of eight rows is one instruction. Then
-# each byte is widened to 16 bits, and `vpermw` looks up its nibble in a table
-# of 32 words; it holds the 16 values twice, so that the fifth bit of an index,
-# which belongs to the neighbour, does not matter. In numpy, for four registers
-# of four rows:
-
-# %%
-words = np.arange(16 * 8).reshape(16, 8)  # row r, word c: number 8 r + c
-four = words.reshape(4, 32)  # registers of four rows
-for p in range(4):
-    pick = [i % 8 * 8 + 2 * p + i // 8 % 2 for i in range(32)]
-    upper, lower = (np.concatenate(pair)[pick] for pair in (four[:2],
-                                                            four[2:]))
-    for i in range(2):  # eight words of each
-        column = np.concatenate([upper[8 * i:8 * i + 8],
-                                 lower[8 * i:8 * i + 8]])
-        assert (column == words[:, 2 * p + i]).all()
-print("column 7, rows 0, 1, 8, 15:", column[[0, 1, 8, 15]].tolist())
+# This serves [eight-bit weights](../kernels/eight_rows.ipynb) that many tokens
+# meet; those in four bits have [panels](../kernels/panels.ipynb).
 
 # %% [markdown] tags=["export:/kernels/wide16.h"]
 # ```cpp
 # namespace {
 #
 # #ifdef GPTOSS_AVX512
-# // columns of 16-bit words, 2 p and 2 p + 1, of eight rows: those of the
-# // first column, then of the second, then both again
-# struct Columns {
-#   alignas(64) uint16_t word[4][32];
-#
-#   constexpr Columns() : word() {
-#     for (int p = 0; p < 4; ++p)
-#       for (int i = 0; i < 32; ++i)
-#         word[p][i] = i % 8 * 8 + 2 * p + i / 8 % 2;
-#   }
-# };
-# constexpr Columns COLUMNS;
-# constexpr int16_t WORDS[32] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4,
-#                                -6, -8, -12, 0, 1, 2, 3, 4, 6, 8, 12, 0, -1,
-#                                -2, -3, -4, -6, -8, -12};  // TWICE, twice
-#
-# inline Bytes four_rows(const uint8_t* w, int64_t stride) {
-#   Bytes v = _mm512_castsi128_si512(load<__m128i>(w));
-#   v = _mm512_inserti32x4(v, load<__m128i>(w + stride), 1);
-#   v = _mm512_inserti32x4(v, load<__m128i>(w + 2 * stride), 2);
-#   return _mm512_inserti32x4(v, load<__m128i>(w + 3 * stride), 3);
-# }
-#
-# void decode_tile(const uint8_t* w, const uint8_t* scales, int64_t blocks,
-#                  int64_t count, Tile& tile) {
-#   const int64_t stride = 16 * blocks;
-#   const Bytes values = load<Bytes>(WORDS);
-#   for (int64_t b = 0; b < count; ++b, w += 16) {
-#     Bytes v[4];
-#     for (int i = 0; i < 4; ++i) v[i] = four_rows(w + 4 * i * stride, stride);
-#     for (int p = 0; p < 4; ++p) {
-#       const Bytes word = load<Bytes>(COLUMNS.word[p]);
-#       const Bytes upper = _mm512_permutex2var_epi16(v[0], word, v[1]);
-#       const Bytes lower = _mm512_permutex2var_epi16(v[2], word, v[3]);
-#       for (int i = 0; i < 2; ++i) {  // eight words of each, for one column
-#         const __m256i a = _mm512_castsi512_si256(upper);
-#         const __m256i c = _mm512_castsi512_si256(lower);
-#         const Bytes words = _mm512_cvtepu8_epi16(
-#             i ? _mm256_permute2x128_si256(a, c, 0x31)
-#               : _mm256_permute2x128_si256(a, c, 0x20));
-#         _mm512_store_si512(tile.values[b][0][2 * p + i],
-#                            _mm512_permutexvar_epi16(words, values));
-#         _mm512_store_si512(tile.values[b][1][2 * p + i],
-#                            _mm512_permutexvar_epi16(
-#                                _mm512_srli_epi16(words, 4), values));
-#       }
-#     }
-#     for (int64_t r = 0; r < 16; ++r)
-#       tile.factors[b][r] = power(scales[r * blocks + b]);
-#   }
-# }
-#
 # template <int T>
 # void multiply_tokens(const Tile& tile, const Few& few, int64_t first,
 #                    int64_t count) {
@@ -363,8 +294,8 @@ assert (np.concatenate([low, high])[to] == k).all()
 # #ifdef GPTOSS_BF16
 # // of 64 weights, the halves of a register interleaved give 0 ... 15 and
 # // 32 ... 47, then the others
-# std::vector<Number> compact_ready(const Buffer& x) {
-#   std::vector<Number> to(x.size());
+# Array<Number> compact_ready(const Buffer& x) {
+#   Array<Number> to(x.size());
 #   for (size_t k = 0; k < x.size(); k += 8)
 #     narrow(load<Floats>(&x[k]), &to[k / 64 * 64 + k % 32 / 16 * 32
 #                                     + k % 64 / 32 * 16 + k % 16]);

@@ -298,41 +298,11 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 # only one there is, and for each of the eight how long a row is and how many
 # there are. Ours are always as large as can be. Tokens that a group lacks are
 # zeros, rows that a matrix lacks are whatever stood there before; their sums
-# are computed and not stored. `turn` is `turned`: two rounds interleave words
-# and pairs of words within quarters of a register (`unpack`), two rounds of
-# `shuffle_i32x4` move whole quarters.
+# are computed and not stored. `turn`, of [panels](panels.ipynb), is `turned`.
 
 # %% [markdown] tags=["export:amx.h"]
 # ```cpp
 # namespace {
-#
-# #ifdef GPTOSS_BF16
-# // sixteen rows of sixteen 32-bit words become sixteen columns
-# inline void turn(Bytes (&v)[16]) {
-#   Bytes t[16];
-#   for (int i = 0; i < 16; i += 2) {
-#     t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-#     t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-#   }
-#   for (int i = 0; i < 16; i += 4)
-#     for (int j = 0; j < 2; ++j) {
-#       v[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + 2 + j]);
-#       v[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + 2 + j]);
-#     }  // quarter q of v[i + j]: column 4 q + j of rows i ... i + 3
-#   for (int j = 0; j < 4; ++j)
-#     for (int odd = 0; odd < 2; ++odd) {  // columns 0 and 8, or 4 and 12
-#       auto halves = [&](Bytes a, Bytes b) {
-#         return odd ? _mm512_shuffle_i32x4(a, b, 0xdd)
-#                    : _mm512_shuffle_i32x4(a, b, 0x88);
-#       };
-#       const Bytes a = halves(v[j], v[4 + j]);
-#       const Bytes b = halves(v[8 + j], v[12 + j]);
-#       t[4 * odd + j] = _mm512_shuffle_i32x4(a, b, 0x88);
-#       t[8 + 4 * odd + j] = _mm512_shuffle_i32x4(a, b, 0xdd);
-#     }
-#   std::copy(t, t + 16, v);
-# }
-# #endif
 #
 # #ifdef GPTOSS_AMX
 # constexpr int64_t SQUARE = 16;  // rows of a register, 64 bytes each
@@ -559,9 +529,9 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 #     __builtin_prefetch(part.w + 16 * (at + 2 * HELD));
 #     __builtin_prefetch(part.next + 16 * TALLEST * b + 64 * r, 0, 2);
 #     const Fours four(part.w + 16 * at, part.scales + at, part.blocks - b);
-#     by_fours([&](auto J) {
-#       _mm512_store_si512(to + J * H * AREA, four.decoded<J.value>());
-#     });
+# #pragma GCC unroll 4
+#     for (int j = 0; j < HELD; ++j)
+#       _mm512_store_si512(to + j * H * AREA, four.decoded(j));
 #   }
 # }
 #

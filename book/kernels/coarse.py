@@ -396,7 +396,8 @@ define_operator("packed_experts_eight", Operator(
 #
 # As derived: half a block is summed in 16 bits, where there is no VNNI. The
 # sums begin with the offset of {eq}`coarse-sum`. Five tokens at a time take
-# ten sums, two weights and one activation: 13 of 16 registers.
+# ten sums, two weights and one activation: 13 of 16 registers. (With AVX-512
+# all this is left to the [panels](panels.ipynb), which know bytes.)
 
 # %% [markdown] tags=["export:coarse.h"]
 # ```cpp
@@ -489,16 +490,34 @@ define_operator("packed_experts_eight", Operator(
 # ```cpp
 # struct Coarse : Inputs {
 #   static constexpr char OPERATOR[] = "packed_experts_eight";
-#   static constexpr int64_t TILED = std::min<int64_t>(FEW, 9);
-#   std::vector<int8_t> bytes;     // (rows, blocks, 32), even elements first
-#   std::vector<int32_t> offsets;  // -12 times the sum of a block
+#   static constexpr int64_t TILED = 9;
+#
+# #ifdef GPTOSS_AVX512
+#   Interleaved<WholePanel<InBytes>> four;
 #
 #   static float most() { return lent() ? STORED : COARSE; }
 #
 #   Coarse(const float* x, int64_t rows, const Packed& weight, float,
 #          std::vector<int64_t> place, const Groups& groups)
-#       : Inputs(x, rows, weight, most(), std::move(place), groups) {
-#     if (most() != COARSE) return;
+#       : Inputs(x, rows, weight, most(), std::move(place), groups, false) {
+#     if (lent()) return;
+#     four = whole<InBytes>(digits, from, groups.begin, TILED);
+#     few = TILED, low = BROAD;
+#   }
+#
+#   void by_tile(const uint8_t* w, const uint8_t* scales, int64_t rows,
+#                int64_t first, int64_t count, float* out) const {
+#     panels<WholePanel<InBytes>>(w, scales, rows, digits.blocks,
+#                                 four.at(first), count, out);
+#   }
+# #else
+#   std::vector<int8_t> bytes;     // (rows, blocks, 32), even elements first
+#   std::vector<int32_t> offsets;  // -12 times the sum of a block
+#
+#   Coarse(const float* x, int64_t rows, const Packed& weight, float,
+#          std::vector<int64_t> place, const Groups& groups)
+#       : Inputs(x, rows, weight, COARSE, std::move(place), groups) {
+#     few = TILED;
 #     bytes.resize(rows * weight.blocks * BLOCK);
 #     offsets.resize(rows * weight.blocks);
 #     at::parallel_for(0, offsets.size(), 512, [&](int64_t b, int64_t end) {
@@ -510,9 +529,9 @@ define_operator("packed_experts_eight", Operator(
 #     });
 #   }
 #
-#   void by_tile(const uint8_t* w, const uint8_t* scales,
-#                const std::vector<int64_t>& inputs, float* out) const {
-#     const int64_t count = inputs.size(), blocks = digits.blocks;
+#   void by_tile(const uint8_t* w, const uint8_t* scales, int64_t,
+#                int64_t first, int64_t count, float* out) const {
+#     const int64_t blocks = digits.blocks;
 #     ByteTile tile;
 #     std::fill_n(out, count * ROWS, 0.0f);
 #     for (int64_t b = 0; b < blocks; b += DEEP) {
@@ -521,7 +540,7 @@ define_operator("packed_experts_eight", Operator(
 #       in_groups<A_TILE>(count, [&](auto T, int64_t i) {
 #         FewBytes few;
 #         for (int64_t t = 0; t < T.value; ++t) {
-#           const int64_t n = inputs[i + t];
+#           const int64_t n = from[first + i + t];
 #           few.bytes[t] = &bytes[n * blocks * BLOCK];
 #           few.offsets[t] = &offsets[n * blocks];
 #           few.halves[t] = digits.half(n);
@@ -531,6 +550,7 @@ define_operator("packed_experts_eight", Operator(
 #       });
 #     }
 #   }
+# #endif
 # };
 #
 # TORCH_LIBRARY_IMPL(gptoss, CPU, m) {

@@ -194,11 +194,12 @@ assert np.allclose(strip(some, six), six @ some.T)
 # constexpr int TOGETHER = 2;  // tokens: 8 sums, 2 weights, 4 activations
 # constexpr int64_t BY_STRIPS = 8;  // more tokens: tiles
 # #endif
+# constexpr int64_t HALF_ROW = 1440;  // numbers
 #
 # #ifndef GPTOSS_BF16
 # // sixteen at a time, first the eight even ones, then the eight odd ones
-# std::vector<Ready> ready(const Number* x, int64_t count) {
-#   std::vector<Ready> to(count);
+# Array<Ready> ready(const Number* x, int64_t count) {
+#   Array<Ready> to(count);
 #   for (int64_t k = 0; k < count; k += 16) {
 #     const Ints pairs = load<Ints>(x + k);
 #     store(&to[k], even(pairs)), store(&to[k + 8], odd(pairs));
@@ -206,16 +207,16 @@ assert np.allclose(strip(some, six), six @ some.T)
 #   return to;
 # }
 #
-# // out[t * width + r * step]: R rows of w, `step` rows apart, times T tokens
+# // out[t * width + r * step] += R rows of w, `step` apart, times T tokens
 # template <int R, int T>
 # void strip(const Number* w, int64_t step, const Ready* x, int64_t n,
-#            float* out, int64_t width) {
+#            int64_t deep, int64_t ahead, float* out, int64_t width) {
 #   constexpr int HALVES = T == 1 ? 2 : 1;  // more sums than a product takes
 #   Floats s[T][R][HALVES] = {};
-#   for (int64_t k = 0; k < n; k += 16)
+#   for (int64_t k = 0; k < deep; k += 16)
 #     for (int r = 0; r < R; ++r) {
 #       const Number* from = w + r * step * n + k;
-#       __builtin_prefetch(from + AHEAD / 2);
+#       __builtin_prefetch(from + ahead);
 #       const Ints pairs = load<Ints>(from);
 #       const Floats a = even(pairs), b = odd(pairs);
 #       for (int t = 0; t < T; ++t) {
@@ -225,7 +226,7 @@ assert np.allclose(strip(some, six), six @ some.T)
 #     }
 #   for (int t = 0; t < T; ++t)
 #     for (int r = 0; r < R; ++r)
-#       out[t * width + r * step] =
+#       out[t * width + r * step] +=
 #           sum(HALVES == 2 ? s[t][r][0] + s[t][r][1] : s[t][r][0]);
 # }
 # ```
@@ -241,7 +242,7 @@ assert np.allclose(strip(some, six), six @ some.T)
 # %% [markdown] tags=["export:strips.h"]
 # ```cpp
 # #else
-# std::vector<Ready> ready(const Number* x, int64_t count) {
+# Array<Ready> ready(const Number* x, int64_t count) {
 #   return {x, x + count};
 # }
 #
@@ -261,15 +262,15 @@ assert np.allclose(strip(some, six), six @ some.T)
 #
 # template <int R, int T>
 # void strip(const Number* w, int64_t step, const Ready* x, int64_t n,
-#            float* out, int64_t width) {
+#            int64_t deep, int64_t ahead, float* out, int64_t width) {
 #   __m512 s[T][4];
 #   for (int t = 0; t < T; ++t)
 #     for (int r = 0; r < 4; ++r) s[t][r] = __m512{};
-#   for (int64_t k = 0; k < n; k += BLOCK) {
+#   for (int64_t k = 0; k < deep; k += BLOCK) {
 #     __m512bh rows[R];
 #     for (int r = 0; r < R; ++r) {
 #       const Number* from = w + r * step * n + k;
-#       __builtin_prefetch(from + AHEAD / 2);
+#       __builtin_prefetch(from + ahead);
 #       rows[r] = load<__m512bh>(from);
 #     }
 #     for (int t = 0; t < T; ++t) {
@@ -280,7 +281,7 @@ assert np.allclose(strip(some, six), six @ some.T)
 #   }
 #   for (int t = 0; t < T; ++t) {
 #     const __m128 four = sums(s[t][0], s[t][1], s[t][2], s[t][3]);
-#     for (int r = 0; r < R; ++r) out[t * width + r * step] = four[r];
+#     for (int r = 0; r < R; ++r) out[t * width + r * step] += four[r];
 #   }
 # }
 # #endif
@@ -291,12 +292,15 @@ assert np.allclose(strip(some, six), six @ some.T)
 #
 # `in_groups` of [packed](packed.ipynb) cuts the tokens into groups of a `T`
 # that is known when the code is compiled, `in_strips` the rows into strips.
+# One group goes along whole rows. Several would bring all their tokens from
+# the L2 cache for each four rows; half as long, rows and tokens fit into L1,
+# and what is asked for ahead are the next four rows.
 
 # %% [markdown] tags=["export:strips.h"]
 # ```cpp
 # // run(R, first row, how far apart R rows lie): strips of R rows, then what
 # // is left one by one. Few tokens wait for memory, which likes rows that lie
-# // apart; the sums of many are kept together
+# // apart
 # template <int R, class Run>
 # void in_strips(int64_t rows, bool few, const Run& run) {
 #   const int64_t whole = rows / R, apart = few ? whole : 1;
@@ -309,12 +313,17 @@ assert np.allclose(strip(some, six), six @ some.T)
 # // out[t * width + r]: `rows` rows of w (…, n) times N tokens of x (N, n)
 # void strips(const Number* w, int64_t rows, const Ready* x, int64_t N,
 #             int64_t n, float* out, int64_t width) {
-#   in_strips<STREAMS>(rows, N <= 32, [&](auto R, int64_t r, int64_t apart) {
-#     in_groups<TOGETHER>(N, [&](auto T, int64_t t) {
-#       strip<R.value, T.value>(w + r * n, apart, x + t * n, n,
-#                               out + t * width + r, width);
+#   const bool few = N <= TOGETHER;
+#   const int64_t part = few ? n : HALF_ROW;
+#   for (int64_t t = 0; t < N; ++t) std::fill_n(out + t * width, rows, 0.0f);
+#   for (int64_t k = 0; k < n; k += part)
+#     in_strips<STREAMS>(rows, few, [&](auto R, int64_t r, int64_t apart) {
+#       in_groups<TOGETHER>(N, [&](auto T, int64_t t) {
+#         strip<R.value, T.value>(
+#             w + r * n + k, apart, x + t * n + k, n, std::min(part, n - k),
+#             few ? AHEAD / 2 : STREAMS * n, out + t * width + r, width);
+#       });
 #     });
-#   });
 # }
 #
 # }  // namespace
@@ -323,9 +332,8 @@ assert np.allclose(strip(some, six), six @ some.T)
 # %% [markdown] tags=["measured"]
 # On two cores of a Zen 4 a matrix of 4096 by 2880 took 0.49 ms for one token,
 # 0.50 for two, 0.66 for four, 0.71 for five and 1.0 for eight: the first is
-# what memory delivers, the last half of what the bf16 units can compute. One
-# token after the other needed 0.67 for four and 2.8 for five, where tiles
-# began.
+# what memory delivers, the last half of what the bf16 units can compute. On a
+# Zen 5 halves of rows took 0.75 ms instead of 0.94 for sixteen tokens.
 #
 # ### How does a tile of rows become columns?
 #
@@ -766,8 +774,7 @@ def _choose(path: Path) -> int:
 
 
 # %% [markdown]
-# Try the rule on made-up times: torch wins from 128 tokens on, then for 16
-# tokens alone, which does not count.
+# On made-up times: torch wins from 128 tokens on, or for 16 alone.
 
 # %%
 ours = [1.0, 2.0, 4.0, 16.0, 64.0]
@@ -785,7 +792,6 @@ for torchs in ([2.0, 3.0, 5.0, 12.0, 40.0], [2.0, 1.0, 5.0, 17.0, 70.0]):
 # %%
 import logging
 
-import gptoss.model.ops  # noqa: F401  declares the operators
 from gptoss.kernels.build import PARTS, KernelError, build, plain_torch
 from gptoss.model.ops import has_kernel
 
@@ -835,8 +841,7 @@ for name, config in (("20b", big), ("120b", GptOssConfig.gpt_oss_120b())):
         read, compute = bytes_ / 45e9, bytes_ * tokens / 400e9
         print(f"{name}, {tokens:2} tokens: {1e3 * read:3.0f} ms to read, "
               f"{1e3 * compute:3.0f} ms to multiply")
-print(f"as long as each other at {400 / 45:.0f} tokens; at 189 GFLOP/s, "
-      f"measured above for eight, at {189 / 45:.0f}")
+print(f"as long as each other at {400 / 45:.0f} tokens")
 
 # %% [markdown]
 # ## Takeaways
@@ -845,10 +850,8 @@ print(f"as long as each other at {400 / 45:.0f} tokens; at 189 GFLOP/s, "
 #   floats of a register, and nothing is rounded.
 # - A strip of four rows and some tokens keeps all its sums in registers: each
 #   weight is loaded once for two tokens on AVX2, for six with bf16 units.
-# - How many tokens at a time is decided by the number of registers.
 # - Which product is the quickest is measured once, and kept.
-
-# %% [markdown]
+#
 # ## Exercises
 #
 # ### Exercise 1
@@ -868,16 +871,14 @@ print([x.item() for pair in zip(low, high, strict=True) for x in pair],
 # %% [markdown]
 # ### Exercise 2
 #
-# `multiply` takes 20 tokens. In which groups does it take them, and how many
-# times is the tile read? What would groups of six cost, or of one?
+# `multiply` takes 20 tokens. In which groups, and how often is the tile read?
 
 # %% tags=["hide-cell"]
 count, taken = 20, []
 for groups in range(-(-20 // 6), 0, -1):
     taken.append(-(-count // groups))
     count -= taken[-1]
-print("groups:", taken, "- the tile is read", len(taken), "times; by [6, 6, 6,"
-      " 2], too, but two tokens wait for its loads; by ones 20 times")
+print("groups:", taken, "- the tile is read", len(taken), "times")
 
 # %% [markdown]
 # ### Exercise 3

@@ -164,7 +164,7 @@ assert abs(found - right) < 1e-3 * abs(right)
 # };
 #
 # struct Integers {  // tokens in 16 bits, and the steps of their blocks
-#   std::vector<int16_t> values;
+#   Array<int16_t> values;
 #   Buffer steps;
 #
 #   explicit Integers(const Buffer& x)

@@ -225,7 +225,8 @@ print([round(y, 3) for y in norm_row([3.0, 4.0], [1.0, 1.0], 0.0)],
 # = x / \log 2$ rounded, $e^x = 2^n e^r$, where $|r| \le \tfrac12 \log 2$ is so
 # small that eight terms of the Taylor series suffice. $2^n$ is a shift into
 # the exponent's bits. $\log 2$ is subtracted in two parts, so that $r$ keeps
-# its last bits. In torch:
+# its last bits. (The SwiGLU stands below it in C++; its clamps are written so
+# that NaN stays NaN.) In torch:
 
 # %%
 def exponential(x: torch.Tensor) -> torch.Tensor:
@@ -267,6 +268,17 @@ print((shifted - 12582912.0).tolist(),
 #     p = p * r + factor;
 #   const Ints power = ((Ints)shifted - 0x4b400000) << 23;
 #   return (Floats)((Ints)p + power);  // times 2 ** n
+# }
+#
+# constexpr float MAX = std::numeric_limits<float>::max();
+#
+# inline Floats clamped_swiglu(Floats gate, Floats up, float limit) {
+#   const Floats most = Floats{} + limit, least = Floats{} - 1e4f;
+#   gate = gate > most ? most : gate;  // written so that NaN stays NaN
+#   gate = (gate < least) & (gate >= -MAX) ? least : gate;  // as good as zero
+#   up = up > most ? most : up < -most ? -most : up;
+#   const Floats t = 1.702f * gate, e = exponential(t > 0 ? -t : t);
+#   return (up + 1) * gate * (t > 0 ? Floats{} + 1.0f : e) / (1 + e);
 # }
 # ```
 
@@ -438,7 +450,23 @@ print((pattern << 16).view(torch.float32).item())
 # ```cpp
 # using at::Tensor;
 # using Number = at::BFloat16;  // what weights and activations are stored in
-# using Buffer = std::vector<float>;
+# // its first byte lies at a multiple of 64: a register of 64 bytes that
+# // straddles two lines of a cache costs two loads
+# template <class T>
+# struct Aligned {
+#   using value_type = T;
+#   static constexpr std::align_val_t LINE{64};
+#
+#   T* allocate(size_t n) {
+#     return static_cast<T*>(::operator new(n * sizeof(T), LINE));
+#   }
+#   void deallocate(T* p, size_t) { ::operator delete(p, LINE); }
+#   template <class U>
+#   bool operator==(const Aligned<U>&) const { return true; }
+# };
+# template <class T>
+# using Array = std::vector<T, Aligned<T>>;
+# using Buffer = Array<float>;
 # using Floats = float __attribute__((vector_size(32)));  // eight at a time
 # using Ints = int32_t __attribute__((vector_size(32)));
 #
@@ -547,11 +575,6 @@ for x in (1.0, 1.00390625, 1.01171875, 1.005):
 #
 # // rows that are read at the same time; bytes asked for ahead
 # constexpr int64_t STREAMS = 4, AHEAD = 768;
-# #ifdef GPTOSS_AMX  // of rows in four bits; by measuring
-# constexpr int64_t AHEAD_PACKED = AHEAD;
-# #else
-# constexpr int64_t AHEAD_PACKED = 256;
-# #endif
 # ```
 
 # %% [markdown]
@@ -841,3 +864,4 @@ assert time_of(pieces) < equal
 #
 # - pytorch/pytorch, `aten/src/ATen/Parallel.h` and `torch/library.h`.
 # - RMSNorm: {cite}`rmsnorm2019`. RoPE: {cite}`rope2021`.
+# - Cephes, `exp`: the two parts of $\log 2$, https://www.netlib.org/cephes

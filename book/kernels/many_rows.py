@@ -212,12 +212,11 @@ print(deck[3][:3])
 # #ifdef GPTOSS_AVX512
 # constexpr int64_t CHUNK = 18;  // blocks
 # constexpr int TOKENS = 12;     // 24 sums, one weight
-# constexpr int64_t FEW = 6;     // fewer tokens: no tile
 # #else
 # constexpr int64_t CHUNK = 10;  // blocks: 10 KiB of integers, a third of L1
 # constexpr int TOKENS = 5;      // ten sums, two weights, one activation
-# constexpr int64_t FEW = 13;    // fewer tokens: no tile
 # #endif
+# constexpr int64_t FEW = 13;  // fewer tokens: no tile
 #
 # struct Tile {  // 16 rows of a weight, pairs of columns side by side
 #   alignas(64) int16_t values[CHUNK][2][8][16][2];
@@ -282,9 +281,8 @@ print(deck[3][:3])
 # sums. `_mm256_set1_epi32` fills a register with one pair of activations. The
 # sixteen steps of a block are written out (`unroll`): counting them took a
 # tenth of the instructions. Then the sums become floats and are multiplied by
-# the two factors of the block. AVX-512 has twice as many registers, twice as
-# wide: its tile is taken by twelve tokens, and stands in the
-# [appendix](../cli/wide.ipynb).
+# the two factors of the block. With AVX-512 twelve tokens take a tile
+# ([appendix](../cli/wide.ipynb)).
 
 # %% [markdown] tags=["export:tiles.h"]
 # ```cpp
@@ -324,8 +322,6 @@ print(deck[3][:3])
 #   }
 # }
 # #else
-# void decode_tile(const uint8_t* w, const uint8_t* scales, int64_t blocks,
-#                  int64_t count, Tile& tile);
 # void multiply_tile(const Tile& tile, const Few& few, int64_t first,
 #                    int64_t count);
 # #endif
@@ -448,9 +444,10 @@ assert found == order.tolist()
 #
 # What a pick reads is a row of `Inputs`: for the first layer a token, the same
 # for all $K$ picks of it, for the second the pick's own hidden vector. Where
-# there are bf16 units, what was stored in bf16 is multiplied as bf16, by
-# `packed_strips` of [the next chapter](pairs.ipynb), or in squares, as in
+# there are bf16 units, what was stored in bf16 is multiplied as bf16, by the
+# strips of [the next chapter](pairs.ipynb), or in squares, as in
 # [amx](amx.ipynb); one pick alone (there: up to three) still goes by rows.
+# With AVX-512 tiles become the [panels](panels.ipynb) after that.
 
 # %% [markdown] tags=["export:experts.h"]
 # ```cpp
@@ -490,16 +487,21 @@ assert found == order.tolist()
 #   static constexpr char OPERATOR[] = "packed_experts";
 #   static constexpr int64_t TILED = FEW;  // from so many places on
 #   std::vector<int64_t> from;
-#   Quantised digits;            // of the rows of x
-#   std::vector<Number> pairs;   // with bf16 units, of each place
-#   int64_t n = 0;               // how long one of those is
-#   int64_t low = ROWS;          // of a piece of work, if there are many
+#   Quantised digits;                // of the rows of x
+#   int64_t few = FEW, low = ROWS;  // fewer places: TALL pieces; else low ones
+# #ifdef GPTOSS_AVX512
+#   Interleaved<WholePanel<InWords>> words;
+# #endif
+# #ifdef GPTOSS_BF16
+#   Interleaved<PairPanel> pairs;
+# #endif
 # #ifdef GPTOSS_AMX
 #   Squares squares;
 # #endif
 #
 #   Inputs(const float* x, int64_t rows, const Packed& weight, float most,
-#          std::vector<int64_t> place, const Groups& groups)
+#          std::vector<int64_t> place, const Groups& groups,
+#          bool in_words = true)
 #       : from(std::move(place)), digits(0, weight.blocks) {
 #     const int64_t blocks = weight.blocks;
 # #ifdef GPTOSS_AMX
@@ -511,25 +513,38 @@ assert found == order.tolist()
 # #endif
 # #ifdef GPTOSS_BF16
 #     if (most == STORED) {  // hidden numbers keep sixteen bits
-#       n = padded(blocks), low = BROAD;
-#       pairs.resize(from.size() * n);
-#       at::parallel_for(0, from.size(), 8, [&](int64_t begin, int64_t end) {
-#         for (int64_t i = begin; i < end; ++i)
-#           pair_row(x + from[i] * blocks * BLOCK, blocks, &pairs[i * n]);
-#       });
+#       pairs = paired(x, from, blocks, groups.begin);
+#       few = TOGETHER + 1, low = BROAD, in_words = false;
 #       if (!any_below(groups, 2)) return;
 #     }
 # #endif
 #     digits = quantised(x, most, rows, blocks, any_below(groups, FEW)
 #                        || weight.rows % ROWS);  // what is below a tile
+# #ifdef GPTOSS_AVX512
+#     if (lent() || !in_words) return;
+#     words = whole<InWords>(digits, from, groups.begin, FEW), low = BROAD;
+# #endif
 #   }
 #
-# #ifdef GPTOSS_AVX2
-#   void by_tile(const uint8_t* w, const uint8_t* scales,
-#                const std::vector<int64_t>& inputs, float* out) const {
+#   // rows of a weight times `count` places from `first` on
+# #ifdef GPTOSS_AVX512
+#   void by_tile(const uint8_t* w, const uint8_t* scales, int64_t rows,
+#                int64_t first, int64_t count, float* out) const {
+#     const int64_t blocks = digits.blocks;
+# #ifdef GPTOSS_BF16
+#     if (pairs.size)
+#       return paired_panels(w, scales, rows, blocks, pairs.at(first), count,
+#                            out);
+# #endif
+#     panels<WholePanel<InWords>>(w, scales, rows, blocks, words.at(first),
+#                                 count, out);
+#   }
+# #elif defined(GPTOSS_AVX2)
+#   void by_tile(const uint8_t* w, const uint8_t* scales, int64_t,
+#                int64_t first, int64_t count, float* out) const {
 #     rows_for_many([&](int64_t b, int64_t deep, Tile& tile) {
 #       decode_tile(w + 16 * b, scales + b, digits.blocks, deep, tile);
-#     }, digits, inputs, out);
+#     }, digits, {&from[first], &from[first] + count}, out);
 #   }
 # #endif
 # };
@@ -538,8 +553,7 @@ assert found == order.tolist()
 # template <class X, class Emit>
 # void grouped_linear(const Packed& weight, const Groups& groups, const X& x,
 #                     const Emit& emit) {
-#   const std::vector<Piece> all = pieces(
-#       weight, groups, x.n ? TOGETHER + 1 : X::TILED, x.low);
+#   const std::vector<Piece> all = pieces(weight, groups, x.few, x.low);
 #   share(all.size(), 1, [&](int64_t item) {
 #     const auto [e, row0, rows] = all[item];
 #     const int64_t first = groups.begin[e];
@@ -558,14 +572,15 @@ assert found == order.tolist()
 #     else
 # #endif
 # #ifdef GPTOSS_BF16
-#     if (x.n && count > 1)
-#       packed_strips(w, s, rows, weight.blocks, &x.pairs[first * x.n], count,
+#     if (x.pairs.size && count > 1 && count < FEW)
+#       packed_strips(w, s, rows, weight.blocks, reinterpret_cast<
+#                         const Number*>(x.pairs.at(first)), count,
 #                     out.data(), rows);
 #     else
 # #endif
-# #ifdef GPTOSS_AVX2
-#     if (count >= X::TILED && rows == ROWS)
-#       x.by_tile(w, s, inputs, out.data());
+# #ifdef GPTOSS_AVX2  // a panel takes any rows, a tile sixteen
+#     if (count >= X::TILED && (SIDE == 4 || rows == ROWS))
+#       x.by_tile(w, s, rows, first, count, out.data());
 #     else
 # #endif
 #       rows_for_few(w, s, rows, x.digits, inputs, out.data());
@@ -584,25 +599,13 @@ assert found == order.tolist()
 # add to the same number, and the sum over the $K$ picks of a token has one
 # fixed order: the same bits whatever the number of threads.
 #
-# The SwiGLU of [experts](../moe/experts.ipynb) is computed eight at a time,
-# with the `exponential` of [the first three](first_three.ipynb).
-# Gate and up lie in neighbouring rows, which `shufflevector` takes apart. The
-# clamps are written so that NaN stays NaN. A bias is added, and in the second
+# The SwiGLU of [experts](../moe/experts.ipynb) is that of [the first three](
+# first_three.ipynb), for eight at a time. Gate and up lie in neighbouring
+# rows, which `shufflevector` takes apart. A bias is added, and in the second
 # layer each pick is multiplied with its share, before the sum.
 
 # %% [markdown] tags=["export:experts.h"]
 # ```cpp
-# constexpr float MAX = std::numeric_limits<float>::max();
-#
-# inline Floats clamped_swiglu(Floats gate, Floats up, float limit) {
-#   const Floats most = Floats{} + limit, least = Floats{} - 1e4f;
-#   gate = gate > most ? most : gate;  // written so that NaN stays NaN
-#   gate = (gate < least) & (gate >= -MAX) ? least : gate;  // as good as zero
-#   up = up > most ? most : up < -most ? -most : up;
-#   const Floats t = 1.702f * gate, e = exponential(t > 0 ? -t : t);
-#   return (up + 1) * gate * (t > 0 ? Floats{} + 1.0f : e) / (1 + e);
-# }
-#
 # // hidden (places, F) of the experts' first layer
 # template <class X>
 # Tensor run_gate_up(const Packed& weight, const Number* bias, float limit,
@@ -753,8 +756,7 @@ assert found == order.tolist()
 # expert's number outside 0 … E - 1. Everything else that is not bf16 with
 # bytes in one piece, or has no rows, or whose widths are no multiples of 32,
 # is left to plain torch.
-
-# %% [markdown]
+#
 # ## It holds
 #
 # **Kernel and plain torch against float64**, on the same inputs in bf16. The
@@ -848,9 +850,8 @@ for tokens in (1, 32, 128, 512, 2048):
 # - A tile stays in the L1 cache while tokens pass, five at a time: as many as
 #   the registers hold sums for.
 # - Sorting picks by expert costs a count and a pass; no matrix is gathered.
-# - What stays in fp32 between two layers is nearer to the exact result.
-
-# %% [markdown]
+# - fp32 between two layers is nearer to the exact result.
+#
 # ## Exercises
 #
 # ### Exercise 1
@@ -897,4 +898,3 @@ print("the longest pieces are begun first, and short ones fill what is left")
 # ## Sources
 #
 # - openai/gpt-oss, `gpt_oss/triton/moe.py`: such tiles on a GPU.
-# - Cephes, `exp`: the two parts of $\log 2$, https://www.netlib.org/cephes

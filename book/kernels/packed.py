@@ -625,8 +625,8 @@ for g in range(4):  # group g: blocks 2 g and 2 g + 1
 # A processor fetches ahead along a *stream* of addresses, to the end of a page
 # of 4 KiB at most. With one stream everything waits at every page's end; with
 # four the others go on. So four rows are read in turns, a quarter of the
-# matrix apart. The prefetch asks for what the same row needs 256 bytes later,
-# or 768; `hold` keeps the compiler from reading a row's bytes twice.
+# matrix apart. A prefetch asks for what a row needs 768 bytes later, another
+# for its scales; `hold` keeps the compiler from reading a row's bytes twice.
 
 # %% [markdown] tags=["export:packed.h"]
 # ```cpp
@@ -642,6 +642,7 @@ for g in range(4):  # group g: blocks 2 g and 2 g + 1
 #   Sums total[R][T] = {}, factor[R][T];
 #   auto make_factors = [&](int64_t b, int64_t count) {
 #     for (int r = 0; r < R; ++r) {
+#       __builtin_prefetch(scales + r * row + b + AHEAD / 4);
 #       const Words scale = load_scales(scales + r * row + b, count, b > 0);
 #       for (int t = 0; t < T; ++t)
 #         factor[r][t] = factors(scale, arrange(load<Sums>(x.half(n[t]) + b)));
@@ -650,7 +651,7 @@ for g in range(4):  # group g: blocks 2 g and 2 g + 1
 #   auto add = [&](int64_t b, int g, int64_t count) {  // group g from b on
 #     for (int r = 0; r < R; ++r) {
 #       const uint8_t* at = w + 16 * (r * row + b + g * SIDE);
-#       __builtin_prefetch(at + AHEAD_PACKED);
+#       __builtin_prefetch(at + AHEAD);
 #       Bytes bytes = load_blocks(at, count - g * SIDE);
 #       hold(bytes);
 #       const Bytes even = look_up(values, bytes);
@@ -682,9 +683,9 @@ for g in range(4):  # group g: blocks 2 g and 2 g + 1
 # ### The kernel as an operator
 #
 # A weight is a matrix, or one for each expert. When a few tokens meet it, up
-# to four share each look-up: a weight is found once and multiplied with the
-# digits of each. More go through the same rows group by group, while these are
-# still in the L1 cache. `T` must be known when the code is compiled, or the
+# to four share each look-up (three with AVX-512, or sums leave the registers).
+# More go through the same rows group by group, while these are still in the
+# L1 cache. `T` must be known when the code is compiled, or the
 # sums would not be registers: `with_count` makes such a constant of a number,
 # `in_groups` cuts the tokens into groups. `packed_rows` is this, no more, an
 # operator that no model calls, by which you can try the kernel. It refuses x
@@ -724,7 +725,7 @@ for g in range(4):  # group g: blocks 2 g and 2 g + 1
 #   }
 # }
 #
-# constexpr int SHARED = 4;  // tokens for which a weight is looked up once
+# constexpr int SHARED = SIDE == 4 ? 3 : 4;  // tokens of one look-up
 #
 # // out[i][0 ... rows - 1]: those rows times the token in inputs[i], by rows
 # void rows_for_few(const uint8_t* w, const uint8_t* scales, int64_t rows,
@@ -895,6 +896,5 @@ print(f"one digit: {off(torch.from_numpy(y), x @ weight.T):.1e} from the "
 # ## Sources
 #
 # - MXFP4: {cite}`ocpmx2023`.
-# - llama.cpp, `ggml/src/ggml-cpu/`: MXFP4 times 8-bit activations with the
-#   same lookup instruction.
+# - llama.cpp, `ggml/src/ggml-cpu/`: MXFP4 times bytes by the same look-up.
 # - https://www.intel.com/content/www/us/en/docs/intrinsics-guide

@@ -161,6 +161,15 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 # ```cpp
 # namespace {
 #
+# #ifdef GPTOSS_AVX512
+# // code j of each word, looked up in a table of 32
+# inline Bytes found(Bytes words, int j, const void* table) {
+#   if (j)
+#     words = _mm512_mulhi_epu16(words, _mm512_set1_epi16(1 << (16 - 4 * j)));
+#   return _mm512_permutexvar_epi16(words, load<Bytes>(table));
+# }
+# #endif
+#
 # #ifdef GPTOSS_BF16
 # // the codes' values times 2**125 as bf16, zeros without a sign; twice, so
 # // that one more bit of an index does not matter
@@ -215,6 +224,8 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 
 # %% [markdown] tags=["export:pairs.h"]
 # ```cpp
+#
+#
 # // for a shuffle: a byte for each quarter of a register, as words (80: zero)
 # alignas(64) constexpr uint64_t QUARTERS[8] = {
 #     0x8000800080008000, 0x8000800080008000, 0x8001800180018001,
@@ -228,32 +239,20 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 #   Fours() = default;
 #
 #   Fours(const uint8_t* w, const uint8_t* scales, int64_t count) {
-#     uint32_t four = 0;
-#     if (count >= HELD) {
-#       four = load<uint32_t>(scales);
-#       words = load<Bytes>(w);
-#     } else {
-#       std::memcpy(&four, scales, count);
-#       words = _mm512_maskz_loadu_epi8((1ull << 16 * count) - 1, w);
-#     }
+#     const bool all = count >= HELD;
+#     words = _mm512_maskz_loadu_epi8(all ? -1 : (1ll << 16 * count) - 1, w);
+#     const __m128i four = _mm_maskz_loadu_epi8(all ? 15 : (1 << count) - 1,
+#                                               scales);
 #     lower = _mm512_mullo_epi16(_mm512_set1_epi16(128), _mm512_sub_epi16(
 #         _mm512_set1_epi16(252), _mm512_shuffle_epi8(
-#             _mm512_set1_epi32(four), load<Bytes>(QUARTERS))));
+#             _mm512_broadcastd_epi32(four), load<Bytes>(QUARTERS))));
 #   }
 #
-#   template <int J>  // as bf16, the elements J, J + 4, J + 8 ...
-#   Bytes decoded() const {
-#     const Bytes codes = J ? _mm512_mulhi_epu16(words, _mm512_set1_epi16(
-#                                 1 << (16 - 4 * J) % 16)) : words;
-#     return _mm512_subs_epu16(_mm512_permutexvar_epi16(
-#         codes, load<Bytes>(LARGE)), lower);
+#   // as bf16, the elements j, j + 4, j + 8 ...
+#   Bytes decoded(int j) const {
+#     return _mm512_subs_epu16(found(words, j, LARGE), lower);
 #   }
 # };
-#
-# template <class Run>
-# inline void by_fours(const Run& run) {
-#   run(Count<0>()), run(Count<1>()), run(Count<2>()), run(Count<3>());
-# }
 #
 # // does bf16 hold the weights of these scales? 2**-125 ... 2**125
 # bool usual(const uint8_t* scales, int64_t count) {
@@ -263,20 +262,7 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 #   return !bad;
 # }
 #
-# // R rows as bf16 in `to` (R, padded(blocks))
-# template <int R>
-# void decode_rows(const uint8_t* w, const uint8_t* scales, int64_t blocks,
-#                  Number* to) {
-#   for (int r = 0; r < R; ++r, w += 16 * blocks, scales += blocks,
-#            to += padded(blocks))
-#     for (int64_t b = 0; b < blocks; b += HELD) {
-#       __builtin_prefetch(w + 16 * b + AHEAD);
-#       const Fours four(w + 16 * b, scales + b, blocks - b);
-#       by_fours([&](auto J) {
-#         _mm512_storeu_si512(to + BLOCK * (b + J), four.decoded<J.value>());
-#       });
-#     }
-# }
+#
 # ```
 
 # %% [markdown]
@@ -284,7 +270,9 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 # of sums that stay in registers. Here its weights are decoded on the way, and
 # each serves all tokens of the group before it is forgotten. Up to twelve
 # tokens are one group (with two rows instead of four), so nothing is decoded
-# twice.
+# twice. The pragmas tell GCC to unroll the loops over rows and tokens before
+# it decides what stands in registers; without them it kept 12 to 24 sums there
+# and stored each of them in memory every time round, too.
 
 # %% [markdown] tags=["export:pairs.h"]
 # ```cpp
@@ -295,38 +283,46 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 #                   int64_t width) {
 #   const int64_t n = padded(blocks), row = step * blocks;
 #   __m512 s[T][4];
+# #pragma GCC unroll 12
 #   for (int t = 0; t < T; ++t)
+# #pragma GCC unroll 4
 #     for (int r = 0; r < 4; ++r) s[t][r] = __m512{};
 #   for (int64_t b = 0; b < blocks; b += HELD) {
 #     Fours fours[R];
+# #pragma GCC unroll 4
 #     for (int r = 0; r < R; ++r) {
 #       const int64_t at = r * row + b;
 #       __builtin_prefetch(w + 16 * at + 2 * AHEAD);
 #       fours[r] = {w + 16 * at, scales + at, blocks - b};
 #     }
-#     by_fours([&](auto J) {
+# #pragma GCC unroll 4
+#     for (int j = 0; j < HELD; ++j) {
 #       Bytes decoded[R];
-#       for (int r = 0; r < R; ++r)
-#         decoded[r] = fours[r].template decoded<J.value>();
+# #pragma GCC unroll 4
+#       for (int r = 0; r < R; ++r) decoded[r] = fours[r].decoded(j);
+# #pragma GCC unroll 12
 #       for (int t = 0; t < T; ++t) {
-#         const auto token = load<__m512bh>(x + t * n + BLOCK * (b + J));
+#         const auto token = load<__m512bh>(x + t * n + BLOCK * (b + j));
+# #pragma GCC unroll 4
 #         for (int r = 0; r < R; ++r)
 #           s[t][r] = _mm512_dpbf16_ps(s[t][r], (__m512bh)decoded[r], token);
 #       }
-#     });
+#     }
 #   }
+# #pragma GCC unroll 12
 #   for (int t = 0; t < T; ++t) {
 #     const __m128 four = sums(s[t][0], s[t][1], s[t][2], s[t][3]);
+# #pragma GCC unroll 4
 #     for (int r = 0; r < R; ++r) out[t * width + r * step] = four[r];
 #   }
 # }
 # ```
 
 # %% [markdown]
-# More than twelve tokens: four rows are decoded into a buffer, which the first
-# cache holds, and strips of dense take it from there. And the scales that bf16
-# has no room for (0, 1, 253 to 255: no checkpoint that we know has them) go
-# one weight at a time, slowly and right.
+# More than twelve tokens take several groups; for so many, the
+# [next chapter](panels.ipynb) has a better way. And the scales that bf16 has
+# no room for (0, 1, 253 to 255: no checkpoint that we know has them) go one
+# weight at a time, slowly and right.
 
 # %% [markdown] tags=["export:pairs.h"]
 # ```cpp
@@ -356,30 +352,12 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 #                    int64_t width) {
 #   if (!usual(scales, rows * blocks))
 #     return unusual_rows(w, scales, rows, blocks, x, N, out, width);
-#   const auto in_registers = [&](auto T) {
-#     return [=](auto R, int64_t r, int64_t apart) {
+#   in_groups<ONCE>(N, [&](auto T, int64_t t) {
+#     constexpr int SOME = T.value <= TOGETHER ? STREAMS : STREAMS / 2;
+#     in_strips<SOME>(rows, true, [&](auto R, int64_t r, int64_t apart) {
 #       packed_strip<R.value, T.value>(
-#           w + 16 * r * blocks, scales + r * blocks, apart, blocks, x,
-#           out + r, width);
-#     };
-#   };
-#   if (N <= TOGETHER)
-#     return with_count<TOGETHER>(N, [&](auto T) {
-#       in_strips<STREAMS>(rows, true, in_registers(T));
-#     });
-#   if (N <= ONCE)
-#     return with_count<ONCE>(N, [&](auto T) {
-#       in_strips<STREAMS / 2>(rows, true, in_registers(T));
-#     });
-#   thread_local std::vector<Number> decoded;
-#   const int64_t n = padded(blocks);
-#   decoded.resize(STREAMS * n);
-#   in_strips<STREAMS>(rows, false, [&](auto R, int64_t r, int64_t) {
-#     decode_rows<R.value>(w + 16 * r * blocks, scales + r * blocks, blocks,
-#                          decoded.data());
-#     in_groups<TOGETHER>(N, [&](auto T, int64_t t) {
-#       strip<R.value, T.value>(decoded.data(), 1, x + t * n, n,
-#                               out + t * width + r, width);
+#           w + 16 * r * blocks, scales + r * blocks, apart, blocks,
+#           x + t * padded(blocks), out + t * width + r, width);
 #     });
 #   });
 # }
@@ -473,8 +451,7 @@ print(f"one rounding {once:.4f}, two {twice:.4f}: {twice / once:.1f} times")
 
 # %% [markdown]
 # So the second layer keeps its activations in sixteen bits, as whole numbers:
-# row by row for a few tokens, by the tiles of [many rows](many_rows.ipynb) for
-# more.
+# row by row for a few tokens, by [panels](panels.ipynb) for more.
 #
 # ## In the 20b and the 120b
 #
@@ -510,13 +487,14 @@ share = [(T, 14 / 128 / (14 / 128 + T / 32)) for T in (1, 2, 4, 28)]
 print(", ".join(f"{T} tokens: {part:.0%}" for T, part in share))
 
 # %% [markdown] tags=["measured"]
-# Measured on one core of a Zen 4, weights in a cache: 16.6 GB/s of packed
-# weights for two tokens, 11.8 for four, 8.4 for six, and 223 GFLOP/s for 64,
-# of 230 that strips of dense reach. On two cores with weights from memory, a
-# prompt of 512 went through the 20b at 47 to 51 tokens a second; with tiles of
-# whole numbers in both layers it was 37. (Decoding took two blocks at a time
-# then, with shifts; Zen 4 has not been measured since. On the Xeon strips are
-# limited by `vdpbf16ps`, one in 2.3 cycles, and took the same time.)
+# Measured on two cores of a Zen 5, a first layer of 5760 by 2880 from memory
+# at 50 GB/s: 0.17 ms for one token (row by row, the bytes' own time), 0.18 for
+# two, 0.18 for three, 0.23 for four, 0.25 for five, 0.33 for six, 0.44 for
+# eight. Before sums stayed in their registers it was 0.19, 0.26, 0.31, 0.34,
+# 0.45 and 0.51 for two to six and eight. On two cores of a Zen 4 an older
+# form, two blocks at a time with shifts, had 47 to 51 tokens a second in a
+# prompt of 512, where tiles of whole numbers in both layers had 37. On the
+# Xeon strips are limited by `vdpbf16ps`, one in 2.3 cycles.
 #
 # ## Takeaways
 #

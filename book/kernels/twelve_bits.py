@@ -313,7 +313,7 @@ assert (floats == matrix[5, :64].float().numpy()).all()
 #
 # #ifndef GPTOSS_BF16
 # Buffer compact_ready(const Buffer& x) {
-#   std::vector<Number> from(x.size());
+#   Array<Number> from(x.size());
 #   convert(x.data(), x.size(), from.data());
 #   return ready(from.data(), from.size());
 # }

@@ -3,34 +3,6 @@
 
 namespace {
 
-#ifdef GPTOSS_BF16
-// sixteen rows of sixteen 32-bit words become sixteen columns
-inline void turn(Bytes (&v)[16]) {
-  Bytes t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; ++j) {
-      v[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + 2 + j]);
-      v[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + 2 + j]);
-    }  // quarter q of v[i + j]: column 4 q + j of rows i ... i + 3
-  for (int j = 0; j < 4; ++j)
-    for (int odd = 0; odd < 2; ++odd) {  // columns 0 and 8, or 4 and 12
-      auto halves = [&](Bytes a, Bytes b) {
-        return odd ? _mm512_shuffle_i32x4(a, b, 0xdd)
-                   : _mm512_shuffle_i32x4(a, b, 0x88);
-      };
-      const Bytes a = halves(v[j], v[4 + j]);
-      const Bytes b = halves(v[8 + j], v[12 + j]);
-      t[4 * odd + j] = _mm512_shuffle_i32x4(a, b, 0x88);
-      t[8 + 4 * odd + j] = _mm512_shuffle_i32x4(a, b, 0xdd);
-    }
-  std::copy(t, t + 16, v);
-}
-#endif
-
 #ifdef GPTOSS_AMX
 constexpr int64_t SQUARE = 16;  // rows of a register, 64 bytes each
 constexpr int64_t AREA = SQUARE * BLOCK;  // bf16 numbers in it

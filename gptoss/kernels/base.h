@@ -48,7 +48,23 @@ namespace {
 
 using at::Tensor;
 using Number = at::BFloat16;  // what weights and activations are stored in
-using Buffer = std::vector<float>;
+// its first byte lies at a multiple of 64: a register of 64 bytes that
+// straddles two lines of a cache costs two loads
+template <class T>
+struct Aligned {
+  using value_type = T;
+  static constexpr std::align_val_t LINE{64};
+
+  T* allocate(size_t n) {
+    return static_cast<T*>(::operator new(n * sizeof(T), LINE));
+  }
+  void deallocate(T* p, size_t) { ::operator delete(p, LINE); }
+  template <class U>
+  bool operator==(const Aligned<U>&) const { return true; }
+};
+template <class T>
+using Array = std::vector<T, Aligned<T>>;
+using Buffer = Array<float>;
 using Floats = float __attribute__((vector_size(32)));  // eight at a time
 using Ints = int32_t __attribute__((vector_size(32)));
 
@@ -131,11 +147,6 @@ Buffer floats(const Tensor& x) {
 
 // rows that are read at the same time; bytes asked for ahead
 constexpr int64_t STREAMS = 4, AHEAD = 768;
-#ifdef GPTOSS_AMX  // of rows in four bits; by measuring
-constexpr int64_t AHEAD_PACKED = AHEAD;
-#else
-constexpr int64_t AHEAD_PACKED = 256;
-#endif
 
 thread_local bool enabled = true;
 

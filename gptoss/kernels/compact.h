@@ -12,7 +12,7 @@ inline int64_t swapped(int64_t i) {
 
 #ifndef GPTOSS_BF16
 Buffer compact_ready(const Buffer& x) {
-  std::vector<Number> from(x.size());
+  Array<Number> from(x.size());
   convert(x.data(), x.size(), from.data());
   return ready(from.data(), from.size());
 }

@@ -60,16 +60,21 @@ struct Inputs {
   static constexpr char OPERATOR[] = "packed_experts";
   static constexpr int64_t TILED = FEW;  // from so many places on
   std::vector<int64_t> from;
-  Quantised digits;            // of the rows of x
-  std::vector<Number> pairs;   // with bf16 units, of each place
-  int64_t n = 0;               // how long one of those is
-  int64_t low = ROWS;          // of a piece of work, if there are many
+  Quantised digits;                // of the rows of x
+  int64_t few = FEW, low = ROWS;  // fewer places: TALL pieces; else low ones
+#ifdef GPTOSS_AVX512
+  Interleaved<WholePanel<InWords>> words;
+#endif
+#ifdef GPTOSS_BF16
+  Interleaved<PairPanel> pairs;
+#endif
 #ifdef GPTOSS_AMX
   Squares squares;
 #endif
 
   Inputs(const float* x, int64_t rows, const Packed& weight, float most,
-         std::vector<int64_t> place, const Groups& groups)
+         std::vector<int64_t> place, const Groups& groups,
+         bool in_words = true)
       : from(std::move(place)), digits(0, weight.blocks) {
     const int64_t blocks = weight.blocks;
 #ifdef GPTOSS_AMX
@@ -81,25 +86,38 @@ struct Inputs {
 #endif
 #ifdef GPTOSS_BF16
     if (most == STORED) {  // hidden numbers keep sixteen bits
-      n = padded(blocks), low = BROAD;
-      pairs.resize(from.size() * n);
-      at::parallel_for(0, from.size(), 8, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i)
-          pair_row(x + from[i] * blocks * BLOCK, blocks, &pairs[i * n]);
-      });
+      pairs = paired(x, from, blocks, groups.begin);
+      few = TOGETHER + 1, low = BROAD, in_words = false;
       if (!any_below(groups, 2)) return;
     }
 #endif
     digits = quantised(x, most, rows, blocks, any_below(groups, FEW)
                        || weight.rows % ROWS);  // what is below a tile
+#ifdef GPTOSS_AVX512
+    if (lent() || !in_words) return;
+    words = whole<InWords>(digits, from, groups.begin, FEW), low = BROAD;
+#endif
   }
 
-#ifdef GPTOSS_AVX2
-  void by_tile(const uint8_t* w, const uint8_t* scales,
-               const std::vector<int64_t>& inputs, float* out) const {
+  // rows of a weight times `count` places from `first` on
+#ifdef GPTOSS_AVX512
+  void by_tile(const uint8_t* w, const uint8_t* scales, int64_t rows,
+               int64_t first, int64_t count, float* out) const {
+    const int64_t blocks = digits.blocks;
+#ifdef GPTOSS_BF16
+    if (pairs.size)
+      return paired_panels(w, scales, rows, blocks, pairs.at(first), count,
+                           out);
+#endif
+    panels<WholePanel<InWords>>(w, scales, rows, blocks, words.at(first),
+                                count, out);
+  }
+#elif defined(GPTOSS_AVX2)
+  void by_tile(const uint8_t* w, const uint8_t* scales, int64_t,
+               int64_t first, int64_t count, float* out) const {
     rows_for_many([&](int64_t b, int64_t deep, Tile& tile) {
       decode_tile(w + 16 * b, scales + b, digits.blocks, deep, tile);
-    }, digits, inputs, out);
+    }, digits, {&from[first], &from[first] + count}, out);
   }
 #endif
 };
@@ -108,8 +126,7 @@ struct Inputs {
 template <class X, class Emit>
 void grouped_linear(const Packed& weight, const Groups& groups, const X& x,
                     const Emit& emit) {
-  const std::vector<Piece> all = pieces(
-      weight, groups, x.n ? TOGETHER + 1 : X::TILED, x.low);
+  const std::vector<Piece> all = pieces(weight, groups, x.few, x.low);
   share(all.size(), 1, [&](int64_t item) {
     const auto [e, row0, rows] = all[item];
     const int64_t first = groups.begin[e];
@@ -128,31 +145,21 @@ void grouped_linear(const Packed& weight, const Groups& groups, const X& x,
     else
 #endif
 #ifdef GPTOSS_BF16
-    if (x.n && count > 1)
-      packed_strips(w, s, rows, weight.blocks, &x.pairs[first * x.n], count,
+    if (x.pairs.size && count > 1 && count < FEW)
+      packed_strips(w, s, rows, weight.blocks, reinterpret_cast<
+                        const Number*>(x.pairs.at(first)), count,
                     out.data(), rows);
     else
 #endif
-#ifdef GPTOSS_AVX2
-    if (count >= X::TILED && rows == ROWS)
-      x.by_tile(w, s, inputs, out.data());
+#ifdef GPTOSS_AVX2  // a panel takes any rows, a tile sixteen
+    if (count >= X::TILED && (SIDE == 4 || rows == ROWS))
+      x.by_tile(w, s, rows, first, count, out.data());
     else
 #endif
       rows_for_few(w, s, rows, x.digits, inputs, out.data());
     for (int64_t i = 0; i < count; ++i)
       emit(first + i, e, row0, rows, &out[i * rows]);
   });
-}
-
-constexpr float MAX = std::numeric_limits<float>::max();
-
-inline Floats clamped_swiglu(Floats gate, Floats up, float limit) {
-  const Floats most = Floats{} + limit, least = Floats{} - 1e4f;
-  gate = gate > most ? most : gate;  // written so that NaN stays NaN
-  gate = (gate < least) & (gate >= -MAX) ? least : gate;  // as good as zero
-  up = up > most ? most : up < -most ? -most : up;
-  const Floats t = 1.702f * gate, e = exponential(t > 0 ? -t : t);
-  return (up + 1) * gate * (t > 0 ? Floats{} + 1.0f : e) / (1 + e);
 }
 
 // hidden (places, F) of the experts' first layer

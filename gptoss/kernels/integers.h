@@ -21,7 +21,7 @@ struct Eight {
 };
 
 struct Integers {  // tokens in 16 bits, and the steps of their blocks
-  std::vector<int16_t> values;
+  Array<int16_t> values;
   Buffer steps;
 
   explicit Integers(const Buffer& x)

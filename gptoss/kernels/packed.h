@@ -113,6 +113,7 @@ void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
   Sums total[R][T] = {}, factor[R][T];
   auto make_factors = [&](int64_t b, int64_t count) {
     for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(scales + r * row + b + AHEAD / 4);
       const Words scale = load_scales(scales + r * row + b, count, b > 0);
       for (int t = 0; t < T; ++t)
         factor[r][t] = factors(scale, arrange(load<Sums>(x.half(n[t]) + b)));
@@ -121,7 +122,7 @@ void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
   auto add = [&](int64_t b, int g, int64_t count) {  // group g from b on
     for (int r = 0; r < R; ++r) {
       const uint8_t* at = w + 16 * (r * row + b + g * SIDE);
-      __builtin_prefetch(at + AHEAD_PACKED);
+      __builtin_prefetch(at + AHEAD);
       Bytes bytes = load_blocks(at, count - g * SIDE);
       hold(bytes);
       const Bytes even = look_up(values, bytes);
@@ -180,7 +181,7 @@ inline void in_groups(int64_t N, const Run& run) {
   }
 }
 
-constexpr int SHARED = 4;  // tokens for which a weight is looked up once
+constexpr int SHARED = SIDE == 4 ? 3 : 4;  // tokens of one look-up
 
 // out[i][0 ... rows - 1]: those rows times the token in inputs[i], by rows
 void rows_for_few(const uint8_t* w, const uint8_t* scales, int64_t rows,

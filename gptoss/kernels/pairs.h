@@ -3,6 +3,15 @@
 
 namespace {
 
+#ifdef GPTOSS_AVX512
+// code j of each word, looked up in a table of 32
+inline Bytes found(Bytes words, int j, const void* table) {
+  if (j)
+    words = _mm512_mulhi_epu16(words, _mm512_set1_epi16(1 << (16 - 4 * j)));
+  return _mm512_permutexvar_epi16(words, load<Bytes>(table));
+}
+#endif
+
 #ifdef GPTOSS_BF16
 // the codes' values times 2**125 as bf16, zeros without a sign; twice, so
 // that one more bit of an index does not matter
@@ -48,32 +57,20 @@ struct Fours {
   Fours() = default;
 
   Fours(const uint8_t* w, const uint8_t* scales, int64_t count) {
-    uint32_t four = 0;
-    if (count >= HELD) {
-      four = load<uint32_t>(scales);
-      words = load<Bytes>(w);
-    } else {
-      std::memcpy(&four, scales, count);
-      words = _mm512_maskz_loadu_epi8((1ull << 16 * count) - 1, w);
-    }
+    const bool all = count >= HELD;
+    words = _mm512_maskz_loadu_epi8(all ? -1 : (1ll << 16 * count) - 1, w);
+    const __m128i four = _mm_maskz_loadu_epi8(all ? 15 : (1 << count) - 1,
+                                              scales);
     lower = _mm512_mullo_epi16(_mm512_set1_epi16(128), _mm512_sub_epi16(
         _mm512_set1_epi16(252), _mm512_shuffle_epi8(
-            _mm512_set1_epi32(four), load<Bytes>(QUARTERS))));
+            _mm512_broadcastd_epi32(four), load<Bytes>(QUARTERS))));
   }
 
-  template <int J>  // as bf16, the elements J, J + 4, J + 8 ...
-  Bytes decoded() const {
-    const Bytes codes = J ? _mm512_mulhi_epu16(words, _mm512_set1_epi16(
-                                1 << (16 - 4 * J) % 16)) : words;
-    return _mm512_subs_epu16(_mm512_permutexvar_epi16(
-        codes, load<Bytes>(LARGE)), lower);
+  // as bf16, the elements j, j + 4, j + 8 ...
+  Bytes decoded(int j) const {
+    return _mm512_subs_epu16(found(words, j, LARGE), lower);
   }
 };
-
-template <class Run>
-inline void by_fours(const Run& run) {
-  run(Count<0>()), run(Count<1>()), run(Count<2>()), run(Count<3>());
-}
 
 // does bf16 hold the weights of these scales? 2**-125 ... 2**125
 bool usual(const uint8_t* scales, int64_t count) {
@@ -83,21 +80,6 @@ bool usual(const uint8_t* scales, int64_t count) {
   return !bad;
 }
 
-// R rows as bf16 in `to` (R, padded(blocks))
-template <int R>
-void decode_rows(const uint8_t* w, const uint8_t* scales, int64_t blocks,
-                 Number* to) {
-  for (int r = 0; r < R; ++r, w += 16 * blocks, scales += blocks,
-           to += padded(blocks))
-    for (int64_t b = 0; b < blocks; b += HELD) {
-      __builtin_prefetch(w + 16 * b + AHEAD);
-      const Fours four(w + 16 * b, scales + b, blocks - b);
-      by_fours([&](auto J) {
-        _mm512_storeu_si512(to + BLOCK * (b + J), four.decoded<J.value>());
-      });
-    }
-}
-
 // as `strip`, with rows that are decoded in registers
 template <int R, int T>
 void packed_strip(const uint8_t* w, const uint8_t* scales, int64_t step,
@@ -105,28 +87,36 @@ void packed_strip(const uint8_t* w, const uint8_t* scales, int64_t step,
                   int64_t width) {
   const int64_t n = padded(blocks), row = step * blocks;
   __m512 s[T][4];
+#pragma GCC unroll 12
   for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
     for (int r = 0; r < 4; ++r) s[t][r] = __m512{};
   for (int64_t b = 0; b < blocks; b += HELD) {
     Fours fours[R];
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const int64_t at = r * row + b;
       __builtin_prefetch(w + 16 * at + 2 * AHEAD);
       fours[r] = {w + 16 * at, scales + at, blocks - b};
     }
-    by_fours([&](auto J) {
+#pragma GCC unroll 4
+    for (int j = 0; j < HELD; ++j) {
       Bytes decoded[R];
-      for (int r = 0; r < R; ++r)
-        decoded[r] = fours[r].template decoded<J.value>();
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) decoded[r] = fours[r].decoded(j);
+#pragma GCC unroll 12
       for (int t = 0; t < T; ++t) {
-        const auto token = load<__m512bh>(x + t * n + BLOCK * (b + J));
+        const auto token = load<__m512bh>(x + t * n + BLOCK * (b + j));
+#pragma GCC unroll 4
         for (int r = 0; r < R; ++r)
           s[t][r] = _mm512_dpbf16_ps(s[t][r], (__m512bh)decoded[r], token);
       }
-    });
+    }
   }
+#pragma GCC unroll 12
   for (int t = 0; t < T; ++t) {
     const __m128 four = sums(s[t][0], s[t][1], s[t][2], s[t][3]);
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) out[t * width + r * step] = four[r];
   }
 }
@@ -157,30 +147,12 @@ void packed_strips(const uint8_t* w, const uint8_t* scales, int64_t rows,
                    int64_t width) {
   if (!usual(scales, rows * blocks))
     return unusual_rows(w, scales, rows, blocks, x, N, out, width);
-  const auto in_registers = [&](auto T) {
-    return [=](auto R, int64_t r, int64_t apart) {
+  in_groups<ONCE>(N, [&](auto T, int64_t t) {
+    constexpr int SOME = T.value <= TOGETHER ? STREAMS : STREAMS / 2;
+    in_strips<SOME>(rows, true, [&](auto R, int64_t r, int64_t apart) {
       packed_strip<R.value, T.value>(
-          w + 16 * r * blocks, scales + r * blocks, apart, blocks, x,
-          out + r, width);
-    };
-  };
-  if (N <= TOGETHER)
-    return with_count<TOGETHER>(N, [&](auto T) {
-      in_strips<STREAMS>(rows, true, in_registers(T));
-    });
-  if (N <= ONCE)
-    return with_count<ONCE>(N, [&](auto T) {
-      in_strips<STREAMS / 2>(rows, true, in_registers(T));
-    });
-  thread_local std::vector<Number> decoded;
-  const int64_t n = padded(blocks);
-  decoded.resize(STREAMS * n);
-  in_strips<STREAMS>(rows, false, [&](auto R, int64_t r, int64_t) {
-    decode_rows<R.value>(w + 16 * r * blocks, scales + r * blocks, blocks,
-                         decoded.data());
-    in_groups<TOGETHER>(N, [&](auto T, int64_t t) {
-      strip<R.value, T.value>(decoded.data(), 1, x + t * n, n,
-                              out + t * width + r, width);
+          w + 16 * r * blocks, scales + r * blocks, apart, blocks,
+          x + t * padded(blocks), out + t * width + r, width);
     });
   });
 }

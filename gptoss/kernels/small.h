@@ -78,6 +78,17 @@ inline Floats exponential(Floats x) {
   return (Floats)((Ints)p + power);  // times 2 ** n
 }
 
+constexpr float MAX = std::numeric_limits<float>::max();
+
+inline Floats clamped_swiglu(Floats gate, Floats up, float limit) {
+  const Floats most = Floats{} + limit, least = Floats{} - 1e4f;
+  gate = gate > most ? most : gate;  // written so that NaN stays NaN
+  gate = (gate < least) & (gate >= -MAX) ? least : gate;  // as good as zero
+  up = up > most ? most : up < -most ? -most : up;
+  const Floats t = 1.702f * gate, e = exponential(t > 0 ? -t : t);
+  return (up + 1) * gate * (t > 0 ? Floats{} + 1.0f : e) / (1 + e);
+}
+
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   if (!ours({x, weight}) || !x.dim() || weight.dim() != 1)
     return plain<decltype(rms_norm)>("rms_norm", x, weight, eps);

@@ -100,9 +100,9 @@ void decode_squares(const Work& part, int64_t first, int64_t b, Number* to) {
     __builtin_prefetch(part.w + 16 * (at + 2 * HELD));
     __builtin_prefetch(part.next + 16 * TALLEST * b + 64 * r, 0, 2);
     const Fours four(part.w + 16 * at, part.scales + at, part.blocks - b);
-    by_fours([&](auto J) {
-      _mm512_store_si512(to + J * H * AREA, four.decoded<J.value>());
-    });
+#pragma GCC unroll 4
+    for (int j = 0; j < HELD; ++j)
+      _mm512_store_si512(to + j * H * AREA, four.decoded(j));
   }
 }
 

@@ -17,11 +17,12 @@ using Ready = float;
 constexpr int TOGETHER = 2;  // tokens: 8 sums, 2 weights, 4 activations
 constexpr int64_t BY_STRIPS = 8;  // more tokens: tiles
 #endif
+constexpr int64_t HALF_ROW = 1440;  // numbers
 
 #ifndef GPTOSS_BF16
 // sixteen at a time, first the eight even ones, then the eight odd ones
-std::vector<Ready> ready(const Number* x, int64_t count) {
-  std::vector<Ready> to(count);
+Array<Ready> ready(const Number* x, int64_t count) {
+  Array<Ready> to(count);
   for (int64_t k = 0; k < count; k += 16) {
     const Ints pairs = load<Ints>(x + k);
     store(&to[k], even(pairs)), store(&to[k + 8], odd(pairs));
@@ -29,16 +30,16 @@ std::vector<Ready> ready(const Number* x, int64_t count) {
   return to;
 }
 
-// out[t * width + r * step]: R rows of w, `step` rows apart, times T tokens
+// out[t * width + r * step] += R rows of w, `step` apart, times T tokens
 template <int R, int T>
 void strip(const Number* w, int64_t step, const Ready* x, int64_t n,
-           float* out, int64_t width) {
+           int64_t deep, int64_t ahead, float* out, int64_t width) {
   constexpr int HALVES = T == 1 ? 2 : 1;  // more sums than a product takes
   Floats s[T][R][HALVES] = {};
-  for (int64_t k = 0; k < n; k += 16)
+  for (int64_t k = 0; k < deep; k += 16)
     for (int r = 0; r < R; ++r) {
       const Number* from = w + r * step * n + k;
-      __builtin_prefetch(from + AHEAD / 2);
+      __builtin_prefetch(from + ahead);
       const Ints pairs = load<Ints>(from);
       const Floats a = even(pairs), b = odd(pairs);
       for (int t = 0; t < T; ++t) {
@@ -48,12 +49,12 @@ void strip(const Number* w, int64_t step, const Ready* x, int64_t n,
     }
   for (int t = 0; t < T; ++t)
     for (int r = 0; r < R; ++r)
-      out[t * width + r * step] =
+      out[t * width + r * step] +=
           sum(HALVES == 2 ? s[t][r][0] + s[t][r][1] : s[t][r][0]);
 }
 
 #else
-std::vector<Ready> ready(const Number* x, int64_t count) {
+Array<Ready> ready(const Number* x, int64_t count) {
   return {x, x + count};
 }
 
@@ -73,15 +74,15 @@ inline __m128 sums(__m512 s, __m512 t, __m512 u, __m512 v) {
 
 template <int R, int T>
 void strip(const Number* w, int64_t step, const Ready* x, int64_t n,
-           float* out, int64_t width) {
+           int64_t deep, int64_t ahead, float* out, int64_t width) {
   __m512 s[T][4];
   for (int t = 0; t < T; ++t)
     for (int r = 0; r < 4; ++r) s[t][r] = __m512{};
-  for (int64_t k = 0; k < n; k += BLOCK) {
+  for (int64_t k = 0; k < deep; k += BLOCK) {
     __m512bh rows[R];
     for (int r = 0; r < R; ++r) {
       const Number* from = w + r * step * n + k;
-      __builtin_prefetch(from + AHEAD / 2);
+      __builtin_prefetch(from + ahead);
       rows[r] = load<__m512bh>(from);
     }
     for (int t = 0; t < T; ++t) {
@@ -92,14 +93,14 @@ void strip(const Number* w, int64_t step, const Ready* x, int64_t n,
   }
   for (int t = 0; t < T; ++t) {
     const __m128 four = sums(s[t][0], s[t][1], s[t][2], s[t][3]);
-    for (int r = 0; r < R; ++r) out[t * width + r * step] = four[r];
+    for (int r = 0; r < R; ++r) out[t * width + r * step] += four[r];
   }
 }
 #endif
 
 // run(R, first row, how far apart R rows lie): strips of R rows, then what
 // is left one by one. Few tokens wait for memory, which likes rows that lie
-// apart; the sums of many are kept together
+// apart
 template <int R, class Run>
 void in_strips(int64_t rows, bool few, const Run& run) {
   const int64_t whole = rows / R, apart = few ? whole : 1;
@@ -112,12 +113,17 @@ void in_strips(int64_t rows, bool few, const Run& run) {
 // out[t * width + r]: `rows` rows of w (…, n) times N tokens of x (N, n)
 void strips(const Number* w, int64_t rows, const Ready* x, int64_t N,
             int64_t n, float* out, int64_t width) {
-  in_strips<STREAMS>(rows, N <= 32, [&](auto R, int64_t r, int64_t apart) {
-    in_groups<TOGETHER>(N, [&](auto T, int64_t t) {
-      strip<R.value, T.value>(w + r * n, apart, x + t * n, n,
-                              out + t * width + r, width);
+  const bool few = N <= TOGETHER;
+  const int64_t part = few ? n : HALF_ROW;
+  for (int64_t t = 0; t < N; ++t) std::fill_n(out + t * width, rows, 0.0f);
+  for (int64_t k = 0; k < n; k += part)
+    in_strips<STREAMS>(rows, few, [&](auto R, int64_t r, int64_t apart) {
+      in_groups<TOGETHER>(N, [&](auto T, int64_t t) {
+        strip<R.value, T.value>(
+            w + r * n + k, apart, x + t * n + k, n, std::min(part, n - k),
+            few ? AHEAD / 2 : STREAMS * n, out + t * width + r, width);
+      });
     });
-  });
 }
 
 }  // namespace

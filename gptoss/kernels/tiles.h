@@ -7,12 +7,11 @@ namespace {
 #ifdef GPTOSS_AVX512
 constexpr int64_t CHUNK = 18;  // blocks
 constexpr int TOKENS = 12;     // 24 sums, one weight
-constexpr int64_t FEW = 6;     // fewer tokens: no tile
 #else
 constexpr int64_t CHUNK = 10;  // blocks: 10 KiB of integers, a third of L1
 constexpr int TOKENS = 5;      // ten sums, two weights, one activation
-constexpr int64_t FEW = 13;    // fewer tokens: no tile
 #endif
+constexpr int64_t FEW = 13;  // fewer tokens: no tile
 
 struct Tile {  // 16 rows of a weight, pairs of columns side by side
   alignas(64) int16_t values[CHUNK][2][8][16][2];
@@ -105,8 +104,6 @@ void multiply_tile(const Tile& tile, const Few& few, int64_t first,
   }
 }
 #else
-void decode_tile(const uint8_t* w, const uint8_t* scales, int64_t blocks,
-                 int64_t count, Tile& tile);
 void multiply_tile(const Tile& tile, const Few& few, int64_t first,
                    int64_t count);
 #endif

@@ -1,0 +1,762 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+# %% [markdown]
+# # How does a weight meet a hundred tokens?
+#
+# ## Question
+#
+# A prompt of 512 tokens brings 64 of them to each expert of the 20b. The
+# strips of [pairs](pairs.ipynb) take four rows of a weight and let all 64
+# pass; then they take the next four rows, and the same 64 pass again. What one
+# core wants at once, its L1 cache, holds 32 or 48 KiB. How much do the tokens
+# need, and how fast would the next cache, L2, have to bring them?
+
+# %%
+tokens, columns, bf16 = 64, 2880, 2
+print(f"{tokens} tokens of {columns} numbers: "
+      f"{tokens * columns * bf16 / 1024:.0f} KiB")
+loaded, served, a_cycle = 64, 4, 2  # bytes; rows that share them; products
+print(f"a token's 64 bytes serve {served} rows: {loaded / served:.0f} bytes "
+      f"for each product of 32 pairs, {loaded / served * a_cycle:.0f} a cycle "
+      f"if the units begin {a_cycle} in a cycle")
+
+# %% [markdown]
+# That is about what an L2 cache delivers when all goes well, so the units
+# wait. Could what is in L1 serve more products before it has to leave?
+#
+# ## Picture
+#
+# Two ways to walk through the same product. Drawn to scale: a piece of the
+# weights, 64 rows, above the 64 tokens; both are 2880 numbers long. What is
+# coloured is in L1 at the same time.
+
+# %% tags=["hide-input", "picture"]
+# Figure: two columns. Left, "strips": above, 64 thin rows of weights with the
+# first four coloured over their whole length; below, 64 tokens with the first
+# six coloured over their whole length, and an arrow down along all tokens.
+# Right, "panels": above, 32 of 64 rows coloured, but only a tenth of their
+# length; below, the first twelve tokens, the same tenth of their length.
+import matplotlib.pyplot as plt
+import numpy as np
+
+plt.style.use("../_static/book.mplstyle")
+fig, axes = plt.subplots(1, 2, figsize=(7.2, 3.2), sharey=True)
+for ax, title, rows, group, length in (
+        (axes[0], "strips: 4 rows, 6 tokens", 4, 6, 2880),
+        (axes[1], "panels: 32 rows, 12 tokens", 32, 12, 256)):
+    for top, color, some, name in ((140, "C0", rows, "weights"),
+                                   (64, "C1", group, "tokens")):
+        ax.add_patch(plt.Rectangle((0, top - 64), 2880, 64, fc="0.93",
+                                   ec="0.6", lw=0.8))
+        ax.add_patch(plt.Rectangle((0, top - some), length, some, fc=color))
+        ax.text(2830, top - 58, name, ha="right", fontsize=8, color="0.3")
+    ax.annotate("", (length + 120 if length < 2880 else 1440, 6),
+                (length + 120 if length < 2880 else 1440, 62 - group),
+                arrowprops={"arrowstyle": "->", "color": "C1"})
+    kib = (rows + group) * length * bf16 / 1024
+    ax.set_title(f"{title}\n{kib:.0f} KiB", fontsize=9)
+    ax.set(xlim=(-60, 2940), ylim=(-4, 144), xticks=[0, 256, 2880],
+           yticks=[])
+    ax.spines[:].set_visible(False)
+axes[0].set_xlabel("numbers of a row")
+axes[1].set_xlabel("numbers of a row")
+plt.show()
+
+# %% [markdown]
+# What to see: a strip is long and flat, and 64 tokens pass it once for four
+# rows. A panel is short and high. The tokens pass it as often as there are
+# panels side by side, but only the part of them that is as long as the panel
+# is, and each number that comes serves 32 rows instead of four.
+#
+# ## The naive version
+#
+# Then cut the strips, too: 256 columns at a time. But a strip's sums are
+# spread over the sixteen lanes of a register, a lane for every sixteenth pair
+# of columns. At the end of a strip four registers become four numbers in 14
+# instructions. At the end of each *piece* of a strip that has to happen again:
+
+# %%
+for length in (2880, 256):
+    products = 4 * 6 * length // 32
+    adding = 6 * 14  # six times four sums
+    print(f"4 rows, 6 tokens, {length:4} columns: {products:4} products, "
+          f"{adding} instructions to add up lanes, {adding / products:.0%}")
+
+# %% [markdown]
+# So the lanes should not be columns.
+#
+# ## Derivation
+#
+# **Lanes are rows.** A register holds the same two columns of *sixteen rows*.
+# A token's two numbers are copied into all lanes (`vpbroadcastd`), and one
+# `vdpbf16ps` adds their products to the sums of sixteen rows, each in its own
+# lane. Nothing is added up at the end, and one may stop after any pair of
+# columns: sums are stored, and loaded when their turn comes again.
+#
+# **How many rows and tokens at once?** With $h$ registers of weights and $t$
+# tokens, $h t$ sums stay in registers, $h t$ products need $h + t$ loads, and
+# a processor begins two of either in a cycle. There are 32 registers.
+
+# %%
+for h, t in ((1, 12), (1, 28), (2, 12), (3, 8)):
+    print(f"{16 * h:2} rows, {t:2} tokens: {h * t + h + 1:2} registers, "
+          f"{h + t:2} loads for {h * t} products, {(h + t) / (h * t):.2f}")
+
+# %% [markdown]
+# With one register of rows there is a load for each product, and the loads are
+# as many as the processor can do. Two registers, 32 rows, and twelve tokens
+# need little more than half of them, so the products are the limit. Three
+# would save loads that nobody waits for.
+#
+# **How do sixteen rows get beside each other?** In memory a row's 64 bytes are
+# four blocks: sixteen words of 32 bits, in each of them eight codes. Sixteen
+# such rows are a square of sixteen by sixteen words, and *turning* it makes a
+# register of every column. After that each lane of a register has a word of
+# its row, two halves of 16 bits with four codes in each. That is what
+# [pairs](pairs.ipynb) looks up: a shift by $4 j$ bits, a table of 32 words,
+# and both halves become bf16 numbers, elements $8 c + j$ and $8 c + 4 + j$ of
+# the row, where $c$ counts its words. So no code is moved by itself. In numpy:
+
+# %%
+from gptoss.weights.encoding import encode
+from gptoss.weights.mxfp4 import FP4_VALUES, decode
+
+
+def panel(blocks: np.ndarray) -> np.ndarray:
+    """Four blocks of sixteen rows, (16, 4, 16) bytes -> (4, 16, 16, 2):
+    code j of each half, word c of a row, row, half."""
+    words = blocks.reshape(16, 64).view("<u4").T  # turned: word, row
+    halves = np.stack([words & 0xFFFF, words >> 16], -1)
+    codes = np.stack([halves >> 4 * j & 15 for j in range(4)])
+    return np.array(FP4_VALUES)[codes]
+
+
+def paired(x: np.ndarray) -> np.ndarray:
+    """128 numbers of a token -> (4, 16, 2), in the same order."""
+    return x.reshape(16, 2, 4).transpose(2, 0, 1)
+
+
+draw = np.random.default_rng(0)
+bytes_ = draw.integers(0, 256, (16, 4, 16), dtype=np.uint8)
+x = draw.standard_normal(128)
+w = np.array(FP4_VALUES)[np.stack([bytes_ & 15, bytes_ >> 4], -1)]
+w = w.reshape(16, 128)
+print("first two rows, by lanes:",
+      np.einsum("jcrh,jch->r", panel(bytes_), paired(x))[:2].round(6))
+print("by the plain product:    ", (w @ x)[:2].round(6))
+assert np.allclose(np.einsum("jcrh,jch->r", panel(bytes_), paired(x)), w @ x)
+
+# %% [markdown]
+# `paired` is the order of `pair_row` in [pairs](pairs.ipynb): a token that was
+# laid out for strips serves panels as it is.
+#
+# **And the tokens of a group?** Their words should arrive one after the other:
+# word 0 of all twelve, word 1 of all twelve. We lay them out so, once for each
+# expert, and the loop has one pointer instead of twelve.
+#
+# **Whole numbers** go the same way. What enters the second layer of an expert
+# was never stored in bf16 and keeps sixteen bits as whole numbers with a step
+# for each block ([pairs](pairs.ipynb) tells why); the table holds the values
+# twice over as integers, and `vpdpwssd` takes the place of `vdpbf16ps`. The
+# price: at the end of each block sums become fp32, times the row's scale,
+# times the token's step. With [bytes](coarse.ipynb), if you asked for them,
+# four numbers fit into a lane instead of two, and `vpdpbusd` multiplies them.
+#
+# ## Code
+#
+# `turn` takes four rounds: two interleave words and pairs of words within
+# quarters of a register (`unpack`), two move whole quarters.
+
+# %% [markdown] tags=["export:panels.h"]
+# ```cpp
+# namespace {
+#
+# #ifdef GPTOSS_AVX512
+# constexpr int64_t PANEL = 32;  // rows
+# constexpr int64_t SLICE = 8;   // blocks: 16 KiB of sixteen-bit numbers
+# constexpr int64_t QUAD = 4;    // blocks that are turned together
+#
+# // sixteen rows of sixteen 32-bit words become sixteen columns
+# inline void turn(Bytes (&v)[16]) {
+#   Bytes t[16];
+#   for (int i = 0; i < 16; i += 2) {
+#     t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+#     t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+#   }
+#   for (int i = 0; i < 16; i += 4)
+#     for (int j = 0; j < 2; ++j) {
+#       v[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + 2 + j]);
+#       v[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + 2 + j]);
+#     }  // quarter q of v[i + j]: column 4 q + j of rows i ... i + 3
+#   for (int j = 0; j < 4; ++j)
+#     for (int odd = 0; odd < 2; ++odd) {  // columns 0 and 8, or 4 and 12
+#       auto halves = [&](Bytes a, Bytes b) {
+#         return odd ? _mm512_shuffle_i32x4(a, b, 0xdd)
+#                    : _mm512_shuffle_i32x4(a, b, 0x88);
+#       };
+#       const Bytes a = halves(v[j], v[4 + j]);
+#       const Bytes b = halves(v[8 + j], v[12 + j]);
+#       t[4 * odd + j] = _mm512_shuffle_i32x4(a, b, 0x88);
+#       t[8 + 4 * odd + j] = _mm512_shuffle_i32x4(a, b, 0xdd);
+#     }
+#   std::copy(t, t + 16, v);
+# }
+#
+# // put(b, half, v) for each QUAD of blocks from b on, of `count`, and sixteen
+# // rows: word c of every row's 64 bytes in v[c]; zeros for missing blocks
+# template <class Put>
+# void by_quads(const uint8_t* w, int64_t blocks, int64_t count,
+#               const Put& put) {
+#   for (int64_t b = 0; b < count; b += QUAD)
+#     for (int half = 0; half < 2; ++half) {
+#       const __mmask64 real = count - b < QUAD
+#                                  ? (1ll << 16 * (count - b)) - 1 : -1;
+#       const uint8_t* from = w + 16 * (16 * half * blocks + b);
+#       Bytes v[16];
+#       for (int r = 0; r < 16; ++r, from += 16 * blocks) {
+#         __builtin_prefetch(from + 16 * SLICE);  // of the next slice
+#         v[r] = _mm512_maskz_loadu_epi8(real, from);
+#       }
+#       turn(v);
+#       put(b, half, v);
+#     }
+# }
+#
+# // the scales of 32 rows as columns, four blocks' in a lane
+# struct ScaleColumns {
+#   alignas(64) uint32_t four[SLICE / QUAD][PANEL] = {};
+#
+#   ScaleColumns(const uint8_t* scales, int64_t blocks, int64_t count) {
+#     for (int64_t b = 0; b < count; b += QUAD)
+#       for (int64_t r = 0; r < PANEL; ++r)
+#         if (count - b < QUAD)
+#           std::memcpy(&four[b / QUAD][r], scales + r * blocks + b,
+#                       count - b);
+#         else
+#           four[b / QUAD][r] = load<uint32_t>(scales + r * blocks + b);
+#   }
+#
+#   Bytes of(int64_t b, int half) const {  // of sixteen rows
+#     return _mm512_srl_epi32(load<Bytes>(&four[b / QUAD][16 * half]),
+#                             _mm_cvtsi32_si128(8 * (b % QUAD)))
+#            & _mm512_set1_epi32(255);
+#   }
+#
+#   __m512 powers(int64_t b, int half) const {
+#     const auto f = (__m512)_mm512_max_epi32(
+#         _mm512_slli_epi32(of(b, half), 23), _mm512_set1_epi32(1 << 22));
+#     return f + 0 * f;  // infinity becomes NaN
+#   }
+# };
+# ```
+
+# %% [markdown]
+# A row ends with two blocks if it has ninety: then the load is masked, and the
+# missing blocks are zeros. Scales are turned with ordinary loads, four blocks'
+# bytes in a word, and shifted into place when their block comes. The prefetch
+# asks for what the same row needs in the next slice, since no processor
+# follows 32 streams of memory by itself.
+#
+# **A panel of pairs** is 32 rows and up to eight blocks as bf16: 16 KiB. It
+# stands on the stack and serves all tokens of its expert. `hold` keeps a
+# token's word in a register. Without it the compiler loads it anew for each of
+# the two products, and loads become the limit again.
+
+# %% [markdown] tags=["export:panels.h"]
+# ```cpp
+# #ifdef GPTOSS_BF16
+# struct PairPanel {
+#   static constexpr int MANY = 12;  // tokens: 24 sums, 2 weights, 1 token
+#   static constexpr int64_t PAIRS = QUAD * BLOCK / 2;  // of numbers in a row
+#   alignas(64) Number values[SLICE / QUAD][PAIRS][2][BLOCK];
+#
+#   static int64_t size(int64_t blocks) { return padded(blocks) / 2; }
+#   static int64_t words(int64_t count) { return padded(count) / 2; }
+#
+#   PairPanel(const uint8_t* w, const uint8_t* scales, int64_t blocks,
+#             int64_t count) {
+#     const ScaleColumns columns(scales, blocks, count);
+#     by_quads(w, blocks, count, [&](int64_t b, int half, const Bytes* v) {
+#       for (int64_t i = 0; i < QUAD; ++i) {
+#         const Bytes s = columns.of(b + i, half);
+#         const Bytes lower = _mm512_slli_epi16(_mm512_sub_epi16(
+#             _mm512_set1_epi16(252), s | _mm512_slli_epi32(s, 16)), 7);
+# #pragma GCC unroll 4
+#         for (int j = 0; j < 4; ++j)
+# #pragma GCC unroll 4
+#           for (int c = 0; c < 4; ++c)
+#             _mm512_store_si512(
+#                 values[b / QUAD][16 * j + 4 * i + c][half],
+#                 _mm512_subs_epu16(found(v[4 * i + c], j, LARGE), lower));
+#       }
+#     });
+#   }
+# };
+#
+# // out[t * width + r] += 32 rows of `count` blocks, times T tokens
+# template <int T>
+# void multiply(const PairPanel& panel, const int32_t* x, int64_t count,
+#               float* out, int64_t width) {
+#   __m512 s[T][2];
+#   for (int t = 0; t < T; ++t)
+#     for (int h = 0; h < 2; ++h)
+#       s[t][h] = _mm512_loadu_ps(out + t * width + 16 * h);
+#   const Number* w = panel.values[0][0][0];
+#   for (int64_t i = PairPanel::words(count); i--; w += 2 * BLOCK, x += T) {
+#     const auto a = load<__m512bh>(w), b = load<__m512bh>(w + BLOCK);
+#     for (int t = 0; t < T; ++t) {
+#       Bytes token = _mm512_set1_epi32(x[t]);
+#       hold(token);  // or it would be loaded twice
+#       s[t][0] = _mm512_dpbf16_ps(s[t][0], a, (__m512bh)token);
+#       s[t][1] = _mm512_dpbf16_ps(s[t][1], b, (__m512bh)token);
+#     }
+#   }
+#   for (int t = 0; t < T; ++t)
+#     for (int h = 0; h < 2; ++h)
+#       _mm512_storeu_ps(out + t * width + 16 * h, s[t][h]);
+# }
+# #endif
+# ```
+
+# %% [markdown]
+# **Whole numbers**, of sixteen bits or eight, differ in what a lane holds and
+# in the instruction. The loop around is the same. A token's block is its
+# words, half its step, and a number at which the sums begin: with bytes the
+# table is 12 too large, as in [packed](packed.ipynb). Twelve sums and twelve
+# totals fill the registers, so six tokens make a group.
+
+# %% [markdown] tags=["export:panels.h"]
+# ```cpp
+# alignas(64) constexpr int16_t WORDS[32] = {
+#     0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12,
+#     0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};  // TWICE
+#
+# struct InWords {  // sixteen bits times sixteen, two in a lane
+#   static constexpr int LANES = 16;  // of a block
+#
+#   static Bytes weights(const Bytes* v, int i) {
+#     return found(v[i / 4], i % 4, WORDS);
+#   }
+#
+#   static Bytes add(Bytes sums, Bytes w, Bytes x) {
+#     return _mm512_dpwssd_epi32(sums, w, x);
+#   }
+#
+#   // elements 8 j + i and 8 j + 4 + i of a block, i < 4
+#   static void split(const Line& line, int32_t* to) {
+#     alignas(64) uint16_t from[BLOCK];
+#     for (int k = 0; k < BLOCK; ++k)  // 8 (k / 8) + k / 2 % 4 + 4 (k % 2)
+#       from[k] = k / 8 * 4 + k / 4 % 2 + k % 2 * 2 + k / 2 % 2 * 16;
+#     _mm512_storeu_si512(to, _mm512_permutexvar_epi16(
+#         load<Bytes>(from), load<Bytes>(&line)));
+#   }
+#
+#   static int32_t offset(const Line&) { return 0; }
+# };
+#
+# struct InBytes {  // eight bits times eight, four in a lane
+#   static constexpr int LANES = 8;
+#
+#   static Bytes weights(const Bytes* v, int i) {
+#     const Bytes word = v[i % 4];
+#     return _mm512_shuffle_epi8(
+#         table(), (i < 4 ? word : _mm512_srli_epi16(word, 4))
+#                  & _mm512_set1_epi8(15));
+#   }
+#
+#   static Bytes add(Bytes sums, Bytes w, Bytes x) {
+#     return _mm512_dpbusd_epi32(sums, w, x);
+#   }
+#
+#   static void split(const Line& line, int32_t* to) {
+#     const __m256i bytes = _mm512_cvtepi16_epi8(load<Bytes>(&line));
+#     std::memcpy(to, &bytes, sizeof bytes);
+#   }
+#
+#   static int32_t offset(const Line& line) {  // weights are 12 too large
+#     int32_t sum = 0;
+#     for (int i = 0; i < BLOCK / 2; ++i)
+#       sum += line.values[0][i] + line.values[1][i];
+#     return -12 * sum;
+#   }
+# };
+#
+# template <class Kind>
+# struct WholePanel {
+#   static constexpr int MANY = 6;  // tokens: 12 sums, 12 totals
+#   static constexpr int64_t LANES = Kind::LANES, SIZE = LANES + 2;
+#   Bytes values[SLICE][LANES][2];
+#   __m512 factors[SLICE][2];
+#
+#   static int64_t words(int64_t count) { return SIZE * count; }
+#
+#   WholePanel(const uint8_t* w, const uint8_t* scales, int64_t blocks,
+#              int64_t count) {
+#     const ScaleColumns columns(scales, blocks, count);
+#     by_quads(w, blocks, count, [&](int64_t b, int half, const Bytes* v) {
+#       for (int64_t i = 0; i < QUAD; ++i, ++b, v += 4) {
+#         factors[b][half] = columns.powers(b, half);
+# #pragma GCC unroll 16
+#         for (int c = 0; c < LANES; ++c)
+#           values[b][c][half] = Kind::weights(v, c);
+#       }
+#     });
+#   }
+# };
+#
+# template <int T, class Kind>
+# void multiply(const WholePanel<Kind>& panel, const int32_t* x, int64_t count,
+#               float* out, int64_t width) {
+#   constexpr int LANES = Kind::LANES;
+#   __m512 total[T][2];
+#   for (int t = 0; t < T; ++t)
+#     for (int h = 0; h < 2; ++h)
+#       total[t][h] = _mm512_loadu_ps(out + t * width + 16 * h);
+#   for (int64_t b = 0; b < count; ++b, x += T * (LANES + 2)) {
+#     Bytes s[T][2];
+#     for (int t = 0; t < T; ++t)
+#       s[t][0] = s[t][1] = _mm512_set1_epi32(x[T * (LANES + 1) + t]);
+# #pragma GCC unroll 16
+#     for (int c = 0; c < LANES; ++c)
+#       for (int t = 0; t < T; ++t) {
+#         Bytes token = _mm512_set1_epi32(x[T * c + t]);
+#         hold(token);
+#         for (int h = 0; h < 2; ++h)
+#           s[t][h] = Kind::add(s[t][h], panel.values[b][c][h], token);
+#       }
+#     for (int t = 0; t < T; ++t) {
+#       const __m512 half = _mm512_set1_ps(load<float>(x + T * LANES + t));
+#       for (int h = 0; h < 2; ++h)
+#         total[t][h] += _mm512_cvtepi32_ps(s[t][h])
+#                        * (panel.factors[b][h] * half);
+#     }
+#   }
+#   for (int t = 0; t < T; ++t)
+#     for (int h = 0; h < 2; ++h)
+#       _mm512_storeu_ps(out + t * width + 16 * h, total[t][h]);
+# }
+# ```
+
+# %% [markdown]
+# `panels` walks: 32 rows, slice by slice; in each slice, group by group. Rows
+# that fill no panel are copied into one with zeros below.
+
+# %% [markdown] tags=["export:panels.h"]
+# ```cpp
+# // out[t * rows + r]: `rows` rows times N tokens, whose words lie beside each
+# // other in groups of up to MANY
+# template <class Panel>
+# void panels(const uint8_t* w, const uint8_t* scales, int64_t rows,
+#             int64_t blocks, const int32_t* x, int64_t N, float* out) {
+#   std::fill_n(out, N * rows, 0.0f);
+#   for (int64_t r = 0; r + PANEL <= rows; r += PANEL)
+#     for (int64_t b = 0; b < blocks; b += SLICE) {
+#       const int64_t deep = std::min(SLICE, blocks - b), at = r * blocks + b;
+#       const Panel panel(w + 16 * at, scales + at, blocks, deep);
+#       in_groups<Panel::MANY>(N, [&](auto T, int64_t t) {
+#         multiply<T.value>(panel, x + t * Panel::words(blocks)
+#                                      + T * Panel::words(b),
+#                           deep, out + t * rows + r, rows);
+#       });
+#     }
+#   const int64_t left = rows % PANEL, done = rows - left;
+#   if (!left) return;
+#   std::vector<uint8_t> weights(16 * PANEL * blocks), powers(PANEL * blocks);
+#   std::copy_n(w + 16 * done * blocks, 16 * left * blocks, weights.data());
+#   std::copy_n(scales + done * blocks, left * blocks, powers.data());
+#   Buffer spare(N * PANEL);
+#   panels<Panel>(weights.data(), powers.data(), PANEL, blocks, x, N,
+#                 spare.data());
+#   for (int64_t t = 0; t < N; ++t)
+#     std::copy_n(&spare[t * PANEL], left, out + t * rows + done);
+# }
+# #endif
+#
+# }  // namespace
+# ```
+
+# %% [markdown]
+# ### Who lays the tokens out?
+#
+# `Interleaved`, for all experts in one buffer. Experts with few tokens go by
+# strips or by rows, and have their tokens one after the other. From 13 tokens
+# on a panel is quicker, although reading 32 rows in turns is slower than
+# reading four. Scales that bf16 has no room for go one weight at a time, as
+# ever.
+
+# %% [markdown] tags=["export:interleaved.h"]
+# ```cpp
+# namespace {
+#
+# #ifdef GPTOSS_AVX512
+# // 32-bit words of what stands at each place, `size` of them. Experts with
+# // `least` places or more have them in groups of up to MANY, word i of all of
+# // a group beside each other; the others' places have theirs alone
+# template <class Panel>
+# struct Interleaved {
+#   Tensor all;
+#   int64_t size = 0;
+#
+#   Interleaved() = default;
+#
+#   // put(place, to, step): its word i to to[i * step]
+#   template <class Put>
+#   Interleaved(const std::vector<int64_t>& begin, int64_t least,
+#               int64_t blocks, const Put& put)
+#       : all(at::empty({begin.back(), Panel::words(blocks)}, at::kInt)),
+#         size(Panel::words(blocks)) {
+#     std::vector<int64_t> first;  // places, of groups
+#     for (size_t e = 1; e < begin.size(); ++e) {
+#       const int64_t count = begin[e] - begin[e - 1];
+#       const auto add = [&](auto, int64_t t) {
+#         first.push_back(begin[e - 1] + t);
+#       };
+#       if (count < least) in_groups<1>(count, add);
+#       else in_groups<Panel::MANY>(count, add);
+#     }
+#     first.push_back(begin.back());
+#     at::parallel_for(0, first.size() - 1, 1, [&](int64_t i, int64_t end) {
+#       for (; i < end; ++i)
+#         for (int64_t place = first[i]; place < first[i + 1]; ++place)
+#           put(place, all.data_ptr<int32_t>() + first[i] * size + place
+#                      - first[i], first[i + 1] - first[i]);
+#     });
+#   }
+#
+#   const int32_t* at(int64_t place) const {
+#     return all.const_data_ptr<int32_t>() + place * size;
+#   }
+# };
+#
+# #ifdef GPTOSS_BF16
+# Interleaved<PairPanel> paired(const float* x,
+#                               const std::vector<int64_t>& from,
+#                               int64_t blocks,
+#                               const std::vector<int64_t>& begin) {
+#   return {begin, FEW, blocks, [&](int64_t place, int32_t* to, int64_t step) {
+#     thread_local Array<Number> row;
+#     row.resize(padded(blocks));
+#     pair_row(x + from[place] * blocks * BLOCK, blocks, row.data());
+#     for (int64_t i = 0; i < padded(blocks) / 2; ++i)
+#       to[i * step] = load<int32_t>(&row[2 * i]);
+#   }};
+# }
+# #endif
+#
+# template <class Kind>
+# Interleaved<WholePanel<Kind>> whole(const Quantised& digits,
+#                                     const std::vector<int64_t>& from,
+#                                     const std::vector<int64_t>& begin,
+#                                     int64_t least) {
+#   return {begin, least, digits.blocks,
+#           [&](int64_t place, int32_t* to, int64_t step) {
+#     const Line* line = digits.line(from[place]);
+#     for (int64_t b = 0; b < digits.blocks; ++b) {
+#       int32_t word[Kind::LANES + 2];
+#       Kind::split(line[b], word);
+#       std::memcpy(word + Kind::LANES, digits.half(from[place]) + b, 4);
+#       word[Kind::LANES + 1] = Kind::offset(line[b]);
+#       for (int32_t w : word) *to = w, to += step;
+#     }
+#   }};
+# }
+#
+# #ifdef GPTOSS_BF16
+# // as `panels`, for scales that bf16 has no room for
+# void unusual_panels(const uint8_t* w, const uint8_t* scales, int64_t rows,
+#                     int64_t blocks, const int32_t* x, int64_t N,
+#                     float* out) {
+#   const int64_t size = PairPanel::words(blocks);
+#   std::vector<int32_t> row(size);
+#   in_groups<PairPanel::MANY>(N, [&](auto T, int64_t t) {
+#     for (int64_t i = 0; i < T; ++i) {
+#       for (int64_t k = 0; k < size; ++k) row[k] = x[t * size + k * T + i];
+#       unusual_rows(w, scales, rows, blocks,
+#                    reinterpret_cast<const Number*>(row.data()), 1,
+#                    out + (t + i) * rows, rows);
+#     }
+#   });
+# }
+#
+# // as `panels`, whatever the scales
+# void paired_panels(const uint8_t* w, const uint8_t* scales, int64_t rows,
+#                    int64_t blocks, const int32_t* x, int64_t N, float* out) {
+#   (usual(scales, rows * blocks) ? panels<PairPanel> : unusual_panels)(
+#       w, scales, rows, blocks, x, N, out);
+# }
+# #endif
+# #endif
+#
+# }  // namespace
+# ```
+
+# %% [markdown]
+# [Many rows](many_rows.ipynb) asks for these in its `Inputs`.
+#
+# ## It holds
+#
+# **Packed products** of 12 tokens (by strips), 13 (by panels, groups of 7 and
+# 6), 64 and 100, beside float64. Rows fill panels and do not, so do blocks.
+# What is left is the rounding of the result.
+
+# %%
+import logging
+import os
+
+import torch
+
+from gptoss.kernels.build import PARTS, KernelError, build, plain_torch
+from gptoss.model.ops import OPERATORS, has_kernel, mxfp4_linear
+
+os.environ["GPTOSS_KERNELS"] = "torch"  # one library a process: this one
+logging.getLogger("gptoss").setLevel(logging.ERROR)  # built without a word
+try:
+    upto = PARTS[:PARTS.index("dense") + 1]
+    torch.ops.load_library(str(build(parts=upto)))
+except KernelError:
+    pass
+
+
+def off(y: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((y.double() - exact).norm() / exact.norm()).item()
+
+
+torch.manual_seed(0)
+for tokens in (12, 13, 64, 100):
+    worst = 0.0
+    for rows, blocks in ((32, 1), (33, 7), (64, 8), (150, 90)):
+        packed = encode(0.02 * torch.randn(rows, 32 * blocks))
+        x = torch.randn(tokens, 32 * blocks).bfloat16()
+        exact = x.double() @ decode(*packed, torch.float64).T
+        with torch.inference_mode():
+            y = mxfp4_linear(x, *packed)
+            with plain_torch():
+                plain = off(mxfp4_linear(x, *packed), exact)
+        if has_kernel("mxfp4_linear"):
+            assert off(y, exact) < 1.002 * plain < 3e-3
+        worst = max(worst, plain)
+    print(f"{tokens:3} tokens: plain torch is off by up to {worst:.4f}, "
+          "the kernel by no more")
+
+# %% [markdown]
+# **Experts with both layers**: 60 tokens, of which each chooses two of three
+# experts, so that the second layer goes by panels of whole numbers. And a
+# scale of $2^{-127}$, which no bf16 number has, in one row only.
+
+# %%
+E, N, D, F = 3, 60, 320, 160
+up, down = encode(0.1 * torch.randn(E, 2 * F, D)), encode(
+    0.1 * torch.randn(E, D, F))
+ids = torch.rand(N, E).topk(2).indices
+given = [t.bfloat16() if t.is_floating_point() else t for t in (
+    torch.randn(N, D), ids, torch.rand(N, 2), *up, torch.randn(E, 2 * F),
+    *down, torch.randn(E, D))]
+experts = OPERATORS["packed_experts"]
+for strange in (False, True):
+    given[4][1, 7, 3] = 0 if strange else 120
+    wide = [t.double() if t.is_floating_point() else t for t in given]
+    exact = experts.plain(*wide, 7.0)
+    with torch.inference_mode():
+        y = torch.ops.gptoss.packed_experts(*given, 7.0)
+    rounding = off(exact.bfloat16(), exact)
+    if has_kernel("packed_experts"):
+        assert off(y, exact) < 1.05 * rounding
+    print(f"strange scale: {strange}, rounding alone {rounding:.4f}")
+
+# %% [markdown]
+# ## In the 20b and the 120b
+#
+# From how many tokens on does an expert have 13? A prompt of $n$ tokens brings
+# $n K / E$ of them to each.
+
+# %%
+for name, E in (("20b", 32), ("120b", 128)):
+    print(f"{name}: {13 * E // 4} tokens; a prompt of 2048 has "
+          f"{2048 * 4 / E:.0f} for each expert")
+
+# %% [markdown]
+# **Cost.** Turning and looking up: for four blocks of sixteen rows 64
+# instructions of shuffling, 48 products that shift, 64 look-ups, 64
+# subtractions and 64 stores, 304 for 2048 weights. A token needs 64 products
+# for them.
+
+# %%
+for tokens in (13, 64, 256):
+    print(f"{tokens:3} tokens: {304 / (304 + 64 * tokens):.0%} of the "
+          "instructions make the panel")
+
+# %% [markdown] tags=["measured"]
+# Measured on two cores of a Zen 5 with weights of 5760 by 2880 in turns from
+# memory, GFLOP/s by strips and by panels: 16 tokens 515 and 614, 64 tokens 627
+# and 841, 128 tokens 633 and 897, of 985 that the units can do. In whole
+# numbers of sixteen bits, by the tiles of before and by panels: 64 tokens 590
+# and 718. With bytes: 530 and 1066. A layer's experts and 512 tokens went from
+# 174 ms to 141. For eight tokens strips took 0.44 ms and panels 0.64: reading
+# 32 rows in turns, memory delivers 34 GB/s there, with four 50.
+#
+# ## Takeaways
+#
+# - What stays in the first cache should serve as many products as it can: a
+#   panel is high and short, not long and flat.
+# - With rows in the lanes there is nothing to add up at the end, so a product
+#   can be cut along the columns wherever a cache is full.
+# - Turning words, not codes, puts sixteen rows beside each other; the shifts
+#   that find the codes are needed anyway.
+# - Few tokens wait for memory, and memory prefers four long rows to 32 short
+#   ones: strips stay.
+#
+# ## Exercises
+#
+# ### Exercise 1
+#
+# How many blocks may a slice have, if the panel and its twelve tokens shall
+# fill no more than three quarters of an L1 cache of 32 KiB, and of 48 KiB?
+
+# %% tags=["hide-cell"]
+a_block = (32 + 12) * 32 * 2  # bytes, rows and tokens
+for size in (32, 48):
+    print(f"{size} KiB: {int(0.75 * size * 1024 / a_block)} blocks")
+
+# %% [markdown]
+# ### Exercise 2
+#
+# A slice ends after eight blocks, and sums are stored and loaded again. What
+# share of instructions is that, beside the products?
+
+# %% tags=["hide-cell"]
+moved, products = 2 * 24, 24 * 8 * 16
+print(f"{moved} loads and stores, {products} products: "
+      f"{moved / products:.1%}")
+
+# %% [markdown]
+# ### Exercise 3
+#
+# Six tokens make a group with whole numbers, and each block ends with a
+# conversion, a product and a product with a sum for each of twelve sums. How
+# many instructions is that for each product, with sixteen bits and with bytes?
+
+# %% tags=["hide-cell"]
+for name, lanes in (("sixteen bits", 16), ("bytes", 8)):
+    print(f"{name}: {3 * 12 / (12 * lanes):.2f}")
+
+# %% [markdown]
+# ## Sources
+#
+# - K. Goto, R. van de Geijn, *Anatomy of High-Performance Matrix
+#   Multiplication*, ACM Transactions on Mathematical Software 34, 2008: which
+#   part of a product should stay in which cache.
+# - F. Van Zee, R. van de Geijn, *BLIS: A Framework for Rapidly Instantiating
+#   BLAS Functionality*, same journal 41, 2015: micro-panels, and the loops
+#   around them.
+# - Instructions `vdpbf16ps`, `vpdpwssd`, `vpdpbusd`, `vpbroadcastd`:
+#   https://www.intel.com/content/www/us/en/docs/intrinsics-guide
