@@ -93,15 +93,14 @@ print(sums[:4].tolist(), (ABOVE[packed & 15] * digits)[:4].sum())
 # #endif
 # }
 #
-# inline Bytes add_bytes(Bytes sums, Bytes a, const int8_t (&x)[SIDE][16]) {
-#   return _mm512_dpbusd_epi32(sums, a, load<Bytes>(x));
+# inline Bytes add_bytes(Bytes sums, Bytes a, Bytes x) {
+#   return _mm512_dpbusd_epi32(sums, a, x);
 # }
 # #endif
 #
 # #ifdef GPTOSS_VNNI
-# inline __m256i add_bytes(__m256i sums, __m256i a,
-#                          const int8_t (&x)[SIDE][16]) {
-#   return _mm256_dpbusd_avx_epi32(sums, a, load<__m256i>(x));
+# inline __m256i add_bytes(__m256i sums, __m256i a, __m256i x) {
+#   return _mm256_dpbusd_avx_epi32(sums, a, x);
 # }
 # #endif
 # ```

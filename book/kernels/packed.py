@@ -290,8 +290,7 @@ assert sums.sum() == whole
 # %% [markdown]
 # Each of the four sums is of four bytes, eight weights. No lane overflows: two
 # products in 16 bits, even and odd added, are at most $4 \cdot 24 \cdot 128$.
-
-# %% [markdown]
+#
 # ### How do activations lie?
 #
 # As the sums want them: for each block the digits of its even elements and of
@@ -450,8 +449,8 @@ assert kept[some.abs() >= top / 64].all() and (top / by_two <= 16320).all()
 #
 # A scale byte is the exponent field of a float: shifted there it *is*
 # $2^{s-127}$. Byte 0 means $2^{-127}$, a *subnormal* number with one bit set,
-# and byte 255, infinity in a float, must become NaN. With it, the portable
-# loop is {eq}`kernels-block` as it stands, for `R` rows and `T` tokens.
+# and byte 255, infinity in a float, must become NaN. The portable loop is
+# {eq}`kernels-block` as it stands, for `R` rows and `T` tokens.
 
 # %% [markdown] tags=["export:digits.h"]
 # ```cpp
@@ -499,9 +498,8 @@ assert kept[some.abs() >= top / 64].all() and (top / by_two <= 16320).all()
 #
 # `look_up`, `products` and `dots` are the three instructions in the order in
 # which you have seen them. A mask stands before `pshufb`, which looks at more
-# than four bits of an index. `broadcast` puts the table into both halves of a
-# register. (With VNNI one instruction does the products: `add_bytes` of the
-# [appendix](../cli/wide.ipynb).)
+# than four bits of an index. (With VNNI one instruction does the products:
+# `add_bytes` of the [appendix](../cli/wide.ipynb).)
 
 # %% [markdown] tags=["export:digits.h"]
 # ```cpp
@@ -511,7 +509,6 @@ assert kept[some.abs() >= top / 64].all() and (top / by_two <= 16320).all()
 # using Sums = float __attribute__((vector_size(16 * SIDE)));
 # using Words = int32_t __attribute__((vector_size(16 * SIDE)));
 # using Pairs = uint16_t __attribute__((vector_size(16 * SIDE)));
-# using Digit = int8_t[2][SIDE][16];  // of even elements, of odd ones
 # #endif
 #
 # }  // namespace
@@ -533,26 +530,34 @@ assert kept[some.abs() >= top / 64].all() and (top / by_two <= 16320).all()
 # }
 # #endif
 #
-# // sums + UNIT * (a times digits of even elements, b times those of odd
-# // ones, of four neighbours each); UNIT: 1 or 256
+# struct Held {  // a group in registers, for all the rows that meet it
+#   Bytes digits[2][2];
+#   Words offset;
+#   explicit Held(const Group& x) {
+#     hold(offset = load<Words>(x.offset));
+#     for (int i = 0; i < 4; ++i)
+#       hold(digits[i / 2][i % 2] = load<Bytes>(x.digits[i / 2][i % 2]));
+#   }
+# };
+#
+# // sums + UNIT * (a times digits of even elements + b times those of odd)
 # template <int UNIT>
-# inline Words products(Words sums, Bytes a, Bytes b, const Digit& x) {
+# inline Words products(Words sums, Bytes a, Bytes b, const Bytes (&x)[2]) {
 # #if defined(GPTOSS_AVX512) || defined(GPTOSS_VNNI)
 #   if (UNIT == 1)
 #     return (Words)add_bytes(add_bytes((Bytes)sums, a, x[0]), b, x[1]);
 #   return sums + ((Words)add_bytes(add_bytes(Bytes{}, a, x[0]), b, x[1])
 #                  << 8);
 # #else
-#   const Bytes two = _mm256_add_epi16(
-#       _mm256_maddubs_epi16(a, load<Bytes>(x[0])),
-#       _mm256_maddubs_epi16(b, load<Bytes>(x[1])));
+#   const Bytes two = _mm256_add_epi16(_mm256_maddubs_epi16(a, x[0]),
+#                                      _mm256_maddubs_epi16(b, x[1]));
 #   return sums + (Words)_mm256_madd_epi16(two, _mm256_set1_epi16(UNIT));
 # #endif
 # }
 #
 # // even, odd elements of SIDE blocks times a group; a lane: of four bytes
-# inline Sums dots(Bytes a, Bytes b, const Group& x) {
-#   const Words low = products<1>(load<Words>(x.offset), a, b, x.digits[1]);
+# inline Sums dots(Bytes a, Bytes b, const Held& x) {
+#   const Words low = products<1>(x.offset, a, b, x.digits[1]);
 #   return __builtin_convertvector(products<256>(low, a, b, x.digits[0]),
 #                                  Sums);
 # }
@@ -626,7 +631,7 @@ for g in range(4):  # group g: blocks 2 g and 2 g + 1
 # of 4 KiB at most. With one stream everything waits at every page's end; with
 # four the others go on. So four rows are read in turns, a quarter of the
 # matrix apart. A prefetch asks for what a row needs 768 bytes later, another
-# for its scales; `hold` keeps the compiler from reading a row's bytes twice.
+# for its scales; `hold` keeps the compiler from reading anything twice.
 
 # %% [markdown] tags=["export:packed.h"]
 # ```cpp
@@ -649,16 +654,22 @@ for g in range(4):  # group g: blocks 2 g and 2 g + 1
 #     }
 #   };
 #   auto add = [&](int64_t b, int g, int64_t count) {  // group g from b on
+#     Bytes even[R], odd[R];
+# #pragma GCC unroll 4
 #     for (int r = 0; r < R; ++r) {
 #       const uint8_t* at = w + 16 * (r * row + b + g * SIDE);
 #       __builtin_prefetch(at + AHEAD);
 #       Bytes bytes = load_blocks(at, count - g * SIDE);
 #       hold(bytes);
-#       const Bytes even = look_up(values, bytes);
-#       const Bytes odd = look_up(values, (Bytes)((Pairs)bytes >> 4));
-#       for (int t = 0; t < T; ++t)
-#         total[r][t] += dots(even, odd, group[t][g])
-#                        * spread(factor[r][t], g);
+#       even[r] = look_up(values, bytes);
+#       odd[r] = look_up(values, (Bytes)((Pairs)bytes >> 4));
+#     }
+# #pragma GCC unroll 4
+#     for (int t = 0; t < T; ++t) {
+#       const Held x(group[t][g]);
+# #pragma GCC unroll 4
+#       for (int r = 0; r < R; ++r)
+#         total[r][t] += dots(even[r], odd[r], x) * spread(factor[r][t], g);
 #     }
 #   };
 #   int64_t b = 0;
@@ -683,9 +694,9 @@ for g in range(4):  # group g: blocks 2 g and 2 g + 1
 # ### The kernel as an operator
 #
 # A weight is a matrix, or one for each expert. When a few tokens meet it, up
-# to four share each look-up (three with AVX-512, or sums leave the registers).
-# More go through the same rows group by group, while these are still in the
-# L1 cache. `T` must be known when the code is compiled, or the
+# to four share each look-up: a weight is found once and multiplied with the
+# digits of each. More go through the same rows group by group, while these are
+# still in the L1 cache. `T` must be known when the code is compiled, or the
 # sums would not be registers: `with_count` makes such a constant of a number,
 # `in_groups` cuts the tokens into groups. `packed_rows` is this, no more, an
 # operator that no model calls, by which you can try the kernel. It refuses x
@@ -725,7 +736,7 @@ for g in range(4):  # group g: blocks 2 g and 2 g + 1
 #   }
 # }
 #
-# constexpr int SHARED = SIDE == 4 ? 3 : 4;  // tokens of one look-up
+# constexpr int SHARED = 4;  // tokens for which a weight is looked up once
 #
 # // out[i][0 ... rows - 1]: those rows times the token in inputs[i], by rows
 # void rows_for_few(const uint8_t* w, const uint8_t* scales, int64_t rows,
@@ -835,10 +846,8 @@ if packed_rows is not twin:
 #   result to bf16 loses; in eight bits, more than three times as much as it.
 # - Two digits to the base 256 let the instruction for bytes multiply sixteen
 #   bits; an offset of 12 gives it the factor without a sign.
-# - Four rows far apart are four streams of memory, so that no page's end makes
-#   everything wait.
-
-# %% [markdown]
+# - Four rows far apart are four streams of memory: one waits, three go on.
+#
 # ## Exercises
 #
 # ### Exercise 1
@@ -875,22 +884,13 @@ assert 32 * 12 * (2 ** 15 - 1) < 2 ** 24 < 32 * 12 * (2 ** 16 - 1)
 # %% [markdown]
 # ### Exercise 3
 #
-# Write the twin for activations in 8 bits, one digit: $q_i$ in $-127 \dots
-# 127$, the finest step. Does it reproduce the error of the first table?
+# One digit, $-127 \dots 127$, would be quicker. Is its error, for other
+# activations, that of the first table again?
 
 # %% tags=["hide-cell"]
-def one_digit(x, blocks, scales):
-    w = TWICE[np.stack([blocks & 15, blocks >> 4], -1)].reshape(-1, 90, 32)
-    parts = x.reshape(len(x), -1, 32)
-    step = np.abs(parts).max(-1, keepdims=True) / 127
-    return np.einsum("mbi,nbi,mb,nb->nm", w, np.round(parts / step),
-                     2.0 ** (scales - 127.0), step[..., 0] / 2, optimize=True)
-
-
 x = torch.randn(64, 2880).bfloat16().double()
-y = one_digit(x.numpy(), blocks.numpy(), scales.numpy())
-print(f"one digit: {off(torch.from_numpy(y), x @ weight.T):.1e} from the "
-      f"exact product, {errors['8 bits']:.1e} in the table")
+print(f"one digit: {off(rounded(x, 127) @ weight.T, x @ weight.T):.1e} from "
+      f"the exact product, {errors['8 bits']:.1e} in the table")
 
 # %% [markdown]
 # ## Sources

@@ -136,7 +136,6 @@ constexpr uint8_t ABOVE[16] = {12, 13, 14, 15, 16, 18, 20, 24,  // TWICE + 12
 using Sums = float __attribute__((vector_size(16 * SIDE)));
 using Words = int32_t __attribute__((vector_size(16 * SIDE)));
 using Pairs = uint16_t __attribute__((vector_size(16 * SIDE)));
-using Digit = int8_t[2][SIDE][16];  // of even elements, of odd ones
 #endif
 
 }  // namespace

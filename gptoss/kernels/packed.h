@@ -40,26 +40,34 @@ inline Bytes look_up(Bytes values, Bytes nibbles) {
 }
 #endif
 
-// sums + UNIT * (a times digits of even elements, b times those of odd
-// ones, of four neighbours each); UNIT: 1 or 256
+struct Held {  // a group in registers, for all the rows that meet it
+  Bytes digits[2][2];
+  Words offset;
+  explicit Held(const Group& x) {
+    hold(offset = load<Words>(x.offset));
+    for (int i = 0; i < 4; ++i)
+      hold(digits[i / 2][i % 2] = load<Bytes>(x.digits[i / 2][i % 2]));
+  }
+};
+
+// sums + UNIT * (a times digits of even elements + b times those of odd)
 template <int UNIT>
-inline Words products(Words sums, Bytes a, Bytes b, const Digit& x) {
+inline Words products(Words sums, Bytes a, Bytes b, const Bytes (&x)[2]) {
 #if defined(GPTOSS_AVX512) || defined(GPTOSS_VNNI)
   if (UNIT == 1)
     return (Words)add_bytes(add_bytes((Bytes)sums, a, x[0]), b, x[1]);
   return sums + ((Words)add_bytes(add_bytes(Bytes{}, a, x[0]), b, x[1])
                  << 8);
 #else
-  const Bytes two = _mm256_add_epi16(
-      _mm256_maddubs_epi16(a, load<Bytes>(x[0])),
-      _mm256_maddubs_epi16(b, load<Bytes>(x[1])));
+  const Bytes two = _mm256_add_epi16(_mm256_maddubs_epi16(a, x[0]),
+                                     _mm256_maddubs_epi16(b, x[1]));
   return sums + (Words)_mm256_madd_epi16(two, _mm256_set1_epi16(UNIT));
 #endif
 }
 
 // even, odd elements of SIDE blocks times a group; a lane: of four bytes
-inline Sums dots(Bytes a, Bytes b, const Group& x) {
-  const Words low = products<1>(load<Words>(x.offset), a, b, x.digits[1]);
+inline Sums dots(Bytes a, Bytes b, const Held& x) {
+  const Words low = products<1>(x.offset, a, b, x.digits[1]);
   return __builtin_convertvector(products<256>(low, a, b, x.digits[0]),
                                  Sums);
 }
@@ -120,16 +128,22 @@ void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
     }
   };
   auto add = [&](int64_t b, int g, int64_t count) {  // group g from b on
+    Bytes even[R], odd[R];
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const uint8_t* at = w + 16 * (r * row + b + g * SIDE);
       __builtin_prefetch(at + AHEAD);
       Bytes bytes = load_blocks(at, count - g * SIDE);
       hold(bytes);
-      const Bytes even = look_up(values, bytes);
-      const Bytes odd = look_up(values, (Bytes)((Pairs)bytes >> 4));
-      for (int t = 0; t < T; ++t)
-        total[r][t] += dots(even, odd, group[t][g])
-                       * spread(factor[r][t], g);
+      even[r] = look_up(values, bytes);
+      odd[r] = look_up(values, (Bytes)((Pairs)bytes >> 4));
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) {
+      const Held x(group[t][g]);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r)
+        total[r][t] += dots(even[r], odd[r], x) * spread(factor[r][t], g);
     }
   };
   int64_t b = 0;
@@ -181,7 +195,7 @@ inline void in_groups(int64_t N, const Run& run) {
   }
 }
 
-constexpr int SHARED = SIDE == 4 ? 3 : 4;  // tokens of one look-up
+constexpr int SHARED = 4;  // tokens for which a weight is looked up once
 
 // out[i][0 ... rows - 1]: those rows times the token in inputs[i], by rows
 void rows_for_few(const uint8_t* w, const uint8_t* scales, int64_t rows,
