@@ -382,7 +382,7 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 #         for (int64_t i = begin[e]; i < begin[e + 1]; i += most)
 #           items.push_back({i, std::min(most, begin[e + 1] - i)});
 #     }
-#     all = at::empty({int64_t(items.size()), SQUARE, n}, at::kBFloat16);
+#     all = scratch({int64_t(items.size()), SQUARE, n}, at::kBFloat16);
 #     auto to = static_cast<Number*>(all.data_ptr());
 #     at::parallel_for(0, items.size(), 1, [&](int64_t first, int64_t last) {
 #       std::vector<Number> rows(SQUARE * n);

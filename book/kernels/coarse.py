@@ -490,7 +490,7 @@ define_operator("packed_experts_eight", Operator(
 # ```cpp
 # struct Coarse : Inputs {
 #   static constexpr char OPERATOR[] = "packed_experts_eight";
-#   static constexpr int64_t TILED = 9;
+#   static constexpr int64_t TILED = SIDE == 4 ? 7 : 9;
 #
 # #ifdef GPTOSS_AVX512
 #   Interleaved<WholePanel<InBytes>> four;

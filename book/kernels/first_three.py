@@ -388,6 +388,7 @@ print((shifted - 12582912.0).tolist(),
 # #include <ATen/core/Tensor.h>
 # #include <ATen/core/dispatch/Dispatcher.h>
 # #include <ATen/ops/empty.h>
+# #include <ATen/ops/from_blob.h>
 # #include <ATen/ops/zeros.h>
 # #include <ATen/record_function.h>
 # #include <torch/custom_class.h>
@@ -399,6 +400,7 @@ print((shifted - 12582912.0).tolist(),
 # #include <cstdint>
 # #include <cstring>
 # #include <limits>
+# #include <map>
 # #include <mutex>
 # #include <tuple>
 # #include <type_traits>

@@ -223,14 +223,26 @@ assert np.allclose(np.einsum("jcrh,jch->r", panel(bytes_), paired(x)), w @ x)
 #                                  ? (1ll << 16 * (count - b)) - 1 : -1;
 #       const uint8_t* from = w + 16 * (16 * half * blocks + b);
 #       Bytes v[16];
-#       for (int r = 0; r < 16; ++r, from += 16 * blocks) {
-#         __builtin_prefetch(from + 16 * SLICE);  // of the next slice
+#       for (int r = 0; r < 16; ++r, from += 16 * blocks)
 #         v[r] = _mm512_maskz_loadu_epi8(real, from);
-#       }
 #       turn(v);
 #       put(b, half, v);
 #     }
 # }
+#
+# // asks for the next slice, which lies in three lines of each row at most,
+# // while a block is multiplied: a part of them for each
+# struct Ahead {
+#   const uint8_t* w;
+#   int64_t stride;
+#
+#   void ask(int64_t b) const {
+#     constexpr int64_t LINES = 3 * PANEL / SLICE;
+#     if (w)
+#       for (int64_t i = LINES * b; i < LINES * (b + 1); ++i)
+#         __builtin_prefetch(w + i % PANEL * stride + i / PANEL * 64);
+#   }
+# };
 #
 # // the scales of 32 rows as columns, four blocks' in a lane
 # struct ScaleColumns {
@@ -263,9 +275,12 @@ assert np.allclose(np.einsum("jcrh,jch->r", panel(bytes_), paired(x)), w @ x)
 # %% [markdown]
 # A row ends with two blocks if it has ninety: then the load is masked, and the
 # missing blocks are zeros. Scales are turned with ordinary loads, four blocks'
-# bytes in a word, and shifted into place when their block comes. The prefetch
-# asks for what the same row needs in the next slice, since no processor
-# follows 32 streams of memory by itself.
+# bytes in a word, and shifted into place when their block comes.
+#
+# No processor follows 32 streams of memory by itself, so the next slice is
+# asked for while this one is multiplied: three lines of each row, twelve for
+# each block. Asking while a panel is made would be too late. The requests wait
+# for each other, and nothing is multiplied meanwhile.
 #
 # **A panel of pairs** is 32 rows and up to eight blocks as bf16: 16 KiB. It
 # stands on the stack and serves all tokens of its expert. `hold` keeps a
@@ -306,16 +321,17 @@ assert np.allclose(np.einsum("jcrh,jch->r", panel(bytes_), paired(x)), w @ x)
 # // out[t * width + r] += 32 rows of `count` blocks, times T tokens
 # template <int T>
 # void multiply(const PairPanel& panel, const int32_t* x, int64_t count,
-#               float* out, int64_t width) {
+#               const Ahead& next, float* out, int64_t width) {
 #   __m512 s[T][2];
 #   for (int t = 0; t < T; ++t)
 #     for (int h = 0; h < 2; ++h)
 #       s[t][h] = _mm512_loadu_ps(out + t * width + 16 * h);
 #   const Number* w = panel.values[0][0][0];
-#   for (int64_t i = PairPanel::words(count); i--; w += 2 * BLOCK, x += T) {
+#   for (int64_t i = 0; i < PairPanel::words(count); ++i, w += 2 * BLOCK) {
+#     if (i % 16 == 0) next.ask(i / 16);
 #     const auto a = load<__m512bh>(w), b = load<__m512bh>(w + BLOCK);
 #     for (int t = 0; t < T; ++t) {
-#       Bytes token = _mm512_set1_epi32(x[t]);
+#       Bytes token = _mm512_set1_epi32(*x++);
 #       hold(token);  // or it would be loaded twice
 #       s[t][0] = _mm512_dpbf16_ps(s[t][0], a, (__m512bh)token);
 #       s[t][1] = _mm512_dpbf16_ps(s[t][1], b, (__m512bh)token);
@@ -416,13 +432,14 @@ assert np.allclose(np.einsum("jcrh,jch->r", panel(bytes_), paired(x)), w @ x)
 #
 # template <int T, class Kind>
 # void multiply(const WholePanel<Kind>& panel, const int32_t* x, int64_t count,
-#               float* out, int64_t width) {
+#               const Ahead& next, float* out, int64_t width) {
 #   constexpr int LANES = Kind::LANES;
 #   __m512 total[T][2];
 #   for (int t = 0; t < T; ++t)
 #     for (int h = 0; h < 2; ++h)
 #       total[t][h] = _mm512_loadu_ps(out + t * width + 16 * h);
 #   for (int64_t b = 0; b < count; ++b, x += T * (LANES + 2)) {
+#     next.ask(b);
 #     Bytes s[T][2];
 #     for (int t = 0; t < T; ++t)
 #       s[t][0] = s[t][1] = _mm512_set1_epi32(x[T * (LANES + 1) + t]);
@@ -463,10 +480,13 @@ assert np.allclose(np.einsum("jcrh,jch->r", panel(bytes_), paired(x)), w @ x)
 #     for (int64_t b = 0; b < blocks; b += SLICE) {
 #       const int64_t deep = std::min(SLICE, blocks - b), at = r * blocks + b;
 #       const Panel panel(w + 16 * at, scales + at, blocks, deep);
+#       const int64_t next = b + SLICE < blocks ? at + SLICE
+#                                               : (r + PANEL) * blocks;
 #       in_groups<Panel::MANY>(N, [&](auto T, int64_t t) {
 #         multiply<T.value>(panel, x + t * Panel::words(blocks)
-#                                      + T * Panel::words(b),
-#                           deep, out + t * rows + r, rows);
+#                                      + T * Panel::words(b), deep,
+#                           {t ? nullptr : w + 16 * next, 16 * blocks},
+#                           out + t * rows + r, rows);
 #       });
 #     }
 #   const int64_t left = rows % PANEL, done = rows - left;
@@ -489,7 +509,7 @@ assert np.allclose(np.einsum("jcrh,jch->r", panel(bytes_), paired(x)), w @ x)
 # ### Who lays the tokens out?
 #
 # `Interleaved`, for all experts in one buffer. Experts with few tokens go by
-# strips or by rows, and have their tokens one after the other. From 13 tokens
+# strips or by rows, and have their tokens one after the other. From 11 tokens
 # on a panel is quicker, although reading 32 rows in turns is slower than
 # reading four. Scales that bf16 has no room for go one weight at a time, as
 # ever.
@@ -513,7 +533,7 @@ assert np.allclose(np.einsum("jcrh,jch->r", panel(bytes_), paired(x)), w @ x)
 #   template <class Put>
 #   Interleaved(const std::vector<int64_t>& begin, int64_t least,
 #               int64_t blocks, const Put& put)
-#       : all(at::empty({begin.back(), Panel::words(blocks)}, at::kInt)),
+#       : all(scratch({begin.back(), Panel::words(blocks)}, at::kInt)),
 #         size(Panel::words(blocks)) {
 #     std::vector<int64_t> first;  // places, of groups
 #     for (size_t e = 1; e < begin.size(); ++e) {
@@ -605,7 +625,7 @@ assert np.allclose(np.einsum("jcrh,jch->r", panel(bytes_), paired(x)), w @ x)
 #
 # ## It holds
 #
-# **Packed products** of 12 tokens (by strips), 13 (by panels, groups of 7 and
+# **Packed products** of 10 tokens (by strips), 13 (by panels, groups of 7 and
 # 6), 64 and 100, beside float64. Rows fill panels and do not, so do blocks.
 # What is left is the rounding of the result.
 
@@ -632,7 +652,7 @@ def off(y: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 torch.manual_seed(0)
-for tokens in (12, 13, 64, 100):
+for tokens in (10, 13, 64, 100):
     worst = 0.0
     for rows, blocks in ((32, 1), (33, 7), (64, 8), (150, 90)):
         packed = encode(0.02 * torch.randn(rows, 32 * blocks))
@@ -674,14 +694,106 @@ for strange in (False, True):
     print(f"strange scale: {strange}, rounding alone {rounding:.4f}")
 
 # %% [markdown]
+# ## What else takes time?
+#
+# With panels, a tenth of a prompt's time was spent outside all kernels, in the
+# operating system. A layer's experts write 96 MB for 512 tokens that nobody
+# needs after them: hidden vectors, results of every pick, words laid out for
+# panels. Memory that is returned comes back as pages that must be found and
+# cleared anew, 4 KiB at a time:
+
+# %%
+import time
+
+size = 24_000_000
+def seconds(array) -> float:
+    start = time.perf_counter()
+    array[:] = 1
+    return time.perf_counter() - start
+
+
+kept = np.empty(size, np.uint8)
+seconds(kept)
+fresh = min(seconds(np.empty(size, np.uint8)) for _ in range(5))
+again = min(seconds(kept) for _ in range(5))
+print(f"{size // 4096:,} pages; writing to them is slower the first time:",
+      fresh > again)
+
+# %% [markdown]
+# So what one layer leaves, the next one takes. `scratch` is `at::empty` for
+# tensors of one call, whose blocks a `Pool` keeps; a step of few tokens, by
+# which writing begins, has it give them all back.
+
+# %% [markdown] tags=["export:pool.h"]
+# ```cpp
+# namespace {
+#
+# // blocks of memory that were given back, by their bytes
+# class Pool {
+#   static constexpr std::align_val_t LINE{64};
+#   static constexpr size_t MOST = 1 << 30;
+#   std::mutex lock;
+#   std::multimap<size_t, void*> blocks;
+#   size_t held = 0;
+#
+#   void drop() {
+#     for (const auto& [bytes, at] : blocks) ::operator delete(at, LINE);
+#     blocks.clear(), held = 0;
+#   }
+#
+#  public:
+#   std::pair<size_t, void*> take(size_t bytes) {  // at least so many
+#     const std::lock_guard<std::mutex> guard(lock);
+#     const auto found = blocks.lower_bound(bytes);
+#     if (found == blocks.end() || found->first > 2 * bytes)
+#       return {bytes, ::operator new(bytes, LINE)};
+#     const auto block = *found;
+#     blocks.erase(found), held -= block.first;
+#     return block;
+#   }
+#
+#   void give(size_t bytes, void* at) {
+#     const std::lock_guard<std::mutex> guard(lock);
+#     blocks.emplace(bytes, at), held += bytes;
+#     if (held > MOST) drop();
+#   }
+#
+#   void clear() {
+#     const std::lock_guard<std::mutex> guard(lock);
+#     drop();
+#   }
+# };
+#
+# Pool& pool() {  // never destroyed: tensors may outlive everything else
+#   static Pool& one = *new Pool;
+#   return one;
+# }
+#
+# // an empty tensor for this call alone, whose memory the next one takes again
+# Tensor scratch(at::IntArrayRef sizes, at::ScalarType type) {
+#   constexpr size_t LARGE = 1 << 20;  // smaller: whatever malloc has
+#   const size_t bytes = c10::multiply_integers(sizes)
+#                        * c10::elementSize(type);
+#   if (bytes < LARGE) return at::empty(sizes, type);
+#   const auto [all, at] = pool().take(bytes);
+#   const size_t whole = all;
+#   return at::from_blob(at, sizes, [whole](void* block) {
+#     pool().give(whole, block);
+#   }, type);
+# }
+#
+# }  // namespace
+# ```
+
+# %% [markdown]
 # ## In the 20b and the 120b
 #
-# From how many tokens on does an expert have 13? A prompt of $n$ tokens brings
+# From how many tokens on does an expert have 11? A prompt of $n$ tokens brings
 # $n K / E$ of them to each.
 
 # %%
 for name, E in (("20b", 32), ("120b", 128)):
-    print(f"{name}: {13 * E // 4} tokens; a prompt of 2048 has "
+    print(f"{name}: {11 * E // 4} tokens; a prompt of 2048 has "
           f"{2048 * 4 / E:.0f} for each expert")
 
 # %% [markdown]
@@ -691,18 +803,19 @@ for name, E in (("20b", 32), ("120b", 128)):
 # for them.
 
 # %%
-for tokens in (13, 64, 256):
+for tokens in (11, 64, 256):
     print(f"{tokens:3} tokens: {304 / (304 + 64 * tokens):.0%} of the "
           "instructions make the panel")
 
 # %% [markdown] tags=["measured"]
-# Measured on two cores of a Zen 5 with weights of 5760 by 2880 in turns from
-# memory, GFLOP/s by strips and by panels: 16 tokens 515 and 614, 64 tokens 627
-# and 841, 128 tokens 633 and 897, of 985 that the units can do. In whole
-# numbers of sixteen bits, by the tiles of before and by panels: 64 tokens 590
-# and 718. With bytes: 530 and 1066. A layer's experts and 512 tokens went from
-# 174 ms to 141. For eight tokens strips took 0.44 ms and panels 0.64: reading
-# 32 rows in turns, memory delivers 34 GB/s there, with four 50.
+# Measured on two cores of a Zen 5, a matrix of 5760 by 2880 in turns from
+# memory, GFLOP/s by strips and by panels: 12 tokens 487 and 583, 64 tokens 574
+# and 864, 128 tokens 594 and 941, of 985 that the units can do. In whole
+# numbers of sixteen bits 64 tokens go at 778, by the tiles that were there
+# before at 540; with bytes at 1312, before at 570. For eight tokens strips took
+# 0.43 ms and panels 0.60: reading 32 rows in turns, memory delivers 34 GB/s
+# there, with four 50. A layer's experts and 512 tokens went from 174 ms to 132.
+# Keeping blocks of memory took a prompt of 512 from 4.6 s to 4.1.
 #
 # ## Takeaways
 #

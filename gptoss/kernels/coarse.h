@@ -132,7 +132,7 @@ void multiply_bytes(const ByteTile& tile, const FewBytes& few,
 
 struct Coarse : Inputs {
   static constexpr char OPERATOR[] = "packed_experts_eight";
-  static constexpr int64_t TILED = 9;
+  static constexpr int64_t TILED = SIDE == 4 ? 7 : 9;
 
 #ifdef GPTOSS_AVX512
   Interleaved<WholePanel<InBytes>> four;

@@ -69,8 +69,8 @@ constexpr int64_t DENSE_SQUARED = 6;  // tokens, at least
 
 // N tokens, sixteen beside each other
 Tensor put_beside(const Number* x, int64_t N, int64_t n) {
-  Tensor all = at::empty({(N + SQUARE - 1) / SQUARE, SQUARE, n},
-                         at::kBFloat16);
+  Tensor all = scratch({(N + SQUARE - 1) / SQUARE, SQUARE, n},
+                       at::kBFloat16);
   auto first = static_cast<Number*>(all.data_ptr());
   at::parallel_for(0, all.size(0), 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = SQUARE * begin; t < SQUARE * end; t += SQUARE)

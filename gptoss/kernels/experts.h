@@ -167,8 +167,7 @@ template <class X>
 Tensor run_gate_up(const Packed& weight, const Number* bias, float limit,
                    const Groups& groups, const X& x) {
   const int64_t F = weight.rows / 2;
-  const Tensor all = at::empty({int64_t(groups.order.size()), F},
-                               at::kFloat);
+  const Tensor all = scratch({int64_t(groups.order.size()), F}, at::kFloat);
   float* hidden = all.data_ptr<float>();
   grouped_linear(weight, groups, x, [&](int64_t place, int64_t e,
       int64_t row0, int64_t rows, const float* v) {
@@ -192,7 +191,7 @@ Buffer run_down(const Packed& weight, const Number* bias,
                 const Number* shares, const Groups& groups,
                 const X& hidden, int64_t K) {
   const int64_t D = weight.rows, tokens = groups.order.size() / K;
-  const Tensor all = at::empty({tokens * K, D}, at::kFloat);
+  const Tensor all = scratch({tokens * K, D}, at::kFloat);
   float* out = all.data_ptr<float>();
   Buffer y(tokens * D);
   grouped_linear(weight, groups, hidden, [&](int64_t place, int64_t e,
@@ -271,6 +270,7 @@ Tensor packed_experts(const Tensor& x, const Tensor& ids,
   const Packed down(down_blocks, down_scales);
   const Tensor chosen = ids.contiguous(), shares = weights.contiguous();
   const int64_t K = ids.size(1), picks = ids.numel();
+  if (picks < TALL) pool().clear();
   const Groups groups(chosen.const_data_ptr<int64_t>(), picks,
                       gate_up_scales.size(0));
   std::vector<int64_t> token(picks), place(picks);

@@ -18,7 +18,7 @@ struct Interleaved {
   template <class Put>
   Interleaved(const std::vector<int64_t>& begin, int64_t least,
               int64_t blocks, const Put& put)
-      : all(at::empty({begin.back(), Panel::words(blocks)}, at::kInt)),
+      : all(scratch({begin.back(), Panel::words(blocks)}, at::kInt)),
         size(Panel::words(blocks)) {
     std::vector<int64_t> first;  // places, of groups
     for (size_t e = 1; e < begin.size(); ++e) {

@@ -45,14 +45,26 @@ void by_quads(const uint8_t* w, int64_t blocks, int64_t count,
                                  ? (1ll << 16 * (count - b)) - 1 : -1;
       const uint8_t* from = w + 16 * (16 * half * blocks + b);
       Bytes v[16];
-      for (int r = 0; r < 16; ++r, from += 16 * blocks) {
-        __builtin_prefetch(from + 16 * SLICE);  // of the next slice
+      for (int r = 0; r < 16; ++r, from += 16 * blocks)
         v[r] = _mm512_maskz_loadu_epi8(real, from);
-      }
       turn(v);
       put(b, half, v);
     }
 }
+
+// asks for the next slice, which lies in three lines of each row at most,
+// while a block is multiplied: a part of them for each
+struct Ahead {
+  const uint8_t* w;
+  int64_t stride;
+
+  void ask(int64_t b) const {
+    constexpr int64_t LINES = 3 * PANEL / SLICE;
+    if (w)
+      for (int64_t i = LINES * b; i < LINES * (b + 1); ++i)
+        __builtin_prefetch(w + i % PANEL * stride + i / PANEL * 64);
+  }
+};
 
 // the scales of 32 rows as columns, four blocks' in a lane
 struct ScaleColumns {
@@ -113,16 +125,17 @@ struct PairPanel {
 // out[t * width + r] += 32 rows of `count` blocks, times T tokens
 template <int T>
 void multiply(const PairPanel& panel, const int32_t* x, int64_t count,
-              float* out, int64_t width) {
+              const Ahead& next, float* out, int64_t width) {
   __m512 s[T][2];
   for (int t = 0; t < T; ++t)
     for (int h = 0; h < 2; ++h)
       s[t][h] = _mm512_loadu_ps(out + t * width + 16 * h);
   const Number* w = panel.values[0][0][0];
-  for (int64_t i = PairPanel::words(count); i--; w += 2 * BLOCK, x += T) {
+  for (int64_t i = 0; i < PairPanel::words(count); ++i, w += 2 * BLOCK) {
+    if (i % 16 == 0) next.ask(i / 16);
     const auto a = load<__m512bh>(w), b = load<__m512bh>(w + BLOCK);
     for (int t = 0; t < T; ++t) {
-      Bytes token = _mm512_set1_epi32(x[t]);
+      Bytes token = _mm512_set1_epi32(*x++);
       hold(token);  // or it would be loaded twice
       s[t][0] = _mm512_dpbf16_ps(s[t][0], a, (__m512bh)token);
       s[t][1] = _mm512_dpbf16_ps(s[t][1], b, (__m512bh)token);
@@ -213,13 +226,14 @@ struct WholePanel {
 
 template <int T, class Kind>
 void multiply(const WholePanel<Kind>& panel, const int32_t* x, int64_t count,
-              float* out, int64_t width) {
+              const Ahead& next, float* out, int64_t width) {
   constexpr int LANES = Kind::LANES;
   __m512 total[T][2];
   for (int t = 0; t < T; ++t)
     for (int h = 0; h < 2; ++h)
       total[t][h] = _mm512_loadu_ps(out + t * width + 16 * h);
   for (int64_t b = 0; b < count; ++b, x += T * (LANES + 2)) {
+    next.ask(b);
     Bytes s[T][2];
     for (int t = 0; t < T; ++t)
       s[t][0] = s[t][1] = _mm512_set1_epi32(x[T * (LANES + 1) + t]);
@@ -253,10 +267,13 @@ void panels(const uint8_t* w, const uint8_t* scales, int64_t rows,
     for (int64_t b = 0; b < blocks; b += SLICE) {
       const int64_t deep = std::min(SLICE, blocks - b), at = r * blocks + b;
       const Panel panel(w + 16 * at, scales + at, blocks, deep);
+      const int64_t next = b + SLICE < blocks ? at + SLICE
+                                              : (r + PANEL) * blocks;
       in_groups<Panel::MANY>(N, [&](auto T, int64_t t) {
         multiply<T.value>(panel, x + t * Panel::words(blocks)
-                                     + T * Panel::words(b),
-                          deep, out + t * rows + r, rows);
+                                     + T * Panel::words(b), deep,
+                          {t ? nullptr : w + 16 * next, 16 * blocks},
+                          out + t * rows + r, rows);
       });
     }
   const int64_t left = rows % PANEL, done = rows - left;

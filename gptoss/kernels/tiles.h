@@ -11,7 +11,7 @@ constexpr int TOKENS = 12;     // 24 sums, one weight
 constexpr int64_t CHUNK = 10;  // blocks: 10 KiB of integers, a third of L1
 constexpr int TOKENS = 5;      // ten sums, two weights, one activation
 #endif
-constexpr int64_t FEW = 13;  // fewer tokens: no tile
+constexpr int64_t FEW = SIDE == 4 ? 11 : 13;  // fewer tokens: no tile
 
 struct Tile {  // 16 rows of a weight, pairs of columns side by side
   alignas(64) int16_t values[CHUNK][2][8][16][2];

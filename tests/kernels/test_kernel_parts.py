@@ -54,7 +54,7 @@ def test_a_library_is_named_by_its_parts(monkeypatch, tmp_path):
     before = build.library_path(parts=some[2])
     monkeypatch.setattr(build, "SOURCE", tmp_path)
     assert build.library_path(parts=some[2]) == before
-    with open(tmp_path / "digits.h", "a") as file:
+    with open(tmp_path / f"{some[2][-1]}.h", "a") as file:
         file.write("// changed\n")
     assert build.library_path(parts=some[2]) != before
     assert build.library_path(parts=some[1]) in names
