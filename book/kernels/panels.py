@@ -16,43 +16,48 @@
 # ## Question
 #
 # A prompt of 512 tokens brings 64 of them to each expert of the 20b. The
-# strips of [pairs](pairs.ipynb) take four rows of a weight and let all 64
-# pass; then they take the next four rows, and the same 64 pass again. What one
-# core wants at once, its L1 cache, holds 32 or 48 KiB. How much do the tokens
-# need, and how fast would the next cache, L2, have to bring them?
+# strips of [pairs](pairs.ipynb) take at most twelve of them and two rows of a
+# weight; then the next two rows, and the same twelve pass again. When all rows
+# are through, the next twelve tokens come, and every code is looked up anew.
+# A core's L1 cache, where all should lie that it needs at once, holds 32 or
+# 48 KiB. How much do twelve tokens need, and how fast would the next cache,
+# L2, have to bring them?
 
 # %%
-tokens, columns, bf16 = 64, 2880, 2
+tokens, columns, bf16 = 12, 2880, 2
 print(f"{tokens} tokens of {columns} numbers: "
       f"{tokens * columns * bf16 / 1024:.0f} KiB")
-loaded, served, a_cycle = 64, 4, 2  # bytes; rows that share them; products
+loaded, served, a_cycle = 64, 2, 2  # bytes; rows that share them; products
 print(f"a token's 64 bytes serve {served} rows: {loaded / served:.0f} bytes "
       f"for each product of 32 pairs, {loaded / served * a_cycle:.0f} a cycle "
       f"if the units begin {a_cycle} in a cycle")
 
 # %% [markdown]
-# That is about what an L2 cache delivers when all goes well, so the units
-# wait. Could what is in L1 serve more products before it has to leave?
+# That is the most that the L2 cache of a Zen 5 can deliver, and twice that of
+# a Zen 4. Caches seldom reach their most, so the units wait. Could what is in
+# L1 serve more products before it has to leave?
 #
 # ## Picture
 #
-# Two ways to walk through the same product. Drawn to scale: a piece of the
-# weights, 64 rows, above the 64 tokens; both are 2880 numbers long. What is
-# coloured is in L1 at the same time.
+# Two ways to walk through the same product. A piece of the weights, 64 rows,
+# stands above 64 tokens; all are 2880 numbers long (rows and columns are to
+# scale, each for itself). What is coloured is needed together: on the left the
+# tokens alone are more than L1 holds.
 
 # %% tags=["hide-input", "picture"]
 # Figure: two columns. Left, "strips": above, 64 thin rows of weights with the
-# first four coloured over their whole length; below, 64 tokens with the first
-# six coloured over their whole length, and an arrow down along all tokens.
+# first two coloured over their whole length, and an arrow down along all rows;
+# below, 64 tokens with the first twelve coloured over their whole length.
 # Right, "panels": above, 32 of 64 rows coloured, but only a tenth of their
-# length; below, the first twelve tokens, the same tenth of their length.
+# length; below, the first twelve tokens, the same tenth of their length, and
+# an arrow down along all tokens.
 import matplotlib.pyplot as plt
 import numpy as np
 
 plt.style.use("../_static/book.mplstyle")
 fig, axes = plt.subplots(1, 2, figsize=(7.2, 3.2), sharey=True)
 for ax, title, rows, group, length in (
-        (axes[0], "strips: 4 rows, 6 tokens", 4, 6, 2880),
+        (axes[0], "strips: 2 rows, 12 tokens", 2, 12, 2880),
         (axes[1], "panels: 32 rows, 12 tokens", 32, 12, 256)):
     for top, color, some, name in ((140, "C0", rows, "weights"),
                                    (64, "C1", group, "tokens")):
@@ -60,11 +65,12 @@ for ax, title, rows, group, length in (
                                    ec="0.6", lw=0.8))
         ax.add_patch(plt.Rectangle((0, top - some), length, some, fc=color))
         ax.text(2830, top - 58, name, ha="right", fontsize=8, color="0.3")
-    ax.annotate("", (length + 120 if length < 2880 else 1440, 6),
-                (length + 120 if length < 2880 else 1440, 62 - group),
-                arrowprops={"arrowstyle": "->", "color": "C1"})
-    kib = (rows + group) * length * bf16 / 1024
-    ax.set_title(f"{title}\n{kib:.0f} KiB", fontsize=9)
+    moves = 140 if length == 2880 else 64  # what passes by
+    x = 1440 if length == 2880 else length + 120
+    ax.annotate("", (x, moves - 58), (x, moves - 16),
+                arrowprops={"arrowstyle": "->", "color": "0.4"})
+    kib = (rows * (length < 2880) + group) * length * bf16 / 1024
+    ax.set_title(f"{title}\n{kib:.0f} KiB in bf16", fontsize=9)
     ax.set(xlim=(-60, 2940), ylim=(-4, 144), xticks=[0, 256, 2880],
            yticks=[])
     ax.spines[:].set_visible(False)
@@ -73,23 +79,26 @@ axes[1].set_xlabel("numbers of a row")
 plt.show()
 
 # %% [markdown]
-# What to see: a strip is long and flat, and 64 tokens pass it once for four
-# rows. A panel is short and high. The tokens pass it as often as there are
-# panels side by side, but only the part of them that is as long as the panel
-# is, and each number that comes serves 32 rows instead of four.
+# What to see: a strip is long and flat. Its codes become bf16 in registers and
+# are gone; twelve tokens wait for each two rows in turn. A panel is short and
+# high. A token passes it with only the piece that is as long as the panel.
+# Twelve panels lie side by side, so it comes in twelve pieces, and each number
+# that comes serves 32 rows. All tokens pass, so a code is looked up once.
 #
 # ## The naive version
 #
-# Then cut the strips, too: 256 columns at a time. But a strip's sums are
-# spread over the sixteen lanes of a register, a lane for every sixteenth pair
-# of columns. At the end of a strip four registers become four numbers in 14
-# instructions. At the end of each *piece* of a strip that has to happen again:
+# [Dense](dense.ipynb) cut its strips in two, and that was enough for L1. To
+# serve more rows as well, pieces must be shorter. But a strip's sums are
+# spread over the sixteen lanes of a register: lane 0 has the pairs of columns
+# 0, 16, 32 and so on. At the end of a strip 13 instructions make numbers of
+# the registers of a token. At the end of each *piece* of a strip that has to
+# happen again:
 
 # %%
 for length in (2880, 256):
-    products = 4 * 6 * length // 32
-    adding = 6 * 14  # six times four sums
-    print(f"4 rows, 6 tokens, {length:4} columns: {products:4} products, "
+    products = 2 * 12 * length // 32
+    adding = 12 * 13  # for each token
+    print(f"2 rows, 12 tokens, {length:4} columns: {products:4} products, "
           f"{adding} instructions to add up lanes, {adding / products:.0%}")
 
 # %% [markdown]
@@ -105,18 +114,20 @@ for length in (2880, 256):
 #
 # **How many rows and tokens at once?** With $h$ registers of weights and $t$
 # tokens, $h t$ sums stay in registers, $h t$ products need $h + t$ loads, and
-# a processor begins two of either in a cycle. There are 32 registers.
+# a Zen 5 begins two of either in a cycle. There are 32 registers.
 
 # %%
 for h, t in ((1, 12), (1, 28), (2, 12), (3, 8)):
     print(f"{16 * h:2} rows, {t:2} tokens: {h * t + h + 1:2} registers, "
-          f"{h + t:2} loads for {h * t} products, {(h + t) / (h * t):.2f}")
+          f"{h + t:2} loads for {h * t} products, {(h + t) / (h * t):.2f} for "
+          "each")
 
 # %% [markdown]
 # With one register of rows there is a load for each product, and the loads are
 # as many as the processor can do. Two registers, 32 rows, and twelve tokens
 # need little more than half of them, so the products are the limit. Three
-# would save loads that nobody waits for.
+# would save loads that nobody waits for, and with fourteen tokens the compiler
+# would have one register left.
 #
 # **How do sixteen rows get beside each other?** In memory a row's 64 bytes are
 # four blocks: sixteen words of 32 bits, in each of them eight codes. Sixteen
@@ -141,7 +152,7 @@ def panel(blocks: np.ndarray) -> np.ndarray:
     return np.array(FP4_VALUES)[codes]
 
 
-def paired(x: np.ndarray) -> np.ndarray:
+def by_words(x: np.ndarray) -> np.ndarray:
     """128 numbers of a token -> (4, 16, 2), in the same order."""
     return x.reshape(16, 2, 4).transpose(2, 0, 1)
 
@@ -152,25 +163,26 @@ x = draw.standard_normal(128)
 w = np.array(FP4_VALUES)[np.stack([bytes_ & 15, bytes_ >> 4], -1)]
 w = w.reshape(16, 128)
 print("first two rows, by lanes:",
-      np.einsum("jcrh,jch->r", panel(bytes_), paired(x))[:2].round(6))
+      np.einsum("jcrh,jch->r", panel(bytes_), by_words(x))[:2].round(6))
 print("by the plain product:    ", (w @ x)[:2].round(6))
-assert np.allclose(np.einsum("jcrh,jch->r", panel(bytes_), paired(x)), w @ x)
+assert np.allclose(np.einsum("jcrh,jch->r", panel(bytes_), by_words(x)), w @ x)
 
 # %% [markdown]
-# `paired` is the order of `pair_row` in [pairs](pairs.ipynb): a token that was
-# laid out for strips serves panels as it is.
-#
-# **And the tokens of a group?** Their words should arrive one after the other:
-# word 0 of all twelve, word 1 of all twelve. We lay them out so, once for each
-# expert, and the loop has one pointer instead of twelve.
+# `by_words` is the order of `pair_row` in [pairs](pairs.ipynb): a token that
+# is alone is laid out as for strips. In a group of up to twelve (`in_groups`
+# cuts an expert's tokens into groups of nearly the same size) word 0 of all of
+# them comes first, then word 1 of all. That is done once for an expert, and
+# the loop has one pointer instead of twelve.
 #
 # **Whole numbers** go the same way. What enters the second layer of an expert
 # was never stored in bf16 and keeps sixteen bits as whole numbers with a step
-# for each block ([pairs](pairs.ipynb) tells why); the table holds the values
-# twice over as integers, and `vpdpwssd` takes the place of `vdpbf16ps`. The
-# price: at the end of each block sums become fp32, times the row's scale,
-# times the token's step. With [bytes](coarse.ipynb), if you asked for them,
-# four numbers fit into a lane instead of two, and `vpdpbusd` multiplies them.
+# for each block ([pairs](pairs.ipynb) tells why). The table holds twice each
+# value, so that all are whole, and for that a token's step is halved;
+# `vpdpwssd` takes the place of `vdpbf16ps`. The price: at the end of each
+# block sums become fp32, times the row's scale, times half the token's step.
+# A later chapter, [bytes](coarse.ipynb), rounds activations to eight bits for
+# whoever asks. Then four numbers fit into a lane instead of two, and
+# `vpdpbusd` multiplies them.
 #
 # ## Code
 #
@@ -197,9 +209,9 @@ assert np.allclose(np.einsum("jcrh,jch->r", panel(bytes_), paired(x)), w @ x)
 #     for (int j = 0; j < 2; ++j) {
 #       v[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + 2 + j]);
 #       v[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + 2 + j]);
-#     }  // quarter q of v[i + j]: column 4 q + j of rows i ... i + 3
+#     }  // quarter q of v[i + k]: column 4 q + k of rows i ... i + 3
 #   for (int j = 0; j < 4; ++j)
-#     for (int odd = 0; odd < 2; ++odd) {  // columns 0 and 8, or 4 and 12
+#     for (int odd = 0; odd < 2; ++odd) {  // quarters 0 and 2, or 1 and 3
 #       auto halves = [&](Bytes a, Bytes b) {
 #         return odd ? _mm512_shuffle_i32x4(a, b, 0xdd)
 #                    : _mm512_shuffle_i32x4(a, b, 0x88);
@@ -212,8 +224,9 @@ assert np.allclose(np.einsum("jcrh,jch->r", panel(bytes_), paired(x)), w @ x)
 #   std::copy(t, t + 16, v);
 # }
 #
-# // put(b, half, v) for each QUAD of blocks from b on, of `count`, and sixteen
-# // rows: word c of every row's 64 bytes in v[c]; zeros for missing blocks
+# // put(b, half, v) for each QUAD of `count` blocks, from b on, and for rows 0
+# // to 15 (half 0), 16 to 31 (half 1): word c of all their 64 bytes in v[c],
+# // zeros for blocks that are not there
 # template <class Put>
 # void by_quads(const uint8_t* w, int64_t blocks, int64_t count,
 #               const Put& put) {
@@ -230,17 +243,17 @@ assert np.allclose(np.einsum("jcrh,jch->r", panel(bytes_), paired(x)), w @ x)
 #     }
 # }
 #
-# // asks for the next slice, which lies in three lines of each row at most,
-# // while a block is multiplied: a part of them for each
+# // asks for the next slice, three lines of each row, part by part
 # struct Ahead {
 #   const uint8_t* w;
 #   int64_t stride;
 #
-#   void ask(int64_t b) const {
-#     constexpr int64_t LINES = 3 * PANEL / SLICE;
-#     if (w)
-#       for (int64_t i = LINES * b; i < LINES * (b + 1); ++i)
-#         __builtin_prefetch(w + i % PANEL * stride + i / PANEL * 64);
+#   void ask(int64_t part, int64_t parts) const {
+#     constexpr int64_t LINES = 3 * PANEL;
+#     if (!w) return;
+#     const int64_t end = LINES * (part + 1) / parts;
+#     for (int64_t i = LINES * part / parts; i < end; ++i)
+#       __builtin_prefetch(w + i % PANEL * stride + i / PANEL * 64);
 #   }
 # };
 #
@@ -273,14 +286,16 @@ assert np.allclose(np.einsum("jcrh,jch->r", panel(bytes_), paired(x)), w @ x)
 # ```
 
 # %% [markdown]
-# A row ends with two blocks if it has ninety: then the load is masked, and the
+# A row of ninety blocks ends with two: then the load is masked, and the
 # missing blocks are zeros. Scales are turned with ordinary loads, four blocks'
 # bytes in a word, and shifted into place when their block comes.
 #
-# No processor follows 32 streams of memory by itself, so the next slice is
-# asked for while this one is multiplied: three lines of each row, twelve for
-# each block. Asking while a panel is made would be too late. The requests wait
-# for each other, and nothing is multiplied meanwhile.
+# A processor guesses where a stream of memory goes on. Two lines of a row, two
+# of the next, 1440 bytes on, 32 times, and later two more of the first: that
+# it does not guess. So the next slice is asked for while this one is
+# multiplied, three lines of each row, 96 requests spread over the blocks.
+# Asking only when a panel is made would be too late: the requests would stand
+# in line, and nothing would be multiplied meanwhile.
 #
 # **A panel of pairs** is 32 rows and up to eight blocks as bf16: 16 KiB. It
 # stands on the stack and serves all tokens of its expert. `hold` keeps a
@@ -295,7 +310,6 @@ assert np.allclose(np.einsum("jcrh,jch->r", panel(bytes_), paired(x)), w @ x)
 #   static constexpr int64_t PAIRS = QUAD * BLOCK / 2;  // of numbers in a row
 #   alignas(64) Number values[SLICE / QUAD][PAIRS][2][BLOCK];
 #
-#   static int64_t size(int64_t blocks) { return padded(blocks) / 2; }
 #   static int64_t words(int64_t count) { return padded(count) / 2; }
 #
 #   PairPanel(const uint8_t* w, const uint8_t* scales, int64_t blocks,
@@ -328,7 +342,7 @@ assert np.allclose(np.einsum("jcrh,jch->r", panel(bytes_), paired(x)), w @ x)
 #       s[t][h] = _mm512_loadu_ps(out + t * width + 16 * h);
 #   const Number* w = panel.values[0][0][0];
 #   for (int64_t i = 0; i < PairPanel::words(count); ++i, w += 2 * BLOCK) {
-#     if (i % 16 == 0) next.ask(i / 16);
+#     if (i % 16 == 0) next.ask(i / 16, PairPanel::words(count) / 16);
 #     const auto a = load<__m512bh>(w), b = load<__m512bh>(w + BLOCK);
 #     for (int t = 0; t < T; ++t) {
 #       Bytes token = _mm512_set1_epi32(*x++);
@@ -355,7 +369,7 @@ assert np.allclose(np.einsum("jcrh,jch->r", panel(bytes_), paired(x)), w @ x)
 # ```cpp
 # alignas(64) constexpr int16_t WORDS[32] = {
 #     0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12,
-#     0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};  // TWICE
+#     0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};  // as LARGE
 #
 # struct InWords {  // sixteen bits times sixteen, two in a lane
 #   static constexpr int LANES = 16;  // of a block
@@ -368,7 +382,7 @@ assert np.allclose(np.einsum("jcrh,jch->r", panel(bytes_), paired(x)), w @ x)
 #     return _mm512_dpwssd_epi32(sums, w, x);
 #   }
 #
-#   // elements 8 j + i and 8 j + 4 + i of a block, i < 4
+#   // word 4 c + j: elements 8 c + j and 8 c + 4 + j of a block
 #   static void split(const Line& line, int32_t* to) {
 #     alignas(64) uint16_t from[BLOCK];
 #     for (int k = 0; k < BLOCK; ++k)  // 8 (k / 8) + k / 2 % 4 + 4 (k % 2)
@@ -439,7 +453,7 @@ assert np.allclose(np.einsum("jcrh,jch->r", panel(bytes_), paired(x)), w @ x)
 #     for (int h = 0; h < 2; ++h)
 #       total[t][h] = _mm512_loadu_ps(out + t * width + 16 * h);
 #   for (int64_t b = 0; b < count; ++b, x += T * (LANES + 2)) {
-#     next.ask(b);
+#     next.ask(b, count);
 #     Bytes s[T][2];
 #     for (int t = 0; t < T; ++t)
 #       s[t][0] = s[t][1] = _mm512_set1_epi32(x[T * (LANES + 1) + t]);
@@ -508,11 +522,10 @@ assert np.allclose(np.einsum("jcrh,jch->r", panel(bytes_), paired(x)), w @ x)
 # %% [markdown]
 # ### Who lays the tokens out?
 #
-# `Interleaved`, for all experts in one buffer. Experts with few tokens go by
-# strips or by rows, and have their tokens one after the other. From 11 tokens
-# on a panel is quicker, although reading 32 rows in turns is slower than
-# reading four. Scales that bf16 has no room for go one weight at a time, as
-# ever.
+# `Interleaved`, for all experts in one buffer. From 11 tokens on (`FEW`; with
+# bytes from 7) an expert goes by panels. With fewer its tokens lie one after
+# the other, for strips. Scales that bf16 has no room for go one weight at a
+# time, as ever.
 
 # %% [markdown] tags=["export:interleaved.h"]
 # ```cpp
@@ -535,7 +548,7 @@ assert np.allclose(np.einsum("jcrh,jch->r", panel(bytes_), paired(x)), w @ x)
 #               int64_t blocks, const Put& put)
 #       : all(scratch({begin.back(), Panel::words(blocks)}, at::kInt)),
 #         size(Panel::words(blocks)) {
-#     std::vector<int64_t> first;  // places, of groups
+#     std::vector<int64_t> first;  // place, of groups
 #     for (size_t e = 1; e < begin.size(); ++e) {
 #       const int64_t count = begin[e] - begin[e - 1];
 #       const auto add = [&](auto, int64_t t) {
@@ -578,6 +591,10 @@ assert np.allclose(np.einsum("jcrh,jch->r", panel(bytes_), paired(x)), w @ x)
 #                                     const std::vector<int64_t>& from,
 #                                     const std::vector<int64_t>& begin,
 #                                     int64_t least) {
+#   bool any = false;  // nobody reads the words of an expert with fewer
+#   for (size_t e = 1; e < begin.size(); ++e)
+#     any |= begin[e] - begin[e - 1] >= least;
+#   if (!any) return {};
 #   return {begin, least, digits.blocks,
 #           [&](int64_t place, int32_t* to, int64_t step) {
 #     const Line* line = digits.line(from[place]);
@@ -626,8 +643,10 @@ assert np.allclose(np.einsum("jcrh,jch->r", panel(bytes_), paired(x)), w @ x)
 # ## It holds
 #
 # **Packed products** of 10 tokens (by strips), 13 (by panels, groups of 7 and
-# 6), 64 and 100, beside float64. Rows fill panels and do not, so do blocks.
-# What is left is the rounding of the result.
+# 6), 64 and 100, beside float64. Some of the rows fill panels and some do not,
+# and the same goes for blocks and slices. What is left is the rounding of the
+# result. (Without bf16 units, or with AMX, other kernels answer; without a
+# compiler nothing is compared.)
 
 # %%
 import logging
@@ -670,8 +689,10 @@ for tokens in (10, 13, 64, 100):
 
 # %% [markdown]
 # **Experts with both layers**: 60 tokens, of which each chooses two of three
-# experts, so that the second layer goes by panels of whole numbers. And a
-# scale of $2^{-127}$, which no bf16 number has, in one row only.
+# experts, so that the second layer goes by panels of whole numbers. Then one
+# row gets a scale of $2^{-127}$, below the smallest normal bf16 number, and
+# its panels' tokens must be found by the other way, too. (Bytes are tested
+# where they are [used](coarse.ipynb).)
 
 # %%
 E, N, D, F = 3, 60, 320, 160
@@ -697,32 +718,37 @@ for strange in (False, True):
 # ## What else takes time?
 #
 # With panels, a tenth of a prompt's time was spent outside all kernels, in the
-# operating system. A layer's experts write 96 MB for 512 tokens that nobody
+# operating system. A layer's experts write 73 MB for 512 tokens that nobody
 # needs after them: hidden vectors, results of every pick, words laid out for
 # panels. Memory that is returned comes back as pages that must be found and
 # cleared anew, 4 KiB at a time:
 
 # %%
 import time
+from mmap import mmap
 
-size = 24_000_000
-def seconds(array) -> float:
-    start = time.perf_counter()
+SIZE = 24_000_000
+
+
+def seconds(memory) -> float:
+    """To write to each page."""
+    array, start = np.frombuffer(memory, np.uint8), time.perf_counter()
     array[:] = 1
     return time.perf_counter() - start
 
 
-kept = np.empty(size, np.uint8)
+kept = mmap(-1, SIZE)
 seconds(kept)
-fresh = min(seconds(np.empty(size, np.uint8)) for _ in range(5))
+fresh = min(seconds(mmap(-1, SIZE)) for _ in range(5))
 again = min(seconds(kept) for _ in range(5))
-print(f"{size // 4096:,} pages; writing to them is slower the first time:",
-      fresh > again)
+print(f"{-(-SIZE // 4096):,} pages, slower the first time:", fresh > again)
 
 # %% [markdown]
 # So what one layer leaves, the next one takes. `scratch` is `at::empty` for
-# tensors of one call, whose blocks a `Pool` keeps; a step of few tokens, by
-# which writing begins, has it give them all back.
+# tensors that one call needs and nobody after it. From 1 MiB on their memory
+# comes from a `Pool`, which hands out a piece that was given back and is at
+# most twice as large as asked for. It keeps 1 GiB at most, and a call with
+# fewer than 64 tokens empties it: writing has begun.
 
 # %% [markdown] tags=["export:pool.h"]
 # ```cpp
@@ -776,7 +802,7 @@ print(f"{size // 4096:,} pages; writing to them is slower the first time:",
 #                        * c10::elementSize(type);
 #   if (bytes < LARGE) return at::empty(sizes, type);
 #   const auto [all, at] = pool().take(bytes);
-#   const size_t whole = all;
+#   const size_t whole = all;  // some compilers do not capture `all`
 #   return at::from_blob(at, sizes, [whole](void* block) {
 #     pool().give(whole, block);
 #   }, type);
@@ -804,18 +830,18 @@ for name, E in (("20b", 32), ("120b", 128)):
 
 # %%
 for tokens in (11, 64, 256):
-    print(f"{tokens:3} tokens: {304 / (304 + 64 * tokens):.0%} of the "
-          "instructions make the panel")
+    print(f"{tokens:3} tokens: {304 / (304 + 64 * tokens):.0%} of these "
+          "instructions (loads left aside) make the panel")
 
 # %% [markdown] tags=["measured"]
-# Measured on two cores of a Zen 5, a matrix of 5760 by 2880 in turns from
-# memory, GFLOP/s by strips and by panels: 12 tokens 487 and 583, 64 tokens 574
-# and 864, 128 tokens 594 and 941, of 985 that the units can do. In whole
-# numbers of sixteen bits 64 tokens go at 778, by the tiles that were there
-# before at 540; with bytes at 1312, before at 570. For eight tokens strips took
-# 0.43 ms and panels 0.60: reading 32 rows in turns, memory delivers 34 GB/s
-# there, with four 50. A layer's experts and 512 tokens went from 174 ms to 132.
-# Keeping blocks of memory took a prompt of 512 from 4.6 s to 4.1.
+# Measured on two cores of a Zen 5, sixteen matrices of 5760 by 2880 in turns,
+# so that each comes from memory; GFLOP/s by strips and by panels: 12 tokens
+# 487 and 583, 64 tokens 574 and 864, 128 tokens 594 and 941, of 985 that the
+# units can do. In whole numbers of sixteen bits 64 tokens go at 778, by the
+# tiles that were there before at 540; with bytes at 1312, before at 570. For
+# eight tokens strips took 0.43 ms and panels 0.60. A layer's experts and 512
+# tokens went from 174 ms to 132. Keeping memory took a prompt of 512 from 4.6
+# seconds to 4.1.
 #
 # ## Takeaways
 #
@@ -825,20 +851,21 @@ for tokens in (11, 64, 256):
 #   can be cut along the columns wherever a cache is full.
 # - Turning words, not codes, puts sixteen rows beside each other; the shifts
 #   that find the codes are needed anyway.
-# - Few tokens wait for memory, and memory prefers four long rows to 32 short
-#   ones: strips stay.
+# - A panel has to be made first, and memory prefers four long rows (50 GB/s)
+#   to 32 short ones (34): for few tokens strips stay.
 #
 # ## Exercises
 #
 # ### Exercise 1
 #
 # How many blocks may a slice have, if the panel and its twelve tokens shall
-# fill no more than three quarters of an L1 cache of 32 KiB, and of 48 KiB?
+# fill no more than three quarters of an L1 cache of 32 KiB, and of 48 KiB? The
+# last quarter is for what is asked for ahead, and blocks come by fours.
 
 # %% tags=["hide-cell"]
 a_block = (32 + 12) * 32 * 2  # bytes, rows and tokens
 for size in (32, 48):
-    print(f"{size} KiB: {int(0.75 * size * 1024 / a_block)} blocks")
+    print(f"{size} KiB: {int(0.75 * size * 1024 / a_block) // 4 * 4} blocks")
 
 # %% [markdown]
 # ### Exercise 2
@@ -855,11 +882,12 @@ print(f"{moved} loads and stores, {products} products: "
 # ### Exercise 3
 #
 # Six tokens make a group with whole numbers, and each block ends with a
-# conversion, a product and a product with a sum for each of twelve sums. How
-# many instructions is that for each product, with sixteen bits and with bytes?
+# conversion, a product and a product with a sum for each of twelve registers
+# of sums. How many instructions of arithmetic is that for each `vpdpwssd`, and
+# for each `vpdpbusd`?
 
 # %% tags=["hide-cell"]
-for name, lanes in (("sixteen bits", 16), ("bytes", 8)):
+for name, lanes in (("vpdpwssd", 16), ("vpdpbusd", 8)):
     print(f"{name}: {3 * 12 / (12 * lanes):.2f}")
 
 # %% [markdown]
@@ -869,7 +897,4 @@ for name, lanes in (("sixteen bits", 16), ("bytes", 8)):
 #   Multiplication*, ACM Transactions on Mathematical Software 34, 2008: which
 #   part of a product should stay in which cache.
 # - F. Van Zee, R. van de Geijn, *BLIS: A Framework for Rapidly Instantiating
-#   BLAS Functionality*, same journal 41, 2015: micro-panels, and the loops
-#   around them.
-# - Instructions `vdpbf16ps`, `vpdpwssd`, `vpdpbusd`, `vpbroadcastd`:
-#   https://www.intel.com/content/www/us/en/docs/intrinsics-guide
+#   BLAS Functionality*, same journal 41, 2015: micro-panels.

@@ -28,7 +28,7 @@ struct Groups {
 constexpr int64_t FEW = 4;
 #endif
 constexpr int64_t TALL = 256;  // rows of a piece of work for few tokens
-constexpr int64_t BROAD = 64;  // of one for many, by strips
+constexpr int64_t BROAD = 64;  // of one for many, by panels
 
 struct Piece {
   int64_t expert, row, rows;
@@ -270,7 +270,7 @@ Tensor packed_experts(const Tensor& x, const Tensor& ids,
   const Packed down(down_blocks, down_scales);
   const Tensor chosen = ids.contiguous(), shares = weights.contiguous();
   const int64_t K = ids.size(1), picks = ids.numel();
-  if (picks < TALL) pool().clear();
+  if (x.size(0) < 64) pool().clear();  // tokens are written by now
   const Groups groups(chosen.const_data_ptr<int64_t>(), picks,
                       gate_up_scales.size(0));
   std::vector<int64_t> token(picks), place(picks);

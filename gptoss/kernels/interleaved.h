@@ -20,7 +20,7 @@ struct Interleaved {
               int64_t blocks, const Put& put)
       : all(scratch({begin.back(), Panel::words(blocks)}, at::kInt)),
         size(Panel::words(blocks)) {
-    std::vector<int64_t> first;  // places, of groups
+    std::vector<int64_t> first;  // place, of groups
     for (size_t e = 1; e < begin.size(); ++e) {
       const int64_t count = begin[e] - begin[e - 1];
       const auto add = [&](auto, int64_t t) {
@@ -63,6 +63,10 @@ Interleaved<WholePanel<Kind>> whole(const Quantised& digits,
                                     const std::vector<int64_t>& from,
                                     const std::vector<int64_t>& begin,
                                     int64_t least) {
+  bool any = false;  // nobody reads the words of an expert with fewer
+  for (size_t e = 1; e < begin.size(); ++e)
+    any |= begin[e] - begin[e - 1] >= least;
+  if (!any) return {};
   return {begin, least, digits.blocks,
           [&](int64_t place, int32_t* to, int64_t step) {
     const Line* line = digits.line(from[place]);

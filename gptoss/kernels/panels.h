@@ -19,9 +19,9 @@ inline void turn(Bytes (&v)[16]) {
     for (int j = 0; j < 2; ++j) {
       v[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + 2 + j]);
       v[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + 2 + j]);
-    }  // quarter q of v[i + j]: column 4 q + j of rows i ... i + 3
+    }  // quarter q of v[i + k]: column 4 q + k of rows i ... i + 3
   for (int j = 0; j < 4; ++j)
-    for (int odd = 0; odd < 2; ++odd) {  // columns 0 and 8, or 4 and 12
+    for (int odd = 0; odd < 2; ++odd) {  // quarters 0 and 2, or 1 and 3
       auto halves = [&](Bytes a, Bytes b) {
         return odd ? _mm512_shuffle_i32x4(a, b, 0xdd)
                    : _mm512_shuffle_i32x4(a, b, 0x88);
@@ -34,8 +34,9 @@ inline void turn(Bytes (&v)[16]) {
   std::copy(t, t + 16, v);
 }
 
-// put(b, half, v) for each QUAD of blocks from b on, of `count`, and sixteen
-// rows: word c of every row's 64 bytes in v[c]; zeros for missing blocks
+// put(b, half, v) for each QUAD of `count` blocks, from b on, and for rows 0
+// to 15 (half 0), 16 to 31 (half 1): word c of all their 64 bytes in v[c],
+// zeros for blocks that are not there
 template <class Put>
 void by_quads(const uint8_t* w, int64_t blocks, int64_t count,
               const Put& put) {
@@ -52,17 +53,17 @@ void by_quads(const uint8_t* w, int64_t blocks, int64_t count,
     }
 }
 
-// asks for the next slice, which lies in three lines of each row at most,
-// while a block is multiplied: a part of them for each
+// asks for the next slice, three lines of each row, part by part
 struct Ahead {
   const uint8_t* w;
   int64_t stride;
 
-  void ask(int64_t b) const {
-    constexpr int64_t LINES = 3 * PANEL / SLICE;
-    if (w)
-      for (int64_t i = LINES * b; i < LINES * (b + 1); ++i)
-        __builtin_prefetch(w + i % PANEL * stride + i / PANEL * 64);
+  void ask(int64_t part, int64_t parts) const {
+    constexpr int64_t LINES = 3 * PANEL;
+    if (!w) return;
+    const int64_t end = LINES * (part + 1) / parts;
+    for (int64_t i = LINES * part / parts; i < end; ++i)
+      __builtin_prefetch(w + i % PANEL * stride + i / PANEL * 64);
   }
 };
 
@@ -99,7 +100,6 @@ struct PairPanel {
   static constexpr int64_t PAIRS = QUAD * BLOCK / 2;  // of numbers in a row
   alignas(64) Number values[SLICE / QUAD][PAIRS][2][BLOCK];
 
-  static int64_t size(int64_t blocks) { return padded(blocks) / 2; }
   static int64_t words(int64_t count) { return padded(count) / 2; }
 
   PairPanel(const uint8_t* w, const uint8_t* scales, int64_t blocks,
@@ -132,7 +132,7 @@ void multiply(const PairPanel& panel, const int32_t* x, int64_t count,
       s[t][h] = _mm512_loadu_ps(out + t * width + 16 * h);
   const Number* w = panel.values[0][0][0];
   for (int64_t i = 0; i < PairPanel::words(count); ++i, w += 2 * BLOCK) {
-    if (i % 16 == 0) next.ask(i / 16);
+    if (i % 16 == 0) next.ask(i / 16, PairPanel::words(count) / 16);
     const auto a = load<__m512bh>(w), b = load<__m512bh>(w + BLOCK);
     for (int t = 0; t < T; ++t) {
       Bytes token = _mm512_set1_epi32(*x++);
@@ -149,7 +149,7 @@ void multiply(const PairPanel& panel, const int32_t* x, int64_t count,
 
 alignas(64) constexpr int16_t WORDS[32] = {
     0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12,
-    0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};  // TWICE
+    0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};  // as LARGE
 
 struct InWords {  // sixteen bits times sixteen, two in a lane
   static constexpr int LANES = 16;  // of a block
@@ -162,7 +162,7 @@ struct InWords {  // sixteen bits times sixteen, two in a lane
     return _mm512_dpwssd_epi32(sums, w, x);
   }
 
-  // elements 8 j + i and 8 j + 4 + i of a block, i < 4
+  // word 4 c + j: elements 8 c + j and 8 c + 4 + j of a block
   static void split(const Line& line, int32_t* to) {
     alignas(64) uint16_t from[BLOCK];
     for (int k = 0; k < BLOCK; ++k)  // 8 (k / 8) + k / 2 % 4 + 4 (k % 2)
@@ -233,7 +233,7 @@ void multiply(const WholePanel<Kind>& panel, const int32_t* x, int64_t count,
     for (int h = 0; h < 2; ++h)
       total[t][h] = _mm512_loadu_ps(out + t * width + 16 * h);
   for (int64_t b = 0; b < count; ++b, x += T * (LANES + 2)) {
-    next.ask(b);
+    next.ask(b, count);
     Bytes s[T][2];
     for (int t = 0; t < T; ++t)
       s[t][0] = s[t][1] = _mm512_set1_epi32(x[T * (LANES + 1) + t]);

@@ -51,7 +51,7 @@ Tensor scratch(at::IntArrayRef sizes, at::ScalarType type) {
                        * c10::elementSize(type);
   if (bytes < LARGE) return at::empty(sizes, type);
   const auto [all, at] = pool().take(bytes);
-  const size_t whole = all;
+  const size_t whole = all;  // some compilers do not capture `all`
   return at::from_blob(at, sizes, [whole](void* block) {
     pool().give(whole, block);
   }, type);
