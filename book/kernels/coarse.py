@@ -477,7 +477,10 @@ define_operator("packed_experts_eight", Operator(
 # such inputs with 127 steps instead of 32639. A piece of few tokens is
 # computed as there: it is limited by reading, and eight bits would gain
 # little. Only the tile is another one, and it is worth its decoding from nine
-# tokens on.
+# tokens on. With AVX-512 it is a panel, from eight tokens on; and where there
+# are bf16 units, two to seven tokens go by the [strips](pairs.ipynb) in the
+# first layer, which are quicker then and round nothing. So how much of a
+# token is rounded depends on how many share its expert.
 #
 # **With AMX** bytes would be the worse bargain. Its [squares](amx.ipynb) take
 # bf16 numbers, which have eight leading bits, each with an exponent of its own
@@ -490,19 +493,24 @@ define_operator("packed_experts_eight", Operator(
 # ```cpp
 # struct Coarse : Inputs {
 #   static constexpr char OPERATOR[] = "packed_experts_eight";
-#   static constexpr int64_t TILED = SIDE == 4 ? 7 : 9;
+#   static constexpr int64_t TILED = SIDE == 4 ? 8 : 9;
 #
 # #ifdef GPTOSS_AVX512
 #   Interleaved<WholePanel<InBytes>> four;
 #
 #   static float most() { return lent() ? STORED : COARSE; }
 #
-#   Coarse(const float* x, int64_t rows, const Packed& weight, float,
+#   Coarse(const float* x, int64_t rows, const Packed& weight, float stored,
 #          std::vector<int64_t> place, const Groups& groups)
 #       : Inputs(x, rows, weight, most(), std::move(place), groups, false) {
 #     if (lent()) return;
 #     four = whole<InBytes>(digits, from, groups.begin, TILED);
 #     few = TILED, low = BROAD;
+# #ifdef GPTOSS_BF16  // for few tokens what needs no rounding is quicker
+#     if (stored != STORED || !any_below(groups, TILED)) return;
+#     pairs = paired(x, from, weight.blocks, groups.begin);
+#     few = TOGETHER + 1;
+# #endif
 #   }
 #
 #   void by_tile(const uint8_t* w, const uint8_t* scales, int64_t rows,
@@ -740,7 +748,10 @@ print(f"the likeliest next token is the same after {same:.0%} of them")
 # With AMX on two cores of a Xeon, by the same program on the same day: 145
 # tokens a second of a prompt of 512 instead of 125, and 111 instead of 101 of
 # one of 4096; ik_llama.cpp 42 and 33. A layer's experts alone took 0.82 of the
-# time with 512 tokens, 0.94 with 128, and with fewer no less. Zen 4 has not
+# time with 512 tokens, 0.94 with 128, and with fewer no less.
+#
+# On two cores of a Zen 5 the experts alone took 0.65 of the time with 512
+# tokens, 0.71 with 128, 0.89 with 64 and as long with fewer. Zen 4 has not
 # been measured.
 
 # %% [markdown]

@@ -400,7 +400,6 @@ print((shifted - 12582912.0).tolist(),
 # #include <cstdint>
 # #include <cstring>
 # #include <limits>
-# #include <map>
 # #include <mutex>
 # #include <tuple>
 # #include <type_traits>
@@ -439,6 +438,9 @@ print((shifted - 12582912.0).tolist(),
 # numbers are left. (`shufflevector` gives a register whose numbers stand in
 # the named order.) `hold` computes nothing. It keeps the compiler from loading
 # the same bytes twice, which it likes to do when it runs short of registers.
+# An `Array` is a vector that begins where a line of the cache begins; why its
+# memory comes from a `Pool` is told when prompts are long enough for that to
+# matter, in [panels](panels.ipynb).
 
 # %%
 v = torch.arange(8)
@@ -452,17 +454,16 @@ print((pattern << 16).view(torch.float32).item())
 # ```cpp
 # using at::Tensor;
 # using Number = at::BFloat16;  // what weights and activations are stored in
-# // its first byte lies at a multiple of 64: a register of 64 bytes that
-# // straddles two lines of a cache costs two loads
+# // memory at a multiple of 64 bytes, since a register of 64 bytes that
+# // straddles two lines of a cache costs two loads; large pieces are kept
 # template <class T>
 # struct Aligned {
 #   using value_type = T;
-#   static constexpr std::align_val_t LINE{64};
 #
 #   T* allocate(size_t n) {
-#     return static_cast<T*>(::operator new(n * sizeof(T), LINE));
+#     return static_cast<T*>(pool().take(n * sizeof(T)));
 #   }
-#   void deallocate(T* p, size_t) { ::operator delete(p, LINE); }
+#   void deallocate(T* p, size_t n) { pool().give(n * sizeof(T), p); }
 #   template <class U>
 #   bool operator==(const Aligned<U>&) const { return true; }
 # };
@@ -566,6 +567,15 @@ for x in (1.0, 1.00390625, 1.01171875, 1.005):
 #         narrow(load<Floats>(from + begin), to + begin);
 #     std::copy(from + begin, from + end, to + begin);
 #   });
+# }
+#
+# // an empty tensor for this call alone, whose memory the next one takes again
+# Tensor scratch(at::IntArrayRef sizes, at::ScalarType type) {
+#   const size_t bytes = c10::multiply_integers(sizes)
+#                        * c10::elementSize(type);
+#   return at::from_blob(pool().take(bytes), sizes, [bytes](void* at) {
+#     pool().give(bytes, at);
+#   }, type);
 # }
 #
 # Buffer floats(const Tensor& x) {

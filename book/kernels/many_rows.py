@@ -572,7 +572,7 @@ assert found == order.tolist()
 #     else
 # #endif
 # #ifdef GPTOSS_BF16
-#     if (x.pairs.size && count > 1 && count < FEW)
+#     if (x.pairs.size && count > 1 && count < X::TILED)
 #       packed_strips(w, s, rows, weight.blocks, reinterpret_cast<
 #                         const Number*>(x.pairs.at(first)), count,
 #                     out.data(), rows);

@@ -27,6 +27,8 @@
 # Speeds are one machine's, and no cell can compute them for all. Those in this
 # chapter were measured in November 2026 on two cores of an AMD EPYC, Zen 3
 # where AVX2 is meant and Zen 4 where AVX-512 is, and of an Intel Xeon for AMX.
+# Many rows were measured on a Zen 5, too, which has the same instructions as a
+# Zen 4 and begins twice as many of them.
 # Tables and figures show what the programs in `bench/` saved; where a number
 # of the text is in no table, the text says so.
 
@@ -51,6 +53,10 @@ with open("../_static/kernels_bench_avx512.json") as file:
     ON_AVX512 = json.load(file)  # the same on another machine
 with open("../_static/kernels_bench_amx.json") as file:
     ON_AMX = json.load(file)  # and on a third, many rows alone
+with open("../_static/kernels_bench_zen5.json") as file:
+    ON_ZEN5 = json.load(file)  # as there
+MACHINES = {"Zen 3": MEASURED, "Zen 4": ON_AVX512, "Zen 5": ON_ZEN5,
+            "AMX": ON_AMX}
 big = GptOssConfig.gpt_oss_20b()
 
 
@@ -61,9 +67,8 @@ def measured(*keys, default=None, found=MEASURED):
     return default if found is None else found
 
 
-print(measured("machine", "words"))
-print(measured("machine", "words", found=ON_AVX512))
-print(measured("machine", "words", found=ON_AMX))
+for saved in MACHINES.values():
+    print(measured("machine", "words", found=saved))
 
 # %% [markdown]
 # ## Picture
@@ -555,8 +560,7 @@ for texts in (1, 2, 4, 8):
 # ours over theirs.
 
 # %% tags=["hide-input"]
-for machine, saved in (("Zen 3", MEASURED), ("Zen 4", ON_AVX512),
-                       ("AMX", ON_AMX)):
+for machine, saved in MACHINES.items():
     engines = measured("20b-together", found=saved, default={})
     for name, engine in engines.items():
         print(f"{machine} {name:12} decode "
@@ -581,7 +585,16 @@ for machine, saved in (("Zen 3", MEASURED), ("Zen 4", ON_AVX512),
 # to eight bits; ours reads the file as it lies and keeps what bf16 holds.
 # Memory was slow on that day, about 30 GB/s: with `--dense 8` a token needs
 # 1.45 times fewer bytes, and was written 1.6 times as fast as by ik_llama.cpp
-# with its matrices in bf16.
+# with its matrices in bf16. (That was before there were panels.)
+#
+# On Zen 5 memory went at 50 GB/s in some minutes and at 80 in others, for
+# whoever ran just then; the best of three rounds is in the table. There it is
+# nearly even: one, four and eight equal texts 1.03, 1.03 and 0.93 times as
+# fast by us, two 1.25 times, plain decoding 1.04 times. A prompt of 512 is
+# read 0.98 times as fast, of 4096 (111.7 and 104.9 tokens a second) 1.06
+# times; with eight-bit activations on our side, too, 1.36 and 1.43 times. With
+# fast memory products count: four and eight different texts are 2.0 and 2.8
+# times the tokens of one, with slow memory, below, 2.3 and 3.3 times.
 #
 # With [AMX](amx.ipynb) the order is another one, since products cost little
 # there. Prompts of 512 and of 4096 (101 and 33 tokens a second) are read 3
@@ -605,8 +618,7 @@ for machine, saved in (("Zen 3", MEASURED), ("Zen 4", ON_AVX512),
 # likewise with equal texts.
 
 # %% tags=["hide-input"]
-for machine, saved in (("Zen 3", MEASURED), ("Zen 4", ON_AVX512),
-                       ("AMX", ON_AMX)):
+for machine, saved in MACHINES.items():
     tables: dict[str, list[str]] = {}
     for row in measured("rows", "products", found=saved, default=[]):
         tables.setdefault(f"{row['product']} {row['shape']}", []).append(
@@ -621,11 +633,16 @@ for machine, saved in (("Zen 3", MEASURED), ("Zen 4", ON_AVX512),
 # `linear` is at most a twentieth slower than the better of both, for any
 # number of rows. A step of two tokens costs what its bytes allow. On Zen 4
 # four, eight and sixteen cost more than they should (the aim was 1.25): there
-# most experts have two or three tokens, and a core decodes weights for them at
-# half of what memory delivers. With AMX none does, sixteen just so; four and
-# eight equal texts do, 1.28 and 1.47, which read few bytes for all their
-# products. Prefill on Zen 4 rose from 38 tokens a second (in the figure above,
-# by whole numbers) to 51 (bf16 in the first layer of the experts).
+# most experts have two or three tokens, and a core decoded weights for them at
+# half of what memory delivers. That was before the sums of strips stayed in
+# their registers and before there were [panels](panels.ipynb); Zen 4 has not
+# been measured since. On Zen 5, with both and memory at 50 GB/s, four and
+# eight tokens cost what they should (at 80, four do), sixteen do not: 64 picks
+# are 3.2 GFLOP of products a layer, and some experts have ten tokens. With AMX
+# none costs more, sixteen just so; four and eight equal texts do, which read
+# few bytes for all their products, there and on Zen 5. Prefill on Zen 4 rose
+# from 38 tokens a second (in the figure above, by whole numbers) to 51 (bf16
+# in the first layer of the experts).
 #
 # Guessing tokens ([drafts](drafts.ipynb)), with AMX, random weights in the
 # 20b's shapes and given texts (`bench/drafts.py`; not in the table): an edited

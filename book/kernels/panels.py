@@ -523,7 +523,7 @@ assert np.allclose(np.einsum("jcrh,jch->r", panel(bytes_), by_words(x)), w @ x)
 # ### Who lays the tokens out?
 #
 # `Interleaved`, for all experts in one buffer. From 11 tokens on (`FEW`; with
-# bytes from 7) an expert goes by panels. With fewer its tokens lie one after
+# bytes from 8) an expert goes by panels. With fewer its tokens lie one after
 # the other, for strips. Scales that bf16 has no room for go one weight at a
 # time, as ever.
 
@@ -744,43 +744,50 @@ again = min(seconds(kept) for _ in range(5))
 print(f"{-(-SIZE // 4096):,} pages, slower the first time:", fresh > again)
 
 # %% [markdown]
-# So what one layer leaves, the next one takes. `scratch` is `at::empty` for
-# tensors that one call needs and nobody after it. From 1 MiB on their memory
-# comes from a `Pool`, which hands out a piece that was given back and is at
-# most twice as large as asked for. It keeps 1 GiB at most, and a call with
-# fewer than 64 tokens empties it: writing has begun.
+# So what one layer leaves, the next one takes. Arrays of the kernels, and
+# tensors that one call needs and nobody after it (`scratch`), have their
+# memory from a `Pool`. From 1 MiB on it hands out a piece of the same size, in
+# whole MiB, that was given back. It keeps 1 GiB at most, and a call with fewer
+# than 64 tokens empties it: writing has begun.
 
 # %% [markdown] tags=["export:pool.h"]
 # ```cpp
+# #include <map>
+# #include <mutex>
+# #include <new>
+#
 # namespace {
 #
-# // blocks of memory that were given back, by their bytes
+# // large pieces of memory that were given back, by their size in MiB
 # class Pool {
 #   static constexpr std::align_val_t LINE{64};
-#   static constexpr size_t MOST = 1 << 30;
+#   static constexpr size_t MOST = 1024;
 #   std::mutex lock;
-#   std::multimap<size_t, void*> blocks;
+#   std::multimap<size_t, void*> pieces;
 #   size_t held = 0;
 #
 #   void drop() {
-#     for (const auto& [bytes, at] : blocks) ::operator delete(at, LINE);
-#     blocks.clear(), held = 0;
+#     for (const auto& [size, at] : pieces) ::operator delete(at, LINE);
+#     pieces.clear(), held = 0;
 #   }
 #
 #  public:
-#   std::pair<size_t, void*> take(size_t bytes) {  // at least so many
+#   void* take(size_t bytes) {  // at a multiple of 64
+#     const size_t size = bytes >> 20;
+#     if (!size) return ::operator new(bytes, LINE);
 #     const std::lock_guard<std::mutex> guard(lock);
-#     const auto found = blocks.lower_bound(bytes);
-#     if (found == blocks.end() || found->first > 2 * bytes)
-#       return {bytes, ::operator new(bytes, LINE)};
-#     const auto block = *found;
-#     blocks.erase(found), held -= block.first;
-#     return block;
+#     const auto found = pieces.find(size);
+#     if (found == pieces.end()) return ::operator new((size + 1) << 20, LINE);
+#     void* at = found->second;
+#     pieces.erase(found), held -= size;
+#     return at;
 #   }
 #
 #   void give(size_t bytes, void* at) {
+#     const size_t size = bytes >> 20;
+#     if (!size) return ::operator delete(at, LINE);
 #     const std::lock_guard<std::mutex> guard(lock);
-#     blocks.emplace(bytes, at), held += bytes;
+#     pieces.emplace(size, at), held += size;
 #     if (held > MOST) drop();
 #   }
 #
@@ -793,19 +800,6 @@ print(f"{-(-SIZE // 4096):,} pages, slower the first time:", fresh > again)
 # Pool& pool() {  // never destroyed: tensors may outlive everything else
 #   static Pool& one = *new Pool;
 #   return one;
-# }
-#
-# // an empty tensor for this call alone, whose memory the next one takes again
-# Tensor scratch(at::IntArrayRef sizes, at::ScalarType type) {
-#   constexpr size_t LARGE = 1 << 20;  // smaller: whatever malloc has
-#   const size_t bytes = c10::multiply_integers(sizes)
-#                        * c10::elementSize(type);
-#   if (bytes < LARGE) return at::empty(sizes, type);
-#   const auto [all, at] = pool().take(bytes);
-#   const size_t whole = all;  // some compilers do not capture `all`
-#   return at::from_blob(at, sizes, [whole](void* block) {
-#     pool().give(whole, block);
-#   }, type);
 # }
 #
 # }  // namespace

@@ -17,7 +17,6 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <map>
 #include <mutex>
 #include <tuple>
 #include <type_traits>
@@ -50,17 +49,16 @@ namespace {
 
 using at::Tensor;
 using Number = at::BFloat16;  // what weights and activations are stored in
-// its first byte lies at a multiple of 64: a register of 64 bytes that
-// straddles two lines of a cache costs two loads
+// memory at a multiple of 64 bytes, since a register of 64 bytes that
+// straddles two lines of a cache costs two loads; large pieces are kept
 template <class T>
 struct Aligned {
   using value_type = T;
-  static constexpr std::align_val_t LINE{64};
 
   T* allocate(size_t n) {
-    return static_cast<T*>(::operator new(n * sizeof(T), LINE));
+    return static_cast<T*>(pool().take(n * sizeof(T)));
   }
-  void deallocate(T* p, size_t) { ::operator delete(p, LINE); }
+  void deallocate(T* p, size_t n) { pool().give(n * sizeof(T), p); }
   template <class U>
   bool operator==(const Aligned<U>&) const { return true; }
 };
@@ -138,6 +136,15 @@ void convert(const From* from, int64_t count, To* to) {
         narrow(load<Floats>(from + begin), to + begin);
     std::copy(from + begin, from + end, to + begin);
   });
+}
+
+// an empty tensor for this call alone, whose memory the next one takes again
+Tensor scratch(at::IntArrayRef sizes, at::ScalarType type) {
+  const size_t bytes = c10::multiply_integers(sizes)
+                       * c10::elementSize(type);
+  return at::from_blob(pool().take(bytes), sizes, [bytes](void* at) {
+    pool().give(bytes, at);
+  }, type);
 }
 
 Buffer floats(const Tensor& x) {

@@ -29,7 +29,7 @@ from gptoss.weights.errors import Error
 
 _log = logging.getLogger("gptoss")
 SOURCE = Path(gptoss.__file__).parent / "kernels"  # where the parts are
-PARTS = ("base", "pool", "small", "digits", "wide", "packed", "strips",
+PARTS = ("pool", "base", "small", "digits", "wide", "packed", "strips",
          "tiles", "pairs", "panels", "interleaved", "amx", "columns",
          "twelve", "wide16", "squares", "experts", "dense", "running",
          "attention", "compact", "integers", "eight", "coarse", "recording")

@@ -132,19 +132,24 @@ void multiply_bytes(const ByteTile& tile, const FewBytes& few,
 
 struct Coarse : Inputs {
   static constexpr char OPERATOR[] = "packed_experts_eight";
-  static constexpr int64_t TILED = SIDE == 4 ? 7 : 9;
+  static constexpr int64_t TILED = SIDE == 4 ? 8 : 9;
 
 #ifdef GPTOSS_AVX512
   Interleaved<WholePanel<InBytes>> four;
 
   static float most() { return lent() ? STORED : COARSE; }
 
-  Coarse(const float* x, int64_t rows, const Packed& weight, float,
+  Coarse(const float* x, int64_t rows, const Packed& weight, float stored,
          std::vector<int64_t> place, const Groups& groups)
       : Inputs(x, rows, weight, most(), std::move(place), groups, false) {
     if (lent()) return;
     four = whole<InBytes>(digits, from, groups.begin, TILED);
     few = TILED, low = BROAD;
+#ifdef GPTOSS_BF16  // for few tokens what needs no rounding is quicker
+    if (stored != STORED || !any_below(groups, TILED)) return;
+    pairs = paired(x, from, weight.blocks, groups.begin);
+    few = TOGETHER + 1;
+#endif
   }
 
   void by_tile(const uint8_t* w, const uint8_t* scales, int64_t rows,

@@ -25,8 +25,8 @@ struct alignas(64) Group {
 // rows of 16-bit integers, and for each block half the step between them
 struct Quantised {
   int64_t blocks, per_row;  // groups: blocks / SIDE, rounded up
-  std::vector<Line> lines;
-  std::vector<Group> groups;
+  Array<Line> lines;
+  Array<Group> groups;
   Buffer halves;  // a row of them is filled up to whole registers
 
   // grouped: for products row by row, too

@@ -145,7 +145,7 @@ void grouped_linear(const Packed& weight, const Groups& groups, const X& x,
     else
 #endif
 #ifdef GPTOSS_BF16
-    if (x.pairs.size && count > 1 && count < FEW)
+    if (x.pairs.size && count > 1 && count < X::TILED)
       packed_strips(w, s, rows, weight.blocks, reinterpret_cast<
                         const Number*>(x.pairs.at(first)), count,
                     out.data(), rows);

@@ -1,35 +1,42 @@
 // How does a weight meet a hundred tokens?
 // Generated from book/kernels/panels.py; edit the chapter, not this file.
 
+#include <map>
+#include <mutex>
+#include <new>
+
 namespace {
 
-// blocks of memory that were given back, by their bytes
+// large pieces of memory that were given back, by their size in MiB
 class Pool {
   static constexpr std::align_val_t LINE{64};
-  static constexpr size_t MOST = 1 << 30;
+  static constexpr size_t MOST = 1024;
   std::mutex lock;
-  std::multimap<size_t, void*> blocks;
+  std::multimap<size_t, void*> pieces;
   size_t held = 0;
 
   void drop() {
-    for (const auto& [bytes, at] : blocks) ::operator delete(at, LINE);
-    blocks.clear(), held = 0;
+    for (const auto& [size, at] : pieces) ::operator delete(at, LINE);
+    pieces.clear(), held = 0;
   }
 
  public:
-  std::pair<size_t, void*> take(size_t bytes) {  // at least so many
+  void* take(size_t bytes) {  // at a multiple of 64
+    const size_t size = bytes >> 20;
+    if (!size) return ::operator new(bytes, LINE);
     const std::lock_guard<std::mutex> guard(lock);
-    const auto found = blocks.lower_bound(bytes);
-    if (found == blocks.end() || found->first > 2 * bytes)
-      return {bytes, ::operator new(bytes, LINE)};
-    const auto block = *found;
-    blocks.erase(found), held -= block.first;
-    return block;
+    const auto found = pieces.find(size);
+    if (found == pieces.end()) return ::operator new((size + 1) << 20, LINE);
+    void* at = found->second;
+    pieces.erase(found), held -= size;
+    return at;
   }
 
   void give(size_t bytes, void* at) {
+    const size_t size = bytes >> 20;
+    if (!size) return ::operator delete(at, LINE);
     const std::lock_guard<std::mutex> guard(lock);
-    blocks.emplace(bytes, at), held += bytes;
+    pieces.emplace(size, at), held += size;
     if (held > MOST) drop();
   }
 
@@ -42,19 +49,6 @@ class Pool {
 Pool& pool() {  // never destroyed: tensors may outlive everything else
   static Pool& one = *new Pool;
   return one;
-}
-
-// an empty tensor for this call alone, whose memory the next one takes again
-Tensor scratch(at::IntArrayRef sizes, at::ScalarType type) {
-  constexpr size_t LARGE = 1 << 20;  // smaller: whatever malloc has
-  const size_t bytes = c10::multiply_integers(sizes)
-                       * c10::elementSize(type);
-  if (bytes < LARGE) return at::empty(sizes, type);
-  const auto [all, at] = pool().take(bytes);
-  const size_t whole = all;  // some compilers do not capture `all`
-  return at::from_blob(at, sizes, [whole](void* block) {
-    pool().give(whole, block);
-  }, type);
 }
 
 }  // namespace
