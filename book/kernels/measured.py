@@ -589,7 +589,7 @@ for machine, saved in MACHINES.items():
 #
 # On Zen 5 memory went at 50 GB/s in some minutes and at 80 in others, for
 # whoever ran just then; the best of three rounds is in the table. There it is
-# nearly even: one, four and eight equal texts 1.03, 1.03 and 0.93 times as
+# nearly even: one, four and eight equal texts 0.99, 1.03 and 0.93 times as
 # fast by us, two 1.25 times, plain decoding 1.04 times. A prompt of 512 is
 # read 0.98 times as fast, of 4096 (111.7 and 104.9 tokens a second) 1.06
 # times; with eight-bit activations on our side, too, 1.36 and 1.43 times. With

@@ -4,6 +4,13 @@
 namespace {
 
 #ifdef GPTOSS_AVX512
+// does any expert have so many places?
+bool any_from(const std::vector<int64_t>& begin, int64_t least) {
+  for (size_t e = 1; e < begin.size(); ++e)
+    if (begin[e] - begin[e - 1] >= least) return true;
+  return false;
+}
+
 // 32-bit words of what stands at each place, `size` of them. Experts with
 // `least` places or more have them in groups of up to MANY, word i of all of
 // a group beside each other; the others' places have theirs alone
@@ -30,8 +37,9 @@ struct Interleaved {
       else in_groups<Panel::MANY>(count, add);
     }
     first.push_back(begin.back());
-    at::parallel_for(0, first.size() - 1, 1, [&](int64_t i, int64_t end) {
-      for (; i < end; ++i)
+    const int64_t some = begin.back() < 16 ? 16 : 1;
+    at::parallel_for(0, first.size() - 1, some, [&](int64_t i, int64_t to) {
+      for (; i < to; ++i)
         for (int64_t place = first[i]; place < first[i + 1]; ++place)
           put(place, all.data_ptr<int32_t>() + first[i] * size + place
                      - first[i], first[i + 1] - first[i]);
@@ -48,6 +56,7 @@ Interleaved<PairPanel> paired(const float* x,
                               const std::vector<int64_t>& from,
                               int64_t blocks,
                               const std::vector<int64_t>& begin) {
+  if (!any_from(begin, 2)) return {};  // one goes by rows
   return {begin, FEW, blocks, [&](int64_t place, int32_t* to, int64_t step) {
     thread_local Array<Number> row;
     row.resize(padded(blocks));
@@ -63,10 +72,7 @@ Interleaved<WholePanel<Kind>> whole(const Quantised& digits,
                                     const std::vector<int64_t>& from,
                                     const std::vector<int64_t>& begin,
                                     int64_t least) {
-  bool any = false;  // nobody reads the words of an expert with fewer
-  for (size_t e = 1; e < begin.size(); ++e)
-    any |= begin[e] - begin[e - 1] >= least;
-  if (!any) return {};
+  if (!any_from(begin, least)) return {};  // nobody would read them
   return {begin, least, digits.blocks,
           [&](int64_t place, int32_t* to, int64_t step) {
     const Line* line = digits.line(from[place]);
