@@ -29,8 +29,8 @@ print(f"{tokens} tokens of {columns} numbers: "
       f"{tokens * columns * bf16 / 1024:.0f} KiB")
 loaded, served, a_cycle = 64, 2, 2  # bytes; rows that share them; products
 print(f"a token's 64 bytes serve {served} rows: {loaded / served:.0f} bytes "
-      f"for each product of 32 pairs, {loaded / served * a_cycle:.0f} a cycle "
-      f"if the units begin {a_cycle} in a cycle")
+      f"for each product of 32 pairs,\n{loaded / served * a_cycle:.0f} a cycle"
+      f" if the units begin {a_cycle} in a cycle")
 
 # %% [markdown]
 # That is the most that the L2 cache of a Zen 5 can deliver, and twice that of
