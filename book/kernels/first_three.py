@@ -401,6 +401,7 @@ print((shifted - 12582912.0).tolist(),
 # #include <cstring>
 # #include <limits>
 # #include <mutex>
+# #include <span>
 # #include <tuple>
 # #include <type_traits>
 # #include <unordered_map>

@@ -342,7 +342,7 @@ print(deck[3][:3])
 # // sixteen rows, many tokens; decode(b, count, tile) fills a tile from b on
 # template <class Decode>
 # void rows_for_many(const Decode& decode, const Quantised& x,
-#                    const std::vector<int64_t>& inputs, float* out) {
+#                    std::span<const int64_t> inputs, float* out) {
 #   const int64_t count = inputs.size(), blocks = x.blocks;
 #   Tile tile;
 #   std::fill_n(out, count * ROWS, 0.0f);
@@ -437,10 +437,9 @@ assert found == order.tolist()
 # %% [markdown]
 # ### Who does what?
 #
-# A piece of work is some rows of one expert, for all of its picks: 256 rows if
-# the picks are fewer than `FEW`, which then go through them by rows as in
-# [packed](packed.ipynb); else 16 rows, one tile high. Pieces are shared among
-# the threads, and `emit` gets what each of them computed.
+# A piece of work is some rows of one expert, for all its picks: 256 rows if
+# the picks are fewer than `FEW`, which go through them by rows ([packed](
+# packed.ipynb)); else 16, one tile high. `emit` gets what each computed.
 #
 # What a pick reads is a row of `Inputs`: for the first layer a token, the same
 # for all $K$ picks of it, for the second the pick's own hidden vector. Where
@@ -456,6 +455,7 @@ assert found == order.tolist()
 # #endif
 # constexpr int64_t TALL = 256;  // rows of a piece of work for few tokens
 # constexpr int64_t BROAD = 64;  // of one for many, by panels
+# constexpr int64_t READING = 64;  // tokens; fewer: a prompt is at its end
 #
 # struct Piece {
 #   int64_t expert, row, rows;
@@ -522,7 +522,8 @@ assert found == order.tolist()
 #                        || weight.rows % ROWS);  // what is below a tile
 # #ifdef GPTOSS_AVX512
 #     if (lent() || !in_words) return;
-#     words = whole<InWords>(digits, from, groups.begin, FEW), low = BROAD;
+#     words = interleaved<InWords>(digits, from, groups.begin, FEW);
+#     low = BROAD;
 # #endif
 #   }
 #
@@ -544,7 +545,7 @@ assert found == order.tolist()
 #                int64_t first, int64_t count, float* out) const {
 #     rows_for_many([&](int64_t b, int64_t deep, Tile& tile) {
 #       decode_tile(w + 16 * b, scales + b, digits.blocks, deep, tile);
-#     }, digits, {&from[first], &from[first] + count}, out);
+#     }, digits, {&from[first], size_t(count)}, out);
 #   }
 # #endif
 # };
@@ -558,12 +559,10 @@ assert found == order.tolist()
 #     const auto [e, row0, rows] = all[item];
 #     const int64_t first = groups.begin[e];
 #     const int64_t count = groups.begin[e + 1] - first;
-#     thread_local std::vector<int64_t> inputs;
 #     thread_local Buffer out;
 #     out.resize(count * rows);
 #     const int64_t at = (e * weight.rows + row0) * weight.blocks;
 #     const uint8_t *w = weight.bytes + 16 * at, *s = weight.scales + at;
-#     inputs.assign(&x.from[first], &x.from[first] + count);
 # #ifdef GPTOSS_AMX
 #     if (x.squares.columns && count >= SQUARED)
 #       packed_squares({w, s, rows, weight.blocks, x.squares.of(e),
@@ -583,7 +582,8 @@ assert found == order.tolist()
 #       x.by_tile(w, s, rows, first, count, out.data());
 #     else
 # #endif
-#       rows_for_few(w, s, rows, x.digits, inputs, out.data());
+#       rows_for_few(w, s, rows, x.digits, {&x.from[first], size_t(count)},
+#                    out.data());
 #     for (int64_t i = 0; i < count; ++i)
 #       emit(first + i, e, row0, rows, &out[i * rows]);
 #   });
@@ -722,7 +722,7 @@ assert found == order.tolist()
 #   const Packed down(down_blocks, down_scales);
 #   const Tensor chosen = ids.contiguous(), shares = weights.contiguous();
 #   const int64_t K = ids.size(1), picks = ids.numel();
-#   if (x.size(0) < 64) pool().clear();  // tokens are written by now
+#   if (x.size(0) < READING) pool().clear();
 #   const Groups groups(chosen.const_data_ptr<int64_t>(), picks,
 #                       gate_up_scales.size(0));
 #   std::vector<int64_t> token(picks), place(picks);

@@ -740,7 +740,7 @@ for g in range(4):  # group g: blocks 2 g and 2 g + 1
 #
 # // out[i][0 ... rows - 1]: those rows times the token in inputs[i], by rows
 # void rows_for_few(const uint8_t* w, const uint8_t* scales, int64_t rows,
-#                   const Quantised& x, const std::vector<int64_t>& inputs,
+#                   const Quantised& x, std::span<const int64_t> inputs,
 #                   float* out) {
 #   const int64_t blocks = x.blocks, step = rows / 4;
 #   auto run = [&](auto R, int64_t r) {

@@ -162,6 +162,8 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 # namespace {
 #
 # #ifdef GPTOSS_AVX512
+# constexpr int64_t HELD = 4;  // blocks are decoded four at a time
+#
 # // code j of each word, looked up in a table of 32
 # inline Bytes found(Bytes words, int j, const void* table) {
 #   if (j)
@@ -179,7 +181,6 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 #     0, 0x7d80, 0x7e00, 0x7e40, 0x7e80, 0x7ec0, 0x7f00, 0x7f40,
 #     0, 0xfd80, 0xfe00, 0xfe40, 0xfe80, 0xfec0, 0xff00, 0xff40};
 # constexpr int ONCE = 12;  // tokens, with two rows: weights are decoded once
-# constexpr int64_t HELD = 4;  // blocks are decoded four at a time
 # constexpr int64_t FOUR = HELD * BLOCK;
 #
 # inline int64_t padded(int64_t blocks) {

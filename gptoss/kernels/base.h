@@ -18,6 +18,7 @@
 #include <cstring>
 #include <limits>
 #include <mutex>
+#include <span>
 #include <tuple>
 #include <type_traits>
 #include <unordered_map>

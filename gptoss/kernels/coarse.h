@@ -143,7 +143,7 @@ struct Coarse : Inputs {
          std::vector<int64_t> place, const Groups& groups)
       : Inputs(x, rows, weight, most(), std::move(place), groups, false) {
     if (lent()) return;
-    four = whole<InBytes>(digits, from, groups.begin, TILED);
+    four = interleaved<InBytes>(digits, from, groups.begin, TILED);
     few = TILED, low = BROAD;
 #ifdef GPTOSS_BF16  // for few tokens what needs no rounding is quicker
     if (stored != STORED || !any_below(groups, TILED)) return;

@@ -29,6 +29,7 @@ constexpr int64_t FEW = 4;
 #endif
 constexpr int64_t TALL = 256;  // rows of a piece of work for few tokens
 constexpr int64_t BROAD = 64;  // of one for many, by panels
+constexpr int64_t READING = 64;  // tokens; fewer: a prompt is at its end
 
 struct Piece {
   int64_t expert, row, rows;
@@ -95,7 +96,8 @@ struct Inputs {
                        || weight.rows % ROWS);  // what is below a tile
 #ifdef GPTOSS_AVX512
     if (lent() || !in_words) return;
-    words = whole<InWords>(digits, from, groups.begin, FEW), low = BROAD;
+    words = interleaved<InWords>(digits, from, groups.begin, FEW);
+    low = BROAD;
 #endif
   }
 
@@ -117,7 +119,7 @@ struct Inputs {
                int64_t first, int64_t count, float* out) const {
     rows_for_many([&](int64_t b, int64_t deep, Tile& tile) {
       decode_tile(w + 16 * b, scales + b, digits.blocks, deep, tile);
-    }, digits, {&from[first], &from[first] + count}, out);
+    }, digits, {&from[first], size_t(count)}, out);
   }
 #endif
 };
@@ -131,12 +133,10 @@ void grouped_linear(const Packed& weight, const Groups& groups, const X& x,
     const auto [e, row0, rows] = all[item];
     const int64_t first = groups.begin[e];
     const int64_t count = groups.begin[e + 1] - first;
-    thread_local std::vector<int64_t> inputs;
     thread_local Buffer out;
     out.resize(count * rows);
     const int64_t at = (e * weight.rows + row0) * weight.blocks;
     const uint8_t *w = weight.bytes + 16 * at, *s = weight.scales + at;
-    inputs.assign(&x.from[first], &x.from[first] + count);
 #ifdef GPTOSS_AMX
     if (x.squares.columns && count >= SQUARED)
       packed_squares({w, s, rows, weight.blocks, x.squares.of(e),
@@ -156,7 +156,8 @@ void grouped_linear(const Packed& weight, const Groups& groups, const X& x,
       x.by_tile(w, s, rows, first, count, out.data());
     else
 #endif
-      rows_for_few(w, s, rows, x.digits, inputs, out.data());
+      rows_for_few(w, s, rows, x.digits, {&x.from[first], size_t(count)},
+                   out.data());
     for (int64_t i = 0; i < count; ++i)
       emit(first + i, e, row0, rows, &out[i * rows]);
   });
@@ -270,7 +271,7 @@ Tensor packed_experts(const Tensor& x, const Tensor& ids,
   const Packed down(down_blocks, down_scales);
   const Tensor chosen = ids.contiguous(), shares = weights.contiguous();
   const int64_t K = ids.size(1), picks = ids.numel();
-  if (x.size(0) < 64) pool().clear();  // tokens are written by now
+  if (x.size(0) < READING) pool().clear();
   const Groups groups(chosen.const_data_ptr<int64_t>(), picks,
                       gate_up_scales.size(0));
   std::vector<int64_t> token(picks), place(picks);

@@ -68,10 +68,9 @@ Interleaved<PairPanel> paired(const float* x,
 #endif
 
 template <class Kind>
-Interleaved<WholePanel<Kind>> whole(const Quantised& digits,
-                                    const std::vector<int64_t>& from,
-                                    const std::vector<int64_t>& begin,
-                                    int64_t least) {
+Interleaved<WholePanel<Kind>> interleaved(
+    const Quantised& digits, const std::vector<int64_t>& from,
+    const std::vector<int64_t>& begin, int64_t least) {
   if (!any_from(begin, least)) return {};  // nobody would read them
   return {begin, least, digits.blocks,
           [&](int64_t place, int32_t* to, int64_t step) {

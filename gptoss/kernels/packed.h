@@ -199,7 +199,7 @@ constexpr int SHARED = 4;  // tokens for which a weight is looked up once
 
 // out[i][0 ... rows - 1]: those rows times the token in inputs[i], by rows
 void rows_for_few(const uint8_t* w, const uint8_t* scales, int64_t rows,
-                  const Quantised& x, const std::vector<int64_t>& inputs,
+                  const Quantised& x, std::span<const int64_t> inputs,
                   float* out) {
   const int64_t blocks = x.blocks, step = rows / 4;
   auto run = [&](auto R, int64_t r) {

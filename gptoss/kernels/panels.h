@@ -6,7 +6,6 @@ namespace {
 #ifdef GPTOSS_AVX512
 constexpr int64_t PANEL = 32;  // rows
 constexpr int64_t SLICE = 8;   // blocks: 16 KiB of sixteen-bit numbers
-constexpr int64_t QUAD = 4;    // blocks that are turned together
 
 // sixteen rows of sixteen 32-bit words become sixteen columns
 inline void turn(Bytes (&v)[16]) {
@@ -34,15 +33,15 @@ inline void turn(Bytes (&v)[16]) {
   std::copy(t, t + 16, v);
 }
 
-// put(b, half, v) for each QUAD of `count` blocks, from b on, and for rows 0
+// put(b, half, v) for each HELD of `count` blocks, from b on, and for rows 0
 // to 15 (half 0), 16 to 31 (half 1): word c of all their 64 bytes in v[c],
 // zeros for blocks that are not there
 template <class Put>
 void by_quads(const uint8_t* w, int64_t blocks, int64_t count,
               const Put& put) {
-  for (int64_t b = 0; b < count; b += QUAD)
+  for (int64_t b = 0; b < count; b += HELD)
     for (int half = 0; half < 2; ++half) {
-      const __mmask64 real = count - b < QUAD
+      const __mmask64 real = count - b < HELD
                                  ? (1ll << 16 * (count - b)) - 1 : -1;
       const uint8_t* from = w + 16 * (16 * half * blocks + b);
       Bytes v[16];
@@ -69,21 +68,21 @@ struct Ahead {
 
 // the scales of 32 rows as columns, four blocks' in a lane
 struct ScaleColumns {
-  alignas(64) uint32_t four[SLICE / QUAD][PANEL] = {};
+  alignas(64) uint32_t four[SLICE / HELD][PANEL] = {};
 
   ScaleColumns(const uint8_t* scales, int64_t blocks, int64_t count) {
-    for (int64_t b = 0; b < count; b += QUAD)
+    for (int64_t b = 0; b < count; b += HELD)
       for (int64_t r = 0; r < PANEL; ++r)
-        if (count - b < QUAD)
-          std::memcpy(&four[b / QUAD][r], scales + r * blocks + b,
+        if (count - b < HELD)
+          std::memcpy(&four[b / HELD][r], scales + r * blocks + b,
                       count - b);
         else
-          four[b / QUAD][r] = load<uint32_t>(scales + r * blocks + b);
+          four[b / HELD][r] = load<uint32_t>(scales + r * blocks + b);
   }
 
   Bytes of(int64_t b, int half) const {  // of sixteen rows
-    return _mm512_srl_epi32(load<Bytes>(&four[b / QUAD][16 * half]),
-                            _mm_cvtsi32_si128(8 * (b % QUAD)))
+    return _mm512_srl_epi32(load<Bytes>(&four[b / HELD][16 * half]),
+                            _mm_cvtsi32_si128(8 * (b % HELD)))
            & _mm512_set1_epi32(255);
   }
 
@@ -97,8 +96,8 @@ struct ScaleColumns {
 #ifdef GPTOSS_BF16
 struct PairPanel {
   static constexpr int MANY = 12;  // tokens: 24 sums, 2 weights, 1 token
-  static constexpr int64_t PAIRS = QUAD * BLOCK / 2;  // of numbers in a row
-  alignas(64) Number values[SLICE / QUAD][PAIRS][2][BLOCK];
+  static constexpr int64_t PAIRS = HELD * BLOCK / 2;  // of numbers in a row
+  alignas(64) Number values[SLICE / HELD][PAIRS][2][BLOCK];
 
   static int64_t words(int64_t count) { return padded(count) / 2; }
 
@@ -106,7 +105,7 @@ struct PairPanel {
             int64_t count) {
     const ScaleColumns columns(scales, blocks, count);
     by_quads(w, blocks, count, [&](int64_t b, int half, const Bytes* v) {
-      for (int64_t i = 0; i < QUAD; ++i) {
+      for (int64_t i = 0; i < HELD; ++i) {
         const Bytes s = columns.of(b + i, half);
         const Bytes lower = _mm512_slli_epi16(_mm512_sub_epi16(
             _mm512_set1_epi16(252), s | _mm512_slli_epi32(s, 16)), 7);
@@ -115,7 +114,7 @@ struct PairPanel {
 #pragma GCC unroll 4
           for (int c = 0; c < 4; ++c)
             _mm512_store_si512(
-                values[b / QUAD][16 * j + 4 * i + c][half],
+                values[b / HELD][16 * j + 4 * i + c][half],
                 _mm512_subs_epu16(found(v[4 * i + c], j, LARGE), lower));
       }
     });
@@ -214,7 +213,7 @@ struct WholePanel {
              int64_t count) {
     const ScaleColumns columns(scales, blocks, count);
     by_quads(w, blocks, count, [&](int64_t b, int half, const Bytes* v) {
-      for (int64_t i = 0; i < QUAD; ++i, ++b, v += 4) {
+      for (int64_t i = 0; i < HELD; ++i, ++b, v += 4) {
         factors[b][half] = columns.powers(b, half);
 #pragma GCC unroll 16
         for (int c = 0; c < LANES; ++c)

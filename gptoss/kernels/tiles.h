@@ -115,7 +115,7 @@ constexpr int64_t ROWS = 16;  // of a tile
 // sixteen rows, many tokens; decode(b, count, tile) fills a tile from b on
 template <class Decode>
 void rows_for_many(const Decode& decode, const Quantised& x,
-                   const std::vector<int64_t>& inputs, float* out) {
+                   std::span<const int64_t> inputs, float* out) {
   const int64_t count = inputs.size(), blocks = x.blocks;
   Tile tile;
   std::fill_n(out, count * ROWS, 0.0f);
