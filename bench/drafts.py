@@ -228,8 +228,8 @@ def main(argv=None):
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=128,
                         help="of each text at most (default: 128)")
-    parser.add_argument("--most", type=int, default=3,
-                        help="guesses at once (default: 3)")
+    parser.add_argument("--most", type=int, default=8,
+                        help="guesses at once (default: 8)")
     parser.add_argument("--texts", default="",
                         help="only these, by name, separated by commas")
     parser.add_argument("--repeats", type=int, default=2)

@@ -76,7 +76,7 @@ class Lookup:
 
     reads = 0
 
-    def __init__(self, lengths: Sequence[int] = (3, 2), most: int = 3
+    def __init__(self, lengths: Sequence[int] = (8, 4, 2), most: int = 8
                  ) -> None:
         for name, values in (("lengths", lengths), ("most", [most])):
             if not values or any(type(n) is not int or n < 1 for n in values):

@@ -477,7 +477,7 @@ def test_a_seed_gives_one_text_with_a_model_that_guesses(always):
 def test_costs_follow_the_bytes():
     costs = check_costs(GptOssConfig.gpt_oss_20b(), Lookup())
     assert [round(cost / drafts.MARGIN, 2) for cost in costs[1:]] == [
-        1.30, 1.56, 1.79]
+        1.30, 1.56, 1.79, 1.99, 2.17, 2.32, 2.46, 2.57]
     costs = check_costs(GptOssConfig.gpt_oss_120b(), Lookup(most=15))
     assert round(costs[15] / drafts.MARGIN, 2) == 5.47
 
@@ -488,8 +488,8 @@ def test_pace():
     pace.saw(0, 1)
     assert pace.length == 0
     for _ in range(10):
-        pace.saw(3, 0)
-    assert pace.length == 3
+        pace.saw(8, 0)
+    assert pace.length == 8
     for _ in range(30):
         pace.saw(1, 1)
     assert pace.length == 0
@@ -615,7 +615,7 @@ def test_a_chat_looks_at_the_whole_text(pocket, tokenizer_, forwards):
                               "content": "What is my cat called?"}]
     forwards.clear()
     assert "Zorali" in "".join(chat.reply(messages))
-    assert forwards.count(4) >= 3  # the first of them is the prompt's
+    assert len(forwards) < 25  # 20; with what is fed alone it was 29
 
 
 # ---- with kernels: bf16, a recorded step
