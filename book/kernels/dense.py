@@ -172,8 +172,8 @@ assert np.allclose(strip(some, six), six @ some.T)
 #
 # `ready` lays the activations out, eight even ones and then eight odd ones.
 # The rows of a strip lie `step` rows apart, so that four streams of memory
-# arrive ([packed](packed.ipynb) tells why), and `__builtin_prefetch` asks for
-# bytes that will be needed soon. A single token has two sums a row, since a
+# arrive ([packed](packed.ipynb) tells why), and `ask` asks for bytes that will
+# be needed soon. A single token has two sums a row, since a
 # product takes four cycles and eight sums keep the units busy.
 
 # %% [markdown] tags=["export:strips.h"]
@@ -216,7 +216,7 @@ assert np.allclose(strip(some, six), six @ some.T)
 #   for (int64_t k = 0; k < deep; k += 16)
 #     for (int r = 0; r < R; ++r) {
 #       const Number* from = w + r * step * n + k;
-#       __builtin_prefetch(from + ahead);
+#       ask(from + ahead);
 #       const Ints pairs = load<Ints>(from);
 #       const Floats a = even(pairs), b = odd(pairs);
 #       for (int t = 0; t < T; ++t) {
@@ -270,7 +270,7 @@ assert np.allclose(strip(some, six), six @ some.T)
 #     __m512bh rows[R];
 #     for (int r = 0; r < R; ++r) {
 #       const Number* from = w + r * step * n + k;
-#       __builtin_prefetch(from + ahead);
+#       ask(from + ahead);
 #       rows[r] = load<__m512bh>(from);
 #     }
 #     for (int t = 0; t < T; ++t) {
@@ -520,9 +520,10 @@ print(64 * 256 * 4 // 1024, "KiB of a widened tile,",
 #   sums.clear();
 #   written();
 #   for (int64_t k = 0; k < n; k += BLOCK, x += AREA) {
-#     const int64_t ahead = k + AHEAD / 2 < n ? k : k + (SQUARE - 1) * n;
+#     constexpr int64_t SOON = 384;
+#     const int64_t ahead = k + SOON < n ? k : k + (SQUARE - 1) * n;
 #     for (int64_t r = 0; r < SQUARE; ++r)
-#       __builtin_prefetch(w + r * n + ahead + AHEAD / 2);
+#       __builtin_prefetch(w + r * n + ahead + SOON);
 #     _tile_loadd(4, w + k, 2 * n);
 #     _tile_loadd(5, x, 64);
 #     _tile_dpbf16ps(0, 4, 5);

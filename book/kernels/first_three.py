@@ -395,6 +395,7 @@ print((shifted - 12582912.0).tolist(),
 # #include <torch/library.h>
 #
 # #include <algorithm>
+# #include <array>
 # #include <atomic>
 # #include <cmath>
 # #include <cstdint>
@@ -586,8 +587,16 @@ for x in (1.0, 1.00390625, 1.01171875, 1.005):
 #   return to;
 # }
 #
-# // rows that are read at the same time; bytes asked for ahead
-# constexpr int64_t STREAMS = 4, AHEAD = 768;
+# constexpr int64_t STREAMS = 4;     // rows that are read at the same time
+# constexpr int64_t AHEAD = 2048;  // bytes
+#
+# // asks memory for what will be needed, into the second cache: there more may
+# // be under way than into the first, and nothing in use is driven out
+# inline void ask(const void* for_it) { __builtin_prefetch(for_it, 0, 2); }
+#
+# inline void ask_ahead(const void* from) {
+#   ask(static_cast<const char*>(from) + AHEAD);
+# }
 # ```
 
 # %% [markdown]

@@ -514,8 +514,8 @@ assert found == order.tolist()
 # #ifdef GPTOSS_BF16
 #     if (most == STORED) {  // hidden numbers keep sixteen bits
 #       pairs = paired(x, from, blocks, groups.begin);
-#       few = TOGETHER + 1, low = BROAD, in_words = false;
-#       if (!any_below(groups, 2)) return;
+#       few = TOGETHER + 1, low = BROAD;
+#       return;
 #     }
 # #endif
 #     digits = quantised(x, most, rows, blocks, any_below(groups, FEW)
@@ -571,7 +571,7 @@ assert found == order.tolist()
 #     else
 # #endif
 # #ifdef GPTOSS_BF16
-#     if (x.pairs.size && count > 1 && count < X::TILED)
+#     if (x.pairs.size && count < X::TILED)
 #       packed_strips(w, s, rows, weight.blocks, reinterpret_cast<
 #                         const Number*>(x.pairs.at(first)), count,
 #                     out.data(), rows);

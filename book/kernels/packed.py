@@ -630,8 +630,10 @@ for g in range(4):  # group g: blocks 2 g and 2 g + 1
 # A processor fetches ahead along a *stream* of addresses, to the end of a page
 # of 4 KiB at most. With one stream everything waits at every page's end; with
 # four the others go on. So four rows are read in turns, a quarter of the
-# matrix apart. A prefetch asks for what a row needs 768 bytes later, another
-# for its scales; `hold` keeps the compiler from reading anything twice.
+# matrix apart. `ask_ahead` asks for what a row needs 2048 bytes later, and its
+# scales are asked for, too; `hold` keeps the compiler from reading anything
+# twice. What is asked for goes to the second cache: from there it comes in
+# time, and the first has few places for what is under way.
 
 # %% [markdown] tags=["export:packed.h"]
 # ```cpp
@@ -645,20 +647,22 @@ for g in range(4):  # group g: blocks 2 g and 2 g + 1
 #   const Group* group[T];
 #   for (int t = 0; t < T; ++t) group[t] = &x.groups[n[t] * x.per_row];
 #   Sums total[R][T] = {}, factor[R][T];
-#   auto make_factors = [&](int64_t b, int64_t count) {
+#   auto make_factors = [&](int64_t b, int64_t count)
+#       __attribute__((always_inline)) {
 #     for (int r = 0; r < R; ++r) {
-#       __builtin_prefetch(scales + r * row + b + AHEAD / 4);
+#       ask(scales + r * row + b + AHEAD / 16);
 #       const Words scale = load_scales(scales + r * row + b, count, b > 0);
 #       for (int t = 0; t < T; ++t)
 #         factor[r][t] = factors(scale, arrange(load<Sums>(x.half(n[t]) + b)));
 #     }
 #   };
-#   auto add = [&](int64_t b, int g, int64_t count) {  // group g from b on
+#   auto add = [&](int64_t b, int g, int64_t count)  // group g from b on
+#       __attribute__((always_inline)) {
 #     Bytes even[R], odd[R];
 # #pragma GCC unroll 4
 #     for (int r = 0; r < R; ++r) {
 #       const uint8_t* at = w + 16 * (r * row + b + g * SIDE);
-#       __builtin_prefetch(at + AHEAD);
+#       ask_ahead(at);
 #       Bytes bytes = load_blocks(at, count - g * SIDE);
 #       hold(bytes);
 #       even[r] = look_up(values, bytes);
@@ -696,7 +700,7 @@ for g in range(4):  # group g: blocks 2 g and 2 g + 1
 # A weight is a matrix, or one for each expert. When a few tokens meet it, up
 # to four share each look-up: a weight is found once and multiplied with the
 # digits of each. More go through the same rows group by group, while these are
-# still in the L1 cache. `T` must be known when the code is compiled, or the
+# still in the L2 cache. `T` must be known when the code is compiled, or the
 # sums would not be registers: `with_count` makes such a constant of a number,
 # `in_groups` cuts the tokens into groups. `packed_rows` is this, no more, an
 # operator that no model calls, by which you can try the kernel. It refuses x
@@ -743,15 +747,16 @@ for g in range(4):  # group g: blocks 2 g and 2 g + 1
 #                   const Quantised& x, std::span<const int64_t> inputs,
 #                   float* out) {
 #   const int64_t blocks = x.blocks, step = rows / 4;
-#   auto run = [&](auto R, int64_t r) {
+#   auto run = [&](auto R, int64_t begin, int64_t end) {
 #     in_groups<SHARED>(inputs.size(), [&](auto T, int64_t i) {
-#       packed_dots<R.value, T.value>(w + 16 * r * blocks, scales + r * blocks,
-#                                     step, x, &inputs[i], out + i * rows + r,
-#                                     rows);
+#       for (int64_t r = begin; r < end; ++r)
+#         packed_dots<R.value, T.value>(
+#             w + 16 * r * blocks, scales + r * blocks, step, x, &inputs[i],
+#             out + i * rows + r, rows);
 #     });
 #   };
-#   for (int64_t r = 0; r < step; ++r) run(Count<4>(), r);
-#   for (int64_t r = 4 * step; r < rows; ++r) run(Count<1>(), r);
+#   run(Count<4>(), 0, step);
+#   run(Count<1>(), 4 * step, rows);
 # }
 #
 # // y (N, m) fp32 = x (N, n) bf16 times the weight transposed, row by row

@@ -166,8 +166,12 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 #
 # // code j of each word, looked up in a table of 32
 # inline Bytes found(Bytes words, int j, const void* table) {
+# #ifdef GPTOSS_AMX  // Intel
 #   if (j)
 #     words = _mm512_mulhi_epu16(words, _mm512_set1_epi16(1 << (16 - 4 * j)));
+# #else
+#   words = _mm512_srli_epi16(words, 4 * j);
+# #endif
 #   return _mm512_permutexvar_epi16(words, load<Bytes>(table));
 # }
 # #endif
@@ -208,24 +212,43 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 # Four scale bytes are loaded into every lane of 32 bits. A shuffle leaves to
 # each eight words the byte of their block, which is subtracted from 252 and
 # moved up into the exponent's place. Then come three shifts, four look-ups and
-# four subtractions: 14 instructions for 128 weights.
+# four subtractions for 128 weights.
 #
-# A shift to the right by $k$ is written as the upper half of a product with
-# $2^{16 - k}$, one to the left as a product. Why? Because an Intel processor
-# begins two multiplications of 64 bytes in a cycle, and only one shift. A
-# processor that begins as many of either loses nothing by it. To find out, we
-# put one instruction after the other into a loop of nothing else:
+# Which instructions should do that? Each kind has units of its own, and those
+# that multiply pairs are busy with the tokens. What they begin in a cycle we
+# find out with a loop of nothing else, and what shares a unit by two in turns:
 
 # %% [markdown] tags=["measured"]
-# One core of a Xeon of the Granite Rapids kind at 4.09 GHz, 64-byte
-# instructions a cycle: `vpaddw`, `vpmullw`, `vpmulhuw` and `vpmaddubsw` 1.8 to
-# 2.0; `vpsrlw`, `vpsubusw`, `vpermw` and `vpshufb` 1.0, and a `vpermw` and a
-# `vpsrlw` in turns 0.5 of each: a look-up takes something of both units. With
-# shifts decoding took 3.25 ns for 64 bytes of codes, with products 2.7.
+# One core each, 64-byte instructions a cycle.
+#
+# | | Xeon (Granite Rapids) | Zen 4 |
+# |---|---|---|
+# | `vpermw`, look up | 1.0 | 1.0 |
+# | `vpsrlw`, shift | 1.0, shares with `vpermw` | 1.0 |
+# | `vpmulhuw`, upper half of a product | 2.0 | 1.0, shares with `vdpbf16ps` |
+# | `vpsubusw`, subtract, not below 0 | 1.0 | 1.0, shares with `vdpbf16ps` |
+# | `vpsubw`, `vpmaxuw` | 1.8 to 2.0 | 2.0, any unit |
+#
+# On a Xeon with AMX a shift by $k$ is therefore the upper half of a product
+# with $2^{16 - k}$ (2.7 ns for 64 bytes of codes; 3.25 with shifts). On a Zen 4
+# that, and a subtraction that stops at zero, take the place of products: two
+# tokens went at 21 GB/s so, at 27 with shifts and no masks where four blocks
+# are all there. $\max(a, b) - b$ is the same subtraction in two instructions
+# that find a free unit; with six tokens it brings another ninth.
 
 # %% [markdown] tags=["export:pairs.h"]
 # ```cpp
+# // bits - lower, but not below zero
+# inline Bytes lowered(Bytes bits, Bytes lower) {
+#   return _mm512_sub_epi16(_mm512_max_epu16(bits, lower), lower);
+# }
 #
+# // four scale bytes, or `count` < 4 of them, in every lane of 32 bits
+# inline Bytes four_scales(const uint8_t* from, int64_t count) {
+#   return _mm512_broadcastd_epi32(
+#       count < HELD ? _mm_maskz_loadu_epi8((1 << count) - 1, from)
+#                    : _mm_cvtsi32_si128(load<int32_t>(from)));
+# }
 #
 # // for a shuffle: a byte for each quarter of a register, as words (80: zero)
 # alignas(64) constexpr uint64_t QUARTERS[8] = {
@@ -240,18 +263,15 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 #   Fours() = default;
 #
 #   Fours(const uint8_t* w, const uint8_t* scales, int64_t count) {
-#     const bool all = count >= HELD;
-#     words = _mm512_maskz_loadu_epi8(all ? -1 : (1ll << 16 * count) - 1, w);
-#     const __m128i four = _mm_maskz_loadu_epi8(all ? 15 : (1 << count) - 1,
-#                                               scales);
+#     words = load_blocks(w, count);
 #     lower = _mm512_mullo_epi16(_mm512_set1_epi16(128), _mm512_sub_epi16(
 #         _mm512_set1_epi16(252), _mm512_shuffle_epi8(
-#             _mm512_broadcastd_epi32(four), load<Bytes>(QUARTERS))));
+#             four_scales(scales, count), load<Bytes>(QUARTERS))));
 #   }
 #
 #   // as bf16, the elements j, j + 4, j + 8 ...
 #   Bytes decoded(int j) const {
-#     return _mm512_subs_epu16(found(words, j, LARGE), lower);
+#     return lowered(found(words, j, LARGE), lower);
 #   }
 # };
 #
@@ -273,10 +293,33 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 # tokens are one group (with two rows instead of four), so nothing is decoded
 # twice. The pragmas tell GCC to unroll the loops over rows and tokens before
 # it decides what stands in registers; without them it kept 12 to 24 sums there
-# and stored each of them in memory every time round, too.
+# and stored each of them in memory every time round, too. For the same reason
+# what is done to four blocks is a function that is inlined twice: for all the
+# whole fours, in which no mask is needed, and for the rest.
 
 # %% [markdown] tags=["export:pairs.h"]
 # ```cpp
+# // run(b, count) for each four of the blocks, inlined: for whole ones, and
+# // for what is left
+# template <class Run>
+# inline void by_fours(int64_t blocks, const Run& run) {
+#   int64_t b = 0;
+#   for (; b + HELD <= blocks; b += HELD) run(b, HELD);
+#   if (b < blocks) run(b, blocks - b);
+# }
+#
+# // out[t * width + r * step] = s[t][r]
+# template <int R, int T>
+# inline void put(const __m512 (&s)[T][4], int64_t step, float* out,
+#                 int64_t width) {
+# #pragma GCC unroll 12
+#   for (int t = 0; t < T; ++t) {
+#     const __m128 four = sums(s[t][0], s[t][1], s[t][2], s[t][3]);
+# #pragma GCC unroll 4
+#     for (int r = 0; r < R; ++r) out[t * width + r * step] = four[r];
+#   }
+# }
+#
 # // as `strip`, with rows that are decoded in registers
 # template <int R, int T>
 # void packed_strip(const uint8_t* w, const uint8_t* scales, int64_t step,
@@ -288,13 +331,14 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 #   for (int t = 0; t < T; ++t)
 # #pragma GCC unroll 4
 #     for (int r = 0; r < 4; ++r) s[t][r] = __m512{};
-#   for (int64_t b = 0; b < blocks; b += HELD) {
+#   by_fours(blocks, [&](int64_t b, int64_t count)
+#       __attribute__((always_inline)) {
 #     Fours fours[R];
 # #pragma GCC unroll 4
 #     for (int r = 0; r < R; ++r) {
 #       const int64_t at = r * row + b;
-#       __builtin_prefetch(w + 16 * at + 2 * AHEAD);
-#       fours[r] = {w + 16 * at, scales + at, blocks - b};
+#       ask_ahead(w + 16 * at);
+#       fours[r] = {w + 16 * at, scales + at, count};
 #     }
 # #pragma GCC unroll 4
 #     for (int j = 0; j < HELD; ++j) {
@@ -309,13 +353,74 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 #           s[t][r] = _mm512_dpbf16_ps(s[t][r], (__m512bh)decoded[r], token);
 #       }
 #     }
-#   }
-# #pragma GCC unroll 12
-#   for (int t = 0; t < T; ++t) {
-#     const __m128 four = sums(s[t][0], s[t][1], s[t][2], s[t][3]);
+#   });
+#   put<R>(s, step, out, width);
+# }
+# ```
+
+# %% [markdown]
+# **One, two or three tokens** are multiplied with so few instructions that
+# decoding takes the longer part. Then the scales need not go into the weights
+# at all: of four blocks, each lane of a sum belongs to one, so what they bring
+# is summed in a register of its own, and that is multiplied with the four
+# powers of two. One product a token takes the place of ten instructions. And
+# any scale will do, since a float has room for all of them.
+
+# %% [markdown] tags=["export:pairs.h"]
+# ```cpp
+# constexpr int SCALED_AFTER = 3;  // tokens, at most
+#
+# // the codes' values themselves, which lie 2**125 below those of LARGE
+# alignas(64) constexpr auto SMALL = [] {
+#   std::array<uint16_t, 32> to{};
+#   for (int i = 0; i < 32; ++i) to[i] = LARGE[i] ? LARGE[i] - (125 << 7) : 0;
+#   return to;
+# }();
+#
+# // the powers of two of four blocks, each in four lanes
+# inline __m512 four_powers(const uint8_t* scales, int64_t count) {
+#   const Bytes first = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2,
+#                                        1, 1, 1, 1, 0, 0, 0, 0);
+#   const Words byte = (Words)_mm512_maskz_shuffle_epi8(
+#       0x1111111111111111, four_scales(scales, count), first);
+#   return (__m512)factors(byte, Sums{} + 1);
+# }
+#
+# template <int R, int T>
+# void strip_of_few(const uint8_t* w, const uint8_t* scales, int64_t step,
+#                   int64_t blocks, const Number* x, float* out,
+#                   int64_t width) {
+#   const int64_t n = padded(blocks), row = step * blocks;
+#   __m512 s[T][4];
+# #pragma GCC unroll 3
+#   for (int t = 0; t < T; ++t)
 # #pragma GCC unroll 4
-#     for (int r = 0; r < R; ++r) out[t * width + r * step] = four[r];
-#   }
+#     for (int r = 0; r < 4; ++r) s[t][r] = __m512{};
+#   by_fours(blocks, [&](int64_t b, int64_t count)
+#       __attribute__((always_inline)) {
+# #pragma GCC unroll 4
+#     for (int r = 0; r < R; ++r) {
+#       const int64_t at = r * row + b;
+#       ask_ahead(w + 16 * at);
+#       const Bytes words = load_blocks(w + 16 * at, count);
+#       const __m512 powers = four_powers(scales + at, count);
+#       Bytes decoded[HELD];
+# #pragma GCC unroll 4
+#       for (int j = 0; j < HELD; ++j)
+#         decoded[j] = found(words, j, SMALL.data());
+# #pragma GCC unroll 3
+#       for (int t = 0; t < T; ++t) {
+#         __m512 y = {};
+# #pragma GCC unroll 4
+#         for (int j = 0; j < HELD; ++j)
+#           y = _mm512_dpbf16_ps(
+#               y, (__m512bh)decoded[j],
+#               load<__m512bh>(x + t * n + BLOCK * (b + j)));
+#         s[t][r] += y * powers;
+#       }
+#     }
+#   });
+#   put<R>(s, step, out, width);
 # }
 # ```
 
@@ -346,18 +451,24 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 #     }
 # }
 #
+# template <int R, int T>
+# constexpr auto chosen() {
+#   if constexpr (T <= SCALED_AFTER) return strip_of_few<R, T>;
+#   else return packed_strip<R, T>;
+# }
+#
 # // out[t * width + r]: `rows` rows of a packed weight times N tokens, each
 # // as `pair_row` leaves it
 # void packed_strips(const uint8_t* w, const uint8_t* scales, int64_t rows,
 #                    int64_t blocks, const Number* x, int64_t N, float* out,
 #                    int64_t width) {
-#   if (!usual(scales, rows * blocks))
+#   if (N > SCALED_AFTER && !usual(scales, rows * blocks))
 #     return unusual_rows(w, scales, rows, blocks, x, N, out, width);
 #   in_groups<ONCE>(N, [&](auto T, int64_t t) {
 #     constexpr int SOME = T.value <= TOGETHER ? STREAMS : STREAMS / 2;
 #     in_strips<SOME>(rows, true, [&](auto R, int64_t r, int64_t apart) {
-#       packed_strip<R.value, T.value>(
-#           w + 16 * r * blocks, scales + r * blocks, apart, blocks,
+#       constexpr auto run = chosen<R.value, T.value>();
+#       run(w + 16 * r * blocks, scales + r * blocks, apart, blocks,
 #           x + t * padded(blocks), out + t * width + r, width);
 #     });
 #   });

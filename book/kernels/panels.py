@@ -325,7 +325,7 @@ assert np.allclose(np.einsum("jcrh,jch->r", panel(bytes_), by_words(x)), w @ x)
 #           for (int c = 0; c < 4; ++c)
 #             _mm512_store_si512(
 #                 values[b / HELD][16 * j + 4 * i + c][half],
-#                 _mm512_subs_epu16(found(v[4 * i + c], j, LARGE), lower));
+#                 lowered(found(v[4 * i + c], j, LARGE), lower));
 #       }
 #     });
 #   }
@@ -583,11 +583,13 @@ assert np.allclose(np.einsum("jcrh,jch->r", panel(bytes_), by_words(x)), w @ x)
 #                               const std::vector<int64_t>& from,
 #                               int64_t blocks,
 #                               const std::vector<int64_t>& begin) {
-#   if (!any_from(begin, 2)) return {};  // one goes by rows
 #   return {begin, FEW, blocks, [&](int64_t place, int32_t* to, int64_t step) {
+#     const float* token = x + from[place] * blocks * BLOCK;
+#     if (step == 1)
+#       return pair_row(token, blocks, reinterpret_cast<Number*>(to));
 #     thread_local Array<Number> row;
 #     row.resize(padded(blocks));
-#     pair_row(x + from[place] * blocks * BLOCK, blocks, row.data());
+#     pair_row(token, blocks, row.data());
 #     for (int64_t i = 0; i < padded(blocks) / 2; ++i)
 #       to[i * step] = load<int32_t>(&row[2 * i]);
 #   }};

@@ -28,8 +28,8 @@ void compact_dots(const Compact& w, int64_t row, int64_t step,
   for (int64_t b = 0; b < w.blocks; ++b, x += WEIGHTS)
     for (int r = 0; r < R; ++r) {
       const uint8_t* from = w.row(row + r * step) + b * SIZE;
-      __builtin_prefetch(from + AHEAD);
-      __builtin_prefetch(from + AHEAD + SIZE / 2);
+      ask_ahead(from);
+      ask_ahead(from + SIZE / 2);
       const __m256i codes = load<__m256i>(from + WEIGHTS);
       for (int half = 0; half < 2; ++half) {
         const __m256i lower = load<__m256i>(from + 32 * half);

@@ -86,9 +86,10 @@ void multiply_squares(const Number* w, int64_t n, const Number* x,
   sums.clear();
   written();
   for (int64_t k = 0; k < n; k += BLOCK, x += AREA) {
-    const int64_t ahead = k + AHEAD / 2 < n ? k : k + (SQUARE - 1) * n;
+    constexpr int64_t SOON = 384;
+    const int64_t ahead = k + SOON < n ? k : k + (SQUARE - 1) * n;
     for (int64_t r = 0; r < SQUARE; ++r)
-      __builtin_prefetch(w + r * n + ahead + AHEAD / 2);
+      __builtin_prefetch(w + r * n + ahead + SOON);
     _tile_loadd(4, w + k, 2 * n);
     _tile_loadd(5, x, 64);
     _tile_dpbf16ps(0, 4, 5);

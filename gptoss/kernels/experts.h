@@ -88,8 +88,8 @@ struct Inputs {
 #ifdef GPTOSS_BF16
     if (most == STORED) {  // hidden numbers keep sixteen bits
       pairs = paired(x, from, blocks, groups.begin);
-      few = TOGETHER + 1, low = BROAD, in_words = false;
-      if (!any_below(groups, 2)) return;
+      few = TOGETHER + 1, low = BROAD;
+      return;
     }
 #endif
     digits = quantised(x, most, rows, blocks, any_below(groups, FEW)
@@ -145,7 +145,7 @@ void grouped_linear(const Packed& weight, const Groups& groups, const X& x,
     else
 #endif
 #ifdef GPTOSS_BF16
-    if (x.pairs.size && count > 1 && count < X::TILED)
+    if (x.pairs.size && count < X::TILED)
       packed_strips(w, s, rows, weight.blocks, reinterpret_cast<
                         const Number*>(x.pairs.at(first)), count,
                     out.data(), rows);

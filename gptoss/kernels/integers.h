@@ -96,7 +96,7 @@ void eight_dots(const Eight& w, int64_t row, int64_t step,
     }
     for (int r = 0; r < R; ++r) {
       const int8_t* from = weights + r * step * n + place(b);
-      if (b % 2 == 0) __builtin_prefetch(from + AHEAD);
+      if (b % 2 == 0) ask_ahead(from);
       const Bytes w0 = widen(from), w1 = widen(from + 2 * HALF);
       const Sums scale = spread(scales + r * step * blocks + b);
       for (int t = 0; t < T; ++t) {

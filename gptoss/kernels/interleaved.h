@@ -56,11 +56,13 @@ Interleaved<PairPanel> paired(const float* x,
                               const std::vector<int64_t>& from,
                               int64_t blocks,
                               const std::vector<int64_t>& begin) {
-  if (!any_from(begin, 2)) return {};  // one goes by rows
   return {begin, FEW, blocks, [&](int64_t place, int32_t* to, int64_t step) {
+    const float* token = x + from[place] * blocks * BLOCK;
+    if (step == 1)
+      return pair_row(token, blocks, reinterpret_cast<Number*>(to));
     thread_local Array<Number> row;
     row.resize(padded(blocks));
-    pair_row(x + from[place] * blocks * BLOCK, blocks, row.data());
+    pair_row(token, blocks, row.data());
     for (int64_t i = 0; i < padded(blocks) / 2; ++i)
       to[i * step] = load<int32_t>(&row[2 * i]);
   }};

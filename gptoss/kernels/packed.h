@@ -119,20 +119,22 @@ void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
   const Group* group[T];
   for (int t = 0; t < T; ++t) group[t] = &x.groups[n[t] * x.per_row];
   Sums total[R][T] = {}, factor[R][T];
-  auto make_factors = [&](int64_t b, int64_t count) {
+  auto make_factors = [&](int64_t b, int64_t count)
+      __attribute__((always_inline)) {
     for (int r = 0; r < R; ++r) {
-      __builtin_prefetch(scales + r * row + b + AHEAD / 4);
+      ask(scales + r * row + b + AHEAD / 16);
       const Words scale = load_scales(scales + r * row + b, count, b > 0);
       for (int t = 0; t < T; ++t)
         factor[r][t] = factors(scale, arrange(load<Sums>(x.half(n[t]) + b)));
     }
   };
-  auto add = [&](int64_t b, int g, int64_t count) {  // group g from b on
+  auto add = [&](int64_t b, int g, int64_t count)  // group g from b on
+      __attribute__((always_inline)) {
     Bytes even[R], odd[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const uint8_t* at = w + 16 * (r * row + b + g * SIDE);
-      __builtin_prefetch(at + AHEAD);
+      ask_ahead(at);
       Bytes bytes = load_blocks(at, count - g * SIDE);
       hold(bytes);
       even[r] = look_up(values, bytes);
@@ -202,15 +204,16 @@ void rows_for_few(const uint8_t* w, const uint8_t* scales, int64_t rows,
                   const Quantised& x, std::span<const int64_t> inputs,
                   float* out) {
   const int64_t blocks = x.blocks, step = rows / 4;
-  auto run = [&](auto R, int64_t r) {
+  auto run = [&](auto R, int64_t begin, int64_t end) {
     in_groups<SHARED>(inputs.size(), [&](auto T, int64_t i) {
-      packed_dots<R.value, T.value>(w + 16 * r * blocks, scales + r * blocks,
-                                    step, x, &inputs[i], out + i * rows + r,
-                                    rows);
+      for (int64_t r = begin; r < end; ++r)
+        packed_dots<R.value, T.value>(
+            w + 16 * r * blocks, scales + r * blocks, step, x, &inputs[i],
+            out + i * rows + r, rows);
     });
   };
-  for (int64_t r = 0; r < step; ++r) run(Count<4>(), r);
-  for (int64_t r = 4 * step; r < rows; ++r) run(Count<1>(), r);
+  run(Count<4>(), 0, step);
+  run(Count<1>(), 4 * step, rows);
 }
 
 // y (N, m) fp32 = x (N, n) bf16 times the weight transposed, row by row

@@ -8,8 +8,12 @@ constexpr int64_t HELD = 4;  // blocks are decoded four at a time
 
 // code j of each word, looked up in a table of 32
 inline Bytes found(Bytes words, int j, const void* table) {
+#ifdef GPTOSS_AMX  // Intel
   if (j)
     words = _mm512_mulhi_epu16(words, _mm512_set1_epi16(1 << (16 - 4 * j)));
+#else
+  words = _mm512_srli_epi16(words, 4 * j);
+#endif
   return _mm512_permutexvar_epi16(words, load<Bytes>(table));
 }
 #endif
@@ -45,6 +49,18 @@ void pair_row(const float* x, int64_t blocks, Number* to) {
   }
 }
 
+// bits - lower, but not below zero
+inline Bytes lowered(Bytes bits, Bytes lower) {
+  return _mm512_sub_epi16(_mm512_max_epu16(bits, lower), lower);
+}
+
+// four scale bytes, or `count` < 4 of them, in every lane of 32 bits
+inline Bytes four_scales(const uint8_t* from, int64_t count) {
+  return _mm512_broadcastd_epi32(
+      count < HELD ? _mm_maskz_loadu_epi8((1 << count) - 1, from)
+                   : _mm_cvtsi32_si128(load<int32_t>(from)));
+}
+
 // for a shuffle: a byte for each quarter of a register, as words (80: zero)
 alignas(64) constexpr uint64_t QUARTERS[8] = {
     0x8000800080008000, 0x8000800080008000, 0x8001800180018001,
@@ -58,18 +74,15 @@ struct Fours {
   Fours() = default;
 
   Fours(const uint8_t* w, const uint8_t* scales, int64_t count) {
-    const bool all = count >= HELD;
-    words = _mm512_maskz_loadu_epi8(all ? -1 : (1ll << 16 * count) - 1, w);
-    const __m128i four = _mm_maskz_loadu_epi8(all ? 15 : (1 << count) - 1,
-                                              scales);
+    words = load_blocks(w, count);
     lower = _mm512_mullo_epi16(_mm512_set1_epi16(128), _mm512_sub_epi16(
         _mm512_set1_epi16(252), _mm512_shuffle_epi8(
-            _mm512_broadcastd_epi32(four), load<Bytes>(QUARTERS))));
+            four_scales(scales, count), load<Bytes>(QUARTERS))));
   }
 
   // as bf16, the elements j, j + 4, j + 8 ...
   Bytes decoded(int j) const {
-    return _mm512_subs_epu16(found(words, j, LARGE), lower);
+    return lowered(found(words, j, LARGE), lower);
   }
 };
 
@@ -79,6 +92,27 @@ bool usual(const uint8_t* scales, int64_t count) {
   for (int64_t i = 0; i < count; ++i)
     bad |= uint8_t(scales[i] - 2) > 250;
   return !bad;
+}
+
+// run(b, count) for each four of the blocks, inlined: for whole ones, and
+// for what is left
+template <class Run>
+inline void by_fours(int64_t blocks, const Run& run) {
+  int64_t b = 0;
+  for (; b + HELD <= blocks; b += HELD) run(b, HELD);
+  if (b < blocks) run(b, blocks - b);
+}
+
+// out[t * width + r * step] = s[t][r]
+template <int R, int T>
+inline void put(const __m512 (&s)[T][4], int64_t step, float* out,
+                int64_t width) {
+#pragma GCC unroll 12
+  for (int t = 0; t < T; ++t) {
+    const __m128 four = sums(s[t][0], s[t][1], s[t][2], s[t][3]);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) out[t * width + r * step] = four[r];
+  }
 }
 
 // as `strip`, with rows that are decoded in registers
@@ -92,13 +126,14 @@ void packed_strip(const uint8_t* w, const uint8_t* scales, int64_t step,
   for (int t = 0; t < T; ++t)
 #pragma GCC unroll 4
     for (int r = 0; r < 4; ++r) s[t][r] = __m512{};
-  for (int64_t b = 0; b < blocks; b += HELD) {
+  by_fours(blocks, [&](int64_t b, int64_t count)
+      __attribute__((always_inline)) {
     Fours fours[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const int64_t at = r * row + b;
-      __builtin_prefetch(w + 16 * at + 2 * AHEAD);
-      fours[r] = {w + 16 * at, scales + at, blocks - b};
+      ask_ahead(w + 16 * at);
+      fours[r] = {w + 16 * at, scales + at, count};
     }
 #pragma GCC unroll 4
     for (int j = 0; j < HELD; ++j) {
@@ -113,13 +148,63 @@ void packed_strip(const uint8_t* w, const uint8_t* scales, int64_t step,
           s[t][r] = _mm512_dpbf16_ps(s[t][r], (__m512bh)decoded[r], token);
       }
     }
-  }
-#pragma GCC unroll 12
-  for (int t = 0; t < T; ++t) {
-    const __m128 four = sums(s[t][0], s[t][1], s[t][2], s[t][3]);
+  });
+  put<R>(s, step, out, width);
+}
+
+constexpr int SCALED_AFTER = 3;  // tokens, at most
+
+// the codes' values themselves, which lie 2**125 below those of LARGE
+alignas(64) constexpr auto SMALL = [] {
+  std::array<uint16_t, 32> to{};
+  for (int i = 0; i < 32; ++i) to[i] = LARGE[i] ? LARGE[i] - (125 << 7) : 0;
+  return to;
+}();
+
+// the powers of two of four blocks, each in four lanes
+inline __m512 four_powers(const uint8_t* scales, int64_t count) {
+  const Bytes first = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2,
+                                       1, 1, 1, 1, 0, 0, 0, 0);
+  const Words byte = (Words)_mm512_maskz_shuffle_epi8(
+      0x1111111111111111, four_scales(scales, count), first);
+  return (__m512)factors(byte, Sums{} + 1);
+}
+
+template <int R, int T>
+void strip_of_few(const uint8_t* w, const uint8_t* scales, int64_t step,
+                  int64_t blocks, const Number* x, float* out,
+                  int64_t width) {
+  const int64_t n = padded(blocks), row = step * blocks;
+  __m512 s[T][4];
+#pragma GCC unroll 3
+  for (int t = 0; t < T; ++t)
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) out[t * width + r * step] = four[r];
-  }
+    for (int r = 0; r < 4; ++r) s[t][r] = __m512{};
+  by_fours(blocks, [&](int64_t b, int64_t count)
+      __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const int64_t at = r * row + b;
+      ask_ahead(w + 16 * at);
+      const Bytes words = load_blocks(w + 16 * at, count);
+      const __m512 powers = four_powers(scales + at, count);
+      Bytes decoded[HELD];
+#pragma GCC unroll 4
+      for (int j = 0; j < HELD; ++j)
+        decoded[j] = found(words, j, SMALL.data());
+#pragma GCC unroll 3
+      for (int t = 0; t < T; ++t) {
+        __m512 y = {};
+#pragma GCC unroll 4
+        for (int j = 0; j < HELD; ++j)
+          y = _mm512_dpbf16_ps(
+              y, (__m512bh)decoded[j],
+              load<__m512bh>(x + t * n + BLOCK * (b + j)));
+        s[t][r] += y * powers;
+      }
+    }
+  });
+  put<R>(s, step, out, width);
 }
 
 // the same for scales that bf16 has no room for, one weight at a time
@@ -141,18 +226,24 @@ void unusual_rows(const uint8_t* w, const uint8_t* scales, int64_t rows,
     }
 }
 
+template <int R, int T>
+constexpr auto chosen() {
+  if constexpr (T <= SCALED_AFTER) return strip_of_few<R, T>;
+  else return packed_strip<R, T>;
+}
+
 // out[t * width + r]: `rows` rows of a packed weight times N tokens, each
 // as `pair_row` leaves it
 void packed_strips(const uint8_t* w, const uint8_t* scales, int64_t rows,
                    int64_t blocks, const Number* x, int64_t N, float* out,
                    int64_t width) {
-  if (!usual(scales, rows * blocks))
+  if (N > SCALED_AFTER && !usual(scales, rows * blocks))
     return unusual_rows(w, scales, rows, blocks, x, N, out, width);
   in_groups<ONCE>(N, [&](auto T, int64_t t) {
     constexpr int SOME = T.value <= TOGETHER ? STREAMS : STREAMS / 2;
     in_strips<SOME>(rows, true, [&](auto R, int64_t r, int64_t apart) {
-      packed_strip<R.value, T.value>(
-          w + 16 * r * blocks, scales + r * blocks, apart, blocks,
+      constexpr auto run = chosen<R.value, T.value>();
+      run(w + 16 * r * blocks, scales + r * blocks, apart, blocks,
           x + t * padded(blocks), out + t * width + r, width);
     });
   });

@@ -115,7 +115,7 @@ struct PairPanel {
           for (int c = 0; c < 4; ++c)
             _mm512_store_si512(
                 values[b / HELD][16 * j + 4 * i + c][half],
-                _mm512_subs_epu16(found(v[4 * i + c], j, LARGE), lower));
+                lowered(found(v[4 * i + c], j, LARGE), lower));
       }
     });
   }

@@ -39,7 +39,7 @@ void strip(const Number* w, int64_t step, const Ready* x, int64_t n,
   for (int64_t k = 0; k < deep; k += 16)
     for (int r = 0; r < R; ++r) {
       const Number* from = w + r * step * n + k;
-      __builtin_prefetch(from + ahead);
+      ask(from + ahead);
       const Ints pairs = load<Ints>(from);
       const Floats a = even(pairs), b = odd(pairs);
       for (int t = 0; t < T; ++t) {
@@ -82,7 +82,7 @@ void strip(const Number* w, int64_t step, const Ready* x, int64_t n,
     __m512bh rows[R];
     for (int r = 0; r < R; ++r) {
       const Number* from = w + r * step * n + k;
-      __builtin_prefetch(from + ahead);
+      ask(from + ahead);
       rows[r] = load<__m512bh>(from);
     }
     for (int t = 0; t < T; ++t) {
