@@ -1,13 +1,14 @@
 """What lookups of other lengths would gain, counted and not timed.
 
-    python bench/guesses.py [--edits 40] [--lengths 3,2/8,4,2]
-        [--most 3,8] [--tokens 256]
+    python bench/guesses.py [--edits 40] [--upto COMMIT]
+        [--lengths 3,2/8,4,2] [--most 3,8] [--tokens 256]
 
 The texts are edits that somebody made: of files that commits of this
-repository changed, what stood there before is the prompt, and what stands
-there after is what a model would write. They were not written to be guessed,
-and none is among the texts of bench/drafts.py, so the lengths of `Lookup` can
-be chosen by these and examined on those. Guesses, the rule that switches them
+repository changed (up to --upto, so that it is always the same forty), what
+stood there before is the prompt, and what stands there after is what a model
+would write. They were not written to be guessed, and files of which texts of
+bench/drafts.py are made are left out, so the lengths of `Lookup` can be chosen
+by these and examined on those. Guesses, the rule that switches them
 off and the 20b's bytes are the package's own; a step of several tokens is
 said to cost 3 % more than its bytes for each token after the first. Told is
 the gain: tokens over the cost of the steps, in steps of one token. `known` is
@@ -29,6 +30,8 @@ from gptoss.weights.config import GptOssConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 BIG = GptOssConfig.gpt_oss_20b()
+WRITTEN = re.compile(r"(book|bench|tests)/.*\.(py|md)$")  # not generated
+EXAMINED = re.compile(r"sampling|book/index\.md")  # by bench/drafts.py
 
 
 def git(*words: str) -> str:
@@ -36,23 +39,25 @@ def git(*words: str) -> str:
                           capture_output=True).stdout
 
 
-def edits(count: int) -> dict[str, tuple[str, str]]:
+def edits(count: int, upto: str) -> dict[str, tuple[str, str]]:
     """Up to `count` files before and after a commit, from 300 characters
     before the first change on: 4000 of the one, 900 of the other."""
-    commits, found = git("log", "--format=%h").split(), {}
+    commits, found = git("log", "--format=%H", upto).split(), {}
     random.Random(1).shuffle(commits)
     for commit in commits:
         for line in git("diff-tree", "-r", "--no-commit-id", "--name-only",
                         "--diff-filter=M", commit).splitlines():
-            if not re.search(r"\.(py|h|md)$", line):
+            if not WRITTEN.match(line) or EXAMINED.search(line):
                 continue
             before, after = (git("show", f"{at}:{line}")
                              for at in (f"{commit}^", commit))
+            if len(after) < 400:
+                continue
             start = sum(1 for _ in takewhile(
                 lambda pair: pair[0] == pair[1],
                 zip(before, after, strict=False))) - 300
             start = max(start, 0)
-            found[f"{commit} {line}"] = (before[start:start + 4000],
+            found[f"{commit[:8]} {line}"] = (before[start:start + 4000],
                                          after[start:start + 900])
             break
         if len(found) == count:
@@ -92,13 +97,14 @@ def gain(pair: tuple[list[int], list[int]], tokens: int, finder: Lookup,
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--edits", type=int, default=40)
+    parser.add_argument("--upto", default="ff85d08bec83")
     parser.add_argument("--lengths", default="3,2/4,3,2/6,4,2/8,4,2/8,4,3,2")
     parser.add_argument("--most", default="3,4,6,8,12")
     parser.add_argument("--tokens", type=int, default=256)
     options = parser.parse_args(argv)
     exam = in_words(given())
-    texts = in_words(edits(options.edits))
-    print(len(texts), "edits: their mean, lowest quarter and lowest; then",
+    texts = in_words(edits(options.edits, options.upto))
+    print(len(texts), "edits: their mean, lower quartile and lowest; then",
           ", ".join(exam), "(known)")
     for lengths in options.lengths.split("/"):
         for most in map(int, options.most.split(",")):

@@ -791,8 +791,8 @@ for n in (8, 16):
 # | 512 | 99 | 10.4 | 445 | 86 |
 #
 # (Of 8 or 16 tokens few experts get four. What is gained there comes from the
-# product of one row, which asks for memory 768 bytes ahead where there is AMX,
-# and 256 elsewhere.) A 20b of random weights read a prompt of 512 at 125
+# product of one row, which had begun to ask for memory 768 bytes ahead instead
+# of 256.) A 20b of random weights read a prompt of 512 at 125
 # tokens a second; ik_llama.cpp (8337e4c), which repacks weights while loading,
 # at 42, on the same machine in the same run. 51,200 sums of random squares had
 # the bits of `dot_squares`, all of them.

@@ -478,7 +478,7 @@ define_operator("packed_experts_eight", Operator(
 # computed as there: it is limited by reading, and eight bits would gain
 # little. Only the tile is another one, and it is worth its decoding from nine
 # tokens on. With AVX-512 it is a panel, from eight tokens on; and where there
-# are bf16 units, two to seven tokens go by the [strips](pairs.ipynb) in the
+# are bf16 units, up to seven tokens go by the [strips](pairs.ipynb) in the
 # first layer, which are quicker then and round nothing. So how much of a
 # token is rounded depends on how many share its expert.
 #

@@ -499,7 +499,7 @@ print(64 * 256 * 4 // 1024, "KiB of a widened tile,",
 # constexpr int64_t TALL_ENOUGH = 512;  // rows
 #
 # #ifdef GPTOSS_AMX
-# constexpr int64_t DENSE_SQUARED = 6;  // tokens, at least
+# constexpr int64_t DENSE_SQUARED = 6, SOON = 384;  // tokens; numbers ahead
 #
 # // N tokens, sixteen beside each other
 # Tensor put_beside(const Number* x, int64_t N, int64_t n) {
@@ -520,10 +520,9 @@ print(64 * 256 * 4 // 1024, "KiB of a widened tile,",
 #   sums.clear();
 #   written();
 #   for (int64_t k = 0; k < n; k += BLOCK, x += AREA) {
-#     constexpr int64_t SOON = 384;
-#     const int64_t ahead = k + SOON < n ? k : k + (SQUARE - 1) * n;
+#     const int64_t soon = k + SOON + (k + SOON < n ? 0 : (SQUARE - 1) * n);
 #     for (int64_t r = 0; r < SQUARE; ++r)
-#       __builtin_prefetch(w + r * n + ahead + SOON);
+#       __builtin_prefetch(w + r * n + soon);
 #     _tile_loadd(4, w + k, 2 * n);
 #     _tile_loadd(5, x, 64);
 #     _tile_dpbf16ps(0, 4, 5);

@@ -316,8 +316,8 @@ def search(text, lengths=(8, 4, 2), most=3):
 # That reads the whole text at every step. A table does not: before a token is
 # appended, the n-grams at the end of the text get its place, each a later one
 # in the place of an earlier. And a text that repeats itself with a period
-# shorter than the guesses goes round (`* most`): after "1 2 1 2 1", the n-gram
-# "1 2 1" was followed by "2 1", and then probably by 2 again.
+# shorter than the guesses goes round (`* most`): after "1 2 1 2 1", the last
+# two, "2 1", were followed by "2 1", and then probably by 2 again.
 
 # %% tags=["export"]
 class Lookup:
@@ -366,10 +366,10 @@ for text in ([1, 2, 3, 4, 5, 6, 9, 1, 2, 3], [7, 1, 2, 8, 3, 1, 2],
 
 # %% [markdown] tags=["measured"]
 # Why these numbers? They were chosen by forty edits that somebody made, files
-# of this book before and after a commit (`bench/guesses.py`). If steps cost a
-# little more than their bytes, three guesses by n-grams of 3 and 2 bring 1.58
-# times the tokens there, eight guesses 1.76, and by n-grams of 8, 4, 2 1.99: a
-# longer match is more often the right one.
+# of this project before and after a commit (`bench/guesses.py`). If steps
+# cost a little more than their bytes, three guesses by n-grams of 3 and 2
+# bring 1.61 times the tokens there, eight guesses 1.83, and by n-grams of 8,
+# 4, 2 2.03: a longer match is more often the right one.
 
 # %% [markdown]
 # ### Which guesses are kept?
@@ -857,7 +857,7 @@ for name, prompt in texts.items():
 # %% tags=["hide-cell"]
 for lengths in ((1,), (2,), (8, 4, 2), (8,)):
     ids = written(again, Lookup(lengths))
-    print(f"{lengths!s:7} {len(ids) - len(fed):3} of",
+    print(f"{lengths!s:9} {len(ids) - len(fed):3} of",
           sum(fed) - len(again) - len(fed) + 1)
 # One token finds nearly always something, which is often wrong; eight find it
 # late, after eight tokens of each run.

@@ -592,7 +592,7 @@ for x in (1.0, 1.00390625, 1.01171875, 1.005):
 #
 # // asks memory for what will be needed, into the second cache: there more may
 # // be under way than into the first, and nothing in use is driven out
-# inline void ask(const void* for_it) { __builtin_prefetch(for_it, 0, 2); }
+# inline void ask(const void* address) { __builtin_prefetch(address, 0, 2); }
 #
 # inline void ask_ahead(const void* from) {
 #   ask(static_cast<const char*>(from) + AHEAD);

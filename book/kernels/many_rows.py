@@ -442,11 +442,11 @@ assert found == order.tolist()
 # packed.ipynb)); else 16, one tile high. `emit` gets what each computed.
 #
 # What a pick reads is a row of `Inputs`: for the first layer a token, the same
-# for all $K$ picks of it, for the second the pick's own hidden vector. Where
-# there are bf16 units, what was stored in bf16 is multiplied as bf16, by the
-# strips of [the next chapter](pairs.ipynb), or in squares, as in
-# [amx](amx.ipynb); one pick alone (there: up to three) still goes by rows.
-# With AVX-512 tiles become the [panels](panels.ipynb) after that.
+# for all $K$ picks of it, for the second the pick's own hidden vector. Later
+# chapters have ways of their own, each with a height: with bf16 units the
+# first layer goes by the strips of [pairs](pairs.ipynb), with AMX four picks
+# and more by [squares](amx.ipynb), and with AVX-512 tiles become
+# [panels](panels.ipynb).
 
 # %% [markdown] tags=["export:experts.h"]
 # ```cpp

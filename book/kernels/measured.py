@@ -576,16 +576,19 @@ for machine, saved in MACHINES.items():
             print(line)
 
 # %% [markdown] tags=["measured"]
-# These are losses beside wins. On Zen 4 one text is written 1.3 times as fast
-# by us if both are asked for one token at a time (*together*), and 0.92 times
-# in plain decoding; two texts faster, four about alike. Eight equal texts
-# ik_llama.cpp writes 1.4 times as fast, and a prompt it reads 1.15 to 1.2
-# times as fast. It repacks the weights while it loads, so that the products of
+# These are losses beside wins. On Zen 4 memory went at 36 GB/s in most
+# minutes and at 59 in others, for whoever ran just then, and the table has
+# the best of four rounds of each. In plain decoding ours met slow minutes
+# only: where both did, it was 8.6 to 8.8 tokens a second (0.98), and that is
+# 0.9 of what reading allows, so who reads the same bytes cannot be a tenth
+# ahead. One, two, four and eight equal texts are written 0.88, 1.07, 0.91 and
+# 0.82 times as fast by us, a prompt of 512 is read 0.97 times as fast, one of
+# 4096 (54.9 and 54.7) alike, with eight-bit activations 1.28 and 1.34 times
+# as fast. It repacks the weights while it loads, so that the products of
 # several tokens need no decoding across registers, and it rounds activations
-# to eight bits; ours reads the file as it lies and keeps what bf16 holds.
-# Memory was slow on that day, about 30 GB/s: with `--dense 8` a token needs
-# 1.45 times fewer bytes, and was written 1.6 times as fast as by ik_llama.cpp
-# with its matrices in bf16. (That was before there were panels.)
+# to eight bits; ours reads the file as it lies and keeps what bf16 holds. 60
+# tokens a second are 360 of the 415 GFLOP/s that the bf16 units of two cores
+# do. With `--dense 8` a token needs 1.45 times fewer bytes.
 #
 # On Zen 5 memory went at 50 GB/s in some minutes and at 80 in others, for
 # whoever ran just then; the best of three rounds is in the table. There it is
@@ -631,24 +634,30 @@ for machine, saved in MACHINES.items():
 
 # %% [markdown] tags=["measured"]
 # `linear` is at most a twentieth slower than the better of both, for any
-# number of rows. A step of two tokens costs what its bytes allow. On Zen 4
-# four, eight and sixteen cost more than they should (the aim was 1.25): there
-# most experts have two or three tokens, and a core decoded weights for them at
-# half of what memory delivers. That was before the sums of strips stayed in
-# their registers and before there were [panels](panels.ipynb); Zen 4 has not
-# been measured since. On Zen 5, with both and memory at 50 GB/s, four and
-# eight tokens cost what they should (at 80, four do), sixteen do not: 64 picks
-# are 3.2 GFLOP of products a layer, and some experts have ten tokens. With AMX
-# none costs more, sixteen just so; four and eight equal texts do, which read
-# few bytes for all their products, there and on Zen 5. Prefill on Zen 4 rose
-# from 38 tokens a second (in the figure above, by whole numbers) to 51 (bf16
-# in the first layer of the experts).
+# number of rows. A step of two tokens costs what its bytes allow. How many
+# more do (the aim was 1.25) is up to memory, which on these machines goes at
+# one speed in some minutes and at another in others. On Zen 4 the table has 59
+# GB/s: four tokens cost what they should, eight (1.44) and sixteen (1.97) do
+# not. At 36 GB/s it was 1.01, 1.06, 1.17 and 1.56 for two to sixteen tokens,
+# and 1.05, 1.15, 1.36 and 1.71 before strips of few tokens scaled their sums
+# and memory was asked into the second cache ([pairs](pairs.ipynb), [packed](
+# packed.ipynb); the two programs in turns). On Zen 5, before that change and
+# with memory at 50 GB/s, four and eight tokens cost what they should (at 80,
+# four do), sixteen do not: 64 picks are 3.2 GFLOP of products a layer, and
+# some experts have ten tokens. With AMX none costs more, sixteen just so; four
+# and eight equal texts do, which read few bytes for all their products, on all
+# three. Prefill on Zen 4 rose from 38 tokens a second (in the figure above, by
+# whole numbers) to 51 by bf16 in the first layer of the experts, and to 60 by
+# [panels](panels.ipynb).
 #
-# Guessing tokens ([drafts](drafts.ipynb)), with AMX, random weights in the
-# 20b's shapes and given texts (`bench/drafts.py`; not in the table): an edited
-# program was written 1.74 times as fast, 63 tokens in 23 forwards; JSON echoed
-# twice as fast (1.97); results of a tool quoted 1.16 times, since what stands
-# between the quotes is new; prose that repeats nothing 0.98 times.
+# Guessing tokens ([drafts](drafts.ipynb)) on Zen 4, random weights in the
+# 20b's shapes and given texts (`bench/drafts.py`; not in the table): an
+# edited program was written 2.23 times as fast, 127 tokens in 21 forwards,
+# and JSON echoed 2.23 times; results of a tool quoted 1.13 times, 109 tokens
+# in 70 forwards; prose that repeats nothing 0.99 times. Quotes gain little
+# since what stands between them is new, and even who knows how many guesses
+# will be right gains 1.55 (`bench/guesses.py`). With n-grams of 3 and 2 and
+# three guesses at most it was 1.74, 1.97, 1.16 and 0.98, with AMX.
 
 # %% [markdown]
 # **Not run at all**, for want of such machines: the kernels on an ARM

@@ -627,13 +627,12 @@ for g in range(4):  # group g: blocks 2 g and 2 g + 1
 # %% [markdown]
 # ### Why four rows at once, far apart?
 #
-# A processor fetches ahead along a *stream* of addresses, to the end of a page
-# of 4 KiB at most. With one stream everything waits at every page's end; with
-# four the others go on. So four rows are read in turns, a quarter of the
-# matrix apart. `ask_ahead` asks for what a row needs 2048 bytes later, and its
-# scales are asked for, too; `hold` keeps the compiler from reading anything
-# twice. What is asked for goes to the second cache: from there it comes in
-# time, and the first has few places for what is under way.
+# A processor fetches ahead along a *stream* of addresses, to the end of a
+# page of 4 KiB at most. With one stream everything waits at every page's end;
+# with four the others go on. So four rows are read in turns, a quarter of the
+# matrix apart. `ask_ahead` asks for what a row needs 2048 bytes later, into
+# the second cache, since the first has few places for what is under way.
+# `hold` keeps the compiler from reading anything twice.
 
 # %% [markdown] tags=["export:packed.h"]
 # ```cpp
@@ -699,12 +698,12 @@ for g in range(4):  # group g: blocks 2 g and 2 g + 1
 #
 # A weight is a matrix, or one for each expert. When a few tokens meet it, up
 # to four share each look-up: a weight is found once and multiplied with the
-# digits of each. More go through the same rows group by group, while these are
-# still in the L2 cache. `T` must be known when the code is compiled, or the
-# sums would not be registers: `with_count` makes such a constant of a number,
-# `in_groups` cuts the tokens into groups. `packed_rows` is this, no more, an
-# operator that no model calls, by which you can try the kernel. It refuses x
-# that is not bf16, and blocks that are not bytes in one piece or fit badly.
+# digits of each. More go through the same rows group by group; of a piece of
+# work they are still in the L2 cache. `T` must be known when the code is
+# compiled, or the sums would not be registers: `with_count` makes such a
+# constant of a number, `in_groups` cuts the tokens into groups. `packed_rows`
+# is this alone, an operator that no model calls, by which you can try the
+# kernel. It refuses x that is not bf16 and blocks that fit badly.
 
 # %% [markdown] tags=["export:packed.h"]
 # ```cpp
@@ -829,8 +828,7 @@ for rows, columns in ((1, 32), (7, 96), (40, 64), (6, 544), (64, 2880)):
     assert off(twin(x, *packed), exact) < 1e-4
 
 # %% [markdown]
-# **Scales at both ends** go the way of the decoder, and what is no number
-# stays none:
+# **Scales at both ends**, and what is no number:
 
 # %%
 ends = torch.full((3, 1, 16), 0x22, dtype=torch.uint8)  # ones
@@ -847,8 +845,8 @@ if packed_rows is not twin:
 #
 # - Sixteen codes are a table in a register: decoding is a lookup that touches
 #   no memory, and four-bit weights are as cheap to use as to read.
-# - Activations in sixteen bits lose about an eightieth of what rounding the
-#   result to bf16 loses; in eight bits, more than three times as much as it.
+# - Activations in sixteen bits lose an eightieth of what rounding the result
+#   to bf16 loses; in eight bits, more than three times as much as it.
 # - Two digits to the base 256 let the instruction for bytes multiply sixteen
 #   bits; an offset of 12 gives it the factor without a sign.
 # - Four rows far apart are four streams of memory: one waits, three go on.
@@ -857,9 +855,8 @@ if packed_rows is not twin:
 #
 # ### Exercise 1
 #
-# An activation of 1000 stands among 31 of size 1, and its weight is zero.
-# How wrong can the block's product be in units of the others' own size, with
-# the finest step? Check the bound {eq}`kernels-error` numerically.
+# An activation of 1000 stands among 31 of size 1, and its weight is zero. How
+# wrong can the product be, with the finest step? Check {eq}`kernels-error`.
 
 # %% tags=["hide-cell"]
 block, weights = torch.randn(32).double(), torch.ones(32).double()
@@ -874,9 +871,8 @@ assert error.abs() <= bound
 # ### Exercise 2
 #
 # In `dots` a lane sums four bytes' products. Why does no sum overflow 32 bits,
-# and why does its conversion to fp32, which holds whole numbers up to $2^{24}$
-# exactly, lose nothing? In the tiles of [many rows](many_rows.ipynb) one lane
-# sums a whole block. From which width of activations on would that round?
+# and fp32, which holds whole numbers up to $2^{24}$, lose nothing? In tiles of
+# [many rows](many_rows.ipynb) a lane sums a block: when would that round?
 
 # %% tags=["hide-cell"]
 largest_sum = 256 * 8 * 24 * 128 + 8 * 24 * 128 + 12 * 8 * 32639
@@ -889,8 +885,7 @@ assert 32 * 12 * (2 ** 15 - 1) < 2 ** 24 < 32 * 12 * (2 ** 16 - 1)
 # %% [markdown]
 # ### Exercise 3
 #
-# One digit, $-127 \dots 127$, would be quicker. Is its error, for other
-# activations, that of the first table again?
+# One digit, $-127 \dots 127$, is quicker. Is its error that of the table?
 
 # %% tags=["hide-cell"]
 x = torch.randn(64, 2880).bfloat16().double()

@@ -215,11 +215,13 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 # four subtractions for 128 weights.
 #
 # Which instructions should do that? Each kind has units of its own, and those
-# that multiply pairs are busy with the tokens. What they begin in a cycle we
-# find out with a loop of nothing else, and what shares a unit by two in turns:
+# that multiply pairs are busy with the tokens. A loop of one instruction alone
+# tells how many begin in a cycle; a loop of two in turns, whether they share a
+# unit:
 
 # %% [markdown] tags=["measured"]
-# One core each, 64-byte instructions a cycle.
+# One core each, 64-byte instructions a cycle, by loops in assembler that are
+# not kept.
 #
 # | | Xeon (Granite Rapids) | Zen 4 |
 # |---|---|---|
@@ -230,11 +232,11 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 # | `vpsubw`, `vpmaxuw` | 1.8 to 2.0 | 2.0, any unit |
 #
 # On a Xeon with AMX a shift by $k$ is therefore the upper half of a product
-# with $2^{16 - k}$ (2.7 ns for 64 bytes of codes; 3.25 with shifts). On a Zen 4
-# that, and a subtraction that stops at zero, take the place of products: two
-# tokens went at 21 GB/s so, at 27 with shifts and no masks where four blocks
-# are all there. $\max(a, b) - b$ is the same subtraction in two instructions
-# that find a free unit; with six tokens it brings another ninth.
+# with $2^{16 - k}$ (2.7 ns for 64 bytes of codes; 3.25 with shifts). On a Zen
+# 4 that, and a subtraction that stops at zero, take the place of products.
+# With shifts, and without masks for whole fours, two tokens were a quarter
+# faster there. $\max(a, b) - b$ is the same subtraction in two instructions,
+# which find a free unit; for six tokens it brought another ninth.
 
 # %% [markdown] tags=["export:pairs.h"]
 # ```cpp
@@ -243,10 +245,11 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 #   return _mm512_sub_epi16(_mm512_max_epu16(bits, lower), lower);
 # }
 #
-# // four scale bytes, or `count` < 4 of them, in every lane of 32 bits
+# // four scale bytes, or `count` < 4 and 127, in every lane of 32 bits
 # inline Bytes four_scales(const uint8_t* from, int64_t count) {
 #   return _mm512_broadcastd_epi32(
-#       count < HELD ? _mm_maskz_loadu_epi8((1 << count) - 1, from)
+#       count < HELD ? _mm_mask_loadu_epi8(_mm_set1_epi8(127), first(count),
+#                                          from)
 #                    : _mm_cvtsi32_si128(load<int32_t>(from)));
 # }
 #
@@ -308,6 +311,14 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 #   if (b < blocks) run(b, blocks - b);
 # }
 #
+# template <int T>
+# inline void clear(__m512 (&s)[T][4]) {
+# #pragma GCC unroll 12
+#   for (int t = 0; t < T; ++t)
+# #pragma GCC unroll 4
+#     for (int r = 0; r < 4; ++r) s[t][r] = __m512{};
+# }
+#
 # // out[t * width + r * step] = s[t][r]
 # template <int R, int T>
 # inline void put(const __m512 (&s)[T][4], int64_t step, float* out,
@@ -327,10 +338,7 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 #                   int64_t width) {
 #   const int64_t n = padded(blocks), row = step * blocks;
 #   __m512 s[T][4];
-# #pragma GCC unroll 12
-#   for (int t = 0; t < T; ++t)
-# #pragma GCC unroll 4
-#     for (int r = 0; r < 4; ++r) s[t][r] = __m512{};
+#   clear(s);
 #   by_fours(blocks, [&](int64_t b, int64_t count)
 #       __attribute__((always_inline)) {
 #     Fours fours[R];
@@ -363,8 +371,10 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 # decoding takes the longer part. Then the scales need not go into the weights
 # at all: of four blocks, each lane of a sum belongs to one, so what they bring
 # is summed in a register of its own, and that is multiplied with the four
-# powers of two. One product a token takes the place of ten instructions. And
-# any scale will do, since a float has room for all of them.
+# powers of two. One product a token takes the place of eight instructions. And
+# any scale will do, since a float has room for all these powers. (255, which
+# means NaN, is infinity in a float; so at the end infinity becomes NaN, and
+# what outgrew fp32 with it.)
 
 # %% [markdown] tags=["export:pairs.h"]
 # ```cpp
@@ -392,10 +402,7 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 #                   int64_t width) {
 #   const int64_t n = padded(blocks), row = step * blocks;
 #   __m512 s[T][4];
-# #pragma GCC unroll 3
-#   for (int t = 0; t < T; ++t)
-# #pragma GCC unroll 4
-#     for (int r = 0; r < 4; ++r) s[t][r] = __m512{};
+#   clear(s);
 #   by_fours(blocks, [&](int64_t b, int64_t count)
 #       __attribute__((always_inline)) {
 # #pragma GCC unroll 4
@@ -420,15 +427,20 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 #       }
 #     }
 #   });
+# #pragma GCC unroll 3
+#   for (int t = 0; t < T; ++t)
+# #pragma GCC unroll 4
+#     for (int r = 0; r < R; ++r)
+#       s[t][r] += 0 * s[t][r];  // infinity becomes NaN
 #   put<R>(s, step, out, width);
 # }
 # ```
 
 # %% [markdown]
 # More than twelve tokens take several groups; for so many, the
-# [next chapter](panels.ipynb) has a better way. And the scales that bf16 has
-# no room for (0, 1, 253 to 255: no checkpoint that we know has them) go one
-# weight at a time, slowly and right.
+# [next chapter](panels.ipynb) has a better way. And from four tokens on, the
+# scales that bf16 has no room for (0, 1, 253 to 255: no checkpoint that we
+# know has them) go one weight at a time, slowly and right.
 
 # %% [markdown] tags=["export:pairs.h"]
 # ```cpp
@@ -451,7 +463,7 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 #     }
 # }
 #
-# template <int R, int T>
+# template <int R, int T>  // one of them is compiled
 # constexpr auto chosen() {
 #   if constexpr (T <= SCALED_AFTER) return strip_of_few<R, T>;
 #   else return packed_strip<R, T>;
@@ -533,9 +545,10 @@ for tokens in (1, 2, 6, 7, 12, 13, 100):
 # %%
 blocks, scales = encode(torch.ones(3, 32))
 scales[:, 0] = torch.tensor([0, 255, 127])
-with torch.inference_mode():
-    y = mxfp4_linear(torch.ones(2, 32).bfloat16(), blocks, scales)[1]
-print([f"{value:.0e}" for value in y.float().tolist()])
+for tokens in (2, 4):
+    with torch.inference_mode():
+        y = mxfp4_linear(torch.ones(tokens, 32).bfloat16(), blocks, scales)[1]
+    print([f"{value:.0e}" for value in y.float().tolist()])
 
 # %% [markdown]
 # ## Why not the second layer, too?
@@ -587,34 +600,42 @@ for n in (2, 4, 8, 16, 512):
         "tokens each" for name, E in (("20b", 32), ("120b", 128))))
 
 # %% [markdown]
-# In the 120b four of five experts have a single token still when eight come:
-# there the [product of one token](packed.ipynb) remains what counts.
+# In the 120b most experts that are chosen have a single token still when eight
+# come: there one token is what counts.
 #
-# **Cost.** For $R$ rows, $n$ columns and $T$ tokens: $14 R n / 128$
-# instructions to decode and $T R n / 32$ to multiply. What part of them is
-# decoding?
+# **Cost.** For 128 weights of a row: a shift, a look-up and two for the
+# difference make 15 instructions (the first code needs no shift), four are for
+# the scales, and each token takes 4 products. With the scales after the sums
+# it is 7 and 4, and 5 for each token. What part is decoding?
 
 # %%
-share = [(T, 14 / 128 / (14 / 128 + T / 32)) for T in (1, 2, 4, 28)]
-print(", ".join(f"{T} tokens: {part:.0%}" for T, part in share))
+print("scales        tokens  instructions  of them decoding")
+for name, decoding, token, counts in (
+        ("in weights", 19, 4, (1, 3, 4, 12)),
+        ("after sums", 11, 5, (1, 2, 3))):
+    for T in counts:
+        every = decoding + token * T
+        print(f"{name:13} {T:6} {every:13} {decoding / every:17.0%}")
 
 # %% [markdown] tags=["measured"]
-# Measured on two cores of a Zen 5, a first layer of 5760 by 2880 from memory
-# at 50 GB/s: 0.17 ms for one token (row by row, the bytes' own time), 0.18 for
-# two, 0.18 for three, 0.23 for four, 0.25 for five, 0.33 for six, 0.44 for
-# eight. Before sums stayed in their registers it was 0.19, 0.26, 0.31, 0.34,
-# 0.45 and 0.51 for two to six and eight. On two cores of a Zen 4 an older
-# form, two blocks at a time with shifts, had 47 to 51 tokens a second in a
-# prompt of 512, where tiles of whole numbers in both layers had 37. On the
-# Xeon strips are limited by `vdpbf16ps`, one in 2.3 cycles.
+# Measured on two cores of a Zen 4, packed bytes a second from memory at 36
+# GB/s, first with saturating subtractions, products for shifts and a mask at
+# every load, then as it is now: one token 26 (row by row) and 33 GB/s, two 23
+# and 29, three 19 and 23, four 16 and 20, six 12 and 14, eight 9.5 and 10.6,
+# twelve 7.1 and 7.4. On two cores of a Zen 5, before that change, a first
+# layer of 5760 by 2880 at 50 GB/s took 0.17 ms for one token (row by row, the
+# bytes' own time), 0.18 for two and for three, 0.23 for four, 0.33 for six,
+# 0.44 for eight. On the Xeon strips are limited by `vdpbf16ps`, one in 2.3
+# cycles.
 #
 # ## Takeaways
 #
 # - An FP4 value times its scale is a bf16 number, exactly, for 251 of the 255
 #   scales; the product is one subtraction in the exponent's bits.
 # - Saturating subtraction keeps zero zero, so no weight is looked at twice.
-# - Decoding costs 14 instructions for 128 weights, and all tokens of a group
-#   share them.
+# - Decoding costs 11 or 19 instructions for 128 weights, and all tokens of a
+#   group share them. Which instructions is up to what else is to be done: they
+#   should not wait for the units that multiply.
 # - What was stored in bf16 is multiplied in bf16; what never was keeps sixteen
 #   bits.
 #
@@ -636,14 +657,15 @@ print(f"{len(left)}: from {left[0]} to {left[-1]}")
 # ### Exercise 2
 #
 # The table could hold the values as they are and *add* the scale where the
-# value is not zero. Count the instructions for 128 weights: what do the tests
-# for zero cost?
+# value is not zero. Count the instructions for 128 weights: with a subtraction
+# that stops at zero, with max and difference, and with that test.
 
 # %% tags=["hide-cell"]
-subtracting = 3 + 4 + 4 + 3  # shift, look up, subtract; the four scales
-adding = subtracting + 4  # a test for each of the four registers
-print(f"{adding} instead of {subtracting}: {adding / subtracting - 1:.0%} "
-      "more for decoding")
+others = 3 + 4 + 4  # shift, look up; the scales
+for words, each in (("stops at zero", 1), ("max, difference", 2),
+                    ("test, add where it holds", 2)):
+    print(f"{words}: {others + 4 * each}")
+# On a Zen 4 the second is quickest: what counts is the units that they need.
 
 # %% [markdown]
 # ### Exercise 3

@@ -54,10 +54,11 @@ inline Bytes lowered(Bytes bits, Bytes lower) {
   return _mm512_sub_epi16(_mm512_max_epu16(bits, lower), lower);
 }
 
-// four scale bytes, or `count` < 4 of them, in every lane of 32 bits
+// four scale bytes, or `count` < 4 and 127, in every lane of 32 bits
 inline Bytes four_scales(const uint8_t* from, int64_t count) {
   return _mm512_broadcastd_epi32(
-      count < HELD ? _mm_maskz_loadu_epi8((1 << count) - 1, from)
+      count < HELD ? _mm_mask_loadu_epi8(_mm_set1_epi8(127), first(count),
+                                         from)
                    : _mm_cvtsi32_si128(load<int32_t>(from)));
 }
 
@@ -103,6 +104,14 @@ inline void by_fours(int64_t blocks, const Run& run) {
   if (b < blocks) run(b, blocks - b);
 }
 
+template <int T>
+inline void clear(__m512 (&s)[T][4]) {
+#pragma GCC unroll 12
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) s[t][r] = __m512{};
+}
+
 // out[t * width + r * step] = s[t][r]
 template <int R, int T>
 inline void put(const __m512 (&s)[T][4], int64_t step, float* out,
@@ -122,10 +131,7 @@ void packed_strip(const uint8_t* w, const uint8_t* scales, int64_t step,
                   int64_t width) {
   const int64_t n = padded(blocks), row = step * blocks;
   __m512 s[T][4];
-#pragma GCC unroll 12
-  for (int t = 0; t < T; ++t)
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) s[t][r] = __m512{};
+  clear(s);
   by_fours(blocks, [&](int64_t b, int64_t count)
       __attribute__((always_inline)) {
     Fours fours[R];
@@ -176,10 +182,7 @@ void strip_of_few(const uint8_t* w, const uint8_t* scales, int64_t step,
                   int64_t width) {
   const int64_t n = padded(blocks), row = step * blocks;
   __m512 s[T][4];
-#pragma GCC unroll 3
-  for (int t = 0; t < T; ++t)
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) s[t][r] = __m512{};
+  clear(s);
   by_fours(blocks, [&](int64_t b, int64_t count)
       __attribute__((always_inline)) {
 #pragma GCC unroll 4
@@ -204,6 +207,11 @@ void strip_of_few(const uint8_t* w, const uint8_t* scales, int64_t step,
       }
     }
   });
+#pragma GCC unroll 3
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+      s[t][r] += 0 * s[t][r];  // infinity becomes NaN
   put<R>(s, step, out, width);
 }
 
@@ -226,7 +234,7 @@ void unusual_rows(const uint8_t* w, const uint8_t* scales, int64_t rows,
     }
 }
 
-template <int R, int T>
+template <int R, int T>  // one of them is compiled
 constexpr auto chosen() {
   if constexpr (T <= SCALED_AFTER) return strip_of_few<R, T>;
   else return packed_strip<R, T>;

@@ -293,6 +293,26 @@ def test_nan_scales_infinities_and_the_lowest_scale():
         assert fast[0, 2] != 0  # 2**-127 is not nothing
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7, 10, 13])
+@pytest.mark.parametrize("start, stop", [(2, 253), (0, 256)])
+@pytest.mark.parametrize("sign", [0, 8])
+def test_every_scale_is_as_decoded(tokens, start, stop, sign):
+    """Those that bf16 has room for, and all, which go another way; eight
+    codes of one sign under each, so that no sum hides an infinity."""
+    codes = torch.arange(8, dtype=torch.uint8).repeat(2) | 16 * 2 | 17 * sign
+    blocks = codes.expand(stop - start, 3, 16).contiguous()
+    scales = torch.full((stop - start, 3), 2, dtype=torch.uint8)
+    scales[:, 1] = torch.arange(start, stop)
+    for size in (2.0 ** -60, 2.0 ** 60):
+        x = size * torch.rand(tokens, 96).bfloat16()
+        found = mxfp4_linear(x, blocks, scales).double()
+        exact = x.double() @ decode(blocks, scales, torch.float64).T
+        assert found[:, 255 - start:].isnan().all()
+        fits = (2.0 ** -120 < exact.abs()) & (exact.abs() < 2.0 ** 126)
+        assert fits.sum() > 150 * tokens
+        assert ((found - exact).abs() < 2.0 ** -7 * exact.abs())[fits].all()
+
+
 def test_a_row_of_zeros_and_an_outlier():
     blocks, scales = encode(torch.randn(4, 32))
     assert (mxfp4_linear(torch.zeros(1, 32).bfloat16(), blocks, scales)
