@@ -83,11 +83,11 @@ print(len(boxes), "tokens,", sum(colour != "C2" for _, colour, _ in boxes),
       "forwards")
 
 # %% [markdown]
-# What to see: where the last tokens stood before, the next ones, here three at
-# most, are guessed to be those that followed there, and one forward checks all. Green ones
-# were right and cost no forward of their own. Each check also gives a token of
-# the model's own, orange; red is what was guessed in its place. Where nothing
-# is found the model goes on as always, blue.
+# What to see: where the last tokens stood before, the next ones, here three
+# at most, are guessed to be those that followed there, and one forward checks
+# all. Green ones were right and cost no forward of their own. Each check also
+# gives a token of the model's own, orange; red is what was guessed in its
+# place. Where nothing is found the model goes on as always, blue.
 #
 # ## The naive version
 #
