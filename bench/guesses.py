@@ -8,11 +8,11 @@ repository changed (up to --upto, so that it is always the same forty), what
 stood there before is the prompt, and what stands there after is what a model
 would write. They were not written to be guessed, and files of which texts of
 bench/drafts.py are made are left out, so the lengths of `Lookup` can be chosen
-by these and examined on those. Guesses, the rule that switches them
-off and the 20b's bytes are the package's own; a step of several tokens is
-said to cost 3 % more than its bytes for each token after the first. Told is
-the gain: tokens over the cost of the steps, in steps of one token. `known` is
-the same for somebody who knows before each check how many guesses are right.
+by these and examined on those. Guesses, the rule that switches them off and
+the 20b's bytes are the package's own; a step of several tokens is said to cost
+3 % more than its bytes for each token after the first. Told is the gain:
+tokens over the cost of the steps, in steps of one token. `known` is the same
+for somebody who knows before each check how many guesses are right.
 """
 
 import argparse
@@ -20,7 +20,6 @@ import random
 import re
 import statistics
 import subprocess
-from itertools import takewhile
 from pathlib import Path
 
 from drafts import given, in_words
@@ -39,26 +38,29 @@ def git(*words: str) -> str:
                           capture_output=True).stdout
 
 
+def agreeing(a, b) -> int:
+    """How many items at the front of a and b are the same."""
+    return next((n for n, pair in enumerate(zip(a, b, strict=False))
+                 if pair[0] != pair[1]), min(len(a), len(b)))
+
+
 def edits(count: int, upto: str) -> dict[str, tuple[str, str]]:
     """Up to `count` files before and after a commit, from 300 characters
     before the first change on: 4000 of the one, 900 of the other."""
     commits, found = git("log", "--format=%H", upto).split(), {}
     random.Random(1).shuffle(commits)
     for commit in commits:
-        for line in git("diff-tree", "-r", "--no-commit-id", "--name-only",
+        for path in git("diff-tree", "-r", "--no-commit-id", "--name-only",
                         "--diff-filter=M", commit).splitlines():
-            if not WRITTEN.match(line) or EXAMINED.search(line):
+            if not WRITTEN.match(path) or EXAMINED.search(path):
                 continue
-            before, after = (git("show", f"{at}:{line}")
+            before, after = (git("show", f"{at}:{path}")
                              for at in (f"{commit}^", commit))
             if len(after) < 400:
                 continue
-            start = sum(1 for _ in takewhile(
-                lambda pair: pair[0] == pair[1],
-                zip(before, after, strict=False))) - 300
-            start = max(start, 0)
-            found[f"{commit[:8]} {line}"] = (before[start:start + 4000],
-                                         after[start:start + 900])
+            start = max(agreeing(before, after) - 300, 0)
+            found[f"{commit[:8]} {path}"] = (before[start:start + 4000],
+                                             after[start:start + 900])
             break
         if len(found) == count:
             break
@@ -74,9 +76,7 @@ def steps(prompt: list[int], follows: list[int], finder: Lookup,
         length = finder.most if known else pace.length
         room = min(length or 1, len(follows) - at - 1)
         guesses = finder.propose(room, None, None)[0] if room else []
-        right = sum(1 for _ in takewhile(
-            lambda pair: pair[0] == pair[1],
-            zip(guesses, follows[at:], strict=False)))
+        right = agreeing(guesses, follows[at:])
         pace.saw(right, right < len(guesses))
         checked = (right if known else len(guesses)) if length else 0
         fed.append(checked + 1)
