@@ -453,23 +453,16 @@ assert (np.concatenate([low, high])[to] == k).all()
 # rounding to bf16. (Without a compiler, twins stand in for them.)
 
 # %%
-import logging
-import os
-
 import torch
 
 import gptoss.model.ops  # noqa: F401  declares the operators
-from gptoss.kernels.build import PARTS, KernelError, build
+from gptoss.kernels.build import load_upto
 from gptoss.weights.encoding import encode
 from gptoss.weights.mxfp4 import decode
 
-os.environ["GPTOSS_KERNELS"] = "torch"  # one library a process: this one
-logging.getLogger("gptoss").setLevel(logging.ERROR)  # built without a word
-try:
-    upto = PARTS[:PARTS.index("dense") + 1]
-    torch.ops.load_library(str(build(parts=upto)))
+if load_upto("dense"):
     packed_rows = torch.ops.gptoss.packed_rows
-except KernelError:
+else:
     def packed_rows(x, *packed):
         return x.float() @ decode(*packed, torch.float32).T
 

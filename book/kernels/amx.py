@@ -23,9 +23,6 @@
 # an instruction can begin every 16 cycles?
 
 # %%
-import logging
-import os
-from contextlib import suppress
 from math import ceil, comb
 
 import matplotlib.pyplot as plt
@@ -33,7 +30,7 @@ import numpy as np
 import torch
 from matplotlib.colors import ListedColormap
 
-from gptoss.kernels.build import PARTS, KernelError, build, plain_torch
+from gptoss.kernels.build import load_upto, plain_torch
 from gptoss.model.ops import has_kernel, mxfp4_linear, packed_experts
 from gptoss.moe.routing import expected_hits
 from gptoss.weights.encoding import encode
@@ -694,11 +691,7 @@ assert not torch.equal(other, left[4])
 # that is not.
 
 # %%
-os.environ["GPTOSS_KERNELS"] = "torch"  # one library a process: this one
-logging.getLogger("gptoss").setLevel(logging.ERROR)  # built without a word
-with suppress(KernelError):
-    upto = PARTS[:PARTS.index("dense") + 1]
-    torch.ops.load_library(str(build(parts=upto)))
+load_upto("dense")
 
 for tokens in (1, 2, 3, 4, 5, 16, 17, 33):
     for rows, blocks in ((150, 1), (33, 7), (321, 33)):

@@ -655,22 +655,13 @@ for terms in (4, 5, 6, 7):
 # the twin stands in for the kernel, rounded to bf16 once.)
 
 # %%
-import logging
-import os
-
 import torch
 
 import gptoss.model.ops  # noqa: F401  declares the operators
-from gptoss.kernels.build import PARTS, KernelError, build, plain_torch
+from gptoss.kernels.build import load_upto, plain_torch
 from gptoss.model.ops import has_kernel
 
-os.environ["GPTOSS_KERNELS"] = "torch"  # one library a process: this one
-logging.getLogger("gptoss").setLevel(logging.ERROR)  # built without a word
-try:
-    upto = PARTS[:PARTS.index("attention") + 1]
-    torch.ops.load_library(str(build(parts=upto)))
-except KernelError:
-    pass
+load_upto("attention")
 
 
 def twin(q, k, v, sinks, q_pos, k_pos, window, scale):

@@ -498,6 +498,9 @@ def build(variant: str = "auto", anew: bool = False,
 # of the book are run with `torch`, so that they show what they say.
 # `kernel_path` tells in words which path is taken, and never compiles: before
 # the first use it may say "C++, to be compiled when first used".
+#
+# A page about a kernel shows the one that it has just derived: `load_upto`
+# compiles the parts up to that page's, in seconds instead of half a minute.
 
 # %% tags=["export"]
 from gptoss.model.answers import LOADING
@@ -557,6 +560,19 @@ def kernel_path() -> str:
                 and (not path.parent.exists() or _own(path.parent))):
             return "C++, to be compiled when first used"
     return load_kernels()
+
+
+def load_upto(part: str) -> bool:
+    """Load the parts up to this one alone, for a page that shows it; did it
+    work? In silence, and for good: a process has one library."""
+    os.environ["GPTOSS_KERNELS"] = "torch"  # which loads no other
+    _log.setLevel(logging.ERROR)
+    try:
+        made = build(parts=PARTS[:PARTS.index(part) + 1])
+        torch.ops.load_library(str(made))
+    except KernelError:
+        return False
+    return True
 
 
 @contextmanager

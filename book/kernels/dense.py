@@ -790,18 +790,10 @@ for torchs in ([2.0, 3.0, 5.0, 12.0, 40.0], [2.0, 1.0, 5.0, 17.0, 70.0]):
 # compiler a twin stands in: the same in float32, and one rounding.)
 
 # %%
-import logging
-
-from gptoss.kernels.build import PARTS, KernelError, build, plain_torch
+from gptoss.kernels.build import load_upto, plain_torch
 from gptoss.model.ops import has_kernel
 
-os.environ["GPTOSS_KERNELS"] = "torch"  # one library a process: this one
-logging.getLogger("gptoss").setLevel(logging.ERROR)  # built without a word
-try:
-    upto = PARTS[:PARTS.index("dense") + 1]
-    torch.ops.load_library(str(build(parts=upto)))
-except KernelError:
-    pass
+load_upto("dense")
 
 
 def off(y: torch.Tensor, exact: torch.Tensor) -> float:

@@ -730,20 +730,12 @@ for x in (1.0, 1.00390625, 1.01171875, 1.005):
 # (Without a compiler plain torch answers; it has to be as near.)
 
 # %%
-import logging
-import os
-
 import numpy as np
 
 import gptoss.model.ops  # noqa: F401  declares the operators
-from gptoss.kernels.build import PARTS, KernelError, build
+from gptoss.kernels.build import load_upto
 
-os.environ["GPTOSS_KERNELS"] = "torch"  # one library a process: this one
-logging.getLogger("gptoss").setLevel(logging.ERROR)  # built without a word
-try:
-    torch.ops.load_library(str(build(parts=PARTS[:2])))
-except KernelError:
-    pass
+load_upto("base")
 OPS = torch.ops.gptoss
 
 

@@ -221,22 +221,13 @@ for n in (512, 4096, 32768, 131072):
 # the cell says so, and plain torch, which reads everything, shows the NaN.)
 
 # %%
-import logging
-import os
-
 import torch
 
 import gptoss.model.ops  # noqa: F401  declares the operators
-from gptoss.kernels.build import PARTS, KernelError, build, plain_torch
+from gptoss.kernels.build import load_upto, plain_torch
 from gptoss.model.ops import has_kernel
 
-os.environ["GPTOSS_KERNELS"] = "torch"  # one library a process: this one
-logging.getLogger("gptoss").setLevel(logging.ERROR)  # built without a word
-try:
-    upto = PARTS[:PARTS.index("attention") + 1]
-    torch.ops.load_library(str(build(parts=upto)))
-except KernelError:
-    pass
+load_upto("attention")
 
 torch.manual_seed(0)
 T, S = 40, 2000

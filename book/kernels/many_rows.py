@@ -765,21 +765,12 @@ assert found == order.tolist()
 # (Without a compiler a twin stands in: float32, and one rounding.)
 
 # %%
-import logging
-import os
-
-from gptoss.kernels.build import PARTS, KernelError, build, plain_torch
+from gptoss.kernels.build import load_upto, plain_torch
 from gptoss.model.ops import has_kernel, mxfp4_linear, packed_experts
 from gptoss.weights.encoding import encode
 from gptoss.weights.mxfp4 import PackedMXFP4
 
-os.environ["GPTOSS_KERNELS"] = "torch"  # one library a process: this one
-logging.getLogger("gptoss").setLevel(logging.ERROR)  # built without a word
-try:
-    upto = PARTS[:PARTS.index("dense") + 1]
-    torch.ops.load_library(str(build(parts=upto)))
-except KernelError:
-    pass
+load_upto("dense")
 
 
 def off(y: torch.Tensor, exact: torch.Tensor) -> float:

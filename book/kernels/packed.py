@@ -796,13 +796,7 @@ for g in range(4):  # group g: blocks 2 g and 2 g + 1
 # (Without a compiler the twin stands in for the kernel.)
 
 # %%
-import logging
-import os
-
-from gptoss.kernels.build import PARTS, KernelError, build
-
-os.environ["GPTOSS_KERNELS"] = "torch"  # one library a process: this one
-logging.getLogger("gptoss").setLevel(logging.ERROR)  # built without a word
+from gptoss.kernels.build import load_upto
 
 
 def twin(x, blocks, scales):
@@ -810,12 +804,8 @@ def twin(x, blocks, scales):
         x.double().numpy(), blocks.numpy(), scales.numpy()))
 
 
-try:
-    upto = PARTS[:PARTS.index("packed") + 1]
-    torch.ops.load_library(str(build(parts=upto)))
-    packed_rows = torch.ops.gptoss.packed_rows
-except KernelError:
-    packed_rows = twin
+packed_rows = (torch.ops.gptoss.packed_rows if load_upto("packed")
+               else twin)
 
 for rows, columns in ((1, 32), (7, 96), (40, 64), (6, 544), (64, 2880)):
     packed = encode(0.02 * torch.randn(rows, columns))

@@ -22,9 +22,6 @@
 # 127. So there is room, for all but a few scales. How many of the 256?
 
 # %%
-import logging
-import os
-
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -500,17 +497,11 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 # compiler, a twin.)
 
 # %%
-from gptoss.kernels.build import PARTS, KernelError, build, plain_torch
+from gptoss.kernels.build import load_upto, plain_torch
 from gptoss.model.ops import has_kernel, mxfp4_linear
 from gptoss.weights.encoding import encode
 
-os.environ["GPTOSS_KERNELS"] = "torch"  # one library a process: this one
-logging.getLogger("gptoss").setLevel(logging.ERROR)  # built without a word
-try:
-    upto = PARTS[:PARTS.index("dense") + 1]
-    torch.ops.load_library(str(build(parts=upto)))
-except KernelError:
-    pass
+load_upto("dense")
 
 
 def off(y: torch.Tensor, exact: torch.Tensor) -> float:

@@ -655,21 +655,12 @@ assert np.allclose(np.einsum("jcrh,jch->r", panel(bytes_), by_words(x)), w @ x)
 # compiler nothing is compared.)
 
 # %%
-import logging
-import os
-
 import torch
 
-from gptoss.kernels.build import PARTS, KernelError, build, plain_torch
+from gptoss.kernels.build import load_upto, plain_torch
 from gptoss.model.ops import OPERATORS, has_kernel, mxfp4_linear
 
-os.environ["GPTOSS_KERNELS"] = "torch"  # one library a process: this one
-logging.getLogger("gptoss").setLevel(logging.ERROR)  # built without a word
-try:
-    upto = PARTS[:PARTS.index("dense") + 1]
-    torch.ops.load_library(str(build(parts=upto)))
-except KernelError:
-    pass
+load_upto("dense")
 
 
 def off(y: torch.Tensor, exact: torch.Tensor) -> float:

@@ -268,6 +268,19 @@ def kernel_path() -> str:
     return load_kernels()
 
 
+def load_upto(part: str) -> bool:
+    """Load the parts up to this one alone, for a page that shows it; did it
+    work? In silence, and for good: a process has one library."""
+    os.environ["GPTOSS_KERNELS"] = "torch"  # which loads no other
+    _log.setLevel(logging.ERROR)
+    try:
+        made = build(parts=PARTS[:PARTS.index(part) + 1])
+        torch.ops.load_library(str(made))
+    except KernelError:
+        return False
+    return True
+
+
 @contextmanager
 def plain_torch() -> Iterator[None]:
     """Inside, this thread computes with plain torch, kernels or not."""
@@ -293,5 +306,6 @@ __all__ = [
     "kernel_path",
     "library_path",
     "load_kernels",
+    "load_upto",
     "plain_torch",
 ]

@@ -104,6 +104,27 @@ def test_each_variant_is_one_rounding_from_exact(variant, names):
     assert 1e-4 < float(done.stdout.splitlines()[2]) < 3e-3
 
 
+PAGE = """
+from gptoss.kernels import build
+from gptoss.model.ops import has_kernel
+print(build.load_upto("small"))
+print(has_kernel("rms_norm"), has_kernel("linear"), build.load_kernels())
+"""
+
+
+@pytest.mark.parametrize("compiler, loaded", [
+    pytest.param(os.environ.get("CXX", "c++"), "True\nTrue",
+                 marks=needs_compiler),
+    ("no-such-compiler", "False\nFalse")])
+def test_a_page_loads_the_parts_up_to_its_own(compiler, loaded, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", PAGE], text=True, capture_output=True,
+        timeout=280, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path),
+                                       "CXX": compiler})
+    assert done.stdout == (f"{loaded} False torch (GPTOSS_KERNELS=torch)\n")
+    assert not done.stderr
+
+
 COMPILER = """
 import os, pathlib, shutil, sys, time
 folder = pathlib.Path({folder!r})
