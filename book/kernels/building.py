@@ -260,9 +260,10 @@ from gptoss.weights.errors import Error
 _log = logging.getLogger("gptoss")
 SOURCE = Path(gptoss.__file__).parent / "kernels"  # where the parts are
 PARTS = ("pool", "base", "small", "digits", "wide", "packed", "strips",
-         "tiles", "pairs", "panels", "interleaved", "amx", "columns",
-         "twelve", "wide16", "squares", "experts", "dense", "running",
-         "attention", "compact", "integers", "eight", "coarse", "recording")
+         "tiles", "pairs", "slabs", "panels", "interleaved", "amx",
+         "columns", "twelve", "wide16", "squares", "experts", "dense",
+         "running", "attention", "compact", "integers", "eight", "coarse",
+         "recording")
 OPTIONS = ("-O3", "-march=native", "-std=c++20", "-ffp-contract=fast",
            "-DNDEBUG",  # as torch is compiled, or its structs differ
            "-fopenmp", "-fPIC", "-shared", "-w")

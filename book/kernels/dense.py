@@ -173,8 +173,8 @@ assert np.allclose(strip(some, six), six @ some.T)
 # `ready` lays the activations out, eight even ones and then eight odd ones.
 # The rows of a strip lie `step` rows apart, so that four streams of memory
 # arrive ([packed](packed.ipynb) tells why), and `ask` asks for bytes that will
-# be needed soon. A single token has two sums a row, since a
-# product takes four cycles and eight sums keep the units busy.
+# be needed soon. A single token has two sums a row, since a product takes four
+# cycles and eight sums keep the units busy.
 
 # %% [markdown] tags=["export:strips.h"]
 # ```cpp
@@ -195,6 +195,7 @@ assert np.allclose(strip(some, six), six @ some.T)
 # constexpr int64_t BY_STRIPS = 8;  // more tokens: tiles
 # #endif
 # constexpr int64_t HALF_ROW = 1440;  // numbers
+# constexpr int64_t LEAN = TOGETHER == 6 ? 2 : 0;  // tokens: ask nearer
 #
 # #ifndef GPTOSS_BF16
 # // sixteen at a time, first the eight even ones, then the eight odd ones
@@ -260,25 +261,37 @@ assert np.allclose(strip(some, six), six @ some.T)
 #   return _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
 # }
 #
+# // s[t][r] += row r, `apart` numbers after the one before, times token t
 # template <int R, int T>
-# void strip(const Number* w, int64_t step, const Ready* x, int64_t n,
-#            int64_t deep, int64_t ahead, float* out, int64_t width) {
-#   __m512 s[T][4];
-#   for (int t = 0; t < T; ++t)
-#     for (int r = 0; r < 4; ++r) s[t][r] = __m512{};
+# INLINE inline void add_products(const Number* w, int64_t apart,
+#                                 const Ready* x, int64_t n, int64_t deep,
+#                                 int64_t ahead, __m512 (&s)[T][4]) {
 #   for (int64_t k = 0; k < deep; k += BLOCK) {
 #     __m512bh rows[R];
+# #pragma GCC unroll 4
 #     for (int r = 0; r < R; ++r) {
-#       const Number* from = w + r * step * n + k;
+#       const Number* from = w + r * apart + k;
 #       ask(from + ahead);
 #       rows[r] = load<__m512bh>(from);
 #     }
+# #pragma GCC unroll 6
 #     for (int t = 0; t < T; ++t) {
 #       const auto token = load<__m512bh>(x + t * n + k);
+# #pragma GCC unroll 4
 #       for (int r = 0; r < R; ++r)
 #         s[t][r] = _mm512_dpbf16_ps(s[t][r], rows[r], token);
 #     }
 #   }
+# }
+#
+# template <int R, int T>
+# INLINE inline void strip(const Number* w, int64_t step, const Ready* x,
+#                          int64_t n, int64_t deep, int64_t ahead,
+#                          float* out, int64_t width) {
+#   __m512 s[T][4];
+#   for (int t = 0; t < T; ++t)
+#     for (int r = 0; r < 4; ++r) s[t][r] = __m512{};
+#   add_products<R>(w, step * n, x, n, deep, ahead, s);
 #   for (int t = 0; t < T; ++t) {
 #     const __m128 four = sums(s[t][0], s[t][1], s[t][2], s[t][3]);
 #     for (int r = 0; r < R; ++r) out[t * width + r * step] += four[r];
@@ -294,57 +307,60 @@ assert np.allclose(strip(some, six), six @ some.T)
 # that is known when the code is compiled, `in_strips` the rows into strips.
 # One group goes along whole rows. Several would bring all their tokens from
 # the L2 cache for each four rows; half as long, rows and tokens fit into L1,
-# and what is asked for ahead are the next four rows.
+# and what is asked for ahead are the next four rows. With bf16 units three to
+# twelve tokens take [slabs](pairs.ipynb). Without `INLINE` 96 tokens took a
+# tenth longer.
 
 # %% [markdown] tags=["export:strips.h"]
 # ```cpp
 # // run(R, first row, how far apart R rows lie): strips of R rows, then what
 # // is left one by one. Few tokens wait for memory, which likes rows that lie
-# // apart
-# template <int R, class Run>
-# void in_strips(int64_t rows, bool few, const Run& run) {
-#   const int64_t whole = rows / R, apart = few ? whole : 1;
+# // apart; sums of neighbours are stored four at a time
+# template <int R, bool FEW, class Run>
+# void in_strips(int64_t rows, const Run& run) {
+#   const int64_t whole = rows / R;
 #   for (int64_t i = 0; i < whole; ++i)
-#     run(Count<R>(), few ? i : R * i, apart);
+#     if constexpr (FEW) run(Count<R>(), i, whole);
+#     else run(Count<R>(), R * i, Count<1>());
 #   for (int64_t r = R * whole; r < rows; ++r)
-#     run(Count<1>(), r, 1);
+#     run(Count<1>(), r, Count<1>());
 # }
 #
 # // out[t * width + r]: `rows` rows of w (…, n) times N tokens of x (N, n)
 # void strips(const Number* w, int64_t rows, const Ready* x, int64_t N,
 #             int64_t n, float* out, int64_t width) {
-#   const bool few = N <= TOGETHER;
-#   const int64_t part = few ? n : HALF_ROW;
 #   for (int64_t t = 0; t < N; ++t) std::fill_n(out + t * width, rows, 0.0f);
-#   for (int64_t k = 0; k < n; k += part)
-#     in_strips<STREAMS>(rows, few, [&](auto R, int64_t r, int64_t apart) {
-#       in_groups<TOGETHER>(N, [&](auto T, int64_t t) {
-#         strip<R.value, T.value>(
-#             w + r * n + k, apart, x + t * n + k, n, std::min(part, n - k),
-#             few ? AHEAD / 2 : STREAMS * n, out + t * width + r, width);
+#   auto run = [&](auto few, int64_t part, int64_t ahead) {
+#     for (int64_t k = 0; k < n; k += part)
+#       in_strips<STREAMS, few>(rows, [&](auto R, auto r, auto step) INLINE {
+#         in_groups<TOGETHER>(N, [&](auto T, int64_t t) INLINE {
+#           strip<R.value, T.value>(
+#               w + r * n + k, step, x + t * n + k, n,
+#               std::min(part, n - k), ahead, out + t * width + r, width);
+#         });
 #       });
-#     });
+#   };
+#   if (N <= TOGETHER) run(std::true_type(), n, AHEAD / (N <= LEAN ? 4 : 2));
+#   else run(std::false_type(), HALF_ROW, STREAMS * n);
 # }
 #
 # }  // namespace
 # ```
 
 # %% [markdown] tags=["measured"]
-# On two cores of a Zen 4 a matrix of 4096 by 2880 took 0.49 ms for one token,
-# 0.50 for two, 0.66 for four, 0.71 for five and 1.0 for eight: the first is
-# what memory delivers, the last half of what the bf16 units can compute. On a
-# Zen 5 halves of rows took 0.75 ms instead of 0.94 for sixteen tokens.
+# On two cores of a Zen 4 with memory at 60 GB/s the dense matrices of the 20b
+# took one token 45 ms (50 when it asked 2048 bytes ahead), six 55, sixteen
+# 120. On a Zen 5 sixteen took a fifth less time by halves than by whole rows.
 #
 # ### How does a tile of rows become columns?
 #
 # For a whole prompt AVX2 does better: it multiplies fp32, so sixteen rows are
-# widened *once* into a tile, which stays in a cache while all tokens pass.
-# The product wants sixteen rows as columns, so that one
-# activation meets sixteen weights in two registers. Eight rows of eight pairs
-# are transposed by three rounds, each of which interleaves the upper four
-# registers with the lower four ([many rows](many_rows.ipynb) shows why that
-# transposes). This stands in a part of its own, `columns.h`, which
-# [the widest registers](../cli/wide.ipynb) need, too. A `Matrix` is an address
+# widened *once* into a tile, which stays in a cache while all tokens pass. The
+# product wants sixteen rows as columns, so that one activation meets sixteen
+# weights in two registers. Eight rows of eight pairs are transposed by three
+# rounds, each of which interleaves the upper four registers with the lower
+# four ([many rows](many_rows.ipynb) shows why that transposes). [The widest
+# registers](../cli/wide.ipynb) need this part, too. A `Matrix` is an address
 # and the distance from row to row.
 
 # %% [markdown] tags=["export:columns.h"]
@@ -407,10 +423,9 @@ assert np.allclose(strip(some, six), six @ some.T)
 # ```
 
 # %% [markdown]
-# In numpy the tile is a transpose, and the product of a tile with some tokens
-# is the textbook's. What the C++ adds is that no sum leaves its register while
-# the columns pass: with six tokens there are 12 sums, 2 registers of weights
-# and 1 for the activation.
+# In numpy the tile is a transpose, the product the textbook's. What the C++
+# adds is that no sum leaves its register while the columns pass: six tokens
+# have 12 sums, 2 registers of weights and 1 for the activation.
 
 # %%
 def multiply(tile: np.ndarray, x: np.ndarray, out: np.ndarray) -> None:
@@ -419,7 +434,6 @@ def multiply(tile: np.ndarray, x: np.ndarray, out: np.ndarray) -> None:
         out += x[:, k, None] * tile[k]
 
 
-draw = np.random.default_rng(0)
 weight, some = draw.standard_normal((16, 40)), draw.standard_normal((6, 40))
 out = np.zeros((6, 16))
 multiply(weight.T, some, out)
@@ -428,9 +442,8 @@ print(f"{out[5, 15]:.4f} by columns, {some[5] @ weight[15]:.4f} by rows; "
 assert np.allclose(out, some @ weight.T)
 
 # %% [markdown]
-# `COUNT` is known when the function is compiled, so that the sums can be
-# registers; `multiply` takes up to six tokens at a time, in groups that are
-# nearly alike. [Attention](attending.ipynb) uses it as well.
+# `multiply` takes up to six tokens at a time, in groups that are nearly alike.
+# [Attention](attending.ipynb) uses it as well.
 
 # %% [markdown] tags=["export:dense.h"]
 # ```cpp
@@ -474,8 +487,8 @@ assert np.allclose(out, some @ weight.T)
 # that they stay in the second cache of a core while 128 rows pass. Without
 # them, up to eight tokens go by strips and more by tiles: 64 rows by 256
 # columns in fp32 are 64 KiB, which that cache holds as well. A processor with
-# AMX takes squares from six tokens on, where they were measured to be quicker;
-# [AMX](amx.ipynb) derives them. Pass over `GPTOSS_AMX` until you were there.
+# AMX takes squares from six tokens on, where they were quicker; pass over
+# `GPTOSS_AMX` until [AMX](amx.ipynb) derives them.
 
 # %%
 print(64 * 256 * 4 // 1024, "KiB of a widened tile,",
@@ -587,7 +600,8 @@ print(64 * 256 * 4 // 1024, "KiB of a widened tile,",
 #                       out, HEIGHT);
 #       else
 # #endif
-#       strips(w + row0 * n, rows, &from[t0 * n], some, n, out, HEIGHT);
+#       quickest_strips(w + row0 * n, rows, &from[t0 * n], some, n, out,
+#                       HEIGHT);
 #       for (int64_t t = 0; t < some; ++t)
 #         finish(out + t * HEIGHT, bias ? bias + row0 : nullptr, rows,
 #                y + (t0 + t) * m + row0);
@@ -679,11 +693,11 @@ print(64 * 256 * 4 // 1024, "KiB of a widened tile,",
 # %% tags=["export:quicker"]
 import json
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import cycle
 from pathlib import Path
+from timeit import timeit
 
 import torch
 import torch.nn.functional as F
@@ -712,12 +726,6 @@ def torch_is_quicker(ours: Sequence[float], torchs: Sequence[float]) -> int:
 
 
 # %% tags=["export:quicker"]
-def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
 @torch.inference_mode()
 def measure_products(repeats: int = 4) -> tuple[list[float], list[float]]:
     """Seconds of our product and of torch's for each of TOKENS, in turns.
@@ -731,9 +739,9 @@ def measure_products(repeats: int = 4) -> tuple[list[float], list[float]]:
     ours, torchs = [], []
     for count in TOKENS:
         x = weights[0, :count].clone()
-        pairs = [(_seconds(partial(torch.ops.gptoss.linear, x, next(turn),
-                                   None)),
-                  _seconds(partial(F.linear, x, next(turn))))
+        pairs = [(timeit(partial(torch.ops.gptoss.linear, x, next(turn),
+                                 None), number=1),
+                  timeit(partial(F.linear, x, next(turn)), number=1))
                  for _ in range(repeats)]
         ours.append(min(pair[0] for pair in pairs))
         torchs.append(min(pair[1] for pair in pairs))

@@ -493,6 +493,8 @@ print((pattern << 16).view(torch.float32).item())
 # #endif
 # }
 #
+# #define INLINE __attribute__((always_inline))
+#
 # // v stands in a register here: the compiler may not read it again from
 # // memory later, nor compute ahead what follows
 # template <class Vector>

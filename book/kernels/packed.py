@@ -646,8 +646,7 @@ for g in range(4):  # group g: blocks 2 g and 2 g + 1
 #   const Group* group[T];
 #   for (int t = 0; t < T; ++t) group[t] = &x.groups[n[t] * x.per_row];
 #   Sums total[R][T] = {}, factor[R][T];
-#   auto make_factors = [&](int64_t b, int64_t count)
-#       __attribute__((always_inline)) {
+#   auto make_factors = [&](int64_t b, int64_t count) INLINE {
 #     for (int r = 0; r < R; ++r) {
 #       ask(scales + r * row + b + AHEAD / 16);
 #       const Words scale = load_scales(scales + r * row + b, count, b > 0);
@@ -655,8 +654,8 @@ for g in range(4):  # group g: blocks 2 g and 2 g + 1
 #         factor[r][t] = factors(scale, arrange(load<Sums>(x.half(n[t]) + b)));
 #     }
 #   };
-#   auto add = [&](int64_t b, int g, int64_t count)  // group g from b on
-#       __attribute__((always_inline)) {
+#   // group g from b on
+#   auto add = [&](int64_t b, int g, int64_t count) INLINE {
 #     Bytes even[R], odd[R];
 # #pragma GCC unroll 4
 #     for (int r = 0; r < R; ++r) {

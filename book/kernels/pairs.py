@@ -336,8 +336,7 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 #   const int64_t n = padded(blocks), row = step * blocks;
 #   __m512 s[T][4];
 #   clear(s);
-#   by_fours(blocks, [&](int64_t b, int64_t count)
-#       __attribute__((always_inline)) {
+#   by_fours(blocks, [&](int64_t b, int64_t count) INLINE {
 #     Fours fours[R];
 # #pragma GCC unroll 4
 #     for (int r = 0; r < R; ++r) {
@@ -400,8 +399,7 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 #   const int64_t n = padded(blocks), row = step * blocks;
 #   __m512 s[T][4];
 #   clear(s);
-#   by_fours(blocks, [&](int64_t b, int64_t count)
-#       __attribute__((always_inline)) {
+#   by_fours(blocks, [&](int64_t b, int64_t count) INLINE {
 # #pragma GCC unroll 4
 #     for (int r = 0; r < R; ++r) {
 #       const int64_t at = r * row + b;
@@ -475,7 +473,7 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 #     return unusual_rows(w, scales, rows, blocks, x, N, out, width);
 #   in_groups<ONCE>(N, [&](auto T, int64_t t) {
 #     constexpr int SOME = T.value <= TOGETHER ? STREAMS : STREAMS / 2;
-#     in_strips<SOME>(rows, true, [&](auto R, int64_t r, int64_t apart) {
+#     in_strips<SOME, true>(rows, [&](auto R, int64_t r, int64_t apart) {
 #       constexpr auto run = chosen<R.value, T.value>();
 #       run(w + 16 * r * blocks, scales + r * blocks, apart, blocks,
 #           x + t * padded(blocks), out + t * width + r, width);
@@ -483,6 +481,99 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 #   });
 # }
 # #endif
+#
+# }  // namespace
+# ```
+
+# %% [markdown]
+# ### And dense rows, for a few tokens?
+#
+# The strips of [dense](dense.ipynb) go along whole rows. How much passes until
+# a token's number is needed again, for the next four rows?
+
+# %%
+L1 = 32 * 1024
+for tokens in (1, 2, 4, 8, 12):
+    whole, slab = (2 * numbers * (4 + tokens) for numbers in (2880, 480))
+    print(f"{tokens:2} tokens and four rows: {whole / 1024:4.0f} KiB of whole "
+          f"rows, {slab / 1024:4.1f} KiB of a sixth" + (
+              ", L1 holds 32" if whole > L1 else ""))
+
+# %% [markdown]
+# From two tokens on the caches' first level, which holds what was used last,
+# has forgotten each number just before it comes again. All tokens then pass
+# from the second level for every four rows, and a core that waits for 24 lines
+# at a time has fewer left for what comes from memory. A **slab** is a sixth of
+# a row deep: four rows, then all tokens, then on along the same rows, so that
+# the four streams from memory never break off. Between two slabs the sums wait
+# in memory, as the registers they are; their lanes are added up at the end of
+# the row.
+#
+# With one group of tokens the processor runs ahead and asks for rows that
+# `ask` has not brought yet; a second group keeps it busy meanwhile. So three
+# to five tokens are cut into groups of at most three. Six, a full group, are
+# quicker along whole rows, and with more than twelve the products take longer
+# than memory anyway.
+
+# %% [markdown] tags=["export:slabs.h"]
+# ```cpp
+# namespace {
+#
+# #ifdef GPTOSS_BF16
+# constexpr int64_t SLAB = 480;  // numbers of a row
+# constexpr int64_t KEPT = 12;   // tokens whose sums wait, at most
+#
+# template <int T>
+# INLINE inline void copy(const __m512 (*from)[4], __m512 (*to)[4]) {
+# #pragma GCC unroll 6
+#   for (int t = 0; t < T; ++t)
+# #pragma GCC unroll 4
+#     for (int r = 0; r < 4; ++r) to[t][r] = from[t][r];
+# }
+#
+# // as `strip`, with sums that were and will be kept
+# template <int R, int T>
+# void go_on(const Number* w, int64_t apart, const Number* x, int64_t n,
+#            int64_t deep, __m512 (*kept)[4]) {
+#   __m512 s[T][4];
+#   copy<T>(kept, s);
+#   add_products<R>(w, apart, x, n, deep, AHEAD / 2, s);
+#   copy<T>(s, kept);
+# }
+#
+# // as `strips`, tokens in groups of at most MANY
+# template <int MANY>
+# void slabs(const Number* w, int64_t rows, const Number* x, int64_t N,
+#            int64_t n, float* out, int64_t width) {
+#   alignas(64) __m512 kept[KEPT][4];
+#   in_strips<STREAMS, true>(rows, [&](auto R, int64_t r, int64_t apart) {
+#     std::fill_n(&kept[0][0], 4 * N, __m512{});
+#     for (int64_t k = 0; k < n; k += SLAB)
+#       in_groups<MANY>(N, [&](auto T, int64_t t) {
+#         go_on<R.value, T.value>(w + r * n + k, apart * n, x + t * n + k, n,
+#                                 std::min(SLAB, n - k), &kept[t]);
+#       });
+#     for (int64_t t = 0; t < N; ++t) {
+#       const auto& s = kept[t];
+#       const __m128 four = sums(s[0], s[1], s[2], s[3]);
+#       for (int i = 0; i < R.value; ++i)
+#         out[t * width + r + i * apart] = four[i];
+#     }
+#   });
+# }
+# #endif
+#
+# // as `strips`, by whichever way is quicker
+# void quickest_strips(const Number* w, int64_t rows, const Ready* x,
+#                      int64_t N, int64_t n, float* out, int64_t width) {
+# #ifdef GPTOSS_BF16
+#   if (LEAN < N && N < TOGETHER)
+#     return slabs<TOGETHER / 2>(w, rows, x, N, n, out, width);
+#   if (TOGETHER < N && N <= KEPT)
+#     return slabs<TOGETHER>(w, rows, x, N, n, out, width);
+# #endif
+#   strips(w, rows, x, N, n, out, width);
+# }
 #
 # }  // namespace
 # ```
@@ -528,6 +619,20 @@ for tokens in (1, 2, 6, 7, 12, 13, 100):
                             packed)
         assert ours < 1.002 * torchs < 3e-3
     print(f"{tokens:3} tokens: kernel {ours:.4f}, plain torch {torchs:.4f}")
+
+# %% [markdown]
+# **Dense rows** of few tokens: all numbers up to 13, with a last slab that is
+# not full, and rows that fill no strip. The worst of them:
+
+# %%
+worst = 0.0
+for tokens in range(1, 14):
+    x, weight = (torch.randn(rows, 1056).bfloat16() for rows in (tokens, 150))
+    with torch.inference_mode():
+        y = torch.ops.gptoss.linear(x, weight, None)
+    worst = max(worst, off(y, x.double() @ weight.double().T))
+print(f"{worst:.3f}, one rounding")
+assert worst < 2.5e-3
 
 # %% [markdown]
 # **Scales that are out of reach** for bf16: $2^{-127}$ is not nothing, and NaN
@@ -619,6 +724,12 @@ for name, decoding, token, counts in (
 # 0.44 for eight. On the Xeon strips are limited by `vdpbf16ps`, one in 2.3
 # cycles.
 #
+# The dense matrices of the 20b on the Zen 4, with memory at 60 GB/s, in
+# milliseconds by strips and by slabs: three tokens 57 and 49, four 62 and 51,
+# five 66 and 60, eight 77 and 66, twelve 97 and 92; at 35 GB/s four 77 and 71,
+# eight 84 and 72. For six tokens as two groups of three it was 60 and 73. Why
+# whole rows do so well there we do not know.
+#
 # ## Takeaways
 #
 # - An FP4 value times its scale is a bf16 number, exactly, for 251 of the 255
@@ -629,6 +740,8 @@ for name, decoding, token, counts in (
 #   should not wait for the units that multiply.
 # - What was stored in bf16 is multiplied in bf16; what never was keeps sixteen
 #   bits.
+# - Dense rows of a few tokens go by slabs, so that the tokens stay in L1, and
+#   their sums wait in memory.
 #
 # ## Exercises
 #

@@ -88,6 +88,8 @@ inline Floats widen(const Number* eight) {
 #endif
 }
 
+#define INLINE __attribute__((always_inline))
+
 // v stands in a register here: the compiler may not read it again from
 // memory later, nor compute ahead what follows
 template <class Vector>

@@ -153,7 +153,8 @@ void dense_rows(const Number* x, int64_t N, const Number* w, int64_t m,
                       out, HEIGHT);
       else
 #endif
-      strips(w + row0 * n, rows, &from[t0 * n], some, n, out, HEIGHT);
+      quickest_strips(w + row0 * n, rows, &from[t0 * n], some, n, out,
+                      HEIGHT);
       for (int64_t t = 0; t < some; ++t)
         finish(out + t * HEIGHT, bias ? bias + row0 : nullptr, rows,
                y + (t0 + t) * m + row0);

@@ -119,8 +119,7 @@ void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
   const Group* group[T];
   for (int t = 0; t < T; ++t) group[t] = &x.groups[n[t] * x.per_row];
   Sums total[R][T] = {}, factor[R][T];
-  auto make_factors = [&](int64_t b, int64_t count)
-      __attribute__((always_inline)) {
+  auto make_factors = [&](int64_t b, int64_t count) INLINE {
     for (int r = 0; r < R; ++r) {
       ask(scales + r * row + b + AHEAD / 16);
       const Words scale = load_scales(scales + r * row + b, count, b > 0);
@@ -128,8 +127,8 @@ void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
         factor[r][t] = factors(scale, arrange(load<Sums>(x.half(n[t]) + b)));
     }
   };
-  auto add = [&](int64_t b, int g, int64_t count)  // group g from b on
-      __attribute__((always_inline)) {
+  // group g from b on
+  auto add = [&](int64_t b, int g, int64_t count) INLINE {
     Bytes even[R], odd[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {

@@ -132,8 +132,7 @@ void packed_strip(const uint8_t* w, const uint8_t* scales, int64_t step,
   const int64_t n = padded(blocks), row = step * blocks;
   __m512 s[T][4];
   clear(s);
-  by_fours(blocks, [&](int64_t b, int64_t count)
-      __attribute__((always_inline)) {
+  by_fours(blocks, [&](int64_t b, int64_t count) INLINE {
     Fours fours[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
@@ -183,8 +182,7 @@ void strip_of_few(const uint8_t* w, const uint8_t* scales, int64_t step,
   const int64_t n = padded(blocks), row = step * blocks;
   __m512 s[T][4];
   clear(s);
-  by_fours(blocks, [&](int64_t b, int64_t count)
-      __attribute__((always_inline)) {
+  by_fours(blocks, [&](int64_t b, int64_t count) INLINE {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const int64_t at = r * row + b;
@@ -249,7 +247,7 @@ void packed_strips(const uint8_t* w, const uint8_t* scales, int64_t rows,
     return unusual_rows(w, scales, rows, blocks, x, N, out, width);
   in_groups<ONCE>(N, [&](auto T, int64_t t) {
     constexpr int SOME = T.value <= TOGETHER ? STREAMS : STREAMS / 2;
-    in_strips<SOME>(rows, true, [&](auto R, int64_t r, int64_t apart) {
+    in_strips<SOME, true>(rows, [&](auto R, int64_t r, int64_t apart) {
       constexpr auto run = chosen<R.value, T.value>();
       run(w + 16 * r * blocks, scales + r * blocks, apart, blocks,
           x + t * padded(blocks), out + t * width + r, width);

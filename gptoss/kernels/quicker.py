@@ -5,11 +5,11 @@ Generated from book/kernels/dense.py; edit the chapter, not this file.
 
 import json
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import cycle
 from pathlib import Path
+from timeit import timeit
 
 import torch
 import torch.nn.functional as F
@@ -39,12 +39,6 @@ def torch_is_quicker(ours: Sequence[float], torchs: Sequence[float]) -> int:
     return found
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
 @torch.inference_mode()
 def measure_products(repeats: int = 4) -> tuple[list[float], list[float]]:
     """Seconds of our product and of torch's for each of TOKENS, in turns.
@@ -58,9 +52,9 @@ def measure_products(repeats: int = 4) -> tuple[list[float], list[float]]:
     ours, torchs = [], []
     for count in TOKENS:
         x = weights[0, :count].clone()
-        pairs = [(_seconds(partial(torch.ops.gptoss.linear, x, next(turn),
-                                   None)),
-                  _seconds(partial(F.linear, x, next(turn))))
+        pairs = [(timeit(partial(torch.ops.gptoss.linear, x, next(turn),
+                                 None), number=1),
+                  timeit(partial(F.linear, x, next(turn)), number=1))
                  for _ in range(repeats)]
         ours.append(min(pair[0] for pair in pairs))
         torchs.append(min(pair[1] for pair in pairs))

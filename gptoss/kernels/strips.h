@@ -18,6 +18,7 @@ constexpr int TOGETHER = 2;  // tokens: 8 sums, 2 weights, 4 activations
 constexpr int64_t BY_STRIPS = 8;  // more tokens: tiles
 #endif
 constexpr int64_t HALF_ROW = 1440;  // numbers
+constexpr int64_t LEAN = TOGETHER == 6 ? 2 : 0;  // tokens: ask nearer
 
 #ifndef GPTOSS_BF16
 // sixteen at a time, first the eight even ones, then the eight odd ones
@@ -72,25 +73,37 @@ inline __m128 sums(__m512 s, __m512 t, __m512 u, __m512 v) {
   return _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
 }
 
+// s[t][r] += row r, `apart` numbers after the one before, times token t
 template <int R, int T>
-void strip(const Number* w, int64_t step, const Ready* x, int64_t n,
-           int64_t deep, int64_t ahead, float* out, int64_t width) {
-  __m512 s[T][4];
-  for (int t = 0; t < T; ++t)
-    for (int r = 0; r < 4; ++r) s[t][r] = __m512{};
+INLINE inline void add_products(const Number* w, int64_t apart,
+                                const Ready* x, int64_t n, int64_t deep,
+                                int64_t ahead, __m512 (&s)[T][4]) {
   for (int64_t k = 0; k < deep; k += BLOCK) {
     __m512bh rows[R];
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const Number* from = w + r * step * n + k;
+      const Number* from = w + r * apart + k;
       ask(from + ahead);
       rows[r] = load<__m512bh>(from);
     }
+#pragma GCC unroll 6
     for (int t = 0; t < T; ++t) {
       const auto token = load<__m512bh>(x + t * n + k);
+#pragma GCC unroll 4
       for (int r = 0; r < R; ++r)
         s[t][r] = _mm512_dpbf16_ps(s[t][r], rows[r], token);
     }
   }
+}
+
+template <int R, int T>
+INLINE inline void strip(const Number* w, int64_t step, const Ready* x,
+                         int64_t n, int64_t deep, int64_t ahead,
+                         float* out, int64_t width) {
+  __m512 s[T][4];
+  for (int t = 0; t < T; ++t)
+    for (int r = 0; r < 4; ++r) s[t][r] = __m512{};
+  add_products<R>(w, step * n, x, n, deep, ahead, s);
   for (int t = 0; t < T; ++t) {
     const __m128 four = sums(s[t][0], s[t][1], s[t][2], s[t][3]);
     for (int r = 0; r < R; ++r) out[t * width + r * step] += four[r];
@@ -100,30 +113,33 @@ void strip(const Number* w, int64_t step, const Ready* x, int64_t n,
 
 // run(R, first row, how far apart R rows lie): strips of R rows, then what
 // is left one by one. Few tokens wait for memory, which likes rows that lie
-// apart
-template <int R, class Run>
-void in_strips(int64_t rows, bool few, const Run& run) {
-  const int64_t whole = rows / R, apart = few ? whole : 1;
+// apart; sums of neighbours are stored four at a time
+template <int R, bool FEW, class Run>
+void in_strips(int64_t rows, const Run& run) {
+  const int64_t whole = rows / R;
   for (int64_t i = 0; i < whole; ++i)
-    run(Count<R>(), few ? i : R * i, apart);
+    if constexpr (FEW) run(Count<R>(), i, whole);
+    else run(Count<R>(), R * i, Count<1>());
   for (int64_t r = R * whole; r < rows; ++r)
-    run(Count<1>(), r, 1);
+    run(Count<1>(), r, Count<1>());
 }
 
 // out[t * width + r]: `rows` rows of w (…, n) times N tokens of x (N, n)
 void strips(const Number* w, int64_t rows, const Ready* x, int64_t N,
             int64_t n, float* out, int64_t width) {
-  const bool few = N <= TOGETHER;
-  const int64_t part = few ? n : HALF_ROW;
   for (int64_t t = 0; t < N; ++t) std::fill_n(out + t * width, rows, 0.0f);
-  for (int64_t k = 0; k < n; k += part)
-    in_strips<STREAMS>(rows, few, [&](auto R, int64_t r, int64_t apart) {
-      in_groups<TOGETHER>(N, [&](auto T, int64_t t) {
-        strip<R.value, T.value>(
-            w + r * n + k, apart, x + t * n + k, n, std::min(part, n - k),
-            few ? AHEAD / 2 : STREAMS * n, out + t * width + r, width);
+  auto run = [&](auto few, int64_t part, int64_t ahead) {
+    for (int64_t k = 0; k < n; k += part)
+      in_strips<STREAMS, few>(rows, [&](auto R, auto r, auto step) INLINE {
+        in_groups<TOGETHER>(N, [&](auto T, int64_t t) INLINE {
+          strip<R.value, T.value>(
+              w + r * n + k, step, x + t * n + k, n,
+              std::min(part, n - k), ahead, out + t * width + r, width);
+        });
       });
-    });
+  };
+  if (N <= TOGETHER) run(std::true_type(), n, AHEAD / (N <= LEAN ? 4 : 2));
+  else run(std::false_type(), HALF_ROW, STREAMS * n);
 }
 
 }  // namespace

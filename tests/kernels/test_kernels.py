@@ -125,6 +125,17 @@ def test_linear(tokens, rows, columns, with_bias, seed):
           torch.randn(rows, n).bfloat16(), bias)
 
 
+@pytest.mark.parametrize("tokens", range(1, 15))
+def test_each_number_of_few_tokens_by_dense_rows(tokens):
+    """Slabs of 480 columns that are full or not; strips that are."""
+    for columns in (32, 480, 512, 992, 2880):
+        for rows in (3, 4, 130):
+            check(OPS.linear, torch.randn(tokens, columns).bfloat16(),
+                  torch.randn(rows, columns).bfloat16(),
+                  torch.randn(rows).bfloat16())
+
+
+
 @few
 @given(st.integers(1, 3), st.integers(1, 20), st.integers(0, 90),
        st.sampled_from([(1, 1), (4, 2), (8, 1), (3, 3)]),
