@@ -195,7 +195,6 @@ assert np.allclose(strip(some, six), six @ some.T)
 # constexpr int64_t BY_STRIPS = 8;  // more tokens: tiles
 # #endif
 # constexpr int64_t HALF_ROW = 1440;  // numbers
-# constexpr int64_t LEAN = TOGETHER == 6 ? 2 : 0;  // tokens: ask nearer
 #
 # #ifndef GPTOSS_BF16
 # // sixteen at a time, first the eight even ones, then the eight odd ones
@@ -340,7 +339,8 @@ assert np.allclose(strip(some, six), six @ some.T)
 #         });
 #       });
 #   };
-#   if (N <= TOGETHER) run(std::true_type(), n, AHEAD / (N <= LEAN ? 4 : 2));
+#   const int64_t ahead = (N <= LEAN ? NEAR : AHEAD) / 2;  // numbers
+#   if (N <= TOGETHER) run(std::true_type(), n, ahead);
 #   else run(std::false_type(), HALF_ROW, STREAMS * n);
 # }
 #

@@ -630,9 +630,9 @@ for g in range(4):  # group g: blocks 2 g and 2 g + 1
 # A processor fetches ahead along a *stream* of addresses, to the end of a
 # page of 4 KiB at most. With one stream everything waits at every page's end;
 # with four the others go on. So four rows are read in turns, a quarter of the
-# matrix apart. `ask_ahead` asks for what a row needs 2048 bytes later, into
-# the second cache, since the first has few places for what is under way.
-# `hold` keeps the compiler from reading anything twice.
+# matrix apart. `ask_ahead` asks for what a row needs 2048 bytes later (1024
+# with AVX-512), into the second cache, since the first has few places for what
+# is under way. `hold` keeps the compiler from reading anything twice.
 
 # %% [markdown] tags=["export:packed.h"]
 # ```cpp
@@ -648,7 +648,7 @@ for g in range(4):  # group g: blocks 2 g and 2 g + 1
 #   Sums total[R][T] = {}, factor[R][T];
 #   auto make_factors = [&](int64_t b, int64_t count) INLINE {
 #     for (int r = 0; r < R; ++r) {
-#       ask(scales + r * row + b + AHEAD / 16);
+#       ask(scales + r * row + b + NEAR / 16);
 #       const Words scale = load_scales(scales + r * row + b, count, b > 0);
 #       for (int t = 0; t < T; ++t)
 #         factor[r][t] = factors(scale, arrange(load<Sums>(x.half(n[t]) + b)));
@@ -660,7 +660,7 @@ for g in range(4):  # group g: blocks 2 g and 2 g + 1
 # #pragma GCC unroll 4
 #     for (int r = 0; r < R; ++r) {
 #       const uint8_t* at = w + 16 * (r * row + b + g * SIDE);
-#       ask_ahead(at);
+#       ask_ahead(at, NEAR);
 #       Bytes bytes = load_blocks(at, count - g * SIDE);
 #       hold(bytes);
 #       even[r] = look_up(values, bytes);

@@ -403,7 +403,7 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 # #pragma GCC unroll 4
 #     for (int r = 0; r < R; ++r) {
 #       const int64_t at = r * row + b;
-#       ask_ahead(w + 16 * at);
+#       ask_ahead(w + 16 * at, NEAR);
 #       const Bytes words = load_blocks(w + 16 * at, count);
 #       const __m512 powers = four_powers(scales + at, count);
 #       Bytes decoded[HELD];

@@ -160,13 +160,19 @@ Buffer floats(const Tensor& x) {
 
 constexpr int64_t STREAMS = 4;     // rows that are read at the same time
 constexpr int64_t AHEAD = 2048;  // bytes
+#ifdef GPTOSS_AVX512  // one or two tokens, which take 64 bytes at a time
+constexpr int64_t NEAR = 1024;
+#else
+constexpr int64_t NEAR = AHEAD;
+#endif
+constexpr int64_t LEAN = 2;  // tokens, at most, for which NEAR is far enough
 
 // asks memory for what will be needed, into the second cache: there more may
 // be under way than into the first, and nothing in use is driven out
 inline void ask(const void* address) { __builtin_prefetch(address, 0, 2); }
 
-inline void ask_ahead(const void* from) {
-  ask(static_cast<const char*>(from) + AHEAD);
+inline void ask_ahead(const void* from, int64_t bytes = AHEAD) {
+  ask(static_cast<const char*>(from) + bytes);
 }
 
 thread_local bool enabled = true;

@@ -121,7 +121,7 @@ void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
   Sums total[R][T] = {}, factor[R][T];
   auto make_factors = [&](int64_t b, int64_t count) INLINE {
     for (int r = 0; r < R; ++r) {
-      ask(scales + r * row + b + AHEAD / 16);
+      ask(scales + r * row + b + NEAR / 16);
       const Words scale = load_scales(scales + r * row + b, count, b > 0);
       for (int t = 0; t < T; ++t)
         factor[r][t] = factors(scale, arrange(load<Sums>(x.half(n[t]) + b)));
@@ -133,7 +133,7 @@ void packed_dots(const uint8_t* w, const uint8_t* scales, int64_t step,
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const uint8_t* at = w + 16 * (r * row + b + g * SIDE);
-      ask_ahead(at);
+      ask_ahead(at, NEAR);
       Bytes bytes = load_blocks(at, count - g * SIDE);
       hold(bytes);
       even[r] = look_up(values, bytes);

@@ -186,7 +186,7 @@ void strip_of_few(const uint8_t* w, const uint8_t* scales, int64_t step,
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const int64_t at = r * row + b;
-      ask_ahead(w + 16 * at);
+      ask_ahead(w + 16 * at, NEAR);
       const Bytes words = load_blocks(w + 16 * at, count);
       const __m512 powers = four_powers(scales + at, count);
       Bytes decoded[HELD];

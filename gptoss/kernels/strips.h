@@ -18,7 +18,6 @@ constexpr int TOGETHER = 2;  // tokens: 8 sums, 2 weights, 4 activations
 constexpr int64_t BY_STRIPS = 8;  // more tokens: tiles
 #endif
 constexpr int64_t HALF_ROW = 1440;  // numbers
-constexpr int64_t LEAN = TOGETHER == 6 ? 2 : 0;  // tokens: ask nearer
 
 #ifndef GPTOSS_BF16
 // sixteen at a time, first the eight even ones, then the eight odd ones
@@ -138,7 +137,8 @@ void strips(const Number* w, int64_t rows, const Ready* x, int64_t N,
         });
       });
   };
-  if (N <= TOGETHER) run(std::true_type(), n, AHEAD / (N <= LEAN ? 4 : 2));
+  const int64_t ahead = (N <= LEAN ? NEAR : AHEAD) / 2;  // numbers
+  if (N <= TOGETHER) run(std::true_type(), n, ahead);
   else run(std::false_type(), HALF_ROW, STREAMS * n);
 }
 
