@@ -501,7 +501,7 @@ def build(variant: str = "auto", anew: bool = False,
 # the first use it may say "C++, to be compiled when first used".
 #
 # A page about a kernel shows the one that it has just derived: `load_upto`
-# compiles the parts up to that page's, in seconds instead of half a minute.
+# compiles the parts up to the one that makes an operator of it, and no more.
 
 # %% tags=["export"]
 from gptoss.model.answers import LOADING
@@ -566,12 +566,12 @@ def kernel_path() -> str:
 def load_upto(part: str) -> bool:
     """Load the parts up to this one alone, for a page that shows it; did it
     work? In silence, and for good: a process has one library."""
+    parts = PARTS[:PARTS.index(part) + 1]
     os.environ["GPTOSS_KERNELS"] = "torch"  # which loads no other
     _log.setLevel(logging.ERROR)
     try:
-        made = build(parts=PARTS[:PARTS.index(part) + 1])
-        torch.ops.load_library(str(made))
-    except KernelError:
+        torch.ops.load_library(str(build(parts=parts)))
+    except (KernelError, OSError):
         return False
     return True
 

@@ -262,9 +262,9 @@ assert np.allclose(strip(some, six), six @ some.T)
 #
 # // s[t][r] += row r, `apart` numbers after the one before, times token t
 # template <int R, int T>
-# INLINE inline void add_products(const Number* w, int64_t apart,
-#                                 const Ready* x, int64_t n, int64_t deep,
-#                                 int64_t ahead, __m512 (&s)[T][4]) {
+# INLINE inline void add_strip(const Number* w, int64_t apart, const Ready* x,
+#                              int64_t n, int64_t deep, int64_t ahead,
+#                              __m512 (&s)[T][4]) {
 #   for (int64_t k = 0; k < deep; k += BLOCK) {
 #     __m512bh rows[R];
 # #pragma GCC unroll 4
@@ -290,7 +290,7 @@ assert np.allclose(strip(some, six), six @ some.T)
 #   __m512 s[T][4];
 #   for (int t = 0; t < T; ++t)
 #     for (int r = 0; r < 4; ++r) s[t][r] = __m512{};
-#   add_products<R>(w, step * n, x, n, deep, ahead, s);
+#   add_strip<R>(w, step * n, x, n, deep, ahead, s);
 #   for (int t = 0; t < T; ++t) {
 #     const __m128 four = sums(s[t][0], s[t][1], s[t][2], s[t][3]);
 #     for (int r = 0; r < R; ++r) out[t * width + r * step] += four[r];
@@ -306,15 +306,14 @@ assert np.allclose(strip(some, six), six @ some.T)
 # that is known when the code is compiled, `in_strips` the rows into strips.
 # One group goes along whole rows. Several would bring all their tokens from
 # the L2 cache for each four rows; half as long, rows and tokens fit into L1,
-# and what is asked for ahead are the next four rows. With bf16 units three to
-# twelve tokens take [slabs](pairs.ipynb). Without `INLINE` 96 tokens took a
-# tenth longer.
+# and what is asked for ahead are the next four rows. (With bf16 units three to
+# twelve tokens, but six, go by slabs; [pairs](pairs.ipynb) derives them.)
 
 # %% [markdown] tags=["export:strips.h"]
 # ```cpp
 # // run(R, first row, how far apart R rows lie): strips of R rows, then what
 # // is left one by one. Few tokens wait for memory, which likes rows that lie
-# // apart; sums of neighbours are stored four at a time
+# // apart; many get neighbours, whose sums can be stored four at a time
 # template <int R, bool FEW, class Run>
 # void in_strips(int64_t rows, const Run& run) {
 #   const int64_t whole = rows / R;
@@ -349,8 +348,9 @@ assert np.allclose(strip(some, six), six @ some.T)
 
 # %% [markdown] tags=["measured"]
 # On two cores of a Zen 4 with memory at 60 GB/s the dense matrices of the 20b
-# took one token 45 ms (50 when it asked 2048 bytes ahead), six 55, sixteen
-# 120. On a Zen 5 sixteen took a fifth less time by halves than by whole rows.
+# took 45 ms for one token (50 when it asked 2048 bytes ahead), 55 for six, 120
+# for sixteen; for 96 a tenth more without `INLINE`. On a Zen 5 halves of rows
+# took sixteen tokens a fifth less time than whole rows.
 #
 # ### How does a tile of rows become columns?
 #
@@ -483,7 +483,7 @@ assert np.allclose(out, some @ weight.T)
 # %% [markdown]
 # ### Which of them is taken?
 #
-# With bf16 units strips do for any number of tokens, 96 of them at a time, so
+# With bf16 units strips serve any number of tokens, 96 of them at a time, so
 # that they stay in the second cache of a core while 128 rows pass. Without
 # them, up to eight tokens go by strips and more by tiles: 64 rows by 256
 # columns in fp32 are 64 KiB, which that cache holds as well. A processor with

@@ -493,6 +493,7 @@ print((pattern << 16).view(torch.float32).item())
 # #endif
 # }
 #
+# // where the compiler's own judgement was measured to be slower
 # #define INLINE __attribute__((always_inline))
 #
 # // v stands in a register here: the compiler may not read it again from
@@ -591,12 +592,12 @@ for x in (1.0, 1.00390625, 1.01171875, 1.005):
 #
 # constexpr int64_t STREAMS = 4;     // rows that are read at the same time
 # constexpr int64_t AHEAD = 2048;  // bytes
-# #ifdef GPTOSS_AVX512  // one or two tokens, which take 64 bytes at a time
+# #ifdef GPTOSS_BF16  // for few tokens that is far enough, and quicker
 # constexpr int64_t NEAR = 1024;
 # #else
 # constexpr int64_t NEAR = AHEAD;
 # #endif
-# constexpr int64_t LEAN = 2;  // tokens, at most, for which NEAR is far enough
+# constexpr int64_t LEAN = 2;  // of dense rows: so many tokens, at most
 #
 # // asks memory for what will be needed, into the second cache: there more may
 # // be under way than into the first, and nothing in use is driven out

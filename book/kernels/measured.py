@@ -590,6 +590,13 @@ for machine, saved in MACHINES.items():
 # tokens a second are 360 of the 415 GFLOP/s that the bf16 units of two cores
 # do. With `--dense 8` a token needs 1.45 times fewer bytes.
 #
+# That table is older than [slabs](pairs.ipynb) and the nearer asking of one or
+# two tokens. Since then, the best of two rounds, memory at 60 GB/s in most
+# minutes: one, two, four and eight equal texts 1.02, 1.10, 1.06 and 0.88 times
+# as fast by us (13.0, 19.7, 31.7 and 37.8 tokens a second to 12.7, 17.9, 30.0
+# and 42.9), plain decoding 0.97 times (12.8 and 13.1), a prompt of 512 0.93
+# times (57 and 62), of 4096 1.03 times (54.5 and 52.9).
+#
 # On Zen 5 memory went at 50 GB/s in some minutes and at 80 in others, for
 # whoever ran just then; the best of three rounds is in the table. There it is
 # nearly even: one, four and eight equal texts 0.99, 1.03 and 0.93 times as
@@ -649,6 +656,12 @@ for machine, saved in MACHINES.items():
 # three. Prefill on Zen 4 rose from 38 tokens a second (in the figure above, by
 # whole numbers) to 51 by bf16 in the first layer of the experts, and to 60 by
 # [panels](panels.ipynb).
+#
+# Slabs and the nearer asking came after the table, too. With memory at 64 GB/s
+# steps of 1, 2, 4, 8 and 16 tokens took 94, 129, 182, 279 and 463 ms before,
+# and 86, 124, 168, 266 and 459 after; four and eight equal texts 144 and 231,
+# then 131 and 216. The excess did not fall, since one token gained as well:
+# four have 1.24 now, eight 1.48, sixteen 2.13.
 #
 # Guessing tokens ([drafts](drafts.ipynb)) on Zen 4, random weights in the
 # 20b's shapes and given texts (`bench/drafts.py`; not in the table): an

@@ -631,8 +631,9 @@ for g in range(4):  # group g: blocks 2 g and 2 g + 1
 # page of 4 KiB at most. With one stream everything waits at every page's end;
 # with four the others go on. So four rows are read in turns, a quarter of the
 # matrix apart. `ask_ahead` asks for what a row needs 2048 bytes later (1024
-# with AVX-512), into the second cache, since the first has few places for what
-# is under way. `hold` keeps the compiler from reading anything twice.
+# with bf16 units, by measuring), into the second cache, since the first has
+# few places for what is under way. `hold` keeps the compiler from reading
+# anything twice.
 
 # %% [markdown] tags=["export:packed.h"]
 # ```cpp

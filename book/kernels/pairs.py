@@ -500,20 +500,20 @@ for tokens in (1, 2, 4, 8, 12):
               ", L1 holds 32" if whole > L1 else ""))
 
 # %% [markdown]
-# From two tokens on the caches' first level, which holds what was used last,
-# has forgotten each number just before it comes again. All tokens then pass
-# from the second level for every four rows, and a core that waits for 24 lines
-# at a time has fewer left for what comes from memory. A **slab** is a sixth of
-# a row deep: four rows, then all tokens, then on along the same rows, so that
-# the four streams from memory never break off. Between two slabs the sums wait
-# in memory, as the registers they are; their lanes are added up at the end of
-# the row.
+# From two tokens on, the first cache of a Zen 4 (32 KiB) has dropped each
+# number just before it is needed again. All tokens then come from the second
+# cache for every four rows, and they take places of a queue in which the
+# weights from memory wait, too. A **slab** is 480 columns wide: four rows of
+# it, all tokens, then the next slab of the same rows, so that the four streams
+# from memory never break off. Between two slabs the sums wait in memory, as
+# the registers they are; their lanes are added up at the end of the row. So a
+# token's result is the same, to the bit, whether it comes alone or with eleven
+# others.
 #
-# With one group of tokens the processor runs ahead and asks for rows that
-# `ask` has not brought yet; a second group keeps it busy meanwhile. So three
-# to five tokens are cut into groups of at most three. Six, a full group, are
-# quicker along whole rows, and with more than twelve the products take longer
-# than memory anyway.
+# In what groups the tokens pass was found by trying (the times are below).
+# Four and five are quicker as two groups than as one; six, which fill the
+# registers, are quicker along whole rows, and we do not know why. More than
+# twelve would be three groups; they were slower than halves of rows.
 
 # %% [markdown] tags=["export:slabs.h"]
 # ```cpp
@@ -524,40 +524,40 @@ for tokens in (1, 2, 4, 8, 12):
 # constexpr int64_t KEPT = 12;   // tokens whose sums wait, at most
 #
 # template <int T>
-# INLINE inline void copy(const __m512 (*from)[4], __m512 (*to)[4]) {
+# INLINE inline void move_sums(const __m512 (*from)[4], __m512 (*to)[4]) {
 # #pragma GCC unroll 6
 #   for (int t = 0; t < T; ++t)
 # #pragma GCC unroll 4
 #     for (int r = 0; r < 4; ++r) to[t][r] = from[t][r];
 # }
 #
-# // as `strip`, with sums that were and will be kept
+# // adds to the sums in `kept`: R rows, T tokens, `deep` columns
 # template <int R, int T>
 # void go_on(const Number* w, int64_t apart, const Number* x, int64_t n,
 #            int64_t deep, __m512 (*kept)[4]) {
 #   __m512 s[T][4];
-#   copy<T>(kept, s);
-#   add_products<R>(w, apart, x, n, deep, AHEAD / 2, s);
-#   copy<T>(s, kept);
+#   move_sums<T>(kept, s);
+#   add_strip<R>(w, apart, x, n, deep, AHEAD / 2, s);
+#   move_sums<T>(s, kept);
 # }
 #
 # // as `strips`, tokens in groups of at most MANY
 # template <int MANY>
 # void slabs(const Number* w, int64_t rows, const Number* x, int64_t N,
 #            int64_t n, float* out, int64_t width) {
-#   alignas(64) __m512 kept[KEPT][4];
-#   in_strips<STREAMS, true>(rows, [&](auto R, int64_t r, int64_t apart) {
-#     std::fill_n(&kept[0][0], 4 * N, __m512{});
+#   __m512 kept[KEPT][4];
+#   in_strips<STREAMS, true>(rows, [&](auto R, int64_t r, int64_t step) {
+#     std::memset(kept, 0, N * sizeof kept[0]);
 #     for (int64_t k = 0; k < n; k += SLAB)
 #       in_groups<MANY>(N, [&](auto T, int64_t t) {
-#         go_on<R.value, T.value>(w + r * n + k, apart * n, x + t * n + k, n,
+#         go_on<R.value, T.value>(w + r * n + k, step * n, x + t * n + k, n,
 #                                 std::min(SLAB, n - k), &kept[t]);
 #       });
 #     for (int64_t t = 0; t < N; ++t) {
 #       const auto& s = kept[t];
 #       const __m128 four = sums(s[0], s[1], s[2], s[3]);
 #       for (int i = 0; i < R.value; ++i)
-#         out[t * width + r + i * apart] = four[i];
+#         out[t * width + r + i * step] = four[i];
 #     }
 #   });
 # }
@@ -567,10 +567,9 @@ for tokens in (1, 2, 4, 8, 12):
 # void quickest_strips(const Number* w, int64_t rows, const Ready* x,
 #                      int64_t N, int64_t n, float* out, int64_t width) {
 # #ifdef GPTOSS_BF16
-#   if (LEAN < N && N < TOGETHER)
-#     return slabs<TOGETHER / 2>(w, rows, x, N, n, out, width);
-#   if (TOGETHER < N && N <= KEPT)
-#     return slabs<TOGETHER>(w, rows, x, N, n, out, width);
+#   if (LEAN < N && N <= KEPT && N != TOGETHER)
+#     return (N < TOGETHER ? slabs<TOGETHER / 2> : slabs<TOGETHER>)(
+#         w, rows, x, N, n, out, width);
 # #endif
 #   strips(w, rows, x, N, n, out, width);
 # }
@@ -627,11 +626,11 @@ for tokens in (1, 2, 6, 7, 12, 13, 100):
 # %%
 worst = 0.0
 for tokens in range(1, 14):
-    x, weight = (torch.randn(rows, 1056).bfloat16() for rows in (tokens, 150))
+    x, weight = (torch.randn(n, 1056).bfloat16() for n in (tokens, 150))
     with torch.inference_mode():
         y = torch.ops.gptoss.linear(x, weight, None)
     worst = max(worst, off(y, x.double() @ weight.double().T))
-print(f"{worst:.3f}, one rounding")
+print(f"off by {worst:.3f} of the result's norm, which is one rounding")
 assert worst < 2.5e-3
 
 # %% [markdown]
@@ -718,7 +717,9 @@ for name, decoding, token, counts in (
 # GB/s, first with saturating subtractions, products for shifts and a mask at
 # every load, then as it is now: one token 26 (row by row) and 33 GB/s, two 23
 # and 29, three 19 and 23, four 16 and 20, six 12 and 14, eight 9.5 and 10.6,
-# twelve 7.1 and 7.4. On two cores of a Zen 5, before that change, a first
+# twelve 7.1 and 7.4. At 60 GB/s the experts of the 20b took one token 35 ms
+# and two 65, and, since up to three tokens ask 1024 bytes ahead instead of
+# 2048, 32 and 61. On two cores of a Zen 5, before that change, a first
 # layer of 5760 by 2880 at 50 GB/s took 0.17 ms for one token (row by row, the
 # bytes' own time), 0.18 for two and for three, 0.23 for four, 0.33 for six,
 # 0.44 for eight. On the Xeon strips are limited by `vdpbf16ps`, one in 2.3
@@ -727,8 +728,10 @@ for name, decoding, token, counts in (
 # The dense matrices of the 20b on the Zen 4, with memory at 60 GB/s, in
 # milliseconds by strips and by slabs: three tokens 57 and 49, four 62 and 51,
 # five 66 and 60, eight 77 and 66, twelve 97 and 92; at 35 GB/s four 77 and 71,
-# eight 84 and 72. For six tokens as two groups of three it was 60 and 73. Why
-# whole rows do so well there we do not know.
+# eight 84 and 72. Four tokens in one group took 62 by slabs, too; six in two
+# groups of three 73, along whole rows 61, and 55 since the compiler must
+# inline that loop. Sixteen, in two groups of eight, took 145 by slabs and 128
+# by halves of rows.
 #
 # ## Takeaways
 #
@@ -740,8 +743,8 @@ for name, decoding, token, counts in (
 #   should not wait for the units that multiply.
 # - What was stored in bf16 is multiplied in bf16; what never was keeps sixteen
 #   bits.
-# - Dense rows of a few tokens go by slabs, so that the tokens stay in L1, and
-#   their sums wait in memory.
+# - Dense rows of three to twelve tokens, but six, go by slabs: the tokens stay
+#   in the first cache, and their sums wait in memory.
 #
 # ## Exercises
 #

@@ -272,12 +272,12 @@ def kernel_path() -> str:
 def load_upto(part: str) -> bool:
     """Load the parts up to this one alone, for a page that shows it; did it
     work? In silence, and for good: a process has one library."""
+    parts = PARTS[:PARTS.index(part) + 1]
     os.environ["GPTOSS_KERNELS"] = "torch"  # which loads no other
     _log.setLevel(logging.ERROR)
     try:
-        made = build(parts=PARTS[:PARTS.index(part) + 1])
-        torch.ops.load_library(str(made))
-    except KernelError:
+        torch.ops.load_library(str(build(parts=parts)))
+    except (KernelError, OSError):
         return False
     return True
 

@@ -74,9 +74,9 @@ inline __m128 sums(__m512 s, __m512 t, __m512 u, __m512 v) {
 
 // s[t][r] += row r, `apart` numbers after the one before, times token t
 template <int R, int T>
-INLINE inline void add_products(const Number* w, int64_t apart,
-                                const Ready* x, int64_t n, int64_t deep,
-                                int64_t ahead, __m512 (&s)[T][4]) {
+INLINE inline void add_strip(const Number* w, int64_t apart, const Ready* x,
+                             int64_t n, int64_t deep, int64_t ahead,
+                             __m512 (&s)[T][4]) {
   for (int64_t k = 0; k < deep; k += BLOCK) {
     __m512bh rows[R];
 #pragma GCC unroll 4
@@ -102,7 +102,7 @@ INLINE inline void strip(const Number* w, int64_t step, const Ready* x,
   __m512 s[T][4];
   for (int t = 0; t < T; ++t)
     for (int r = 0; r < 4; ++r) s[t][r] = __m512{};
-  add_products<R>(w, step * n, x, n, deep, ahead, s);
+  add_strip<R>(w, step * n, x, n, deep, ahead, s);
   for (int t = 0; t < T; ++t) {
     const __m128 four = sums(s[t][0], s[t][1], s[t][2], s[t][3]);
     for (int r = 0; r < R; ++r) out[t * width + r * step] += four[r];
@@ -112,7 +112,7 @@ INLINE inline void strip(const Number* w, int64_t step, const Ready* x,
 
 // run(R, first row, how far apart R rows lie): strips of R rows, then what
 // is left one by one. Few tokens wait for memory, which likes rows that lie
-// apart; sums of neighbours are stored four at a time
+// apart; many get neighbours, whose sums can be stored four at a time
 template <int R, bool FEW, class Run>
 void in_strips(int64_t rows, const Run& run) {
   const int64_t whole = rows / R;

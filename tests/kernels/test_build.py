@@ -43,12 +43,14 @@ for tokens in (1, 2, 5, 23):
 for rows, columns in ((50, 64), (3, 4096), (131, 2880)):
     if "AVX" in build.kernel_path():
         layer = Linear(columns, rows, dtype=torch.bfloat16)
-        x = torch.randn(2, columns).bfloat16()
-        exact = (x.double() @ layer.weight.double().T + layer.bias.double())
-        for made in (layer, CompactLinear(layer, pack(layer.weight.detach()))):
-            with torch.no_grad():
-                y = made(x).double()
-            worst = max(worst, ((y - exact).norm() / exact.norm()).item())
+        copy = CompactLinear(layer, pack(layer.weight.detach()))
+        for tokens in (1, 2, 5, 9):
+            x = torch.randn(tokens, columns).bfloat16()
+            exact = x.double() @ layer.weight.double().T + layer.bias.double()
+            for made in (layer, copy):
+                with torch.no_grad():
+                    y = made(x).double()
+                worst = max(worst, ((y - exact).norm() / exact.norm()).item())
 for tokens in (1, 2, 3, 4, 7):
     for rows, columns in ((50, 64), (3, 4096), (131, 2880)):
         if "C++" in build.kernel_path():

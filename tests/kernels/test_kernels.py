@@ -127,13 +127,25 @@ def test_linear(tokens, rows, columns, with_bias, seed):
 
 @pytest.mark.parametrize("tokens", range(1, 15))
 def test_each_number_of_few_tokens_by_dense_rows(tokens):
-    """Slabs of 480 columns that are full or not; strips that are."""
+    """Last slabs that are full or not, rows that fill strips or do not."""
+    torch.manual_seed(tokens)
     for columns in (32, 480, 512, 992, 2880):
         for rows in (3, 4, 130):
             check(OPS.linear, torch.randn(tokens, columns).bfloat16(),
                   torch.randn(rows, columns).bfloat16(),
                   torch.randn(rows).bfloat16())
 
+
+@pytest.mark.skipif(LOADED != "C++ with AVX-512 and bf16",
+                    reason="squares, or other orders of sums")
+def test_a_token_of_twelve_has_the_bits_that_it_has_alone():
+    torch.manual_seed(0)
+    x, weight = (torch.randn(n, 2880).bfloat16() for n in (12, 150))
+    with torch.inference_mode():
+        whole = OPS.linear(x, weight, None)
+        for tokens in range(1, 12):
+            assert torch.equal(OPS.linear(x[:tokens], weight, None),
+                               whole[:tokens]), tokens
 
 
 @few
