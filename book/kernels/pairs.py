@@ -497,7 +497,7 @@ for tokens in (1, 2, 4, 8, 12):
     whole, slab = (2 * numbers * (4 + tokens) for numbers in (2880, 480))
     print(f"{tokens:2} tokens and four rows: {whole / 1024:4.0f} KiB of whole "
           f"rows, {slab / 1024:4.1f} KiB of a sixth" + (
-              ", L1 holds 32" if whole > L1 else ""))
+              "; L1: 32 KiB" if whole > L1 else ""))
 
 # %% [markdown]
 # From two tokens on, the first cache of a Zen 4 (32 KiB) has dropped each
@@ -511,9 +511,9 @@ for tokens in (1, 2, 4, 8, 12):
 # others.
 #
 # In what groups the tokens pass was found by trying (the times are below).
-# Four and five are quicker as two groups than as one; six, which fill the
-# registers, are quicker along whole rows, and we do not know why. More than
-# twelve would be three groups; they were slower than halves of rows.
+# Four are quicker as two groups than as one, five at least not slower; six,
+# which fill the registers, are quicker along whole rows, and we do not know
+# why. With more than twelve, halves of rows are quicker again.
 
 # %% [markdown] tags=["export:slabs.h"]
 # ```cpp
