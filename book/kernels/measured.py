@@ -462,11 +462,12 @@ for machine, saved in (("Zen 3", MEASURED), ("Zen 4", ON_AVX512)):
                             "decode_tokens_per_second",
                             "prefill_tokens_per_second")),
                         *(x["peak_rss_bytes"] / 2 ** 30 for x in (a, b))))
-print("machine shape        beside             ours      decode         "
-      "prefill  GiB, theirs")
+print("our speed over theirs, and the GiB that either needs")
+print("CPU    shape        beside            ours    decode       prefill  "
+      "GiB  its")
 for machine, shape, theirs, ours, token, prompt, gib, other in pairs:
-    print(f"{machine:7} {shape:12} {theirs:18} {ours:8} {token:5.2f} x "
-          f"{verdict(token):6} {prompt:6.2f} x {gib:4.0f} {other:6.0f}")
+    print(f"{machine:6} {shape:12} {theirs:17} {ours:7} {token:6.2f} "
+          f"{verdict(token):6} {prompt:7.2f} {gib:4.0f} {other:3.0f}")
 
 # %% tags=["hide-input"]
 # Figure: a dot for each comparison of decoding, on a logarithmic axis of our
@@ -560,20 +561,32 @@ for texts in (1, 2, 4, 8):
 # ours over theirs.
 
 # %% tags=["hide-input"]
+def show(title: str, lines: dict[str, dict[int, str]]) -> None:
+    """A table: a line for each name, a column for each number."""
+    columns = sorted({n for line in lines.values() for n in line})
+    print(f"{title:22}" + "".join(f"{n:6}" for n in columns))
+    for name, line in lines.items():
+        found = "".join(f"{line.get(n, ''):>6}" for n in columns)
+        print(f"{name:22}{found}".rstrip())
+
+
 for machine, saved in MACHINES.items():
     engines = measured("20b-together", found=saved, default={})
+    table: dict[str, dict[int, str]] = {}
     for name, engine in engines.items():
-        print(f"{machine} {name:12} decode "
-              f"{engine['decode_tokens_per_second']:5.1f}, prefill of 512 "
-              f"{engine['prefill_tokens_per_second']:5.1f}")
+        print(f"{machine}, {name}: decode "
+              f"{engine['decode_tokens_per_second']:.1f}, prefill of 512 "
+              f"{engine['prefill_tokens_per_second']:.1f}")
         for kind, speeds in engine["together"].items():
-            line = f"{machine} {name:12} {kind:8}"
-            ours = measured("ours", "together", kind, found=engines)
-            for texts, speed in speeds.items():
-                line += f" {texts:>3}: {speed:5.1f}"
-                if not name.startswith("ours"):
-                    line += f" ({ours[texts] / speed:4.2f} x)"
-            print(line)
+            table[f"{name}, {kind}"] = {
+                int(n): f"{speed:.1f}" for n, speed in speeds.items()}
+            if not name.startswith("ours"):
+                ours = measured("ours", "together", kind, found=engines)
+                table[f"ours over it, {kind}"] = {
+                    int(n): f"{ours[n] / speed:.2f}"
+                    for n, speed in speeds.items()}
+    if table:
+        show(f"{machine}, texts:", table)
 
 # %% [markdown] tags=["measured"]
 # These are losses beside wins. On Zen 4 memory went at 36 GB/s in most
@@ -629,15 +642,15 @@ for machine, saved in MACHINES.items():
 
 # %% tags=["hide-input"]
 for machine, saved in MACHINES.items():
-    tables: dict[str, list[str]] = {}
+    table = {}
     for row in measured("rows", "products", found=saved, default=[]):
-        tables.setdefault(f"{row['product']} {row['shape']}", []).append(
-            f"{row['rows']}: {row['over_best']:.2f}")
+        table.setdefault(f"{row['product']} {row['shape']}", {})[
+            row["rows"]] = f"{row['over_best']:.2f}"
     for row in measured("rows", "steps", found=saved, default=[]):
-        tables.setdefault(f"steps, {row['kind']}", []).append(
-            f"{row['n']}: {row['excess']:.2f}")
-    for name, entries in tables.items():
-        print(f"{machine} {name:20} {'  '.join(entries)}")
+        table.setdefault(f"steps, {row['kind']}", {})[
+            row["n"]] = f"{row['excess']:.2f}"
+    if table:
+        show(f"{machine}, rows or n:", table)
 
 # %% [markdown] tags=["measured"]
 # `linear` is at most a twentieth slower than the better of both, for any

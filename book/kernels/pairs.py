@@ -497,7 +497,7 @@ for tokens in (1, 2, 4, 8, 12):
     whole, slab = (2 * numbers * (4 + tokens) for numbers in (2880, 480))
     print(f"{tokens:2} tokens and four rows: {whole / 1024:4.0f} KiB of whole "
           f"rows, {slab / 1024:4.1f} KiB of a sixth" + (
-              "; L1: 32 KiB" if whole > L1 else ""))
+              "; L1: 32" if whole > L1 else ""))
 
 # %% [markdown]
 # From two tokens on, the first cache of a Zen 4 (32 KiB) has dropped each
