@@ -510,10 +510,10 @@ from gptoss.model.ops import has_kernel
 _path = ""  # in words, once the kernels are loaded; changed behind LOADING
 
 
-def _load_library(choice: str) -> None:
+def _load_library(choice: str, parts: tuple[str, ...] = PARTS) -> None:
     """Load the compiled kernels; what does not load is compiled anew."""
     for anew in (False, True):
-        path = build(choice, anew)
+        path = build(choice, anew, parts)
         try:
             torch.ops.load_library(str(path))
             torch.ops.gptoss.kernels_name()  # else it is another library
@@ -565,13 +565,17 @@ def kernel_path() -> str:
 
 def load_upto(part: str) -> bool:
     """Load the parts up to this one alone, for a page that shows it; did it
-    work? In silence, and for good: a process has one library."""
-    parts = PARTS[:PARTS.index(part) + 1]
+    work? In silence, and for good: a process has one library.
+
+    KernelError if there is no such part."""
+    if part not in PARTS:
+        raise KernelError(f"part: expected one of {', '.join(PARTS)}, found "
+                          f"{part!r}")
     os.environ["GPTOSS_KERNELS"] = "torch"  # which loads no other
     _log.setLevel(logging.ERROR)
     try:
-        torch.ops.load_library(str(build(parts=parts)))
-    except (KernelError, OSError):
+        _load_library("auto", PARTS[:PARTS.index(part) + 1])
+    except KernelError:
         return False
     return True
 

@@ -492,23 +492,21 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 # a token's number is needed again, for the next four rows?
 
 # %%
-L1 = 32 * 1024
 for tokens in (1, 2, 4, 8, 12):
-    whole, slab = (2 * numbers * (4 + tokens) for numbers in (2880, 480))
-    print(f"{tokens:2} tokens and four rows: {whole / 1024:4.0f} KiB of whole "
-          f"rows, {slab / 1024:4.1f} KiB of a sixth" + (
-              "; L1: 32" if whole > L1 else ""))
+    whole, slab = (2 * columns * (4 + tokens) for columns in (2880, 480))
+    print(f"{tokens:2} tokens and four rows: {whole / 1024:2.0f} KiB along "
+          f"2880 columns, {slab / 1024:4.1f} KiB along 480")
+print("The first cache of a Zen 4 holds 32 KiB.")
 
 # %% [markdown]
-# From two tokens on, the first cache of a Zen 4 (32 KiB) has dropped each
-# number just before it is needed again. All tokens then come from the second
-# cache for every four rows, and they take places of a queue in which the
-# weights from memory wait, too. A **slab** is 480 columns wide: four rows of
-# it, all tokens, then the next slab of the same rows, so that the four streams
-# from memory never break off. Between two slabs the sums wait in memory, as
-# the registers they are; their lanes are added up at the end of the row. So a
-# token's result is the same, to the bit, whether it comes alone or with eleven
-# others.
+# So from two tokens on, that cache has dropped each number just before it is
+# needed again. All tokens then come from the second cache for every four rows,
+# and they take places of a queue in which the weights from memory wait, too. A
+# **slab** is 480 columns wide: four rows of it, all tokens, then the next slab
+# of the same rows, so that the four streams from memory never break off.
+# Between two slabs the sums wait in memory, as the registers they are; their
+# lanes are added up at the end of the row. So a token's result is the same, to
+# the bit, whether it comes alone or with eleven others.
 #
 # In what groups the tokens pass was found by trying (the times are below).
 # Four are quicker as two groups than as one, five at least not slower; six,
@@ -730,7 +728,7 @@ for name, decoding, token, counts in (
 # five 66 and 60, eight 77 and 66, twelve 97 and 92; at 35 GB/s four 77 and 71,
 # eight 84 and 72. Four tokens in one group took 62 by slabs, too; six in two
 # groups of three 73, along whole rows 61, and 55 since the compiler must
-# inline that loop. Sixteen, in two groups of eight, took 145 by slabs and 128
+# inline that loop. Sixteen, in two lots of eight, took 145 by slabs and 128
 # by halves of rows.
 #
 # ## Takeaways

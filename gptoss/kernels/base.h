@@ -166,7 +166,7 @@ constexpr int64_t NEAR = 1024;
 #else
 constexpr int64_t NEAR = AHEAD;
 #endif
-constexpr int64_t LEAN = 2;  // of dense rows: so many tokens, at most
+constexpr int64_t LEAN = 2;  // tokens, at most, whose dense rows ask so
 
 // asks memory for what will be needed, into the second cache: there more may
 // be under way than into the first, and nothing in use is driven out

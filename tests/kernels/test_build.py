@@ -123,8 +123,15 @@ def test_a_page_loads_the_parts_up_to_its_own(compiler, loaded, tmp_path):
         [sys.executable, "-c", PAGE], text=True, capture_output=True,
         timeout=280, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path),
                                        "CXX": compiler})
-    assert done.stdout == (f"{loaded} False torch (GPTOSS_KERNELS=torch)\n")
+    assert done.stdout == f"{loaded} False torch (GPTOSS_KERNELS=torch)\n"
     assert not done.stderr
+
+
+def test_a_page_of_no_part_is_refused_and_changes_nothing():
+    before = dict(os.environ)
+    with pytest.raises(build.KernelError, match="part: .*dense.*'dens'"):
+        build.load_upto("dens")
+    assert dict(os.environ) == before
 
 
 COMPILER = """
