@@ -444,9 +444,9 @@ assert found == order.tolist()
 # What a pick reads is a row of `Inputs`: for the first layer a token, the same
 # for all $K$ picks of it, for the second the pick's own hidden vector. Later
 # chapters have ways of their own, each with a height: with bf16 units the
-# first layer goes by the strips of [pairs](pairs.ipynb), with AMX four picks
-# and more by [squares](amx.ipynb), and with AVX-512 tiles become
-# [panels](panels.ipynb).
+# first layer goes by the strips of [pairs](pairs.ipynb), where an expert has
+# more than one pick, with AMX four picks and more by [squares](amx.ipynb), and
+# with AVX-512 tiles become [panels](panels.ipynb).
 
 # %% [markdown] tags=["export:experts.h"]
 # ```cpp
@@ -494,6 +494,7 @@ assert found == order.tolist()
 # #endif
 # #ifdef GPTOSS_BF16
 #   Interleaved<PairPanel> pairs;
+#   int64_t paired_from = 1;  // places; fewer go by their digits
 # #endif
 # #ifdef GPTOSS_AMX
 #   Squares squares;
@@ -514,7 +515,8 @@ assert found == order.tolist()
 # #ifdef GPTOSS_BF16
 #     if (most == STORED) {  // hidden numbers keep sixteen bits
 #       pairs = paired(x, from, blocks, groups.begin);
-#       few = TOGETHER + 1, low = BROAD;
+#       few = TOGETHER + 1, low = BROAD, paired_from = 2;
+#       if (any_below(groups, 2)) digits = quantised(x, most, rows, blocks);
 #       return;
 #     }
 # #endif
@@ -571,7 +573,7 @@ assert found == order.tolist()
 #     else
 # #endif
 # #ifdef GPTOSS_BF16
-#     if (x.pairs.size && count < X::TILED)
+#     if (x.pairs.size && x.paired_from <= count && count < X::TILED)
 #       packed_strips(w, s, rows, weight.blocks, reinterpret_cast<
 #                         const Number*>(x.pairs.at(first)), count,
 #                     out.data(), rows);

@@ -363,8 +363,8 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 # ```
 
 # %% [markdown]
-# **One, two or three tokens** are multiplied with so few instructions that
-# decoding takes the longer part. Then the scales need not go into the weights
+# **Two or three tokens** are multiplied with so few instructions that decoding
+# takes the longer part. Then the scales need not go into the weights
 # at all: of four blocks, each lane of a sum belongs to one, so what they bring
 # is summed in a register of its own, and that is multiplied with the four
 # powers of two. One product a token takes the place of eight instructions. And
@@ -694,21 +694,26 @@ for n in (2, 4, 8, 16, 512):
 
 # %% [markdown]
 # In the 120b most experts that are chosen have a single token still when eight
-# come: there one token is what counts.
+# come: there one token is what counts, and a token alone goes row by row, by
+# its digits ([packed](packed.ipynb)), since that takes fewer instructions.
 #
 # **Cost.** For 128 weights of a row: a shift, a look-up and two for the
 # difference make 15 instructions (the first code needs no shift), four are for
 # the scales, and each token takes 4 products. With the scales after the sums
-# it is 7 and 4, and 5 for each token. What part is decoding?
+# it is 7 and 4, and 5 for each token. By digits, row by row, one shift and two
+# look-ups decode, but a token takes 4 products and then a shift, a sum, a
+# conversion, a scale brought to its lanes and a product with it; what belongs
+# to the scales is done for sixteen blocks at a time. What part is decoding?
 
 # %%
 print("scales        tokens  instructions  of them decoding")
 for name, decoding, token, counts in (
         ("in weights", 19, 4, (1, 3, 4, 12)),
-        ("after sums", 11, 5, (1, 2, 3))):
+        ("after sums", 11, 5, (1, 2, 3)),
+        ("by digits", 3 + 3 / 4, 9 + 1 / 4, (1, 2, 3))):
     for T in counts:
         every = decoding + token * T
-        print(f"{name:13} {T:6} {every:13} {decoding / every:17.0%}")
+        print(f"{name:13} {T:6} {every:13.0f} {decoding / every:17.0%}")
 
 # %% [markdown] tags=["measured"]
 # Measured on two cores of a Zen 4, packed bytes a second from memory at 36
@@ -722,6 +727,10 @@ for name, decoding, token, counts in (
 # bytes' own time), 0.18 for two and for three, 0.23 for four, 0.33 for six,
 # 0.44 for eight. On the Xeon strips are limited by `vdpbf16ps`, one in 2.3
 # cycles.
+#
+# One token is quicker row by row since both ways ask 1024 bytes ahead: 8.4
+# cycles for 128 weights from the second cache instead of 9.7, and for the
+# experts of the 20b, with memory at 60 GB/s, 30 ms instead of 33.
 #
 # The dense matrices of the 20b on the Zen 4, with memory at 60 GB/s, in
 # milliseconds by strips and by slabs: three tokens 57 and 49, four 62 and 51,
@@ -737,8 +746,9 @@ for name, decoding, token, counts in (
 #   scales; the product is one subtraction in the exponent's bits.
 # - Saturating subtraction keeps zero zero, so no weight is looked at twice.
 # - Decoding costs 11 or 19 instructions for 128 weights, and all tokens of a
-#   group share them. Which instructions is up to what else is to be done: they
-#   should not wait for the units that multiply.
+#   group share them; one token alone goes by its digits. Which instructions is
+#   up to what else is to be done: they should not wait for the units that
+#   multiply.
 # - What was stored in bf16 is multiplied in bf16; what never was keeps sixteen
 #   bits.
 # - Dense rows of three to twelve tokens, but six, go by slabs: the tokens stay

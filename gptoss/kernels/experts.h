@@ -68,6 +68,7 @@ struct Inputs {
 #endif
 #ifdef GPTOSS_BF16
   Interleaved<PairPanel> pairs;
+  int64_t paired_from = 1;  // places; fewer go by their digits
 #endif
 #ifdef GPTOSS_AMX
   Squares squares;
@@ -88,7 +89,8 @@ struct Inputs {
 #ifdef GPTOSS_BF16
     if (most == STORED) {  // hidden numbers keep sixteen bits
       pairs = paired(x, from, blocks, groups.begin);
-      few = TOGETHER + 1, low = BROAD;
+      few = TOGETHER + 1, low = BROAD, paired_from = 2;
+      if (any_below(groups, 2)) digits = quantised(x, most, rows, blocks);
       return;
     }
 #endif
@@ -145,7 +147,7 @@ void grouped_linear(const Packed& weight, const Groups& groups, const X& x,
     else
 #endif
 #ifdef GPTOSS_BF16
-    if (x.pairs.size && count < X::TILED)
+    if (x.pairs.size && x.paired_from <= count && count < X::TILED)
       packed_strips(w, s, rows, weight.blocks, reinterpret_cast<
                         const Number*>(x.pairs.at(first)), count,
                     out.data(), rows);
