@@ -32,6 +32,7 @@ PAGES = ["search.html", "genindex.html", *(f"book/{name}.html" for name in (
                (ROOT / "_toc.yml").read_text("utf-8"))))]
 PATIENCE = 120_000  # milliseconds: a busy machine is no fault of the book
 WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
+NARROW = (1200, 1319, WIDE["width"])  # pixels: the narrowest desks
 
 pytestmark = [pytest.mark.xdist_group("browser"), pytest.mark.skipif(
     os.environ.get("GPTOSS_NO_BROWSER") == "1",
@@ -195,6 +196,11 @@ WIDER = """() => document.documentElement.scrollWidth <= innerWidth ? [] :
     && !e.closest('pre, table, div.math, .sidebar-toggle'))
     .slice(0, 5).map(e => e.outerHTML.slice(0, 120))]"""
 
+# lines of code that are cut off, by so many pixels; what is printed breaks
+CUT_OFF = """() => [...document.querySelectorAll('main pre')].filter(
+  e => e.scrollWidth > e.clientWidth).map(
+  e => [e.scrollWidth - e.clientWidth, e.textContent.slice(0, 80)])"""
+
 FIGURES = """() => [...document.querySelectorAll('main img')].map(
   e => [e.src.split('/').pop(), e.alt, e.naturalWidth])"""
 
@@ -224,6 +230,9 @@ def test_page(watched: Watched, name: str) -> None:
         assert len(text) >= 20 and ".png" not in text, file
         texts.append(text)
     assert len(texts) == len(set(texts)), "two figures, one text"
+    for width in NARROW:
+        page.set_viewport_size({**WIDE, "width": width})
+        assert page.evaluate(CUT_OFF) == []
     assert page.evaluate(WIDER) == []
     page.set_viewport_size(PHONE)
     assert page.evaluate(WIDER) == []
