@@ -714,6 +714,7 @@ def told(prompt, follows, off=0):
 story = written(opening)
 again = [*opening, *story, *opening]
 texts = {"a story": opening, "the story again": again, "a name": question}
+print("forwards: by lookup, by one always wrong, by one always right")
 for name, prompt in texts.items():
     for temperature in (0.0, 0.7):
         how, needed = {"temperature": temperature, "max_new_tokens": 80}, []
@@ -721,8 +722,7 @@ for name, prompt in texts.items():
         for draft in (Lookup(), told(prompt, alone, 1), told(prompt, alone)):
             assert written(prompt, draft, **how) == alone
             needed.append(len(fed))
-        print(f"{name}, temperature {temperature}: {len(alone)} tokens in",
-              *needed, "forwards (lookup, always wrong, always right)")
+        print(f"{name} at {temperature}: {len(alone)} tokens in", *needed)
 assert written(question, ModelDrafter(model)) == answer
 
 # %% [markdown]

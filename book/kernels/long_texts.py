@@ -295,13 +295,14 @@ cases = MEASURED["cases"]
 print(MEASURED["words"])
 print(f"{MEASURED['kernels']}, {MEASURED['threads']} thread, memory "
       f"{MEASURED['read_bytes_per_second'] / 1e9:.0f} GB/s")
+print("rows x tokens; time over the floor; torch's time over ours")
 for case in cases:
     if case["part"] == "decode":
-        beside = (f"; torch {case['torch_over_ours']:4.1f} times as long"
+        beside = (f", {case['torch_over_ours']:4.1f} times"
                   if "torch_over_ours" in case else "")
         print(f"{case['layer']:7} {case['rows']} x {case['tokens']} over "
               f"{case['keys']:7,} keys: {1e3 * case['seconds']:7.2f} ms, "
-              f"{case['times_the_floor']:5.1f} times the floor{beside}")
+              f"{case['times_the_floor']:5.1f} floors{beside}")
 
 # %% tags=["hide-input"]
 # Figure: attention's time for a token of a prompt, in one layer, over the

@@ -164,7 +164,8 @@ high = (q + 128) >> 8  # digits to the base 256,
 low = q - 256 * high  # both in -128 ... 127
 whole = 256 * ((w + 12) * high).sum() + ((w + 12) * low).sum() - 12 * q.sum()
 y = whole * 2.0 ** (scale - 127) * step / 2
-print("w:", w[:6], " q:", q[:6], " digits:", high[:6], low[:6])
+print("w:", w[:6], " q:", q[:6])
+print("digits:", high[:6], low[:6])
 print(f"256 * {((w + 12) * high).sum()} + {((w + 12) * low).sum()} "
       f"- 12 * {q.sum()} = {whole}, the plain sum {(w * q).sum()}")
 plain = (w / 2 * 2.0 ** (scale - 127) * x_block).sum()

@@ -687,10 +687,10 @@ def together(n: int, E: int, K: int = 4) -> tuple[float, float]:
     return chosen, n * K / chosen
 
 
+print("tokens   20b: experts, tokens in each   120b: experts, tokens in each")
 for n in (2, 4, 8, 16, 512):
-    print(f"{n:3} tokens: " + "; ".join(
-        f"{name} {together(n, E)[0]:5.1f} experts, {together(n, E)[1]:4.1f} "
-        "tokens each" for name, E in (("20b", 32), ("120b", 128))))
+    print(f"{n:6}" + "".join(f"{chosen:15.1f} {each:16.1f}" for chosen, each
+                             in (together(n, E) for E in (32, 128))))
 
 # %% [markdown]
 # In the 120b most experts that are chosen have a single token still when eight
@@ -793,8 +793,8 @@ for words, each in (("stops at zero", 1), ("max, difference", 2),
 for R, T, words in ((4, 6, "four rows, six tokens"),
                     (2, 12, "two rows, twelve tokens"),
                     (4, 4, "four rows, four tokens")):
-    print(f"{words}: {R * T} sums, {T / (R * T):.2f} loads of activations a "
-          f"product, each weight decoded for {T}")
+    print(f"{words}: {R * T} sums, {T / (R * T):.2f} loads a product, "
+          f"weights decoded for {T}")
 
 # %% [markdown]
 # ## Sources

@@ -98,8 +98,8 @@ plt.show()
 for length in (2880, 256):
     products = 2 * 12 * length // 32
     adding = 12 * 13  # for each token
-    print(f"2 rows, 12 tokens, {length:4} columns: {products:4} products, "
-          f"{adding} instructions to add up lanes, {adding / products:.0%}")
+    print(f"2 rows, 12 tokens, {length:4} columns: {products:4} products; to "
+          f"add up lanes {adding}, {adding / products:.0%}")
 
 # %% [markdown]
 # So the lanes should not be columns.

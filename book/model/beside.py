@@ -413,8 +413,8 @@ plt.show()
 # %% tags=["nbval-ignore-output"]
 for name, count in other_experts.items():
     worst = torch.cat(errors[name]["", "logits"]).max().item()
-    print(f"{name:26}{count:3} of 400 tokens went to other experts; "
-          f"largest error {worst:.0e}")
+    print(f"{name:25} {count:3} of 400 tokens in other experts; "
+          f"worst error {worst:.0e}")
 
 # %% [markdown] tags=["given"]
 # So a top-1 token that differs between two bf16 runs is no proof

@@ -626,7 +626,7 @@ for E, L in ((32, 24), (128, 36)):
     fourth = route(torch.randn(20_000, E), 4)[0][:, 3].mean().item()
     print(f"E = {E:3}: {100 * f:.0f} % of tokens a layer, "
           f"{100 * (1 - (1 - f) ** L):.0f} % in {L} layers; "
-          f"the fourth weight is {fourth:.2f} on average")
+          f"mean fourth weight {fourth:.2f}")
 
 # %% [markdown]
 # A near tie is thus not a small change. That is one reason not to judge a

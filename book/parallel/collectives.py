@@ -308,9 +308,9 @@ def ring_seconds(R: int, size: float, alpha: float, link: float) -> float:
 
 for name, size in (("one token", 5760), ("4,096 tokens", 4096 * 5760)):
     step_bytes = size / 4
-    print(f"{name:12} a step sends {step_bytes:11,.0f} bytes: 0.6 + "
-          f"{1e6 * step_bytes / 450e9:6.3f} microseconds; the ring of four "
-          f"{1e6 * ring_seconds(4, size, 0.6e-6, 450e9):5.1f}")
+    ring, sending = ring_seconds(4, size, 0.6e-6, 450e9), step_bytes / 450e9
+    print(f"{name:12} a step of {step_bytes:9,.0f} bytes 0.6 + "
+          f"{1e6 * sending:6.3f}, the ring {1e6 * ring:4.1f} microseconds")
 
 # %% [markdown]
 # Short vectors would rather have fewer steps, long ones fewer bytes. So a

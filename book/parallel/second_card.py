@@ -166,11 +166,11 @@ for name, latency in (("a ring", (6.6e-6, 0.6e-6)),
 # puts that $\alpha$ into the same formula, with a memory of 20 GB/s.
 
 # %%
+print("CPUs of 20 GB/s over gloo: reading, talking, together, in ms")
 for R in (1, 2, 4, 8):
     reading = bytes_read_per_token(big) / R / 20e9
     talking = 49 * 2 * (R - 1) * (70e-6 + 2 * big.hidden_size / R / 2e9)
-    print(f"{R} CPUs of 20 GB/s over gloo: reading {1e3 * reading:6.1f} ms, "
-          f"talking {1e3 * talking:5.1f}, together "
+    print(f"{R}: {1e3 * reading:6.1f} {1e3 * talking:5.1f} "
           f"{1e3 * (reading + talking):6.1f}: "
           f"{bytes_read_per_token(big) / 20e9 / (reading + talking):.1f} "
           "times as fast as one")

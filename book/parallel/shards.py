@@ -449,7 +449,7 @@ def mesh_rank(config: GptOssConfig, rank: int, world: int,
 
 # %%
 for world, stages in ((2, 1), (8, 1), (16, 2)):
-    print(f"{world} ranks, {stages} stages, the last rank:",
+    print(f"{world} ranks, {stages} stages; the last rank:\n   ",
           mesh_rank(big, world - 1, world, stages))
 
 # %% [markdown]

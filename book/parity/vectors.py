@@ -439,8 +439,11 @@ def all_cases() -> list[VectorCase]:
     return part_cases() + attention_cases() + model_cases()
 
 # %%
+import textwrap
+
 for case in all_cases():
-    print(f"{case.name:12} {case.explains}")
+    print(textwrap.fill(f"{case.name:12} {case.explains}", 79,
+                        subsequent_indent=" " * 13))
 
 # %% tags=["export:vector_cases"]
 def cast_inputs(tensors: Tensors, dtype: torch.dtype) -> Tensors:

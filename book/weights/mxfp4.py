@@ -231,8 +231,8 @@ print(f"blocks of one gate_up of the 120b: {128 * 5760 * 1440 / 1e9:.2f} GB,",
 # %%
 table = [(-1) ** sign * (mu / 2 if eta == 0 else 2 ** (eta - 1) * (1 + mu / 2))
          for sign in range(2) for eta in range(4) for mu in range(2)]
-print(*(f"{code:x}: {value:g}" for code, value in enumerate(table)),
-      sep="  ")
+for half in (range(8), range(8, 16)):
+    print(*(f"{code:x}: {table[code]:g}" for code in half), sep="  ")
 
 # %% [markdown]
 # **A block.** Write $b_{n,j}$ for byte $j$ of block $n$ and $s_n$ for its
