@@ -589,26 +589,20 @@ for machine, saved in MACHINES.items():
         show(f"{machine}, texts:", table)
 
 # %% [markdown] tags=["measured"]
-# These are losses beside wins. On Zen 4 memory went at 36 GB/s in most
-# minutes and at 59 in others, for whoever ran just then, and the table has
-# the best of four rounds of each. In plain decoding ours met slow minutes
-# only: where both did, it was 8.6 to 8.8 tokens a second (0.98), and that is
-# 0.9 of what reading allows, so who reads the same bytes cannot be a tenth
-# ahead. One, two, four and eight equal texts are written 0.88, 1.07, 0.91 and
-# 0.82 times as fast by us, a prompt of 512 is read 0.97 times as fast, one of
-# 4096 (54.9 and 54.7) alike, with eight-bit activations 1.28 and 1.34 times
-# as fast. It repacks the weights while it loads, so that the products of
-# several tokens need no decoding across registers, and it rounds activations
-# to eight bits; ours reads the file as it lies and keeps what bf16 holds. 60
-# tokens a second are 360 of the 415 GFLOP/s that the bf16 units of two cores
-# do. With `--dense 8` a token needs 1.45 times fewer bytes.
-#
-# That table is older than [slabs](pairs.ipynb) and the nearer asking of one or
-# two tokens. Since then, the best of two rounds, memory at 60 GB/s in most
-# minutes: one, two, four and eight equal texts 1.02, 1.10, 1.06 and 0.88 times
-# as fast by us (13.0, 19.7, 31.7 and 37.8 tokens a second to 12.7, 17.9, 30.0
-# and 42.9), plain decoding 0.97 times (12.8 and 13.1), a prompt of 512 0.93
-# times (57 and 62), of 4096 1.03 times (54.5 and 52.9).
+# These are losses beside wins. On Zen 4 memory went at 36 GB/s in some minutes
+# and at 60 to 67 in others, for whoever ran just then. The table has the best
+# of four rounds of ours and of ik_llama.cpp and of two of the others. One,
+# two, four and eight equal texts are written 0.97, 1.03, 1.12 and 0.87 times
+# as fast by us, and plain decoding goes 1.06 times as fast; in a round that
+# met slow minutes alone both decoded 8.8 tokens a second, ours at 0.9 of what
+# reading allows, so who reads the same bytes cannot be a tenth ahead there. A
+# prompt of 512 is read 0.93 times as fast, one of 4096 (54.0 and 54.5) alike,
+# with eight-bit activations 1.33 and 1.35 times as fast. It repacks the
+# weights while it loads, so that the products of several tokens need no
+# decoding across registers, and it rounds activations to eight bits; ours
+# reads the file as it lies and keeps what bf16 holds. 58 tokens a second are
+# 350 of the 415 GFLOP/s that the bf16 units of two cores do. With `--dense 8`
+# a token needs 1.45 times fewer bytes.
 #
 # On Zen 5 memory went at 50 GB/s in some minutes and at 80 in others, for
 # whoever ran just then; the best of three rounds is in the table. There it is
@@ -654,27 +648,25 @@ for machine, saved in MACHINES.items():
 
 # %% [markdown] tags=["measured"]
 # `linear` is at most a twentieth slower than the better of both, for any
-# number of rows. A step of two tokens costs what its bytes allow. How many
+# number of rows, but for one entry: 512 by 2880 with 128 rows on Zen 4, 1.09
+# (in another run 1.32). A step of two tokens costs what it should. How many
 # more do (the aim was 1.25) is up to memory, which on these machines goes at
-# one speed in some minutes and at another in others. On Zen 4 the table has 59
-# GB/s: four tokens cost what they should, eight (1.44) and sixteen (1.97) do
-# not. At 36 GB/s it was 1.01, 1.06, 1.17 and 1.56 for two to sixteen tokens,
-# and 1.05, 1.15, 1.36 and 1.71 before strips of few tokens scaled their sums
-# and memory was asked into the second cache ([pairs](pairs.ipynb), [packed](
-# packed.ipynb); the two programs in turns). On Zen 5, before that change and
-# with memory at 50 GB/s, four and eight tokens cost what they should (at 80,
-# four do), sixteen do not: 64 picks are 3.2 GFLOP of products a layer, and
-# some experts have ten tokens. With AMX none costs more, sixteen just so; four
-# and eight equal texts do, which read few bytes for all their products, on all
-# three. Prefill on Zen 4 rose from 38 tokens a second (in the figure above, by
-# whole numbers) to 51 by bf16 in the first layer of the experts, and to 60 by
-# [panels](panels.ipynb).
+# one speed in some minutes and at another in others. On Zen 4 the table has 67
+# GB/s: four tokens of one text cost what they should, eight (1.51) and sixteen
+# (2.21) do not. At 36 GB/s it was 1.04, 1.06, 1.20 and 1.65 for two to sixteen
+# tokens. On Zen 5, measured earlier and with memory at 50 GB/s, four and eight
+# tokens cost what they should (at 80, four do), sixteen do not: 64 picks are
+# 3.2 GFLOP of products a layer, and some experts have ten tokens. With AMX
+# none costs more, sixteen just so; four and eight equal texts do, which read
+# few bytes for all their products, on all three. Prefill on Zen 4 rose from 38
+# tokens a second (in the figure above, by whole numbers) to 51 by bf16 in the
+# first layer of the experts, and to 60 by [panels](panels.ipynb).
 #
-# Slabs and the nearer asking came after the table, too. With memory at 64 GB/s
-# steps of 1, 2, 4, 8 and 16 tokens took 94, 129, 182, 279 and 463 ms before,
-# and 86, 124, 168, 266 and 459 after; four and eight equal texts 144 and 231,
-# then 131 and 216. The excess did not fall, since one token gained as well:
-# four have 1.24 now, eight 1.48, sixteen 2.13.
+# On Zen 4 with memory at 64 to 67 GB/s steps of 1, 2, 4, 8 and 16 tokens took
+# 94, 129, 182, 279 and 463 ms at first, 86, 124, 168, 266 and 459 with slabs
+# and memory asked at half the distance ([pairs](pairs.ipynb)), and 80, 117,
+# 161, 255 and 448 since a token alone goes by its digits. So the excess grows
+# while every step becomes shorter: one token gains most.
 #
 # Guessing tokens ([drafts](drafts.ipynb)) on Zen 4, random weights in the
 # 20b's shapes and given texts (`bench/drafts.py`; not in the table): an

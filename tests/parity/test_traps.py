@@ -15,7 +15,8 @@ from gptoss.parity.vector_cases import all_cases
 PAGE = Path(__file__).resolve().parents[2] / "book" / "traps.md"
 TEXT = PAGE.read_text("utf-8")
 TRAPS = re.split(r"^## (?=\d+\. )", TEXT, flags=re.MULTILINE)[1:]
-BLOCKS = re.findall(r"^```console\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+BLOCKS = re.findall(r"^```console\n(.*?)^```", TEXT.replace("\\\n", ""),
+                    re.DOTALL | re.MULTILINE)
 # a command, and what it prints in the end
 COMMANDS = [tuple(part.split("\n", 1)) for block in BLOCKS
             for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]]
