@@ -714,7 +714,7 @@ def told(prompt, follows, off=0):
 story = written(opening)
 again = [*opening, *story, *opening]
 texts = {"a story": opening, "the story again": again, "a name": question}
-print("forwards: by lookup, by one always wrong, by one always right")
+print("text at temperature: forwards by lookup, always wrong, always right")
 for name, prompt in texts.items():
     for temperature in (0.0, 0.7):
         how, needed = {"temperature": temperature, "max_new_tokens": 80}, []

@@ -206,7 +206,7 @@ work = flops_per_token(big, 0)  # of the weights alone
 a_key = 4 * H * C
 for n in (512, 4096, 32768, 131072):
     mean = LAYERS * a_key * (n / 2 + min(n / 2, W))  # over the whole prompt
-    print(f"prompt of {n:7,}: attention {mean / 1e9:5.2f}, weights "
+    print(f"{n:7,} tokens: attention {mean / 1e9:5.2f}, weights "
           f"{work / 1e9:.1f} billion operations a token, mean")
 
 # %% [markdown]
@@ -295,10 +295,10 @@ cases = MEASURED["cases"]
 print(MEASURED["words"])
 print(f"{MEASURED['kernels']}, {MEASURED['threads']} thread, memory "
       f"{MEASURED['read_bytes_per_second'] / 1e9:.0f} GB/s")
-print("rows x tokens; time over the floor; torch's time over ours")
+print("rows x tokens over keys: time, over the floor; torch's over ours")
 for case in cases:
     if case["part"] == "decode":
-        beside = (f", {case['torch_over_ours']:4.1f} times"
+        beside = (f"; torch {case['torch_over_ours']:4.1f} times"
                   if "torch_over_ours" in case else "")
         print(f"{case['layer']:7} {case['rows']} x {case['tokens']} over "
               f"{case['keys']:7,} keys: {1e3 * case['seconds']:7.2f} ms, "
@@ -324,7 +324,7 @@ ax.legend(fontsize=8)
 plt.show()
 for case in cases:
     if case["part"] == "prefill":
-        beside = (f"; torch {case['torch_over_ours']:4.1f} times as long"
+        beside = (f"; torch {case['torch_over_ours']:4.1f} times"
                   if "torch_over_ours" in case else "")
         print(f"{case['layer']:17} {case['length']:6,}: "
               f"{1e6 * case['seconds_per_token']:5,.0f} µs a token, "
@@ -360,9 +360,9 @@ for case in cases:
 for name, config in (("20b", big), ("120b", GptOssConfig.gpt_oss_120b())):
     layers = config.num_hidden_layers // 2
     size = bytes_read_per_token(config)
-    print(f"{name:4}: at {size / (layers * KEY):9,.0f} tokens; its context "
-          f"ends at {config.max_position_embeddings:,}, where the cache "
-          f"holds {layers * KEY * 131072 / 1e9:.1f} GB")
+    print(f"{name:4}: at {size / (layers * KEY):7,.0f} tokens; its context "
+          f"ends at {config.max_position_embeddings:,}, the cache then "
+          f"has {layers * KEY * 131072 / 1e9:.1f} GB")
 
 # %% [markdown]
 # ## Takeaways

@@ -443,9 +443,9 @@ assert found == order.tolist()
 #
 # What a pick reads is a row of `Inputs`: for the first layer a token, the same
 # for all $K$ picks of it, for the second the pick's own hidden vector. Later
-# chapters have ways of their own, each with a height: with bf16 units the
-# first layer goes by the strips of [pairs](pairs.ipynb), where an expert has
-# more than one pick, with AMX four picks and more by [squares](amx.ipynb), and
+# chapters have ways of their own, each with a height: with bf16 units two
+# picks of an expert and more go through the first layer by the strips of
+# [pairs](pairs.ipynb); with AMX four and more go by [squares](amx.ipynb); and
 # with AVX-512 tiles become [panels](panels.ipynb).
 
 # %% [markdown] tags=["export:experts.h"]
@@ -494,7 +494,7 @@ assert found == order.tolist()
 # #endif
 # #ifdef GPTOSS_BF16
 #   Interleaved<PairPanel> pairs;
-#   int64_t paired_from = 1;  // places; fewer go by their digits
+#   int64_t paired_from = 1;  // places, at least; one may go by its digits
 # #endif
 # #ifdef GPTOSS_AMX
 #   Squares squares;

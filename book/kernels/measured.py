@@ -591,18 +591,18 @@ for machine, saved in MACHINES.items():
 # %% [markdown] tags=["measured"]
 # These are losses beside wins. On Zen 4 memory went at 36 GB/s in some minutes
 # and at 60 to 67 in others, for whoever ran just then. The table has the best
-# of four rounds of ours and of ik_llama.cpp and of two of the others. One,
-# two, four and eight equal texts are written 0.97, 1.03, 1.12 and 0.87 times
-# as fast by us, and plain decoding goes 1.06 times as fast; in a round that
-# met slow minutes alone both decoded 8.8 tokens a second, ours at 0.9 of what
-# reading allows, so who reads the same bytes cannot be a tenth ahead there. A
-# prompt of 512 is read 0.93 times as fast, one of 4096 (54.0 and 54.5) alike,
-# with eight-bit activations 1.33 and 1.35 times as fast. It repacks the
-# weights while it loads, so that the products of several tokens need no
-# decoding across registers, and it rounds activations to eight bits; ours
-# reads the file as it lies and keeps what bf16 holds. 58 tokens a second are
-# 350 of the 415 GFLOP/s that the bf16 units of two cores do. With `--dense 8`
-# a token needs 1.45 times fewer bytes.
+# of four rounds of ours and of ik_llama.cpp, and of two rounds of
+# `ours-coarse` and `ours-eight`. One, two, four and eight equal texts are
+# written 0.97, 1.03, 1.12 and 0.87 times as fast by us, and plain decoding
+# goes 1.06 times as fast; in a round of slow minutes only both decoded 8.8
+# tokens a second, ours at 0.9 of what reading allows, so who reads the same
+# bytes cannot be a tenth ahead there. A prompt of 512 is read 0.93 times as
+# fast, one of 4096 (54.0 and 54.5) alike, with eight-bit activations 1.33 and
+# 1.35 times as fast. ik_llama.cpp repacks the weights while it loads, so that
+# the products of several tokens need no decoding across registers, and it
+# rounds activations to eight bits; ours reads the file as it lies and keeps
+# what bf16 holds. 58 tokens a second are 350 of the 415 GFLOP/s that the bf16
+# units of two cores do. With `--dense 8` a token needs 1.45 times fewer bytes.
 #
 # On Zen 5 memory went at 50 GB/s in some minutes and at 80 in others, for
 # whoever ran just then; the best of three rounds is in the table. There it is
@@ -649,24 +649,26 @@ for machine, saved in MACHINES.items():
 # %% [markdown] tags=["measured"]
 # `linear` is at most a twentieth slower than the better of both, for any
 # number of rows, but for one entry: 512 by 2880 with 128 rows on Zen 4, 1.09
-# (in another run 1.32). A step of two tokens costs what it should. How many
-# more do (the aim was 1.25) is up to memory, which on these machines goes at
-# one speed in some minutes and at another in others. On Zen 4 the table has 67
-# GB/s: four tokens of one text cost what they should, eight (1.51) and sixteen
-# (2.21) do not. At 36 GB/s it was 1.04, 1.06, 1.20 and 1.65 for two to sixteen
-# tokens. On Zen 5, measured earlier and with memory at 50 GB/s, four and eight
-# tokens cost what they should (at 80, four do), sixteen do not: 64 picks are
-# 3.2 GFLOP of products a layer, and some experts have ten tokens. With AMX
-# none costs more, sixteen just so; four and eight equal texts do, which read
-# few bytes for all their products, on all three. Prefill on Zen 4 rose from 38
-# tokens a second (in the figure above, by whole numbers) to 51 by bf16 in the
-# first layer of the experts, and to 60 by [panels](panels.ipynb).
+# (in another run 1.32). A step of two tokens costs what it should, but for two
+# equal texts on Zen 4 (1.37). How many more do (the aim was 1.25) is up to
+# memory, which on these machines goes at one speed in some minutes and at
+# another in others. On Zen 4 the table has 67 GB/s: four tokens of one text
+# cost what they should, four texts a little more (1.28), eight tokens (1.51)
+# and sixteen (2.21) more. At 36 GB/s it was 1.04, 1.06, 1.20 and 1.65 for two
+# to sixteen tokens. On Zen 5, measured earlier and with memory at 50 GB/s,
+# four and eight tokens cost what they should (at 80, four do), sixteen do not:
+# 64 picks are 3.2 GFLOP of products a layer, and some experts have ten tokens.
+# With AMX none costs more, sixteen just so. Equal texts do, eight on all three
+# and four on Zen 4 and with AMX: they read few bytes for all their products.
+# Prefill on Zen 4 rose from 38 tokens a second (in the figure above, by whole
+# numbers) to 51 by bf16 in the first layer of the experts, and to 58 to 60 by
+# [panels](panels.ipynb).
 #
 # On Zen 4 with memory at 64 to 67 GB/s steps of 1, 2, 4, 8 and 16 tokens took
 # 94, 129, 182, 279 and 463 ms at first, 86, 124, 168, 266 and 459 with slabs
 # and memory asked at half the distance ([pairs](pairs.ipynb)), and 80, 117,
-# 161, 255 and 448 since a token alone goes by its digits. So the excess grows
-# while every step becomes shorter: one token gains most.
+# 161, 255 and 448 since a token alone goes by its digits. One token gains
+# most, so the excess grows while every step becomes shorter.
 #
 # Guessing tokens ([drafts](drafts.ipynb)) on Zen 4, random weights in the
 # 20b's shapes and given texts (`bench/drafts.py`; not in the table): an

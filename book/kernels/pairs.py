@@ -364,13 +364,13 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 
 # %% [markdown]
 # **Two or three tokens** are multiplied with so few instructions that decoding
-# takes the longer part. Then the scales need not go into the weights
-# at all: of four blocks, each lane of a sum belongs to one, so what they bring
-# is summed in a register of its own, and that is multiplied with the four
-# powers of two. One product a token takes the place of eight instructions. And
-# any scale will do, since a float has room for all these powers. (255, which
-# means NaN, is infinity in a float; so at the end infinity becomes NaN, and
-# what outgrew fp32 with it.)
+# takes the longer part. (With `--activations 8` one token, too, goes this
+# way.) Then the scales need not go into the weights at all: of four blocks,
+# each lane of a sum belongs to one, so what they bring is summed in a register
+# of its own, and that is multiplied with the four powers of two. One product a
+# token takes the place of eight instructions. And any scale will do, since a
+# float has room for all these powers. (255, which means NaN, is infinity in a
+# float; so at the end infinity becomes NaN, and what outgrew fp32 with it.)
 
 # %% [markdown] tags=["export:pairs.h"]
 # ```cpp
@@ -609,7 +609,7 @@ def both(x: torch.Tensor, packed) -> tuple[float, float]:
 
 
 torch.manual_seed(0)
-for tokens in (1, 2, 6, 7, 12, 13, 100):
+for tokens in (1, 2, 3, 6, 7, 12, 13, 100):  # 1: by digits
     for rows, blocks in ((150, 1), (33, 7), (64, 33)):
         packed = encode(0.02 * torch.randn(rows, 32 * blocks))
         ours, torchs = both(torch.randn(tokens, 32 * blocks).bfloat16(),
@@ -647,9 +647,9 @@ for tokens in (2, 4):
 # ## Why not the second layer, too?
 #
 # What enters the first layer of an expert was stored in bf16 and is multiplied
-# exactly. What enters the second, the hidden vector, never was. Rounding it
-# would be one rounding more. What does it cost, on the experts of the shipped
-# model?
+# exactly (by a token alone nearly so: [packed](packed.ipynb)). What enters the
+# second, the hidden vector, never was. Rounding it would be one rounding more.
+# What does it cost, on the experts of the shipped model?
 
 # %%
 from gptoss.moe.experts import clamped_swiglu
@@ -687,7 +687,7 @@ def together(n: int, E: int, K: int = 4) -> tuple[float, float]:
     return chosen, n * K / chosen
 
 
-print("tokens   20b: experts, tokens in each   120b: experts, tokens in each")
+print("tokens   20b: experts,  tokens in each  120b: experts,  tokens in each")
 for n in (2, 4, 8, 16, 512):
     print(f"{n:6}" + "".join(f"{chosen:15.1f} {each:16.1f}" for chosen, each
                              in (together(n, E) for E in (32, 128))))
@@ -718,7 +718,7 @@ for name, decoding, token, counts in (
 # %% [markdown] tags=["measured"]
 # Measured on two cores of a Zen 4, packed bytes a second from memory at 36
 # GB/s, first with saturating subtractions, products for shifts and a mask at
-# every load, then as it is now: one token 26 (row by row) and 33 GB/s, two 23
+# every load, then as they are: one token 26 (row by row) and 33 GB/s, two 23
 # and 29, three 19 and 23, four 16 and 20, six 12 and 14, eight 9.5 and 10.6,
 # twelve 7.1 and 7.4. At 60 GB/s the experts of the 20b took one token 35 ms
 # and two 65, and, since up to three tokens ask 1024 bytes ahead instead of
@@ -728,9 +728,10 @@ for name, decoding, token, counts in (
 # 0.44 for eight. On the Xeon strips are limited by `vdpbf16ps`, one in 2.3
 # cycles.
 #
-# One token is quicker row by row since both ways ask 1024 bytes ahead: 8.4
-# cycles for 128 weights from the second cache instead of 9.7, and for the
-# experts of the 20b, with memory at 60 GB/s, 30 ms instead of 33.
+# Now that both ways ask 1024 bytes ahead, one token is quicker row by row: 8.4
+# cycles for 128 weights from the second cache, by strips 9.7; for the experts
+# of the 20b, in another run at 60 GB/s, 30 ms, by strips 33. So a token alone
+# goes that way. This was measured on the Zen 4 only.
 #
 # The dense matrices of the 20b on the Zen 4, with memory at 60 GB/s, in
 # milliseconds by strips and by slabs: three tokens 57 and 49, four 62 and 51,
@@ -746,11 +747,11 @@ for name, decoding, token, counts in (
 #   scales; the product is one subtraction in the exponent's bits.
 # - Saturating subtraction keeps zero zero, so no weight is looked at twice.
 # - Decoding costs 11 or 19 instructions for 128 weights, and all tokens of a
-#   group share them; one token alone goes by its digits. Which instructions is
-#   up to what else is to be done: they should not wait for the units that
-#   multiply.
-# - What was stored in bf16 is multiplied in bf16; what never was keeps sixteen
-#   bits.
+#   group share them. Which instructions is up to what else is to be done: they
+#   should not wait for the units that multiply.
+# - One token alone goes by its digits: 13 instructions instead of 16.
+# - What was stored in bf16 is multiplied in bf16, but for a token alone; what
+#   never was keeps sixteen bits.
 # - Dense rows of three to twelve tokens, but six, go by slabs: the tokens stay
 #   in the first cache, and their sums wait in memory.
 #
@@ -793,8 +794,8 @@ for words, each in (("stops at zero", 1), ("max, difference", 2),
 for R, T, words in ((4, 6, "four rows, six tokens"),
                     (2, 12, "two rows, twelve tokens"),
                     (4, 4, "four rows, four tokens")):
-    print(f"{words}: {R * T} sums, {T / (R * T):.2f} loads a product, "
-          f"weights decoded for {T}")
+    print(f"{words}: {R * T} sums, {T / (R * T):.2f} such loads a product, "
+          f"decoded for {T}")
 
 # %% [markdown]
 # ## Sources

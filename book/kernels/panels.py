@@ -98,8 +98,8 @@ plt.show()
 for length in (2880, 256):
     products = 2 * 12 * length // 32
     adding = 12 * 13  # for each token
-    print(f"2 rows, 12 tokens, {length:4} columns: {products:4} products; to "
-          f"add up lanes {adding}, {adding / products:.0%}")
+    print(f"2 rows, 12 tokens, {length:4} columns: {products:4} products, "
+          f"{adding} to add up lanes, {adding / products:.0%}")
 
 # %% [markdown]
 # So the lanes should not be columns.
@@ -169,10 +169,10 @@ assert np.allclose(np.einsum("jcrh,jch->r", panel(bytes_), by_words(x)), w @ x)
 
 # %% [markdown]
 # `by_words` is the order of `pair_row` in [pairs](pairs.ipynb): a token that
-# is alone is laid out as for strips. In a group of up to twelve (`in_groups`
-# cuts an expert's tokens into groups of nearly the same size) word 0 of all of
-# them comes first, then word 1 of all. That is done once for an expert, and
-# the loop has one pointer instead of twelve.
+# is by itself is laid out as for strips. In a group of up to twelve
+# (`in_groups` cuts an expert's tokens into groups of nearly the same size)
+# word 0 of all of them comes first, then word 1 of all. That is done once for
+# an expert, and the loop has one pointer instead of twelve.
 #
 # **Whole numbers** go the same way. What enters the second layer of an expert
 # was never stored in bf16 and keeps sixteen bits as whole numbers with a step
@@ -523,8 +523,9 @@ assert np.allclose(np.einsum("jcrh,jch->r", panel(bytes_), by_words(x)), w @ x)
 #
 # `Interleaved`, for all experts in one buffer. From 11 tokens on (`FEW`; with
 # bytes from 8) an expert goes by panels. With fewer its tokens lie one after
-# the other, for strips. Weights under scales that bf16 has no room for go one
-# at a time, as with strips of four tokens and more.
+# the other, for strips (one alone goes by its digits). Weights under scales
+# that bf16 has no room for go one at a time, as with strips of four tokens and
+# more.
 
 # %% [markdown] tags=["export:interleaved.h"]
 # ```cpp

@@ -211,7 +211,7 @@ print(f"decode in four bits: {decoded / packed:.1f} times what bf16 allows")
 for gigabytes in (10, 30, 300):
     floor = token / (1e9 * gigabytes)
     print(f"{gigabytes:3} GB/s: a token of the 20b takes at least "
-          f"{1e3 * floor:3.0f} ms, {1 / floor:4.1f} tokens a second at best")
+          f"{1e3 * floor:3.0f} ms, so at most {1 / floor:4.1f} a second")
 
 # %% [markdown]
 # ## Code

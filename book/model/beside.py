@@ -93,7 +93,7 @@ with torch.inference_mode():
     words = {name: model(story)[0].argmax(-1)
              for name, model in models.items()}
 for name, said in words.items():
-    print(f"{name:20} the next word is that of the right model at "
+    print(f"{name:20} the next word is the right model's at "
           f"{int((said == words['right']).sum())} of {len(said)} tokens")
 
 # %% [markdown]

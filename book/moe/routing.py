@@ -224,7 +224,7 @@ for experts in (32, 128):
     logits = torch.randn(5000, experts)
     totals[f"noise, 4 of {experts}"] = naive(logits, 4)[0].sum(-1)
 for name, total in totals.items():
-    print(f"{name:18} the weights of a token sum to {total.mean():.2f} on "
+    print(f"{name:18} a token's weights sum to {total.mean():.2f} on "
           f"average, from {total.min():.1f} to {total.max():.1f}")
 
 # %% [markdown]

@@ -309,8 +309,8 @@ def ring_seconds(R: int, size: float, alpha: float, link: float) -> float:
 for name, size in (("one token", 5760), ("4,096 tokens", 4096 * 5760)):
     step_bytes = size / 4
     ring, sending = ring_seconds(4, size, 0.6e-6, 450e9), step_bytes / 450e9
-    print(f"{name:12} a step of {step_bytes:9,.0f} bytes 0.6 + "
-          f"{1e6 * sending:6.3f}, the ring {1e6 * ring:4.1f} microseconds")
+    print(f"{name:12} a step of {step_bytes:9,.0f} bytes: 0.6 + "
+          f"{1e6 * sending:6.3f} µs; ring of four {1e6 * ring:4.1f} µs")
 
 # %% [markdown]
 # Short vectors would rather have fewer steps, long ones fewer bytes. So a

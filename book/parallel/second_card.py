@@ -276,7 +276,7 @@ def traffic(config: GptOssConfig, mesh: MeshRank, tokens: int = 1,
 
 # %%
 for world, stages in ((1, 1), (8, 1), (8, 2)):
-    print(f"{world} ranks in {stages} stages, rank 0:",
+    print(f"{world} ranks in {stages} stages, rank 0:\n   ",
           traffic(big, mesh_rank(big, 0, world, stages)))
 
 # %% [markdown]

@@ -524,8 +524,8 @@ for world, stages in ((2, 1), (2, 2), (4, 1), (4, 2), (8, 4)):
              / expected.std())  # of the logits' spread
     same = sum(torch.equal(rank, found[0]) for rank in found)
     print(f"{world // stages} tensor ranks x {stages} stages: off by less "
-          f"than 2e-5 of the spread, {same} of {world} alike")
-    assert error < 2e-5 and same == world  # alike: the same bits
+          f"than 2e-5 of the spread, {same} the same bits")
+    assert error < 2e-5 and same == world
 
 # %% [markdown]
 # Then in earnest: four processes that `torchrun` starts, over gloo. The

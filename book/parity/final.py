@@ -458,22 +458,22 @@ def parity_table(result: dict) -> str:
         lines.append(f"{len(made['tokens'])} tokens written by ours; the "
                      f"reference chooses the same {made['same']} times\n")
     lines += [f"{'layer, point':12} {'max':>7} {'mean':>7} "
-             f"{'relative':>8} {'cosine':>8}  {'off bound':^13}  "
-             "from float64", " " * 48 + f"{'ours':>5}{'theirs':>7}"
+             f"{'relative':>8} {'cosine':>8} {'off bound':^16}  "
+             "from float64", " " * 47 + f"{'ours':>7}{'theirs':>8}"
              f"{'ours':>9}{'theirs':>8}"]
     for row in result["rows"]:
         layer = "" if row["layer"] is None else row["layer"]
         middle = (f"{row['others']} tokens go to other experts"
                   if "others" in row else
                   f"{row['max']:7.1e} {row['mean']:7.1e} "
-                  f"{row['relative']:8.1e} {row['cosine']:8.6f}")
-        marks = [f"{row[f'{side}_excess']:5.2g}{'!' if beyond else ' '}"
+                  f"{row['relative']:8.1e} {row['cosine']:8.5f}")
+        marks = [f"{row[f'{side}_excess']:7.2g}{'!' if beyond else ' '}"
                  for side in ("ours", "theirs")
                  for beyond in [not row[f"{side}_excess"] <= 1]]
         errors = ["      -" if error is None else f"{error:7.1e}"
                   for error in (row["ours_error"], row["theirs_error"])]
-        lines.append(f"{layer:>2} {row['point']:9} {middle:33}  "
-                     f"{' '.join(marks)} {' '.join(errors)}")
+        lines.append(f"{layer:>2} {row['point']:9} {middle:33} "
+                     f"{''.join(marks)} {' '.join(errors)}")
     logits = result["logits"]
     lines.append(f"argmax {logits['argmax']:.1%}, top {logits['k']} "
                  f"{logits['top_k']:.1%}, KL mean {logits['kl_mean']:.1e} "

@@ -76,7 +76,7 @@ axes[2].set_xlabel("probability")
 plt.show()
 for title, probs in panels.items():
     print(f"{title:16} {int((probs > 0).sum()):5,} tokens can be drawn, "
-          f"{probs[8:].sum():3.0%} of the probability is the others'")
+          f"{probs[8:].sum():3.0%} of probability is the others'")
 
 # %% [markdown]
 # **What to see.** How the shipped model may begin the sentence after "…she

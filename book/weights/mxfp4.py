@@ -768,8 +768,8 @@ def packed_experts(config):
 for name, config in (("20b", GptOssConfig.gpt_oss_20b()),
                      ("120b", GptOssConfig.gpt_oss_120b())):
     count, total = packed_experts(config)
-    print(f"{name:4}: {count:,} expert weights, {total:,} bytes "
-          f"instead of {2 * count:,}: {8 * total / count} bits")
+    print(f"{name}: {count:,} weights, {total:,} bytes, in bf16 "
+          f"{2 * count:,}: {8 * total / count} bits")
 
 # %% [markdown]
 # ## Cost

@@ -145,7 +145,7 @@ struct Coarse : Inputs {
     if (lent()) return;
     four = interleaved<InBytes>(digits, from, groups.begin, TILED);
     few = TILED, low = BROAD;
-#ifdef GPTOSS_BF16  // for few tokens what needs no rounding is quicker
+#ifdef GPTOSS_BF16  // few tokens go by strips, which need no rounding
     if (stored != STORED || !any_below(groups, TILED)) return;
     pairs = paired(x, from, weight.blocks, groups.begin);
     few = TOGETHER + 1;

@@ -68,7 +68,7 @@ struct Inputs {
 #endif
 #ifdef GPTOSS_BF16
   Interleaved<PairPanel> pairs;
-  int64_t paired_from = 1;  // places; fewer go by their digits
+  int64_t paired_from = 1;  // places, at least; one may go by its digits
 #endif
 #ifdef GPTOSS_AMX
   Squares squares;

@@ -499,6 +499,7 @@ def test_table_has_a_line_a_point(path):
     result = report.report(path, "float64", fault="window")
     lines = report.parity_table(result).splitlines()
     assert len(lines) == 3 + len(points(CONFIG)) + 1 + 2
+    assert {len(line) for line in lines[2:3 + len(points(CONFIG))]} == {79}
     marked = [line for line in lines if "!" in line]
     assert "weights" in marked[0]
 
