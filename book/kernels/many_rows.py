@@ -486,6 +486,7 @@ assert found == order.tolist()
 # struct Inputs {
 #   static constexpr char OPERATOR[] = "packed_experts";
 #   static constexpr int64_t TILED = FEW;  // from so many places on
+#   static constexpr int64_t PAIR = 2;     // fewer go by their digits
 #   std::vector<int64_t> from;
 #   Quantised digits;                // of the rows of x
 #   int64_t few = FEW, low = ROWS;  // fewer places: TALL pieces; else low ones
@@ -494,7 +495,6 @@ assert found == order.tolist()
 # #endif
 # #ifdef GPTOSS_BF16
 #   Interleaved<PairPanel> pairs;
-#   int64_t paired_from = 1;  // places, at least; one may go by its digits
 # #endif
 # #ifdef GPTOSS_AMX
 #   Squares squares;
@@ -514,9 +514,9 @@ assert found == order.tolist()
 # #endif
 # #ifdef GPTOSS_BF16
 #     if (most == STORED) {  // hidden numbers keep sixteen bits
-#       pairs = paired(x, from, blocks, groups.begin);
-#       few = TOGETHER + 1, low = BROAD, paired_from = 2;
-#       if (any_below(groups, 2)) digits = quantised(x, most, rows, blocks);
+#       pairs = paired(x, from, blocks, groups.begin, PAIR);
+#       few = TOGETHER + 1, low = BROAD;
+#       if (any_below(groups, PAIR)) digits = quantised(x, most, rows, blocks);
 #       return;
 #     }
 # #endif
@@ -573,7 +573,7 @@ assert found == order.tolist()
 #     else
 # #endif
 # #ifdef GPTOSS_BF16
-#     if (x.pairs.size && x.paired_from <= count && count < X::TILED)
+#     if (x.pairs.size && X::PAIR <= count && count < X::TILED)
 #       packed_strips(w, s, rows, weight.blocks, reinterpret_cast<
 #                         const Number*>(x.pairs.at(first)), count,
 #                     out.data(), rows);

@@ -583,7 +583,9 @@ assert np.allclose(np.einsum("jcrh,jch->r", panel(bytes_), by_words(x)), w @ x)
 # Interleaved<PairPanel> paired(const float* x,
 #                               const std::vector<int64_t>& from,
 #                               int64_t blocks,
-#                               const std::vector<int64_t>& begin) {
+#                               const std::vector<int64_t>& begin,
+#                               int64_t least) {
+#   if (!any_from(begin, least)) return {};  // nobody would read them
 #   return {begin, FEW, blocks, [&](int64_t place, int32_t* to, int64_t step) {
 #     const float* token = x + from[place] * blocks * BLOCK;
 #     if (step == 1)
@@ -601,7 +603,7 @@ assert np.allclose(np.einsum("jcrh,jch->r", panel(bytes_), by_words(x)), w @ x)
 # Interleaved<WholePanel<Kind>> interleaved(
 #     const Quantised& digits, const std::vector<int64_t>& from,
 #     const std::vector<int64_t>& begin, int64_t least) {
-#   if (!any_from(begin, least)) return {};  // nobody would read them
+#   if (!any_from(begin, least)) return {};
 #   return {begin, least, digits.blocks,
 #           [&](int64_t place, int32_t* to, int64_t step) {
 #     const Line* line = digits.line(from[place]);

@@ -133,6 +133,7 @@ void multiply_bytes(const ByteTile& tile, const FewBytes& few,
 struct Coarse : Inputs {
   static constexpr char OPERATOR[] = "packed_experts_eight";
   static constexpr int64_t TILED = SIDE == 4 ? 8 : 9;
+  static constexpr int64_t PAIR = 1;
 
 #ifdef GPTOSS_AVX512
   Interleaved<WholePanel<InBytes>> four;
@@ -147,7 +148,7 @@ struct Coarse : Inputs {
     few = TILED, low = BROAD;
 #ifdef GPTOSS_BF16  // few tokens go by strips, which need no rounding
     if (stored != STORED || !any_below(groups, TILED)) return;
-    pairs = paired(x, from, weight.blocks, groups.begin);
+    pairs = paired(x, from, weight.blocks, groups.begin, PAIR);
     few = TOGETHER + 1;
 #endif
   }
