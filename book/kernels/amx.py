@@ -419,8 +419,8 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 # namespace {
 #
 # #ifdef GPTOSS_AMX
-# // four registers of sums: of 64 rows and 16 columns if H is 4, of 32 rows
-# // and 32 columns if H is 2
+# // four registers of sums: of 32 rows and 32 columns if H is 2, of 16 rows
+# // and 64 columns if H is 1
 # struct alignas(64) FourSums {
 #   float at[4][SQUARE][SQUARE];
 #
@@ -457,29 +457,6 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 #     }
 #   }
 # };
-#
-# // adds four squares of each of H rows of them, times those of x and beyond
-# template <int H>
-# void add_squares(const Number* w, const Number* x, const Number* beyond) {
-#   written();
-#   for (int64_t k = 0; k < HELD; ++k, w += H * AREA) {
-#     _tile_loadd(4, w, 64);
-#     _tile_loadd(6, x + k * AREA, 64);
-#     _tile_dpbf16ps(0, 4, 6);
-#     _tile_loadd(5, w + AREA, 64);
-#     _tile_dpbf16ps(1, 5, 6);
-#     if (H == 4) {
-#       _tile_loadd(4, w + 2 * AREA, 64);
-#       _tile_dpbf16ps(2, 4, 6);
-#       _tile_loadd(5, w + 3 * AREA, 64);
-#       _tile_dpbf16ps(3, 5, 6);
-#     } else {
-#       _tile_loadd(7, beyond + k * AREA, 64);
-#       _tile_dpbf16ps(2, 4, 7);
-#       _tile_dpbf16ps(3, 5, 7);
-#     }
-#   }
-# }
 # ```
 
 # %% [markdown]
@@ -492,7 +469,7 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 
 # %% [markdown] tags=["export:squares.h"]
 # ```cpp
-# constexpr int64_t TALLEST = 4 * SQUARE;  // rows that are decoded together
+# constexpr int64_t BOTH = 2 * SQUARE;  // rows that are decoded together
 #
 # struct Work {  // out[t * width + r]: rows of a packed weight, times columns
 #   const uint8_t *w, *scales;
@@ -501,77 +478,132 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 #   int64_t count, columns;  // in all, of a place
 #   float* out;
 #   int64_t width;
-#   const uint8_t* next = nullptr;  // what will be read after these rows
+#   int64_t below = 0;  // bytes from here to what will be read next
 #
-#   // up to 64 rows from r on, `wide` columns from c on
+#   // up to 32 rows from r on, `wide` columns from c on
 #   Work from(int64_t r, int64_t c, int64_t wide) const {
 #     Work part = *this;
 #     part.w += 16 * r * blocks, part.scales += r * blocks;
 #     part.x += c * padded(blocks), part.out += c / columns * width + r;
-#     part.rows = std::min(TALLEST, rows - r);
+#     part.rows = std::min(BOTH, rows - r);
 #     part.count = std::min(wide, count - c);
-#     part.next = part.w + (r + TALLEST < rows ? 16 * TALLEST * blocks : 0);
+#     part.below = r + BOTH < rows ? 16 * BOTH * blocks : 0;
 #     return part;
 #   }
 # };
 #
-# constexpr int64_t MANY_COLUMNS = 192;  // half of L2, if n is 2880
+# // four blocks, or `count` of them, of row after row, as two squares each
+# struct Decoder {
+#   const uint8_t *w, *scales;
+#   int64_t blocks, below;
+#   Number* to;
 #
-# // blocks b ... b + 3 of 16 H rows from `first` on, or what there is of them
-# template <int H>
-# void decode_squares(const Work& part, int64_t first, int64_t b, Number* to) {
-#   const int64_t end = std::min(first + H * SQUARE, part.rows);
-#   for (int64_t r = first; r < end; ++r, to += BLOCK) {
-#     const int64_t at = r * part.blocks + b;
-#     __builtin_prefetch(part.w + 16 * (at + 2 * HELD));
-#     __builtin_prefetch(part.next + 16 * TALLEST * b + 64 * r, 0, 2);
-#     const Fours four(part.w + 16 * at, part.scales + at, part.blocks - b);
+#   // from block b on
+#   Decoder(const Work& part, int64_t b, Number* to)
+#       : w(part.w + 16 * b), scales(part.scales + b), blocks(part.blocks),
+#         below(part.below), to(to) {}
+#
+#   INLINE void rows(int64_t some, int64_t count = HELD) {
+#     for (int64_t r = 0; r < some; ++r, to += BLOCK) {
+#       __builtin_prefetch(w + 32 * HELD);
+#       ask(w + below);
+#       const Fours four(w, scales, count);
 # #pragma GCC unroll 4
-#     for (int j = 0; j < HELD; ++j)
-#       _mm512_store_si512(to + j * H * AREA, four.decoded(j));
-#   }
-# }
-#
-# // 64 rows, sixteen columns: the sums stay in their registers
-# void few_squares(const Work& part) {
-#   alignas(64) Number decoded[HELD * 4 * AREA];
-#   FourSums sums;
-#   sums.clear();
-#   for (int64_t b = 0; b < part.blocks; b += HELD) {
-#     decode_squares<4>(part, 0, b, decoded);
-#     add_squares<4>(decoded, part.x + b * AREA, nullptr);
-#   }
-#   sums.keep();
-#   sums.put<4>(part.rows, part.count, part.columns, part.out, part.width);
-# }
-#
-# // 64 rows, more columns: weights that are decoded once meet all of them
-# void many_squares(const Work& part) {
-#   constexpr int64_t BOTH = 2 * SQUARE;
-#   const int64_t n = padded(part.blocks);
-#   const int64_t groups = (part.count + BOTH - 1) / BOTH;
-#   alignas(64) Number decoded[2][HELD * 2 * AREA];
-#   thread_local std::vector<FourSums> sums;
-#   sums.resize(2 * groups);
-#   for (int64_t b = 0; b < part.blocks; b += HELD) {
-#     for (int64_t r = 0; r < part.rows; r += BOTH)
-#       decode_squares<2>(part, r, b, decoded[r / BOTH]);
-#     for (int64_t i = 0; i < 2 * groups; ++i) {
-#       if (i % 2 * BOTH >= part.rows) continue;
-#       const Number* x = part.x + i / 2 * BOTH * n + b * AREA;
-#       const bool two = part.count - i / 2 * BOTH > SQUARE;
-#       b ? sums[i].fetch() : sums[i].clear();
-#       add_squares<2>(decoded[i % 2], x, two ? x + SQUARE * n : x);
-#       sums[i].keep();
+#       for (int j = 0; j < HELD; ++j)
+#         _mm512_store_si512(to + j * BOTH * BLOCK, four.decoded(j));
+#       w += 16 * blocks, scales += blocks;
 #     }
 #   }
-#   for (int64_t i = 0; i < 2 * groups; ++i) {
-#     const int64_t r = i % 2 * BOTH, c = i / 2 * BOTH;
-#     if (r < part.rows)
-#       sums[i].put<2>(std::min(BOTH, part.rows - r), part.count - c,
-#                      part.columns, part.out + c / part.columns * part.width
-#                      + r, part.width);
+# };
+#
+# // all 32 rows
+# void decode_squares(const Work& part, int64_t b, Number* to) {
+#   const int64_t left = part.blocks - b;
+#   Decoder decoder(part, b, to);
+#   left < HELD ? decoder.rows(BOTH, left) : decoder.rows(BOTH);
+# }
+#
+# // adds four squares of each of two rows of them, times x; meanwhile, eight
+# // times, something else
+# template <class Else>
+# INLINE inline void add_few(const Number* w, const Number* x,
+#                            const Else& meanwhile) {
+#   written();
+#   for (int64_t k = 0; k < HELD; ++k, w += 2 * AREA, x += AREA) {
+#     _tile_loadd(6, x, 64);
+#     _tile_loadd(4, w, 64);
+#     _tile_dpbf16ps(0, 4, 6);
+#     meanwhile();
+#     _tile_loadd(5, w + AREA, 64);
+#     _tile_dpbf16ps(1, 5, 6);
+#     meanwhile();
 #   }
+# }
+#
+# // 32 rows, up to 16 columns: sums stay in their registers, and blocks are
+# // decoded while those before them are multiplied
+# void few_squares(const Work& part) {
+#   alignas(64) Number decoded[2][HELD * 2 * AREA];
+#   FourSums sums;
+#   sums.clear();
+#   decode_squares(part, 0, decoded[0]);
+#   Number *now = decoded[0], *next = decoded[1];
+#   for (int64_t b = 0; b < part.blocks; b += HELD, std::swap(now, next)) {
+#     const Number* x = part.x + b * AREA;
+#     if (b + 2 * HELD <= part.blocks) {
+#       Decoder decoder(part, b + HELD, next);
+#       add_few(now, x, [&]() INLINE { decoder.rows(BOTH / 8); });
+#     } else {
+#       if (b + HELD < part.blocks) decode_squares(part, b + HELD, next);
+#       add_few(now, x, [] {});
+#     }
+#   }
+#   sums.keep();
+#   sums.put<2>(part.rows, part.count, part.columns, part.out, part.width);
+# }
+#
+# // adds `deep` squares of each of two rows of them, times those of x, beyond
+# inline void add_many(const Number* w, int64_t deep, const Number* x,
+#                      const Number* beyond) {
+#   written();
+#   for (int64_t k = 0; k < deep; ++k, w += 2 * AREA) {
+#     _tile_loadd(4, w, 64);
+#     _tile_loadd(6, x + k * AREA, 64);
+#     _tile_dpbf16ps(0, 4, 6);
+#     _tile_loadd(5, w + AREA, 64);
+#     _tile_dpbf16ps(1, 5, 6);
+#     _tile_loadd(7, beyond + k * AREA, 64);
+#     _tile_dpbf16ps(2, 4, 7);
+#     _tile_dpbf16ps(3, 5, 7);
+#   }
+# }
+#
+# constexpr int64_t MANY_COLUMNS = 192;  // half of L2, if n is 2880
+#
+# // 32 rows, more columns: blocks that are decoded once meet all of them
+# void many_squares(const Work& part) {
+#   constexpr int64_t DEEPEST = 2 * HELD;  // blocks: 16 KiB, a third of L1
+#   const int64_t n = padded(part.blocks), blocks = n / BLOCK;
+#   alignas(64) Number decoded[DEEPEST * 2 * AREA];
+#   thread_local std::vector<FourSums> sums;
+#   sums.resize((part.count + BOTH - 1) / BOTH);
+#   for (int64_t b = 0; b < blocks; b += DEEPEST) {
+#     const int64_t deep = std::min(DEEPEST, blocks - b);
+#     for (int64_t k = 0; k < deep; k += HELD)
+#       decode_squares(part, b + k, decoded + k * 2 * AREA);
+#     const Number* x = part.x + b * AREA;
+#     int64_t left = part.count;
+#     for (FourSums& four : sums) {
+#       b ? four.fetch() : four.clear();
+#       add_many(decoded, deep, x, left > SQUARE ? x + SQUARE * n : x);
+#       four.keep();
+#       x += BOTH * n, left -= BOTH;
+#     }
+#   }
+#   for (int64_t c = 0; c < part.count; c += BOTH)
+#     sums[c / BOTH].put<2>(
+#         part.rows, part.count - c, part.columns,
+#         part.out + c / part.columns * part.width, part.width);
 # }
 # ```
 
@@ -615,12 +647,20 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 # // as `packed_strips`
 # void packed_squares(const Work& all) {
 #   if (!usual(all.scales, all.rows * all.blocks)) return unusual_squares(all);
+#   const int64_t n = 16 * all.blocks, left = all.rows % BOTH;
+#   const int64_t whole = all.rows - left;
 #   const int64_t times = (all.count + MANY_COLUMNS - 1) / MANY_COLUMNS;
-#   const int64_t wide = (all.count + 32 * times - 1) / (32 * times) * 32;
+#   const int64_t wide = (all.count + BOTH * times - 1) / (BOTH * times) * BOTH;
+#   std::vector<uint8_t> w(left ? BOTH * n : 0), scales(w.size() / 16, 127);
+#   std::copy_n(all.w + whole * n, left * n, w.data());
+#   std::copy_n(all.scales + whole * all.blocks, left * all.blocks,
+#               scales.data());
 #   const Registers registers;
 #   for (int64_t c = 0; c < all.count; c += wide)
-#     for (int64_t r = 0; r < all.rows; r += TALLEST) {
-#       const Work part = all.from(r, c, wide);
+#     for (int64_t r = 0; r < all.rows; r += BOTH) {
+#       Work part = all.from(r, c, wide);
+#       if (r == whole)  // filled up: nothing is read beyond the weight
+#         part.w = w.data(), part.scales = scales.data();
 #       (part.count > SQUARE ? many_squares : few_squares)(part);
 #     }
 # }

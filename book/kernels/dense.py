@@ -487,7 +487,7 @@ assert np.allclose(out, some @ weight.T)
 # that they stay in the second cache of a core while 128 rows pass. Without
 # them, up to eight tokens go by strips and more by tiles: 64 rows by 256
 # columns in fp32 are 64 KiB, which that cache holds as well. A processor with
-# AMX takes squares from six tokens on, where they were quicker; pass over
+# AMX takes squares from four tokens on, where they were quicker; pass over
 # `GPTOSS_AMX` until [AMX](amx.ipynb) derives them.
 
 # %%
@@ -512,7 +512,7 @@ print(64 * 256 * 4 // 1024, "KiB of a widened tile,",
 # constexpr int64_t TALL_ENOUGH = 512;  // rows
 #
 # #ifdef GPTOSS_AMX
-# constexpr int64_t DENSE_SQUARED = 6, SOON = 384;  // tokens; numbers ahead
+# constexpr int64_t DENSE_SQUARED = 4, SOON = 384;  // tokens; numbers ahead
 #
 # // N tokens, sixteen beside each other
 # Tensor put_beside(const Number* x, int64_t N, int64_t n) {

@@ -161,15 +161,19 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 # #ifdef GPTOSS_AVX512
 # constexpr int64_t HELD = 4;  // blocks are decoded four at a time
 #
+# // words >> k
+# inline Bytes shifted(Bytes words, int k) {
+# #ifdef GPTOSS_AMX  // Intel
+#   return k ? _mm512_mulhi_epu16(words, _mm512_set1_epi16(1 << (16 - k)))
+#            : words;
+# #else
+#   return _mm512_srli_epi16(words, k);
+# #endif
+# }
+#
 # // code j of each word, looked up in a table of 32
 # inline Bytes found(Bytes words, int j, const void* table) {
-# #ifdef GPTOSS_AMX  // Intel
-#   if (j)
-#     words = _mm512_mulhi_epu16(words, _mm512_set1_epi16(1 << (16 - 4 * j)));
-# #else
-#   words = _mm512_srli_epi16(words, 4 * j);
-# #endif
-#   return _mm512_permutexvar_epi16(words, load<Bytes>(table));
+#   return _mm512_permutexvar_epi16(shifted(words, 4 * j), load<Bytes>(table));
 # }
 # #endif
 #
@@ -239,7 +243,11 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 # ```cpp
 # // bits - lower, but not below zero
 # inline Bytes lowered(Bytes bits, Bytes lower) {
+# #ifdef GPTOSS_AMX
+#   return _mm512_subs_epu16(bits, lower);
+# #else
 #   return _mm512_sub_epi16(_mm512_max_epu16(bits, lower), lower);
+# #endif
 # }
 #
 # // four scale bytes, or `count` < 4 and 127, in every lane of 32 bits
@@ -250,11 +258,12 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 #                    : _mm_cvtsi32_si128(load<int32_t>(from)));
 # }
 #
-# // for a shuffle: a byte for each quarter of a register, as words (80: zero)
+# // for a shuffle: a byte for each quarter of a register, in the upper half of
+# // its words (80: zero)
 # alignas(64) constexpr uint64_t QUARTERS[8] = {
-#     0x8000800080008000, 0x8000800080008000, 0x8001800180018001,
-#     0x8001800180018001, 0x8002800280028002, 0x8002800280028002,
-#     0x8003800380038003, 0x8003800380038003};
+#     0x0080008000800080, 0x0080008000800080, 0x0180018001800180,
+#     0x0180018001800180, 0x0280028002800280, 0x0280028002800280,
+#     0x0380038003800380, 0x0380038003800380};
 #
 # // four blocks, or `count` < 4 of them and zeros
 # struct Fours {
@@ -264,9 +273,9 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 #
 #   Fours(const uint8_t* w, const uint8_t* scales, int64_t count) {
 #     words = load_blocks(w, count);
-#     lower = _mm512_mullo_epi16(_mm512_set1_epi16(128), _mm512_sub_epi16(
-#         _mm512_set1_epi16(252), _mm512_shuffle_epi8(
-#             four_scales(scales, count), load<Bytes>(QUARTERS))));
+#     lower = shifted(_mm512_sub_epi16(
+#         _mm512_set1_epi16(252 << 8), _mm512_shuffle_epi8(
+#             four_scales(scales, count), load<Bytes>(QUARTERS))), 1);
 #   }
 #
 #   // as bf16, the elements j, j + 4, j + 8 ...

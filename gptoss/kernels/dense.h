@@ -65,7 +65,7 @@ std::atomic<int64_t> from_torch{std::numeric_limits<int64_t>::max()};
 constexpr int64_t TALL_ENOUGH = 512;  // rows
 
 #ifdef GPTOSS_AMX
-constexpr int64_t DENSE_SQUARED = 6, SOON = 384;  // tokens; numbers ahead
+constexpr int64_t DENSE_SQUARED = 4, SOON = 384;  // tokens; numbers ahead
 
 // N tokens, sixteen beside each other
 Tensor put_beside(const Number* x, int64_t N, int64_t n) {
