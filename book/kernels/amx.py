@@ -89,26 +89,24 @@ plt.show()
 #
 # ## The naive version
 #
-# The unit wants bf16, the weights are FP4. So take 64 rows of a matrix of the
+# The unit wants bf16, the weights are FP4. So take 32 rows of a matrix of the
 # 20b, decode them as in pairs, and multiply what comes out by all tokens. No
 # weight is decoded twice. What is wrong with it?
 
 # %%
-whole, part = (64 * n * 2 // 1024 for n in (2880, 4 * 32))
-print(f"64 rows: {whole} KiB, {whole / 48:.1f} first caches of 48 KiB; or "
-      f"{part} KiB")
-print(f"32 columns: {whole} KiB of weights from the second cache, or "
-      f"{64 * 32 * 4 // 1024} KiB of sums, in and out {-(-2880 // 128)} times")
+whole, part = (32 * n * 2 // 1024 for n in (2880, 8 * 32))
+times = ceil(2880 / (8 * 32))
+print(f"32 rows: {whole} KiB, {whole / 48:.1f} times 48 KiB; or {part} KiB")
+print(f"32 columns: {whole} KiB of weights from the second cache, or sums,",
+      f"in and out {times} times: {32 * 32 * 4 * 2 * times // 1024} KiB")
 
 # %% [markdown]
 # The decoded rows go out to the second cache, and every 32 tokens bring them
-# in again, while the unit waits. Better is to decode **four blocks** of the 64
-# rows, multiply these by all tokens, and go on. Then it is the sums that come
-# and go. That is about as many bytes, but they need not leave the first cache:
-# for some dozens of tokens, as many as an expert gets of a prompt, it holds
-# them beside the weights; hundreds go in turns. With at most 16 columns sums
-# do not even move: 64 rows of them are four registers, and stay there from the
-# first block to the last.
+# in again, while the unit waits. Better is to decode **eight blocks** of the
+# 32 rows, which fit into a first cache of 48 KiB, multiply these by all
+# tokens, and go on. Then it is the sums that come and go, half as many bytes.
+# With at most 16 columns sums do not even move: 32 rows of them are two
+# registers, and stay there from the first block to the last.
 #
 # ## Derivation
 #
@@ -145,8 +143,7 @@ assert np.array_equal(dot_squares(zero, A, beside), A @ columns)
 
 # %% [markdown]
 # Why pairs? The unit works in lanes of 32 bits, and a lane of a row of weights
-# is a pair. The pair that belongs to it must be in one lane, too. (Intel calls
-# this layout VNNI, after older instructions that want it.)
+# is a pair. The pair that belongs to it must be in one lane, too.
 #
 # **Which operand are the weights?** One of the two has to be rearranged. Row
 # by row, as `Fours` of pairs leaves them, weights fit the *first* one. A
@@ -210,33 +207,41 @@ assert torch.equal(y.long(), x @ w.T) and torch.equal(y, z)
 # **What do eight registers do best?** If $a$ squares of weights meet $b$
 # squares of tokens, there are $ab$ sums. Each step along the columns loads
 # $a + b$ squares for $ab$ products. The smaller side has to be held while the
-# other passes, one square at a time: $ab + \min(a, b) + 1$ registers. And time
-# enters: a result is there only 52 cycles after its instruction began (Intel's
-# number), though the next, for another sum, begins 16 cycles later. With fewer
-# than $52 / 16$ sums the unit waits for itself.
+# other passes, one square at a time: $ab + \min(a, b) + 1$ registers. (Does a
+# product wait for the one before, if both add to the same sums? Intel names 52
+# cycles until a result is there. But the unit goes row by row, and the first
+# row of sums has long been there when the next product wants it. A loop of
+# products into one square took 16.4 cycles each, into four the same.)
 
 # %%
 for a in range(1, 9):
     for b in range(1, a + 1):
         if (registers := a * b + min(a, b) + 1) <= 8:
             print(f"{a} x {b}: {registers} registers, {(a + b) / (a * b):.2f} "
-                  f"loads a product, busy {min(1, 16 * a * b / 52):.0%}")
-print(f"sums to keep it busy: {52 / 16:.2f}, so 4")
+                  "loads a product")
 
 # %% [markdown]
 # Two by two wins, because each loaded square serves two products. It needs
-# more than 16 columns. With fewer we take four by one: four sums as well, and
-# 1.25 loads a product. One register of weights is filled while another is
-# multiplied. (Five and six by one load a little less, but their rows do not
-# divide the 256 of a piece of work.)
+# more than 16 columns. With fewer there is one square of tokens, and the more
+# squares of weights meet it, the fewer loads. We take two by one: loads matter
+# little there, since decoding decides.
 #
-# **How much of that does decoding allow?** Four blocks of a row are 14
-# instructions (pairs), so a square of weights, a quarter of that for 16 rows,
-# is 56; it serves a product of 16 cycles for each 16 columns of tokens. If two
-# instructions begin in a cycle, that is 28 cycles: with fewer than 28 columns
-# it is decoding that decides. **The cost** of $R$ rows of $n$ numbers and $c$
+# **How long does decoding take?** Four blocks of a row are 15 instructions. By
+# the table in [pairs](pairs.ipynb) a shuffle, four look-ups and four
+# subtractions all need one and the same unit, which takes 9 cycles. A square
+# of weights is a quarter of that for 16 rows, 36 cycles, and serves a product
+# of 16 cycles for each 16 columns of tokens: with up to 32 columns it is
+# decoding that decides. **The cost** of $R$ rows of $n$ numbers and $c$
 # columns is $\frac{R}{16} \frac{n}{32} \lceil \frac{c}{16} \rceil$ products
-# and $56 \frac{R}{16} \frac{n}{32}$ instructions of decoding.
+# and $36 \frac{R}{16} \frac{n}{32}$ cycles of decoding.
+#
+# **Must products wait for decoding?** They have a unit of their own, but they
+# begin with squares that have just been written, and a square has to reach the
+# cache before a register can be filled from it. So with few columns we decode
+# four blocks *while* the four before them are multiplied: a product, then four
+# rows, and so on, eight times. That takes two buffers, which have to stay in
+# the first cache together with the tokens and the bytes that come in. Two of
+# 32 rows are 16 KiB, and do; two of 64 rows did not (measured below).
 #
 # ## One number in two columns
 #
@@ -293,9 +298,9 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 #
 # The registers' shapes are told to the processor in 64 bytes: *palette* 1, the
 # only one there is, and for each of the eight how long a row is and how many
-# there are. Ours are always as large as can be. Tokens that a group lacks are
-# zeros, rows that a matrix lacks are whatever stood there before; their sums
-# are computed and not stored. `turn`, of [panels](panels.ipynb), is `turned`.
+# there are. Ours are always as large as can be. Tokens that a group lacks and
+# rows that a matrix lacks are zeros, whose sums are computed and not stored.
+# `turn`, of [panels](panels.ipynb), is `turned`.
 
 # %% [markdown] tags=["export:amx.h"]
 # ```cpp
@@ -323,8 +328,8 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 #   ~Registers() { _tile_release(); }
 # };
 #
-# // before registers are filled from memory: the compiler is not told that
-# // they read it, and may not have written it yet
+# // before and after registers are filled from memory, since the compiler is
+# // not told that they read it
 # inline void written() { asm volatile("" ::: "memory"); }
 # ```
 
@@ -411,8 +416,6 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 # The second part multiplies. A register's number is fixed when the program is
 # compiled, so the four sums are written out. `put` turns them, because those
 # of one *token* are wanted beside each other, and adds a token's two columns.
-# One step (`add_squares`) is four products: registers 4 and 5 hold weights, 6
-# and 7 tokens. With `H = 4` the weights' two registers are loaded twice.
 
 # %% [markdown] tags=["export:squares.h"]
 # ```cpp
@@ -445,7 +448,7 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 #            int64_t width) const {
 #     for (int i = 0; i < 4; ++i) {
 #       const int64_t r = i % H * SQUARE, c = i / H * SQUARE;
-#       if (r >= rows) continue;
+#       if (r >= rows || c >= count) continue;
 #       Bytes v[SQUARE];
 #       std::memcpy(v, at[i], sizeof v);
 #       turn(v);
@@ -463,13 +466,15 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 # Decoding is that of pairs, with another place to go. Four blocks of a row are
 # 64 bytes, and then comes another row: no stream that a processor could follow
 # by itself. So with each row two things are asked for: what it needs in two
-# rounds, for the first cache; and for the second cache one line more of the 64
-# rows that are next, from their first byte to their last. With up to 16
-# columns sums stay; with more they are fetched and kept.
+# rounds, for the first cache; and for the second cache the same bytes of the
+# row 32 rows below, which comes next. Registers 4 and 5 hold weights, 6 and 7
+# tokens. With up to 16 columns sums stay (`few_squares`); with more they are
+# fetched and kept (`many_squares`). Rows at the end of a matrix are copied and
+# filled up to 32, blocks at the end of a row to four.
 
 # %% [markdown] tags=["export:squares.h"]
 # ```cpp
-# constexpr int64_t BOTH = 2 * SQUARE;  // rows that are decoded together
+# constexpr int64_t BOTH = 2 * SQUARE;  // rows, and columns, at a time
 #
 # struct Work {  // out[t * width + r]: rows of a packed weight, times columns
 #   const uint8_t *w, *scales;
@@ -478,7 +483,7 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 #   int64_t count, columns;  // in all, of a place
 #   float* out;
 #   int64_t width;
-#   int64_t below = 0;  // bytes from here to what will be read next
+#   int64_t below = 0;  // bytes from here to what is read next, if anything
 #
 #   // up to 32 rows from r on, `wide` columns from c on
 #   Work from(int64_t r, int64_t c, int64_t wide) const {
@@ -505,22 +510,21 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 #
 #   INLINE void rows(int64_t some, int64_t count = HELD) {
 #     for (int64_t r = 0; r < some; ++r, to += BLOCK) {
-#       __builtin_prefetch(w + 32 * HELD);
+#       __builtin_prefetch(w + 2 * 16 * HELD);  // two rounds
 #       ask(w + below);
 #       const Fours four(w, scales, count);
 # #pragma GCC unroll 4
 #       for (int j = 0; j < HELD; ++j)
-#         _mm512_store_si512(to + j * BOTH * BLOCK, four.decoded(j));
+#         _mm512_store_si512(to + j * 2 * AREA, four.decoded(j));
 #       w += 16 * blocks, scales += blocks;
 #     }
 #   }
 # };
 #
-# // all 32 rows
 # void decode_squares(const Work& part, int64_t b, Number* to) {
-#   const int64_t left = part.blocks - b;
 #   Decoder decoder(part, b, to);
-#   left < HELD ? decoder.rows(BOTH, left) : decoder.rows(BOTH);
+#   part.blocks - b < HELD ? decoder.rows(BOTH, part.blocks - b)
+#                          : decoder.rows(BOTH);  // inlined, without masks
 # }
 #
 # // adds four squares of each of two rows of them, times x; meanwhile, eight
@@ -538,10 +542,10 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 #     _tile_dpbf16ps(1, 5, 6);
 #     meanwhile();
 #   }
+#   written();
 # }
 #
-# // 32 rows, up to 16 columns: sums stay in their registers, and blocks are
-# // decoded while those before them are multiplied
+# // up to 16 columns; blocks are decoded while others are multiplied
 # void few_squares(const Work& part) {
 #   alignas(64) Number decoded[2][HELD * 2 * AREA];
 #   FourSums sums;
@@ -562,7 +566,7 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 #   sums.put<2>(part.rows, part.count, part.columns, part.out, part.width);
 # }
 #
-# // adds `deep` squares of each of two rows of them, times those of x, beyond
+# // adds `deep` squares of two rows of them, times those of x and beyond
 # inline void add_many(const Number* w, int64_t deep, const Number* x,
 #                      const Number* beyond) {
 #   written();
@@ -580,7 +584,7 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 #
 # constexpr int64_t MANY_COLUMNS = 192;  // half of L2, if n is 2880
 #
-# // 32 rows, more columns: blocks that are decoded once meet all of them
+# // more columns: blocks that are decoded once meet all of them
 # void many_squares(const Work& part) {
 #   constexpr int64_t DEEPEST = 2 * HELD;  // blocks: 16 KiB, a third of L1
 #   const int64_t n = padded(part.blocks), blocks = n / BLOCK;
@@ -613,17 +617,16 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 # **Scales that bf16 has no room for** (0, 1 and 253 to 255) go a weight at a
 # time, slowly and right, by `unusual_rows` as in pairs.
 #
-# **Registers that are not lent.** They hold 8 KiB, which the system has to
-# save whenever another thread gets the processor. Linux does that only for a
-# process that asks, and ends one that touches them without asking. So `lent`
-# of [the first three](first_three.ipynb) asks, once (`arch_prctl`, request
-# 0x1023, state 18). Where the answer is no, in a sandbox or under an older
-# Linux, everything goes as without AMX, and `kernel_path()` does not name it.
-# And oneDNN, by which torch multiplies bf16, sets shapes of its own, so ours
-# are loaded before each piece of work and released after it.
+# **Registers that are not lent.** They hold 8 KiB, to be saved whenever others
+# get the processor. Linux does that only for a process that asks, and ends one
+# that touches them without asking. So `lent`, of [the first
+# three](first_three.ipynb), asks once (`arch_prctl`, request 0x1023, state
+# 18). Where the answer is no, in a sandbox or under an older Linux, all goes
+# as without AMX, and `kernel_path()` does not name it. And oneDNN, by which
+# torch multiplies bf16, sets shapes of its own, so ours are loaded before each
+# piece of work and released after it.
 #
-# **Fewer than four places** of an expert go row by row: there waiting for
-# memory costs more than arithmetic. (The number four was measured.)
+# **Fewer than four places** of an expert go row by row: that was quicker.
 
 # %% [markdown] tags=["export:squares.h"]
 # ```cpp
@@ -647,20 +650,20 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 # // as `packed_strips`
 # void packed_squares(const Work& all) {
 #   if (!usual(all.scales, all.rows * all.blocks)) return unusual_squares(all);
-#   const int64_t n = 16 * all.blocks, left = all.rows % BOTH;
-#   const int64_t whole = all.rows - left;
-#   const int64_t times = (all.count + MANY_COLUMNS - 1) / MANY_COLUMNS;
-#   const int64_t wide = (all.count + BOTH * times - 1) / (BOTH * times) * BOTH;
-#   std::vector<uint8_t> w(left ? BOTH * n : 0), scales(w.size() / 16, 127);
-#   std::copy_n(all.w + whole * n, left * n, w.data());
-#   std::copy_n(all.scales + whole * all.blocks, left * all.blocks,
-#               scales.data());
+#   const int64_t n = all.blocks, whole = all.rows / BOTH * BOTH;
+#   const int64_t lots = (all.count + MANY_COLUMNS - 1) / MANY_COLUMNS;
+#   const int64_t wide = (all.count + lots * BOTH - 1) / (lots * BOTH) * BOTH;
+#   std::vector<uint8_t> w, scales;  // of the last rows, and zeros
+#   if (const int64_t left = (all.rows - whole) * n) {
+#     w.resize(16 * BOTH * n), scales.resize(BOTH * n);
+#     std::copy_n(all.w + 16 * whole * n, 16 * left, w.data());
+#     std::copy_n(all.scales + whole * n, left, scales.data());
+#   }
 #   const Registers registers;
 #   for (int64_t c = 0; c < all.count; c += wide)
 #     for (int64_t r = 0; r < all.rows; r += BOTH) {
 #       Work part = all.from(r, c, wide);
-#       if (r == whole)  // filled up: nothing is read beyond the weight
-#         part.w = w.data(), part.scales = scales.data();
+#       if (r == whole) part.w = w.data(), part.scales = scales.data();
 #       (part.count > SQUARE ? many_squares : few_squares)(part);
 #     }
 # }
@@ -725,10 +728,9 @@ assert not torch.equal(other, left[4])
 
 # %% [markdown]
 # **The kernel**, beside float64 and plain torch, as in [pairs](pairs.ipynb).
-# (Without AMX other kernels answer; without a compiler, a twin.) Where the
-# path's name is AMX, the rounding that is left of zero must be the same for
-# any number of tokens. At the end two scales out of reach for bf16, and one
-# that is not.
+# Where the path's name is AMX, the rounding that is left of zero must be the
+# same for any number of tokens. At the end two scales out of reach for bf16,
+# and one that is not.
 
 # %%
 load_upto("dense")
@@ -791,8 +793,8 @@ for tokens in (10, 66):
 #
 # How full are the squares, and what cannot be undercut? If tokens choose at
 # random, a chosen expert has some places, as many columns in its first layer,
-# twice as many in its second. Its weights pass through memory once, at 27 GB/s
-# here, and a core does its products at 3450 GFLOP/s at most (measured below),
+# twice as many in its second. Its weights pass through memory once, at 36 GB/s
+# here, and a core does its products at 2950 GFLOP/s at most (measured below),
 # those of missing columns included. With the average number of places:
 
 # %%
@@ -804,40 +806,40 @@ for n in (8, 64, 512):
         groups = 2 * ceil(places / 16) + ceil(2 * places / 16)  # thirds
         products = 16 * hit * each * groups / 3
         print(f"{n:3} tokens, {name:4}: {places:4.1f} places; memory "
-              f"{hit * each * 4.25 / 8 / 27e6:4.1f} ms, products, two cores, "
-              f"{products / 3450e6:4.1f} ms")
+              f"{hit * each * 4.25 / 8 / 36e6:4.1f} ms, products, two cores, "
+              f"{products / 2950e6:4.1f} ms")
 for n in (8, 16):
     few = sum(comb(n, k) * 7 ** (n - k) for k in range(4)) / 8 ** n
     print(f"{n} tokens: {few:.0%} of the 20b's experts get fewer than 4")
 
 # %% [markdown] tags=["measured"]
-# Measured on two cores of a Xeon of the Granite Rapids kind, memory about 27
-# GB/s, in ms: a packed matrix of 5760 by 2880, and the 32 experts of a layer
-# of the 20b, four for each token at random.
+# Measured on two cores of a Xeon (Emerald Rapids), memory at 36 GB/s, in ms: a
+# packed matrix of 5760 by 2880, and the 32 experts of a layer of the 20b, four
+# for each token at random; *pairs* is the same machine, told that it has no
+# AMX.
 #
 # | tokens | matrix, pairs | AMX | experts, pairs | AMX |
 # |---|---|---|---|---|
-# | 8 | | 0.7 | 14.5 | 10.6 |
-# | 16 | 3.0 | 0.8 | 24.9 | 17 |
-# | 32 | 5.6 | 1.1 | 43 | 24 |
-# | 128 | 21 | 2.9 | 126 | 38 |
-# | 512 | 99 | 10.4 | 445 | 86 |
+# | 8 | 2.2 | 0.61 | 13.1 | 8.8 |
+# | 16 | 4.5 | 0.77 | 25 | 15.4 |
+# | 32 | 7.5 | 1.1 | 50 | 21 |
+# | 128 | 28 | 2.9 | 154 | 40 |
+# | 512 | 107 | 11.3 | 591 | 106 |
 #
-# (Of 8 or 16 tokens few experts get four. What is gained there comes from the
-# product of one row, which had begun to ask for memory 768 bytes ahead instead
-# of 256.) A 20b of random weights read a prompt of 512 at 125
-# tokens a second; ik_llama.cpp (8337e4c), which repacks weights while loading,
-# at 42, on the same machine in the same run. 51,200 sums of random squares had
-# the bits of `dot_squares`, all of them.
+# A 20b of random weights read a prompt of 512 at 135 tokens a second;
+# ik_llama.cpp (8337e4c), which repacks weights while loading, at 34, on the
+# same machine in the same run. 51,200 sums of random squares had the bits of
+# `dot_squares`, all of them (on a Granite Rapids).
 #
-# **What is lost.** One core in a loop of nothing but `tdpbf16ps` does 3450
-# GFLOP/s, and 2450 if its operands come from the second cache. The layer with
-# 512 tokens runs at about 1600 for *both* cores together, the second layer's
-# doubled columns counted: not quite a quarter of what they can do. With few
-# columns it is decoding that decides. Of 64 rows by four blocks and 16
-# columns, in a cache, decoding takes 173 ns and the products 87, and one waits
-# for the other; pieces of 16 rows, decoded while those before them are
-# multiplied, were no faster. From memory it takes 1.4 times as long.
+# **What is lost.** One core in a loop of nothing but `tdpbf16ps` does 2950
+# GFLOP/s. For 64 bytes of weights in the second cache and 16 columns that is 4
+# cycles. Loading the squares makes it 6.0, decoding takes 10.0 alone, and all
+# together 18.5: more than one after the other would take, although they
+# overlap (27 with two buffers of 64 rows). What is gained, 15 percent with 4
+# to 8 places, is gained where weights come from memory. With 64 columns it is
+# 46 cycles instead of 16: 20 for decoding, twice what it takes alone, 6 for
+# sums that come and go, 4 for loading squares. Why decoding is slower between
+# products we have not found out.
 
 # %% [markdown]
 # ## Takeaways
@@ -845,7 +847,7 @@ for n in (8, 16):
 # - One instruction multiplies 16 x 32 by 32 x 16 numbers; the second operand
 #   has pairs of its rows beside each other.
 # - Weights, which are many, stay as they are decoded; tokens are turned.
-# - Four sums hide the wait for a result; two by two load the least.
+# - Two squares by two load the least; with few columns decoding decides.
 # - Decode what the first cache holds, and let all tokens meet it.
 # - From four places on what an expert says of a token does not depend on its
 #   company, to the last bit.

@@ -747,7 +747,7 @@ print(f"the likeliest next token is the same after {same:.0%} of them")
 # activations. The experts of a layer alone, on one core that was shared with
 # others, took 0.65 to 0.8 of the time with 512 tokens, 0.7 to 0.8 with 128.
 #
-# With AMX on two cores of a Xeon, by the same program on the same day: 145
+# With AMX on two cores of a Xeon (Granite Rapids), by the same program: 145
 # tokens a second of a prompt of 512 instead of 125, and 111 instead of 101 of
 # one of 4096; ik_llama.cpp 42 and 33. A layer's experts alone took 0.82 of the
 # time with 512 tokens, 0.94 with 128, and with fewer no less.

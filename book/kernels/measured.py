@@ -26,7 +26,8 @@
 # %% [markdown] tags=["measured"]
 # Speeds are one machine's, and no cell can compute them for all. Those in this
 # chapter were measured in November 2026 on two cores of an AMD EPYC, Zen 3
-# where AVX2 is meant and Zen 4 where AVX-512 is, and of an Intel Xeon for AMX.
+# where AVX2 is meant and Zen 4 where AVX-512 is, and of an Intel Xeon (Emerald
+# Rapids) where AMX is.
 # Many rows were measured on a Zen 5, too, which has the same instructions as a
 # Zen 4 and begins twice as many of them.
 # Tables and figures show what the programs in `bench/` saved; where a number
@@ -614,17 +615,18 @@ for machine, saved in MACHINES.items():
 # times the tokens of one, with slow memory, below, 2.3 and 3.3 times.
 #
 # With [AMX](amx.ipynb) the order is another one, since products cost little
-# there. Prompts of 512 and of 4096 (101 and 33 tokens a second) are read 3
-# times as fast as by ik_llama.cpp, with eight-bit activations (`ours-coarse`)
-# 3.5 times, and equal texts are written 1.5 to 2.8 times as fast. Memory has
-# its share in the latter: in a run of another day, when it was kinder to
-# ik_llama.cpp, it was 1.02, 1.22, 1.61 and 1.74 times for one to eight texts,
-# and 2.5 for the prompt. `--dense 8` (`ours-eight`) writes faster there, too,
-# and reads a prompt more slowly: bytes have no form for AMX. llama.cpp
-# (0c1e570, not in the table) read 15 and wrote 3.0 tokens a second where ours,
-# in that hour, did 95 and 5.7. With q8_0 its product by AMX ended in a fault;
-# built without AMX it read 16 and wrote 3.8, ours in eight bits 77 to 103 and
-# 7.1 to 7.7, in twelve 77 to 113 and 5.0 to 6.5.
+# there. Prompts of 512 and of 4096 (98 and 28 tokens a second) are read 4.0
+# and 3.5 times as fast as by ik_llama.cpp, and one to eight equal texts are
+# written 1.2 to 1.9 times as fast. Memory has its share in that, which goes at
+# one speed in some minutes and at another in others: on another Xeon (Granite
+# Rapids) and with an earlier version of ours the prompt was once read 2.5
+# times as fast and once 3 times, and texts were written 1.02 to 1.74 times as
+# fast, and 1.5 to 2.8 times. There `--dense 8` wrote 8.1 tokens a second
+# instead of 6.2, and read a prompt of 512 at 99 instead of 125: bytes have no
+# form for AMX. llama.cpp (0c1e570) read 15 and wrote 3.0 where ours, in that
+# hour, did 95 and 5.7. With q8_0 its product by AMX ended in a fault; built
+# without AMX it read 16 and wrote 3.8, ours in eight bits 77 to 103 and 7.1 to
+# 7.7, in twelve 77 to 113 and 5.0 to 6.5.
 
 # %% [markdown]
 # Beside torch and beside the bytes, by `bench/rows.py`: a product's time over
@@ -648,8 +650,11 @@ for machine, saved in MACHINES.items():
 
 # %% [markdown] tags=["measured"]
 # `linear` is at most a twentieth slower than the better of both, for any
-# number of rows, but for one entry: 512 by 2880 with 128 rows on Zen 4, 1.09
-# (in another run 1.32). A step of two tokens costs what it should, but for two
+# number of rows, but for 512 by 2880 with 128 rows on Zen 4, 1.09 (in another
+# run 1.32), and with AMX for 512 rows, 1.15 to 1.61: there the processor's
+# speed changes between one minute and the next, and with it which of the two
+# is quicker (five times in turns, a matrix of 4096 by 2880: torch's took 0.8
+# to 1.3 times as long). A step of two tokens costs what it should, but for two
 # equal texts on Zen 4 (1.37). How many more do (the aim was 1.25) is up to
 # memory, which on these machines goes at one speed in some minutes and at
 # another in others. On Zen 4 the table has 67 GB/s: four tokens of one text
@@ -658,8 +663,9 @@ for machine, saved in MACHINES.items():
 # to sixteen tokens. On Zen 5, measured earlier and with memory at 50 GB/s,
 # four and eight tokens cost what they should (at 80, four do), sixteen do not:
 # 64 picks are 3.2 GFLOP of products a layer, and some experts have ten tokens.
-# With AMX none costs more, sixteen just so. Equal texts do, eight on all three
-# and four on Zen 4 and with AMX: they read few bytes for all their products.
+# With AMX, at 36 GB/s, up to eight do (eight texts 1.30), sixteen (1.43) do
+# not. Equal texts do not, eight on all three and four on Zen 4 and with AMX:
+# they read few bytes for all their products.
 # Prefill on Zen 4 rose from 38 tokens a second (in the figure above, by whole
 # numbers) to 51 by bf16 in the first layer of the experts, and to 58 to 60 by
 # [panels](panels.ipynb).

@@ -210,10 +210,10 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 # ```
 
 # %% [markdown]
-# Four scale bytes are loaded into every lane of 32 bits. A shuffle leaves to
-# each eight words the byte of their block, which is subtracted from 252 and
-# moved up into the exponent's place. Then come three shifts, four look-ups and
-# four subtractions for 128 weights.
+# Four scale bytes are loaded into every lane of 32 bits. A shuffle puts the
+# byte of their block into the upper half of each eight words; there it is
+# subtracted from 252, and moved down by one bit into the exponent's place.
+# Then come three shifts, four look-ups and four subtractions for 128 weights.
 #
 # Which instructions should do that? Each kind has units of its own, and those
 # that multiply pairs are busy with the tokens. A loop of one instruction alone
@@ -222,22 +222,27 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 
 # %% [markdown] tags=["measured"]
 # One core each, 64-byte instructions a cycle, by loops in assembler that are
-# not kept.
+# not kept. *With* another one: they share a unit.
 #
-# | | Xeon (Granite Rapids) | Zen 4 |
+# | | Xeon (Emerald Rapids) | Zen 4 |
 # |---|---|---|
 # | `vpermw`, look up | 1.0 | 1.0 |
-# | `vpsrlw`, shift | 1.0, shares with `vpermw` | 1.0 |
-# | `vpmulhuw`, upper half of a product | 2.0 | 1.0, shares with `vdpbf16ps` |
-# | `vpsubusw`, subtract, not below 0 | 1.0 | 1.0, shares with `vdpbf16ps` |
-# | `vpsubw`, `vpmaxuw` | 1.8 to 2.0 | 2.0, any unit |
+# | `vpshufb`, shuffle bytes | 1.0, with `vpermw` | |
+# | `vpsrlw`, shift | 1.0, with `vpermw` | 1.0 |
+# | `vpmulhuw`, upper half of a product | 2.0 | 1.0, with `vdpbf16ps` |
+# | `vpsubusw`, not below 0 | 1.0, with `vpermw` | 1.0, with `vdpbf16ps` |
+# | `vpmaxuw` | 1.0, with `vpermw` | 2.0, any unit |
+# | `vpsubw` | 1.4 to 2.0 | 2.0, any unit |
+# | `vdpbf16ps`, 32 products | 0.5 | 1.0 |
 #
 # On a Xeon with AMX a shift by $k$ is therefore the upper half of a product
-# with $2^{16 - k}$ (2.7 ns for 64 bytes of codes; 3.25 with shifts). On a Zen
-# 4 that, and a subtraction that stops at zero, take the place of products.
-# With shifts, and without masks for whole fours, two tokens were a quarter
-# faster there. $\max(a, b) - b$ is the same subtraction in two instructions,
-# which find a free unit; for six tokens it brought another ninth.
+# with $2^{16 - k}$, for which any unit will do. On a Zen 4 that, and a
+# subtraction that stops at zero, take the place of products. With shifts, and
+# without masks for whole fours, two tokens were a quarter faster there.
+# $\max(a, b) - b$ is the same subtraction in two instructions, which find a
+# free unit on Zen 4; for six tokens it brought another ninth. On the Xeon the
+# maximum needs the look-ups' unit just as the one subtraction does, so the
+# second instruction only costs (experts with four places each: 8 percent).
 
 # %% [markdown] tags=["export:pairs.h"]
 # ```cpp
@@ -377,7 +382,8 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 # way.) Then the scales need not go into the weights at all: of four blocks,
 # each lane of a sum belongs to one, so what they bring is summed in a register
 # of its own, and that is multiplied with the four powers of two. One product a
-# token takes the place of eight instructions. And any scale will do, since a
+# token takes the place of eight instructions (on the Xeon of four, but there
+# digits serve few tokens). And any scale will do, since a
 # float has room for all these powers. (255, which means NaN, is infinity in a
 # float; so at the end infinity becomes NaN, and what outgrew fp32 with it.)
 
@@ -708,7 +714,8 @@ for n in (2, 4, 8, 16, 512):
 #
 # **Cost.** For 128 weights of a row: a shift, a look-up and two for the
 # difference make 15 instructions (the first code needs no shift), four are for
-# the scales, and each token takes 4 products. With the scales after the sums
+# the scales (15 in all where a subtraction stops at zero, as on the Xeon), and
+# each token takes 4 products. With the scales after the sums
 # it is 7 and 4, and 5 for each token. By digits, row by row, one shift and two
 # look-ups decode, but a token takes 4 products and then a shift, a sum, a
 # conversion, a scale brought to its lanes and a product with it; what belongs
@@ -755,9 +762,9 @@ for name, decoding, token, counts in (
 # - An FP4 value times its scale is a bf16 number, exactly, for 251 of the 255
 #   scales; the product is one subtraction in the exponent's bits.
 # - Saturating subtraction keeps zero zero, so no weight is looked at twice.
-# - Decoding costs 11 or 19 instructions for 128 weights, and all tokens of a
-#   group share them. Which instructions is up to what else is to be done: they
-#   should not wait for the units that multiply.
+# - Decoding costs 11, 15 or 19 instructions for 128 weights, and all tokens of
+#   a group share them. Which instructions is up to what else is to be done:
+#   they should not wait for the units that multiply.
 # - One token alone goes by its digits: 13 instructions instead of 16.
 # - What was stored in bf16 is multiplied in bf16, but for a token alone; what
 #   never was keeps sixteen bits.
@@ -790,7 +797,8 @@ others = 3 + 4 + 4  # shift, look up; the scales
 for words, each in (("stops at zero", 1), ("max, difference", 2),
                     ("test, add where it holds", 2)):
     print(f"{words}: {others + 4 * each}")
-# On a Zen 4 the second is quickest: what counts is the units that they need.
+# On a Zen 4 the second is quickest, on the Xeon the first: what counts is the
+# units that they need.
 
 # %% [markdown]
 # ### Exercise 3

@@ -25,8 +25,8 @@ struct Registers {  // have these shapes while this lives
   ~Registers() { _tile_release(); }
 };
 
-// before registers are filled from memory: the compiler is not told that
-// they read it, and may not have written it yet
+// before and after registers are filled from memory, since the compiler is
+// not told that they read it
 inline void written() { asm volatile("" ::: "memory"); }
 
 // x less what bf16 holds of it

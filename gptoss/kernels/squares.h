@@ -30,7 +30,7 @@ struct alignas(64) FourSums {
            int64_t width) const {
     for (int i = 0; i < 4; ++i) {
       const int64_t r = i % H * SQUARE, c = i / H * SQUARE;
-      if (r >= rows) continue;
+      if (r >= rows || c >= count) continue;
       Bytes v[SQUARE];
       std::memcpy(v, at[i], sizeof v);
       turn(v);
@@ -43,7 +43,7 @@ struct alignas(64) FourSums {
   }
 };
 
-constexpr int64_t BOTH = 2 * SQUARE;  // rows that are decoded together
+constexpr int64_t BOTH = 2 * SQUARE;  // rows, and columns, at a time
 
 struct Work {  // out[t * width + r]: rows of a packed weight, times columns
   const uint8_t *w, *scales;
@@ -52,7 +52,7 @@ struct Work {  // out[t * width + r]: rows of a packed weight, times columns
   int64_t count, columns;  // in all, of a place
   float* out;
   int64_t width;
-  int64_t below = 0;  // bytes from here to what will be read next
+  int64_t below = 0;  // bytes from here to what is read next, if anything
 
   // up to 32 rows from r on, `wide` columns from c on
   Work from(int64_t r, int64_t c, int64_t wide) const {
@@ -79,22 +79,21 @@ struct Decoder {
 
   INLINE void rows(int64_t some, int64_t count = HELD) {
     for (int64_t r = 0; r < some; ++r, to += BLOCK) {
-      __builtin_prefetch(w + 32 * HELD);
+      __builtin_prefetch(w + 2 * 16 * HELD);  // two rounds
       ask(w + below);
       const Fours four(w, scales, count);
 #pragma GCC unroll 4
       for (int j = 0; j < HELD; ++j)
-        _mm512_store_si512(to + j * BOTH * BLOCK, four.decoded(j));
+        _mm512_store_si512(to + j * 2 * AREA, four.decoded(j));
       w += 16 * blocks, scales += blocks;
     }
   }
 };
 
-// all 32 rows
 void decode_squares(const Work& part, int64_t b, Number* to) {
-  const int64_t left = part.blocks - b;
   Decoder decoder(part, b, to);
-  left < HELD ? decoder.rows(BOTH, left) : decoder.rows(BOTH);
+  part.blocks - b < HELD ? decoder.rows(BOTH, part.blocks - b)
+                         : decoder.rows(BOTH);  // inlined, without masks
 }
 
 // adds four squares of each of two rows of them, times x; meanwhile, eight
@@ -112,10 +111,10 @@ INLINE inline void add_few(const Number* w, const Number* x,
     _tile_dpbf16ps(1, 5, 6);
     meanwhile();
   }
+  written();
 }
 
-// 32 rows, up to 16 columns: sums stay in their registers, and blocks are
-// decoded while those before them are multiplied
+// up to 16 columns; blocks are decoded while others are multiplied
 void few_squares(const Work& part) {
   alignas(64) Number decoded[2][HELD * 2 * AREA];
   FourSums sums;
@@ -136,7 +135,7 @@ void few_squares(const Work& part) {
   sums.put<2>(part.rows, part.count, part.columns, part.out, part.width);
 }
 
-// adds `deep` squares of each of two rows of them, times those of x, beyond
+// adds `deep` squares of two rows of them, times those of x and beyond
 inline void add_many(const Number* w, int64_t deep, const Number* x,
                      const Number* beyond) {
   written();
@@ -154,7 +153,7 @@ inline void add_many(const Number* w, int64_t deep, const Number* x,
 
 constexpr int64_t MANY_COLUMNS = 192;  // half of L2, if n is 2880
 
-// 32 rows, more columns: blocks that are decoded once meet all of them
+// more columns: blocks that are decoded once meet all of them
 void many_squares(const Work& part) {
   constexpr int64_t DEEPEST = 2 * HELD;  // blocks: 16 KiB, a third of L1
   const int64_t n = padded(part.blocks), blocks = n / BLOCK;
@@ -200,20 +199,20 @@ void unusual_squares(const Work& part) {
 // as `packed_strips`
 void packed_squares(const Work& all) {
   if (!usual(all.scales, all.rows * all.blocks)) return unusual_squares(all);
-  const int64_t n = 16 * all.blocks, left = all.rows % BOTH;
-  const int64_t whole = all.rows - left;
-  const int64_t times = (all.count + MANY_COLUMNS - 1) / MANY_COLUMNS;
-  const int64_t wide = (all.count + BOTH * times - 1) / (BOTH * times) * BOTH;
-  std::vector<uint8_t> w(left ? BOTH * n : 0), scales(w.size() / 16, 127);
-  std::copy_n(all.w + whole * n, left * n, w.data());
-  std::copy_n(all.scales + whole * all.blocks, left * all.blocks,
-              scales.data());
+  const int64_t n = all.blocks, whole = all.rows / BOTH * BOTH;
+  const int64_t lots = (all.count + MANY_COLUMNS - 1) / MANY_COLUMNS;
+  const int64_t wide = (all.count + lots * BOTH - 1) / (lots * BOTH) * BOTH;
+  std::vector<uint8_t> w, scales;  // of the last rows, and zeros
+  if (const int64_t left = (all.rows - whole) * n) {
+    w.resize(16 * BOTH * n), scales.resize(BOTH * n);
+    std::copy_n(all.w + 16 * whole * n, 16 * left, w.data());
+    std::copy_n(all.scales + whole * n, left, scales.data());
+  }
   const Registers registers;
   for (int64_t c = 0; c < all.count; c += wide)
     for (int64_t r = 0; r < all.rows; r += BOTH) {
       Work part = all.from(r, c, wide);
-      if (r == whole)  // filled up: nothing is read beyond the weight
-        part.w = w.data(), part.scales = scales.data();
+      if (r == whole) part.w = w.data(), part.scales = scales.data();
       (part.count > SQUARE ? many_squares : few_squares)(part);
     }
 }
