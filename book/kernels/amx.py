@@ -211,7 +211,7 @@ assert torch.equal(y.long(), x @ w.T) and torch.equal(y, z)
 # product wait for the one before, if both add to the same sums? Intel names 52
 # cycles until a result is there. But the unit goes row by row, and the first
 # row of sums has long been there when the next product wants it. A loop of
-# products into one square took 16.4 cycles each, into four the same.)
+# products into one square took as long as one into four in turns.)
 
 # %%
 for a in range(1, 9):
@@ -621,8 +621,8 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 # get the processor. Linux does that only for a process that asks, and ends one
 # that touches them without asking. So `lent`, of [the first
 # three](first_three.ipynb), asks once (`arch_prctl`, request 0x1023, state
-# 18). Where the answer is no, in a sandbox or under an older Linux, all goes
-# as without AMX, and `kernel_path()` does not name it. And oneDNN, by which
+# 18). Where the answer is no, in a sandbox or under an older Linux, experts go
+# by whole numbers, and `kernel_path()` does not name AMX. And oneDNN, by which
 # torch multiplies bf16, sets shapes of its own, so ours are loaded before each
 # piece of work and released after it.
 #
@@ -815,8 +815,8 @@ for n in (8, 16):
 # %% [markdown] tags=["measured"]
 # Measured on two cores of a Xeon (Emerald Rapids), memory at 36 GB/s, in ms: a
 # packed matrix of 5760 by 2880, and the 32 experts of a layer of the 20b, four
-# for each token at random; *pairs* is the same machine, told that it has no
-# AMX.
+# for each token at random; *pairs* is the same machine by kernels compiled
+# without AMX.
 #
 # | tokens | matrix, pairs | AMX | experts, pairs | AMX |
 # |---|---|---|---|---|
@@ -834,12 +834,12 @@ for n in (8, 16):
 # **What is lost.** One core in a loop of nothing but `tdpbf16ps` does 2950
 # GFLOP/s. For 64 bytes of weights in the second cache and 16 columns that is 4
 # cycles. Loading the squares makes it 6.0, decoding takes 10.0 alone, and all
-# together 18.5: more than one after the other would take, although they
-# overlap (27 with two buffers of 64 rows). What is gained, 15 percent with 4
-# to 8 places, is gained where weights come from memory. With 64 columns it is
-# 46 cycles instead of 16: 20 for decoding, twice what it takes alone, 6 for
-# sums that come and go, 4 for loading squares. Why decoding is slower between
-# products we have not found out.
+# together 18.5, one beside the other, and no less one after the other (27 with
+# two buffers of 64 rows). What is gained by the former, 3 percent with four
+# places and 10 with eight, is gained where weights come from memory. With 64
+# columns it is 46 cycles instead of 16: 20 for decoding, twice what it takes
+# alone, 6 for sums that come and go, 4 for loading squares. Why decoding is
+# slower between products we have not found out.
 
 # %% [markdown]
 # ## Takeaways

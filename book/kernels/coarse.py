@@ -509,7 +509,7 @@ define_operator("packed_experts_eight", Operator(
 #     four = interleaved<InBytes>(digits, from, groups.begin, TILED);
 #     few = TILED, low = BROAD;
 # #ifdef GPTOSS_BF16  // few tokens go by strips, which need no rounding
-#     if (stored != STORED || !any_below(groups, TILED)) return;
+#     if (!PAIRED || stored != STORED || !any_below(groups, TILED)) return;
 #     pairs = paired(x, from, weight.blocks, groups.begin, PAIR);
 #     few = TOGETHER + 1;
 # #endif

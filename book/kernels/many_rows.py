@@ -513,7 +513,7 @@ assert found == order.tolist()
 #     } else
 # #endif
 # #ifdef GPTOSS_BF16
-#     if (most == STORED) {  // hidden numbers keep sixteen bits
+#     if (PAIRED && most == STORED) {  // hidden numbers keep sixteen bits
 #       pairs = paired(x, from, blocks, groups.begin, PAIR);
 #       few = TOGETHER + 1, low = BROAD;
 #       if (any_below(groups, PAIR)) digits = quantised(x, most, rows, blocks);

@@ -147,7 +147,7 @@ struct Coarse : Inputs {
     four = interleaved<InBytes>(digits, from, groups.begin, TILED);
     few = TILED, low = BROAD;
 #ifdef GPTOSS_BF16  // few tokens go by strips, which need no rounding
-    if (stored != STORED || !any_below(groups, TILED)) return;
+    if (!PAIRED || stored != STORED || !any_below(groups, TILED)) return;
     pairs = paired(x, from, weight.blocks, groups.begin, PAIR);
     few = TOGETHER + 1;
 #endif

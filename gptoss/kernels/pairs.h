@@ -31,6 +31,11 @@ constexpr uint16_t LARGE[32] = {
     0, 0x7d80, 0x7e00, 0x7e40, 0x7e80, 0x7ec0, 0x7f00, 0x7f40,
     0, 0xfd80, 0xfe00, 0xfe40, 0xfe80, 0xfec0, 0xff00, 0xff40};
 constexpr int ONCE = 12;  // tokens, with two rows: weights are decoded once
+#ifdef GPTOSS_AMX  // Intel: without its squares whole numbers are quicker
+constexpr bool PAIRED = false;
+#else
+constexpr bool PAIRED = true;
+#endif
 constexpr int64_t FOUR = HELD * BLOCK;
 
 inline int64_t padded(int64_t blocks) {
