@@ -422,8 +422,7 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 # namespace {
 #
 # #ifdef GPTOSS_AMX
-# // four registers of sums: of 32 rows and 32 columns if H is 2, of 16 rows
-# // and 64 columns if H is 1
+# // sums of 32 rows and 32 columns
 # struct alignas(64) FourSums {
 #   float at[4][SQUARE][SQUARE];
 #
@@ -443,11 +442,10 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 #   }
 #
 #   // out[t * width + r], for `count` columns
-#   template <int H>
 #   void put(int64_t rows, int64_t count, int64_t columns, float* out,
 #            int64_t width) const {
 #     for (int i = 0; i < 4; ++i) {
-#       const int64_t r = i % H * SQUARE, c = i / H * SQUARE;
+#       const int64_t r = i % 2 * SQUARE, c = i / 2 * SQUARE;
 #       if (r >= rows || c >= count) continue;
 #       Bytes v[SQUARE];
 #       std::memcpy(v, at[i], sizeof v);
@@ -563,7 +561,7 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 #     }
 #   }
 #   sums.keep();
-#   sums.put<2>(part.rows, part.count, part.columns, part.out, part.width);
+#   sums.put(part.rows, part.count, part.columns, part.out, part.width);
 # }
 #
 # // adds `deep` squares of two rows of them, times those of x and beyond
@@ -605,9 +603,8 @@ assert lost <= 2 ** -17 and off((high + low) @ w.T, exact) < 1e-5
 #     }
 #   }
 #   for (int64_t c = 0; c < part.count; c += BOTH)
-#     sums[c / BOTH].put<2>(
-#         part.rows, part.count - c, part.columns,
-#         part.out + c / part.columns * part.width, part.width);
+#     sums[c / BOTH].put(part.rows, part.count - c, part.columns,
+#                        part.out + c / part.columns * part.width, part.width);
 # }
 # ```
 

@@ -79,53 +79,49 @@ Tensor put_beside(const Number* x, int64_t N, int64_t n) {
   return all;
 }
 
-// sixteen rows as they lie, times T squares of tokens
-template <int T>
+// 32 rows as they lie, times T squares of tokens; FRESH: from memory
+template <int T, bool FRESH>
 void multiply_squares(const Number* w, int64_t n, const Number* x,
                       FourSums& sums) {
   sums.clear();
   written();
   for (int64_t k = 0; k < n; k += BLOCK, x += AREA) {
-    const int64_t soon = k + SOON + (k + SOON < n ? 0 : (SQUARE - 1) * n);
-    for (int64_t r = 0; r < SQUARE; ++r)
-      __builtin_prefetch(w + r * n + soon);
+    const int64_t soon = k + SOON + (k + SOON < n ? 0 : (BOTH - 1) * n);
+    for (int64_t r = 0; FRESH && r < BOTH; ++r) ask(w + r * n + soon);
     _tile_loadd(4, w + k, 2 * n);
-    _tile_loadd(5, x, 64);
-    _tile_dpbf16ps(0, 4, 5);
+    _tile_loadd(6, x, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, w + SQUARE * n + k, 2 * n);
+    _tile_dpbf16ps(1, 5, 6);
     if (T > 1) {
-      _tile_loadd(6, x + SQUARE * n, 64);
-      _tile_dpbf16ps(1, 4, 6);
-    }
-    if (T > 2) {
-      _tile_loadd(7, x + 2 * SQUARE * n, 64);
+      _tile_loadd(7, x + SQUARE * n, 64);
       _tile_dpbf16ps(2, 4, 7);
-    }
-    if (T > 3) {
-      _tile_loadd(5, x + 3 * SQUARE * n, 64);
-      _tile_dpbf16ps(3, 4, 5);
+      _tile_dpbf16ps(3, 5, 7);
     }
   }
   sums.keep();
 }
 
-// as `strips`, tokens as `put_beside` leaves them
+// as `strips`, up to 32 tokens as `put_beside` leaves them
 void dense_squares(const Number* w, int64_t rows, const Number* x, int64_t N,
-                   int64_t n, float* out, int64_t width) {
+                   int64_t n, bool fresh, float* out, int64_t width) {
+  const auto multiply =
+      N > SQUARE ? fresh ? multiply_squares<2, true>
+                         : multiply_squares<2, false>
+                 : fresh ? multiply_squares<1, true>
+                         : multiply_squares<1, false>;
   std::vector<Number> copy;
   FourSums sums;
   const Registers registers;
-  for (int64_t r = 0; r < rows; r += SQUARE) {
+  for (int64_t r = 0; r < rows; r += BOTH) {
     const Number* from = w + r * n;
-    if (rows - r < SQUARE) {  // nothing is read beyond the weight
-      copy.resize(SQUARE * n);
+    if (rows - r < BOTH) {  // nothing is read beyond the weight
+      copy.resize(BOTH * n);
       std::copy_n(from, (rows - r) * n, copy.data());
       from = copy.data();
     }
-    in_groups<4>((N + SQUARE - 1) / SQUARE, [&](auto T, int64_t i) {
-      const int64_t t = i * SQUARE;
-      multiply_squares<T.value>(from, n, x + t * n, sums);
-      sums.put<1>(rows - r, N - t, 1, out + t * width + r, width);
-    });
+    multiply(from, n, x, sums);
+    sums.put(rows - r, N, 1, out + r, width);
   }
 }
 #endif
@@ -133,24 +129,25 @@ void dense_squares(const Number* w, int64_t rows, const Number* x, int64_t N,
 // y (N, m) = x (N, n) times w (m, n) transposed, plus a bias
 void dense_rows(const Number* x, int64_t N, const Number* w, int64_t m,
                 int64_t n, const Number* bias, Number* y) {
-  constexpr int64_t HEIGHT = 128, WHILE = 96;
+  constexpr int64_t HEIGHT = 128, MOST = 96;
 #ifdef GPTOSS_AMX
-  static_assert(WHILE % SQUARE == 0);
   const bool squared = N >= DENSE_SQUARED && lent();
   const Tensor squares = squared ? put_beside(x, N, n) : Tensor();
+  const int64_t lot = squared ? BOTH : MOST;
 #else
   constexpr bool squared = false;
+  constexpr int64_t lot = MOST;
 #endif
   const auto from = ready(x, squared ? 0 : N * n);
   share((m + HEIGHT - 1) / HEIGHT, 1, [&](int64_t item) {
     const int64_t row0 = item * HEIGHT, rows = std::min(HEIGHT, m - row0);
-    float out[WHILE * HEIGHT];
-    for (int64_t t0 = 0; t0 < N; t0 += WHILE) {  // these stay in a cache
-      const int64_t some = std::min(WHILE, N - t0);
+    float out[MOST * HEIGHT];
+    for (int64_t t0 = 0; t0 < N; t0 += lot) {  // rows stay in a cache
+      const int64_t some = std::min(lot, N - t0);
 #ifdef GPTOSS_AMX
       if (squared)
         dense_squares(w + row0 * n, rows, numbers(squares) + t0 * n, some, n,
-                      out, HEIGHT);
+                      !t0, out, HEIGHT);
       else
 #endif
       quickest_strips(w + row0 * n, rows, &from[t0 * n], some, n, out,

@@ -4,8 +4,7 @@
 namespace {
 
 #ifdef GPTOSS_AMX
-// four registers of sums: of 32 rows and 32 columns if H is 2, of 16 rows
-// and 64 columns if H is 1
+// sums of 32 rows and 32 columns
 struct alignas(64) FourSums {
   float at[4][SQUARE][SQUARE];
 
@@ -25,11 +24,10 @@ struct alignas(64) FourSums {
   }
 
   // out[t * width + r], for `count` columns
-  template <int H>
   void put(int64_t rows, int64_t count, int64_t columns, float* out,
            int64_t width) const {
     for (int i = 0; i < 4; ++i) {
-      const int64_t r = i % H * SQUARE, c = i / H * SQUARE;
+      const int64_t r = i % 2 * SQUARE, c = i / 2 * SQUARE;
       if (r >= rows || c >= count) continue;
       Bytes v[SQUARE];
       std::memcpy(v, at[i], sizeof v);
@@ -132,7 +130,7 @@ void few_squares(const Work& part) {
     }
   }
   sums.keep();
-  sums.put<2>(part.rows, part.count, part.columns, part.out, part.width);
+  sums.put(part.rows, part.count, part.columns, part.out, part.width);
 }
 
 // adds `deep` squares of two rows of them, times those of x and beyond
@@ -174,9 +172,8 @@ void many_squares(const Work& part) {
     }
   }
   for (int64_t c = 0; c < part.count; c += BOTH)
-    sums[c / BOTH].put<2>(
-        part.rows, part.count - c, part.columns,
-        part.out + c / part.columns * part.width, part.width);
+    sums[c / BOTH].put(part.rows, part.count - c, part.columns,
+                       part.out + c / part.columns * part.width, part.width);
 }
 
 // scales that bf16 has no room for
