@@ -444,11 +444,14 @@ assert np.allclose(found, right, atol=1e-4)
 # ### And where there are bf16 units?
 #
 # There an instruction multiplies 32 pairs of bf16 and adds them, so bf16 is
-# what the arithmetic allows. A strip of the matrix becomes bf16, in a scratch
-# of 16 MiB that stays in the last cache, and goes through `linear`. The same
-# is done without AVX2, where there are no tiles. The matrix in the file must
-# not be read instead: then a text that was read at once and one that was read
-# token by token would come from two models.
+# what the arithmetic allows. The products of [dense](dense.ipynb) take 128
+# rows at a time and ask where these lie. Here the answer is: unpacked, in a
+# scratch of bf16 of which each core has its own, and which stays in its second
+# cache until all tokens have passed. Memory is read for eight bits alone.
+# (Without AVX2 there are no tiles, and torch's own product may be quicker: a
+# strip of 16 MiB at a time goes through `linear` there.) The matrix in the
+# file must not be read instead: then a text that was read at once and one that
+# was read token by token would come from two models.
 #
 # A step times a whole number has up to fifteen bits; bf16 keeps eight. That is
 # a second rounding, on top of the first:
@@ -473,32 +476,47 @@ assert off(both, matrix) < 1.1 * off(back, matrix)
 # #else
 # constexpr int64_t FEW_TOKENS = 8;  // more: strips
 #
-# inline Floats eight_floats(const int8_t* from) {
-# #ifdef GPTOSS_AVX2
-#   return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(
-#       _mm_cvtsi64_si128(load<int64_t>(from))));
+# // a block in bf16
+# inline void unpack(const int8_t* from, float scale, Number* to) {
+# #ifdef GPTOSS_BF16
+#   auto half = [&](int i) INLINE {
+#     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(
+#                from + 2 * HALF * i))) * scale;
+#   };
+#   _mm512_storeu_si512(to, (Bytes)_mm512_cvtne2ps_pbh(half(1), half(0)));
 # #else
 #   using Few = int8_t __attribute__((vector_size(8)));
-#   return __builtin_convertvector(load<Few>(from), Floats);
+#   for (int64_t k = 0; k < BLOCK; k += 8)
+#     narrow(__builtin_convertvector(
+#                load<Few>(from + k + (k < HALF ? 0 : HALF)), Floats) * scale,
+#            to + k);
 # #endif
 # }
 #
 # // rows first ... first + count - 1 in bf16
-# void unpack_strip(const Eight& w, int64_t first, int64_t count, Number* to) {
+# void unpack_rows(const Eight& w, int64_t first, int64_t count, Number* to) {
 #   const int64_t blocks = w.n / BLOCK;
-#   at::parallel_for(0, count, 4, [&](int64_t begin, int64_t end) {
-#     for (int64_t i = begin * blocks; i < end * blocks; ++i) {
-#       const int64_t r = i / blocks, b = i % blocks;
-#       const int8_t* from = w.values + (first + r) * w.n + place(b);
-#       const float scale = wide_scale(w.scales[first * blocks + i]);
-#       for (int64_t k = 0; k < BLOCK; k += 8)
-#         narrow(eight_floats(from + k + (k < HALF ? 0 : HALF)) * scale,
-#                to + i * BLOCK + k);
+#   for (int64_t r = first; r < first + count; ++r)
+#     for (int64_t b = 0; b < blocks; ++b, to += BLOCK) {
+#       const int8_t* from = w.values + r * w.n + place(b);
+#       if (b % 2 == 0) ask_ahead(from);
+#       unpack(from, wide_scale(w.scales[r * blocks + b]), to);
 #     }
-#   });
 # }
 #
-# // as eight_few, for many tokens: strips pass through `linear`
+# #ifdef GPTOSS_BF16
+# // as eight_few, for many tokens
+# Tensor eight_many(const Eight& w, const Tensor& x,
+#                   const std::optional<Tensor>& bias) {
+#   return multiplied(x, [&](int64_t first, int64_t count) {
+#     thread_local Array<Number> rows;
+#     rows.resize(count * w.n);
+#     unpack_rows(w, first, count, rows.data());
+#     return rows.data();
+#   }, w.rows, w.n, bias);
+# }
+# #else
+# // the same: strips pass through `linear`
 # Tensor eight_many(const Eight& w, const Tensor& x,
 #                   const std::optional<Tensor>& bias) {
 #   auto shape = x.sizes().vec();
@@ -509,7 +527,10 @@ assert off(both, matrix) < 1.1 * off(back, matrix)
 #   for (int64_t first = 0; first < w.rows; first += HEIGHT) {
 #     const int64_t rows = std::min(HEIGHT, w.rows - first);
 #     const Tensor strip = scratch.narrow(0, 0, rows);
-#     unpack_strip(w, first, rows, static_cast<Number*>(strip.data_ptr()));
+#     auto to = static_cast<Number*>(strip.data_ptr());
+#     at::parallel_for(0, rows, 4, [&](int64_t begin, int64_t end) {
+#       unpack_rows(w, first + begin, end - begin, to + begin * w.n);
+#     });
 #     std::optional<Tensor> part;
 #     if (bias) part = bias->narrow(0, first, rows);
 #     y.narrow(-1, first, rows).copy_(linear(x, strip, part));
@@ -517,13 +538,13 @@ assert off(both, matrix) < 1.1 * off(back, matrix)
 #   return y;
 # }
 # #endif
+# #endif
 # ```
 
 # %% [markdown] tags=["measured"]
 # How many are few? The time of the integers grows with every token, that of
-# the strips hardly does. For eight tokens the integers take a third of the
-# time of `linear` (the table below), which the strips need besides their
-# unpacking. So before strips up to eight tokens are few. Before tiles it is
+# the strips hardly does. With AMX both take as long at seven tokens, without
+# it at more (the tables below); up to eight are few. Before tiles it is
 # twelve: up to there neither is quicker by more than the measurement wavers,
 # and from 13 on the tile is.
 #
@@ -668,6 +689,24 @@ for tokens in (1, 3, 8, 40):
 # as a dozen tokens, so they lose most where tokens are few. For 512 what is
 # left is arithmetic, and there the tile takes 13 to 19% less time than
 # `linear` in bf16; by the count above it was to be a fifth.
+#
+# Where bf16 units are, strips of 16 MiB lose as much, and 128 rows for each
+# core less. Two cores of a Xeon (Emerald Rapids), shared with others, 4096 x
+# 2880, on 2026-12-01; milliseconds, taken in turns:
+#
+# | units | tokens | bf16, `linear` | 8 bits, 16 MiB | 8 bits, 128 rows |
+# |---|---|---|---|---|
+# | AMX | 16 | 0.86 | 3.4 | 1.1 |
+# | | 32 | 1.0 | 3.6 | 1.3 |
+# | | 128 | 2.1 | 5.0 | 2.3 |
+# | | 512 | 10.1 | 14.8 | 10.1 |
+# | AVX512-BF16 | 9 | 2.1 | 6.1 | 3.0 |
+# | | 16 | 3.6 | 7.5 | 4.4 |
+# | | 32 | 6.9 | 11.3 | 8.0 |
+# | | 128 | 29.6 | 33.0 | 27.8 |
+#
+# (With AMX and few tokens: 4 take 0.83 ms in bf16 and 0.60 by integers, 8 take
+# 0.82 and 1.14.) What is left to lose is the unpacking, a millisecond at most.
 
 # %% [markdown]
 # ## Takeaways

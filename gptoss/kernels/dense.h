@@ -58,9 +58,8 @@ void finish(const float* v, const Number* bias, int64_t count, Number* to) {
   for (; i < count; ++i) to[i] = bias ? v[i] + float(bias[i]) : v[i];
 }
 
-// from so many tokens on torch's own product is taken, by measuring; never
-// for few rows: processes that share a model each compute the router, and
-// have to agree
+// from so many tokens on torch's product is taken, by measuring; not for few
+// rows: processes that share a model compute the router alike
 std::atomic<int64_t> from_torch{std::numeric_limits<int64_t>::max()};
 constexpr int64_t TALL_ENOUGH = 512;  // rows
 
@@ -126,10 +125,13 @@ void dense_squares(const Number* w, int64_t rows, const Number* x, int64_t N,
 }
 #endif
 
-// y (N, m) = x (N, n) times w (m, n) transposed, plus a bias
-void dense_rows(const Number* x, int64_t N, const Number* w, int64_t m,
+constexpr int64_t TALLEST = 128, MOST = 96;  // rows; tokens at a time
+
+// y (N, m) = x (N, n) times w (m, n) transposed, plus a bias; weight(r, k):
+// where the k rows from r on lie
+template <class Weight>
+void dense_rows(const Number* x, int64_t N, const Weight& weight, int64_t m,
                 int64_t n, const Number* bias, Number* y) {
-  constexpr int64_t HEIGHT = 128, MOST = 96;
 #ifdef GPTOSS_AMX
   const bool squared = N >= DENSE_SQUARED && lent();
   const Tensor squares = squared ? put_beside(x, N, n) : Tensor();
@@ -139,38 +141,40 @@ void dense_rows(const Number* x, int64_t N, const Number* w, int64_t m,
   constexpr int64_t lot = MOST;
 #endif
   const auto from = ready(x, squared ? 0 : N * n);
-  share((m + HEIGHT - 1) / HEIGHT, 1, [&](int64_t item) {
-    const int64_t row0 = item * HEIGHT, rows = std::min(HEIGHT, m - row0);
-    float out[MOST * HEIGHT];
+  share((m + TALLEST - 1) / TALLEST, 1, [&](int64_t item) {
+    const int64_t row0 = item * TALLEST, rows = std::min(TALLEST, m - row0);
+    const Number* w = weight(row0, rows);
+    float out[MOST * TALLEST];
     for (int64_t t0 = 0; t0 < N; t0 += lot) {  // rows stay in a cache
       const int64_t some = std::min(lot, N - t0);
 #ifdef GPTOSS_AMX
       if (squared)
-        dense_squares(w + row0 * n, rows, numbers(squares) + t0 * n, some, n,
-                      !t0, out, HEIGHT);
+        dense_squares(w, rows, numbers(squares) + t0 * n, some, n, !t0, out,
+                      TALLEST);
       else
 #endif
-      quickest_strips(w + row0 * n, rows, &from[t0 * n], some, n, out,
-                      HEIGHT);
+      quickest_strips(w, rows, &from[t0 * n], some, n, out, TALLEST);
       for (int64_t t = 0; t < some; ++t)
-        finish(out + t * HEIGHT, bias ? bias + row0 : nullptr, rows,
+        finish(out + t * TALLEST, bias ? bias + row0 : nullptr, rows,
                y + (t0 + t) * m + row0);
     }
   });
 }
 
 // the same for many: 64 rows by 256 columns of w stay in the L2 cache
-void dense_tiles(const Buffer& x, int64_t N, const Number* w, int64_t m,
+template <class Weight>
+void dense_tiles(const Buffer& x, int64_t N, const Weight& weight, int64_t m,
                  int64_t n, const Number* bias, Number* y) {
   constexpr int64_t HEIGHT = 4 * ROWS, DEPTH = 256;
   share((m + HEIGHT - 1) / HEIGHT, 1, [&](int64_t item) {
     const int64_t row0 = item * HEIGHT, rows = std::min(HEIGHT, m - row0);
+    const Number* w = weight(row0, rows);
     Buffer tile(HEIGHT * DEPTH), out(N * HEIGHT);
     for (int64_t k = 0; k < n; k += DEPTH) {
       const int64_t depth = std::min(DEPTH, n - k);
       for (int64_t r = 0; r < rows; r += ROWS)
-        widen_tile(w + (row0 + r) * n + k, n, std::min(ROWS, rows - r),
-                   depth, &tile[r * DEPTH]);
+        widen_tile(w + r * n + k, n, std::min(ROWS, rows - r), depth,
+                   &tile[r * DEPTH]);
       for (int64_t t = 0; t < N; t += WIDE)
         for (int64_t r = 0; r < rows; r += ROWS)
           multiply(&tile[r * DEPTH], ROWS, depth, {&x[t * n + k], n},
@@ -180,6 +184,22 @@ void dense_tiles(const Buffer& x, int64_t N, const Number* w, int64_t m,
       finish(&out[t * HEIGHT], bias ? bias + row0 : nullptr, rows,
              y + t * m + row0);
   });
+}
+
+template <class Weight>
+Tensor multiplied(const Tensor& x, const Weight& weight, int64_t m,
+                  int64_t n, const std::optional<Tensor>& bias) {
+  const Tensor from = x.contiguous();
+  const Tensor b = bias ? bias->contiguous() : Tensor();
+  auto shape = x.sizes().vec();
+  shape.back() = m;
+  Tensor y = at::empty(shape, x.options());
+  const Number* add = bias ? numbers(b) : nullptr;
+  auto to = static_cast<Number*>(y.data_ptr());
+  const int64_t N = x.numel() / n;
+  if (N <= BY_STRIPS) dense_rows(numbers(from), N, weight, m, n, add, to);
+  else dense_tiles(floats(from), N, weight, m, n, add, to);
+  return y;
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight,
@@ -192,19 +212,9 @@ Tensor linear(const Tensor& x, const Tensor& weight,
       || (bias && !has(*bias, {m}))
       || (m >= TALL_ENOUGH && x.numel() / n >= from_torch))
     return plain<decltype(linear)>("linear", x, weight, bias);
-  const Tensor from = x.contiguous();
-  auto shape = x.sizes().vec();
-  shape.back() = m;
-  Tensor y = at::empty(shape, x.options());
-  const Tensor b = bias ? bias->contiguous() : Tensor();
-  const Number* add = bias ? numbers(b) : nullptr;
-  auto to = static_cast<Number*>(y.data_ptr());
-  const int64_t N = x.numel() / n;
-  if (N <= BY_STRIPS)
-    dense_rows(numbers(from), N, numbers(weight), m, n, add, to);
-  else
-    dense_tiles(floats(from), N, numbers(weight), m, n, add, to);
-  return y;
+  return multiplied(x, [w = numbers(weight), n](int64_t r, int64_t) {
+    return w + r * n;
+  }, m, n, bias);
 }
 
 TORCH_LIBRARY_FRAGMENT(gptoss, m) {

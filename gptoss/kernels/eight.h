@@ -61,32 +61,47 @@ Tensor eight_many(const Eight& w, const Tensor& x,
 #else
 constexpr int64_t FEW_TOKENS = 8;  // more: strips
 
-inline Floats eight_floats(const int8_t* from) {
-#ifdef GPTOSS_AVX2
-  return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(
-      _mm_cvtsi64_si128(load<int64_t>(from))));
+// a block in bf16
+inline void unpack(const int8_t* from, float scale, Number* to) {
+#ifdef GPTOSS_BF16
+  auto half = [&](int i) INLINE {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(
+               from + 2 * HALF * i))) * scale;
+  };
+  _mm512_storeu_si512(to, (Bytes)_mm512_cvtne2ps_pbh(half(1), half(0)));
 #else
   using Few = int8_t __attribute__((vector_size(8)));
-  return __builtin_convertvector(load<Few>(from), Floats);
+  for (int64_t k = 0; k < BLOCK; k += 8)
+    narrow(__builtin_convertvector(
+               load<Few>(from + k + (k < HALF ? 0 : HALF)), Floats) * scale,
+           to + k);
 #endif
 }
 
 // rows first ... first + count - 1 in bf16
-void unpack_strip(const Eight& w, int64_t first, int64_t count, Number* to) {
+void unpack_rows(const Eight& w, int64_t first, int64_t count, Number* to) {
   const int64_t blocks = w.n / BLOCK;
-  at::parallel_for(0, count, 4, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * blocks; i < end * blocks; ++i) {
-      const int64_t r = i / blocks, b = i % blocks;
-      const int8_t* from = w.values + (first + r) * w.n + place(b);
-      const float scale = wide_scale(w.scales[first * blocks + i]);
-      for (int64_t k = 0; k < BLOCK; k += 8)
-        narrow(eight_floats(from + k + (k < HALF ? 0 : HALF)) * scale,
-               to + i * BLOCK + k);
+  for (int64_t r = first; r < first + count; ++r)
+    for (int64_t b = 0; b < blocks; ++b, to += BLOCK) {
+      const int8_t* from = w.values + r * w.n + place(b);
+      if (b % 2 == 0) ask_ahead(from);
+      unpack(from, wide_scale(w.scales[r * blocks + b]), to);
     }
-  });
 }
 
-// as eight_few, for many tokens: strips pass through `linear`
+#ifdef GPTOSS_BF16
+// as eight_few, for many tokens
+Tensor eight_many(const Eight& w, const Tensor& x,
+                  const std::optional<Tensor>& bias) {
+  return multiplied(x, [&](int64_t first, int64_t count) {
+    thread_local Array<Number> rows;
+    rows.resize(count * w.n);
+    unpack_rows(w, first, count, rows.data());
+    return rows.data();
+  }, w.rows, w.n, bias);
+}
+#else
+// the same: strips pass through `linear`
 Tensor eight_many(const Eight& w, const Tensor& x,
                   const std::optional<Tensor>& bias) {
   auto shape = x.sizes().vec();
@@ -97,13 +112,17 @@ Tensor eight_many(const Eight& w, const Tensor& x,
   for (int64_t first = 0; first < w.rows; first += HEIGHT) {
     const int64_t rows = std::min(HEIGHT, w.rows - first);
     const Tensor strip = scratch.narrow(0, 0, rows);
-    unpack_strip(w, first, rows, static_cast<Number*>(strip.data_ptr()));
+    auto to = static_cast<Number*>(strip.data_ptr());
+    at::parallel_for(0, rows, 4, [&](int64_t begin, int64_t end) {
+      unpack_rows(w, first + begin, end - begin, to + begin * w.n);
+    });
     std::optional<Tensor> part;
     if (bias) part = bias->narrow(0, first, rows);
     y.narrow(-1, first, rows).copy_(linear(x, strip, part));
   }
   return y;
 }
+#endif
 #endif
 
 void pack_eight_row(const Number* w, int64_t n, int8_t* to,

@@ -124,7 +124,7 @@ def test_eight_linear(tokens, rows, groups, with_bias, seed):
 @needs_eight
 @torch.inference_mode()
 def test_strips_join_where_they_meet():
-    """8 Mi weights a strip: here three, the last one short; as are tiles."""
+    """128 rows, or 8 Mi weights: several, the last one short; as are tiles."""
     packed = eight.pack_eight(torch.randn(4300, 4096).bfloat16())
     x, bias = torch.randn(13, 4096).bfloat16(), torch.randn(4300).bfloat16()
     many = OPS.eight_linear(x, *packed, bias)
