@@ -476,32 +476,41 @@ assert off(both, matrix) < 1.1 * off(back, matrix)
 # #else
 # constexpr int64_t FEW_TOKENS = 8;  // more: strips
 #
-# // a block in bf16
-# inline void unpack(const int8_t* from, float scale, Number* to) {
+# // a group of two blocks in bf16
+# inline void unpack(const int8_t* from, const uint16_t* scales, Number* to) {
 # #ifdef GPTOSS_BF16
-#   auto half = [&](int i) INLINE {
-#     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(
-#                from + 2 * HALF * i))) * scale;
-#   };
-#   _mm512_storeu_si512(to, (Bytes)_mm512_cvtne2ps_pbh(half(1), half(0)));
+#   const Bytes two = _mm512_set1_epi32(load<int32_t>(scales));
+#   const __m512 scale[] = {
+#       (__m512)_mm512_slli_epi32(two, 16),
+#       (__m512)_mm512_and_si512(two, _mm512_set1_epi32(0xffff0000))};
+# #pragma GCC unroll 2
+#   for (int i = 0; i < 2; ++i, from += HALF, to += BLOCK) {
+#     auto half = [&](int h) INLINE {
+#       return scale[i] * _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(
+#                             load<__m128i>(from + 2 * HALF * h)));
+#     };
+#     _mm512_storeu_si512(to, (Bytes)_mm512_cvtne2ps_pbh(half(1), half(0)));
+#   }
 # #else
 #   using Few = int8_t __attribute__((vector_size(8)));
-#   for (int64_t k = 0; k < BLOCK; k += 8)
-#     narrow(__builtin_convertvector(
-#                load<Few>(from + k + (k < HALF ? 0 : HALF)), Floats) * scale,
+#   for (int64_t k = 0; k < GROUP; k += 8) {
+#     const int64_t at = place(k / BLOCK) + k % BLOCK / HALF * 2 * HALF;
+#     narrow(__builtin_convertvector(load<Few>(from + at + k % HALF), Floats)
+#                * wide_scale(scales[k / BLOCK]),
 #            to + k);
+#   }
 # #endif
 # }
 #
 # // rows first ... first + count - 1 in bf16
 # void unpack_rows(const Eight& w, int64_t first, int64_t count, Number* to) {
-#   const int64_t blocks = w.n / BLOCK;
-#   for (int64_t r = first; r < first + count; ++r)
-#     for (int64_t b = 0; b < blocks; ++b, to += BLOCK) {
-#       const int8_t* from = w.values + r * w.n + place(b);
-#       if (b % 2 == 0) ask_ahead(from);
-#       unpack(from, wide_scale(w.scales[r * blocks + b]), to);
-#     }
+#   const int8_t* from = w.values + first * w.n;
+#   const uint16_t* scales = w.scales + first * w.n / BLOCK;
+#   for (int64_t i = count * w.n / GROUP; i--;
+#        from += GROUP, scales += 2, to += GROUP) {
+#     ask_ahead(from);
+#     unpack(from, scales, to);
+#   }
 # }
 #
 # #ifdef GPTOSS_BF16
@@ -543,10 +552,10 @@ assert off(both, matrix) < 1.1 * off(back, matrix)
 
 # %% [markdown] tags=["measured"]
 # How many are few? The time of the integers grows with every token, that of
-# the strips hardly does. With AMX both take as long at seven tokens, without
-# it at more (the tables below); up to eight are few. Before tiles it is
-# twelve: up to there neither is quicker by more than the measurement wavers,
-# and from 13 on the tile is.
+# the strips hardly does. With AMX both take as long at six or seven tokens,
+# without it at more (the tables below); and integers round once, strips twice.
+# So up to eight are few. Before tiles it is twelve: up to there neither is
+# quicker by more than the measurement wavers, and from 13 on the tile is.
 #
 # ### Rounding in C++
 #
@@ -705,8 +714,9 @@ for tokens in (1, 3, 8, 40):
 # | | 32 | 6.9 | 11.3 | 8.0 |
 # | | 128 | 29.6 | 33.0 | 27.8 |
 #
-# (With AMX and few tokens: 4 take 0.83 ms in bf16 and 0.60 by integers, 8 take
-# 0.82 and 1.14.) What is left to lose is the unpacking, a millisecond at most.
+# The head of the 20b takes 16 tokens in 42 ms in bf16, in 206 by strips of 16
+# MiB, in 53 by 128 rows. (With AMX and few tokens, by integers: 4 take 0.60 ms
+# of 0.83 in bf16, 8 take 1.14 of 0.82.)
 
 # %% [markdown]
 # ## Takeaways
