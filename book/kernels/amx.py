@@ -224,7 +224,8 @@ for a in range(1, 9):
 # Two by two wins, because each loaded square serves two products. It needs
 # more than 16 columns. With fewer there is one square of tokens, and the more
 # squares of weights meet it, the fewer loads. We take two by one: loads matter
-# little there, since decoding decides.
+# little there, since decoding decides. ([Dense](dense.ipynb) matrices, which
+# need none, do the same; with so few tokens they wait for memory.)
 #
 # **How long does decoding take?** Four blocks of a row are 15 instructions. By
 # the table in [pairs](pairs.ipynb) a shuffle, four look-ups and four

@@ -348,7 +348,7 @@ assert np.allclose(strip(some, six), six @ some.T)
 # %% [markdown] tags=["measured"]
 # On two cores of a Zen 4 with memory at 60 GB/s the dense matrices of the 20b
 # took 45 ms for one token, 55 for six, 120 for sixteen; for 96 a tenth more
-# without `INLINE`. On a Zen 5 halves of rows took a fifth less for sixteen.
+# without `INLINE`. On a Zen 5 sixteen took a fifth less by halves of rows.
 #
 # ### How does a tile of rows become columns?
 #
@@ -484,10 +484,10 @@ assert np.allclose(out, some @ weight.T)
 # With bf16 units strips serve any number of tokens, 96 of them at a time, so
 # that they stay in the second cache of a core while 128 rows pass. Without
 # them, up to eight tokens go by strips and more by tiles: 64 rows by 256
-# columns in fp32 are 64 KiB, which that cache holds as well. A processor with
-# AMX takes squares from four tokens on, where they were quicker, two by two:
-# 128 rows stay in its cache while 32 tokens at a time pass. Pass over
-# `GPTOSS_AMX` until [AMX](amx.ipynb) derives them.
+# columns in fp32 are 64 KiB, which that cache holds as well. With AMX squares
+# are quicker from four tokens on: two of rows meet two of tokens, and 128 rows
+# stay in the second cache while the tokens pass, 32 at a time. Pass over
+# `GPTOSS_AMX` until [AMX](amx.ipynb) derives squares.
 
 # %%
 print(64 * 256 * 4 // 1024, "KiB of a widened tile,",
@@ -505,8 +505,8 @@ print(64 * 256 * 4 // 1024, "KiB of a widened tile,",
 #   for (; i < count; ++i) to[i] = bias ? v[i] + float(bias[i]) : v[i];
 # }
 #
-# // from so many tokens on torch's product is taken, by measuring; not for few
-# // rows: processes that share a model compute the router alike
+# // tokens from which torch's product is taken, as measured; not for few rows:
+# // processes that share a model compute the router alike
 # std::atomic<int64_t> from_torch{std::numeric_limits<int64_t>::max()};
 # constexpr int64_t TALL_ENOUGH = 512;  // rows
 #
@@ -525,15 +525,15 @@ print(64 * 256 * 4 // 1024, "KiB of a widened tile,",
 #   return all;
 # }
 #
-# // 32 rows as they lie, times T squares of tokens; FRESH: from memory
-# template <int T, bool FRESH>
-# void multiply_squares(const Number* w, int64_t n, const Number* x,
-#                       FourSums& sums) {
+# // 32 rows times T squares of tokens; fresh: what follows is in memory
+# template <int T>
+# void multiply_squares(const Number* w, int64_t n, bool fresh,
+#                       const Number* x, FourSums& sums) {
 #   sums.clear();
 #   written();
 #   for (int64_t k = 0; k < n; k += BLOCK, x += AREA) {
 #     const int64_t soon = k + SOON + (k + SOON < n ? 0 : (BOTH - 1) * n);
-#     for (int64_t r = 0; FRESH && r < BOTH; ++r) ask(w + r * n + soon);
+#     for (int64_t r = 0; fresh && r < BOTH; ++r) ask(w + r * n + soon);
 #     _tile_loadd(4, w + k, 2 * n);
 #     _tile_loadd(6, x, 64);
 #     _tile_dpbf16ps(0, 4, 6);
@@ -551,11 +551,6 @@ print(64 * 256 * 4 // 1024, "KiB of a widened tile,",
 # // as `strips`, up to 32 tokens as `put_beside` leaves them
 # void dense_squares(const Number* w, int64_t rows, const Number* x, int64_t N,
 #                    int64_t n, bool fresh, float* out, int64_t width) {
-#   const auto multiply =
-#       N > SQUARE ? fresh ? multiply_squares<2, true>
-#                          : multiply_squares<2, false>
-#                  : fresh ? multiply_squares<1, true>
-#                          : multiply_squares<1, false>;
 #   std::vector<Number> copy;
 #   FourSums sums;
 #   const Registers registers;
@@ -566,43 +561,44 @@ print(64 * 256 * 4 // 1024, "KiB of a widened tile,",
 #       std::copy_n(from, (rows - r) * n, copy.data());
 #       from = copy.data();
 #     }
-#     multiply(from, n, x, sums);
+#     (N > SQUARE ? multiply_squares<2> : multiply_squares<1>)(
+#         from, n, fresh, x, sums);
 #     sums.put(rows - r, N, 1, out + r, width);
 #   }
 # }
 # #endif
 #
-# constexpr int64_t TALLEST = 128, MOST = 96;  // rows; tokens at a time
+# constexpr int64_t PIECE = 128, LOT = 96;  // rows; tokens
 #
-# // y (N, m) = x (N, n) times w (m, n) transposed, plus a bias; weight(r, k):
-# // where the k rows from r on lie
+# // y (N, m) = x (N, n) times w (m, n) transposed, plus a bias; weight.rows(r,
+# // count): where these lie, until the thread asks again; FRESH: in memory
 # template <class Weight>
 # void dense_rows(const Number* x, int64_t N, const Weight& weight, int64_t m,
 #                 int64_t n, const Number* bias, Number* y) {
 # #ifdef GPTOSS_AMX
 #   const bool squared = N >= DENSE_SQUARED && lent();
 #   const Tensor squares = squared ? put_beside(x, N, n) : Tensor();
-#   const int64_t lot = squared ? BOTH : MOST;
+#   const int64_t lot = squared ? BOTH : LOT;
 # #else
 #   constexpr bool squared = false;
-#   constexpr int64_t lot = MOST;
+#   constexpr int64_t lot = LOT;
 # #endif
 #   const auto from = ready(x, squared ? 0 : N * n);
-#   share((m + TALLEST - 1) / TALLEST, 1, [&](int64_t item) {
-#     const int64_t row0 = item * TALLEST, rows = std::min(TALLEST, m - row0);
-#     const Number* w = weight(row0, rows);
-#     float out[MOST * TALLEST];
-#     for (int64_t t0 = 0; t0 < N; t0 += lot) {  // rows stay in a cache
+#   share((m + PIECE - 1) / PIECE, 1, [&](int64_t item) {
+#     const int64_t row0 = item * PIECE, rows = std::min(PIECE, m - row0);
+#     const Number* w = weight.rows(row0, rows);
+#     float out[LOT * PIECE];
+#     for (int64_t t0 = 0; t0 < N; t0 += lot) {
 #       const int64_t some = std::min(lot, N - t0);
 # #ifdef GPTOSS_AMX
 #       if (squared)
-#         dense_squares(w, rows, numbers(squares) + t0 * n, some, n, !t0, out,
-#                       TALLEST);
+#         dense_squares(w, rows, numbers(squares) + t0 * n, some, n,
+#                       Weight::FRESH && !t0, out, PIECE);
 #       else
 # #endif
-#       quickest_strips(w, rows, &from[t0 * n], some, n, out, TALLEST);
+#       quickest_strips(w, rows, &from[t0 * n], some, n, out, PIECE);
 #       for (int64_t t = 0; t < some; ++t)
-#         finish(out + t * TALLEST, bias ? bias + row0 : nullptr, rows,
+#         finish(out + t * PIECE, bias ? bias + row0 : nullptr, rows,
 #                y + (t0 + t) * m + row0);
 #     }
 #   });
@@ -615,7 +611,7 @@ print(64 * 256 * 4 // 1024, "KiB of a widened tile,",
 #   constexpr int64_t HEIGHT = 4 * ROWS, DEPTH = 256;
 #   share((m + HEIGHT - 1) / HEIGHT, 1, [&](int64_t item) {
 #     const int64_t row0 = item * HEIGHT, rows = std::min(HEIGHT, m - row0);
-#     const Number* w = weight(row0, rows);
+#     const Number* w = weight.rows(row0, rows);
 #     Buffer tile(HEIGHT * DEPTH), out(N * HEIGHT);
 #     for (int64_t k = 0; k < n; k += DEPTH) {
 #       const int64_t depth = std::min(DEPTH, n - k);
@@ -644,6 +640,7 @@ print(64 * 256 * 4 // 1024, "KiB of a widened tile,",
 
 # %% [markdown] tags=["export:dense.h"]
 # ```cpp
+# // x times a weight (m, n) transposed, plus a bias
 # template <class Weight>
 # Tensor multiplied(const Tensor& x, const Weight& weight, int64_t m,
 #                   int64_t n, const std::optional<Tensor>& bias) {
@@ -660,6 +657,13 @@ print(64 * 256 * 4 // 1024, "KiB of a widened tile,",
 #   return y;
 # }
 #
+# struct AsStored {
+#   static constexpr bool FRESH = true;
+#   const Number* w;
+#   int64_t n;
+#   const Number* rows(int64_t r, int64_t) const { return w + r * n; }
+# };
+#
 # Tensor linear(const Tensor& x, const Tensor& weight,
 #               const std::optional<Tensor>& bias) {
 #   if (!ours({x, weight, bias.value_or(x)}) || weight.dim() != 2)
@@ -670,9 +674,7 @@ print(64 * 256 * 4 // 1024, "KiB of a widened tile,",
 #       || (bias && !has(*bias, {m}))
 #       || (m >= TALL_ENOUGH && x.numel() / n >= from_torch))
 #     return plain<decltype(linear)>("linear", x, weight, bias);
-#   return multiplied(x, [w = numbers(weight), n](int64_t r, int64_t) {
-#     return w + r * n;
-#   }, m, n, bias);
+#   return multiplied(x, AsStored{numbers(weight), n}, m, n, bias);
 # }
 #
 # TORCH_LIBRARY_FRAGMENT(gptoss, m) {
@@ -825,9 +827,9 @@ for tokens in (1, 2, 5, 7, 20, 100):
             slow = torch.ops.gptoss.linear(*given)
     if not has_kernel("linear"):
         fast = exact.float().bfloat16()
-    print(f"{tokens:3} tokens: kernel {off(fast, exact):.4f}, "
-          f"plain torch {off(slow, exact):.4f}")
-    assert off(fast, exact) < 1.01 * off(slow, exact) < 3e-3
+    ours, torchs = off(fast, exact), off(slow, exact)
+    print(f"{tokens:3} tokens: kernel {ours:.4f}, plain torch {torchs:.4f}")
+    assert ours < 1.01 * torchs < 3e-3
 
 # %% [markdown]
 # ## In the 20b and the 120b
@@ -849,11 +851,10 @@ print(f"as long as each other at {400 / 45:.0f} tokens")
 # %% [markdown]
 # ## Takeaways
 #
-# - A bf16 number is the upper half of a float: a shift and a mask make sixteen
-#   floats of a register, and nothing is rounded.
+# - A bf16 number is half a float: a shift and a mask widen two, exactly.
 # - A strip of four rows and some tokens keeps all its sums in registers: each
 #   weight is loaded once for two tokens on AVX2, for six with bf16 units.
-# - Which product is the quickest is measured once, and kept.
+# - Which product is quickest is measured once, and kept.
 #
 # ## Exercises
 #
@@ -885,12 +886,11 @@ print("groups:", taken, "- the tile is read", len(taken), "times")
 # ### Exercise 3
 #
 # Why four rows *far apart*? Processors fetch ahead along a stream of bytes, to
-# the end of a 4 KiB page at most. How often does a stream meet one in 4096 by
-# 2880 numbers, and how many of four streams are still running then?
+# the end of a 4 KiB page at most. How often does a stream meet a page's end in
+# 4096 by 2880 numbers, and how many of four streams are running on then?
 
 # %% tags=["hide-cell"]
-pages = 4096 * 2880 * 2 // 4096
-print(f"{pages:,} page ends; of one stream none runs on, of four three do; "
+print(f"{2880 * 2:,} page ends; of one stream none runs on, of four three do; "
       f"a row of 2880 numbers is {2880 * 2 / 4096:.1f} pages")
 
 # %% [markdown]

@@ -444,25 +444,28 @@ assert np.allclose(found, right, atol=1e-4)
 # ### And where there are bf16 units?
 #
 # There an instruction multiplies 32 pairs of bf16 and adds them, so bf16 is
-# what the arithmetic allows. The products of [dense](dense.ipynb) take 128
-# rows at a time and ask where these lie. Here the answer is: unpacked, in a
-# scratch of bf16 of which each core has its own, and which stays in its second
-# cache until all tokens have passed. Memory is read for eight bits alone.
-# (Without AVX2 there are no tiles, and torch's own product may be quicker: a
-# strip of 16 MiB at a time goes through `linear` there.) The matrix in the
-# file must not be read instead: then a text that was read at once and one that
-# was read token by token would come from two models.
+# what the arithmetic allows. `multiplied`, of [dense](dense.ipynb), takes 128
+# rows at a time and asks where they are. We unpack them first, as bf16, into
+# memory of the thread's own, and give that address: 720 KiB for 2880 columns,
+# which a second cache of 2 MiB holds until all tokens have passed (and one of
+# 1 MiB, as a Zen has, only in part). So memory is read for eight bits alone.
+# torch's own product is not asked here, since it would want the whole matrix
+# in bf16. Without AVX2 it is: strips of 16 MiB go through `linear` there. The
+# matrix in the file must not be read instead: then a text that was read at
+# once and one that was read token by token would come from two models.
 #
 # A step times a whole number has up to fifteen bits; bf16 keeps eight. That is
 # a second rounding, on top of the first:
 
 # %%
+print(128 * 2880 * 2 // 1024, "KiB of 128 rows in bf16,",
+      (1 << 23) * 2 >> 20, "MiB of a strip")
 both = unpack_eight(eight, torch.bfloat16)
 x = torch.randn(64, 2880, dtype=torch.float64)
 product = x @ matrix.double().T
 print(f"in eight bits: off by {off(back, matrix):.3f}, in bf16 again: "
       f"{off(both, matrix):.3f}; between the two {off(both, back):.4f}")
-for name, found in (("integers", back), ("strips", both)):
+for name, found in (("integers", back), ("bf16", both)):
     print(f"{name:8}: a product is off by "
           f"{off(x @ found.double().T, product):.2%}")
 assert off(both, matrix) < 1.1 * off(back, matrix)
@@ -474,7 +477,7 @@ assert off(both, matrix) < 1.1 * off(back, matrix)
 # %% [markdown] tags=["export:eight.h"]
 # ```cpp
 # #else
-# constexpr int64_t FEW_TOKENS = 8;  // more: strips
+# constexpr int64_t FEW_TOKENS = 8;  // more: in bf16
 #
 # // a group of two blocks in bf16
 # inline void unpack(const int8_t* from, const uint16_t* scales, Number* to) {
@@ -513,19 +516,24 @@ assert off(both, matrix) < 1.1 * off(back, matrix)
 #   }
 # }
 #
-# #ifdef GPTOSS_BF16
 # // as eight_few, for many tokens
+# #ifdef GPTOSS_BF16
+# struct Unpacked {
+#   static constexpr bool FRESH = false;
+#   const Eight& w;
+#   const Number* rows(int64_t first, int64_t count) const {
+#     thread_local Array<Number> to;
+#     if (int64_t(to.size()) < count * w.n) to.resize(count * w.n);
+#     unpack_rows(w, first, count, to.data());
+#     return to.data();
+#   }
+# };
+#
 # Tensor eight_many(const Eight& w, const Tensor& x,
 #                   const std::optional<Tensor>& bias) {
-#   return multiplied(x, [&](int64_t first, int64_t count) {
-#     thread_local Array<Number> rows;
-#     rows.resize(count * w.n);
-#     unpack_rows(w, first, count, rows.data());
-#     return rows.data();
-#   }, w.rows, w.n, bias);
+#   return multiplied(x, Unpacked{w}, w.rows, w.n, bias);
 # }
-# #else
-# // the same: strips pass through `linear`
+# #else  // strips pass through `linear`
 # Tensor eight_many(const Eight& w, const Tensor& x,
 #                   const std::optional<Tensor>& bias) {
 #   auto shape = x.sizes().vec();
@@ -551,11 +559,11 @@ assert off(both, matrix) < 1.1 * off(back, matrix)
 # ```
 
 # %% [markdown] tags=["measured"]
-# How many are few? The time of the integers grows with every token, that of
-# the strips hardly does. With AMX both take as long at six or seven tokens,
-# without it at more (the tables below); and integers round once, strips twice.
-# So up to eight are few. Before tiles it is twelve: up to there neither is
-# quicker by more than the measurement wavers, and from 13 on the tile is.
+# How many are few? With AMX integers and unpacked rows take as long as each
+# other at six or seven tokens, without it at more. Integers round once, bf16
+# twice. So up to eight are few, although with AMX eight of them take longer
+# than in bf16. Before tiles it is twelve: up to there neither is quicker by
+# more than the measurement wavers, and from 13 on the tile is.
 #
 # ### Rounding in C++
 #
@@ -637,7 +645,7 @@ assert off(both, matrix) < 1.1 * off(back, matrix)
 # ## It holds
 #
 # **The product** beside float64 and the rounded matrix. What is left is that
-# the result is stored in bf16 and, where many tokens take strips, the second
+# the result is stored in bf16 and, where many tokens take bf16, the second
 # rounding:
 
 # %%
@@ -699,9 +707,9 @@ for tokens in (1, 3, 8, 40):
 # left is arithmetic, and there the tile takes 13 to 19% less time than
 # `linear` in bf16; by the count above it was to be a fifth.
 #
-# Where bf16 units are, strips of 16 MiB lose as much, and 128 rows for each
-# core less. Two cores of a Xeon (Emerald Rapids), shared with others, 4096 x
-# 2880, on 2026-12-01; milliseconds, taken in turns:
+# Where bf16 units are, strips of 16 MiB take 2.5 to 4.7 ms more than `linear`,
+# 128 rows for each core 1.1 at most. Two cores of a Xeon (Emerald Rapids),
+# shared with others, 4096 x 2880, on 2026-12-01; milliseconds, in turns:
 #
 # | units | tokens | bf16, `linear` | 8 bits, 16 MiB | 8 bits, 128 rows |
 # |---|---|---|---|---|
@@ -714,9 +722,9 @@ for tokens in (1, 3, 8, 40):
 # | | 32 | 6.9 | 11.3 | 8.0 |
 # | | 128 | 29.6 | 33.0 | 27.8 |
 #
-# The head of the 20b takes 16 tokens in 42 ms in bf16, in 206 by strips of 16
-# MiB, in 53 by 128 rows. (With AMX and few tokens, by integers: 4 take 0.60 ms
-# of 0.83 in bf16, 8 take 1.14 of 0.82.)
+# With AMX the head of the 20b takes 16 tokens in 42 ms in bf16, in 206 by
+# strips, in 53 by 128 rows. Few tokens, by integers, 4096 x 2880: four take
+# 0.60 ms (bf16 0.83), eight 1.14 (bf16 0.82).
 
 # %% [markdown]
 # ## Takeaways
@@ -727,8 +735,8 @@ for tokens in (1, 3, 8, 40):
 # - A weight that is in a register serves all tokens at hand; so two, three and
 #   four tokens cost little more than one.
 # - Many tokens read the same eight bits, by tiles of integers or, where a
-#   processor multiplies bf16, by strips of it; the matrix in the file is
-#   another model's.
+#   processor multiplies bf16, as bf16 that each core unpacks for itself; the
+#   matrix in the file is another model's.
 
 # %% [markdown]
 # ## Exercises

@@ -621,12 +621,15 @@ for machine, saved in MACHINES.items():
 # one speed in some minutes and at another in others: on another Xeon (Granite
 # Rapids) and with an earlier version of ours the prompt was once read 2.5
 # times as fast and once 3 times, and texts were written 1.02 to 1.74 times as
-# fast, and 1.5 to 2.8 times. There `--dense 8` wrote 8.1 tokens a second
-# instead of 6.2, and read a prompt of 512 at 99 instead of 125: bytes have no
-# form for AMX. llama.cpp (0c1e570) read 15 and wrote 3.0 where ours, in that
-# hour, did 95 and 5.7. With q8_0 its product by AMX ended in a fault; built
-# without AMX it read 16 and wrote 3.8, ours in eight bits 77 to 103 and 7.1 to
-# 7.7, in twelve 77 to 113 and 5.0 to 6.5.
+# fast, and 1.5 to 2.8 times. llama.cpp (0c1e570) read 15 and wrote 3.0 where
+# ours, in that hour, did 95 and 5.7. With q8_0 its product by AMX ended in a
+# fault; built without AMX it read 16 and wrote 3.8, ours in eight bits 77 to
+# 103 and 7.1 to 7.7, in twelve 77 to 113 and 5.0 to 6.5. On the Emerald
+# Rapids, in a run when all went slower, `--dense 8` wrote 9.2 tokens a second
+# instead of 7.0 and read a prompt of 512 0.98 times as fast (0.79 times on the
+# Granite Rapids, before each core unpacked [the rows it
+# multiplies](eight_rows.ipynb)); eight texts together were written 0.84 times
+# as fast, since up to eight tokens are multiplied by integers.
 
 # %% [markdown]
 # Beside torch and beside the bytes, by `bench/rows.py`: a product's time over
@@ -651,21 +654,23 @@ for machine, saved in MACHINES.items():
 # %% [markdown] tags=["measured"]
 # `linear` is at most a twentieth slower than the better of both, for any
 # number of rows, but for 512 by 2880 with 128 rows on Zen 4, 1.09 (in another
-# run 1.32), and with AMX for 512 rows, 1.15 to 1.61: there the processor's
-# speed changes between one minute and the next, and with it which of the two
-# is quicker (five times in turns, a matrix of 4096 by 2880: torch's took 0.8
-# to 1.3 times as long). A step of two tokens costs what it should, but for two
-# equal texts on Zen 4 (1.37). How many more do (the aim was 1.25) is up to
-# memory, which on these machines goes at one speed in some minutes and at
-# another in others. On Zen 4 the table has 67 GB/s: four tokens of one text
-# cost what they should, four texts a little more (1.28), eight tokens (1.51)
-# and sixteen (2.21) more. At 36 GB/s it was 1.04, 1.06, 1.20 and 1.65 for two
-# to sixteen tokens. On Zen 5, measured earlier and with memory at 50 GB/s,
-# four and eight tokens cost what they should (at 80, four do), sixteen do not:
-# 64 picks are 3.2 GFLOP of products a layer, and some experts have ten tokens.
-# With AMX, at 36 GB/s, up to eight do (eight texts 1.30), sixteen (1.43) do
-# not. Equal texts do not, eight on all three and four on Zen 4 and with AMX:
-# they read few bytes for all their products.
+# run 1.32). With AMX and 512 rows it was 1.15 to 1.61 while one square of
+# weights met four of tokens; now two meet two, which loads fewer. In the same
+# minutes 4096 by 2880 took 8.7 ms before and 6.8 now, by torch 7.0; in others
+# 11.4, 9.9 and 14.5. Somebody else on the same core is probably what makes the
+# difference: a loop of products and loads, alone in a first cache, took four
+# times as long for a second now and then. A step of two tokens costs what it
+# should, but for two equal texts on Zen 4 (1.37). How many more do (the aim
+# was 1.25) is up to memory, which on these machines goes at one speed in some
+# minutes and at another in others. On Zen 4 the table has 67 GB/s: four tokens
+# of one text cost what they should, four texts a little more (1.28), eight
+# tokens (1.51) and sixteen (2.21) more. At 36 GB/s it was 1.04, 1.06, 1.20 and
+# 1.65 for two to sixteen tokens. On Zen 5, measured earlier and with memory at
+# 50 GB/s, four and eight tokens cost what they should (at 80, four do),
+# sixteen do not: 64 picks are 3.2 GFLOP of products a layer, and some experts
+# have ten tokens. With AMX, at 28 GB/s, up to eight do (eight texts 1.28),
+# sixteen (1.36) do not. Equal texts do not, eight on all three and four on Zen
+# 4 and with AMX: they read few bytes for all their products.
 # Prefill on Zen 4 rose from 38 tokens a second (in the figure above, by whole
 # numbers) to 51 by bf16 in the first layer of the experts, and to 58 to 60 by
 # [panels](panels.ipynb).
@@ -682,8 +687,9 @@ for machine, saved in MACHINES.items():
 # and JSON echoed 2.23 times; results of a tool quoted 1.13 times, 109 tokens
 # in 70 forwards; prose that repeats nothing 0.99 times. Quotes gain little
 # since what stands between them is new, and even who knows how many guesses
-# will be right gains 1.55 (`bench/guesses.py`). With n-grams of 3 and 2 and
-# three guesses at most it was 1.74, 1.97, 1.16 and 0.98, with AMX.
+# will be right gains 1.55 (`bench/guesses.py`). With AMX it is 2.40, 2.39,
+# 1.11 and 1.03; with n-grams of 3 and 2 and three guesses at most it was 1.74,
+# 1.97, 1.16 and 0.98 there.
 
 # %% [markdown]
 # **Not run at all**, for want of such machines: the kernels on an ARM

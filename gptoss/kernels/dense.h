@@ -58,8 +58,8 @@ void finish(const float* v, const Number* bias, int64_t count, Number* to) {
   for (; i < count; ++i) to[i] = bias ? v[i] + float(bias[i]) : v[i];
 }
 
-// from so many tokens on torch's product is taken, by measuring; not for few
-// rows: processes that share a model compute the router alike
+// tokens from which torch's product is taken, as measured; not for few rows:
+// processes that share a model compute the router alike
 std::atomic<int64_t> from_torch{std::numeric_limits<int64_t>::max()};
 constexpr int64_t TALL_ENOUGH = 512;  // rows
 
@@ -78,15 +78,15 @@ Tensor put_beside(const Number* x, int64_t N, int64_t n) {
   return all;
 }
 
-// 32 rows as they lie, times T squares of tokens; FRESH: from memory
-template <int T, bool FRESH>
-void multiply_squares(const Number* w, int64_t n, const Number* x,
-                      FourSums& sums) {
+// 32 rows times T squares of tokens; fresh: what follows is in memory
+template <int T>
+void multiply_squares(const Number* w, int64_t n, bool fresh,
+                      const Number* x, FourSums& sums) {
   sums.clear();
   written();
   for (int64_t k = 0; k < n; k += BLOCK, x += AREA) {
     const int64_t soon = k + SOON + (k + SOON < n ? 0 : (BOTH - 1) * n);
-    for (int64_t r = 0; FRESH && r < BOTH; ++r) ask(w + r * n + soon);
+    for (int64_t r = 0; fresh && r < BOTH; ++r) ask(w + r * n + soon);
     _tile_loadd(4, w + k, 2 * n);
     _tile_loadd(6, x, 64);
     _tile_dpbf16ps(0, 4, 6);
@@ -104,11 +104,6 @@ void multiply_squares(const Number* w, int64_t n, const Number* x,
 // as `strips`, up to 32 tokens as `put_beside` leaves them
 void dense_squares(const Number* w, int64_t rows, const Number* x, int64_t N,
                    int64_t n, bool fresh, float* out, int64_t width) {
-  const auto multiply =
-      N > SQUARE ? fresh ? multiply_squares<2, true>
-                         : multiply_squares<2, false>
-                 : fresh ? multiply_squares<1, true>
-                         : multiply_squares<1, false>;
   std::vector<Number> copy;
   FourSums sums;
   const Registers registers;
@@ -119,43 +114,44 @@ void dense_squares(const Number* w, int64_t rows, const Number* x, int64_t N,
       std::copy_n(from, (rows - r) * n, copy.data());
       from = copy.data();
     }
-    multiply(from, n, x, sums);
+    (N > SQUARE ? multiply_squares<2> : multiply_squares<1>)(
+        from, n, fresh, x, sums);
     sums.put(rows - r, N, 1, out + r, width);
   }
 }
 #endif
 
-constexpr int64_t TALLEST = 128, MOST = 96;  // rows; tokens at a time
+constexpr int64_t PIECE = 128, LOT = 96;  // rows; tokens
 
-// y (N, m) = x (N, n) times w (m, n) transposed, plus a bias; weight(r, k):
-// where the k rows from r on lie
+// y (N, m) = x (N, n) times w (m, n) transposed, plus a bias; weight.rows(r,
+// count): where these lie, until the thread asks again; FRESH: in memory
 template <class Weight>
 void dense_rows(const Number* x, int64_t N, const Weight& weight, int64_t m,
                 int64_t n, const Number* bias, Number* y) {
 #ifdef GPTOSS_AMX
   const bool squared = N >= DENSE_SQUARED && lent();
   const Tensor squares = squared ? put_beside(x, N, n) : Tensor();
-  const int64_t lot = squared ? BOTH : MOST;
+  const int64_t lot = squared ? BOTH : LOT;
 #else
   constexpr bool squared = false;
-  constexpr int64_t lot = MOST;
+  constexpr int64_t lot = LOT;
 #endif
   const auto from = ready(x, squared ? 0 : N * n);
-  share((m + TALLEST - 1) / TALLEST, 1, [&](int64_t item) {
-    const int64_t row0 = item * TALLEST, rows = std::min(TALLEST, m - row0);
-    const Number* w = weight(row0, rows);
-    float out[MOST * TALLEST];
-    for (int64_t t0 = 0; t0 < N; t0 += lot) {  // rows stay in a cache
+  share((m + PIECE - 1) / PIECE, 1, [&](int64_t item) {
+    const int64_t row0 = item * PIECE, rows = std::min(PIECE, m - row0);
+    const Number* w = weight.rows(row0, rows);
+    float out[LOT * PIECE];
+    for (int64_t t0 = 0; t0 < N; t0 += lot) {
       const int64_t some = std::min(lot, N - t0);
 #ifdef GPTOSS_AMX
       if (squared)
-        dense_squares(w, rows, numbers(squares) + t0 * n, some, n, !t0, out,
-                      TALLEST);
+        dense_squares(w, rows, numbers(squares) + t0 * n, some, n,
+                      Weight::FRESH && !t0, out, PIECE);
       else
 #endif
-      quickest_strips(w, rows, &from[t0 * n], some, n, out, TALLEST);
+      quickest_strips(w, rows, &from[t0 * n], some, n, out, PIECE);
       for (int64_t t = 0; t < some; ++t)
-        finish(out + t * TALLEST, bias ? bias + row0 : nullptr, rows,
+        finish(out + t * PIECE, bias ? bias + row0 : nullptr, rows,
                y + (t0 + t) * m + row0);
     }
   });
@@ -168,7 +164,7 @@ void dense_tiles(const Buffer& x, int64_t N, const Weight& weight, int64_t m,
   constexpr int64_t HEIGHT = 4 * ROWS, DEPTH = 256;
   share((m + HEIGHT - 1) / HEIGHT, 1, [&](int64_t item) {
     const int64_t row0 = item * HEIGHT, rows = std::min(HEIGHT, m - row0);
-    const Number* w = weight(row0, rows);
+    const Number* w = weight.rows(row0, rows);
     Buffer tile(HEIGHT * DEPTH), out(N * HEIGHT);
     for (int64_t k = 0; k < n; k += DEPTH) {
       const int64_t depth = std::min(DEPTH, n - k);
@@ -186,6 +182,7 @@ void dense_tiles(const Buffer& x, int64_t N, const Weight& weight, int64_t m,
   });
 }
 
+// x times a weight (m, n) transposed, plus a bias
 template <class Weight>
 Tensor multiplied(const Tensor& x, const Weight& weight, int64_t m,
                   int64_t n, const std::optional<Tensor>& bias) {
@@ -202,6 +199,13 @@ Tensor multiplied(const Tensor& x, const Weight& weight, int64_t m,
   return y;
 }
 
+struct AsStored {
+  static constexpr bool FRESH = true;
+  const Number* w;
+  int64_t n;
+  const Number* rows(int64_t r, int64_t) const { return w + r * n; }
+};
+
 Tensor linear(const Tensor& x, const Tensor& weight,
               const std::optional<Tensor>& bias) {
   if (!ours({x, weight, bias.value_or(x)}) || weight.dim() != 2)
@@ -212,9 +216,7 @@ Tensor linear(const Tensor& x, const Tensor& weight,
       || (bias && !has(*bias, {m}))
       || (m >= TALL_ENOUGH && x.numel() / n >= from_torch))
     return plain<decltype(linear)>("linear", x, weight, bias);
-  return multiplied(x, [w = numbers(weight), n](int64_t r, int64_t) {
-    return w + r * n;
-  }, m, n, bias);
+  return multiplied(x, AsStored{numbers(weight), n}, m, n, bias);
 }
 
 TORCH_LIBRARY_FRAGMENT(gptoss, m) {

@@ -59,7 +59,7 @@ Tensor eight_many(const Eight& w, const Tensor& x,
 }
 
 #else
-constexpr int64_t FEW_TOKENS = 8;  // more: strips
+constexpr int64_t FEW_TOKENS = 8;  // more: in bf16
 
 // a group of two blocks in bf16
 inline void unpack(const int8_t* from, const uint16_t* scales, Number* to) {
@@ -98,19 +98,24 @@ void unpack_rows(const Eight& w, int64_t first, int64_t count, Number* to) {
   }
 }
 
-#ifdef GPTOSS_BF16
 // as eight_few, for many tokens
+#ifdef GPTOSS_BF16
+struct Unpacked {
+  static constexpr bool FRESH = false;
+  const Eight& w;
+  const Number* rows(int64_t first, int64_t count) const {
+    thread_local Array<Number> to;
+    if (int64_t(to.size()) < count * w.n) to.resize(count * w.n);
+    unpack_rows(w, first, count, to.data());
+    return to.data();
+  }
+};
+
 Tensor eight_many(const Eight& w, const Tensor& x,
                   const std::optional<Tensor>& bias) {
-  return multiplied(x, [&](int64_t first, int64_t count) {
-    thread_local Array<Number> rows;
-    rows.resize(count * w.n);
-    unpack_rows(w, first, count, rows.data());
-    return rows.data();
-  }, w.rows, w.n, bias);
+  return multiplied(x, Unpacked{w}, w.rows, w.n, bias);
 }
-#else
-// the same: strips pass through `linear`
+#else  // strips pass through `linear`
 Tensor eight_many(const Eight& w, const Tensor& x,
                   const std::optional<Tensor>& bias) {
   auto shape = x.sizes().vec();

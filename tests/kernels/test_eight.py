@@ -94,7 +94,7 @@ def in_integers(x: torch.Tensor) -> torch.Tensor:
 @given(st.integers(1, 19), st.integers(1, 150), st.integers(1, 6),
        st.booleans(), st.integers(0, 99))
 def test_eight_linear(tokens, rows, groups, with_bias, seed):
-    """Few tokens: one rounding from exact. Many: bf16 strips, two."""
+    """Few tokens: one rounding from exact. Many, in bf16: two."""
     torch.manual_seed(seed)
     weight = torch.randn(rows, 64 * groups)
     weight[torch.rand(weight.shape) < 0.01] *= 100
@@ -124,7 +124,7 @@ def test_eight_linear(tokens, rows, groups, with_bias, seed):
 @needs_eight
 @torch.inference_mode()
 def test_strips_join_where_they_meet():
-    """128 rows, or 8 Mi weights: several, the last one short; as are tiles."""
+    """Pieces of 128 rows, of 8 Mi weights, or tiles; the last one is short."""
     packed = eight.pack_eight(torch.randn(4300, 4096).bfloat16())
     x, bias = torch.randn(13, 4096).bfloat16(), torch.randn(4300).bfloat16()
     many = OPS.eight_linear(x, *packed, bias)
