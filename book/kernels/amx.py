@@ -227,14 +227,13 @@ for a in range(1, 9):
 # little there, since decoding decides. ([Dense](dense.ipynb) matrices, which
 # need none, do the same; with so few tokens they wait for memory.)
 #
-# **How long does decoding take?** Four blocks of a row are 15 instructions. By
-# the table in [pairs](pairs.ipynb) a shuffle, four look-ups and four
-# subtractions all need one and the same unit, which takes 9 cycles. A square
-# of weights is a quarter of that for 16 rows, 36 cycles, and serves a product
-# of 16 cycles for each 16 columns of tokens: with up to 32 columns it is
-# decoding that decides. **The cost** of $R$ rows of $n$ numbers and $c$
-# columns is $\frac{R}{16} \frac{n}{32} \lceil \frac{c}{16} \rceil$ products
-# and $36 \frac{R}{16} \frac{n}{32}$ cycles of decoding.
+# **How long does decoding take?** Four blocks of a row are 18 operations for
+# two units, by the table in [pairs](pairs.ipynb), so 9 cycles. A square of
+# weights is a quarter of that for 16 rows, 36 cycles, and serves a product of
+# 16 cycles for each 16 columns of tokens: with up to 32 columns it is decoding
+# that decides. **The cost** of $R$ rows of $n$ numbers and $c$ columns is
+# $\frac{R}{16} \frac{n}{32} \lceil \frac{c}{16} \rceil$ products and
+# $36 \frac{R}{16} \frac{n}{32}$ cycles of decoding.
 #
 # **Must products wait for decoding?** They have a unit of their own, but they
 # begin with squares that have just been written, and a square has to reach the
@@ -836,8 +835,10 @@ for n in (8, 16):
 # two buffers of 64 rows). What is gained by the former, 3 percent with four
 # places and 10 with eight, is gained where weights come from memory. With 64
 # columns it is 46 cycles instead of 16: 20 for decoding, twice what it takes
-# alone, 6 for sums that come and go, 4 for loading squares. Why decoding is
-# slower between products we have not found out.
+# alone, 6 for sums that come and go, 4 for loading squares. Why is decoding
+# slower between products? In a quiet minute it took 9.3 cycles alone and 12.3
+# with products in between that load nothing, as if each of these kept one of
+# the two units for 12 of its 16 cycles. That is a part of the answer.
 
 # %% [markdown]
 # ## Takeaways

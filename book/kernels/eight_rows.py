@@ -516,9 +516,8 @@ assert off(both, matrix) < 1.1 * off(back, matrix)
 #   }
 # }
 #
-# // as eight_few, for many tokens
 # #ifdef GPTOSS_BF16
-# struct Unpacked {
+# struct Unpacked {  // by the thread that asks
 #   static constexpr bool FRESH = false;
 #   const Eight& w;
 #   const Number* rows(int64_t first, int64_t count) const {
@@ -529,11 +528,13 @@ assert off(both, matrix) < 1.1 * off(back, matrix)
 #   }
 # };
 #
+# // as eight_few, for many tokens
 # Tensor eight_many(const Eight& w, const Tensor& x,
 #                   const std::optional<Tensor>& bias) {
 #   return multiplied(x, Unpacked{w}, w.rows, w.n, bias);
 # }
-# #else  // strips pass through `linear`
+# #else
+# // the same: strips pass through `linear`
 # Tensor eight_many(const Eight& w, const Tensor& x,
 #                   const std::optional<Tensor>& bias) {
 #   auto shape = x.sizes().vec();

@@ -227,27 +227,29 @@ print("of one, filled up:", pair_order(1)[[0, 7, 8, 32, 39, 40]].tolist())
 
 # %% [markdown] tags=["measured"]
 # One core each, 64-byte instructions a cycle, by loops in assembler that are
-# not kept. *With* another one: they share a unit.
+# not kept. *With* another one: they share a unit. The Xeon has two, A and B.
 #
 # | | Xeon (Emerald Rapids) | Zen 4 |
 # |---|---|---|
-# | `vpermw`, look up | 1.0 | 1.0 |
-# | `vpshufb`, shuffle bytes | 1.0, with `vpermw` | |
-# | `vpsrlw`, shift | 1.0, with `vpermw` | 1.0 |
+# | `vpermw`, look up | 1.0, on A and B | 1.0 |
+# | `vpermb`, `vpshufb`: the same, bytes | 1.0, on B | |
+# | `vpsrlw`, shift | 1.0, on A | 1.0 |
 # | `vpmulhuw`, upper half of a product | 2.0 | 1.0, with `vdpbf16ps` |
-# | `vpsubusw`, not below 0 | 1.0, with `vpermw` | 1.0, with `vdpbf16ps` |
-# | `vpmaxuw` | 1.0, with `vpermw` | 2.0, any unit |
-# | `vpsubw` | 1.4 to 2.0 | 2.0, any unit |
+# | `vpsubusw`, not below 0 | 1.0, on A | 1.0, with `vdpbf16ps` |
+# | `vpmaxuw` | 1.0, on A | 2.0, any unit |
+# | `vpsubw` | 2.0 | 2.0, any unit |
 # | `vdpbf16ps`, 32 products | 0.5 | 1.0 |
 #
-# On a Xeon with AMX a shift by $k$ is therefore the upper half of a product
-# with $2^{16 - k}$, for which any unit will do. On a Zen 4 that, and a
+# On the Xeon looking up 16 bits is two operations, one on each unit. With
+# shifts A would have twelve for the 128 weights; so on a Xeon with AMX a shift
+# by $k$ is the upper half of a product with $2^{16 - k}$, for which either
+# unit will do: 18 operations, nine cycles. On a Zen 4 that, and a
 # subtraction that stops at zero, take the place of products. With shifts, and
 # without masks for whole fours, two tokens were a quarter faster there.
 # $\max(a, b) - b$ is the same subtraction in two instructions, which find a
 # free unit on Zen 4; for six tokens it brought another ninth. On the Xeon the
-# maximum needs the look-ups' unit just as the one subtraction does, so the
-# second instruction only costs (experts with four places each: 8 percent).
+# maximum needs A just as the one subtraction does, so the second instruction
+# only costs (experts with four places each: 8 percent).
 #
 # The last line says more: on the Xeon whole numbers are multiplied four times
 # as fast as pairs of bf16 (`vpdpwssd`, 2.0). It has AMX for bf16. But where a
