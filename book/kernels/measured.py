@@ -659,18 +659,22 @@ for machine, saved in MACHINES.items():
 # minutes 4096 by 2880 took 8.7 ms before and 6.8 now, by torch 7.0; in others
 # 11.4, 9.9 and 14.5. Somebody else on the same core is probably what makes the
 # difference: a loop of products and loads, alone in a first cache, took four
-# times as long for a second now and then. A step of two tokens costs what it
-# should, but for two equal texts on Zen 4 (1.37). How many more do (the aim
-# was 1.25) is up to memory, which on these machines goes at one speed in some
-# minutes and at another in others. On Zen 4 the table has 67 GB/s: four tokens
-# of one text cost what they should, four texts a little more (1.28), eight
-# tokens (1.51) and sixteen (2.21) more. At 36 GB/s it was 1.04, 1.06, 1.20 and
-# 1.65 for two to sixteen tokens. On Zen 5, measured earlier and with memory at
-# 50 GB/s, four and eight tokens cost what they should (at 80, four do),
-# sixteen do not: 64 picks are 3.2 GFLOP of products a layer, and some experts
-# have ten tokens. With AMX, at 28 GB/s, up to eight do (eight texts 1.28),
-# sixteen (1.36) do not. Equal texts do not, eight on all three and four on Zen
-# 4 and with AMX: they read few bytes for all their products.
+# times as long for a second now and then.
+#
+# A step of two tokens costs what it should, but for two equal texts on Zen 4
+# (1.37). How many more do (the aim was 1.25) is up to memory, which on these
+# machines goes at one speed in some minutes and at another in others. On Zen 4
+# the table has 67 GB/s: four tokens of one text cost what they should, four
+# texts a little more (1.28), eight tokens (1.51) and sixteen (2.21) more. At
+# 36 GB/s it was 1.04, 1.06, 1.20 and 1.65 for two to sixteen tokens.
+#
+# On Zen 5, measured earlier and with memory at 50 GB/s, four and eight tokens
+# cost what they should (at 80, four do), sixteen do not: 64 picks are 3.2
+# GFLOP of products a layer, and some experts have ten tokens. With AMX, at 28
+# GB/s, up to eight do (eight texts 1.28), sixteen (1.36) do not. Equal texts
+# do not, eight on all three and four on Zen 4 and with AMX: they read few
+# bytes for all their products.
+#
 # Prefill on Zen 4 rose from 38 tokens a second (in the figure above, by whole
 # numbers) to 51 by bf16 in the first layer of the experts, and to 58 to 60 by
 # [panels](panels.ipynb).
