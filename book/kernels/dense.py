@@ -525,7 +525,7 @@ print(64 * 256 * 4 // 1024, "KiB of a widened tile,",
 #   return all;
 # }
 #
-# // 32 rows times T squares of tokens; fresh: what follows is in memory
+# // 32 rows times T squares of tokens; fresh: from memory, asked for ahead
 # template <int T>
 # void multiply_squares(const Number* w, int64_t n, bool fresh,
 #                       const Number* x, FourSums& sums) {
@@ -571,7 +571,7 @@ print(64 * 256 * 4 // 1024, "KiB of a widened tile,",
 # constexpr int64_t PIECE = 128, LOT = 96;  // rows; tokens
 #
 # // y (N, m) = x (N, n) times w (m, n) transposed, plus a bias; weight.rows(r,
-# // count): where these lie, until the thread asks again; FRESH: in memory
+# // count): where these lie, until the thread asks again; FRESH: from memory
 # template <class Weight>
 # void dense_rows(const Number* x, int64_t N, const Weight& weight, int64_t m,
 #                 int64_t n, const Number* bias, Number* y) {

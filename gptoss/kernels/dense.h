@@ -78,7 +78,7 @@ Tensor put_beside(const Number* x, int64_t N, int64_t n) {
   return all;
 }
 
-// 32 rows times T squares of tokens; fresh: what follows is in memory
+// 32 rows times T squares of tokens; fresh: from memory, asked for ahead
 template <int T>
 void multiply_squares(const Number* w, int64_t n, bool fresh,
                       const Number* x, FourSums& sums) {
@@ -124,7 +124,7 @@ void dense_squares(const Number* w, int64_t rows, const Number* x, int64_t N,
 constexpr int64_t PIECE = 128, LOT = 96;  // rows; tokens
 
 // y (N, m) = x (N, n) times w (m, n) transposed, plus a bias; weight.rows(r,
-// count): where these lie, until the thread asks again; FRESH: in memory
+// count): where these lie, until the thread asks again; FRESH: from memory
 template <class Weight>
 void dense_rows(const Number* x, int64_t N, const Weight& weight, int64_t m,
                 int64_t n, const Number* bias, Number* y) {
