@@ -59,7 +59,7 @@ void finish(const float* v, const Number* bias, int64_t count, Number* to) {
 }
 
 // tokens from which torch's product is taken, as measured; not for few rows:
-// processes that share a model compute the router alike
+// processes that share a model must all compute the router alike
 std::atomic<int64_t> from_torch{std::numeric_limits<int64_t>::max()};
 constexpr int64_t TALL_ENOUGH = 512;  // rows
 
