@@ -36,6 +36,7 @@
 # most.
 import ast
 import os
+from functools import cache
 from importlib.resources import files
 
 import matplotlib.pyplot as plt
@@ -49,6 +50,7 @@ front = ast.parse((PACKAGE / "__init__.py").read_text("utf-8"))
             and node.targets[0].id == "_PARTS")
 
 
+@cache
 def parsed(name: str) -> ast.Module:
     """A module of this package; "cli.tables" is one."""
     file = PACKAGE / f"{name.replace('.', '/')}.py"
@@ -64,9 +66,11 @@ def imported(nodes) -> set[str]:
 
 def closure(names: set[str]) -> set[str]:
     """`names` and all that they import when they are loaded."""
-    for name in list(names):
-        names = names | closure(imported(parsed(name).body))
-    return names
+    known: set[str] = set()
+    while new := names - known:
+        known |= new
+        names = set().union(*(imported(parsed(name).body) for name in new))
+    return known
 
 
 found = {node.name: imported(ast.walk(node))

@@ -48,8 +48,9 @@ pytestmark = pytest.mark.xdist_group("mypy")
 
 @pytest.fixture(scope="module")
 def errors(tmp_path_factory) -> dict[str, list[str]]:
-    """What mypy finds, with its defaults: in the package under test, in a
-    program that uses it and in one that uses it wrongly."""
+    """What mypy finds, with its defaults (but what pyproject.toml leaves out):
+    in the package under test, in a program that uses it and in one that uses
+    it wrongly."""
     folder = tmp_path_factory.mktemp("programs")
     (folder / "program.py").write_text(PROGRAM)
     (folder / "wrong.py").write_text(WRONG)

@@ -11,6 +11,8 @@ import pytest
 import webbook
 import yaml
 
+from gptoss.kernels.build import library_path
+
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / ".github" / "workflows"
 WORKFLOWS = sorted(FOLDER.glob("*.yml"))
@@ -102,7 +104,10 @@ def test_the_commands_of_the_port_page_work(tmp_path):
     done = subprocess.run(["bash", "-ec", "\n".join(run)], cwd=tmp_path,
                           env={"PYTHONPATH": str(ROOT),
                                "PATH": "/usr/bin:/bin",
-                               "HOME": str(tmp_path)},
+                               "HOME": str(tmp_path),
+                               # the kernels are compiled once for all tests
+                               "XDG_CACHE_HOME": str(
+                                   library_path().parents[1])},
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "every case passes" in done.stdout
