@@ -502,6 +502,7 @@ def build(variant: str = "auto", anew: bool = False,
 #
 # A page about a kernel shows the one that it has just derived: `load_upto`
 # compiles the parts up to the one that makes an operator of it, and no more.
+# (Who has the whole library already need not wait for that: it holds them.)
 
 # %% tags=["export"]
 from gptoss.model.answers import LOADING
@@ -564,17 +565,23 @@ def kernel_path() -> str:
 
 
 def load_upto(part: str) -> bool:
-    """Load the parts up to this one alone, for a page that shows it; did it
-    work? In silence, and for good: a process has one library.
+    """Load the parts up to this one, for a page that shows it, from the whole
+    library if that is compiled already; did it work? In silence, and for
+    good: a process has one library.
 
-    KernelError if there is no such part."""
-    if part not in PARTS:
-        raise KernelError(f"part: expected one of {', '.join(PARTS)}, found "
+    KernelError if that is no part, or one that makes no operator, since a
+    page would then test plain torch."""
+    makers = [name for name in PARTS if "TORCH_LIBRARY_IMPL" in
+              (SOURCE / f"{name}.h").read_text("utf-8")]
+    if part not in makers:
+        raise KernelError(f"part: expected one of {', '.join(makers)}, found "
                           f"{part!r}")
     os.environ["GPTOSS_KERNELS"] = "torch"  # which loads no other
     _log.setLevel(logging.ERROR)
+    whole = _sound(library_path("auto"))
     try:
-        _load_library("auto", PARTS[:PARTS.index(part) + 1])
+        _load_library("auto", PARTS if whole else
+                      PARTS[:PARTS.index(part) + 1])
     except KernelError:
         return False
     return True

@@ -744,7 +744,7 @@ import numpy as np
 import gptoss.model.ops  # noqa: F401  declares the operators
 from gptoss.kernels.build import load_upto
 
-load_upto("base")
+load_upto("small")
 OPS = torch.ops.gptoss
 
 
@@ -826,9 +826,9 @@ print(retold.removeprefix(SENTENCE).strip())
 #
 # ### Exercise 1
 #
-# The plain path of RoPE rounds to bf16 once, at its end, and so does the
-# kernel. How far apart would a version be that rounds every product? Compare
-# both with float64.
+# The kernel of RoPE rounds to bf16 once, at its end. Plain torch computes in
+# the type that it is given, so it rounds every product, and their sum, too.
+# How far is each from float64?
 
 # %% tags=["hide-cell"]
 x, cos, sin = some(2, 30, 4, 64), some(2, 30, 32), some(2, 30, 32)

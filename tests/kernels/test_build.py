@@ -127,10 +127,23 @@ def test_a_page_loads_the_parts_up_to_its_own(compiler, loaded, tmp_path):
     assert not done.stderr
 
 
-def test_a_page_of_no_part_is_refused_and_changes_nothing():
+@needs_compiler
+def test_a_page_takes_the_whole_library_where_it_lies():
+    """Compiled already, it is not compiled again up to a part."""
+    folder = build.build("auto").parent
+    before = set(folder.glob("*.so"))
+    done = subprocess.run([sys.executable, "-c", PAGE], text=True,
+                          capture_output=True, timeout=280)
+    assert done.stdout == ("True\nTrue True torch (GPTOSS_KERNELS=torch)\n")
+    assert set(folder.glob("*.so")) == before and not done.stderr
+
+
+@pytest.mark.parametrize("part", ["dens", "base", "recording"])
+def test_a_page_of_no_operator_is_refused_and_changes_nothing(part):
     before = dict(os.environ)
-    with pytest.raises(build.KernelError, match="part: .*dense.*'dens'"):
-        build.load_upto("dens")
+    with pytest.raises(build.KernelError,
+                       match=f"part: .*small, packed.*'{part}'"):
+        build.load_upto(part)
     assert dict(os.environ) == before
 
 
