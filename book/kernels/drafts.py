@@ -11,7 +11,7 @@
 #     name: python3
 #   gptoss:
 #     module: drafts
-#     public: [Drafter, Lookup, ModelDrafter]
+#     public: [Drafter, ModelDrafter]
 # ---
 
 # %% [markdown]
@@ -20,7 +20,7 @@
 # ## Question
 #
 # The shipped model is asked for a story that stands in its prompt already. It
-# writes 200 tokens, and runs 52 times instead of 200: somebody guessed 148 of
+# writes 200 tokens, and runs 49 times instead of 200: somebody guessed 151 of
 # them right, by looking up what stood there before. The text is the same to
 # the last token. Who may guess, what is a guess worth where every token has
 # its own experts, and why does the check leave no trace in what is drawn?
@@ -36,7 +36,7 @@ from importlib.resources import files
 import matplotlib.pyplot as plt
 import torch
 
-from gptoss.kernels.drafts import Lookup as Finished
+from gptoss.kernels.lookup import Lookup
 from gptoss.model.transformer import GptOss
 from gptoss.text.generate import generate, one_by_one
 from gptoss.text.sampling import Sampler
@@ -52,7 +52,7 @@ question = tokenizer.apply_chat_template([
     {"role": "assistant", "content": "I will not forget it."},
     {"role": "user", "content": "What is my cat called?"}], date="")
 answer = list(generate(model, question, stop=stop, sampler=Sampler(0)))
-finder, boxes = Finished(), [(answer[0], "C0", "")]
+finder, boxes = Lookup(), [(answer[0], "C0", "")]
 finder.begin(question + answer[:1])
 while len(boxes) < len(answer):
     rest, right = answer[len(boxes):], 0
@@ -175,11 +175,13 @@ for rule in (likeliest, twice):
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from gptoss.kernels.lookup import Lookup, Proposal
 from gptoss.model.cache import Cache
 from gptoss.model.transformer import GptOss
 from gptoss.moe.routing import expected_hits
@@ -272,14 +274,13 @@ for name, config in BIG.items():
 # at once at most, and what bytes one of them reads.
 
 # %% tags=["export"]
-Proposal = tuple[Sequence[int], Tensor | None]
-
-
 class Drafter(Protocol):
     """Who guesses how a text goes on.
 
     most: guesses at once, and no more are asked for. reads: bytes of weights
-    that a guess reads, 0 if that is nothing beside the model.
+    that a guess reads, 0 if that is nothing beside the model. Who has
+    `chances`, too, not None, says there how likely each guess of its last
+    proposal is right if those before it are; of others that is counted.
     """
 
     most: int
@@ -300,76 +301,18 @@ class Drafter(Protocol):
         ...
 
 # %% [markdown]
-# The cheapest is to look it up {cite}`saxena2023`. Take the last eight tokens,
-# find where they stood before, the last time, and guess what followed there;
-# if they never stood there, try the last four, then two. In words of Python:
+# The cheapest looks up where the last tokens stood before
+# ([lookup](lookup.ipynb)) {cite}`saxena2023`. It says also how likely each of
+# its guesses is right, by counting what became of such guesses so far:
 
 # %%
-def search(text, lengths=(8, 4, 2), most=3):
-    for n in lengths:
-        for at in range(len(text) - 1, n - 1, -1):
-            if text[at - n:at] == text[-n:]:
-                return text[at:at + most]
-    return []
+from gptoss.kernels.lookup import Lookup
 
-# %% [markdown]
-# That reads the whole text at every step. A table does not: before a token is
-# appended, the n-grams at the end of the text get its place, each a later one
-# in the place of an earlier. And a text that repeats itself with a period
-# shorter than the guesses goes round (`* most`): after "1 2 1 2 1", the last
-# two, "2 1", were followed by "2 1", and then probably by 2 again.
-
-# %% tags=["export"]
-class Lookup:
-    """Guesses what followed the last tokens where they stood before.
-
-    lengths: of the n-grams that are looked for, each >= 1. most: guesses at
-    once, >= 1. GenerateError for others.
-    """
-
-    reads = 0
-
-    def __init__(self, lengths: Sequence[int] = (8, 4, 2), most: int = 8
-                 ) -> None:
-        for name, values in (("lengths", lengths), ("most", [most])):
-            if not values or any(type(n) is not int or n < 1 for n in values):
-                reject(name, "integers >= 1", values)
-        self.lengths, self.most = tuple(lengths), most
-        self.begin(())
-
-    def begin(self, text: Sequence[int]) -> None:
-        self._text: list[int] = []
-        self._after: dict[tuple[int, ...], int] = {}  # n-gram -> what follows
-        self.add(text)
-
-    def add(self, tokens: Sequence[int]) -> None:
-        text = self._text
-        for token in tokens:
-            for n in self.lengths:
-                if len(text) >= n:
-                    self._after[tuple(text[-n:])] = len(text)
-            text.append(token)
-
-    def propose(self, most: int, draws: Any, generator: Any) -> Proposal:
-        for n in self.lengths:
-            at = self._after.get(tuple(self._text[-n:]))
-            if at is not None:
-                return (self._text[at:at + most] * most)[:most], None
-        return [], None
-
-# %%
 finder = Lookup()
-for text in ([1, 2, 3, 4, 5, 6, 9, 1, 2, 3], [7, 1, 2, 8, 3, 1, 2],
-             [1, 2, 3], [1, 2, 1, 2, 1]):
+for text in ([1, 2, 3, 4, 5, 6, 9, 1, 2, 3], [1, 2, 1, 2, 1], [1, 2, 3]):
     finder.begin(text)
-    print(search(text), finder.propose(3, None, None)[0])
-
-# %% [markdown] tags=["measured"]
-# Why these numbers? They were chosen by forty edits that somebody made, files
-# of this project before and after a commit (`bench/guesses.py`). If steps
-# cost a little more than their bytes, three guesses by n-grams of 3 and 2
-# bring 1.61 times the tokens there, eight guesses 1.83, and by n-grams of 8,
-# 4, 2 2.03: a longer match is more often the right one.
+    guesses = finder.propose(3, None, None)[0]
+    print(guesses, [round(chance, 2) for chance in finder.chances])
 
 # %% [markdown]
 # ### Which guesses are kept?
@@ -424,19 +367,23 @@ def keep_or_redraw(logits: Tensor, guesses: Sequence[int], said: Tensor,
 # %% [markdown]
 # ### How many are worth it?
 #
-# `Pace` keeps one number, the share of guesses that were right of late: each
-# that was tested, right or wrong, moves it by 1/16 of the way. From it follows
-# by {eq}`drafts-tokens` and the costs how many guesses bring most, and 0 is
-# one of the answers. It begins where it does not matter, at break-even. The
-# costs are those of the bytes, times 1.25 for what kernels lose in such steps.
+# With chances $p_1, p_2, \dots$ a check of $n$ guesses brings $1 + p_1 + p_1
+# p_2 + \dots$ tokens. `Pace` divides by the costs and takes the $n$ that
+# brings most; 0 is one of the answers. The costs are those of the bytes, times
+# 1.1 for what kernels lose in such steps.
 #
-# When is it switched on again? A guess from the lookup costs nothing, and
-# whether it was right the next token shows, checked or not. So while no
-# guesses are checked, one is still made for each token and compared. A small
-# model's guess does cost something: it is asked for every 16th token only.
+# Who tells no chances, as a small model, is believed by one number, the share
+# of its guesses that were right of late: each that was tested, right or wrong,
+# moves it by 1/16 of the way. It begins where it does not matter, at
+# break-even.
+#
+# When is it switched on again? A guess from the lookup costs nothing, and what
+# became of it the next token shows, checked or not. So it is always asked. A
+# small model's guess does cost something: while it is not worth a check, it is
+# asked for every 16th token only.
 
 # %% tags=["export"]
-MARGIN = 1.25  # a step of several tokens beside what its bytes allow
+MARGIN = 1.1   # a step of several tokens beside what its bytes allow
 MEMORY = 16    # tested guesses that the share of right ones goes back
 AGAIN = 16     # tokens until a guess that costs something is tried again
 
@@ -459,14 +406,21 @@ class Pace:
         self.share = next((a / 100 for a in range(101)
                            if self._best(a / 100)), 1.0)
 
-    def _best(self, share: float) -> int:
-        gains = [expected_tokens(share, n) / cost
-                 for n, cost in enumerate(self.costs)]
+    def best(self, chances: Sequence[float]) -> int:
+        """How many guesses to check of those with such chances, each if those
+        before it are right; 0: it is not worth it."""
+        tokens = accumulate(accumulate(chances, operator.mul), initial=1.0)
+        gains = [some / cost for some, cost in zip(tokens, self.costs,
+                                                   strict=False)]
         return gains.index(max(gains))
+
+    def _best(self, share: float) -> int:
+        return self.best([share] * (len(self.costs) - 1))
 
     @property
     def length(self) -> int:
-        """Guesses to check in the next step; 0: it is not worth it."""
+        """Guesses to check in the next step, of somebody who tells no chances.
+        """
         return self._best(self.share)
 
     def saw(self, right: int, wrong: int) -> None:
@@ -477,7 +431,9 @@ class Pace:
 # %%
 for name, config in BIG.items():
     pace = Pace(check_costs(config, Lookup()))
-    print(f"{name}: begins at {pace.share:.2f},", end=" ")
+    print(f"{name}: of eight guesses with chances 0.3, 0.5, 0.7, 0.9 check",
+          *(pace.best([chance] * 8) for chance in (0.3, 0.5, 0.7, 0.9)))
+    print(f"{name}: a share begins at {pace.share:.2f};", end=" ")
     for right, wrong in ((0, 1), (6, 0), (0, 5)):
         pace.saw(right, wrong)
         print(f"{right} right, {wrong} wrong: {pace.length}", end="; ")
@@ -534,8 +490,9 @@ def _drafted(drafter: Drafter, before: Sequence[int], model: GptOss,
     drafter.begin([*before, *prompt, token])
     pace = Pace(check_costs(model.config, drafter))
     step, made, ever = None, 1, AGAIN if drafter.reads else 1
+    tells = getattr(drafter, "chances", None) is not None
     while token not in options.stop and made < count:
-        length = pace.length
+        length = drafter.most if tells else pace.length
         guesses: list[int] = []
         said = None
         room = min(length or int(made % ever == 0), count - made - 1,
@@ -543,6 +500,10 @@ def _drafted(drafter: Drafter, before: Sequence[int], model: GptOss,
         if room > 0:
             guesses, said = _cleaned(drafter.propose(room, draws, generator),
                                      room, model.config.vocab_size)
+        if tells:
+            chances = getattr(drafter, "chances", ())
+            length = pace.best(chances[:len(guesses)])
+            guesses = guesses[:length]
         whole, start = None, cache.length
         if length and guesses:
             tokens = check_guesses(model, cache, token, guesses, said, draws,
@@ -851,16 +812,17 @@ for name, prompt in texts.items():
 #
 # ### Exercise 1
 #
-# Why eight tokens first, and why not one? Count with other n-grams how many
-# guesses are checked and right in the story again.
+# Where a step of several tokens costs more than its bytes, fewer guesses are
+# worth it. How many are checked, and how many right, in the story again with
+# a margin of 1, of 1.5 and of 2?
 
 # %% tags=["hide-cell"]
-for lengths in ((1,), (2,), (8, 4, 2), (8,)):
-    ids = written(again, Lookup(lengths))
-    print(f"{lengths!s:9} {len(ids) - len(fed):3} of",
-          sum(fed) - len(again) - len(fed) + 1)
-# One token finds nearly always something, which is often wrong; eight find it
-# late, after eight tokens of each run.
+for MARGIN in (1.0, 1.5, 2.0):
+    ids = written(again, Lookup())
+    checked = sum(fed) - len(again) - len(fed) + 1
+    print(f"margin {MARGIN}: {len(fed) - 1} forwards, "
+          f"{len(ids) - len(fed)} of {checked} guesses right")
+MARGIN = 1.1
 
 # %% [markdown]
 # ### Exercise 2

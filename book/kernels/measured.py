@@ -685,15 +685,15 @@ for machine, saved in MACHINES.items():
 # 161, 255 and 448 since a token alone goes by its digits. One token gains
 # most, so the excess grows while every step becomes shorter.
 #
-# Guessing tokens ([drafts](drafts.ipynb)) on Zen 4, random weights in the
-# 20b's shapes and given texts (`bench/drafts.py`; not in the table): an
-# edited program was written 2.23 times as fast, 127 tokens in 21 forwards,
-# and JSON echoed 2.23 times; results of a tool quoted 1.13 times, 109 tokens
-# in 70 forwards; prose that repeats nothing 0.99 times. Quotes gain little
-# since what stands between them is new, and even who knows how many guesses
-# will be right gains 1.55 (`bench/guesses.py`). With AMX it is 2.40, 2.39,
-# 1.11 and 1.03; with n-grams of 3 and 2 and three guesses at most it was 1.74,
-# 1.97, 1.16 and 0.98 there.
+# Guessing tokens ([drafts](drafts.ipynb)) with AMX, random weights in the
+# 20b's shapes and given texts (`bench/drafts.py`; not in the table): an edited
+# program was written 2.55 times as fast, 127 tokens in 18 forwards, and JSON
+# echoed 2.54 times; results of a tool quoted 1.36 times, 109 tokens in 62
+# forwards; prose that repeats nothing 0.97 times. Quotes gain least since what
+# stands between them is new, and even who knows how many guesses will be right
+# gains 1.65 (`bench/guesses.py`). Before the [lookup](lookup.ipynb) told how
+# sure it is, it was 2.40, 2.39, 1.11 and 1.03 there, and on Zen 4, where it
+# was not measured since, 2.23, 2.23, 1.13 and 0.99.
 
 # %% [markdown]
 # **Not run at all**, for want of such machines: the kernels on an ARM

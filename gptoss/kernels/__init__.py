@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from gptoss.kernels.compact import pack as pack
     from gptoss.kernels.compact import unpack as unpack
     from gptoss.kernels.drafts import Drafter as Drafter
-    from gptoss.kernels.drafts import Lookup as Lookup
     from gptoss.kernels.drafts import ModelDrafter as ModelDrafter
     from gptoss.kernels.eight import EightLinear as EightLinear
     from gptoss.kernels.eight import EightWeight as EightWeight
     from gptoss.kernels.eight import hold_dense as hold_dense
     from gptoss.kernels.eight import pack_eight as pack_eight
     from gptoss.kernels.eight import unpack_eight as unpack_eight
+    from gptoss.kernels.lookup import Lookup as Lookup
     from gptoss.kernels.quicker import choose_product as choose_product
     from gptoss.kernels.roofline import read_speed as read_speed
     from gptoss.kernels.step import DecodeStep as DecodeStep
@@ -44,7 +44,7 @@ _HOME = {
     "EightLinear": "eight",
     "EightWeight": "eight",
     "KernelError": "build",
-    "Lookup": "drafts",
+    "Lookup": "lookup",
     "ModelDrafter": "drafts",
     "call_again": "step",
     "can_record": "step",
@@ -72,6 +72,7 @@ _MODULES = (
     "eight",
     "coarse",
     "step",
+    "lookup",
     "drafts",
     "triton_kernels",
     "bench",

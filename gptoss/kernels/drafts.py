@@ -6,11 +6,13 @@ Generated from book/kernels/drafts.py; edit the chapter, not this file.
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from gptoss.kernels.lookup import Lookup, Proposal
 from gptoss.model.cache import Cache
 from gptoss.model.transformer import GptOss
 from gptoss.moe.routing import expected_hits
@@ -39,14 +41,13 @@ def expected_tokens(share: float, guesses: int) -> float:
 
 # --- Who guesses? ------------------------------------------------------------
 
-Proposal = tuple[Sequence[int], Tensor | None]
-
-
 class Drafter(Protocol):
     """Who guesses how a text goes on.
 
     most: guesses at once, and no more are asked for. reads: bytes of weights
-    that a guess reads, 0 if that is nothing beside the model.
+    that a guess reads, 0 if that is nothing beside the model. Who has
+    `chances`, too, not None, says there how likely each guess of its last
+    proposal is right if those before it are; of others that is counted.
     """
 
     most: int
@@ -65,44 +66,6 @@ class Drafter(Protocol):
         the probabilities (n, V) that they were drawn from by `generator`.
         draws: the sampler of the text."""
         ...
-
-
-class Lookup:
-    """Guesses what followed the last tokens where they stood before.
-
-    lengths: of the n-grams that are looked for, each >= 1. most: guesses at
-    once, >= 1. GenerateError for others.
-    """
-
-    reads = 0
-
-    def __init__(self, lengths: Sequence[int] = (8, 4, 2), most: int = 8
-                 ) -> None:
-        for name, values in (("lengths", lengths), ("most", [most])):
-            if not values or any(type(n) is not int or n < 1 for n in values):
-                reject(name, "integers >= 1", values)
-        self.lengths, self.most = tuple(lengths), most
-        self.begin(())
-
-    def begin(self, text: Sequence[int]) -> None:
-        self._text: list[int] = []
-        self._after: dict[tuple[int, ...], int] = {}  # n-gram -> what follows
-        self.add(text)
-
-    def add(self, tokens: Sequence[int]) -> None:
-        text = self._text
-        for token in tokens:
-            for n in self.lengths:
-                if len(text) >= n:
-                    self._after[tuple(text[-n:])] = len(text)
-            text.append(token)
-
-    def propose(self, most: int, draws: Any, generator: Any) -> Proposal:
-        for n in self.lengths:
-            at = self._after.get(tuple(self._text[-n:]))
-            if at is not None:
-                return (self._text[at:at + most] * most)[:most], None
-        return [], None
 
 
 # --- Which guesses are kept? -------------------------------------------------
@@ -136,7 +99,7 @@ def keep_or_redraw(logits: Tensor, guesses: Sequence[int], said: Tensor,
 
 # --- How many are worth it? --------------------------------------------------
 
-MARGIN = 1.25  # a step of several tokens beside what its bytes allow
+MARGIN = 1.1   # a step of several tokens beside what its bytes allow
 MEMORY = 16    # tested guesses that the share of right ones goes back
 AGAIN = 16     # tokens until a guess that costs something is tried again
 
@@ -159,14 +122,21 @@ class Pace:
         self.share = next((a / 100 for a in range(101)
                            if self._best(a / 100)), 1.0)
 
-    def _best(self, share: float) -> int:
-        gains = [expected_tokens(share, n) / cost
-                 for n, cost in enumerate(self.costs)]
+    def best(self, chances: Sequence[float]) -> int:
+        """How many guesses to check of those with such chances, each if those
+        before it are right; 0: it is not worth it."""
+        tokens = accumulate(accumulate(chances, operator.mul), initial=1.0)
+        gains = [some / cost for some, cost in zip(tokens, self.costs,
+                                                   strict=False)]
         return gains.index(max(gains))
+
+    def _best(self, share: float) -> int:
+        return self.best([share] * (len(self.costs) - 1))
 
     @property
     def length(self) -> int:
-        """Guesses to check in the next step; 0: it is not worth it."""
+        """Guesses to check in the next step, of somebody who tells no chances.
+        """
         return self._best(self.share)
 
     def saw(self, right: int, wrong: int) -> None:
@@ -217,8 +187,9 @@ def _drafted(drafter: Drafter, before: Sequence[int], model: GptOss,
     drafter.begin([*before, *prompt, token])
     pace = Pace(check_costs(model.config, drafter))
     step, made, ever = None, 1, AGAIN if drafter.reads else 1
+    tells = getattr(drafter, "chances", None) is not None
     while token not in options.stop and made < count:
-        length = pace.length
+        length = drafter.most if tells else pace.length
         guesses: list[int] = []
         said = None
         room = min(length or int(made % ever == 0), count - made - 1,
@@ -226,6 +197,10 @@ def _drafted(drafter: Drafter, before: Sequence[int], model: GptOss,
         if room > 0:
             guesses, said = _cleaned(drafter.propose(room, draws, generator),
                                      room, model.config.vocab_size)
+        if tells:
+            chances = getattr(drafter, "chances", ())
+            length = pace.best(chances[:len(guesses)])
+            guesses = guesses[:length]
         whole, start = None, cache.length
         if length and guesses:
             tokens = check_guesses(model, cache, token, guesses, said, draws,
@@ -348,12 +323,10 @@ def with_drafts(draft: Any, before: Sequence[int], model: GptOss
 __all__ = [
     "AGAIN",
     "Drafter",
-    "Lookup",
     "MARGIN",
     "MEMORY",
     "ModelDrafter",
     "Pace",
-    "Proposal",
     "check_costs",
     "check_guesses",
     "drafter_for",
