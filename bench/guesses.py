@@ -36,7 +36,8 @@ from gptoss.weights.config import GptOssConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 BIG = GptOssConfig.gpt_oss_20b()
-WRITTEN = re.compile(r"(book|bench|tests)/.*\.(py|md)$")  # not generated
+WRITTEN = re.compile(  # not generated
+    r"(book/(?!api\.md)|bench/|tests/).*\.(py|md)$")
 EXAMINED = re.compile(r"sampling|book/index\.md")  # by bench/drafts.py
 
 
@@ -137,11 +138,11 @@ def lists(count: int, upto: str) -> Texts:
         word = SEARCHED[n % len(SEARCHED)]
         lines = [line.split(":", 1)[1] for line in git(
             "grep", "-n", word, upto, "--", "gptoss", "bench",
-            "tests").splitlines()]
+            "tests").splitlines() if not EXAMINED.search(line.split(":")[1])]
         lines = rng.sample(lines, min(len(lines), 7))
         found[f"{n} {word}"] = (
             "\n".join(lines) + "\n\nWhich of them matter?\n",
-            "".join(PATTERNS[n % len(PATTERNS)].format(
+            "".join(PATTERNS[(n + n // len(SEARCHED)) % len(PATTERNS)].format(
                 *map(str.strip, line.split(":", 2)))
                 for line in lines)[:900])
     return found

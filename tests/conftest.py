@@ -79,6 +79,14 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "both_paths: run with plain torch and with the kernels")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config
+                          ) -> bool | None:
+    """The second run need not even read files none of whose tests are its."""
+    name = collection_path.name
+    return (True if config.getoption("markexpr") == "both_paths"
+            and name.startswith("test_") and name not in BOTH else None)
+
+
 def pytest_report_header() -> str | None:
     return f"path of the model: {LOADED}" if ON_KERNELS else None
 

@@ -502,7 +502,8 @@ def build(variant: str = "auto", anew: bool = False,
 #
 # A page about a kernel shows the one that it has just derived: `load_upto`
 # compiles the parts up to the one that makes an operator of it, and no more.
-# (Who has the whole library already need not wait for that: it holds them.)
+# (If the whole library is compiled already, that is loaded: a page then has
+# later kernels, too, and does not use them.)
 
 # %% tags=["export"]
 from gptoss.model.answers import LOADING
@@ -565,9 +566,9 @@ def kernel_path() -> str:
 
 
 def load_upto(part: str) -> bool:
-    """Load the parts up to this one, for a page that shows it, from the whole
-    library if that is compiled already; did it work? In silence, and for
-    good: a process has one library.
+    """Load the kernels that a page shows: the whole library if it is compiled
+    already, else the parts up to this one alone; did it work? In silence, and
+    for good: a process has one library.
 
     KernelError if that is no part, or one that makes no operator, since a
     page would then test plain torch."""

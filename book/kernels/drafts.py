@@ -258,12 +258,12 @@ for name, config in BIG.items():
     print(f"{name}: three guesses gain if more than {even:.2f} are right")
 
 # %% [markdown]
-# What to see: below a half hardly anybody gains. A dense model would: four
-# tokens would cost it little more than one. Three guesses must be right in
-# 0.47 of the cases in the 20b, and in 0.57 in the 120b, whose experts are
-# shared by fewer tokens. If 0.7 are right, three guesses are about best; if
-# 0.9 are, more would be. So it must be known how many are right, and it must
-# stop when they are too few.
+# What to see: who is right in less than a half gains little. A dense model
+# would gain: four tokens would cost it little more than one. Three guesses
+# must be right in 0.47 of the cases in the 20b, and in 0.57 in the 120b, whose
+# experts are shared by fewer tokens; more guesses in more. If 0.7 are right,
+# three guesses are about best; if 0.9 are, more would be. So it must be known
+# how many are right, and it must stop when they are too few.
 #
 # ## Code
 #
@@ -271,16 +271,19 @@ for name, config in BIG.items():
 #
 # Whoever can say how a text may go on. It is told where a text begins and what
 # comes, and is asked. Two attributes go with it: how many guesses it makes
-# at once at most, and what bytes one of them reads.
+# at once at most, and what bytes one of them reads. A third may: how likely
+# its guesses are right.
 
 # %% tags=["export"]
 class Drafter(Protocol):
     """Who guesses how a text goes on.
 
     most: guesses at once, and no more are asked for. reads: bytes of weights
-    that a guess reads, 0 if that is nothing beside the model. Who has
-    `chances`, too, not None, says there how likely each guess of its last
-    proposal is right if those before it are; of others that is counted.
+    that a guess reads, 0 if that is nothing beside the model. One that reads
+    nothing may have `chances`, too: how likely each guess of its last proposal
+    is right if those before it are. Of others that is counted. Who draws its
+    guesses may tell no chances: whether a guess is checked must not depend on
+    what was drawn.
     """
 
     most: int
@@ -303,7 +306,8 @@ class Drafter(Protocol):
 # %% [markdown]
 # The cheapest looks up where the last tokens stood before
 # ([lookup](lookup.ipynb)) {cite}`saxena2023`. It says also how likely each of
-# its guesses is right, by counting what became of such guesses so far:
+# its guesses is right, by counting what became of such guesses; here, where
+# none was seen yet, what it believes at first:
 
 # %%
 from gptoss.kernels.lookup import Lookup
@@ -396,7 +400,8 @@ def check_costs(config: GptOssConfig, drafter: Drafter) -> list[float]:
 
 
 class Pace:
-    """How many guesses to check at once, by how many were right.
+    """How many guesses to check at once, by their chances or, where none are
+    told, by how many were right.
 
     costs: as of `check_costs`. share: of guesses that are right.
     """
@@ -490,7 +495,7 @@ def _drafted(drafter: Drafter, before: Sequence[int], model: GptOss,
     drafter.begin([*before, *prompt, token])
     pace = Pace(check_costs(model.config, drafter))
     step, made, ever = None, 1, AGAIN if drafter.reads else 1
-    tells = getattr(drafter, "chances", None) is not None
+    tells = not drafter.reads and hasattr(drafter, "chances")
     while token not in options.stop and made < count:
         length = drafter.most if tells else pace.length
         guesses: list[int] = []
@@ -501,6 +506,8 @@ def _drafted(drafter: Drafter, before: Sequence[int], model: GptOss,
             guesses, said = _cleaned(drafter.propose(room, draws, generator),
                                      room, model.config.vocab_size)
         if tells:
+            if said is not None:
+                reject("draft", "chances or probabilities", "both")
             chances = getattr(drafter, "chances", ())
             length = pace.best(chances[:len(guesses)])
             guesses = guesses[:length]
@@ -788,13 +795,14 @@ for name, prompt in texts.items():
 # %% [markdown]
 # A story costs what it cost without guesses, the same story again gains most,
 # quotes are between. (How many to check was decided by the small model's own
-# costs. The large ones, as we saw, check less of what is doubtful.)
+# costs. Where a check costs more, as in the large ones, less of what is
+# doubtful is checked, so they would gain a little more.)
 #
 # ## Cost
 #
-# A token that is not guessed costs one look into a table that has an entry for
-# each n-gram of the text; a check the experts of {eq}`drafts-experts`, a
-# forward outside of the recorded step, and $n$ slots in each ring. In a model
+# A token costs some looks into a table, guessed or not; a check the experts of
+# {eq}`drafts-experts`, a forward outside of the recorded step, and $n$ slots
+# in each ring. In a model
 # as small as ours that forward, called from Python, takes longer than all it
 # saves; `bench/drafts.py` measures it for any checkpoint.
 #
@@ -803,7 +811,8 @@ for name, prompt in texts.items():
 # - Draw as ever, and look whether it was the guess: then a guess changes what
 #   a text costs and nothing else, not even the text of a seed.
 # - In a mixture of experts every token brings weights of its own, so a check
-#   is dear: more than half of the guesses must be right.
+#   is dear: with our margin, a guess must be right in 0.43 of the cases in the
+#   20b and in 0.51 in the 120b.
 # - A guess that costs nothing can be judged without being checked. That tells
 #   when to begin again.
 # - A check can be undone because the cache can go back exactly.

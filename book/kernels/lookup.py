@@ -75,7 +75,7 @@ for line, sentence in enumerate(SAID):
         ax.text(x + width / 2 - 0.06, -line, word, ha="center", va="center",
                 fontsize=6.5)
         x += width
-ax.set(xlim=(-0.1, 32), ylim=(-5.5, 0.5))
+ax.set(xlim=(-0.1, 34), ylim=(-5.5, 0.5))
 ax.axis("off")
 plt.show()
 own = finder.met[-sum(len(cut(sentence + "\n")) for sentence in SAID):]
@@ -88,8 +88,8 @@ print(f"{len(own)} words and signs: {own.count(1)} guessed right, "
 # a form with fields: "I wrote to ... in ... that order ...". From the second
 # sentence on much of the form is green. Orange stands below orange: at the
 # fields, and just behind them, where the tool's line went on otherwise ("Ada
-# Stone, Oslo" there, "Ada Stone in Oslo" here). (This cell uses the finished
-# class.)
+# Stone, Oslo" there, "Ada Stone in Oslo" here) or the same comma stood last in
+# another place. (This cell uses the finished class.)
 #
 # ## The naive version
 #
@@ -120,15 +120,17 @@ def checks(prompt, follows, propose):
 
 prompt = cut(TOOL + "Tell me what you did.\n")
 follows = cut("\n".join(SAID) + "\n")
+COST = (1, 1.30, 1.56, 1.79, 1.99, 2.17, 2.32, 2.46, 2.57)  # with n guesses
 
 
-def show(propose, prompt=prompt, follows=follows):
+def show(propose):
+    """Last: tokens for what a step without guesses costs."""
     made = list(checks(prompt, follows, propose))
     guesses, right = map(sum, zip(*made, strict=True))
-    cost = len(made) + 0.3 * guesses
+    cost = sum(COST[n] for n, _ in made)
     print(f"{len(follows)} tokens in {len(made):3} forwards, {right:2} of "
-          f"{guesses:3} guesses right, {(len(follows) - 1) / cost:.2f} times "
-          "the tokens")
+          f"{guesses:3} guesses right, {(len(follows) - 1) / cost:.2f} tokens "
+          "for one's cost")
 
 
 for most in (1, 2, 4, 8):
@@ -136,8 +138,9 @@ for most in (1, 2, 4, 8):
 
 # %% [markdown]
 # A forward over the last token and the guesses says how many of them are
-# right, and gives one token more ([drafts](drafts.ipynb)). Each guess costs
-# about 0.3 of a step in the 20b, since it brings experts of its own. So the
+# right, and gives one token more. In the 20b the first guess costs 0.3 of a
+# step, since it brings experts of its own, and each further one less, since
+# they share some ([drafts](drafts.ipynb) derives what is in `COST`). So the
 # more the search guesses, the fewer forwards there are, and the *more* they
 # cost: most of eight guesses run on across the next field.
 #
@@ -147,9 +150,10 @@ for most in (1, 2, 4, 8):
 #
 # ### What must a table hold?
 #
-# For each run of eight, four, two tokens, and for each token: where it ended
-# the last time. When a token is appended, the runs that end just before it get
-# its place, each a later one in the place of an earlier:
+# For each run of eight, four, two and one tokens the place right after where
+# it ended the last time (places count from 0). When a token is appended, the
+# runs that end just before it get its place, each a later one in the place of
+# an earlier:
 #
 # $$ \text{after}[x_{t-n}, \dots, x_{t-1}] = t . $$ (lookup-table)
 #
@@ -161,9 +165,9 @@ for most in (1, 2, 4, 8):
 # ### How likely is a guess right?
 #
 # It could be *counted*. While the model writes, each token that comes is
-# compared with the guess, whether that was checked or not; that costs nothing.
-# But one number for all guesses says little. Three things can be known of a
-# guess before it is checked:
+# compared with what would have been guessed for it alone, checked or not; that
+# costs nothing. But one number for all guesses says little. Three things can
+# be known of a guess before it is checked:
 #
 # - **how many tokens agree** before it, 8, 4, 2 or 1. The longer, the better;
 # - **where it stands**: in what was given, or in what the model itself has
@@ -184,8 +188,8 @@ for most in (1, 2, 4, 8):
 # surprise.
 #
 # A guess further on is right only if those before it are. After one right
-# guess one token more agrees; so the second of a match of 4 counts as a match
-# of 5, that is as one of 4, and the fifth as one of 8.
+# guess one token more agrees; so the second of a match of 4 is believed as a
+# match of 5, that is as one of 4, and the fifth as one of 8.
 #
 # ## Code
 
@@ -223,16 +227,19 @@ class Lookup:
             if not values or any(type(n) is not int or n < 1 for n in values):
                 reject(name, "integers >= 1", values)
         self.lengths, self.most = tuple(lengths), most
+        self._text: list[int] = []
         self.begin(())
 
     def begin(self, text: Sequence[int]) -> None:
-        self._text: list[int] = []
-        self.met: list[int] = []
+        held = len(self._text)
+        if not held or list(text[:held]) != self._text:  # not the same text
+            held, self._text = 0, []
+            self.met: list[int] = []
+            self._after: dict[tuple[int, ...], int] = {}  # n-gram -> place
         self.chances: list[float] = []
-        self._after: dict[tuple[int, ...], int] = {}  # n-gram -> what follows
         self._seen: dict[tuple[int, bool, int], tuple[int, int]] = {}
         self._own = len(text)  # from here on it is being written
-        self.add(text)
+        self.add(text[held:])
         self._seen.clear()  # what was given says little of what is written
 
     def _ends(self) -> list[tuple[int, ...]]:
@@ -291,26 +298,35 @@ for text in ([1, 2, 3, 4, 5, 6, 9, 1, 2, 3], [7, 1, 2, 8, 3, 1],
           finder.propose(3, None, None)[0])
 
 # %% [markdown]
+# A text that goes on, as the next turn of a conversation does, is not entered
+# again: `begin` adds what is new and counts anew.
+#
 # How many guesses are worth a check? With chances $p_1, p_2, \dots$ the first
-# is right with $p_1$, the second with $p_1 p_2$. As long as that is more than
-# what one guess costs, here 0.3, it is better to go on. ([The next
-# chapter](drafts.ipynb) does it with the costs of a model.)
+# is right with $p_1$, the second with $p_1 p_2$. So $n$ of them bring $1 + p_1
+# + p_1 p_2 + \dots$ tokens, and we take the $n$ that brings most for its cost.
+# With two guesses of 0.5 that is one of them:
 
 # %%
-def sure(finder, cost=0.3):
+for n, tokens in enumerate((1, 1 + 0.5, 1 + 0.5 + 0.25)):
+    print(f"{n} guesses: {tokens} tokens for {COST[n]}, that is "
+          f"{tokens / COST[n]:.2f} for one's cost")
+
+# %%
+from itertools import accumulate
+from operator import mul
+
+
+def sure(finder):
     """The proposal, as far as it is worth its cost."""
-    guesses, good, chance = finder.propose(finder.most, None, None)[0], 0, 1.0
-    for part in finder.chances:
-        chance *= part
-        if chance < cost:
-            break
-        good += 1
-    return guesses[:good]
+    guesses = finder.propose(finder.most, None, None)[0]
+    tokens = accumulate(accumulate(finder.chances, mul), initial=1.0)
+    gains = [some / cost for some, cost in zip(tokens, COST, strict=False)]
+    return guesses[:gains.index(max(gains))]
 
 
-def with_table(prompt):
+def with_table(prompt, **how):
     """`search` by a `Lookup`, which is told what is new."""
-    finder, told = Lookup(), [*prompt]
+    finder, told = Lookup(**how), [*prompt]
     finder.begin(prompt)
 
     def propose(text):
@@ -344,17 +360,18 @@ for _ in range(2_000):
 print("2,000 texts: the same guesses")
 
 # %% [markdown]
-# **The chances are true**: of guesses that are said to be right in 0.6 to 0.8
-# of the cases, about so many are. We let it guess in a chapter of this book,
-# [the one on YaRN](../attention/rope.ipynb), for each token from the middle
-# on, and sort the first guesses by what it said of them.
+# **The chances are true** of first guesses: of those that are said to be right
+# in 0.6 to 0.8 of the cases, about so many are. We let it guess in this very
+# chapter, for each token from the middle on, and sort what it guesses by what
+# it said. (Guesses further on borrow these counts. Where little is said of
+# them, somewhat more come true.)
 
 # %% tags=["hide-input"]
 # Figure: what was said against what was right, five points with the number of
 # guesses beside them; all lie near the diagonal.
 from pathlib import Path
 
-text = cut(Path("../attention/rope.py").read_text("utf-8"))
+text = cut(Path("lookup.py").read_text("utf-8"))
 half = len(text) // 2
 finder = Lookup()
 finder.begin(text[:half])
@@ -386,54 +403,57 @@ plt.show()
 #
 # ## Against the others
 #
-# llama.cpp (`lookup`), transformers (`prompt_lookup_num_tokens`) and vLLM
-# (`ngram`) look n-grams up as well. The last two guess a fixed number; the
-# first also drafts only what was seen often enough to be likely. None asks
-# what became of a guess at that place before.
+# llama.cpp, transformers (`prompt_lookup_num_tokens`) and vLLM (`ngram`) look
+# n-grams up as well. The last two guess a fixed number. llama.cpp has several
+# ways: its `lookup` drafts only what was seen often enough, and its
+# `ngram-map` makes a draft no longer than what was accepted of it the last
+# time. None of them weighs a chance against what a check costs.
 
 # %% [markdown] tags=["measured"]
-# What is it worth? `bench/guesses.py` counts, for five kinds of text that
-# somebody wrote in this project. Tokens over the cost of the forwards in the
-# 20b, the mean of up to forty texts of each kind, and the least of all:
+# What is it worth? `bench/guesses.py` counts, for four kinds of text that
+# somebody wrote in this project, and for lists made by six patterns from what
+# a search finds there. Tokens over the cost of the forwards in the 20b, the
+# mean of forty texts of each kind (of JSON there are 17), and the least:
 #
 # | chances, lengths | edits | JSON | lists | tests | prose | least |
 # |---|---|---|---|---|---|---|
-# | alike; 8, 4, 2 | 1.97 | 1.60 | 1.30 | 1.02 | 1.00 | 0.99 |
-# | by three things; 8, 4, 2 | 2.14 | 1.72 | 1.47 | 1.04 | 1.00 | 0.99 |
-# | by three things; 8, 4, 2, 1 | 2.13 | 1.75 | 1.44 | 1.06 | 1.00 | 0.99 |
+# | alike; 8, 4, 2 | 1.95 | 1.60 | 1.30 | 1.02 | 1.00 | 0.99 |
+# | by three things; 8, 4, 2 | 2.12 | 1.72 | 1.45 | 1.04 | 1.00 | 0.99 |
+# | by three things; 8, 4, 2, 1 | 2.11 | 1.75 | 1.43 | 1.06 | 1.00 | 0.99 |
 #
-# Edits are of files and of JSON; lists quote what a search found, line by
-# line; tests follow their module, and prose the cell whose output it tells of.
+# Tests follow their module, and prose the cell whose output it tells of.
 # "Alike" is by one number, the share of guesses that were right of late. The
 # lengths and what is believed at first were chosen by these texts. On four
 # others (those of `bench/drafts.py`: an edited program, JSON echoed, a tool's
 # results quoted, prose) the first row brings 2.35, 2.07, 1.18 and 1.00 and the
 # last 2.62, 2.20, 1.36 and 1.00. Even who knows how many guesses will be right
-# gains 2.78, 2.62, 1.65 and 1.02 there.
+# gains 2.78, 2.62, 1.65 and 1.02 there. What of it the clock sees is told in
+# [what each step brought](measured.ipynb).
 
 # %% [markdown]
 # ## Cost
 #
-# Of each token the table keeps four runs and their place, in Python some
-# hundred bytes each. A text is entered once, token by token, and a proposal is
-# four looks and eight divisions, far less than a step of any large model.
+# For each token up to four looks, four entries and as many runs to keep; a
+# proposal is four looks and eight divisions. A text in which nothing repeats
+# has most entries:
 
 # %%
-import time
-
-start = time.perf_counter()
 finder = Lookup()
-finder.begin([n * n % 1009 for n in range(131_072)])
-entered = time.perf_counter() - start
-print("entered in less than two seconds:", entered < 2)
+finder.begin([rng.randrange(200_000) for _ in range(131_072)])
+print(f"{len(finder._after):,} entries for {len(finder.met):,} tokens")
+
+# %% [markdown] tags=["measured"]
+# That takes 0.5 to 0.8 seconds and 61 MB, once a conversation; then a token
+# takes 2 to 5 microseconds to enter and a proposal 2 to 17.
 
 # %% [markdown]
 # ## Takeaways
 #
 # - A table from the last tokens to where they ended last answers at once, in
 #   a text of any length.
-# - A guess that is compared with what came anyway is counted for nothing. The
-#   counts say how many guesses are worth a check, and when none is.
+# - Counting costs nothing: each guess is compared with the token that came
+#   anyway. The counts say how many guesses are worth a check, and when none
+#   is.
 # - A text is a form with fields. Where it surprised last time it will surprise
 #   again, and a guess should end there.
 #
@@ -441,8 +461,8 @@ print("entered in less than two seconds:", entered < 2)
 #
 # ### Exercise 1
 #
-# What do the three things bring? Leave one away in each try: all agreeing
-# lengths alike, all places alike, nothing known of surprises.
+# What do the three things bring in this text? Leave one out each time: all
+# agreeing lengths alike, all places alike, nothing known of surprises.
 
 # %% tags=["hide-cell"]
 class Without(Lookup):
@@ -460,8 +480,7 @@ for n, name in enumerate(("lengths", "places", "surprises")):
     print(f"without {name:10}", end=" ")
     show(with_table(prompt))
 Lookup = finished
-# Surprises bring most. In a text so short the other two bring nothing yet,
-# since what is counted by three things takes longer to be known.
+# Surprises bring most. The other two bring nothing in a text so short.
 
 # %% [markdown]
 # ### Exercise 2
@@ -471,8 +490,9 @@ Lookup = finished
 # %% tags=["hide-cell"]
 for lengths in ((1,), (8,), (8, 4, 2, 1)):
     print(f"{lengths!s:13}", end=" ")
-    show(lambda text, lengths=lengths: search(text, lengths))
-# One token is nearly always found and mostly wrong; eight are found late.
+    show(with_table(prompt, lengths=lengths))
+# One token alone finds as much, but all that it finds looks alike, so nothing
+# tells the good ones; eight stand nowhere before in this text.
 
 # %% [markdown]
 # ### Exercise 3
@@ -492,5 +512,5 @@ print(need, "right ones;", lose, "wrong ones")
 # - {cite}`saxena2023`: prompt lookup; huggingface/transformers#27775.
 # - The estimate {eq}`lookup-chance` is the mean of a Beta distribution after
 #   so many observations (Laplace's rule has 2 and 0.5 for our 4 and $p_0$).
-# - ggml-org/llama.cpp, `common/ngram-cache.cpp`; vllm-project/vllm,
-#   `ngram_proposer.py`.
+# - ggml-org/llama.cpp, `common/ngram-cache.cpp` and `common/ngram-map.cpp`;
+#   vllm-project/vllm, `ngram_proposer.py`.

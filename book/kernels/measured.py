@@ -689,9 +689,10 @@ for machine, saved in MACHINES.items():
 # 20b's shapes and given texts (`bench/drafts.py`; not in the table): an edited
 # program was written 2.55 times as fast, 127 tokens in 18 forwards, and JSON
 # echoed 2.54 times; results of a tool quoted 1.36 times, 109 tokens in 62
-# forwards; prose that repeats nothing 0.97 times. Quotes gain least since what
-# stands between them is new, and even who knows how many guesses will be right
-# gains 1.65 (`bench/guesses.py`). Before the [lookup](lookup.ipynb) told how
+# forwards; prose that repeats nothing 0.97 times (by its counts it would be
+# 1.00). Quotes gain less than edits since what stands between them is new, and
+# even who knows how many guesses will be right gains 1.65
+# (`bench/guesses.py`). Before the [lookup](lookup.ipynb) told how
 # sure it is, it was 2.40, 2.39, 1.11 and 1.03 there, and on Zen 4, where it
 # was not measured since, 2.23, 2.23, 1.13 and 0.99.
 

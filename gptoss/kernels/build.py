@@ -270,9 +270,9 @@ def kernel_path() -> str:
 
 
 def load_upto(part: str) -> bool:
-    """Load the parts up to this one, for a page that shows it, from the whole
-    library if that is compiled already; did it work? In silence, and for
-    good: a process has one library.
+    """Load the kernels that a page shows: the whole library if it is compiled
+    already, else the parts up to this one alone; did it work? In silence, and
+    for good: a process has one library.
 
     KernelError if that is no part, or one that makes no operator, since a
     page would then test plain torch."""

@@ -45,9 +45,11 @@ class Drafter(Protocol):
     """Who guesses how a text goes on.
 
     most: guesses at once, and no more are asked for. reads: bytes of weights
-    that a guess reads, 0 if that is nothing beside the model. Who has
-    `chances`, too, not None, says there how likely each guess of its last
-    proposal is right if those before it are; of others that is counted.
+    that a guess reads, 0 if that is nothing beside the model. One that reads
+    nothing may have `chances`, too: how likely each guess of its last proposal
+    is right if those before it are. Of others that is counted. Who draws its
+    guesses may tell no chances: whether a guess is checked must not depend on
+    what was drawn.
     """
 
     most: int
@@ -112,7 +114,8 @@ def check_costs(config: GptOssConfig, drafter: Drafter) -> list[float]:
 
 
 class Pace:
-    """How many guesses to check at once, by how many were right.
+    """How many guesses to check at once, by their chances or, where none are
+    told, by how many were right.
 
     costs: as of `check_costs`. share: of guesses that are right.
     """
@@ -187,7 +190,7 @@ def _drafted(drafter: Drafter, before: Sequence[int], model: GptOss,
     drafter.begin([*before, *prompt, token])
     pace = Pace(check_costs(model.config, drafter))
     step, made, ever = None, 1, AGAIN if drafter.reads else 1
-    tells = getattr(drafter, "chances", None) is not None
+    tells = not drafter.reads and hasattr(drafter, "chances")
     while token not in options.stop and made < count:
         length = drafter.most if tells else pace.length
         guesses: list[int] = []
@@ -198,6 +201,8 @@ def _drafted(drafter: Drafter, before: Sequence[int], model: GptOss,
             guesses, said = _cleaned(drafter.propose(room, draws, generator),
                                      room, model.config.vocab_size)
         if tells:
+            if said is not None:
+                reject("draft", "chances or probabilities", "both")
             chances = getattr(drafter, "chances", ())
             length = pace.best(chances[:len(guesses)])
             guesses = guesses[:length]

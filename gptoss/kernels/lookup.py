@@ -38,16 +38,19 @@ class Lookup:
             if not values or any(type(n) is not int or n < 1 for n in values):
                 reject(name, "integers >= 1", values)
         self.lengths, self.most = tuple(lengths), most
+        self._text: list[int] = []
         self.begin(())
 
     def begin(self, text: Sequence[int]) -> None:
-        self._text: list[int] = []
-        self.met: list[int] = []
+        held = len(self._text)
+        if not held or list(text[:held]) != self._text:  # not the same text
+            held, self._text = 0, []
+            self.met: list[int] = []
+            self._after: dict[tuple[int, ...], int] = {}  # n-gram -> place
         self.chances: list[float] = []
-        self._after: dict[tuple[int, ...], int] = {}  # n-gram -> what follows
         self._seen: dict[tuple[int, bool, int], tuple[int, int]] = {}
         self._own = len(text)  # from here on it is being written
-        self.add(text)
+        self.add(text[held:])
         self._seen.clear()  # what was given says little of what is written
 
     def _ends(self) -> list[tuple[int, ...]]:

@@ -106,7 +106,7 @@ def search(text, lengths, most):
 
 
 @given(st.lists(st.integers(0, 3), max_size=30), st.integers(0, 30),
-       st.sampled_from([(3, 2), (2,), (1,), (4, 1), (2, 3)]),
+       st.sampled_from([(8, 4, 2, 1), (3, 2), (2,), (1,), (4, 1), (2, 3)]),
        st.integers(1, 5))
 @settings(max_examples=100, deadline=None)
 def test_lookup_is_the_search(text, cut, lengths, most):
@@ -162,6 +162,26 @@ def chances(text, own, lengths, most):
     return found
 
 
+@given(st.lists(st.lists(st.integers(0, 3), max_size=12), max_size=5),
+       st.integers(0, 6))
+@settings(max_examples=60, deadline=None)
+def test_a_text_that_goes_on_is_as_one_begun_anew(parts, other):
+    """Turns of a conversation; before the last, perhaps, another text."""
+    lookup, text = Lookup(), []
+    for n, part in enumerate(parts):
+        text = text + part
+        lookup.begin([7] * n if n == other else text)
+        lookup.begin(text)
+        lookup.add([1, 2])
+        text = [*text, 1, 2]
+    fresh = Lookup()
+    fresh.begin(text)
+    lookup.begin(text)
+    assert vars(fresh) == vars(lookup)
+    assert (fresh.propose(5, None, None), fresh.chances) == (
+        lookup.propose(5, None, None), lookup.chances)
+
+
 def test_fields_of_a_form_are_not_guessed_twice():
     """The second time the words end where they were new the first time."""
     form = [1, 2, 3, 4, None, 5, 6, 7, 8]
@@ -179,7 +199,7 @@ def test_fields_of_a_form_are_not_guessed_twice():
     assert guesses[2:] == [[4], [4]]
 
 
-def test_chances_decide_and_a_share_where_there_are_none(forwards):
+def test_chances_decide(forwards):
     """A drafter that is always right, and says what it is told to say."""
     model, prompt = lively(), [1, 2, 3]
     alone = list(generate(model, prompt, temperature=0, max_new_tokens=31))
@@ -191,6 +211,34 @@ def test_chances_decide_and_a_share_where_there_are_none(forwards):
         assert list(generate(model, prompt, temperature=0, max_new_tokens=31,
                              draft=draft)) == alone
         assert set(forwards[1:-1]) == fed
+
+
+def test_chances_of_what_was_drawn_are_refused(pocket):
+    """They would make what is written depend on what was guessed."""
+    draft = SimpleNamespace(
+        most=1, reads=0, chances=[1.0], begin=len, add=len,
+        propose=lambda *_: ([1], torch.full((1, V), 1 / V)))
+    with pytest.raises(GenerateError, match="draft: .*chances.*both"):
+        list(generate(lively(), [1, 2], max_new_tokens=5, draft=draft))
+
+
+def test_who_reads_much_is_asked_seldom_whatever_it_says():
+    model, asked = lively(), []
+    draft = guesser(lambda text: asked.append(1) or [0])
+    draft.reads, draft.chances = 10 ** 12, [1.0]
+    list(generate(model, [1, 2, 3], max_new_tokens=64, draft=draft))
+    assert len(asked) <= 4
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_the_same_text_where_chances_decide(how, pocket, tokenizer_):
+    """At the costs of the model itself, so that some guesses are left."""
+    prompt, stop = tokenizer_.encode(OPENING), stop_ids(POCKET)
+    story = list(generate(pocket, prompt, temperature=0, max_new_tokens=60))
+    prompt = [*prompt, *story, *prompt]
+    how_ = HOW[how] | {"stop": stop, "max_new_tokens": 60}
+    assert list(generate(pocket, prompt, draft="lookup", **how_)) == list(
+        generate(pocket, prompt, **how_))
 
 
 def test_best_is_the_best_of_all():
