@@ -203,8 +203,9 @@ def _drafted(drafter: Drafter, before: Sequence[int], model: GptOss,
         if tells:
             if said is not None:
                 reject("draft", "chances or probabilities", "both")
-            chances = getattr(drafter, "chances", ())
-            length = pace.best(chances[:len(guesses)])
+            chances = getattr(drafter, "chances", None)
+            length = pace.best(() if chances is None
+                               else chances[:len(guesses)])
             guesses = guesses[:length]
         whole, start = None, cache.length
         if length and guesses:

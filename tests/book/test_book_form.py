@@ -19,6 +19,8 @@ import pytest
 from chapters import read_chapter
 from tangle import listed
 
+from gptoss.kernels.build import PARTS as PARTS_IN_C
+
 ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "book"
 CHAPTERS = listed(ROOT)   # in reading order
@@ -193,6 +195,25 @@ def test_equations(page: Path) -> None:
     assert [label for label in own if every.count(label) > 1] == []
     assert [label for label in re.findall(r"\{eq\}`([^`]+)`", prose(page))
             if label not in every] == []
+
+
+# --- Kernels -----------------------------------------------------------------
+
+def test_pages_of_kernels_load_the_parts_they_derive() -> None:
+    """Or they would test plain torch, and nothing would tell."""
+    pages = {chapter.stem: (
+        re.findall(r"export:(\w+)\.h\b", text := chapter.read_text("utf-8")),
+        re.findall(r"\bload_upto\(\"(\w+)\"\)", text),
+        re.findall(r"^(?:path = )?load_kernels\(\)", text, re.MULTILINE))
+        for chapter in CHAPTERS}
+    for name, (derived, upto, _) in pages.items():
+        if upto:
+            last = max([PARTS_IN_C.index(part) for part in derived], default=0)
+            assert all(PARTS_IN_C.index(part) >= last for part in upto), name
+    with_some = {name for name, (derived, *_) in pages.items() if derived}
+    loading = {name for name, (_, *loads) in pages.items() if any(loads)}
+    assert len(with_some) > 10
+    assert with_some - loading == {"tangle"}  # which only speaks of one
 
 
 # --- Exercises ---------------------------------------------------------------

@@ -213,6 +213,19 @@ def test_chances_decide(forwards):
         assert set(forwards[1:-1]) == fed
 
 
+@pytest.mark.parametrize("said", [None, [], [1.0]])
+def test_no_chances_are_no_checks(said, forwards):
+    """Fewer chances than guesses: the others are not checked."""
+    model, prompt = lively(), [1, 2, 3]
+    alone = list(generate(model, prompt, temperature=0, max_new_tokens=21))
+    draft = knowing(prompt, alone)
+    draft.chances = said
+    forwards.clear()
+    assert list(generate(model, prompt, temperature=0, max_new_tokens=21,
+                         draft=draft)) == alone
+    assert max(forwards[1:]) == (2 if said else 1)
+
+
 def test_chances_of_what_was_drawn_are_refused(pocket):
     """They would make what is written depend on what was guessed."""
     draft = SimpleNamespace(
