@@ -77,10 +77,8 @@ unit: $(STAMP)
 
 notebooks: $(STAMP)
 	@echo "== nbval: every output is what its cell prints now"
-	@# for a single one --nbval-kernel-name python3 is enough
-	@HF_HUB_OFFLINE=1 GPTOSS_KERNELS=torch $(BIN)/python \
-	    tests/warm_kernels.py $(BIN)/python -m pytest \
-	    -n $(JOBS) --dist loadscope --nbval --nbval-kernel-name warm \
+	@HF_HUB_OFFLINE=1 GPTOSS_KERNELS=torch $(BIN)/python -m pytest \
+	    -n $(JOBS) --dist loadscope --nbval --nbval-kernel-name python3 \
 	    --junitxml=_build/notebooks.xml book
 
 book: $(STAMP)
