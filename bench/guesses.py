@@ -8,9 +8,10 @@ they are always the same): edits of files, where what stood there before is the
 prompt, and what stands there after is what a model would write; edits of JSON;
 lists that quote what a search found, line by line, in words of several
 patterns; tests of a module, after the module; prose, after the cell that
-printed what it is about. They were not written to be guessed, and files of
-which texts of bench/drafts.py are made are left out, so the lengths of
-`Lookup` can be chosen by these and examined on those. Guesses, the rule that
+printed what it is about. But for the patterns of the lists nothing of it was
+written to be guessed, and files of which texts of bench/drafts.py are made are
+left out, so the lengths of `Lookup` can be chosen by these and examined on
+those. Guesses, the rule that
 switches them off and the 20b's bytes are the package's own; a step of several
 tokens is said to cost 3 % more than its bytes for each token after the first.
 Told is the gain: tokens over the cost of the steps, in steps of one token.
@@ -55,26 +56,29 @@ def agreeing(a, b) -> int:
 Texts = dict[str, tuple[str, str]]  # name -> (prompt, what follows)
 
 
-def changed(upto: str, wanted: re.Pattern[str]) -> Iterator[tuple[str, str]]:
-    """Commits in an order by chance, each with the first file it changed."""
+def changed(upto: str, wanted: re.Pattern[str]
+            ) -> Iterator[tuple[str, str, str]]:
+    """Commits in an order by chance, each with the path and the text of the
+    first file it changed that is not short."""
     commits = git("log", "--format=%H", upto).split()
     random.Random(1).shuffle(commits)
     for commit in commits:
         for path in git("diff-tree", "-r", "--no-commit-id", "--name-only",
                         "--diff-filter=M", commit).splitlines():
-            if wanted.match(path) and not EXAMINED.search(path):
-                if len(git("show", f"{commit}:{path}")) >= 400:
-                    yield commit, path
-                    break
+            if not wanted.match(path) or EXAMINED.search(path):
+                continue
+            after = git("show", f"{commit}:{path}")
+            if len(after) >= 400:
+                yield commit, path, after
+                break
 
 
 def edits(count: int, upto: str, wanted: re.Pattern[str] = WRITTEN) -> Texts:
     """Up to `count` files before and after a commit, from 300 characters
     before the first change on: 4000 of the one, 900 of the other."""
     found = {}
-    for commit, path in changed(upto, wanted):
-        before, after = (git("show", f"{at}:{path}")
-                         for at in (f"{commit}^", commit))
+    for commit, path, after in changed(upto, wanted):
+        before = git("show", f"{commit}^:{path}")
         start = max(agreeing(before, after) - 300, 0)
         found[f"{commit[:8]} {path}"] = (before[start:start + 4000],
                                          after[start:start + 900])
@@ -167,7 +171,7 @@ def steps(prompt: list[int], follows: list[int], finder: Lookup,
         guesses = guesses if known else guesses[:length or 1]
         right = agreeing(guesses, follows[at:])
         pace.saw(right, right < len(guesses))
-        checked = (right if known else len(guesses)) if length or known else 0
+        checked = right if known else len(guesses) if length else 0
         fed.append(checked + 1)
         taken = min(right, checked) + 1
         finder.add(follows[at:at + taken])

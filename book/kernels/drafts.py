@@ -210,7 +210,7 @@ def step_bytes(config: GptOssConfig, tokens: int) -> float:
 #
 # tokens a step. Divided by the cost of the step, that is the gain:
 
-# %% tags=["export"]
+# %%
 def expected_tokens(share: float, guesses: int) -> float:
     """Tokens that a step brings which checks so many guesses, each right with
     the probability `share` if those before it are."""

@@ -31,14 +31,6 @@ def step_bytes(config: GptOssConfig, tokens: int) -> float:
             + config.num_hidden_layers * more * expert_bytes(config))
 
 
-# --- How many tokens does a step bring? --------------------------------------
-
-def expected_tokens(share: float, guesses: int) -> float:
-    """Tokens that a step brings which checks so many guesses, each right with
-    the probability `share` if those before it are."""
-    return sum(share ** n for n in range(guesses + 1))
-
-
 # --- Who guesses? ------------------------------------------------------------
 
 class Drafter(Protocol):
@@ -337,7 +329,6 @@ __all__ = [
     "check_guesses",
     "drafter_for",
     "draw_along",
-    "expected_tokens",
     "keep_or_redraw",
     "step_bytes",
     "with_drafts",

@@ -51,12 +51,15 @@ class Lookup:
         self._seen: dict[tuple[int, bool, int], tuple[int, int]] = {}
         self._own = len(text)  # from here on it is being written
         self.add(text[held:])
-        self._seen.clear()  # what was given says little of what is written
 
     def _ends(self) -> list[tuple[int, ...]]:
         """The n-grams at the end of the text."""
         return [tuple(self._text[-n:]) for n in self.lengths
                 if len(self._text) >= n]
+
+    def _known(self, ends: list[tuple[int, ...]]) -> tuple[int, ...] | None:
+        """The first of them that stood before."""
+        return next((end for end in ends if end in self._after), None)
 
     def _kind(self, at: int, agree: int) -> tuple[int, bool, int]:
         """By what guesses are counted."""
@@ -72,20 +75,22 @@ class Lookup:
         text, after = self._text, self._after
         for token in tokens:
             ends, met = self._ends(), UNSEEN
-            known = next((end for end in ends if end in after), None)
+            known = self._known(ends)
             if known:
                 at = after[known]
                 met = FORESEEN if text[at] == token else SURPRISE
-                kind = self._kind(at, len(known))
-                right, seen = self._seen.get(kind, (0, 0))
-                self._seen[kind] = right + (met == FORESEEN), seen + 1
+                # what was given says little of what is written
+                if len(text) >= self._own:
+                    kind = self._kind(at, len(known))
+                    right, seen = self._seen.get(kind, (0, 0))
+                    self._seen[kind] = right + (met == FORESEEN), seen + 1
             after.update(dict.fromkeys(ends, len(text)))
             text.append(token)
             self.met.append(met)
 
     def propose(self, most: int, draws: Any, generator: Any) -> Proposal:
         self.chances = []
-        known = next((end for end in self._ends() if end in self._after), None)
+        known = self._known(self._ends())
         if known is None:
             return [], None
         at = self._after[known]

@@ -199,11 +199,16 @@ class Watched:
         assert not self.errors
 
 
+def newcomer(browser: Browser) -> BrowserContext:
+    context = browser.new_context(viewport=WIDE)
+    context.set_default_timeout(PATIENCE)
+    return context
+
+
 @pytest.fixture(scope="module")
 def reader(browser: Browser) -> Iterator[BrowserContext]:
     """Who opens page after page; what they have in common is kept."""
-    context = browser.new_context(viewport=WIDE)
-    context.set_default_timeout(PATIENCE)
+    context = newcomer(browser)
     yield context
     context.close()
 
@@ -219,8 +224,7 @@ def leafing(reader: BrowserContext, site: str) -> Iterator[Watched]:
 @pytest.fixture
 def watched(browser: Browser, site: str) -> Iterator[Watched]:
     """A page of a reader who never was here."""
-    context = browser.new_context(viewport=WIDE)
-    context.set_default_timeout(PATIENCE)
+    context = newcomer(browser)
     yield Watched(context.new_page(), site)
     context.close()
 
@@ -261,8 +265,7 @@ MATHS = """() => ({
 def test_page(leafing: Watched, name: str) -> None:
     """Loads whole and in silence; typeset, described, nowhere too wide;
     solutions open."""
-    watched = leafing
-    page = watched.open(name)
+    page = leafing.open(name)
     assert page.locator("main h1:visible").count() == 1
     maths = page.evaluate(MATHS)
     assert not maths["bare"] and not maths["wrong"]
@@ -287,7 +290,7 @@ def test_page(leafing: Watched, name: str) -> None:
         solutions = page.evaluate(SOLUTIONS)
         assert len(solutions) >= chapter.count("\n# ### Exercise ") > 0
         assert solutions == [[False, True]] * len(solutions)
-    watched.check()
+    leafing.check()
 
 
 def test_a_solution_opens_by_mouse_and_by_key(watched: Watched) -> None:

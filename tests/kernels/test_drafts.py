@@ -95,14 +95,20 @@ def knowing(prompt, follows, wrong=lambda at: False, most=3):
 
 # ---- who guesses
 
-def search(text, lengths, most):
-    """What `Lookup` says, by looking through the text."""
+def place(text, lengths):
+    """Where the longest n-gram at the end ended before, and its length."""
     for n in lengths:
         for at in range(len(text) - 1, n - 1, -1):
             if text[at - n:at] == text[-n:]:
-                return list(itertools.islice(
-                    itertools.cycle(text[at:]), most))
-    return []
+                return at, n
+    return None, 0
+
+
+def search(text, lengths, most):
+    """What `Lookup` says, by looking through the text."""
+    at, _ = place(text, lengths)
+    return [] if at is None else list(itertools.islice(
+        itertools.cycle(text[at:]), most))
 
 
 @given(st.lists(st.integers(0, 3), max_size=30), st.integers(0, 30),
@@ -121,15 +127,6 @@ def test_lookup_is_the_search(text, cut, lengths, most):
     wanted = search(text, lengths, most)
     assert found == wanted
     assert lookup.chances == chances(text, min(cut, len(text)), lengths, most)
-
-
-def place(text, lengths):
-    """Where the longest n-gram at the end ended before, and its length."""
-    for n in lengths:
-        for at in range(len(text) - 1, n - 1, -1):
-            if text[at - n:at] == text[-n:]:
-                return at, n
-    return None, 0
 
 
 def chances(text, own, lengths, most):
@@ -226,7 +223,7 @@ def test_no_chances_are_no_checks(said, forwards):
     assert max(forwards[1:]) == (2 if said else 1)
 
 
-def test_chances_of_what_was_drawn_are_refused(pocket):
+def test_chances_of_what_was_drawn_are_refused():
     """They would make what is written depend on what was guessed."""
     draft = SimpleNamespace(
         most=1, reads=0, chances=[1.0], begin=len, add=len,
